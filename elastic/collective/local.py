@@ -1,0 +1,203 @@
+"""A group of threads in one process, which a test can kill, stop and continue as if they were processes.
+
+A member's data is copied when it enters a call, so a call needs no second meeting: it returns as soon as every member's
+data is there. A member that was killed or gave up before it entered breaks the call for its peers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from elastic.collective.group import SLICE_S, Buffer
+from elastic.collective.member import Member
+from elastic.errors import GroupBroken
+
+
+class Killed(BaseException):
+    """This thread plays a process that was killed: nothing may catch it but whoever started the thread."""
+
+
+class Hub:
+    """Where the threads of one process meet, by generation. Ranks are those of the generation, the newest by default."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._worlds: dict[int, World] = {}
+
+    def form(self, generation: int, rank: int, size: int, abandoned: threading.Event | None = None) -> LocalGroup:
+        """Rank `rank` of generation `generation`; waits for nobody."""
+        with self._lock:
+            world = self._worlds.setdefault(generation, World(size))
+        if world.size != size:
+            raise ValueError(f"generation {generation} has {world.size} members, not {size}.")
+        return LocalGroup(world, tuple(range(size)), rank, abandoned)
+
+    def _world(self, generation: int | None) -> World:
+        with self._lock:
+            return self._worlds[max(self._worlds) if generation is None else generation]
+
+    def kill(self, rank: int, generation: int | None = None) -> None:
+        """The member's own calls raise `Killed`; its peers' present and later calls raise `GroupBroken`."""
+        self._world(generation).change(lambda world: world.dead.add(rank))
+
+    def kill_during(self, rank: int, delivered_to: Collection[int] = (), generation: int | None = None) -> None:
+        """In its next call the member dies after its data reached only `delivered_to`."""
+        self._world(generation).change(lambda world: world.doomed.update({rank: frozenset(delivered_to)}))
+
+    def stop(self, rank: int, generation: int | None = None) -> None:
+        """The member halts at its next call, and notices nothing, until `cont`."""
+        self._world(generation).change(lambda world: world.stopped.add(rank))
+
+    def cont(self, rank: int, generation: int | None = None) -> None:
+        self._world(generation).change(lambda world: world.stopped.discard(rank))
+
+
+class World:
+    """One generation's members: who is dead, doomed, stopped or gone, and the calls in flight, by (ranks, number of the call)."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.condition = threading.Condition()
+        self.dead: set[int] = set()
+        self.gone: set[int] = set()  # abandoned the group; alive
+        self.doomed: dict[int, frozenset[int]] = {}
+        self.stopped: set[int] = set()
+        self.entered: dict[tuple[Any, int], int] = {}  # (ranks, rank) -> calls entered
+        self.calls: dict[tuple[Any, int], dict[int, tuple[Any, frozenset[int] | None]]] = {}
+        self.reads: dict[tuple[Any, int], int] = {}
+        self.mail: dict[tuple[Any, int, int], deque[Any]] = {}
+
+    def change(self, act: Callable[[World], Any]) -> None:
+        with self.condition:
+            act(self)
+            self.condition.notify_all()
+
+
+class LocalGroup(Member):
+    """`ranks` are the members' ranks in their generation; `rank` is this one's place among them."""
+
+    def __init__(self, world: World, ranks: tuple[int, ...], rank: int, abandoned: threading.Event | None = None):
+        super().__init__(rank, len(ranks), abandoned)
+        self._world, self._ranks, self._me = world, ranks, ranks[rank]
+
+    def _break(self, what: str) -> GroupBroken:
+        self._world.change(lambda world: world.gone.add(self._me))
+        return super()._break(what)
+
+    def _enter(self) -> frozenset[int] | None:
+        """Waits while stopped, dies if killed; who may see this call's data (None: everybody). Holds the condition."""
+        world = self._world
+        while self._me in world.stopped and self._me not in world.dead:
+            world.condition.wait(SLICE_S)
+        if self._me in world.dead:
+            raise Killed
+        self._check()
+        return world.doomed.pop(self._me, None)
+
+    def _wait(self, ready: Callable[[], bool], needed: Callable[[], Sequence[int]]) -> None:
+        """Until `ready`; breaks when a member of `needed` can no longer make it so. Holds the condition."""
+        world = self._world
+        while not ready():
+            lost = [rank for rank in needed() if rank in world.dead or rank in world.gone]
+            if lost:
+                raise self._break(f"lost rank {self._ranks.index(lost[0])}")
+            world.condition.wait(SLICE_S)
+            if self._me in world.dead:
+                raise Killed
+            if self._me not in world.stopped:
+                self._check()
+
+    def _exchange(self, payload: Any) -> list[Any]:
+        """Every member's payload, in rank order."""
+        world = self._world
+        with world.condition:
+            visible = self._enter()
+            number = world.entered.get((self._ranks, self._me), 0)
+            world.entered[self._ranks, self._me] = number + 1
+            key = (self._ranks, number)
+            call = world.calls.setdefault(key, {})
+            call[self._me] = (payload, visible)
+            world.condition.notify_all()
+            if visible is not None:
+                world.dead.add(self._me)
+                raise Killed
+
+            def arrived(rank: int) -> bool:
+                return rank in call and (call[rank][1] is None or self._me in call[rank][1])
+
+            self._wait(lambda: all(map(arrived, self._ranks)), lambda: [r for r in self._ranks if not arrived(r)])
+            world.reads[key] = world.reads.get(key, 0) + 1
+            if world.reads[key] == self.size:
+                del world.reads[key], world.calls[key]
+            return [call[rank][0] for rank in self._ranks]
+
+    def all_reduce(self, buffer: Buffer) -> None:
+        parts = self._exchange(copied(buffer))
+        buffer[:] = parts[0]
+        for part in parts[1:]:
+            buffer += part
+
+    def reduce_scatter(self, out: Buffer, buffer: Buffer) -> None:
+        size = out.shape[0]
+        parts = [part[self.rank * size:(self.rank + 1) * size] for part in self._exchange(copied(buffer))]
+        out[:] = parts[0]
+        for part in parts[1:]:
+            out += part
+
+    def all_gather(self, out: Buffer, part: Buffer) -> None:
+        size = part.shape[0]
+        for rank, piece in enumerate(self._exchange(copied(part))):
+            out[rank * size:(rank + 1) * size] = piece
+
+    def all_to_all(self, out: Buffer, out_counts: Sequence[int], buffer: Buffer, counts: Sequence[int]) -> None:
+        ends = np.cumsum(counts).tolist()
+        at = 0
+        for count, pieces in zip(out_counts, self._exchange([copied(buffer[e - c:e]) for c, e in zip(counts, ends)])):
+            out[at:at + count] = pieces[self.rank]
+            at += count
+
+    def broadcast(self, buffer: Buffer, root: int) -> None:
+        buffer[:] = self._exchange(copied(buffer) if self.rank == root else None)[root]
+
+    def barrier(self) -> None:
+        self._exchange(None)
+
+    def send(self, buffer: Buffer, to: int) -> None:
+        world = self._world
+        with world.condition:
+            visible = self._enter()
+            if visible is None or self._ranks[to] in visible:
+                world.mail.setdefault((self._ranks, self.rank, to), deque()).append(copied(buffer))
+            world.condition.notify_all()
+            if visible is not None:
+                world.dead.add(self._me)
+                raise Killed
+
+    def receive(self, buffer: Buffer, source: int) -> None:
+        world = self._world
+        with world.condition:
+            if self._enter() is not None:
+                world.dead.add(self._me)
+                world.condition.notify_all()
+                raise Killed
+            box = world.mail.setdefault((self._ranks, source, self.rank), deque())
+            self._wait(lambda: bool(box), lambda: [self._ranks[source]])
+            buffer[:] = box.popleft()
+
+    def subgroup(self, ranks: Sequence[int]) -> LocalGroup:
+        """The group of these members only; each of them calls it, with the same ranks. It shares this group's fate."""
+        self._check()
+        return LocalGroup(self._world, tuple(self._ranks[r] for r in ranks), list(ranks).index(self.rank), self._abandoned)
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._world.change(lambda world: world.gone.add(self._me))
+
+
+def copied(buffer: Buffer) -> Buffer:
+    return buffer.clone() if hasattr(buffer, "clone") else buffer.copy()

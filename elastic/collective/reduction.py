@@ -1,0 +1,210 @@
+"""The canonical tree over logical shards, and sums along it that do not depend on who owns which shard.
+
+A node is (low, high): the sum of leaves low..high-1. It splits at the largest power of two below its length, so every
+aligned power-of-two stretch of leaves is a node; its sum is left child + right child, in this order. A leaf's value is
+0 + gradient: never a negative zero. That is why a leaf may be added straight into its complete left sibling's buffer:
+x + (0 + g) and x + g have the same bits.
+
+A member owns a contiguous run of leaves. It adds them up to the run's maximal subtrees; the group moves these, not leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from elastic.collective.group import Buffer, CollectiveGroup
+from elastic.mesh import shards_of
+
+Node = tuple[int, int]
+
+CHUNK = 16 * 1024 * 1024  # elements reduced at a time: 64 MB, so receive buffers stay bounded for any model
+
+
+def split(node: Node) -> int:
+    """Where a node's right child starts."""
+    low, high = node
+    return low + (1 << ((high - low - 1).bit_length() - 1))
+
+
+@lru_cache(maxsize=64)
+def parents(num_shards: int) -> dict[tuple[Node, Node], Node]:
+    """(left child, right child) -> node, for the tree over `num_shards` leaves."""
+    found: dict[tuple[Node, Node], Node] = {}
+    todo = [(0, num_shards)]
+    while todo:
+        node = todo.pop()
+        if node[1] - node[0] > 1:
+            middle = split(node)
+            children = (node[0], middle), (middle, node[1])
+            found[children] = node
+            todo.extend(children)
+    return found
+
+
+def maximal_subtrees(run: range, num_shards: int) -> list[Node]:
+    """The largest nodes that cover exactly the leaves of `run`, in order: at most 2 log2(len(run)), 1 for a whole subtree."""
+    if not run:
+        return []
+    found: list[Node] = []
+    todo = [(0, num_shards)]
+    while todo:
+        node = todo.pop()
+        if run.start <= node[0] and node[1] <= run.stop:
+            found.append(node)
+        elif node[0] < run.stop and run.start < node[1]:
+            middle = split(node)
+            todo += [(middle, node[1]), (node[0], middle)]
+    return found
+
+
+def fold(nodes: Sequence[tuple[Node, Any]], num_shards: int, add: Callable[[Any, Any], Any]) -> list[tuple[Node, Any]]:
+    """Adds neighbours that are siblings, as far as it goes. `nodes` are disjoint, in order; `add(left, right)` -> the sum."""
+    tree = parents(num_shards)
+    stack: list[tuple[Node, Any]] = []
+    for item in nodes:
+        stack.append(item)
+        while len(stack) > 1 and (stack[-2][0], stack[-1][0]) in tree:
+            (right_node, right), (left_node, left) = stack.pop(), stack.pop()
+            stack.append((tree[left_node, right_node], add(left, right)))
+    return stack
+
+
+def tree_sum(values: Sequence[float]) -> float:
+    """The sum of one value a leaf, along the tree over all of them."""
+    if not values:
+        raise ValueError("a tree needs at least one leaf.")
+    leaves = [((i, i + 1), 0.0 + value) for i, value in enumerate(values)]
+    return fold(leaves, len(leaves), lambda left, right: left + right)[0][1]
+
+
+def add_into(left: Buffer, right: Buffer) -> Buffer:
+    left += right
+    return left
+
+
+class SubtreeSums:
+    """Adds up one member's run of shards, in order, with as few buffers as the tree allows.
+
+    `begin(shard)` gives the buffer to which the shard's gradient must be added, each element once; `end(shard)` follows.
+    A run of n shards keeps at most log2(n) + 1 buffers while it lies on one subtree, and twice that where it straddles.
+    """
+
+    def __init__(self, run: range, num_shards: int, take: Callable[[], Buffer], give: Callable[[Buffer], None]):
+        self._run, self._num_shards, self._tree = run, num_shards, parents(num_shards)
+        self._take, self._give = take, give
+        self._stack: list[tuple[Node, Buffer]] = []
+        self._next, self._open = run.start, False
+
+    def _parent(self, leaf: Node) -> Node | None:
+        return self._tree.get((self._stack[-1][0], leaf)) if self._stack else None
+
+    def begin(self, shard: int) -> Buffer:
+        if self._open or shard != self._next or shard not in self._run:
+            raise ValueError(f"shard {shard} is out of order; shard {self._next} of {self._run} is next.")
+        self._open = True
+        if self._parent((shard, shard + 1)) is None:
+            self._stack.append(((shard, shard), self._take()))  # an empty node: its leaf is open
+        return self._stack[-1][1]
+
+    def end(self, shard: int) -> None:
+        if not self._open or shard != self._next:
+            raise ValueError(f"shard {shard} was not begun.")
+        self._open, self._next = False, shard + 1
+        node, buffer = self._stack.pop()
+        leaf = (shard, shard + 1)
+        self._stack.append((leaf if node[0] == node[1] else self._tree[node, leaf], buffer))
+        self._stack = fold(self._stack, self._num_shards, self._merge)
+
+    def _merge(self, left: Buffer, right: Buffer) -> Buffer:
+        left += right
+        self._give(right)
+        return left
+
+    def nodes(self) -> list[tuple[Node, Buffer]]:
+        """The run's maximal subtrees and their sums, in order, once every shard has ended."""
+        if self._open or self._next != self._run.stop:
+            raise ValueError(f"shard {self._next} of {self._run} is not done.")
+        return list(self._stack)
+
+
+class Scratch:
+    """Receive buffers kept from step to step. They are a group's own: throw them away with it when it breaks."""
+
+    def __init__(self, allocate: Callable[[int], Buffer]):
+        self._allocate = allocate
+        self._buffer: Buffer | None = None
+
+    def get(self, size: int) -> Buffer:
+        if self._buffer is None or self._buffer.shape[0] < size:
+            self._buffer = None
+            self._buffer = self._allocate(size)
+        return self._buffer[:size]
+
+
+def part_size(length: int, block: int, size: int) -> int:
+    """Elements of each of `size` equal parts, in whole blocks, that cover `length` elements."""
+    return -(-length // (block * size)) * block
+
+
+def chunks(numel: int, block: int, size: int, chunk: int) -> list[tuple[int, int]]:
+    """(start, part size) of the stretches that are reduced one after the other."""
+    stride = max(1, chunk // (block * size)) * block * size
+    return [(start, part_size(min(stride, numel - start), block, size)) for start in range(0, numel, stride)]
+
+
+def out_size(numel: int, block: int, size: int) -> int:
+    """Elements that `out` of `reduce` needs: `numel` and slack for `size` equal parts in whole blocks."""
+    return part_size(numel, block, size) * size
+
+
+def reduce(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int,
+           block: int, scratch: Scratch, chunk: int = CHUNK) -> Buffer:
+    """The sum over all shards along the canonical tree; every member gets the same bits, whatever the group's size.
+
+    `sums` is what `SubtreeSums.nodes` gave for this member's `shards_of`. Returns a buffer whose first `numel` elements are
+    the sum: `out` (of `out_size(numel, block, group.size)` elements or more), or a buffer of `sums` in a group of one.
+    After `GroupBroken`, neither `out` nor `scratch` nor a buffer of `sums` may be used again.
+    """
+    if group.size == 1:
+        return sums[0][1]
+    native = getattr(group, "reduce_tree", None)
+    if native is not None:
+        return native(sums, num_shards, out, numel, block)
+    owned = all_nodes(group.size, num_shards)
+    if owned[group.rank] != [node for node, _ in sums]:
+        raise ValueError(f"rank {group.rank} of {group.size} has the sums {[n for n, _ in sums]}, not {owned[group.rank]}.")
+    for start, part in chunks(numel, block, group.size, chunk):
+        mine = exchange_and_add(group, sums, owned, num_shards, start, part, numel, scratch)
+        group.all_gather(out[start:start + part * group.size], mine)
+    return out
+
+
+def all_nodes(size: int, num_shards: int) -> list[list[Node]]:
+    """Every rank's maximal subtrees."""
+    return [maximal_subtrees(shards_of(rank, size, num_shards), num_shards) for rank in range(size)]
+
+
+def exchange_and_add(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], owned: Sequence[Sequence[Node]],
+                     num_shards: int, start: int, part: int, numel: int, scratch: Scratch) -> Buffer:
+    """This rank's slice of one chunk, summed along the tree: `part` elements, zeros past `numel`."""
+    lengths = [max(0, min(part, numel - start - rank * part)) for rank in range(group.size)]
+    mine, end = lengths[group.rank], start + sum(lengths)
+    most = max(len(nodes) for nodes in owned)
+    received = scratch.get(part + mine * sum(len(nodes) for nodes in owned))
+    pieces: list[tuple[Node, Buffer]] = []
+    used = 0
+    for index in range(most):  # straight from the sums' own buffers: nothing is packed
+        senders = [rank for rank in range(group.size) if index < len(owned[rank])]
+        has = index < len(sums)
+        out_counts = [mine if rank in senders else 0 for rank in range(group.size)]
+        group.all_to_all(received[used:used + sum(out_counts)], out_counts,
+                         sums[index][1][start:end] if has else received[:0], lengths if has else [0] * group.size)
+        for rank in senders:
+            pieces.append((owned[rank][index], received[used:used + mine]))
+            used += mine
+    pieces.sort(key=lambda piece: piece[0])
+    fold(pieces, num_shards, add_into)  # into the first piece, which lies where `received` starts
+    received[mine:part] = 0
+    return received[:part]

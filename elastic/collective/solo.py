@@ -1,0 +1,45 @@
+"""A group of one: nothing to wait for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from elastic.collective.group import Buffer
+from elastic.collective.member import Member
+
+
+class SoloGroup(Member):
+    def __init__(self, abandoned: threading.Event | None = None):
+        super().__init__(0, 1, abandoned)
+
+    def all_reduce(self, buffer: Buffer) -> None:
+        self._check()
+
+    def reduce_scatter(self, out: Buffer, buffer: Buffer) -> None:
+        self._check()
+        out[:] = buffer
+
+    def all_gather(self, out: Buffer, part: Buffer) -> None:
+        self._check()
+        out[:] = part
+
+    def all_to_all(self, out: Buffer, out_counts: Sequence[int], buffer: Buffer, counts: Sequence[int]) -> None:
+        self._check()
+        out[:out_counts[0]] = buffer[:counts[0]]
+
+    def broadcast(self, buffer: Buffer, root: int) -> None:
+        self._check()
+
+    def send(self, buffer: Buffer, to: int) -> None:
+        raise ValueError(f"rank {to} is no peer in a group of one.")
+
+    def receive(self, buffer: Buffer, source: int) -> None:
+        raise ValueError(f"rank {source} is no peer in a group of one.")
+
+    def barrier(self) -> None:
+        self._check()
+
+    def subgroup(self, ranks: Sequence[int]) -> SoloGroup:
+        self._check()
+        return SoloGroup(self._abandoned)
