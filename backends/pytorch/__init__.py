@@ -1,0 +1,20 @@
+"""The PyTorch backend: `backends.pytorch.backend.create(model_or_module, settings)`."""
+
+import os
+import sys
+import warnings
+
+_NEEDED = {
+    # Without strict reproducibility MKL picks kernels by operand alignment, and small products change their last bits.
+    "MKL_CBWR": "AUTO,STRICT",
+    # cuBLAS with several workspaces may reduce in another order from call to call.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+
+# Both libraries read these when they load: set after `import torch` they do nothing, without a word.
+_missing = [name for name in _NEEDED if name not in os.environ]
+if "torch" in sys.modules and "MKL_CBWR" in _missing:
+    warnings.warn("torch was imported before backends.pytorch and MKL_CBWR was not set: results may differ in their last bits "
+                  "from process to process; set MKL_CBWR=AUTO,STRICT in the environment.", stacklevel=2)
+for _name in _missing:
+    os.environ[_name] = _NEEDED[_name]

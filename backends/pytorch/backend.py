@@ -1,0 +1,196 @@
+"""`elastic.backend.Backend` on PyTorch: parameters are leaves over the platform's flat buffers, without a copy.
+
+Gradients accumulate in place: a leaf's `.grad` is set to the caller's view, and the engine adds to what is there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from backends.pytorch import adapter, optimizer
+from backends.pytorch.ops import TorchOps
+from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
+from elastic.errors import UserError
+
+ALIGN_BYTES = 64
+KEPT = 16  # block lists of recent ranges: parameters, gradient and two slots in two segments, and some to spare
+
+_thread = threading.local()
+
+
+def create(model: Model | torch.nn.Module, settings: Any) -> TorchBackend:
+    """`settings` has device ("cpu", "cuda", "auto"), precision ("float32", "bfloat16"), threads and compile. UserError."""
+    if isinstance(model, torch.nn.Module):
+        model = adapter.ModuleModel(model)
+    return TorchBackend(model, settings)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"backend.device = {name!r} must be cpu, cuda or auto.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError('backend.device = "cuda" needs a CUDA GPU and a CUDA build of torch, and this process sees none; '
+                        'set backend.device = "cpu".')
+    return torch.device(name)
+
+
+class TorchBackend:
+    """One model on one device. Calls may come from any thread, one at a time; processes may hold several backends."""
+
+    name = "torch"
+
+    def __init__(self, model: Any, settings: Any):
+        if settings.precision not in ("float32", "bfloat16"):
+            raise UserError(f"backend.precision = {settings.precision!r} must be float32 or bfloat16 with the torch backend.")
+        self.device = choose_device(settings.device)
+        self.parameters: Mapping[str, Spec] = model.parameters
+        self.buffers: Mapping[str, Spec] = model.buffers
+        self._model = model
+        self._ops = TorchOps(self.device)
+        self._threads = int(settings.threads)
+        self._bfloat16 = settings.precision == "bfloat16"
+        self._columns = adapter.columns if isinstance(model, adapter.ModuleModel) else neutral_columns
+        self._leaves: dict[str, torch.Tensor] = {}
+        self._state: Mapping[str, np.ndarray] = {}
+        self._trainable: set[str] = set()
+        self._kept: OrderedDict[tuple[int, int, int], tuple[torch.Tensor, ...]] = OrderedDict()
+        self._compilations = 0
+        self._compiled = bool(settings.compile)
+        self._loss = self._compile(model) if self._compiled else model.loss
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every tensor
+
+    def allocate(self, size: int) -> Buffer:
+        if self.device.type == "cuda":
+            return torch.zeros(size, device=self.device)
+        room = np.zeros(size * 4 + ALIGN_BYTES, np.uint8)
+        start = -room.ctypes.data % ALIGN_BYTES
+        return room[start:start + size * 4].view(np.float32)
+
+    def initial(self) -> Mapping[str, Any]:
+        return self._model.initial() if hasattr(self._model, "initial") else {}
+
+    def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
+        self._leaves = {name: as_tensor(params[name]).detach().requires_grad_() for name in self.parameters}
+        self._state = {name: buffers[name] for name in self.buffers}
+        self._trainable = set(self.parameters)
+        self._kept.clear()
+
+    def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
+        self._enter()
+        self._aim(into)
+        columns = self._columns(batch, self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            loss, weight, new = self._loss(self._ops, self._leaves, self._device_state(), columns, self._seed(seed))
+        if loss.requires_grad:
+            loss.backward()
+        elif float(weight):
+            raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
+        total, count = torch.stack((loss.detach().double(), as_scalar(weight, loss))).tolist()
+        return ShardResult(total, count, {name: value.detach().cpu().numpy() for name, value in new.items()})
+
+    def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
+        self._enter()
+        columns = self._columns(batch, self.device)
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            found = self._model.metrics(self._ops, self._leaves, self._device_state(), columns)
+        return {name: (float(total), float(weight)) for name, (total, weight) in found.items()}
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """The scores of a model that offers `logits`, as float32 NumPy."""
+        self._enter()
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            out = self._model.logits(self._ops, self._leaves, torch.as_tensor(tokens, dtype=torch.int64, device=self.device))
+        return out.float().cpu().numpy()
+
+    def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
+        self._enter()
+        with torch.no_grad():
+            optimizer.apply(rule, self._blocks(param, block), self._blocks(grad, block),
+                            {name: self._blocks(slot, block) for name, slot in slots.items()})
+
+    def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
+        self._enter()
+        with torch.no_grad():
+            return optimizer.squared_norms(self._blocks(grad, block))
+
+    def compilations(self) -> int:
+        return self._compilations
+
+    def _compile(self, model: Any) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        def counted(graph: Any, inputs: Any) -> Any:
+            self._compilations += 1
+            return compile_fx(graph, inputs)
+
+        def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(function, backend=counted, dynamic=False)
+
+        return model.compile(compiler) if isinstance(model, adapter.ModuleModel) else compiler(model.loss)
+
+    def _enter(self) -> None:
+        # the intra-op thread count is partly a thread's own setting, and bits depend on it
+        if getattr(_thread, "count", None) != self._threads:
+            torch.set_num_threads(self._threads)
+            _thread.count = self._threads
+
+    def _seed(self, seed: int) -> int | torch.Tensor:
+        if not self._compiled or isinstance(self._model, adapter.ModuleModel):
+            return seed
+        wrapped = (seed & (1 << 64) - 1) - (1 << 64 if seed >> 63 & 1 else 0)
+        return torch.tensor(wrapped, dtype=torch.int64, device=self.device)  # a Python number would recompile every step
+
+    def _device_state(self) -> dict[str, torch.Tensor]:
+        """Copies, because a user's module may write to its buffers and the step may be redone."""
+        return {name: torch.tensor(value, device=self.device) for name, value in self._state.items()}
+
+    def _aim(self, into: Mapping[str, Buffer]) -> None:
+        """Makes the leaves' gradients accumulate in `into`; leaves that are not in it are frozen."""
+        if into.keys() != self._trainable:
+            self._trainable = set(into)
+            for name, leaf in self._leaves.items():
+                leaf.grad = None
+                leaf.requires_grad_(name in into)
+        for name, view in into.items():
+            self._leaves[name].grad = as_tensor(view)
+
+    def _blocks(self, buffer: Buffer, block: int) -> tuple[torch.Tensor, ...]:
+        # a kept tensor holds its memory, so the address cannot pass to another buffer
+        key = (address(buffer), len(buffer), block)
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = as_tensor(buffer).split(block)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return found
+
+
+def as_tensor(buffer: Buffer) -> torch.Tensor:
+    return buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
+
+
+def as_scalar(weight: Any, like: torch.Tensor) -> torch.Tensor:
+    if isinstance(weight, torch.Tensor):
+        return weight.detach().double().reshape(())
+    return torch.tensor(float(weight), dtype=torch.float64, device=like.device)
+
+
+def address(buffer: Buffer) -> int:
+    return buffer.data_ptr() if isinstance(buffer, torch.Tensor) else buffer.__array_interface__["data"][0]
+
+
+def neutral_columns(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """NumPy columns as tensors: integers as int64, floats as float32."""
+    kinds = {"f": np.float32, "i": np.int64, "u": np.int64, "b": np.bool_}
+    return {name: torch.tensor(np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False), device=device)
+            for name, column in batch.items()}

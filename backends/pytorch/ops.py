@@ -1,0 +1,201 @@
+"""`elastic.ops.Ops` on PyTorch's native kernels. The shapes are documented there."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from elastic import ops as neutral
+
+Tensor = torch.Tensor
+
+
+class TorchOps:
+    """Kernels on one device. `dtype` is what constants of floating point become."""
+
+    name = "torch"
+
+    def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    def constant(self, values: Any) -> Tensor:
+        array = np.asarray(values)
+        return torch.as_tensor(array, dtype=self.dtype if array.dtype.kind == "f" else None, device=self.device)
+
+    def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        return x.reshape(tuple(shape))
+
+    def transpose(self, x: Tensor, axes: Sequence[int]) -> Tensor:
+        return x.permute(tuple(axes))
+
+    def concatenate(self, arrays: Sequence[Tensor], axis: int) -> Tensor:
+        return torch.cat(tuple(arrays), axis)
+
+    def unbind(self, x: Tensor, axis: int) -> tuple[Tensor, ...]:
+        return x.unbind(axis)
+
+    def narrow(self, x: Tensor, axis: int, start: int, length: int) -> Tensor:
+        return x.narrow(axis, start, length)
+
+    def gather(self, table: Tensor, indices: Tensor) -> Tensor:
+        if table.dim() == 2:
+            return F.embedding(indices, table)
+        rows = F.embedding(indices, table.reshape(table.shape[0], -1))
+        return rows.reshape(indices.shape + table.shape[1:])
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def subtract(self, x: Tensor, y: Tensor) -> Tensor:
+        return x - y
+
+    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    def divide(self, x: Tensor, y: Tensor) -> Tensor:
+        return x / y
+
+    def exp(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+    def log(self, x: Tensor) -> Tensor:
+        return x.log()
+
+    def sqrt(self, x: Tensor) -> Tensor:
+        return x.sqrt()
+
+    def sum(self, x: Tensor, axes: Sequence[int] | None = None, keep: bool = False) -> Tensor:
+        return x.sum() if axes is None and not keep else x.sum(_axes(x, axes), keepdim=keep)
+
+    def mean(self, x: Tensor, axes: Sequence[int] | None = None, keep: bool = False) -> Tensor:
+        return x.mean() if axes is None and not keep else x.mean(_axes(x, axes), keepdim=keep)
+
+    def contract(self, equation: str, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        kind, lead, trail = contraction_plan(equation)
+        if kind == "einsum":
+            out = torch.einsum(equation, x, y)
+            return out if bias is None else out + bias
+        left = x.shape[:lead]
+        if kind == "product":  # (lead, k) (k, trail)
+            right = y.shape[y.dim() - trail:]
+            flat_x, flat_y = x.reshape(left.numel(), -1), y.reshape(-1, right.numel())
+            out = flat_x.mm(flat_y) if bias is None else torch.addmm(bias.reshape(-1), flat_x, flat_y)
+        else:  # (lead, k) (trail, k)
+            right = y.shape[:trail]
+            out = F.linear(x.reshape(left.numel(), -1), y.reshape(right.numel(), -1), None if bias is None else bias.reshape(-1))
+        return out.view(left + right)
+
+    def relu(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return x.sigmoid()
+
+    def tanh(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+    def softmax(self, x: Tensor, axis: int = -1) -> Tensor:
+        return x.softmax(axis)
+
+    def log_softmax(self, x: Tensor, axis: int = -1) -> Tensor:
+        return x.log_softmax(axis)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, rate: float = 0.0, seed: int = 0,
+                  tag: str = "") -> Tensor:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if not rate:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2)
+        # the fused kernel draws its dropout from the process-wide generator, which no shard owns
+        scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, -math.inf)
+        return (self.dropout(scores.softmax(-1), rate, seed, tag) @ value).transpose(1, 2)
+
+    def dropout(self, x: Tensor, rate: float, seed: int, tag: str) -> Tensor:
+        levels = neutral.dropout_levels(rate)
+        if not levels:
+            return x
+        if x.device.type == "cpu" and not isinstance(seed, Tensor):
+            keep = torch.from_numpy(neutral.keep_mask(x.shape, rate, seed, tag))
+        else:
+            keep = keep_mask(x.shape, levels, seed, tag, x.device)
+        return x * keep * (neutral.DROPOUT_LEVELS / (neutral.DROPOUT_LEVELS - levels))
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        each = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
+        return torch.dot(each, weights.reshape(-1))
+
+    def binary_cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="sum")
+
+    def squared_error(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return ((x - targets).square() * weights).sum()
+
+    def correct(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return ((logits.argmax(-1) == targets) * weights).sum()
+
+
+def _axes(x: Tensor, axes: Sequence[int] | None) -> tuple[int, ...]:
+    return tuple(range(x.dim())) if axes is None else tuple(axes)
+
+
+@functools.lru_cache(maxsize=None)
+def contraction_plan(equation: str) -> tuple[str, int, int]:
+    """How to compute an equation, with the number of leading and trailing dims of the result.
+
+    "product" where it is one matrix product (lead k, k trail), "linear" for (lead k, trail k), else "einsum".
+    """
+    inputs, out = equation.replace(" ", "").split("->")
+    left, right = inputs.split(",")
+    inner = [letter for letter in left if letter in right and letter not in out]
+    k = "".join(inner)
+    lead, trail = left.removesuffix(k), right.replace(k, "") if k else ""
+    if k and left == lead + k and out == lead + trail:
+        if right == k + trail:
+            return "product", len(lead), len(trail)
+        if right == trail + k:
+            return "linear", len(lead), len(trail)
+    return "einsum", 0, 0
+
+
+def _signed(number: int) -> int:
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >> 63 else number
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    return (x >> by) & ((1 << (64 - by)) - 1)  # int64 shifts drag the sign along; SplitMix64 wants zeros
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = (x ^ _shifted(x, 30)) * _signed(neutral.MIX1)
+    x = (x ^ _shifted(x, 27)) * _signed(neutral.MIX2)
+    return x ^ _shifted(x, 31)
+
+
+def keep_mask(shape: torch.Size, levels: int, seed: int | Tensor, tag: str, device: torch.device) -> Tensor:
+    """`elastic.ops.keep_mask` in int64 tensor arithmetic; a tensor `seed` keeps a compiled graph free of constants."""
+    size = shape.numel()
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor(_signed(seed), dtype=torch.int64, device=device)
+    start = _mixed(seed + _signed(neutral.GOLDEN * (neutral.tag_key(tag) + 1)))
+    numbers = torch.arange(1, -(-size // 4) + 1, dtype=torch.int64, device=device) * _signed(neutral.GOLDEN) + start
+    parts = _mixed(numbers).view(torch.int16)[:size]
+    return (parts >= levels - neutral.DROPOUT_LEVELS // 2).view(shape)

@@ -1,0 +1,165 @@
+"""The kernels a model is written in: a protocol owned here and implemented once per framework in `backends/*/ops.py`.
+
+An array is the framework's own. Shapes are written (rows, time, d_model); "..." stands for any leading dims. Kernels have no
+side effects, are differentiable in every floating-point argument unless the text says otherwise, and raise the framework's
+own error on shapes that do not fit. Batch columns arrive as integer (int64) or floating-point arrays of the run's precision.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = Any
+
+GOLDEN = 0x9E3779B97F4A7C15
+MIX1 = 0xBF58476D1CE4E5B9
+MIX2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+DROPOUT_LEVELS = 65_536  # a dropout rate is rounded to this many levels: four decisions come out of one 64-bit number
+
+
+class Ops(Protocol):
+    """One framework's kernels."""
+
+    name: str
+
+    # shapes
+    def constant(self, values: Any) -> Array:
+        """NumPy values or a number as an array on the device; floats take the run's precision. No gradient."""
+
+    def reshape(self, x: Array, shape: Sequence[int]) -> Array:
+        """The same elements in C order; one length may be -1."""
+
+    def transpose(self, x: Array, axes: Sequence[int]) -> Array:
+        """Dim i of the result is dim axes[i] of `x`."""
+
+    def concatenate(self, arrays: Sequence[Array], axis: int) -> Array:
+        """Arrays one after the other along `axis`; the other dims agree."""
+
+    def unbind(self, x: Array, axis: int) -> tuple[Array, ...]:
+        """The slices of `x` along `axis`, without that dim."""
+
+    def narrow(self, x: Array, axis: int, start: int, length: int) -> Array:
+        """`length` places of `axis` from `start`."""
+
+    def gather(self, table: Array, indices: Array) -> Array:
+        """Rows of `table` (rows, ...) at integer `indices` (any shape): shape indices.shape + table.shape[1:]. An embedding."""
+
+    # arithmetic, with NumPy's broadcasting; numbers are allowed for one argument
+    def add(self, x: Array, y: Array) -> Array:
+        """x + y, shapes broadcast together."""
+
+    def subtract(self, x: Array, y: Array) -> Array:
+        """x - y, shapes broadcast together."""
+
+    def multiply(self, x: Array, y: Array) -> Array:
+        """x * y, shapes broadcast together."""
+
+    def divide(self, x: Array, y: Array) -> Array:
+        """x / y, shapes broadcast together."""
+
+    def exp(self, x: Array) -> Array:
+        """Elementwise (...) -> (...)."""
+
+    def log(self, x: Array) -> Array:
+        """Elementwise (...) -> (...)."""
+
+    def sqrt(self, x: Array) -> Array:
+        """Elementwise (...) -> (...)."""
+
+    def sum(self, x: Array, axes: Sequence[int] | None = None, keep: bool = False) -> Array:
+        """Sum over `axes` (all of them when None); `keep` leaves dims of length 1."""
+
+    def mean(self, x: Array, axes: Sequence[int] | None = None, keep: bool = False) -> Array:
+        """Mean over `axes`, like `sum`."""
+
+    def contract(self, equation: str, x: Array, y: Array, bias: Array | None = None) -> Array:
+        """An einsum of two arrays in one-letter dims without repeats, "btd,df->btf"; `bias` is added to the last dims."""
+
+    # activations, elementwise
+    def relu(self, x: Array) -> Array:
+        """max(x, 0), (...) -> (...)."""
+
+    def gelu(self, x: Array) -> Array:
+        """x * Phi(x), exact (erf). Hendrycks and Gimpel 2016."""
+
+    def sigmoid(self, x: Array) -> Array:
+        """1 / (1 + exp(-x)), (...) -> (...)."""
+
+    def tanh(self, x: Array) -> Array:
+        """Hyperbolic tangent, (...) -> (...)."""
+
+    def softmax(self, x: Array, axis: int = -1) -> Array:
+        """exp(x) over its sum along `axis`, (...) -> (...)."""
+
+    def log_softmax(self, x: Array, axis: int = -1) -> Array:
+        """log of `softmax`, without overflow, (...) -> (...)."""
+
+    # blocks of networks
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None = None, eps: float = 1e-5) -> Array:
+        """(..., d) -> (..., d), normalised over the last dim; weight and bias (d,). Ba et al. 2016."""
+
+    def rms_norm(self, x: Array, weight: Array, eps: float = 1e-6) -> Array:
+        """(..., d) -> (..., d), divided by the root mean square of the last dim; weight (d,). Zhang and Sennrich 2019."""
+
+    def attention(self, query: Array, key: Array, value: Array, causal: bool, rate: float = 0.0, seed: int = 0,
+                  tag: str = "") -> Array:
+        """softmax(query key^T / sqrt(d_head)) value; (rows, time, heads, d_head) each and in return.
+
+        `causal` hides later places. `rate` drops attention weights as `dropout` does, on their (rows, heads, time, time).
+        """
+
+    def dropout(self, x: Array, rate: float, seed: int, tag: str) -> Array:
+        """Zeroes elements and scales the rest; which ones is a pure function of (shape, rate, seed, tag), see `keep_mask`."""
+
+    # losses: sums, never means, so that shards of any size add up
+    def cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
+        """Weighted sum of -log softmax(logits)[targets]: logits (..., classes), targets (...) integer, weights (...) -> ()."""
+
+    def binary_cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
+        """Weighted sum of the logistic loss: logits, targets (0 to 1) and weights (...) -> (). Gradient for logits alone."""
+
+    def squared_error(self, x: Array, targets: Array, weights: Array) -> Array:
+        """Weighted sum of (x - targets)^2: all (...) -> (). Gradient for x alone."""
+
+    def correct(self, logits: Array, targets: Array, weights: Array) -> Array:
+        """Weighted count of argmax(logits) == targets, shapes as in `cross_entropy`. No gradient."""
+
+
+def dropout_levels(rate: float) -> int:
+    """How many of DROPOUT_LEVELS equally likely values mean "drop". ValueError unless 0 <= rate < 1."""
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"a dropout rate must be at least 0 and below 1, not {rate!r}")
+    return min(round(rate * DROPOUT_LEVELS), DROPOUT_LEVELS - 1)
+
+
+def tag_key(tag: str) -> int:
+    """A tag as an integer, the same in every process."""
+    return zlib.crc32(tag.encode())
+
+
+def keep_mask(shape: Sequence[int], rate: float, seed: int, tag: str) -> np.ndarray:
+    """Which elements `dropout` keeps, bool of `shape`: SplitMix64 (Steele et al. 2014) over element numbers.
+
+    Element 4i+j is kept if 16-bit part j (little-endian, signed) of number i is at least levels - 32768.
+    """
+    size = int(np.prod(shape, dtype=np.int64))
+    start = (mix((seed & _MASK) + GOLDEN * (tag_key(tag) + 1))) & _MASK
+    numbers = np.arange(1, -(-size // 4) + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(start)
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(MIX1)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(MIX2)
+    numbers ^= numbers >> np.uint64(31)
+    parts = numbers.astype("<u8").view("<i2")[:size]
+    return (parts >= dropout_levels(rate) - DROPOUT_LEVELS // 2).reshape(tuple(shape))
+
+
+def mix(number: int) -> int:
+    """SplitMix64's finaliser on a Python integer modulo 2^64."""
+    number &= _MASK
+    number = ((number ^ (number >> 30)) * MIX1) & _MASK
+    number = ((number ^ (number >> 27)) * MIX2) & _MASK
+    return number ^ (number >> 31)
