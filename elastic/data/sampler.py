@@ -1,0 +1,54 @@
+"""Which sample stands at which position: a pure function of (seed, position), so one integer is the cursor of a run.
+
+Positions count samples from the start of the run and run on across epochs. Step k (from 1) owns the positions
+[(k - 1) * batch_size, k * batch_size), cut into one contiguous slice per logical shard. Who computes a shard does not enter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from elastic.data.permutation import permute
+
+FILLER = -1  # a position that holds no sample; its row has weight 0
+
+
+class Sampler:
+    """The order of samples of a run whose length is given in `steps` or in `epochs` (exactly one of them)."""
+
+    def __init__(self, num_samples: int, batch_size: int, logical_shards: int, seed: int, shuffle: bool,
+                 epochs: float | None = None, steps: int | None = None):
+        if num_samples < 1:
+            raise ValueError(f"num_samples = {num_samples} must be at least 1.")
+        if logical_shards < 1 or batch_size < 1 or batch_size % logical_shards:
+            raise ValueError(f"batch_size = {batch_size} must be a multiple of logical_shards = {logical_shards}.")
+        if (epochs is None) == (steps is None):
+            raise ValueError("give either steps or epochs.")
+        self.num_samples, self.batch_size, self.logical_shards = num_samples, batch_size, logical_shards
+        self.seed, self.shuffle = seed, shuffle
+        self.shard_size = batch_size // logical_shards
+        self.num_positions = steps * batch_size if epochs is None else math.ceil(epochs * num_samples)
+        self.num_steps = -(-self.num_positions // batch_size)
+
+    def positions(self, step: int, shard: int) -> np.ndarray:
+        """(shard_size,) int64: the positions of one shard of a step; `FILLER` behind the end of the run."""
+        if not 1 <= step <= self.num_steps or not 0 <= shard < self.logical_shards:
+            raise ValueError(f"step {step}, shard {shard} is outside {self.num_steps} steps of {self.logical_shards} shards.")
+        first = (step - 1) * self.batch_size + shard * self.shard_size
+        positions = np.arange(first, first + self.shard_size, dtype=np.int64)
+        positions[positions >= self.num_positions] = FILLER
+        return positions
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, indices), int64: the epoch and the sample at each position; both `FILLER` for fillers."""
+        positions = np.asarray(positions, np.int64)
+        epochs, indices = np.divmod(positions, self.num_samples)
+        if self.shuffle:
+            for epoch in np.unique(epochs[positions >= 0]):
+                chosen = (epochs == epoch) & (positions >= 0)
+                indices[chosen] = permute(indices[chosen], self.num_samples, self.seed, int(epoch))
+        filler = positions < 0
+        epochs[filler] = indices[filler] = FILLER
+        return epochs, indices
