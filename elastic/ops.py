@@ -78,7 +78,10 @@ class Ops(Protocol):
         """Mean over `axes`, like `sum`."""
 
     def contract(self, equation: str, x: Array, y: Array, bias: Array | None = None) -> Array:
-        """An einsum of two arrays in one-letter dims without repeats, "btd,df->btf"; `bias` is added to the last dims."""
+        """An einsum of two arrays, "btd,df->btf"; `bias` is added to the last dims.
+
+        Letters are dims; none repeats inside an array, and each stands in at least two of the three arrays.
+        """
 
     # activations, elementwise
     def relu(self, x: Array) -> Array:
@@ -118,7 +121,10 @@ class Ops(Protocol):
 
     # losses: sums, never means, so that shards of any size add up
     def cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
-        """Weighted sum of -log softmax(logits)[targets]: logits (..., classes), targets (...) integer, weights (...) -> ()."""
+        """Weighted sum of -log softmax(logits)[targets]: logits (..., classes), targets (...) integer, weights (...) -> ().
+
+        Gradient for logits alone.
+        """
 
     def binary_cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
         """Weighted sum of the logistic loss: logits, targets (0 to 1) and weights (...) -> (). Gradient for logits alone."""

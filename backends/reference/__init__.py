@@ -1,0 +1,1 @@
+"""The NumPy backend: every kernel and optimizer written plainly, as the oracle for the others. Slow on purpose."""

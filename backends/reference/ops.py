@@ -1,0 +1,188 @@
+"""`elastic.ops.Ops` in NumPy, each kernel as its formula says. The shapes are documented there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from backends.reference.tape import record, value_of
+from elastic import ops as neutral
+
+Array = Any  # a Variable or a NumPy array
+
+_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+class ReferenceOps:
+    """Kernels in one precision."""
+
+    name = "reference"
+
+    def __init__(self, dtype: Any = np.float32):
+        self.dtype = np.dtype(dtype)
+
+    def constant(self, values: Any) -> Array:
+        array = np.asarray(values)
+        return array.astype(self.dtype) if array.dtype.kind == "f" else array
+
+    def reshape(self, x: Array, shape: Sequence[int]) -> Array:
+        value = value_of(x)
+        return record(value.reshape(tuple(shape)), (x,), lambda g: (g.reshape(value.shape),))
+
+    def transpose(self, x: Array, axes: Sequence[int]) -> Array:
+        return record(value_of(x).transpose(axes), (x,), lambda g: (g.transpose(np.argsort(axes)),))
+
+    def concatenate(self, arrays: Sequence[Array], axis: int) -> Array:
+        values = [value_of(a) for a in arrays]
+        cuts = np.cumsum([v.shape[axis] for v in values])[:-1]
+        return record(np.concatenate(values, axis), tuple(arrays), lambda g: np.split(g, cuts, axis))
+
+    def unbind(self, x: Array, axis: int) -> tuple[Array, ...]:
+        shape = list(x.shape)
+        length = shape.pop(axis)
+        return tuple(self.reshape(self.narrow(x, axis, i, 1), shape) for i in range(length))
+
+    def narrow(self, x: Array, axis: int, start: int, length: int) -> Array:
+        value = value_of(x)
+        where = [slice(None)] * value.ndim
+        where[axis] = slice(start, start + length)
+
+        def pull(g: np.ndarray) -> tuple[np.ndarray]:
+            whole = np.zeros_like(value)
+            whole[tuple(where)] = g
+            return (whole,)
+
+        return record(value[tuple(where)], (x,), pull)
+
+    def gather(self, table: Array, indices: Array) -> Array:
+        value = value_of(table)
+
+        def pull(g: np.ndarray) -> tuple[np.ndarray]:
+            whole = np.zeros_like(value)
+            np.add.at(whole, indices, g)
+            return (whole,)
+
+        return record(value[indices], (table,), pull)
+
+    def add(self, x: Array, y: Array) -> Array:
+        return record(value_of(x) + value_of(y), (x, y), lambda g: (g, g))
+
+    def subtract(self, x: Array, y: Array) -> Array:
+        return record(value_of(x) - value_of(y), (x, y), lambda g: (g, -g))
+
+    def multiply(self, x: Array, y: Array) -> Array:
+        a, b = value_of(x), value_of(y)
+        return record(a * b, (x, y), lambda g: (g * b, g * a))
+
+    def divide(self, x: Array, y: Array) -> Array:
+        a, b = value_of(x), value_of(y)
+        return record(a / b, (x, y), lambda g: (g / b, -g * a / (b * b)))
+
+    def exp(self, x: Array) -> Array:
+        out = np.exp(value_of(x))
+        return record(out, (x,), lambda g: (g * out,))
+
+    def log(self, x: Array) -> Array:
+        return record(np.log(value_of(x)), (x,), lambda g: (g / value_of(x),))
+
+    def sqrt(self, x: Array) -> Array:
+        out = np.sqrt(value_of(x))
+        return record(out, (x,), lambda g: (g / (2 * out),))
+
+    def sum(self, x: Array, axes: Sequence[int] | None = None, keep: bool = False) -> Array:
+        value = value_of(x)
+        every = tuple(range(value.ndim)) if axes is None else tuple(axis % value.ndim for axis in axes)
+        kept = tuple(1 if i in every else length for i, length in enumerate(value.shape))
+        return record(value.sum(axis=every, keepdims=keep), (x,), lambda g: (np.broadcast_to(g.reshape(kept), value.shape),))
+
+    def mean(self, x: Array, axes: Sequence[int] | None = None, keep: bool = False) -> Array:
+        every = range(len(x.shape)) if axes is None else axes
+        return self.divide(self.sum(x, axes, keep), self._number(math.prod(x.shape[axis] for axis in every)))
+
+    def contract(self, equation: str, x: Array, y: Array, bias: Array | None = None) -> Array:
+        inputs, out = equation.replace(" ", "").split("->")
+        left, right = inputs.split(",")
+        a, b = value_of(x), value_of(y)
+        product = record(np.einsum(equation, a, b, optimize=True), (x, y), lambda g: (
+            np.einsum(f"{out},{right}->{left}", g, b, optimize=True),
+            np.einsum(f"{left},{out}->{right}", a, g, optimize=True)))
+        return product if bias is None else self.add(product, bias)
+
+    def relu(self, x: Array) -> Array:
+        value = value_of(x)
+        return record(np.maximum(value, 0), (x,), lambda g: (g * (value > 0),))
+
+    def gelu(self, x: Array) -> Array:
+        value = value_of(x)
+        below = 0.5 * (1 + _erf(value / math.sqrt(2)).astype(value.dtype))
+        density = np.exp(-0.5 * value * value) / math.sqrt(2 * math.pi)
+        return record((value * below).astype(value.dtype), (x,), lambda g: (g * (below + value * density),))
+
+    def sigmoid(self, x: Array) -> Array:
+        value = value_of(x)
+        out = np.exp(-np.logaddexp(0, -value))
+        return record(out, (x,), lambda g: (g * out * (1 - out),))
+
+    def tanh(self, x: Array) -> Array:
+        out = np.tanh(value_of(x))
+        return record(out, (x,), lambda g: (g * (1 - out * out),))
+
+    def softmax(self, x: Array, axis: int = -1) -> Array:
+        value = value_of(x)
+        out = np.exp(value - value.max(axis=axis, keepdims=True))
+        out = out / out.sum(axis=axis, keepdims=True)
+        return record(out, (x,), lambda g: (out * (g - (g * out).sum(axis=axis, keepdims=True)),))
+
+    def log_softmax(self, x: Array, axis: int = -1) -> Array:
+        value = value_of(x)
+        shifted = value - value.max(axis=axis, keepdims=True)
+        out = shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
+        return record(out, (x,), lambda g: (g - np.exp(out) * g.sum(axis=axis, keepdims=True),))
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None = None, eps: float = 1e-5) -> Array:
+        centred = self.subtract(x, self.mean(x, (-1,), keep=True))
+        out = self.rms_norm(centred, weight, eps)  # the root mean square of what is centred is its deviation
+        return out if bias is None else self.add(out, bias)
+
+    def rms_norm(self, x: Array, weight: Array, eps: float = 1e-6) -> Array:
+        square = self.mean(self.multiply(x, x), (-1,), keep=True)
+        return self.multiply(self.divide(x, self.sqrt(self.add(square, self._number(eps)))), weight)
+
+    def attention(self, query: Array, key: Array, value: Array, causal: bool, rate: float = 0.0, seed: int = 0,
+                  tag: str = "") -> Array:
+        scores = self.contract("bqhe,bkhe->bhqk", query, key)
+        scores = self.multiply(scores, self._number(1 / math.sqrt(query.shape[-1])))
+        if causal:
+            scores = self.add(scores, np.triu(np.full(scores.shape[-2:], -np.inf, self.dtype), 1))
+        return self.contract("bhqk,bkhe->bqhe", self.dropout(self.softmax(scores), rate, seed, tag), value)
+
+    def dropout(self, x: Array, rate: float, seed: int, tag: str) -> Array:
+        levels = neutral.dropout_levels(rate)
+        if not levels:
+            return x
+        scale = self._number(neutral.DROPOUT_LEVELS / (neutral.DROPOUT_LEVELS - levels))
+        return self.multiply(x, neutral.keep_mask(x.shape, rate, seed, tag) * scale)
+
+    def cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
+        scores = self.log_softmax(logits)
+        chosen = np.eye(logits.shape[-1], dtype=self.dtype)[targets]
+        each = self.sum(self.multiply(scores, chosen), (-1,))
+        return self.multiply(self.sum(self.multiply(each, weights)), self._number(-1.0))
+
+    def binary_cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
+        z, y, w = value_of(logits), value_of(targets), value_of(weights)
+        each = np.logaddexp(0, z) - z * y  # -y log s - (1 - y) log(1 - s), s = 1 / (1 + exp(-z))
+        return record((w * each).sum(), (logits,), lambda g: (g * w * (np.exp(-np.logaddexp(0, -z)) - y),))
+
+    def squared_error(self, x: Array, targets: Array, weights: Array) -> Array:
+        difference = self.subtract(x, targets)
+        return self.sum(self.multiply(self.multiply(difference, difference), weights))
+
+    def correct(self, logits: Array, targets: Array, weights: Array) -> Array:
+        return ((value_of(logits).argmax(-1) == targets) * value_of(weights)).sum()
+
+    def _number(self, number: float) -> np.ndarray:
+        return np.asarray(number, self.dtype)  # a bare float64 scalar array would widen float32 ones
