@@ -2,7 +2,8 @@
 
 Hazards, each measured: `abort()` does not wake a waiter, so waits are sliced; reduce_scatter ignores sliced waits, so it is
 all-to-all and an ordered sum; send and recv break the pair, so they are a broadcast in a group of two; freeing a group whose
-peer hangs blocks, so a thread does it; a peer that was only stopped writes into the old buffers when it goes on.
+peer hangs blocks, so a thread does it; a peer that was only stopped writes into the old buffers when it goes on. The first
+send or receive between two ranks forms their group: a peer that dies before it has come is noticed by the others' word alone.
 """
 
 from __future__ import annotations

@@ -1,0 +1,156 @@
+"""What members do in the contract tests of groups. Each case gets a formed group and what its member keeps for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from elastic.collective import reduction
+from elastic.collective.reduction import Scratch, SubtreeSums, out_size
+from elastic.errors import GroupBroken
+from elastic.mesh import shards_of
+
+NUM = 13  # odd, and no multiple of any group's size
+
+
+def values(rank: int, count: int, dtype: str) -> np.ndarray:
+    """Small whole numbers: their sums are exact in every dtype and order."""
+    return np.random.default_rng([rank, count]).integers(-50, 50, count).astype(dtype)
+
+
+def to_rank(rank: int, size: int) -> list[int]:
+    """How much `rank` sends to each: uneven, sometimes nothing."""
+    return [(2 * rank + 3 * peer) % 4 for peer in range(size)]
+
+
+def every_call(group: Any, keep: dict[str, Any], dtype: str) -> dict[str, np.ndarray]:
+    rank, size = group.rank, group.size
+    found = {}
+    mine = values(rank, NUM, dtype)
+    found["all_reduce"] = mine.copy()
+    group.all_reduce(found["all_reduce"])
+    found["all_gather"] = np.zeros(NUM * size, dtype)
+    group.all_gather(found["all_gather"], mine)
+    found["reduce_scatter"] = np.zeros(NUM, dtype)
+    group.reduce_scatter(found["reduce_scatter"], values(rank, NUM * size, dtype))
+    counts, out_counts = to_rank(rank, size), [to_rank(peer, size)[rank] for peer in range(size)]
+    found["all_to_all"] = np.zeros(sum(out_counts), dtype)
+    group.all_to_all(found["all_to_all"], out_counts, values(rank, sum(counts), dtype), counts)
+    for root in range(size):
+        found[f"broadcast {root}"] = values(rank, NUM, dtype)
+        group.broadcast(found[f"broadcast {root}"], root)
+    group.barrier()
+    if size > 1 and rank in (0, size - 1):
+        peer = size - 1 - rank
+        found["receive"] = np.zeros(NUM, dtype)
+        for turn in (0, size - 1):
+            group.send(mine, peer) if rank == turn else group.receive(found["receive"], peer)
+    if size > 2 and rank > 0:
+        found["subgroup"] = mine.copy()
+        group.subgroup(range(1, size)).broadcast(found["subgroup"], 0)
+    assert mine.tolist() == values(rank, NUM, dtype).tolist(), "a call changed what it only had to send"
+    return found
+
+
+def many_calls(group: Any, keep: dict[str, Any], rounds: int) -> float:
+    """Small and large calls in turn, with members out of step."""
+    total = 0.0
+    random = np.random.default_rng(group.rank)
+    for turn in range(rounds):
+        for _ in range(int(random.integers(0, 3000))):
+            total += 0.0
+        votes = np.zeros(4 * group.size)
+        group.all_gather(votes, np.full(4, float(turn * group.size + group.rank)))
+        assert votes[::4].tolist() == [float(turn * group.size + r) for r in range(group.size)]
+        wide = np.full(20_000 + turn, 1.0, np.float32)
+        group.all_reduce(wide)
+        assert (wide == group.size).all()
+        group.broadcast(wide[:turn + 1], turn % group.size)
+        total += float(votes.sum())
+    return total
+
+
+def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, block: int, chunk: int, steps: int) -> list[bytes]:
+    """The canonical reduction as the loop does it, in buffers of the group's own where it has some."""
+    allocate = getattr(group, "allocate", lambda n: np.zeros(n, np.float32))
+    out, scratch, free = allocate(out_size(numel, block, group.size)), Scratch(lambda n: np.zeros(n, np.float32)), []
+    found = []
+    for step in range(steps):
+        def take() -> np.ndarray:
+            buffer = free.pop() if free else allocate(numel)
+            buffer[:] = 0
+            return buffer
+
+        run = shards_of(group.rank, group.size, num_shards)
+        sums = SubtreeSums(run, num_shards, take, free.append)
+        for shard in run:
+            buffer = sums.begin(shard)
+            buffer += leaf(step, shard, numel)
+            sums.end(shard)
+        found.append(reduction.reduce(group, sums.nodes(), num_shards, out, numel, block, scratch, chunk)[:numel].tobytes())
+        free += [buffer for _, buffer in sums.nodes()]
+    return found
+
+
+def leaf(step: int, shard: int, numel: int) -> np.ndarray:
+    random = np.random.default_rng([step, shard])
+    return (random.choice([-1.0, 1.0], numel) * 10.0 ** random.uniform(-15, 15, numel)).astype(np.float32)
+
+
+def enter(group: Any, keep: dict[str, Any], call: str, silent: int = -1) -> str:
+    """One call in which rank `silent` does not take part; then the same again, which must fail at once."""
+    if call == "receive again":  # they have met before
+        group.send(np.ones(12, np.float32), 0) if group.rank == silent else group.receive(np.ones(12, np.float32), silent)
+    if group.rank == silent:
+        keep["idle"] = group
+        return "silent"
+    for _ in range(2):
+        try:
+            one(group, call)
+        except GroupBroken as error:
+            message = str(error)
+        else:
+            return "completed"
+    return message
+
+
+def one(group: Any, call: str) -> None:
+    call, size, wide = call.split()[0], group.size, np.ones(12, np.float32)
+    peer = next(rank for rank in (1, 0) if rank != group.rank)
+    {"all_reduce": lambda: group.all_reduce(wide),
+     "reduce_scatter": lambda: group.reduce_scatter(np.zeros(12 // size, np.float32), wide[:12 // size * size]),
+     "all_gather": lambda: group.all_gather(np.zeros(12 * size, np.float32), wide),
+     "all_to_all": lambda: group.all_to_all(np.zeros(2 * size, np.float32), [2] * size, wide[:2 * size], [2] * size),
+     "broadcast": lambda: group.broadcast(wide, 1),
+     "receive": lambda: group.receive(wide, peer),
+     "barrier": group.barrier}[call]()
+
+
+def wide_sum(group: Any, keep: dict[str, Any], numel: int) -> bytes:
+    """Sums wide buffers for ever: whoever is stopped is stopped inside."""
+    while True:
+        keep["wide"] = np.full(numel, 1.0 + group.rank, np.float32)
+        group.all_reduce(keep["wide"])
+
+
+def hold(group: Any, keep: dict[str, Any], numel: int) -> str:
+    """Fills buffers in a new group and keeps them and the group."""
+    keep["mine"] = [getattr(group, "allocate", lambda n: np.zeros(n, np.float32))(numel), np.zeros(numel, np.float32)]
+    for buffer in keep["mine"]:
+        buffer[:] = np.arange(numel, dtype=np.float32)
+        group.broadcast(buffer, 0)
+    keep["group"] = group
+    return "held"
+
+
+def look(group: Any, keep: dict[str, Any], numel: int) -> list[str]:
+    """What became of the kept buffers, and whether the kept group still works."""
+    total = np.ones(numel, np.float32)
+    keep["group"].all_reduce(total)
+    expected = np.arange(numel, dtype=np.float32).tobytes()
+    return ["same" if b.tobytes() == expected else "changed" for b in keep["mine"]] + [str(float(total.mean()))]
+
+
+def nothing(group: Any, keep: dict[str, Any]) -> str:
+    return "formed"

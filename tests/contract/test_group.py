@@ -1,0 +1,209 @@
+"""One contract, every kind of group: threads, processes over TCP, processes over shared memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.contract.cases import NUM, leaf, to_rank, values
+from tests.contract.members import KILLED, Processes, Threads
+
+TRANSPORTS = ("local", "gloo")
+SOON_S = 2.0
+names = (f"group-{os.getpid()}-{number}" for number in itertools.count())
+
+
+def shared_files() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("elastic-")}
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def world(request: pytest.FixtureRequest) -> Iterator[Any]:
+    before = shared_files()
+    world = Threads() if request.param == "local" else Processes(request.param)
+    yield world
+    world.close()
+    assert shared_files() <= before, "shared memory is left behind"
+    assert all(not process.is_alive() for process in getattr(world, "processes", {}).values())
+
+
+def start_all(world: Any, size: int, case: str, *args: Any) -> str:
+    name = next(names)
+    for rank in range(size):
+        world.start(name, rank, rank, size, case, args)
+    return name
+
+
+def run_all(world: Any, size: int, case: str, *args: Any) -> list[Any]:
+    name = start_all(world, size, case, *args)
+    results = [world.seats[rank].result(name) for rank in range(size)]
+    assert [kind for kind, _ in results] == ["ok"] * size, results
+    return [value for _, value in results]
+
+
+def wait_formed(world: Any, name: str, size: int) -> None:
+    for rank in range(size):
+        assert world.seats[rank].result(name, ("formed", "failed", "broken")) == ("formed", None)
+
+
+def assert_broken_soon(world: Any, name: str, members: list[int], started: float) -> list[str]:
+    """All raise in time. As the controller does, the word of the first to see it goes to the others."""
+    first = threading.Event()
+    results: dict[int, tuple[str, Any]] = {}
+
+    def listen(member: int) -> None:
+        results[member] = world.seats[member].result(name)
+        first.set()
+
+    threads = [threading.Thread(target=listen, args=(member,), daemon=True) for member in members]
+    for thread in threads:
+        thread.start()
+    assert first.wait(SOON_S), "nobody noticed"
+    for member in members:
+        world.abandon(name, member)
+    for thread in threads:
+        thread.join(SOON_S)
+    assert time.monotonic() - started < 2 * SOON_S
+    assert {kind for kind, _ in results.values()} == {"ok"} and len(results) == len(members), results
+    return [value for _, value in results.values()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_every_call_against_numpy(world: Any, size: int, dtype: str) -> None:
+    if size == 1 and world.transport != "local":
+        pytest.skip("a group of one is SoloGroup's, which the threads use")
+    results = run_all(world, size, "every_call", dtype)
+    parts = [values(rank, NUM, dtype) for rank in range(size)]
+    total = sum(values(rank, NUM * size, dtype) for rank in range(size))
+    for rank, found in enumerate(results):
+        expected = {"all_reduce": sum(parts), "all_gather": np.concatenate(parts),
+                    "reduce_scatter": total[rank * NUM:(rank + 1) * NUM], "all_to_all": expected_all_to_all(rank, size, dtype)}
+        expected |= {f"broadcast {root}": parts[root] for root in range(size)}
+        if size > 1 and rank in (0, size - 1):
+            expected["receive"] = parts[size - 1 - rank]
+        if size > 2 and rank > 0:
+            expected["subgroup"] = parts[1]
+        assert set(found) == set(expected)
+        for call, array in expected.items():
+            np.testing.assert_array_equal(found[call], array, err_msg=f"{call}, rank {rank}", strict=True)
+
+
+def expected_all_to_all(rank: int, size: int, dtype: str) -> np.ndarray:
+    pieces = []
+    for peer in range(size):
+        counts = to_rank(peer, size)
+        start = sum(counts[:rank])
+        pieces.append(values(peer, sum(counts), dtype)[start:start + counts[rank]])
+    return np.concatenate(pieces)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_many_calls_in_a_row(world: Any, size: int) -> None:
+    assert len(set(run_all(world, size, "many_calls", 50))) == 1
+
+
+@pytest.mark.parametrize(("num_shards", "size"), [(8, 2), (8, 3), (5, 4), (2, 3)])
+def test_exact_sum(world: Any, num_shards: int, size: int) -> None:
+    def tree(leaves: list[np.ndarray]) -> np.ndarray:
+        if len(leaves) == 1:
+            return leaves[0]
+        left = 2 ** (math.ceil(math.log2(len(leaves))) - 1)
+        return tree(leaves[:left]) + tree(leaves[left:])
+
+    numel, block, steps = 1000, 64, 3
+    expected = [tree([leaf(step, shard, numel) for shard in range(num_shards)]).tobytes() for step in range(steps)]
+    for result in run_all(world, size, "exact_sum", num_shards, numel, block, 512, steps):
+        assert result == expected
+
+
+@pytest.mark.parametrize("call", ["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "barrier",
+                                  "receive again"])
+def test_a_killed_member_breaks_the_group(world: Any, call: str) -> None:
+    members = [0] if call == "receive again" else [0, 2]
+    name = start_all(world, len(members) + 1, "enter", call, 1)
+    wait_formed(world, name, len(members) + 1)
+    assert world.seats[1].result(name) == ("ok", "silent")
+    started = time.monotonic()
+    world.kill(1)
+    messages = assert_broken_soon(world, name, members, started)
+    assert all("the group" in message for message in messages)
+
+
+def test_two_killed_at_once(world: Any) -> None:
+    name = start_all(world, 4, "wide_sum", 100_000)
+    wait_formed(world, name, 4)
+    world.kill(0)
+    world.kill(2)
+    started = time.monotonic()
+    kinds = []
+    for member in (1, 3):
+        kinds.append(world.seats[member].result(name, timeout_s=SOON_S)[0])
+    assert kinds == ["broken", "broken"] and time.monotonic() - started < 2 * SOON_S
+
+
+@pytest.mark.parametrize("call", ["all_reduce", "all_gather", "barrier", "receive"])
+def test_abandon_wakes_a_waiter(world: Any, call: str) -> None:
+    name = start_all(world, 2, "enter", call, 1)
+    wait_formed(world, name, 2)
+    assert world.seats[1].result(name) == ("ok", "silent")
+    with pytest.raises(AssertionError, match="no word"):
+        world.seats[0].result(name, timeout_s=0.3)  # it does wait: nobody has told it anything yet
+    world.abandon(name, 0)
+    kind, message = world.seats[0].result(name, timeout_s=SOON_S)
+    assert kind == "ok" and "was abandoned" in message
+
+
+def test_abandon_while_forming(world: Any) -> None:
+    if world.transport == "local":
+        pytest.skip("threads form without waiting")
+    name = next(names)
+    world.start(name, 0, 0, 2, "nothing")
+    with pytest.raises(AssertionError, match="no word"):
+        world.seats[0].result(name, timeout_s=0.5)
+    world.abandon(name, 0)
+    kind, message = world.seats[0].result(name, timeout_s=SOON_S)
+    assert kind == "broken" and "was abandoned" in message
+
+
+def test_no_store_at_the_address(world: Any) -> None:
+    if world.transport == "local":
+        pytest.skip("threads have no store")
+    name = next(names)
+    world.start(name, 0, 0, 2, "nothing", (), 1.0, "127.0.0.1:9")
+    kind, message = world.seats[0].result(name)
+    assert kind == "broken" and name in message
+
+
+def test_a_stopped_member_that_goes_on_changes_nothing(world: Any) -> None:
+    numel = 3_000_000
+    name = start_all(world, 3, "wide_sum", numel)
+    wait_formed(world, name, 3)
+    world.stop(2)
+    for member in (0, 1):
+        with pytest.raises(AssertionError, match="no word"):
+            world.seats[member].result(name, timeout_s=0.3)  # a stopped peer is no dead one: they wait
+        world.abandon(name, member)
+    for member in (0, 1):
+        assert world.seats[member].result(name, timeout_s=SOON_S)[0] == "broken"
+    after = next(names)
+    for rank in (0, 1):
+        world.start(after, rank, rank, 2, "hold", (numel,))
+    for rank in (0, 1):
+        assert world.seats[rank].result(after) == ("ok", "held")
+    world.cont(2, name)
+    world.abandon(name, 2)
+    assert world.seats[2].result(name)[0] in ("broken", KILLED)
+    again = next(names)
+    for rank in (0, 1):
+        world.start(again, rank, rank, 2, "look", (numel,))
+    for rank in (0, 1):
+        assert world.seats[rank].result(again) == ("ok", ["same", "same", "2.0"])
