@@ -16,15 +16,15 @@ class Dataset(Protocol):
     num_samples: int
     fills: bool
 
-    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        """Columns by name, one row for each index; the epoch may vary what a sample looks like (augmentation, offsets)."""
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Any:
+        """Columns by name (a user's own may be a tuple), one row for each index; the epoch may vary what a sample looks like (augmentation, offsets)."""
 
 
 class MapStyle:
     """A user's data set with a length and items that are dicts or tuples of arrays or numbers.
 
-    The items of a batch are stacked per key; a tuple's columns are named "0", "1" and so on. Batches hold real rows only, so the
-    last one of a run may be shorter, down to none.
+    A batch is what an item is, a dict or a tuple, with the items stacked along a new first axis. It holds real rows only, so
+    the last one of a run may be shorter, down to none.
     """
 
     fills = False
@@ -38,25 +38,23 @@ class MapStyle:
         if self.num_samples < 1:
             raise RecipeError(f"data.kind: {type(source).__name__} has no samples; give one with at least one.")
 
-    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        items = [self._columns(int(index)) for index in indices]
-        if not items:
-            return {name: np.stack([value])[:0] for name, value in self._columns(0).items()}
-        return {name: self._stack(name, items, indices) for name in items[0]}
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray] | tuple[np.ndarray, ...]:
+        chosen = [int(index) for index in indices] or [0]  # with no rows, item 0 still tells columns and shapes
+        kind, items = self._items(chosen)
+        columns = {name: np.stack([item[name] for item in items])[:len(indices)] for name in items[0]}
+        return columns if kind is dict else tuple(columns.values())
 
-    def _columns(self, index: int) -> dict[str, np.ndarray]:
-        item = self.source[index]
-        if isinstance(item, (tuple, list)):
-            item = {str(number): value for number, value in enumerate(item)}
-        if not isinstance(item, Mapping):
-            raise RecipeError(f"data.kind: item {index} is a {type(item).__name__}; give a dict or a tuple of arrays.")
-        return {name: np.asarray(value) for name, value in item.items()}
-
-    @staticmethod
-    def _stack(name: str, items: list[dict[str, np.ndarray]], indices: np.ndarray) -> np.ndarray:
-        for item, index in zip(items, indices, strict=True):
-            found = item[name].shape if name in item else None
-            if found != items[0][name].shape:
-                raise RecipeError(f"data.kind: {name!r} of item {int(index)} has shape {found}, that of item {int(indices[0])} "
-                                  f"{items[0][name].shape}; give every item the same columns and shapes.")
-        return np.stack([item[name] for item in items])
+    def _items(self, indices: list[int]) -> tuple[type, list[dict[Any, np.ndarray]]]:
+        kinds, items = [], []
+        for index in indices:
+            item = self.source[index]
+            kinds.append(dict if isinstance(item, Mapping) else tuple)
+            if not isinstance(item, (Mapping, tuple, list)):
+                raise RecipeError(f"data.kind: item {index} is a {type(item).__name__}; give a dict or a tuple of arrays.")
+            named = item.items() if isinstance(item, Mapping) else enumerate(item)
+            items.append({name: np.asarray(value) for name, value in named})
+            found, first = ({name: value.shape for name, value in items[n].items()} for n in (-1, 0))
+            if found != first:
+                raise RecipeError(f"data.kind: item {index} has columns {found}, item {indices[0]} has {first}; "
+                                  "give every item the same columns and shapes.")
+        return kinds[0], items

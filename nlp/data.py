@@ -1,0 +1,188 @@
+"""Text files as windows of tokens: read through pyarrow, tokenised once into Arrow files, memory-mapped afterwards.
+
+The data door of a language model: `prepare` turns the recipe's `[data]` into plain facts (`info`), `open_dataset` turns the
+facts into a data set. Both give the same on every machine that sees the same text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pyarrow import fs
+
+from elastic.data.arrow import FORMAT, read_tokens, write_atomically, write_tokens
+from elastic.data.permutation import keyed_words
+from elastic.errors import RecipeError, UserError
+from nlp import tokens as tokenizing
+from nlp.gpt import Config
+
+VOCAB_SIZE = 512  # of byte pairs, where the recipe says nothing
+
+
+def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -> dict[str, Any]:
+    """Facts that a model and `open_dataset` need, as plain values; tokenises the text where `cache_dir` does not hold it yet.
+
+    `data` has format, path (list), tokens, eval_fraction, eval_path (list or nothing) and perhaps vocab_size. Keys of the result:
+    vocab_size, tokenizer (its spec), context, num_tokens, num_eval_tokens, train_file, eval_file, sources. RecipeError
+    names the key, the file and the remedy.
+    """
+    context = model_config.get("context", Config.context)
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+        raise RecipeError(f"model.context = {context!r} must be a whole number of at least 1.")
+    source = read(data)
+    folder = Path(cache_dir) / f"tokens-{source.key}"
+    facts = folder / "facts.json"
+    try:
+        known = json.loads(facts.read_text())
+    except (OSError, ValueError):
+        known = tokenise(source, folder, facts)
+    files = {"train_file": str(folder / "train.arrow"), "eval_file": str(folder / "eval.arrow")}
+    info = {**known, **files, "context": context, "sources": list(data.path)}
+    check_lengths(data, info)
+    return info
+
+
+def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> TokenWindows:
+    """The "train" split, its windows shifted anew every epoch, or the "eval" split, not shifted."""
+    tokens = read_tokens(info[f"{split}_file"])
+    expected = info["num_tokens" if split == "train" else "num_eval_tokens"]
+    if len(tokens) != expected:
+        raise UserError(f"The token file {info[f'{split}_file']} holds {len(tokens)} tokens instead of {expected}; "
+                        "delete its folder, it is made again.")
+    return TokenWindows(tokens, info["context"], seed if split == "train" else None)
+
+
+def encode(info: Mapping[str, Any], text: str) -> list[int]:
+    """The token ids of a prompt."""
+    return tokenizing.build(info["tokenizer"]).encode(text).tolist()
+
+
+def decode(info: Mapping[str, Any], tokens: Sequence[int]) -> str:
+    """The text of token ids."""
+    return tokenizing.build(info["tokenizer"]).decode(tokens)
+
+
+class TokenWindows:
+    """Windows of `context` + 1 tokens, the last `context` of which are the targets of the first.
+
+    Window i of epoch e starts at i * context + offset(e), with an offset in [0, context) drawn from (seed, e), so that over the
+    epochs a model sees other cuts of the text; without a seed the offset is 0. No token is a target twice in an epoch.
+    """
+
+    fills = True
+
+    def __init__(self, tokens: np.ndarray, context: int, seed: int | None):
+        self.tokens, self.context, self.seed = tokens, context, seed
+        shifts = 1 if seed is None else context
+        self.num_samples = max(0, (len(tokens) - shifts) // context)
+
+    def offset(self, epoch: int) -> int:
+        return 0 if self.seed is None else draw_offset(self.seed, epoch, self.context)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        """{"tokens": int32 (rows, context + 1)}."""
+        offsets = np.array([self.offset(epoch) for epoch in np.asarray(epochs).tolist()], np.int64)
+        starts = np.asarray(indices, np.int64) * self.context + offsets
+        return {"tokens": self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int32)}
+
+
+@lru_cache(maxsize=1024)
+def draw_offset(seed: int, epoch: int, context: int) -> int:
+    return int(keyed_words(1, seed, epoch, context)[0] % np.uint64(context))
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of both splits, and a key that names text and tokenizer settings."""
+
+    training: str
+    evaluation: str
+    kind: str
+    vocab_size: int
+    key: str
+
+
+def read(data: Any) -> Source:
+    """Reads and checks the files that `data` names, and cuts off the evaluation text (as nanoGPT: the last part, by characters)."""
+    kind, vocab_size = data.tokens or "char", getattr(data, "vocab_size", None) or VOCAB_SIZE
+    if kind not in tokenizing.KINDS:
+        raise RecipeError(f"data.tokens = {kind!r} must be one of {', '.join(tokenizing.KINDS)}.")
+    if kind == "bpe" and vocab_size < 256:
+        raise RecipeError(f"data.vocab_size = {vocab_size} must be at least 256, one for each byte.")
+    training = read_all("data.path", data.path)
+    if data.eval_path:
+        evaluation = read_all("data.eval_path", data.eval_path)
+    else:
+        cut = int(len(training) * (1.0 - data.eval_fraction))
+        training, evaluation = training[:cut], training[cut:]
+    digest = hashlib.sha256()
+    for part in (FORMAT, kind, str(vocab_size) if kind == "bpe" else "", training, evaluation):
+        digest.update(hashlib.sha256(part.encode()).digest())
+    return Source(training, evaluation, kind, vocab_size, digest.hexdigest()[:32])
+
+
+def read_all(key: str, paths: Sequence[str]) -> str:
+    """The files one after the other; a line break is put where one ends without."""
+    if isinstance(paths, str):
+        paths = [paths]
+    if not paths:
+        raise RecipeError(f"{key} names no file; give a text file, a folder, a glob or a list.")
+    texts = [read_text(key, str(path)) for path in paths]
+    return "".join(text if text.endswith("\n") or n == len(texts) - 1 else text + "\n" for n, text in enumerate(texts))
+
+
+def read_text(key: str, path: str) -> str:
+    try:
+        system, inner = fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
+        with system.open_input_stream(inner) as stream:
+            content = stream.read()
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key}: the file {path} cannot be read ({describe(error)}); correct the path or make the file readable.") from error
+    if not content:
+        raise RecipeError(f"{key}: the file {path} is empty; give a file with text or leave it out.")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{key}: the file {path} is not UTF-8 at byte {error.start}; convert it to UTF-8 or leave it out.") from error
+
+
+def describe(error: BaseException) -> str:
+    """An operating system's error without its path; Arrow's own first sentence."""
+    return str(getattr(error, "strerror", None) or error).split(". Detail", 1)[0]
+
+
+def tokenise(source: Source, folder: Path, facts: Path) -> dict[str, Any]:
+    """Writes both splits and then the facts, which make the folder count. Several writers write the same."""
+    spec = tokenizing.train(source.kind, source.training, source.training + source.evaluation, source.vocab_size)
+    tokenizer = tokenizing.build(spec)
+    kind = np.uint8 if tokenizer.size <= 1 << 8 else np.uint16 if tokenizer.size <= 1 << 16 else np.int32
+    splits = {"train": tokenizer.encode(source.training).astype(kind), "eval": tokenizer.encode(source.evaluation).astype(kind)}
+    known = {"vocab_size": tokenizer.size, "tokenizer": spec, "num_tokens": len(splits["train"]),
+             "num_eval_tokens": len(splits["eval"])}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, tokens in splits.items():
+            write_tokens(folder / f"{split}.arrow", tokens)
+        write_atomically(facts, json.dumps(known).encode())
+    except OSError as error:
+        raise UserError(f"The token cache {folder} cannot be written ({error.strerror}); make it writable or free some space.") from error
+    return known
+
+
+def check_lengths(data: Any, info: Mapping[str, Any]) -> None:
+    """At least one window in each split that is asked for."""
+    context, files = info["context"], ", ".join(info["sources"][:3]) + (", ..." if len(info["sources"]) > 3 else "")
+    if info["num_tokens"] < 2 * context:
+        raise RecipeError(f"data.path: {files} gives {info['num_tokens']} tokens to train on, fewer than the {2 * context} that "
+                          f"model.context = {context} needs; give more text or a smaller context.")
+    if 0 < info["num_eval_tokens"] <= context:
+        key = f"data.eval_path = {data.eval_path!r}" if data.eval_path else f"data.eval_fraction = {data.eval_fraction}"
+        raise RecipeError(f"{key} gives {info['num_eval_tokens']} tokens of {files}, fewer than one window of model.context + 1 = {context + 1}; "
+                          "give more text, a larger part or a smaller context.")
