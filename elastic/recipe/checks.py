@@ -1,0 +1,119 @@
+"""What must hold between keys, and which known values this version does not serve yet. Pure; `RecipeError` in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elastic.errors import RecipeError
+from elastic.recipe.sections import LATER_KINDS, Recipe
+
+OWN_KIND = '"nlp.gpt", or "package.module:attribute" for your own'
+LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, what to write)
+    "backend.name": (("torch", "reference"), '"torch"'),
+    "data.format": ((None, "text"), '"text", or data.kind = "package.module:attribute"'),
+    "data.ledger": ((False,), "false"),
+    "data.label": (("",), "nothing: leave it out"),
+    "data.categorical": (((),), "nothing: leave it out"),
+    "data.numeric": (((),), "nothing: leave it out"),
+    "data.text": (("",), "nothing: leave it out"),
+    "data.image": (("",), "nothing: leave it out"),
+    "data.embedding_dim": ((None,), "nothing: leave it out"),
+    "data.oov": (("hash",), "nothing: leave it out"),
+    "mesh.tensor": ((1,), "1"),
+    "mesh.pipeline": ((1,), "1"),
+    "mesh.expert": ((1,), "1"),
+    "mesh.schedule": (("1f1b",), "nothing: leave it out"),
+    "mesh.micro_batches": ((1,), "1"),
+    "optimizer.name": (("adamw", "adam", "sgd", "adagrad"), '"adamw", "adam", "sgd" or "adagrad"'),
+    "optimizer.sharded": ((False,), "false"),
+    "checkpoint.path": (("",), '"" for the run directory'),
+    "embedding.placement": (("workers",), "nothing: leave it out"),
+    "embedding.servers": ((1,), "nothing: leave it out"),
+    "embedding.consistency": (("sync",), "nothing: leave it out"),
+    "embedding.staleness": ((0,), "nothing: leave it out"),
+}
+
+
+def shown(value: Any) -> str:
+    """A value as a recipe would write it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(shown(item) for item in value) + "]"
+    return str(value)
+
+
+def check_later(recipe: Recipe) -> None:
+    """Refuses what is known but not served yet."""
+    for key, (served, remedy) in LATER.items():
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name)
+        if value not in served:
+            raise RecipeError(f"{key} = {shown(value)} is not yet supported; write {remedy}.")
+    if recipe.model.kind in LATER_KINDS:
+        raise RecipeError(f"model.kind = {shown(recipe.model.kind)} is not yet supported; write {OWN_KIND}.")
+
+
+def check_model(recipe: Recipe) -> None:
+    kind, data = recipe.model.kind, recipe.data
+    if ":" not in kind and kind != "nlp.gpt":
+        raise RecipeError(f"model.kind = {shown(kind)} is no kind of model; write {OWN_KIND}.")
+    if ":" in kind and recipe.backend.name == "reference":
+        raise RecipeError(f'model.kind = {shown(kind)} is a model of one framework; write backend.name = "torch" for it.')
+    if kind == "nlp.gpt" and data.kind:
+        raise RecipeError(f'data.kind = {shown(data.kind)} does not feed model.kind = "nlp.gpt"; '
+                          'write data.format = "text" and data.path.')
+
+
+def check_data(recipe: Recipe) -> None:
+    data = recipe.data
+    if data.format and data.kind:
+        raise RecipeError(f"data.kind = {shown(data.kind)} and data.format = {shown(data.format)} exclude each other; "
+                          "leave one of them out.")
+    if not data.format and not data.kind:
+        raise RecipeError('data.format is missing; write data.format = "text", or data.kind = "package.module:attribute".')
+    if data.format and not data.path:
+        raise RecipeError(f"data.path is missing; add it: where the {data.format} lies (a path, a glob or a list).")
+    if data.kind and (data.path or data.eval_path):
+        raise RecipeError(f"data.path = {shown(data.path or data.eval_path)} has no meaning beside data.kind; "
+                          "hand it over in [data.options].")
+    if data.options and not data.kind:
+        raise RecipeError(f"data.options = {shown(sorted(data.options))} has no meaning without data.kind; leave it out.")
+
+
+def check_numbers(recipe: Recipe) -> None:
+    run, elastic, optimizer = recipe.run, recipe.elastic, recipe.optimizer
+    batch, shards = recipe.data.batch_size, elastic.logical_shards
+    if run.steps and run.epochs:
+        raise RecipeError(f"run.steps = {run.steps} and run.epochs = {run.epochs} exclude each other; leave one of them out.")
+    if elastic.min_workers > elastic.max_workers:
+        raise RecipeError(f"elastic.min_workers = {elastic.min_workers} is above elastic.max_workers = {elastic.max_workers}; "
+                          "lower the first or raise the second.")
+    if batch % shards:
+        near = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - shards))
+        raise RecipeError(f"data.batch_size = {batch} cannot be cut into elastic.logical_shards = {shards} equal shards; "
+                          f"write a batch size that is a multiple of {shards}, or logical_shards = {near}.")
+    if elastic.max_workers > shards:
+        raise RecipeError(f"elastic.max_workers = {elastic.max_workers} is above elastic.logical_shards = {shards}, the most that "
+                          f"can share a batch of {batch}; write max_workers = {shards} or less, or a larger data.batch_size.")
+    if optimizer.min_lr > optimizer.lr:
+        raise RecipeError(f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}; lower it.")
+
+
+def check_backend(recipe: Recipe) -> None:
+    backend = recipe.backend
+    if backend.name != "reference":
+        return
+    for key, value, served in (("device", backend.device, ("auto", "cpu")), ("precision", backend.precision, ("float32",)),
+                               ("compile", backend.compile, (False,)), ("threads", backend.threads, (1,))):
+        if value not in served:
+            raise RecipeError(f"backend.{key} = {shown(value)} is not for the NumPy reference backend; "
+                              f"write {shown(served[-1])}.")
+
+
+def check(recipe: Recipe) -> None:
+    """Everything that a single key cannot tell."""
+    for look in (check_later, check_model, check_data, check_numbers, check_backend):
+        look(recipe)

@@ -1,0 +1,171 @@
+"""TOML and --set in, a resolved `Recipe` out; and back to TOML."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from elastic.errors import RecipeError
+from elastic.recipe.checks import check, shown
+from elastic.recipe.paths import absolute, find_recipe
+from elastic.recipe.sections import MODEL_DEFAULTS, Recipe
+
+DEFAULT_STEPS = 2000
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), base: Path | None = None) -> Recipe:
+    """The recipe in a TOML file or of a shipped name, with `section.key=value` overrides.
+
+    Relative data paths are looked for in the current directory, then in `base` (default: the recipe's own folder).
+    """
+    file = find_recipe(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {file} cannot be read ({error}); it must be a TOML file in UTF-8.") from None
+    return parse(_tree(text, str(file)), overrides, base or file.resolve().parent)
+
+
+def loads(text: str, overrides: Sequence[str] = (), base: Path | None = None) -> Recipe:
+    """The recipe in a TOML text."""
+    return parse(_tree(text, "the recipe"), overrides, base)
+
+
+def dumps(recipe: Recipe) -> str:
+    """TOML that loads to the same recipe. What is None has no TOML form and is left out."""
+    return tomli_w.dumps({name: {key: _plain(value) for key, value in section.items() if value is not None}
+                          for name, section in recipe.model_dump().items()})
+
+
+def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | None = None) -> Recipe:
+    """Validates, fills in and checks; RecipeError is one sentence naming section.key, the value and the remedy."""
+    full = {name: dict(part) if isinstance(part, Mapping) else part for name, part in tree.items()}
+    for override in overrides:
+        _override(full, override)
+    if full.get("mesh") == "auto":
+        raise RecipeError('mesh = "auto" is not yet supported; write a [mesh] section or leave it out.')
+    for name in ("model", "data"):
+        if name not in full:
+            least = "kind" if name == "model" else "format and path"
+            raise RecipeError(f"[{name}] is missing; add the section with at least its {least}.")
+    try:
+        recipe = Recipe.model_validate(full)
+    except ValidationError as error:
+        raise RecipeError(_sentence(error)) from None
+    recipe = _complete(recipe)
+    check(recipe)
+    return _located(recipe, base)
+
+
+def _tree(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{where} is not valid TOML: {error}; mend that line.") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    """section.key=value; the value is TOML, and a text needs no quotes."""
+    key, equals, value = text.partition("=")
+    *parents, last = key.strip().split(".")
+    if not equals or not last or not all(parents) or (not parents and last != "mesh"):
+        raise RecipeError(f'--set "{text}" is not of the form section.key=value, as run.steps=100.')
+    here = tree
+    for depth, parent in enumerate(parents):
+        inner = here.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f'--set "{text}": {".".join(parents[: depth + 1])} is no section; the form is section.key=value.')
+        here[parent] = here = dict(inner)
+    here[last] = _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _complete(recipe: Recipe) -> Recipe:
+    """Fills in what depends on other keys. A logical_shards of 0 means that none was given."""
+    run, model, elastic = recipe.run, recipe.model, recipe.elastic
+    if run.steps is None and run.epochs is None:
+        run = run.model_copy(update={"steps": DEFAULT_STEPS})
+    defaults = MODEL_DEFAULTS.get(model.kind, {})
+    given = model.model_dump(exclude_defaults=True)
+    model = type(model).model_validate({**defaults, **given})
+    if not elastic.logical_shards:
+        most, batch = 2 * elastic.max_workers, recipe.data.batch_size
+        shards = next(n for n in range(min(most, batch), 0, -1) if batch % n == 0)
+        elastic = elastic.model_copy(update={"logical_shards": shards})
+    return recipe.model_copy(update={"run": run, "model": model, "elastic": elastic})
+
+
+def _located(recipe: Recipe, base: Path | None) -> Recipe:
+    """Paths made absolute, and known to exist."""
+    data, model = recipe.data, recipe.model
+    update = {key: tuple(absolute(path, base, f"data.{key}") for path in getattr(data, key)) for key in ("path", "eval_path")}
+    if model.init:
+        model = model.model_copy(update={"init": absolute(model.init, base, "model.init")})
+    return recipe.model_copy(update={"data": data.model_copy(update=update), "model": model})
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first error in one sentence; a missing key comes after whatever else is wrong (it may be a misspelt one)."""
+    found = sorted(error.errors(include_url=False), key=lambda e: e["type"] == "missing")[0]
+    names = [str(part) for part in found["loc"]]
+    section, key = names[0], names[1] if len(names) > 1 else ""
+    if not key:
+        return _wrong_section(section, found)
+    fields = _fields(section)
+    dotted = f"{section}.{key}"
+    if found["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, fields, 1)
+        remedy = f"did you mean {section}.{near[0]}?" if near else f"the keys of [{section}] are {', '.join(fields)}."
+        return f"{dotted} = {shown(found['input'])} is not a key of the recipe; {remedy}"
+    right = _right(section, key)
+    if found["type"] == "missing":
+        return f"{dotted} is missing; add it: {right}."
+    return f"{dotted} = {shown(found['input'])} cannot work; it must be {right}."
+
+
+def _wrong_section(section: str, found: Mapping[str, Any]) -> str:
+    if found["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(section, Recipe.model_fields, 1)
+        remedy = f"did you mean [{near[0]}]?" if near else f"the sections are {', '.join(Recipe.model_fields)}."
+        return f"[{section}] is not a section of the recipe; {remedy}"
+    return f"{section} = {shown(found['input'])} cannot work; it must be a section: [{section}] and its keys below."
+
+
+def _fields(section: str) -> Mapping[str, Any]:
+    model = Recipe.model_fields[section].annotation
+    assert isinstance(model, type) and issubclass(model, BaseModel)
+    return model.model_fields
+
+
+def _right(section: str, key: str) -> str:
+    field = _fields(section)[key]
+    if field.description:
+        return field.description
+    choices = [shown(value) for value in _choices(field.annotation)]
+    return f"one of {', '.join(choices)}"
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The values of a Literal, also within a union."""
+    inner = getattr(annotation, "__args__", ())
+    deeper = [_choices(part) if hasattr(part, "__args__") else [part] for part in inner]
+    return [value for values in deeper for value in values if isinstance(value, str)]

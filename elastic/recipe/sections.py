@@ -1,0 +1,155 @@
+"""The sections of a recipe and their defaults. Each key's description says what would be right; error messages quote it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
+
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "nlp.gpt": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0},
+}
+LATER_KINDS = ("nlp.bert", "vision.resnet", "vision.vit", "recommender.dlrm")
+NAMES = "a list of texts"
+PATTERNS = 'a list of name patterns, as ["*.bias", "ln_f.*"]'
+
+
+def listed(value: Any) -> Any:
+    """A single text stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[tuple[Annotated[str, Field(strict=True, min_length=1)], ...], BeforeValidator(listed), Field(strict=False)]
+
+
+def at_least(low: int, default: Any = ..., extra: str = "") -> Any:
+    """A whole number with a lower bound."""
+    return Field(default, ge=low, description=f"a whole number of at least {low}{extra}")
+
+
+def share(default: float, description: str = "a number of at least 0 and below 1") -> Any:
+    """A number in [0, 1)."""
+    return Field(default, ge=0.0, lt=1.0, description=description)
+
+
+class Section(BaseModel):
+    """Frozen, strict about types (an integer may stand for a float), closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Run(Section):
+    name: str = Field("gpt", pattern=r"^[\w.-]{1,100}$", description="a short name of letters, digits, '.', '_' and '-'")
+    steps: int | None = at_least(1, None)
+    epochs: int | None = at_least(1, None)
+    seed: int = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
+    eval_every: int = at_least(0, 200, " (steps; 0 is never)")
+
+
+class ModelSection(Section):
+    """Every other key belongs to the model itself: see `config`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    kind: str = Field(pattern=r"^([A-Za-z_]\w*\.)*[A-Za-z_]\w*(:[A-Za-z_][\w.]*|\.[A-Za-z_]\w*)$",
+                      description='"nlp.gpt", or "package.module:attribute" for a model of your own')
+    init: str = Field("", description="the path of a safetensors file or of a checkpoint")
+    freeze: Texts = Field((), description=PATTERNS)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's own keys."""
+        return dict(self.model_extra or {})
+
+
+class Backend(Section):
+    name: Literal["torch", "reference", "tensorflow", "mxnet"] = "torch"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    threads: int = at_least(1, 1)
+    compile: bool = Field(False, description="true or false")
+
+
+class Data(Section):
+    format: Literal["text", "csv", "parquet", "arrow", "idx", "imagefolder"] | None = None
+    path: Texts = Field((), description="a path, a glob, \"package:NAME/GLOB\" or a list of them")
+    kind: str = Field("", pattern=r"^$|^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$",
+                      description='"package.module:attribute" of a map-style data set')
+    options: dict[str, Any] = Field({}, description="a table of keyword arguments for data.kind")
+    batch_size: int = at_least(1, 12, " (rows of the global batch)")
+    eval_fraction: float = share(0.1)
+    eval_path: Texts = Field((), description="a path, a glob, \"package:NAME/GLOB\" or a list of them")
+    shuffle: bool = Field(True, description="true or false")
+    tokens: Literal["char", "byte", "bpe"] = "char"
+    vocab_size: int = at_least(2, 1024, " (for tokens = \"bpe\")")
+    ledger: bool = Field(False, description="true or false")
+    label: str = Field("", description="a column's name")
+    categorical: Texts = Field((), description=NAMES)
+    numeric: Texts = Field((), description=NAMES)
+    text: str = Field("", description="a column's name")
+    image: str = Field("", description="a column's name")
+    embedding_dim: int | None = at_least(1, None)
+    oov: Literal["hash", "row", "error"] = "hash"
+
+
+class MeshSection(Section):
+    tensor: int = at_least(1, 1)
+    pipeline: int = at_least(1, 1)
+    expert: int = at_least(1, 1)
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
+    micro_batches: int = at_least(1, 1)
+
+
+class Elastic(Section):
+    min_workers: int = at_least(1, 1)
+    max_workers: int = at_least(1, 2)
+    logical_shards: int = Field(0, ge=1, description="a whole number of at least 1 that divides data.batch_size")
+    reduction: Literal["exact", "fast"] = "exact"
+    hang_timeout_s: FiniteFloat = Field(30.0, gt=0, description="a number of seconds above 0")
+    start_timeout_s: FiniteFloat = Field(600.0, gt=0, description="a number of seconds above 0")
+    orphan_timeout_s: FiniteFloat = Field(300.0, gt=0, description="a number of seconds above 0")
+    spares: int = at_least(0, 0)
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "adam", "sgd", "adagrad", "lamb"] = "adamw"
+    lr: FiniteFloat = Field(1e-3, ge=0, description="a number of at least 0")
+    beta1: float = share(0.9)
+    beta2: float = share(0.999)
+    eps: FiniteFloat = Field(1e-8, gt=0, description="a number above 0")
+    momentum: float = share(0.9)
+    weight_decay: FiniteFloat = Field(0.0, ge=0, description="a number of at least 0")
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = at_least(0, 0)
+    min_lr: FiniteFloat = Field(0.0, ge=0, description="a number from 0 to optimizer.lr")
+    clip_norm: FiniteFloat = Field(0.0, ge=0, description="a number above 0, or 0 for none")
+    no_decay: Texts = Field((), description=PATTERNS)
+    sharded: bool = Field(False, description="true or false")
+    twin: bool = Field(True, description="true or false")
+
+
+class Checkpoint(Section):
+    every_steps: int = at_least(0, 200, " (0: at the end only)")
+    keep: int = at_least(1, 3)
+    best: str = Field("eval.loss", pattern=r"^$|^eval\.\w+$", description='"eval.loss", another "eval.NAME", or "" for none')
+    path: str = Field("", description='"" for the run directory')
+
+
+class Embedding(Section):
+    placement: Literal["workers", "servers"] = "workers"
+    servers: int = at_least(1, 1)
+    consistency: Literal["sync", "ssp", "async"] = "sync"
+    staleness: int = at_least(0, 0)
+
+
+class Recipe(Section):
+    """A whole recipe, resolved: defaults filled in, paths absolute, `elastic.logical_shards` chosen."""
+
+    run: Run = Run()
+    model: ModelSection
+    backend: Backend = Backend()
+    data: Data
+    mesh: MeshSection = MeshSection()
+    elastic: Elastic = Elastic()
+    optimizer: Optimizer = Optimizer()
+    checkpoint: Checkpoint = Checkpoint()
+    embedding: Embedding = Embedding()

@@ -1,0 +1,206 @@
+"""The house rules that a machine can check: sizes, no cycles, one direction of imports, each framework in its own rim."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = {"elastic", "backends", "nlp", "vision", "recommender"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+LEVEL = {room: level for level, rooms in enumerate((
+    "errors recipe mesh backend observe", "membership policy data checkpoint collective state chaos",
+    "parallel", "loop", "worker", "controller", "trainer", "cli")) for room in rooms.split()}
+RIM = {
+    "torch": ("backends/pytorch/", "elastic/collective/"),
+    "tensorflow": ("backends/tensorflow/",), "keras": ("backends/tensorflow/",), "mxnet": ("backends/mxnet/",),
+}
+WORKSHOP = ("tests/", "benchmarks/", "examples/")  # free to import any framework
+GPU_ROOMS = ("elastic/backend.py", "elastic/state.py", "elastic/collective/", "elastic/parallel/", "elastic/loop.py",
+             "elastic/mesh.py", "elastic/chaos.py", "backends/pytorch/", "nlp/gpt.py")
+NOT_ON_GPU = {"ray", "pydantic", "pyarrow"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module; `names` are what `from module import ...` takes from it."""
+
+    line: int
+    module: str
+    names: tuple[str, ...]
+    top: bool
+
+    @property
+    def root(self) -> str:
+        return self.module.partition(".")[0]
+
+
+@cache
+def files() -> tuple[str, ...]:
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
+                            cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    return tuple(sorted(name for name in listed if name and (ROOT / name).exists()))
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
+
+
+def module_of(name: str) -> str:
+    return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def absolute(name: str, node: ast.ImportFrom) -> str:
+    """The module of a `from` import, dots resolved."""
+    if not node.level:
+        return node.module or ""
+    package = name.split("/")[:-1]
+    return ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+
+
+@cache
+def imports(name: str) -> tuple[Import, ...]:
+    """All of a file's imports, those within functions too; what only the type checker sees is left out."""
+    found: list[Import] = []
+
+    def walk(node: ast.AST, top: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(node.lineno, alias.name, (), top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.append(Import(node.lineno, absolute(name, node), tuple(alias.name for alias in node.names), top))
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                walk(child, top)
+            return
+        inner = top and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            walk(child, inner)
+
+    walk(tree(name), True)
+    return tuple(found)
+
+
+def shipped() -> tuple[str, ...]:
+    return tuple(name for name in files() if name.split("/")[0] in SHIPPED)
+
+
+def functions(name: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree(name)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def test_files_are_short() -> None:
+    long = {name: lines for name in files() if (lines := len((ROOT / name).read_text(encoding="utf-8").splitlines())) > MAX_FILE_LINES}
+    assert not long
+
+
+def test_functions_are_short() -> None:
+    long = [f"{name}:{f.lineno} {f.name}" for name in shipped() for f in functions(name)
+            if (f.end_lineno or f.lineno) - f.lineno + 1 > MAX_FUNCTION_LINES]
+    assert not long
+
+
+def test_the_platform_imports_no_sibling_and_siblings_import_only_the_platform() -> None:
+    crossed = []
+    for name in shipped():
+        own = name.split("/")[0]
+        allowed = {own} if own == "elastic" else {own, "elastic"}
+        crossed += [f"{name}:{i.line} imports {i.module}" for i in imports(name) if i.root in SHIPPED - allowed]
+    assert not crossed
+
+
+def test_arrows_inside_the_platform_point_down() -> None:
+    upward = []
+    for name in files():
+        if not name.startswith("elastic/"):
+            continue
+        here = LEVEL.get(name.split("/")[1].removesuffix(".py"))
+        for i in imports(name):
+            if here is None or i.root != "elastic":
+                continue
+            rooms = [i.module.split(".")[1]] if "." in i.module else list(i.names)
+            upward += [f"{name}:{i.line} imports elastic.{room}" for room in rooms if LEVEL.get(room, -1) > here]
+    assert not upward
+
+
+def test_a_framework_is_imported_in_its_rim_only() -> None:
+    outside = [f"{name}:{i.line} imports {i.root}" for name in files() if not name.startswith(WORKSHOP)
+               for i in imports(name) if i.root in RIM and not name.startswith(RIM[i.root])]
+    assert not outside
+
+
+def test_what_runs_on_the_gpu_machine_needs_no_cluster_libraries() -> None:
+    heavy = [f"{name}:{i.line} imports {i.root}" for name in files() if name.startswith(GPU_ROOMS)
+             for i in imports(name) if i.top and i.root in NOT_ON_GPU]
+    assert not heavy
+
+
+def graph() -> dict[str, set[str]]:
+    """Module -> modules it imports, lazily or not: a lazy import hides a cycle, it does not open it."""
+    known = {module_of(name) for name in files()}
+    out: dict[str, set[str]] = {}
+    for name in files():
+        here, targets = module_of(name), set()
+        for i in imports(name):
+            inner = {f"{i.module}.{n}" for n in i.names} & known
+            targets |= inner or ({i.module} & known)
+        out[here] = targets - {here}
+    return out
+
+
+def find_cycle(edges: dict[str, set[str]]) -> list[str]:
+    """One cycle as a path whose last module imports its first; empty if there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module):]
+        if module in done:
+            return []
+        for target in sorted(edges.get(module, ())):
+            if cycle := visit(target, [*path, module]):
+                return cycle
+        done.add(module)
+        return []
+
+    return next((cycle for module in sorted(edges) if (cycle := visit(module, []))), [])
+
+
+def test_no_import_cycle() -> None:
+    assert find_cycle(graph()) == []
+
+
+@pytest.mark.parametrize(("edges", "cycle"), [
+    ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+    ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, ["b", "c"]),
+])
+def test_the_cycle_finder_finds(edges: dict[str, set[str]], cycle: list[str]) -> None:
+    assert find_cycle(edges) == cycle
+
+
+def test_the_import_walker_sees_lazy_and_relative_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ("from __future__ import annotations\nfrom ..errors import X\nif TYPE_CHECKING:\n    import torch\n"
+              "def f():\n    import ray.util\n")
+    monkeypatch.setattr(f"{__name__}.tree", lambda name: ast.parse(source))
+    imports.cache_clear()
+    seen = [(i.module, i.top) for i in imports("elastic/data/made_up.py")]
+    imports.cache_clear()
+    assert seen == [("__future__", True), ("elastic.errors", True), ("ray.util", False)]
+
+
+def test_every_test_asserts() -> None:
+    def checks(function: ast.AST) -> bool:
+        calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+        names = [getattr(call, "attr", getattr(call, "id", "")) for call in calls]
+        return any(isinstance(node, ast.Assert) for node in ast.walk(function)) or any(
+            name.startswith("assert") or name in ("raises", "warns", "fail") for name in names)
+
+    idle = [f"{name}:{f.lineno} {f.name}" for name in files() if name.startswith("tests/")
+            for f in functions(name) if f.name.startswith("test") and not checks(f)]
+    assert not idle
