@@ -20,18 +20,19 @@ from pyarrow import fs
 from elastic.data.arrow import FORMAT, read_tokens, write_atomically, write_tokens
 from elastic.data.permutation import keyed_words
 from elastic.errors import RecipeError, UserError
+from elastic.recipe import resolve_paths
 from nlp import tokens as tokenizing
 from nlp.gpt import Config
 
-VOCAB_SIZE = 512  # of byte pairs, where the recipe says nothing
+VOCAB_SIZE = 1024  # of byte pairs, where the recipe says nothing
 
 
 def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -> dict[str, Any]:
     """Facts that a model and `open_dataset` need, as plain values; tokenises the text where `cache_dir` does not hold it yet.
 
-    `data` has format, path (list), tokens, eval_fraction, eval_path (list or nothing) and perhaps vocab_size. Keys of the result:
-    vocab_size, tokenizer (its spec), context, num_tokens, num_eval_tokens, train_file, eval_file, sources. RecipeError
-    names the key, the file and the remedy.
+    `data` has path and eval_path (files, folders, globs, "package:NAME/GLOB"; eval_path may be empty), tokens, eval_fraction and
+    perhaps vocab_size. Keys of the result: vocab_size, tokenizer (its spec), context, num_tokens, num_eval_tokens,
+    train_file, eval_file, sources. RecipeError names the key, the file and the remedy.
     """
     context = model_config.get("context", Config.context)
     if isinstance(context, bool) or not isinstance(context, int) or context < 1:
@@ -130,18 +131,27 @@ def read(data: Any) -> Source:
 
 def read_all(key: str, paths: Sequence[str]) -> str:
     """The files one after the other; a line break is put where one ends without."""
-    if isinstance(paths, str):
-        paths = [paths]
+    files = list_files(key, paths)
+    texts = [read_text(key, file) for file in files]
+    return "".join(text if text.endswith("\n") or n == len(files) - 1 else text + "\n" for n, text in enumerate(texts))
+
+
+def list_files(key: str, paths: str | Sequence[str]) -> list[str]:
+    """Every file that `paths` means; of folders all files below them but hidden ones, in the order of their paths."""
     if not paths:
         raise RecipeError(f"{key} names no file; give a text file, a folder, a glob or a list.")
-    texts = [read_text(key, str(path)) for path in paths]
-    return "".join(text if text.endswith("\n") or n == len(texts) - 1 else text + "\n" for n, text in enumerate(texts))
+    files = []
+    for path in map(Path, resolve_paths(paths, key=key)):
+        below = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+        if path.is_dir() and not below:
+            raise RecipeError(f"{key}: the folder {path} holds no file; give one with text files.")
+        files += [str(p) for p in below] if path.is_dir() else [str(path)]
+    return files
 
 
 def read_text(key: str, path: str) -> str:
     try:
-        system, inner = fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
-        with system.open_input_stream(inner) as stream:
+        with fs.LocalFileSystem().open_input_stream(path) as stream:
             content = stream.read()
     except (OSError, ValueError) as error:
         raise RecipeError(f"{key}: the file {path} cannot be read ({describe(error)}); correct the path or make the file readable.") from error
