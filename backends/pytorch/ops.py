@@ -140,7 +140,7 @@ class TorchOps:
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         each = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
-        return torch.dot(each, weights.reshape(-1))
+        return (each * weights.reshape(-1)).sum()
 
     def binary_cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="sum")

@@ -1,0 +1,200 @@
+"""One case per kernel: random inputs and a call. Inputs are kept where a kernel is well conditioned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Case = tuple[list[np.ndarray], Callable[..., Any]]  # differentiable inputs, function of (ops, *inputs)
+Make = Callable[[np.random.Generator], Case]
+
+CASES: dict[str, Make] = {}
+
+
+def case(make: Make) -> Make:
+    CASES[make.__name__.removeprefix("make_")] = make
+    return make
+
+
+def shape(rng: np.random.Generator, ndim: int, least: int = 1) -> tuple[int, ...]:
+    return tuple(int(n) for n in rng.integers(least, 6, ndim))
+
+
+def normal(rng: np.random.Generator, *lengths: int) -> np.ndarray:
+    return rng.standard_normal(lengths).astype(np.float32)
+
+
+def positive(rng: np.random.Generator, *lengths: int) -> np.ndarray:
+    return rng.uniform(0.5, 2.0, lengths).astype(np.float32)
+
+
+def away_from_zero(rng: np.random.Generator, *lengths: int) -> np.ndarray:
+    return positive(rng, *lengths) * rng.choice(np.float32([-1, 1]), lengths)
+
+
+def elementwise(name: str, inputs: Callable[..., np.ndarray] = normal) -> None:
+    CASES[name] = lambda rng: ([inputs(rng, *shape(rng, int(rng.integers(1, 4))))], lambda ops, x: getattr(ops, name)(x))
+
+
+def binary(name: str, second: Callable[..., np.ndarray] = normal) -> None:
+    def make(rng: np.random.Generator) -> Case:
+        a, b, c = shape(rng, 3)
+        pairs = [((a, b, c), (a, b, c)), ((a, b, c), (c,)), ((a, 1, c), (b, 1)), ((a, b), (1, 1)), ((a, b), ())]
+        left, right = pairs[int(rng.integers(len(pairs)))]
+        return [normal(rng, *left), second(rng, *right)], lambda ops, x, y: getattr(ops, name)(x, y)
+
+    CASES[name] = make
+
+
+def along(name: str) -> None:
+    def make(rng: np.random.Generator) -> Case:
+        axis = int(rng.integers(-3, 3))
+        return [normal(rng, *shape(rng, 3, 2))], lambda ops, x: getattr(ops, name)(x, axis)
+
+    CASES[name] = make
+
+
+def reduction(name: str) -> None:
+    def make(rng: np.random.Generator) -> Case:
+        axes = [None, (0,), (-1,), (0, 2), (1, -1)][int(rng.integers(5))]
+        keep = bool(rng.integers(2))
+        return [normal(rng, *shape(rng, 3))], lambda ops, x: getattr(ops, name)(x, axes, keep)
+
+    CASES[name] = make
+
+
+for _name in ("exp", "gelu", "sigmoid", "tanh"):
+    elementwise(_name)
+for _name in ("log", "sqrt"):
+    elementwise(_name, positive)
+elementwise("relu", away_from_zero)
+for _name in ("add", "subtract", "multiply"):
+    binary(_name)
+binary("divide", away_from_zero)
+for _name in ("softmax", "log_softmax"):
+    along(_name)
+for _name in ("sum", "mean"):
+    reduction(_name)
+
+
+@case
+def make_constant(rng: np.random.Generator) -> Case:
+    values = normal(rng, *shape(rng, 2))
+    return [normal(rng, *values.shape)], lambda ops, x: ops.multiply(x, ops.constant(values))
+
+
+@case
+def make_reshape(rng: np.random.Generator) -> Case:
+    a, b, c = shape(rng, 3)
+    return [normal(rng, a, b, c)], lambda ops, x: ops.reshape(x, (c, -1, b))
+
+
+@case
+def make_transpose(rng: np.random.Generator) -> Case:
+    axes = tuple(int(i) for i in rng.permutation(4))
+    return [normal(rng, *shape(rng, 4))], lambda ops, x: ops.transpose(x, axes)
+
+
+@case
+def make_concatenate(rng: np.random.Generator) -> Case:
+    a, b, c, d = shape(rng, 4)
+    return [normal(rng, a, b, d), normal(rng, a, c, d)], lambda ops, x, y: ops.concatenate((x, y), 1)
+
+
+@case
+def make_unbind(rng: np.random.Generator) -> Case:
+    axis = int(rng.integers(3))
+    return [normal(rng, *shape(rng, 3))], lambda ops, x: ops.unbind(x, axis)
+
+
+@case
+def make_narrow(rng: np.random.Generator) -> Case:
+    a, b, c = shape(rng, 3)
+    start = int(rng.integers(b))
+    return [normal(rng, a, b, c)], lambda ops, x: ops.narrow(x, 1, start, b - start)
+
+
+@case
+def make_gather(rng: np.random.Generator) -> Case:
+    rows = int(rng.integers(1, 6))
+    table = normal(rng, rows, *shape(rng, int(rng.integers(1, 3))))
+    indices = rng.integers(0, rows, shape(rng, 2))
+    return [table], lambda ops, t: ops.gather(t, ops.constant(indices))
+
+
+@case
+def make_contract(rng: np.random.Generator) -> Case:
+    equations = ["btd,df->btf", "btd,dqhe->btqhe", "bthe,hed->btd", "btd,vd->btv", "bqhe,bkhe->bhqk", "bhqk,bkhe->bqhe",
+                 "bt,bt->b", "b,d->bd", "db,df->bf", "bd,d->b"]
+    equation = equations[int(rng.integers(len(equations)))]
+    left, right, out = equation.replace("->", ",").split(",")
+    sizes = dict(zip("btdfqhevk", shape(rng, 9)))
+    inputs = [normal(rng, *(sizes[i] for i in letters)) for letters in (left, right)]
+    if rng.integers(2) and out and out[-1] in right:
+        trail = [i for i in out if i in right and i not in left]
+        if trail and out.endswith("".join(trail)):
+            bias = normal(rng, *(sizes[i] for i in trail))
+            return [*inputs, bias], lambda ops, x, y, z: ops.contract(equation, x, y, z)
+    return inputs, lambda ops, x, y: ops.contract(equation, x, y)
+
+
+@case
+def make_layer_norm(rng: np.random.Generator) -> Case:
+    d = int(rng.integers(4, 9))
+    inputs = [normal(rng, *shape(rng, 2), d) * 2, normal(rng, d)]
+    if rng.integers(2):
+        return [*inputs, normal(rng, d)], lambda ops, x, w, b: ops.layer_norm(x, w, b)
+    return inputs, lambda ops, x, w: ops.layer_norm(x, w)
+
+
+@case
+def make_rms_norm(rng: np.random.Generator) -> Case:
+    d = int(rng.integers(4, 9))
+    return [normal(rng, *shape(rng, 2), d), normal(rng, d)], lambda ops, x, w: ops.rms_norm(x, w)
+
+
+@case
+def make_attention(rng: np.random.Generator) -> Case:
+    b, t, h, e = shape(rng, 4)
+    causal, rate = bool(rng.integers(2)), float(rng.choice([0.0, 0.0, 0.3]))
+    inputs = [normal(rng, b, t, h, e) for _ in range(3)]
+    return inputs, lambda ops, q, k, v: ops.attention(q, k, v, causal, rate, 5, "weights")
+
+
+@case
+def make_dropout(rng: np.random.Generator) -> Case:
+    rate, seed = float(rng.choice([0.0, 0.1, 0.5])), int(rng.integers(1 << 63))
+    return [normal(rng, *shape(rng, 3))], lambda ops, x: ops.dropout(x, rate, seed, "tag")
+
+
+def classes(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    a, b, c = shape(rng, 3, 2)
+    return normal(rng, a, b, c) * 3, rng.integers(0, c, (a, b)), rng.integers(0, 2, (a, b)).astype(np.float32) + 0.5
+
+
+@case
+def make_cross_entropy(rng: np.random.Generator) -> Case:
+    logits, targets, weights = classes(rng)
+    return [logits], lambda ops, x: ops.cross_entropy(x, ops.constant(targets), ops.constant(weights))
+
+
+@case
+def make_correct(rng: np.random.Generator) -> Case:
+    logits, targets, weights = classes(rng)
+    return [logits], lambda ops, x: ops.correct(x, ops.constant(targets), ops.constant(weights))
+
+
+@case
+def make_binary_cross_entropy(rng: np.random.Generator) -> Case:
+    lengths = shape(rng, 2)
+    targets, weights = rng.integers(0, 2, lengths).astype(np.float32), positive(rng, *lengths)
+    return [normal(rng, *lengths) * 3], lambda ops, x: ops.binary_cross_entropy(x, ops.constant(targets), ops.constant(weights))
+
+
+@case
+def make_squared_error(rng: np.random.Generator) -> Case:
+    lengths = shape(rng, 2)
+    targets, weights = normal(rng, *lengths), positive(rng, *lengths)
+    return [normal(rng, *lengths)], lambda ops, x: ops.squared_error(x, ops.constant(targets), ops.constant(weights))

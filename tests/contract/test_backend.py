@@ -1,0 +1,199 @@
+"""The contract of `elastic.backend.Backend`, on every backend."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastic.backend import SLOTS, UpdateRule
+from elastic.errors import UserError
+from nlp.gpt import build
+from tests.contract.frameworks import assert_close, load, names, settings
+from tests.contract.models import SMALL, VOCAB, gpt_rig, token_batch
+
+BLOCK = 1024
+RULES = {
+    "adamw": UpdateRule("adamw", 1e-2, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-8, 0.9),
+    "adam": UpdateRule("adam", 1e-2, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-8, 0.9),
+    "sgd": UpdateRule("sgd", 1e-1, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-8, 0.9),
+    "sgd without momentum": UpdateRule("sgd", 1e-1, 0.1, 1.0, 1, 0.9, 0.99, 1e-8, 0.0),
+    "adagrad": UpdateRule("adagrad", 1e-2, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-10, 0.9),
+}
+every_backend = pytest.mark.parametrize("name", names())
+
+
+@every_backend
+def test_allocated_buffers_are_aligned_zeros(name: str) -> None:
+    backend = gpt_rig(name).backend
+    for size in (1, 17, 4096, 70_001):
+        buffer = backend.allocate(size)
+        assert buffer.shape == (size,) and buffer.dtype == np.float32 and buffer.flags.c_contiguous and buffer.flags.writeable
+        assert not buffer.any()
+        assert buffer.__array_interface__["data"][0] % 64 == 0
+
+
+@every_backend
+def test_parameters_are_views_of_the_buffer(name: str) -> None:
+    rig = gpt_rig(name)
+    before = rig.backend.metrics(token_batch())["loss"][0]
+    rig.param[:] = 0
+    after, weight = rig.backend.metrics(token_batch())["loss"]
+    assert before != after
+    assert after / weight == pytest.approx(np.log(VOCAB), rel=1e-6)  # all scores equal
+
+
+@every_backend
+def test_gradients_are_added_to_what_is_there(name: str) -> None:
+    rig = gpt_rig(name)
+    before = rig.param.copy()
+    clean, result = rig.gradient(token_batch())
+    again, _ = rig.gradient(token_batch())
+    onto, _ = rig.gradient(token_batch(), start=1.0)
+    assert np.linalg.norm(clean) > 0.1
+    assert np.array_equal(clean, again)
+    placed = np.concatenate([v.ravel() for v in rig.by_name(onto).values()])
+    assert_close(placed - 1, np.concatenate([v.ravel() for v in rig.by_name(clean).values()]), 1e-5)
+    assert np.array_equal(rig.param, before)
+    assert result.weight == 3 * SMALL["context"]
+    assert result.loss_sum == pytest.approx(rig.backend.metrics(token_batch())["loss"][0], rel=1e-6)
+
+
+@every_backend
+def test_frozen_parameters_get_no_gradient(name: str) -> None:
+    whole = gpt_rig(name)
+    part = gpt_rig(name, freeze=("wte", "h0.*"))
+    wanted = whole.by_name(whole.gradient(token_batch())[0])
+    found = part.by_name(part.gradient(token_batch())[0])
+    assert set(found) == {n for n in wanted if n != "wte" and not n.startswith("h0.")}
+    for key, value in found.items():
+        assert_close(value, wanted[key], 1e-5, key)
+
+
+@every_backend
+def test_filler_rows_count_for_nothing(name: str) -> None:
+    rig = gpt_rig(name)
+    filled, short = token_batch(4, real=2), {k: v[:2] for k, v in token_batch(4).items()}
+    (a, left), (b, right) = rig.gradient(filled), rig.gradient(short)
+    assert left.weight == right.weight == 2 * SMALL["context"]
+    assert left.loss_sum == pytest.approx(right.loss_sum, rel=1e-6)
+    assert_close(a, b, 1e-5)
+    nothing, empty = rig.gradient(token_batch(2, real=0))
+    assert (empty.loss_sum, empty.weight) == (0.0, 0.0)
+    assert not nothing.any()
+
+
+@every_backend
+def test_dropout_is_a_function_of_the_seed(name: str) -> None:
+    rig = gpt_rig(name, config={"dropout": 0.2})
+    one, same, other = (rig.gradient(token_batch(), seed)[0] for seed in (1, 1, 2))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+    assert rig.backend.metrics(token_batch()) == gpt_rig(name).backend.metrics(token_batch())
+
+
+def trained(name: str, rule: UpdateRule, cut_at: tuple[int, ...] = (), steps: int = 3, size: int = 5 * BLOCK + 333) -> dict[str, Any]:
+    """Parameters and slots after some steps, each applied in ranges cut at `cut_at`."""
+    backend = gpt_rig(name).backend
+    rng = np.random.default_rng(1)
+    arrays = {key: backend.allocate(size) for key in ("param", *SLOTS[rule.name])}
+    arrays["param"][:] = rng.standard_normal(size)
+    for step in range(1, steps + 1):
+        grad = backend.allocate(size)
+        grad[:] = rng.standard_normal(size)
+        bounds = (0, *cut_at, size)
+        for low, high in zip(bounds, bounds[1:]):
+            slots = {slot: arrays[slot][low:high] for slot in SLOTS[rule.name]}
+            backend.update(replace(rule, step=step), arrays["param"][low:high], grad[low:high], slots, BLOCK)
+    return arrays
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@every_backend
+def test_update_agrees_with_the_reference(name: str, rule: UpdateRule) -> None:
+    found, wanted = trained(name, rule), trained("reference", rule)
+    for key in found:
+        assert_close(found[key], wanted[key], 1e-6, key)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@every_backend
+def test_update_bits_do_not_depend_on_the_ranges(name: str, rule: UpdateRule) -> None:
+    whole = trained(name, rule)
+    for cut_at in ((BLOCK,), (2 * BLOCK, 3 * BLOCK), tuple(range(BLOCK, 6 * BLOCK, BLOCK))):
+        parts = trained(name, rule, cut_at)
+        assert all(np.array_equal(whole[key], parts[key]) for key in whole), cut_at
+
+
+@every_backend
+def test_unknown_optimizer_is_named(name: str) -> None:
+    backend = gpt_rig(name).backend
+    buffer = backend.allocate(16)
+    with pytest.raises(UserError, match="lion"):
+        backend.update(replace(RULES["sgd"], name="lion"), buffer, backend.allocate(16), {}, BLOCK)
+
+
+@every_backend
+def test_squared_norms_are_per_block(name: str) -> None:
+    backend = gpt_rig(name).backend
+    grad = backend.allocate(3 * BLOCK + 5)
+    grad[:] = np.random.default_rng(0).standard_normal(len(grad)) * 1e15  # the sum of squares leaves float32
+    wanted = [float((grad[i:i + BLOCK].astype(np.float64) ** 2).sum()) for i in range(0, len(grad), BLOCK)]
+    found = backend.squared_norms(grad, BLOCK)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    assert np.array_equal(backend.squared_norms(grad[BLOCK:], BLOCK), found[1:])
+    grad[BLOCK] = np.nan
+    assert np.isnan(backend.squared_norms(grad, BLOCK)[1])
+
+
+@every_backend
+def test_backends_in_threads_do_not_disturb_each_other(name: str) -> None:
+    config = {"dropout": 0.1}
+    wanted = [gpt_rig(name, config=config).gradient(token_batch(seed=i), i)[0] for i in range(4)]
+    found: list[list[Any]] = [[] for _ in range(4)]
+
+    def work(i: int) -> None:
+        rig = gpt_rig(name, config=config)
+        found[i] = [rig.gradient(token_batch(seed=i), i)[0] for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        assert len(found[i]) == 5
+        assert all(np.array_equal(flat, wanted[i]) for flat in found[i])
+
+
+@every_backend
+def test_logits_score_the_next_token(name: str) -> None:
+    rig = gpt_rig(name)
+    batch = token_batch()
+    scores = rig.backend.logits(batch["tokens"][:, :-1]).astype(np.float64)
+    logs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    loss = -np.take_along_axis(logs, batch["tokens"][:, 1:, None].astype(np.int64), -1).sum()
+    assert loss == pytest.approx(rig.backend.metrics(batch)["loss"][0], rel=1e-5)
+    assert rig.backend.logits(batch["tokens"][:1, :3]).shape == (1, 3, VOCAB)
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), [
+    ("torch", {"precision": "float16"}, "precision"), ("torch", {"device": "tpu"}, "device"),
+    ("reference", {"device": "cuda"}, "device"), ("reference", {"precision": "bfloat16"}, "precision")])
+def test_impossible_settings_are_named(name: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(name, "backend").create(build(SMALL, {"vocab_size": VOCAB}), settings(**changes))
+
+
+def test_cuda_where_there_is_none() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA GPU here")
+    with pytest.raises(UserError, match="cuda"):
+        load("torch", "backend").create(build(SMALL, {"vocab_size": VOCAB}), settings(device="cuda"))
+    assert load("torch", "backend").create(build(SMALL, {"vocab_size": VOCAB}), settings(device="auto")).device.type == "cpu"
