@@ -1,0 +1,108 @@
+"""A worker as a Ray actor: one process that owns one device, and its surroundings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from elastic.chaos import CutShort, Fault, strike_process
+from elastic.messages import Generation, Job
+
+NAMESPACE = "elastic"
+FLUSH_S = 10.0  # how long a released worker waits for its last lines to be acknowledged
+
+
+def prepare_process(threads: int, log: Path, sys_path: Sequence[str]) -> None:
+    """Before any framework is imported: bits depend on the thread count and on MKL's strict mode, both read at load time."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ["MKL_CBWR"] = "AUTO,STRICT"
+    sys.path[:0] = [p for p in sys_path if p not in sys.path]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+
+
+class ProcessRim:
+    """A Ray worker process's surroundings."""
+
+    def __init__(self, name: str, run_id: str, controller: Any, timeout_s: float):
+        from elastic.collective.rendezvous import Endpoint
+
+        self.name, self.run_id, self.controller, self.timeout_s = name, run_id, controller, timeout_s
+        self.node = ray.get_runtime_context().get_node_id()
+        self.pid = os.getpid()
+        self.host = ray.util.get_node_ip_address()
+        self._endpoint = Endpoint(self.host)
+        self.endpoint = self._endpoint.address
+        self.outbox: Any = None
+
+    def form(self, generation: Generation, rank: int, control: Any) -> Any:
+        from elastic.collective.forming import form
+
+        return form(generation.transport, rank, len(generation.members), generation.endpoint, f"{self.run_id}/{generation.number}",
+                    control.abandoned, self.timeout_s, self.host)
+
+    def post(self, message: Any) -> None:
+        self.outbox.post(message)
+
+    def announce(self, spec: str) -> None:
+        ray.get(self.controller.announce.remote(self.name, spec))
+
+    def strike(self, fault: Fault) -> None:
+        strike_process(fault)
+
+    def cut_short(self, fault: Fault, group: Any) -> Any:
+        return CutShort(group, partial(strike_process, fault))
+
+
+class WorkerActor:
+    """The actor. `serve` runs for the worker's life; the other calls come beside it, on other threads."""
+
+    def __init__(self, name: str, job: Job, threads: int, hang_timeout_s: float, orphan_timeout_s: float):
+        prepare_process(threads, Path(job.run_dir) / "logs" / f"{name}.log", job.sys_path)
+        self.name, self.job = name, job
+        self.hang_timeout_s, self.orphan_timeout_s = hang_timeout_s, orphan_timeout_s
+
+    def serve(self) -> None:
+        """Works until released. Whatever goes wrong ends in a plain RuntimeError: a framework's own may not pickle."""
+        from elastic.worker import describe
+
+        try:
+            self._serve()
+        except Exception as error:
+            raise RuntimeError(describe(error)) from None
+
+    def _serve(self) -> None:
+        from elastic.outbox import Outbox
+        from elastic.worker import Worker
+
+        controller = ray.get_actor(f"{self.job.run_id}/controller", NAMESPACE)
+        rim = ProcessRim(self.name, self.job.run_id, controller, self.hang_timeout_s)
+        self.worker = Worker(self.name, self.job, rim)
+        leave = partial(os._exit, 0)
+        rim.outbox = Outbox(self.name, self.worker.control, lambda messages: ray.get(controller.deliver.remote(self.name, messages)),
+                            self.orphan_timeout_s, leave, leave)
+        rim.outbox.start()
+        self.worker.serve()
+        rim.outbox.flush(FLUSH_S)
+
+    def assign(self, generation: Generation) -> None:
+        self.worker.orders.put(generation)
+
+    def abandon(self, generation: int) -> None:
+        self.worker.control.abandon(generation)
+
+    def request_stop(self, generation: int, code: int) -> None:
+        self.worker.control.request_stop(generation, code)
+
+    def release(self) -> None:
+        self.worker.orders.put(None)

@@ -1,0 +1,118 @@
+"""The fault injector behind --chaos: faults that fire once, at a named step and phase.
+
+    kill:RANK@STEP[/PHASE]   SIGKILL of that rank's process        stop:RANK@STEP[/PHASE]   SIGSTOP
+    node:RANK@STEP           its node dies                         cont:RANK@STEP           SIGCONT of the rank stopped before
+    scale:N@STEP             a request to scale to N workers       corrupt@STEP             flips a byte of the newest checkpoint
+
+A fault fires at the first chance at or after its step. It is announced to the controller before it fires, so that it fires once
+however often the step is redone and whoever has the rank by then.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from elastic.errors import RecipeError
+
+PHASES = ("forward", "backward", "reduction", "vote", "update", "heal", "checkpoint")
+CUT_S = 0.001  # how far a collective that is cut short may get
+SELF = ("kill", "stop", "node")  # a worker does these to itself; rank 0 asks the controller for the others
+PATTERN = re.compile(r"(?:(kill|stop|cont|node|scale):(\d+)|(controller|corrupt))@(\d+)(?:/([a-z]+))?")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: `number` is a rank, or the workers wanted for scale."""
+
+    kind: str
+    number: int
+    step: int
+    phase: str
+    spec: str
+
+
+def parse(spec: str) -> Fault:
+    """A fault from its text; `RecipeError` in one sentence if it is none."""
+    match = PATTERN.fullmatch(spec)
+    if not match:
+        raise RecipeError(f"--chaos {spec!r} is no fault; write kill:RANK@STEP[/PHASE], stop:RANK@STEP, cont:RANK@STEP, node:RANK@STEP, "
+                          "scale:N@STEP or corrupt@STEP.")
+    kind, phase = match[1] or match[3], match[5] or "forward"
+    if kind == "controller":
+        raise RecipeError(f"--chaos {spec!r}: killing the controller is not yet supported; kill a worker instead.")
+    if phase not in PHASES or (match[5] and kind not in SELF):
+        raise RecipeError(f"--chaos {spec!r}: the phase of a kill or stop is one of {', '.join(PHASES)}; other faults have none.")
+    return Fault(kind, int(match[2] or 0), int(match[4]), phase, spec)
+
+
+class Injector:
+    """The faults of one rank in one generation. `announce(spec)` returns once the controller knows; `strike(fault)` does it.
+
+    `cut_short(fault, group)` gives a group in whose next collective the fault strikes, when some peers may have received and
+    others have not.
+    """
+
+    def __init__(self, specs: Sequence[str], rank: int, announce: Callable[[str], None], strike: Callable[[Fault], None],
+                 cut_short: Callable[[Fault, Any], Any]):
+        faults = [parse(spec) for spec in specs]
+        self.pending = [f for f in faults if (f.number == rank if f.kind in SELF else rank == 0)]
+        self.announce, self.strike, self._cut_short = announce, strike, cut_short
+
+    def at(self, step: int, phase: str) -> None:
+        """Fires what is due."""
+        if not self.pending:
+            return
+        for fault in [f for f in self.pending if f.step <= step and f.phase == phase]:
+            self.pending.remove(fault)
+            self.announce(fault.spec)
+            if fault.kind in SELF:
+                self.strike(fault)
+
+    def cut(self, group: Any, step: int, phase: str) -> Any:
+        """The group to use for this phase's collective: the same one, unless a kill or stop is due within it."""
+        for fault in self.pending:
+            if fault.step <= step and fault.phase == phase and fault.kind in SELF:
+                self.pending.remove(fault)
+                self.announce(fault.spec)
+                return self._cut_short(fault, group)
+        return group
+
+
+class CutShort:
+    """A group whose next delivering collective is started in another thread and struck at once: it may reach some peers."""
+
+    def __init__(self, group: Any, strike: Callable[[], None]):
+        self._group, self._strike = group, strike
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("all_gather", "all_reduce", "reduce_tree"):
+            return getattr(self._group, name)
+        call = getattr(self._group, name)  # AttributeError where the group has no such call
+        return lambda *arguments: self._struck(call, arguments)
+
+    def _struck(self, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        started = threading.Event()
+
+        def work() -> None:
+            started.set()
+            call(*arguments)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        started.wait()
+        thread.join(CUT_S)
+        self._strike()
+        thread.join()  # only a process that was stopped and continued comes here: its group is long abandoned
+
+
+def strike_process(fault: Fault) -> None:
+    """The real thing: SIGKILL, SIGSTOP, or SIGKILL of the node's raylet (every Ray worker's parent)."""
+    if fault.kind == "node":
+        os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGSTOP if fault.kind == "stop" else signal.SIGKILL)

@@ -1,0 +1,174 @@
+"""The fleet on Ray: one placement group and one detached actor per worker.
+
+A worker that is wanted but has no place is a pending placement group: an autoscaling cluster reads it as demand, and a node
+that joins serves it. Ray never restarts a worker (that delays the news of its death); the controller replaces it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from elastic import membership as m
+from elastic.actor import NAMESPACE, WorkerActor
+from elastic.chaos import Fault
+from elastic.messages import Generation, Job, Ready
+
+POLL_S = 0.5  # how often a pending placement group and draining nodes are looked at
+NODE_LABEL = "ray.io/node-id"
+
+
+@dataclass
+class Slot:
+    """One worker's place and process."""
+
+    name: str
+    avoid: tuple[str, ...] = ()
+    actor: Any = None
+    node: str = ""
+    let_go: threading.Event = field(default_factory=threading.Event)  # its end is no loss
+    thread: threading.Thread | None = None
+
+
+class RayFleet:
+    """`elastic.controller.Fleet` on a Ray cluster. One thread per worker waits for its place, its process and its end."""
+
+    def __init__(self, job: Job, post: Callable[[Any], None], *, device: str, threads: int, hang_timeout_s: float,
+                 orphan_timeout_s: float):
+        self.job, self.post = job, post
+        self.device = device
+        self.arguments = (threads, hang_timeout_s, orphan_timeout_s)
+        self.slots: dict[str, Slot] = {}
+        self.ended: list[Slot] = []
+        self.numbers = itertools.count()
+        self.lock = threading.RLock()
+        self.wanted, self.avoid, self.closed = 0, (), threading.Event()
+        self.watcher = threading.Thread(target=self.watch_drains, daemon=True)
+        self.watcher.start()
+
+    def want(self, workers: int, avoid: Sequence[str]) -> None:
+        with self.lock:
+            self.wanted, self.avoid = workers, tuple(avoid)
+            pending = [s for s in self.slots.values() if s.actor is None]
+            for slot in pending[:max(0, len(self.slots) - workers)]:
+                self.slots.pop(slot.name)
+                slot.let_go.set()
+            while not self.closed.is_set() and len(self.slots) < workers:
+                slot = Slot(f"worker-{next(self.numbers)}", self.avoid)
+                self.slots[slot.name] = slot
+                slot.thread = threading.Thread(target=self.live, args=(slot,), name=slot.name, daemon=True)
+                slot.thread.start()
+
+    def live(self, slot: Slot) -> None:
+        """From asking for a place to the process's end."""
+        selector = [{NODE_LABEL: f"!in({','.join(slot.avoid)})"}] if slot.avoid else None
+        resources = {"CPU": 1.0, "GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
+        place = placement_group([resources], lifetime="detached", name=f"{self.job.run_id}/{slot.name}", bundle_label_selector=selector)
+        cause = "never placed"
+        try:
+            while not place.wait(POLL_S):
+                if slot.let_go.is_set():
+                    return
+            self.post(m.Starting(slot.name))
+            cause = self.serve(slot, place)
+        finally:
+            remove_placement_group(place)
+            with self.lock:
+                self.slots.pop(slot.name, None)
+            if not slot.let_go.is_set():
+                self.post(m.Lost(slot.name, cause))
+
+    def serve(self, slot: Slot, place: Any) -> str:
+        """Starts the process and waits for its end; returns why it ended."""
+        options = {"num_cpus": 1, "num_gpus": 1 if self.device == "cuda" else 0, "name": f"{self.job.run_id}/{slot.name}",
+                   "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": 0, "max_concurrency": 8,
+                   "scheduling_strategy": PlacementGroupSchedulingStrategy(place)}
+        try:
+            slot.actor = ray.remote(WorkerActor).options(**options).remote(slot.name, self.job, *self.arguments)
+            ray.get(slot.actor.serve.remote())
+            ray.kill(slot.actor)
+            return "ended by itself"
+        except ray.exceptions.RayTaskError as error:
+            ray.kill(slot.actor)
+            return str(error.cause)
+        except ray.exceptions.RayError as error:
+            return " ".join(str(error).split("\n")[0].split())
+
+    def tell(self, worker: str, method: str, *arguments: Any) -> None:
+        """An order to a worker; nobody waits for it, and one that is gone does not hear it."""
+        slot = self.slots.get(worker)
+        if slot is not None and slot.actor is not None:
+            getattr(slot.actor, method).remote(*arguments)
+
+    def assign(self, worker: str, generation: Generation) -> None:
+        self.tell(worker, "assign", generation)
+
+    def abandon(self, worker: str, generation: int) -> None:
+        self.tell(worker, "abandon", generation)
+
+    def request_stop(self, worker: str, generation: int, code: int) -> None:
+        self.tell(worker, "request_stop", generation, code)
+
+    def release(self, worker: str) -> None:
+        self.tell(worker, "release")
+        self.forget(worker)
+
+    def forget(self, worker: str) -> Slot | None:
+        with self.lock:
+            slot = self.slots.pop(worker, None)
+            if slot is not None:
+                slot.let_go.set()
+                self.ended.append(slot)
+        return slot
+
+    def kill(self, worker: str) -> None:
+        """`ray.kill` of a stopped process takes seconds, so nobody waits for it."""
+        slot = self.forget(worker)
+        if slot is not None and slot.actor is not None:
+            threading.Thread(target=ray.kill, args=(slot.actor,), daemon=True).start()
+
+    def transport(self, ready: Sequence[Ready]) -> str:
+        if self.device == "cuda":
+            return "nccl"
+        return "shared" if len({r.node for r in ready}) == 1 else "gloo"
+
+    def inject(self, fault: Fault, stopped: Ready | None) -> None:
+        if stopped is not None and stopped.node == ray.get_runtime_context().get_node_id():
+            os.kill(stopped.pid, signal.SIGCONT)
+
+    def watch_drains(self) -> None:
+        """Spot notices and scale-downs: Ray says which nodes drain; their workers leave at the next step boundary."""
+        from ray._private.state import state as cluster_state
+
+        seen: set[str] = set()
+        while not self.closed.wait(POLL_S):
+            draining = set(cluster_state.get_draining_nodes()) - seen
+            if draining:
+                seen |= draining
+                self.post(m.Drain(tuple(sorted(draining))))
+
+    def close(self) -> None:
+        self.closed.set()
+        with self.lock:
+            left = list(self.slots.values())
+        for slot in left:
+            slot.let_go.set()
+            self.tell(slot.name, "release")
+        for slot in left + self.ended:
+            if slot.thread is not None:
+                slot.thread.join(CLOSE_S)
+            if slot.actor is not None and slot.thread is not None and slot.thread.is_alive():
+                ray.kill(slot.actor)
+                slot.thread.join(CLOSE_S)
+
+
+CLOSE_S = 10.0  # for a released worker to finish its last delivery; then it is killed

@@ -1,0 +1,26 @@
+"""Which implementation of the group serves a generation, and its formation."""
+
+from __future__ import annotations
+
+import threading
+
+from elastic.collective.group import CollectiveGroup
+from elastic.collective.solo import SoloGroup
+
+
+def form(transport: str, rank: int, size: int, endpoint: str, prefix: str, abandoned: threading.Event, timeout_s: float,
+         host: str) -> CollectiveGroup:
+    """The group of `size` members that meet at `endpoint` under `prefix`. Raises `GroupBroken`."""
+    if size == 1:
+        return SoloGroup(abandoned)
+    if transport == "nccl":
+        from elastic.collective.nccl import NcclGroup
+
+        return NcclGroup.form(rank, size, endpoint, prefix, abandoned, timeout_s)
+    if transport == "shared":
+        from elastic.collective.shared import SharedGroup
+
+        return SharedGroup.form(rank, size, endpoint, prefix, abandoned, timeout_s)
+    from elastic.collective.gloo import GlooGroup
+
+    return GlooGroup.form(rank, size, endpoint, prefix, abandoned, timeout_s, host)

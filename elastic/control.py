@@ -1,0 +1,76 @@
+"""What other threads may ask of a running loop, and what it tells them: stop requests, abandonment, and where it stands."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from elastic.errors import GroupBroken
+from elastic.messages import GO
+
+
+class Control:
+    """Shared between a worker's loop and the thread that takes the controller's orders. Every order names its generation."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stops: dict[int, int] = {}
+        self._abandoned = -1
+        self._group: Any = None
+        self.abandoned = threading.Event()  # of the current generation; a group that is being formed watches it
+        self.generation = 0
+        self.written = 0  # steps that the controller has on disk
+        self.step, self.phase, self.inside, self.waiting, self.detail = 0, "start", 0, False, 0
+
+    def enter(self, generation: int) -> None:
+        """The loop takes up a generation. One that was abandoned before it began stays so."""
+        with self._lock:
+            self.generation, self.inside, self._group = generation, 0, None
+            self.abandoned = threading.Event()
+            if self._abandoned >= generation:
+                self.abandoned.set()
+
+    def attach(self, group: Any) -> None:
+        """The group of the current generation: `abandon` reaches into its waits."""
+        with self._lock:
+            self._group = group
+            gone = self.abandoned.is_set()
+        if gone:
+            group.abandon()
+
+    def abandon(self, generation: int) -> None:
+        with self._lock:
+            self._abandoned = max(self._abandoned, generation)
+            if generation < self.generation:
+                return
+            if generation == self.generation:
+                self.abandoned.set()
+            group = self._group if generation == self.generation else None
+        if group is not None:
+            group.abandon()
+
+    def request_stop(self, generation: int, code: int) -> None:
+        with self._lock:
+            self._stops[generation] = max(code, self._stops.get(generation, GO))
+
+    def stop_request(self) -> int:
+        return self._stops.get(self.generation, GO)
+
+    def at(self, step: int, phase: str, detail: int = 0) -> None:
+        """Says where the loop is; raises `GroupBroken` if its generation was abandoned meanwhile."""
+        self.step, self.phase, self.detail = step, phase, detail
+        if self.abandoned.is_set():
+            raise GroupBroken(f"Generation {self.generation} was abandoned.")
+
+    @contextmanager
+    def collective(self, step: int, phase: str) -> Iterator[None]:
+        """Marks the time inside a collective: who has not entered one that others wait in is the suspect of a hang."""
+        self.at(step, phase)
+        self.inside += 1
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False

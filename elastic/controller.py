@@ -1,0 +1,321 @@
+"""The controller: takes what workers, fleet and user say as events, asks the state machine, and carries out its actions.
+
+It is never in the step path: workers train without it until their group changes. It alone writes the run directory's logs
+and commits checkpoints, so a worker of an older generation can change neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from elastic import membership as m
+from elastic import policy
+from elastic.books import Books
+from elastic.checkpoint.commits import Commits
+from elastic.chaos import Fault, parse
+from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Standing
+from elastic.policy import Bounds, Pulse
+
+TICK_S = 0.1  # how often hangs and pending starts are looked at
+FENCED = -1
+
+
+class Fleet(Protocol):
+    """The workers' processes. Calls return at once; what comes of them arrives as events."""
+
+    def want(self, workers: int, avoid: Sequence[str]) -> None:
+        """Keep this many workers alive or asked for, none of them on a node of `avoid`."""
+
+    def assign(self, worker: str, generation: Generation) -> None: ...
+
+    def abandon(self, worker: str, generation: int) -> None: ...
+
+    def request_stop(self, worker: str, generation: int, code: int) -> None: ...
+
+    def release(self, worker: str) -> None:
+        """Let it go; its end is no loss."""
+
+    def kill(self, worker: str) -> None:
+        """Give it up: from now on nothing it says counts."""
+
+    def transport(self, ready: Sequence[Ready]) -> str:
+        """Which collective group serves these members best."""
+
+    def inject(self, fault: Fault, stopped: Ready | None) -> None:
+        """Carries out a fault that is not a worker's own."""
+
+    def close(self) -> None:
+        """Ends every worker and waits for it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the controller needs of the recipe."""
+
+    bounds: Bounds
+    hang_timeout_s: float
+    start_timeout_s: float
+    keep: int
+    best: str
+    checkpoint_path: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A tick of the clock, so that time is an event like the others."""
+
+
+class Controller:
+    """One run's controller. `run()` blocks until the run has ended; everything else may be called from any thread."""
+
+    def __init__(self, job: Job, settings: Settings, fleet: Fleet, books: Books, resumed_from: str = ""):
+        self.job, self.settings, self.fleet, self.books = job, settings, fleet, books
+        self.commits = Commits(settings.checkpoint_path, settings.keep, settings.best)
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.chaos, self.stopped = list(job.chaos), dict[int, Ready]()
+        self.losses, self.pulses = policy.Losses(), dict[str, Pulse]()
+        self.started: dict[str, float] = {}
+        self.live: dict[str, Ready] = {}
+        self.given_up: set[str] = set()
+        self.target, self.restart_at = 0, 0.0
+        self.resumed_from = resumed_from
+        self.outcome: m.Finish | None = None
+        self.finished = False
+
+    def opened(self, rewound_from: int = -1) -> None:
+        """The first lines of a run, or of its resumption."""
+        if rewound_from >= 0:
+            self.books.event("rewound", **{"from": rewound_from, "to": self.books.written})
+        self.books.event("run_started", run=self.job.run_id, pid=os.getpid())
+
+    # From other threads.
+
+    def post(self, event: Any) -> None:
+        self.inbox.put(event)
+
+    def deliver(self, worker: str, messages: Sequence[Any]) -> int:
+        """A worker's messages. Returns the steps on disk, or FENCED if this worker was given up."""
+        if worker in self.given_up:
+            return FENCED
+        for message in messages:
+            self.inbox.put((worker, message))
+        return self.books.written
+
+    def announce(self, worker: str, spec: str) -> None:
+        """A fault fires: it is not handed out again, and is carried out here unless it is the worker's own."""
+        if spec not in self.chaos:
+            return
+        self.chaos.remove(spec)
+        self.inbox.put((worker, parse(spec)))
+
+    # The loop.
+
+    def run(self) -> m.Finish:
+        self.state, actions = m.begin(self.settings.bounds)
+        self.perform(actions)
+        while self.outcome is None:
+            try:
+                item = self.inbox.get(timeout=TICK_S)
+            except queue.Empty:
+                item = Checked()
+            self.handle(item)
+        self.fleet.close()
+        self.drain_inbox()
+        return self.outcome
+
+    def drain_inbox(self) -> None:
+        """Lines that were under way when the run ended."""
+        while not self.inbox.empty():
+            item = self.inbox.get()
+            if isinstance(item, tuple) and isinstance(item[1], Line):
+                self.take_line(item[1])
+
+    def handle(self, item: Any) -> None:
+        if isinstance(item, Checked):
+            self.check()
+        elif isinstance(item, tuple):
+            self.take(*item)
+        else:
+            self.advance(item)
+
+    def take(self, worker: str, message: Any) -> None:
+        """A worker's word; one that was given up meanwhile is not heard."""
+        if worker in self.given_up:
+            return
+        if isinstance(message, Progress):
+            self.take_pulse(message)
+        elif isinstance(message, Line):
+            self.take_line(message)
+        elif isinstance(message, Part):
+            self.take_part(message)
+        elif isinstance(message, Fault):
+            self.take_fault(worker, message)
+        else:
+            self.advance(message)
+
+    def advance(self, event: Any) -> None:
+        now = time.monotonic()
+        if isinstance(event, m.Starting):
+            self.started[event.worker] = now
+        elif isinstance(event, Ready):
+            self.started.pop(event.worker, None)
+            self.live[event.worker] = event
+            self.books.event("worker_joined", worker=event.worker, node=event.node, pid=event.pid)
+        elif isinstance(event, m.Lost):
+            self.note_loss(event, now)
+        elif isinstance(event, m.Drain):
+            self.books.event("node_draining", nodes=list(event.nodes))
+        elif isinstance(event, Standing) and event.error and event.reason == "failed":
+            self.books.event("step_failed", worker=event.worker, error=event.error)
+        self.state, actions = m.advance(self.state, event)
+        self.perform(actions)
+
+    def note_loss(self, event: m.Lost, now: float) -> None:
+        ready, pulse = self.live.pop(event.worker, None), self.pulses.pop(event.worker, None)
+        self.started.pop(event.worker, None)
+        self.given_up.add(event.worker)
+        group = self.state.group
+        rank = group.index(event.worker) if event.worker in group else -1
+        self.books.event("worker_lost", worker=event.worker, rank=rank, cause=event.cause,
+                         detected_s=round(now - pulse.heard_s, 3) if pulse else 0.0)
+        self.losses = policy.note_loss(self.losses, ready.node if ready else "", self.books.written, now)
+        self.restart_at = now + policy.restart_delay_s(self.losses)
+        if policy.gives_up(self.losses, len(group)):
+            self.inbox.put(m.GiveUp(f"Worker after worker is lost without a step between them, the last by: {event.cause}"))
+
+    # Time.
+
+    def check(self) -> None:
+        """What only time can tell: hangs, workers that never get ready, restarts that were put off."""
+        now = time.monotonic()
+        for worker, since in list(self.started.items()):
+            if now - since > self.settings.start_timeout_s:
+                self.give_up_on(worker, f"not ready within start_timeout_s = {self.settings.start_timeout_s:g} s")
+        if self.state.phase in ("running", "stopping", "regrouping"):
+            pulses = {w: p for w, p in self.pulses.items() if w in self.state.group and w not in self.state.standing}
+            for worker in policy.suspects(pulses, now, self.settings.hang_timeout_s, self.settings.start_timeout_s):
+                self.books.event("hang", worker=worker, phase=pulses[worker].phase, silent_s=round(now - pulses[worker].heard_s, 3))
+                self.give_up_on(worker, f"no progress within hang_timeout_s = {self.settings.hang_timeout_s:g} s")
+        if self.restart_at and now >= self.restart_at:
+            self.restart_at = 0.0
+            self.want()
+
+    def give_up_on(self, worker: str, cause: str) -> None:
+        """Fence first, then kill: what it says from now on is not heard, and its group is abandoned without it."""
+        self.given_up.add(worker)
+        self.fleet.kill(worker)
+        self.advance(m.Lost(worker, cause))
+
+    def want(self) -> None:
+        nodes = [r.node for r in self.live.values()]
+        self.fleet.want(self.target, policy.banned_nodes(self.losses, time.monotonic(), nodes))
+
+    def take_pulse(self, word: Progress) -> None:
+        now, old = time.monotonic(), self.pulses.get(word.worker)
+        content = (word.step, word.phase, word.inside, word.waiting)
+        moved = old is None or (old.step, old.phase, old.inside, old.waiting) != content or old.detail != word.detail
+        self.pulses[word.worker] = Pulse(*content, now if moved else old.changed_s, now, word.detail)
+
+    # Lines, checkpoints, faults.
+
+    def take_line(self, line: Line) -> None:
+        if line.file == "metrics":
+            self.books.metric(line.generation, line.fields)
+        else:
+            fields = dict(line.fields)
+            self.books.event(fields.pop("event"), fields.pop("step", None), line.generation, **fields)
+
+    def take_part(self, part: Part) -> None:
+        """A checkpoint's files are on disk: committing its manifest makes it count."""
+        if part.step <= self.commits.newest:
+            return
+        path, size = self.commits.commit(part.manifest)
+        self.books.event("checkpoint_committed", part.step, part.generation, path=path, bytes=size, stall_s=part.stall_s,
+                         seconds=part.seconds)
+
+    def take_fault(self, worker: str, fault: Fault) -> None:
+        self.books.event("chaos", fault=fault.spec, worker=worker)
+        if fault.kind == "scale":
+            self.advance(m.ScaleTo(fault.number))
+        elif fault.kind == "stop":
+            self.stopped[fault.number] = self.live[worker]
+        elif fault.kind == "corrupt":
+            self.commits.flip_a_byte()
+        elif fault.kind == "cont":
+            self.fleet.inject(fault, self.stopped.get(fault.number))
+
+    # Actions.
+
+    def perform(self, actions: Sequence[Any]) -> None:
+        for action in actions:
+            getattr(self, "do_" + type(action).__name__.lower())(action)
+
+    def do_want(self, action: m.Want) -> None:
+        self.target = action.workers
+        self.want()
+
+    def do_abandon(self, action: m.Abandon) -> None:
+        self.fleet.abandon(action.worker, action.generation)
+
+    def do_requeststop(self, action: m.RequestStop) -> None:
+        self.fleet.request_stop(action.worker, action.generation, action.code)
+
+    def do_release(self, action: m.Release) -> None:
+        self.given_up.add(action.worker)
+        self.live.pop(action.worker, None)
+        self.pulses.pop(action.worker, None)
+        self.fleet.release(action.worker)
+        self.want()
+
+    def do_wait(self, action: m.Wait) -> None:
+        self.books.event("waiting", ready=action.ready, needed=action.needed)
+
+    def do_form(self, action: m.Form) -> None:
+        """Publishes a generation: on disk first, then to its members."""
+        generation = self.completed(action.generation)
+        members = [self.live[w] for w in generation.members]
+        if action.before or self.books.last_commit:
+            lost = max(0, self.books.written - generation.committed)
+            self.books.interrupted(generation.number, action.cause, action.before, len(members), lost)
+        if generation.committed < self.books.written:
+            self.rewind(generation.committed)
+        self.books.generation = generation.number
+        generation = replace(generation, written=self.books.written, evaluated=self.books.evaluated,
+                             checkpointed=self.commits.newest, chaos=tuple(self.chaos))
+        self.books.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
+                         mesh={"data": len(members), "pipeline": 1, "tensor": 1, "expert": 1},
+                         workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid} for i, r in enumerate(members)])
+        self.pulses = {}
+        for worker in generation.members:
+            self.fleet.assign(worker, generation)
+
+    def completed(self, generation: Generation) -> Generation:
+        """With the transport, and a start from the newest good checkpoint (or the recipe) where no member has any state."""
+        transport = self.fleet.transport([self.live[w] for w in generation.members])
+        if generation.committed >= 0:
+            return replace(generation, transport=transport)
+        path, step, rejected = self.commits.newest_good(self.resumed_from)
+        for bad, reason in rejected:
+            self.books.event("checkpoint_rejected", path=bad, reason=reason)
+        return replace(generation, transport=transport, load=path or "recipe", committed=step)
+
+    def rewind(self, step: int) -> None:
+        """Every copy of the newer state is gone: metrics go back to the checkpoint that is loaded."""
+        self.books.event("rewound", **{"from": self.books.written, "to": step})
+        self.books.metrics.cut_back(step)
+        self.books.written, self.books.evaluated = step, min(self.books.evaluated, step)
+
+    def do_finish(self, action: m.Finish) -> None:
+        self.outcome = action
+
+    def snapshot(self) -> dict[str, Any]:
+        """Where the run is, for `elastic status`."""
+        return {"phase": self.state.phase, "generation": self.books.generation, "step": self.books.written,
+                "workers": [dataclasses.asdict(r) for r in self.live.values()], "target": self.target}

@@ -1,0 +1,70 @@
+"""The controller as a named, detached Ray actor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic import membership as m
+from elastic.actor import NAMESPACE
+from elastic.books import Books
+from elastic.cluster import RayFleet
+from elastic.controller import Controller, Settings
+from elastic.messages import Job
+
+__all__ = ["NAMESPACE", "ControllerActor"]
+
+POLL_S = 0.2  # how long a poll waits for the end of the run before it returns what is new
+
+
+class ControllerActor:
+    """Wraps `Controller`: its loop in a thread, its doors as actor methods."""
+
+    def __init__(self, job: Job, settings: Settings, fleet: dict[str, Any], begin: dict[str, Any]):
+        run_dir = Path(job.run_dir)
+        self.books = Books(run_dir, begin.get("written", 0), begin.get("evaluated", 0), begin.get("generation", 0))
+        self.fleet = RayFleet(job, lambda event: self.controller.post(event), **fleet)
+        self.controller = Controller(job, settings, self.fleet, self.books, begin.get("checkpoint", ""))
+        self.controller.opened(begin.get("rewound_from", -1))
+        self.error = ""
+        self.done = threading.Event()
+        threading.Thread(target=self.run, name="controller", daemon=True).start()
+
+    def run(self) -> None:
+        try:
+            self.controller.run()
+        except BaseException as error:
+            self.error = f"{type(error).__name__}: {error}"
+            self.books.event("run_failed", error=f"The controller failed: {self.error}")
+            self.fleet.close()
+            raise
+        finally:
+            self.done.set()
+
+    def deliver(self, worker: str, messages: Sequence[Any]) -> int:
+        return self.controller.deliver(worker, messages)
+
+    def announce(self, worker: str, spec: str) -> None:
+        self.controller.announce(worker, spec)
+
+    def scale(self, workers: int) -> None:
+        self.controller.post(m.ScaleTo(workers))
+
+    def interrupt(self) -> None:
+        self.controller.post(m.Interrupt())
+
+    def poll(self, since: int) -> tuple[list[dict[str, Any]], int, bool]:
+        """The lines after the first `since`, how many there are by now, and whether the run has ended."""
+        finished = self.done.wait(POLL_S)
+        lines = self.books.since(since)
+        return lines, self.books.fed, finished
+
+    def snapshot(self) -> dict[str, Any]:
+        return self.controller.snapshot()
+
+    def outcome(self) -> tuple[str, str]:
+        """Status and error of a run that has ended."""
+        found = self.controller.outcome
+        return (found.status, found.error) if found else ("failed", self.error)

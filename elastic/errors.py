@@ -1,0 +1,45 @@
+"""Every error of the platform, split by what to do next.
+
+    ElasticError
+    |-- UserError            mend the input and start again        (exit code 2)
+    |   `-- RecipeError      a key of the recipe is wrong; names key, value and remedy
+    |-- RunFailed            the run cannot go on                  (exit code 3)
+    |   `-- NonFiniteLoss    a loss or a gradient is NaN or infinite
+    |-- GroupBroken          a peer is gone: stand by, and re-form in the next generation
+    |-- Fenced               this process belongs to an older generation: stop
+    `-- BadCheckpoint        this checkpoint is not whole: take an older one
+
+Every error carries one sentence and pickles as it is.
+"""
+
+
+class ElasticError(Exception):
+    """The root: whatever the platform raises on purpose."""
+
+
+class UserError(ElasticError):
+    """The input is wrong; the message says what, where and how to mend it."""
+
+
+class RecipeError(UserError, ValueError):
+    """A recipe's key has a value that cannot work."""
+
+
+class RunFailed(ElasticError):
+    """The run cannot go on."""
+
+
+class NonFiniteLoss(RunFailed):
+    """A loss or gradient is NaN or infinite; the message names step, shard and sample positions."""
+
+
+class GroupBroken(ElasticError):
+    """A collective cannot complete because a peer is gone or the generation was abandoned."""
+
+
+class Fenced(ElasticError):
+    """The generation this process belongs to is over and it is not part of the next."""
+
+
+class BadCheckpoint(ElasticError):
+    """A checkpoint is incomplete, altered or of another format."""

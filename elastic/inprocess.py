@@ -1,0 +1,190 @@
+"""A fleet of threads in one process: the whole platform, with faults, without Ray. For tests and for debugging a model.
+
+Everything but the processes is real: the controller, its state machine, the workers, the loop, the checkpoints. A kill ends
+a thread at its next chance; a stop halts it at its next collective until it is continued.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from elastic import membership as m
+from elastic.chaos import Fault
+from elastic.collective.group import CollectiveGroup
+from elastic.collective.local import Hub, Killed
+from elastic.collective.solo import SoloGroup
+from elastic.control import Control
+from elastic.messages import Generation, Job, Ready
+from elastic.outbox import Outbox
+from elastic.worker import Worker
+
+PULSE_S = 0.02
+ORPHAN_TIMEOUT_S = 60.0
+
+
+class ThreadRim:
+    """One thread's surroundings."""
+
+    def __init__(self, fleet: ThreadFleet, name: str, node: str):
+        self.fleet, self.name, self.node, self.pid, self.endpoint = fleet, name, node, 0, "local"
+        self.rank, self.generation = -1, 0
+        self.dead = threading.Event()
+        self.outbox: Outbox | None = None
+
+    def form(self, generation: Generation, rank: int, control: Control) -> CollectiveGroup:
+        self.rank, self.generation = rank, generation.number
+        self.outlive()
+        return self.fleet.hub.form(generation.number, rank, len(generation.members), control.abandoned)
+
+    def outlive(self) -> None:
+        if self.dead.is_set():
+            raise Killed
+
+    def post(self, message: Any) -> None:
+        self.outlive()
+        assert self.outbox is not None
+        self.outbox.post(message)
+
+    def announce(self, spec: str) -> None:
+        self.fleet.controller.announce(self.name, spec)
+
+    def strike(self, fault: Fault) -> None:
+        if fault.kind == "stop":
+            self.fleet.hub.stop(self.rank, self.generation)
+            assert self.outbox is not None
+            self.outbox.halted.set()
+            return
+        self.dead.set()
+        self.fleet.hub.kill(self.rank, self.generation)
+        raise Killed
+
+    def cut_short(self, fault: Fault, group: CollectiveGroup) -> CollectiveGroup:
+        if fault.kind == "stop":
+            self.strike(fault)
+            return group
+        if isinstance(group, SoloGroup) or group.size == 1:
+            self.strike(fault)
+        self.dead.set()
+        self.fleet.hub.kill_during(self.rank, {(self.rank + 1) % group.size}, self.generation)
+        return group
+
+
+class ThreadFleet:
+    """`elastic.controller.Fleet` on threads. `capacity` is how many workers the "cluster" has room for right now."""
+
+    def __init__(self, job: Job, capacity: int, nodes: int = 1):
+        self.job, self.capacity, self.nodes = job, capacity, nodes
+        self.hub = Hub()
+        self.controller: Any = None  # set by whoever builds both
+        self.workers: dict[str, Worker] = {}
+        self.rims: dict[str, ThreadRim] = {}
+        self.threads: list[threading.Thread] = []
+        self.released: set[str] = set()
+        self.numbers = itertools.count()
+        self.wanted, self.closed = 0, False
+        self.lock = threading.RLock()
+
+    def want(self, workers: int, avoid: Sequence[str]) -> None:
+        self.wanted = workers
+        self.fill(avoid)
+
+    def grow(self, capacity: int) -> None:
+        """Room appears or goes, as when a node joins or leaves; a loss of room kills nobody."""
+        self.capacity = capacity
+        self.fill(())
+
+    def fill(self, avoid: Sequence[str]) -> None:
+        with self.lock:
+            while not self.closed and len(self.workers) < min(self.wanted, self.capacity):
+                number = next(self.numbers)
+                self.start(f"worker-{number}", f"node-{number % self.nodes}")
+
+    def start(self, name: str, node: str) -> None:
+        rim = ThreadRim(self, name, node)
+        worker = Worker(name, self.job, rim)
+        rim.outbox = Outbox(name, worker.control, lambda messages: self.controller.deliver(name, messages), ORPHAN_TIMEOUT_S,
+                            lambda: None, lambda: None, PULSE_S)
+        rim.outbox.start()
+        self.workers[name], self.rims[name] = worker, rim
+        self.controller.post(m.Starting(name))
+        thread = threading.Thread(target=self.live, args=(name, worker, rim), name=name, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def live(self, name: str, worker: Worker, rim: ThreadRim) -> None:
+        cause = "released"
+        try:
+            worker.serve()
+        except Killed:
+            cause = "killed"
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+        rim.dead.set()
+        assert rim.outbox is not None
+        rim.outbox.close()
+        with self.lock:
+            self.workers.pop(name, None)
+            lost = name not in self.released and not self.closed
+        if lost:
+            self.controller.post(m.Lost(name, cause))
+            self.fill(())
+
+    def call(self, worker: str, act: Callable[[Worker], Any]) -> None:
+        found = self.workers.get(worker)
+        if found is not None:
+            act(found)
+
+    def assign(self, worker: str, generation: Generation) -> None:
+        self.call(worker, lambda w: w.orders.put(generation))
+
+    def abandon(self, worker: str, generation: int) -> None:
+        self.call(worker, lambda w: w.control.abandon(generation))
+
+    def request_stop(self, worker: str, generation: int, code: int) -> None:
+        self.call(worker, lambda w: w.control.request_stop(generation, code))
+
+    def release(self, worker: str) -> None:
+        with self.lock:
+            self.released.add(worker)
+            found = self.workers.pop(worker, None)
+        if found is not None:
+            found.orders.put(None)
+
+    def kill(self, worker: str) -> None:
+        """A stopped thread stays stopped until it is continued, like a process that a signal cannot reach yet."""
+        rim = self.rims[worker]
+        self.release(worker)
+        if not (rim.outbox and rim.outbox.halted.is_set()):
+            rim.dead.set()
+            if rim.rank >= 0:
+                self.hub.kill(rim.rank, rim.generation)
+        self.fill(())
+
+    def transport(self, ready: Sequence[Ready]) -> str:
+        return "local"
+
+    def inject(self, fault: Fault, stopped: Ready | None) -> None:
+        if stopped is not None:
+            self.resume(stopped.worker)
+
+    def resume(self, worker: str) -> None:
+        """SIGCONT: the thread goes on from where it was stopped, in a group that is long over."""
+        rim = self.rims[worker]
+        assert rim.outbox is not None
+        rim.outbox.halted.clear()
+        self.hub.cont(rim.rank, rim.generation)
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            left = list(self.workers.values())
+        for worker in left:
+            worker.orders.put(None)
+        for name, rim in self.rims.items():
+            if rim.outbox and rim.outbox.halted.is_set():
+                self.resume(name)
+        for thread in self.threads:
+            thread.join()

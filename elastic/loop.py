@@ -1,0 +1,305 @@
+"""One generation's training, from where its members meet to where they part. Runs on any group, with Ray or without.
+
+A step: every member adds up the gradients of its logical shards along the canonical tree; the group reduces the sums; all vote;
+a vote that completes is the commit, and each member applies what it holds. Nothing is changed before the commit, so
+a step that is cut off can be redone from untouched state, by whoever is left.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from elastic.backend import Backend, Buffer, UpdateRule
+from elastic.chaos import Injector
+from elastic.collective.group import CollectiveGroup
+from elastic.collective.reduction import Scratch, SubtreeSums, out_size, reduce, tree_sum
+from elastic.control import Control
+from elastic.errors import NonFiniteLoss
+from elastic.mesh import shards_of
+from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Line
+from elastic.schedule import learning_rate
+from elastic.state import BLOCK, State
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train, as plain numbers; the same on every worker and in every generation."""
+
+    num_steps: int
+    num_shards: int
+    seed: int
+    exact: bool
+    optimizer: Mapping[str, Any]  # name, lr, min_lr, warmup_steps, schedule, weight_decay, beta1, beta2, eps, momentum, clip_norm
+    eval_every: int = 0
+    checkpoint_every: int = 0
+
+
+class Loader(Protocol):
+    """Batches by (step, shard). `expect` names those that come next, so that they can be loaded ahead."""
+
+    def __call__(self, step: int, shard: int) -> Mapping[str, Any]: ...
+
+    def expect(self, keys: Iterable[tuple[int, int]]) -> None: ...
+
+
+@dataclass
+class Work:
+    """What a worker trains with. It outlives generations; `gradient` is what it holds between a reduction and its commit."""
+
+    plan: Plan
+    backend: Backend
+    state: State
+    load_batch: Loader
+    positions: Callable[[int, int], np.ndarray]
+    eval_batches: Sequence[Callable[[], Mapping[str, Any]]]
+    control: Control
+    post: Callable[[Any], None]
+    save: Callable[[int, int, Mapping[str, float], bool], None]  # (generation, step, last evaluation, wait until it is durable)
+    unit: str = ""
+    gradient: Buffer | None = None
+    holds: int = -1
+    ballot: Ballot | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    unwritten: deque[dict[str, Any]] = field(default_factory=deque)
+
+
+def train(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> str:
+    """Trains until the run is "done" or a vote says that the group has "stopped". Raises `GroupBroken` if a peer is gone."""
+    begin(work, generation, group, injector)
+    buffers = Buffers(work, group)
+    run = shards_of(group.rank, group.size, work.plan.num_shards)
+    work.load_batch.expect((step, shard) for step in range(work.state.committed + 1, work.plan.num_steps + 1) for shard in run)
+    after(work, generation, group, injector, evaluated=generation.evaluated, checkpointed=generation.checkpointed)
+    while work.state.committed < work.plan.num_steps:
+        started, step = time.perf_counter(), work.state.committed + 1
+        sums, losses, weights = add_up_shards(work, group, buffers, step, injector)
+        work.gradient, work.holds = reduce_sums(work, group, buffers, sums, step, injector), step
+        ballot = vote(work, group, step, losses, weights, injector)
+        injector.at(step, "update")
+        commit(work, ballot)
+        record(work, generation, group, ballot, time.perf_counter() - started)
+        after(work, generation, group, injector)
+        if ballot.stop and step < work.plan.num_steps:
+            if ballot.stop == STOP_AND_SAVE and group.rank == 0:
+                work.save(generation.number, step, work.evaluation, True)
+            return "stopped"
+    if group.rank == 0:
+        work.save(generation.number, work.state.committed, work.evaluation, True)
+    return "done"
+
+
+def begin(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> None:
+    """Brings every member to `generation.committed`: a vote that some saw complete is applied, those without state are healed."""
+    if work.state.committed == generation.committed - 1 and work.holds == generation.committed and generation.ballot:
+        commit(work, generation.ballot)
+        remember(work, generation, generation.ballot, 0.0)
+    work.gradient, work.holds = None, -1
+    if generation.healed:
+        heal(work, generation, group, injector)
+    if group.rank == 0:
+        for fields in work.unwritten:
+            if fields["step"] > generation.written:
+                work.post(Line(generation.number, "metrics", fields))
+
+
+def heal(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> None:
+    """The source sends its state to the members that have none; the others go on to the first collective and wait there."""
+    injector.at(generation.committed + 1, "heal")
+    taking_part = [generation.source, *generation.healed]
+    if group.rank not in taking_part:
+        return
+    started = time.perf_counter()
+    with work.control.collective(generation.committed, "heal"):
+        pair = group.subgroup(taking_part)
+        moved = work.state.heal(pair, 0, generation.committed)
+    if group.rank == generation.source:
+        work.post(Line(generation.number, "events", {
+            "event": "healed", "step": generation.committed, "from": generation.members[generation.source],
+            "to": [generation.members[r] for r in generation.healed], "bytes": moved, "seconds": time.perf_counter() - started}))
+
+
+class Buffers:
+    """One generation's communication buffers. A broken group's are never used again: a stopped peer may still write to them."""
+
+    def __init__(self, work: Work, group: CollectiveGroup):
+        allocate = getattr(group, "allocate", work.backend.allocate)
+        self.layout = work.state.layout
+        self.numel = self.layout.gradient
+        self.out = allocate(out_size(self.numel, BLOCK, group.size)) if group.size > 1 else None
+        self.scratch = Scratch(work.backend.allocate)
+        self._allocate, self._all, self._free = allocate, [], []
+
+    def reset(self) -> None:
+        self._free = list(self._all)
+
+    def take(self) -> Buffer:
+        """A zeroed buffer for gradients."""
+        if not self._free:
+            self._all.append(self._allocate(self.numel))
+            return self._all[-1]
+        buffer = self._free.pop()
+        buffer[:] = 0
+        return buffer
+
+    def give(self, buffer: Buffer) -> None:
+        self._free.append(buffer)
+
+
+def add_up_shards(work: Work, group: CollectiveGroup, buffers: Buffers, step: int, injector: Injector) -> tuple[Any, dict, dict]:
+    """The gradients of this member's shards, added along the tree; each shard's loss sum and weight."""
+    run = shards_of(group.rank, group.size, work.plan.num_shards)
+    buffers.reset()
+    sums = SubtreeSums(run, work.plan.num_shards, buffers.take, buffers.give) if work.plan.exact else PlainSum(buffers.take)
+    losses, weights = {}, {}
+    for shard in run:
+        work.control.at(step, "forward", shard)
+        injector.at(step, "forward")
+        buffer = sums.begin(shard)
+        result = work.backend.gradients(work.load_batch(step, shard), shard_seed(work.plan.seed, step, shard),
+                                        buffers.layout.views(buffer, buffers.layout.trainable_names))
+        if result.buffers:
+            work.state.add_statistics(buffer, result.buffers, result.weight)
+        sums.end(shard)
+        losses[shard], weights[shard] = result.loss_sum, result.weight
+        injector.at(step, "backward")
+    return sums, losses, weights
+
+
+class PlainSum:
+    """For `reduction = "fast"`: all shards of a member in one buffer, in its own order."""
+
+    def __init__(self, take: Callable[[], Buffer]):
+        self.buffer = take()
+
+    def begin(self, shard: int) -> Buffer:
+        return self.buffer
+
+    def end(self, shard: int) -> None:
+        """Nothing is left to add."""
+
+
+def shard_seed(seed: int, step: int, shard: int) -> int:
+    """A counter-based seed for whatever is random in one shard of one step."""
+    return int(np.random.SeedSequence([seed, step, shard]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def reduce_sums(work: Work, group: CollectiveGroup, buffers: Buffers, sums: Any, step: int, injector: Injector) -> Buffer:
+    group = injector.cut(group, step, "reduction")
+    with work.control.collective(step, "reduction"):
+        if work.plan.exact:
+            return reduce(group, sums.nodes(), work.plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
+        group.all_reduce(sums.buffer)
+        return sums.buffer
+
+
+def vote(work: Work, group: CollectiveGroup, step: int, losses: Mapping[int, float], weights: Mapping[int, float],
+         injector: Injector) -> Ballot:
+    """One all-gather of a few scalars. Every shard is in exactly one member's part; the others hold zeros there."""
+    group = injector.cut(group, step, "vote")
+    shards = work.plan.num_shards
+    part = np.zeros(2 * shards + 1)
+    for shard, loss in losses.items():
+        part[shard], part[shards + shard] = loss, weights[shard]
+    part[-1] = work.control.stop_request()
+    out = np.empty(group.size * len(part))
+    with work.control.collective(step, "vote"):
+        group.all_gather(out, part)
+    rows = out.reshape(group.size, -1)
+    total = rows[:, :-1].sum(axis=0)
+    ballot = Ballot(step, tuple(total[:shards].tolist()), tuple(total[shards:].tolist()), int(rows[:, -1].max()))
+    check_finite(work, ballot)
+    work.ballot = ballot
+    return ballot
+
+
+def check_finite(work: Work, ballot: Ballot) -> None:
+    for shard, loss in enumerate(ballot.losses):
+        if not math.isfinite(loss):
+            positions = ", ".join(str(p) for p in work.positions(ballot.step, shard).tolist())
+            raise NonFiniteLoss(f"The loss is {loss} at step {ballot.step}, logical shard {shard}, sample positions {positions}; "
+                                "lower optimizer.lr, set optimizer.clip_norm or mend these samples.")
+
+
+def commit(work: Work, ballot: Ballot) -> None:
+    """Applies the reduced gradients that this member holds. The state is torn (-1) until all of it is done."""
+    plan, state, gradient = work.plan, work.state, work.gradient
+    options, layout = plan.optimizer, state.layout
+    weight = tree_sum(ballot.weights)
+    scale = 1.0 / weight
+    if options["clip_norm"] > 0:
+        norm = math.sqrt(float(sum(work.backend.squared_norms(gradient[:layout.trainable], BLOCK).tolist()))) * scale
+        if not math.isfinite(norm):
+            raise NonFiniteLoss(f"The gradient's norm is {norm} at step {ballot.step}; lower optimizer.lr or mend the data.")
+        scale *= min(1.0, options["clip_norm"] / max(norm, 1e-30))
+    lr = learning_rate(ballot.step, kind=options["schedule"], lr=options["lr"], min_lr=options["min_lr"],
+                       warmup_steps=options["warmup_steps"], num_steps=plan.num_steps)
+    state.committed = -1
+    for low, high, decay in ((0, layout.decay, options["weight_decay"]), (layout.decay, layout.trainable, 0.0)):
+        if low < high:
+            rule = UpdateRule(options["name"], lr, decay, scale, ballot.step, options["beta1"], options["beta2"], options["eps"],
+                              options["momentum"])
+            slots = {name: buffer[low:high] for name, buffer in state.slots.items()}
+            work.backend.update(rule, state.param[low:high], gradient[low:high], slots, BLOCK)
+    state.apply_statistics(gradient, weight)
+    state.committed = ballot.step
+
+
+def record(work: Work, generation: Generation, group: CollectiveGroup, ballot: Ballot, step_s: float) -> None:
+    """Every member keeps the step's line until it is known to be on disk; rank 0 sends it."""
+    fields = remember(work, generation, ballot, step_s)
+    if group.rank == 0:
+        work.post(Line(generation.number, "metrics", fields))
+
+
+def remember(work: Work, generation: Generation, ballot: Ballot, step_s: float) -> dict[str, Any]:
+    weight = tree_sum(ballot.weights)
+    samples = sum(int((work.positions(ballot.step, s) >= 0).sum()) for s in range(work.plan.num_shards))
+    fields = {"step": ballot.step, "loss": tree_sum(ballot.losses) / weight, "time": time.time(), "step_s": step_s,
+              "world_size": len(generation.members), "generation": generation.number, "samples": samples}
+    if work.unit:
+        fields[work.unit] = int(weight)
+    work.unwritten.append(fields)
+    while work.unwritten and work.unwritten[0]["step"] <= work.control.written:
+        work.unwritten.popleft()
+    return fields
+
+
+def after(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector, evaluated: int = 0,
+          checkpointed: int = 0) -> None:
+    """Whatever is due at the committed step: evaluation, then a checkpoint beside the training."""
+    step, plan = work.state.committed, work.plan
+    if step <= 0:
+        return
+    last = step == plan.num_steps
+    if work.eval_batches and step > evaluated and (last or (plan.eval_every and step % plan.eval_every == 0)):
+        work.evaluation = evaluate(work, group, step)
+        if group.rank == 0:
+            work.post(Line(generation.number, "metrics", {"step": step, "eval": work.evaluation}))
+    if plan.checkpoint_every and step > checkpointed and step % plan.checkpoint_every == 0 and not last:
+        if group.rank == 0:
+            work.save(generation.number, step, work.evaluation, False)
+        injector.at(step, "checkpoint")
+
+
+def evaluate(work: Work, group: CollectiveGroup, step: int) -> dict[str, float]:
+    """The mean of every metric over the evaluation set. A batch is computed whole by one member: the split changes no bit."""
+    batches = work.eval_batches
+    parts: dict[str, np.ndarray] = {}
+    for index in range(group.rank, len(batches), group.size):
+        work.control.at(step, "evaluate", index)
+        for name, (total, weight) in work.backend.metrics(batches[index]()).items():
+            parts.setdefault(name, np.zeros((len(batches), 2)))[index] = total, weight
+    names = sorted(parts or work.backend.metrics(batches[0]()))  # a member without a batch still has to know the names
+    mine = np.concatenate([parts.get(name, np.zeros((len(batches), 2))).reshape(-1) for name in names])
+    out = np.empty(group.size * len(mine))
+    with work.control.collective(step, "evaluate"):
+        group.all_gather(out, mine)
+    sums = out.reshape(group.size, len(names), len(batches), 2).sum(axis=0)
+    return {name: math.fsum(table[:, 0]) / math.fsum(table[:, 1]) for name, table in zip(names, sums, strict=True)}

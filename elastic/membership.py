@@ -1,0 +1,304 @@
+"""Who is in the group: a pure state machine. `advance(state, event) -> (state, actions)`; no Ray, no clock, no file.
+
+    waiting ----------- enough workers are ready ----------> running
+    running -- a loss, a broken collective, an error -------> regrouping   (Abandon: leave the collectives, stand by)
+    running -- a resize, a drain, an interrupt -------------> stopping     (RequestStop: leave together after a vote)
+    regrouping, stopping -- every survivor stands by -------> running (the next generation), waiting, or finished
+
+The rule of recovery is in `rejoin`: if any survivor saw a vote complete, its step counts for all; whoever holds that step's
+gradients applies them, whoever does not is healed. If none did, all redo the step from untouched state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Ready, Standing
+from elastic.policy import Bounds, world_size
+
+
+# Events beside `Ready` and `Standing`.
+@dataclass(frozen=True)
+class Starting:
+    """A worker process is being started: a place for it was found."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker's process is gone, or it was given up."""
+
+    worker: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class ScaleTo:
+    workers: int
+
+
+@dataclass(frozen=True)
+class Drain:
+    """These nodes will go away: their workers leave at the next step boundary."""
+
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Interrupt:
+    """Checkpoint at the next step boundary, then end."""
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """A policy says that it is no use."""
+
+    error: str
+
+
+# Actions.
+@dataclass(frozen=True)
+class Want:
+    """Keep this many worker processes alive or asked for."""
+
+    workers: int
+
+
+@dataclass(frozen=True)
+class Abandon:
+    worker: str
+    generation: int
+
+
+@dataclass(frozen=True)
+class RequestStop:
+    worker: str
+    generation: int
+    code: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """Start this generation; the carrier fills in what only it knows (transport, what is on disk)."""
+
+    generation: Generation
+    cause: str
+    before: int  # world size of the generation before
+
+
+@dataclass(frozen=True)
+class Release:
+    worker: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Too few workers: the survivors stay warm."""
+
+    ready: int
+    needed: int
+
+
+@dataclass(frozen=True)
+class Finish:
+    status: str  # "done" | "failed" | "interrupted"
+    error: str = ""
+    standing: Standing | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the machine knows."""
+
+    bounds: Bounds
+    phase: str = "waiting"
+    generation: int = 0
+    target: int = 0
+    group: tuple[str, ...] = ()
+    ready: Mapping[str, Ready] = field(default_factory=dict)
+    starting: frozenset[str] = frozenset()
+    standing: Mapping[str, Standing] = field(default_factory=dict)
+    leaving: frozenset[str] = frozenset()
+    last: Mapping[str, Standing] = field(default_factory=dict)  # the word of those who stood when a group could not form
+    ending: bool = False
+    failure: tuple[int, str] = (-1, "")  # the step and error of the last failed step
+    cause: str = "start"
+    has_begun: bool = False
+
+
+def begin(bounds: Bounds) -> tuple[State, tuple[Any, ...]]:
+    target = bounds.max_workers
+    return State(bounds, target=target), (Want(wanted(bounds, target)),)
+
+
+def wanted(bounds: Bounds, target: int) -> int:
+    return max(1, world_size(target, target, bounds)) + bounds.spares
+
+
+def advance(state: State, event: Any) -> tuple[State, tuple[Any, ...]]:
+    """One event in, the new state and what is to be done out."""
+    if state.phase == "finished":
+        return state, ()
+    state, actions = HANDLERS[type(event)](state, event)
+    state, more = settle(state)
+    return state, actions + more
+
+
+def on_starting(state: State, event: Starting) -> tuple[State, tuple[Any, ...]]:
+    return replace(state, starting=state.starting | {event.worker}), ()
+
+
+def on_ready(state: State, event: Ready) -> tuple[State, tuple[Any, ...]]:
+    return replace(state, starting=state.starting - {event.worker}, ready={**state.ready, event.worker: event}), ()
+
+
+def on_lost(state: State, event: Lost) -> tuple[State, tuple[Any, ...]]:
+    ready = {w: r for w, r in state.ready.items() if w != event.worker}
+    last = {w: s for w, s in state.last.items() if w != event.worker}
+    standing = {w: s for w, s in state.standing.items() if w != event.worker}
+    state = replace(state, starting=state.starting - {event.worker}, ready=ready, last=last, standing=standing,
+                    leaving=state.leaving - {event.worker})
+    if event.worker in state.group and state.phase in ("running", "stopping"):
+        return regroup(state, event.cause)
+    return state, ()
+
+
+def on_standing(state: State, event: Standing) -> tuple[State, tuple[Any, ...]]:
+    if event.generation != state.generation or event.worker not in state.group or event.worker not in state.ready:
+        return state, ()  # an older generation's word changes nothing
+    state = replace(state, standing={**state.standing, event.worker: event})
+    if event.reason == "failed":
+        failure = (max(s.committed for s in state.standing.values()), event.error)
+        if event.fatal or failure == state.failure:
+            return finish(state, Finish("failed", event.error))
+        state = replace(state, failure=failure)
+    if event.reason in ("broken", "failed") and state.phase in ("running", "stopping"):
+        return regroup(state, event.reason)
+    return state, ()
+
+
+def on_scale(state: State, event: ScaleTo) -> tuple[State, tuple[Any, ...]]:
+    target = max(state.bounds.min_workers, min(event.workers, state.bounds.max_workers))
+    return replace(state, target=target), (Want(wanted(state.bounds, target)),)
+
+
+def on_drain(state: State, event: Drain) -> tuple[State, tuple[Any, ...]]:
+    return replace(state, leaving=state.leaving | {w for w, ready in state.ready.items() if ready.node in event.nodes}), ()
+
+
+def on_interrupt(state: State, event: Interrupt) -> tuple[State, tuple[Any, ...]]:
+    if state.ending:
+        return state, ()
+    state = replace(state, ending=True)
+    if state.phase == "waiting":
+        return finish(state, Finish("interrupted"))
+    return state, tuple(RequestStop(w, state.generation, STOP_AND_SAVE) for w in state.group)
+
+
+def on_give_up(state: State, event: GiveUp) -> tuple[State, tuple[Any, ...]]:
+    return finish(state, Finish("failed", event.error))
+
+
+HANDLERS = {Starting: on_starting, Ready: on_ready, Lost: on_lost, Standing: on_standing, ScaleTo: on_scale, Drain: on_drain,
+            Interrupt: on_interrupt, GiveUp: on_give_up}
+
+
+def finish(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
+    return replace(state, phase="finished"), (action,)
+
+
+def regroup(state: State, cause: str) -> tuple[State, tuple[Any, ...]]:
+    still = [w for w in state.group if w in state.ready and w not in state.standing]
+    return replace(state, phase="regrouping", cause=cause), tuple(Abandon(w, state.generation) for w in still)
+
+
+def settle(state: State) -> tuple[State, tuple[Any, ...]]:
+    """What follows from the state itself, whatever event led to it."""
+    if state.phase == "finished":
+        return state, ()
+    survivors = [w for w in state.group if w in state.ready]
+    if state.phase == "waiting":
+        return form(state) if not state.starting or len(usable(state)) >= state.target else (state, ())
+    if all(w in state.standing for w in survivors):
+        return depart(state, survivors)
+    if state.phase == "running" and not state.ending and wants_resize(state):
+        cause = "drain" if state.leaving & set(state.group) else "resize"
+        stops = tuple(RequestStop(w, state.generation, STOP) for w in survivors)
+        return replace(state, phase="stopping", cause=cause), stops
+    return state, ()
+
+
+def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
+    """Every survivor stands by: end the run, or go on in another group."""
+    words = [state.standing[w] for w in survivors]
+    if words and all(s.reason == "done" for s in words):
+        return finish(state, done(words))
+    if state.ending and words and all(s.reason == "stopped" for s in words):
+        return finish(state, Finish("interrupted", standing=words[0]))
+    return form(state)
+
+
+def done(words: list[Standing]) -> Finish:
+    """All replicas must hold the same bits; anything else is a fault that no result should hide."""
+    if len({s.state_sha256 for s in words}) > 1:
+        return Finish("failed", "The workers' states differ at the end: " + ", ".join(f"{s.worker} {s.state_sha256[:12]}" for s in words))
+    return Finish("done", standing=words[0])
+
+
+def usable(state: State) -> list[str]:
+    """Workers that may be in the next group: survivors in rank order, then joiners in the order they became ready."""
+    survivors = [w for w in state.group if w in state.ready]
+    joiners = [w for w in state.ready if w not in state.group]
+    return [w for w in survivors + joiners if w not in state.leaving]
+
+
+def wants_resize(state: State) -> bool:
+    if state.leaving & set(state.group):
+        return True
+    size = world_size(len(usable(state)), state.target, state.bounds)
+    return 0 < size < len(state.group) or (size > len(state.group) and not state.starting)
+
+
+def form(state: State) -> tuple[State, tuple[Any, ...]]:
+    """The next generation from whoever is usable, or a wait for more."""
+    words = {**state.last, **state.standing}
+    candidates = usable(state)
+    size = world_size(len(candidates), state.target, state.bounds)
+    gone = tuple(Release(w) for w in state.leaving if w in state.ready)
+    ready = {w: r for w, r in state.ready.items() if w not in state.leaving}
+    state = replace(state, ready=ready, leaving=frozenset(), standing={}, last={w: s for w, s in words.items() if w in ready})
+    if not size:
+        waiting = () if state.phase == "waiting" and not gone else (Wait(len(candidates), state.bounds.min_workers),)
+        return replace(state, phase="waiting"), gone + waiting
+    members, extra = tuple(candidates[:size]), candidates[size:]
+    surplus = extra[state.bounds.spares:]
+    generation = rejoin(state, members)
+    action = Form(generation, state.cause, len(state.group))
+    state = replace(state, phase="running", generation=generation.number, group=members, last={}, has_begun=True, cause="resize",
+                    ready={w: r for w, r in ready.items() if w not in surplus})
+    stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
+    return state, (*gone, *(Release(w) for w in surplus), action, *stops)
+
+
+def rejoin(state: State, members: tuple[str, ...]) -> Generation:
+    """Where everybody starts: the furthest committed step, its vote for those who hold its gradients, a heal for the rest."""
+    words = {w: state.last[w] for w in members if w in state.last}
+    number = state.generation + 1
+    endpoint = state.ready[members[0]].endpoint
+    committed = max((s.committed for s in words.values()), default=-1)
+    if committed < 0:
+        return Generation(number, members, endpoint, "", committed=-1)
+    ballot: Ballot | None = next((s.ballot for s in words.values() if s.ballot and s.ballot.step == committed), None)
+    source = next(r for r, w in enumerate(members) if w in words and words[w].committed == committed)
+
+    def behind(worker: str) -> bool:
+        word = words.get(worker)
+        if word is None or word.committed < 0:
+            return True
+        return word.committed < committed and not (ballot and word.committed == committed - 1 and word.holds == committed)
+
+    healed = tuple(r for r, w in enumerate(members) if behind(w))
+    return Generation(number, members, endpoint, "", committed, ballot, source if healed else -1, healed)

@@ -1,0 +1,117 @@
+"""What crosses a process: frozen dataclasses of plain values, and nothing else.
+
+The controller tells the workers (`Generation`, stop requests, abandonment); the workers tell the controller (`Ready`,
+`Standing`, `Progress`, `Line`, `Part`). Every word carries the generation it belongs to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+GO, STOP, STOP_AND_SAVE = 0, 1, 2  # the stop request that rides in the vote; the largest wins
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """A completed vote: what every member needs, beside its reduced gradients, to apply `step`."""
+
+    step: int
+    losses: tuple[float, ...]  # one sum per logical shard
+    weights: tuple[float, ...]
+    stop: int = GO
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One membership of the group, and where everybody starts."""
+
+    number: int
+    members: tuple[str, ...]  # worker ids in rank order
+    endpoint: str  # host:port of the store at which the group meets
+    transport: str  # "gloo" | "shared" | "nccl" | "local"
+    committed: int  # steps that count when the generation starts
+    ballot: Ballot | None = None  # for members that hold the last step's gradients but did not see its vote
+    source: int = -1  # rank that gives its state to `healed`; -1: nobody needs any
+    healed: tuple[int, ...] = ()
+    load: str = ""  # "": keep what you have; "recipe": start anew; else the checkpoint that every member loads
+    written: int = 0  # steps already in metrics.jsonl
+    evaluated: int = 0  # last step whose evaluation is on disk
+    checkpointed: int = 0  # last step whose checkpoint is committed
+    chaos: tuple[str, ...] = ()  # faults that have not fired yet
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker has imported, built and compiled; it waits for its first generation."""
+
+    worker: str
+    node: str
+    pid: int
+    endpoint: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A worker has left a generation's loop and stands by.
+
+    `reason`: "broken" (a peer is gone), "stopped" (the vote said so), "done", or "failed" (an error of the step itself).
+    `committed` is -1 where the state is missing or torn. `holds` is the step whose reduced gradients it has, else -1.
+    """
+
+    worker: str
+    generation: int
+    reason: str
+    committed: int
+    holds: int = -1
+    ballot: Ballot | None = None
+    error: str = ""
+    fatal: bool = False  # deterministic: a redo cannot mend it
+    state_sha256: str = ""
+    parameters_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a worker is. `inside` counts collectives entered in this generation; `waiting`: it is inside one now."""
+
+    worker: str
+    generation: int
+    step: int
+    phase: str
+    inside: int
+    waiting: bool
+    detail: int = 0  # shard or batch within the phase: shows that a long phase moves
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line for metrics.jsonl or events.jsonl, with the generation that speaks."""
+
+    generation: int
+    file: str  # "metrics" | "events"
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A worker's files of a checkpoint are written and synced; the manifest (JSON text) waits for the controller to commit it."""
+
+    worker: str
+    generation: int
+    step: int
+    manifest: str
+    stall_s: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a run is told when it starts."""
+
+    run_id: str
+    recipe: str  # TOML, resolved
+    info: dict[str, Any]  # what the data's door found out: vocabulary, files
+    run_dir: str
+    sys_path: tuple[str, ...] = ()
+    chaos: tuple[str, ...] = ()

@@ -1,0 +1,182 @@
+"""The training state: named arrays as views into flat buffers of fixed blocks, and how a worker gets it from a peer.
+
+Parameters lie in three segments, [decay | no decay | frozen], each starting at a block. Optimizer slots cover the trainable
+segments only. The gradient buffer is as long as the trainable segments and ends with room for the model's own buffers
+(batch-norm statistics), which are summed over shards by the same reduction. Blocks never move: reduction, optimizer and
+norms work block by block, so bits do not depend on how many workers share the work.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from elastic.backend import SLOTS, Backend, Buffer, Spec
+from elastic.errors import RecipeError
+
+BLOCK = 65_536  # elements; 256 KB: small enough that a model of a few million parameters balances over four owners
+ALIGN = 16  # elements; 64 bytes: vector loops and MKL see the same alignment wherever an array lies
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a named array lies in a flat buffer, in elements."""
+
+    offset: int
+    size: int
+    shape: tuple[int, ...]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def pack(specs: Mapping[str, Spec], names: Iterable[str], start: int, places: dict[str, Place]) -> int:
+    """Places the arrays one after the other from `start`; returns the next block's start."""
+    offset = start
+    for name in names:
+        shape = tuple(specs[name].shape)
+        size = int(np.prod(shape, dtype=np.int64))
+        places[name] = Place(offset, size, shape)
+        offset += round_up(size, ALIGN)
+    return round_up(offset, BLOCK)
+
+
+class FlatLayout:
+    """Where every parameter and buffer of a model lies. A pure function of specs and patterns."""
+
+    def __init__(self, parameters: Mapping[str, Spec], buffers: Mapping[str, Spec] | None = None,
+                 freeze: Sequence[str] = (), no_decay: Sequence[str] = ()):
+        buffers = buffers or {}
+        for key, patterns in (("model.freeze", freeze), ("optimizer.no_decay", no_decay)):
+            unused = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in parameters)]
+            if unused:
+                raise RecipeError(f"{key} = {unused[0]!r} matches no parameter; names look like {', '.join(list(parameters)[:3])}.")
+        frozen = [n for n in parameters if matches(n, freeze)]
+        plain = [n for n in parameters if n not in frozen and matches(n, no_decay)]
+        decayed = [n for n in parameters if n not in frozen and n not in plain]
+        if not decayed and not plain:
+            raise RecipeError("model.freeze leaves no parameter to train; take a pattern out of it.")
+        self.places: dict[str, Place] = {}
+        self.decay = pack(parameters, decayed, 0, self.places)
+        self.trainable = pack(parameters, plain, self.decay, self.places)
+        self.size = pack(parameters, frozen, self.trainable, self.places)
+        self.trainable_names = decayed + plain
+        self.names = list(parameters)
+        self.statistics: dict[str, Place] = {}
+        self.gradient = pack(buffers, buffers, self.trainable, self.statistics)
+
+    def views(self, buffer: Buffer, names: Iterable[str] | None = None) -> dict[str, Buffer]:
+        """Shaped views of `buffer`, by parameter name."""
+        return shaped(buffer, {n: self.places[n] for n in (names or self.names)})
+
+
+def shaped(buffer: Buffer, places: Mapping[str, Place]) -> dict[str, Buffer]:
+    return {name: buffer[p.offset:p.offset + p.size].reshape(p.shape) for name, p in places.items()}
+
+
+def initial_values(specs: Mapping[str, Spec], seed: int, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Starting values from a counter-based generator keyed by (seed, name): the same for every framework and layout."""
+    values = {}
+    for name, spec in specs.items():
+        if spec.init == "given":
+            values[name] = np.asarray(given[name])
+            continue
+        key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
+        generator = np.random.Generator(np.random.Philox(key=key))
+        make: dict[str, Callable[[], np.ndarray]] = {
+            "zeros": lambda spec=spec: np.zeros(spec.shape),
+            "ones": lambda spec=spec: np.ones(spec.shape),
+            "normal": lambda spec=spec, g=generator: g.standard_normal(spec.shape) * spec.scale,
+            "uniform": lambda spec=spec, g=generator: g.uniform(-spec.scale, spec.scale, spec.shape),
+        }
+        values[name] = make[spec.init]().astype(spec.dtype)
+    return values
+
+
+def fill(view: Buffer, values: np.ndarray) -> None:
+    """Copies NumPy values into a view on any device."""
+    view[...] = view.new_tensor(values) if hasattr(view, "new_tensor") else values
+
+
+def to_numpy(view: Buffer) -> np.ndarray:
+    """A NumPy array of a view on any device; shares memory on the CPU."""
+    return view.detach().cpu().numpy() if hasattr(view, "detach") else view
+
+
+class State:
+    """Parameters, optimizer slots, model buffers and the count of committed steps of one worker."""
+
+    def __init__(self, backend: Backend, optimizer: str, freeze: Sequence[str] = (), no_decay: Sequence[str] = ()):
+        self.backend = backend
+        self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay)
+        self.param = backend.allocate(self.layout.size)
+        self.slots = {slot: backend.allocate(self.layout.trainable) for slot in SLOTS[optimizer]}
+        self.buffers = {name: np.zeros(spec.shape, spec.dtype) for name, spec in backend.buffers.items()}
+        self.committed = -1
+        backend.bind(self.layout.views(self.param), self.buffers)
+
+    def start(self, seed: int, init: Mapping[str, np.ndarray] | None = None) -> None:
+        """Starting values at step 0; `init` overrides some by name."""
+        given = self.backend.initial()
+        values = initial_values(self.backend.parameters, seed, given) | dict(init or {})
+        buffers = initial_values(self.backend.buffers, seed, given)
+        zeros = {f"optimizer/{slot}/{name}": 0.0 for slot in self.slots for name in self.layout.trainable_names}
+        self.load({f"parameter/{n}": v for n, v in values.items()} | zeros | {f"buffer/{n}": v for n, v in buffers.items()}, 0)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything by name as NumPy: parameter/NAME, optimizer/SLOT/NAME, buffer/NAME. Shares memory on the CPU."""
+        out = {f"parameter/{n}": to_numpy(v) for n, v in self.layout.views(self.param).items()}
+        for slot, buffer in self.slots.items():
+            views = self.layout.views(buffer, self.layout.trainable_names)
+            out |= {f"optimizer/{slot}/{n}": to_numpy(v) for n, v in views.items()}
+        return out | {f"buffer/{n}": v for n, v in self.buffers.items()}
+
+    def load(self, arrays: Mapping[str, Any], committed: int) -> None:
+        """Takes over what `arrays()` of any worker gave. The state counts as torn until all of it is in place."""
+        self.committed = -1
+        views = {f"parameter/{n}": v for n, v in self.layout.views(self.param).items()}
+        for slot, buffer in self.slots.items():
+            views |= {f"optimizer/{slot}/{n}": v for n, v in self.layout.views(buffer, self.layout.trainable_names).items()}
+        for name, view in views.items():
+            fill(view, arrays[name])
+        for name, buffer in self.buffers.items():
+            buffer[...] = arrays[f"buffer/{name}"]
+        self.committed = committed
+
+    def heal(self, group: Any, root: int, committed: int) -> int:
+        """Every member of `group` takes the root's state; returns the bytes that each of the others received."""
+        if group.rank != root:
+            self.committed = -1
+        moved = [self.param, *self.slots.values(), *(b.reshape(-1) for b in self.buffers.values())]
+        for buffer in moved:
+            group.broadcast(buffer, root)
+        self.committed = committed
+        return sum(int(b.nbytes) for b in moved)
+
+    def add_statistics(self, gradient: Buffer, new: Mapping[str, np.ndarray], weight: float) -> None:
+        """Adds one shard's new buffers, times its weight, behind the gradients. Integers add what they grew by."""
+        for name, view in shaped(gradient, self.layout.statistics).items():
+            value = np.asarray(new[name], np.float32)
+            if np.issubdtype(self.buffers[name].dtype, np.integer):
+                value = np.asarray(np.asarray(new[name]) - self.buffers[name], np.float32)
+            value = value * np.float32(weight)
+            view += view.new_tensor(value) if hasattr(view, "new_tensor") else value
+
+    def apply_statistics(self, gradient: Buffer, weight: float) -> None:
+        """The buffers become the weighted mean over all shards."""
+        for name, view in shaped(gradient, self.layout.statistics).items():
+            mean = np.asarray(to_numpy(view)) / np.float32(weight)
+            if np.issubdtype(self.buffers[name].dtype, np.integer):
+                self.buffers[name] += np.rint(mean).astype(self.buffers[name].dtype)
+            else:
+                self.buffers[name][...] = mean

@@ -1,0 +1,238 @@
+"""The Python door: `Trainer(recipe).fit()` runs a recipe on Ray and comes back with its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from elastic import chaos, workload
+from elastic.actor import NAMESPACE
+from elastic.checkpoint.commits import Commits
+from elastic.controller import Settings
+from elastic.controller_actor import ControllerActor
+from elastic.errors import RunFailed, UserError
+from elastic.messages import Job
+from elastic.observe.events import read_lines
+from elastic.observe.metrics import build_summary
+from elastic.observe.report import write_report
+from elastic.policy import Bounds
+from elastic.recipe import Recipe, dumps, load_recipe
+from elastic.state import FlatLayout
+
+Callback = Callable[[dict[str, Any]], None]
+LIVE = "live.json"  # in the run directory while the run lives: where its Ray is
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. `summary` is summary.json."""
+
+    status: str  # "done" | "failed" | "interrupted"
+    summary: dict[str, Any]
+    run_dir: Path
+    error: str = ""
+
+
+@dataclass
+class Trainer:
+    """One run of a recipe. `address`: "local" starts a Ray on this machine, "auto" or an address joins one."""
+
+    recipe: Recipe
+    run_dir: Path | None = None
+    address: str = "local"
+    chaos: Sequence[str] = ()
+    begin: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local", chaos: Sequence[str] = ()) -> Trainer:
+        """Goes on from the newest good checkpoint of a run (from the start if it has none)."""
+        run_dir = Path(run_dir)
+        if not (run_dir / "recipe.toml").exists():
+            raise UserError(f"{run_dir} is no run directory: it has no recipe.toml.")
+        refuse_live(run_dir)
+        recipe = load_recipe(run_dir / "recipe.toml", overrides)
+        lines = read_lines(run_dir / "metrics.jsonl")
+        events = read_lines(run_dir / "events.jsonl")
+        path, step, rejected = Commits(str(run_dir / "checkpoints"), 1, "").newest_good()
+        return cls(recipe, run_dir, address, chaos, {
+            "written": step, "evaluated": max((m["step"] for m in lines if "eval" in m and m["step"] <= step), default=0),
+            "generation": max((e["generation"] for e in events), default=0), "checkpoint": path,
+            "rewound_from": max((m["step"] for m in lines if "eval" not in m), default=0), "rejected": rejected})
+
+    def check(self) -> dict[str, Any]:
+        """Everything that can be known before a worker starts: faults, data, model. Returns the data's facts."""
+        for spec in self.chaos:
+            chaos.parse(spec)
+        if self.recipe.backend.device == "cuda" and not os.path.exists("/dev/nvidia0"):
+            raise UserError('backend.device = "cuda" needs a CUDA GPU, and this machine has none; set backend.device = "cpu".')
+        info = workload.prepare(self.recipe)
+        with import_path():
+            opened = workload.Workload.open(self.recipe, info)
+            if hasattr(opened.model, "parameters") and not callable(opened.model.parameters):
+                FlatLayout(opened.model.parameters, opened.model.buffers, self.recipe.model.freeze, self.recipe.optimizer.no_decay)
+        return info
+
+    def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
+        """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
+        info = self.check()
+        run_dir = self.open_run_dir()
+        with connected(self.address, self.recipe) as ray_address:
+            job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), search_path(), tuple(self.chaos))
+            controller = start_controller(job, self.recipe, self.begin)
+            (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id, "pid": os.getpid()}))
+            try:
+                with interrupting(controller):
+                    follow(controller, on_step, on_eval, on_event)
+                status, error = ray.get(controller.outcome.remote())
+            finally:
+                ray.kill(controller)
+                (run_dir / LIVE).unlink(missing_ok=True)
+        summary = json.loads((run_dir / "summary.json").read_text())
+        write_report(run_dir)
+        return Result(status, summary, run_dir, error)
+
+    def open_run_dir(self) -> Path:
+        """A fresh run directory, or the one to resume, cut back to its checkpoint."""
+        run_dir = Path(self.run_dir or Path("runs") / f"{self.recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+        if self.begin:
+            from elastic.observe.events import JsonLines
+
+            JsonLines(run_dir / "metrics.jsonl").cut_back(self.begin["written"])
+            (run_dir / "summary.json").unlink(missing_ok=True)
+        else:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                if any(run_dir.iterdir()):
+                    raise UserError(f"The run directory {run_dir} is already in use; name another with --run-dir, or `elastic resume` it.")
+                (run_dir / "checkpoints").mkdir()
+            except OSError as error:
+                raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with --run-dir.") from error
+        (run_dir / "recipe.toml").write_text(dumps(self.recipe))
+        return run_dir
+
+
+def run_id(run_dir: Path) -> str:
+    """Unique on a cluster: the directory's name and the moment."""
+    return f"{run_dir.name}-{time.time_ns():x}"
+
+
+def search_path() -> tuple[str, ...]:
+    """Where workers look for a user's own modules: as this process does."""
+    return tuple(dict.fromkeys([os.getcwd(), *[p for p in sys.path if p]]))
+
+
+@contextmanager
+def import_path() -> Iterator[None]:
+    """A user's modules lie in the current directory, also when the command is an installed script."""
+    added = os.getcwd() not in sys.path
+    if added:
+        sys.path.insert(0, os.getcwd())
+    yield
+
+
+@contextmanager
+def connected(address: str, recipe: Recipe) -> Iterator[str]:
+    """A Ray to run on; one that was started here ends here."""
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
+    if ray.is_initialized():
+        yield ray.get_runtime_context().gcs_address
+        return
+    try:
+        if address == "local":
+            cpus = recipe.elastic.max_workers + recipe.elastic.spares + 1
+            ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"No Ray answers at --address {address} ({str(error).splitlines()[0]}); start one with `ray start --head`, "
+                        "or leave --address out.") from error
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+
+
+def start_controller(job: Job, recipe: Recipe, begin: dict[str, Any]) -> Any:
+    elastic = recipe.elastic
+    settings = Settings(Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares), elastic.hang_timeout_s,
+                        elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best, str(Path(job.run_dir) / "checkpoints"))
+    device = recipe.backend.device
+    if device == "auto":
+        device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+    fleet = {"device": device, "threads": recipe.backend.threads, "hang_timeout_s": elastic.hang_timeout_s,
+             "orphan_timeout_s": elastic.orphan_timeout_s}
+    options = {"name": f"{job.run_id}/controller", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_concurrency": 64}
+    return ray.remote(ControllerActor).options(**options).remote(job, settings, fleet, begin)
+
+
+@contextmanager
+def interrupting(controller: Any) -> Iterator[None]:
+    """The first Ctrl-C asks for a checkpoint and the end, the second exits at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if asked.is_set():
+            os._exit(130)
+        asked.set()
+        print("\nInterrupted: a last checkpoint is written; press Ctrl-C again to exit at once.", file=sys.stderr)
+        controller.interrupt.remote()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def follow(controller: Any, on_step: Callback | None, on_eval: Callback | None, on_event: Callback | None) -> None:
+    """Hands every new line to its callback until the run has ended."""
+    known, finished = 0, False
+    while not finished:
+        lines, known, finished = ray.get(controller.poll.remote(known))
+        for line in lines:
+            callback = on_event if "event" in line else on_eval if "eval" in line else on_step
+            if callback is not None:
+                callback(line)
+
+
+def refuse_live(run_dir: Path) -> None:
+    try:
+        live = json.loads((run_dir / LIVE).read_text())
+    except (OSError, ValueError):
+        return
+    if os.path.exists(f"/proc/{live['pid']}"):
+        raise UserError(f"The run in {run_dir} is alive (process {live['pid']}); stop it first, or look with `elastic status`.")
+
+
+def scale(run_dir: str | Path, workers: int) -> None:
+    """Asks a live run to grow or shrink."""
+    file = Path(run_dir) / LIVE
+    if not file.exists():
+        raise UserError(f"No live run in {run_dir}; `elastic status {run_dir}` says how it ended.")
+    if workers < 1:
+        raise UserError(f"--workers {workers} must be at least 1.")
+    live = json.loads(file.read_text())
+    recipe = load_recipe(Path(run_dir) / "recipe.toml")
+    low, high = recipe.elastic.min_workers, recipe.elastic.max_workers
+    if not low <= workers <= high:
+        raise UserError(f"--workers {workers} is outside elastic.min_workers = {low} .. elastic.max_workers = {high} of this run.")
+    with connected(live["address"], recipe):
+        try:
+            ray.get(ray.get_actor(f"{live['run_id']}/controller", NAMESPACE).scale.remote(workers))
+        except ValueError as error:
+            raise RunFailed(f"The run in {run_dir} has no controller any more; `elastic resume` it.") from error

@@ -1,0 +1,145 @@
+"""From a recipe to what a worker trains with: model, data and backend are found by name, so no arrow points up."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic.backend import Backend
+from elastic.control import Control
+from elastic.data.dataset import Dataset, MapStyle
+from elastic.data.loader import Prefetcher, eval_batches, load_batch
+from elastic.data.sampler import Sampler
+from elastic.errors import RecipeError, UserError
+from elastic.loop import Plan, Work
+from elastic.recipe import Recipe
+from elastic.state import State
+
+BACKENDS = {"torch": "backends.pytorch.backend", "reference": "backends.reference.backend"}
+
+
+def cache_dir() -> Path:
+    """Where tokenised text is kept from run to run."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic"
+
+
+def attribute(key: str, name: str) -> Any:
+    """A user's "package.module:attribute"."""
+    module_name, _, path = name.partition(":")
+    try:
+        found = importlib.import_module(module_name)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        raise RecipeError(f"{key} = {name!r} cannot be imported ({type(error).__name__}: {error}); "
+                          "it must be package.module:attribute, importable from the current directory.") from error
+    return found
+
+
+def call_user(key: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    try:
+        return function(**arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{key}: calling it with {dict(arguments)} failed ({type(error).__name__}: {error}); mend it or its keys.") from error
+
+
+def door(kind: str, name: str) -> Any:
+    """The module `name` of a kind's domain: "nlp.gpt" and "data" give nlp.data."""
+    return importlib.import_module(f"{kind.split('.')[0]}.{name}")
+
+
+def prepare(recipe: Recipe) -> dict[str, Any]:
+    """What the data's door finds out before the run: vocabulary, files, sizes. `RecipeError` where the data cannot serve."""
+    if recipe.data.kind:
+        return {}
+    domain = recipe.model.kind if ":" not in recipe.model.kind else "nlp.text"
+    return door(domain, "data").prepare(recipe.data, recipe.model.config, cache_dir())
+
+
+class Part:
+    """A stretch of a map-style data set."""
+
+    def __init__(self, source: Any, low: int, high: int):
+        self.source, self.low, self.high = source, low, high
+
+    def __len__(self) -> int:
+        return self.high - self.low
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.low + index]
+
+
+def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset | None, str]:
+    """The training set, the evaluation set if there is one, and the unit that weights count ("tokens") or ""."""
+    if recipe.data.kind:
+        source = call_user("data.kind", attribute("data.kind", recipe.data.kind), recipe.data.options)
+        whole = MapStyle(source)
+        kept = whole.num_samples - int(whole.num_samples * recipe.data.eval_fraction)
+        evaluation = MapStyle(Part(source, kept, whole.num_samples)) if kept < whole.num_samples else None
+        return MapStyle(Part(source, 0, kept)), evaluation, ""
+    domain = door(recipe.model.kind if ":" not in recipe.model.kind else "nlp.text", "data")
+    facts = dict(info) if Path(info["train_file"]).exists() else prepare(recipe)  # another node, another cache
+    training = domain.open_dataset(facts, "train", recipe.run.seed)
+    evaluation = domain.open_dataset(facts, "eval", recipe.run.seed)
+    return training, evaluation if evaluation.num_samples else None, getattr(domain, "UNIT", "")
+
+
+@dataclass
+class Workload:
+    """A recipe's model and data, opened."""
+
+    model: Any  # elastic.backend.Model, or a user's own module of the framework at hand
+    training: Dataset
+    evaluation: Dataset | None
+    sampler: Sampler
+    unit: str
+
+    @classmethod
+    def open(cls, recipe: Recipe, info: Mapping[str, Any]) -> Workload:
+        training, evaluation, unit = open_data(recipe, info)
+        sampler = Sampler(training.num_samples, recipe.data.batch_size, recipe.elastic.logical_shards, recipe.run.seed,
+                          recipe.data.shuffle, recipe.run.epochs, recipe.run.steps)
+        return cls(open_model(recipe, info), training, evaluation, sampler, unit)
+
+
+def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
+    model, kind = recipe.model, recipe.model.kind
+    if ":" not in kind:
+        return importlib.import_module(kind).build(model.config, info)
+    construct = importlib.import_module(BACKENDS[recipe.backend.name]).construct
+    factory = attribute("model.kind", kind)
+    return call_user("model.kind", lambda **keys: construct(factory, keys, recipe.run.seed), model.config)
+
+
+def create_backend(recipe: Recipe, model: Any) -> Backend:
+    """The framework's backend on this process's device."""
+    try:
+        module = importlib.import_module(BACKENDS[recipe.backend.name])
+    except ImportError as error:
+        raise UserError(f"backend.name = {recipe.backend.name!r} cannot be imported ({error}); see `elastic doctor`.") from error
+    return module.create(model, recipe.backend)
+
+
+def open_state(recipe: Recipe, backend: Backend) -> State:
+    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay)
+
+
+def build_work(recipe: Recipe, workload: Workload, control: Control, post: Callable[[Any], None], save: Callable[..., None]) -> Work:
+    """Everything that the loop needs, built once."""
+    backend = create_backend(recipe, workload.model)
+    sampler = workload.sampler
+    load = Prefetcher(lambda step, shard: load_batch(workload.training, sampler, step, shard))
+    plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact",
+                recipe.optimizer.model_dump(), recipe.run.eval_every, recipe.checkpoint.every_steps)
+    shard_size = recipe.data.batch_size // recipe.elastic.logical_shards
+    evaluation = eval_batches(workload.evaluation, max(shard_size, EVAL_ROWS)) if workload.evaluation else []
+    return Work(plan, backend, open_state(recipe, backend), load, sampler.positions, evaluation, control, post, save, workload.unit)
+
+
+EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are
