@@ -96,8 +96,8 @@ def check_numbers(recipe: Recipe) -> None:
         raise RecipeError(f"data.batch_size = {batch} cannot be cut into elastic.logical_shards = {shards} equal shards; "
                           f"write a batch size that is a multiple of {shards}, or logical_shards = {near}.")
     if elastic.max_workers > shards:
-        raise RecipeError(f"elastic.max_workers = {elastic.max_workers} is above elastic.logical_shards = {shards}, the most that "
-                          f"can share a batch of {batch}; write max_workers = {shards} or less, or a larger data.batch_size.")
+        raise RecipeError(f"elastic.max_workers = {elastic.max_workers} is above elastic.logical_shards = {shards}, the most "
+                          f"that can share the batch; write max_workers = {shards} or less, or a larger data.batch_size.")
     if optimizer.min_lr > optimizer.lr:
         raise RecipeError(f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}; lower it.")
 

@@ -1,0 +1,113 @@
+"""JSON lines on disk: one object a line, flushed at once; a last line torn by a crash is no line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """Appends to one file. A torn last line, left by a process that died while writing, is cut off first."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._file = self._open()
+
+    def _open(self) -> Any:
+        cut_torn(self.path)
+        return open(self.path, "a", encoding="utf-8")
+
+    def append(self, fields: Mapping[str, Any]) -> None:
+        """Writes one line and hands it to the operating system."""
+        self._file.write(line(fields))
+        self._file.flush()
+
+    def cut_back(self, step: int) -> None:
+        """Drops the lines of later steps; the file is replaced whole or not at all."""
+        self._file.close()
+        rewrite(self.path, lambda fields: fields.get("step", 0) <= step)
+        self._file = self._open()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def line(fields: Mapping[str, Any]) -> str:
+    """One line of JSON; what JSON cannot say (NaN, infinity) becomes null."""
+    return json.dumps(_plain(fields), separators=(", ", ": "), allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(inner) for inner in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()  # a NumPy scalar
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Every whole line of a file that may still be written to; empty if there is no file."""
+    return list(iterate(path))
+
+
+def iterate(path: str | Path) -> Iterator[dict[str, Any]]:
+    """ValueError names the line if one that is not the last is no JSON object."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return
+    whole, _, _torn = data.rpartition(b"\n")
+    for number, text in enumerate(whole.split(b"\n") if whole else (), 1):
+        try:
+            fields = json.loads(text)
+        except ValueError:
+            raise ValueError(f"{path}, line {number} is not JSON") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path}, line {number} is not an object")
+        yield fields
+
+
+def cut_torn(path: Path) -> None:
+    """Cuts the file after its last whole line."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            file.truncate(end)
+
+
+def rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Keeps the lines for which `keep` holds."""
+    lines = [fields for fields in iterate(path) if keep(fields)]
+    replace_text(path, "".join(map(line, lines)))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a whole file beside the old one and puts it in its place."""
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def cut_back(run_dir: Path, step: int) -> int:
+    """Cuts metrics.jsonl back to `step`, as a resume does; returns the last step that was there."""
+    path = run_dir / "metrics.jsonl"
+    last = max((fields["step"] for fields in iterate(path)), default=0)
+    if path.exists() and last > step:
+        rewrite(path, lambda fields: fields["step"] <= step)
+    return last
