@@ -25,6 +25,7 @@ from nlp import tokens as tokenizing
 from nlp.gpt import Config
 
 VOCAB_SIZE = 1024  # of byte pairs, where the recipe says nothing
+UNIT = "tokens"  # what a batch's weight counts
 
 
 def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -> dict[str, Any]:

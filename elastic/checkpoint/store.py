@@ -44,15 +44,11 @@ class Store:
         parent = path.rpartition("/")[0]
         self.filesystem.create_dir(parent, recursive=True)
         target = f"{path}.{uuid.uuid4().hex}{TEMPORARY}" if self.local else path
-        stream = self.filesystem.open_output_stream(target, compression=None)
-        try:
+        if not self.local:
+            pieces = [b"".join(bytes(piece) for piece in pieces)]  # a stream that is given up half-way may still be put as it is
+        with self.filesystem.open_output_stream(target, compression=None) as stream:
             for piece in pieces:
                 stream.write(piece)
-        except BaseException:
-            if not self.local:  # closing would put the half of it under the real name
-                stream.abort() if hasattr(stream, "abort") else None
-            raise
-        stream.close()
         if self.local:
             sync(target)
             self.rename(target, path)

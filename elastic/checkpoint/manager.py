@@ -1,0 +1,243 @@
+"""Checkpoints in a store: step-00000050/manifest.json and its part files. The manifest, written last, is the commit.
+
+A checkpoint without a manifest does not exist. One with a manifest is used only after every file has the size and the hash
+that the manifest states. Part files carry the generation that wrote them, so an older generation overwrites nothing of a younger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elastic.checkpoint import safetensors
+from elastic.checkpoint.hashing import PARAMETER
+from elastic.checkpoint.manifest import MAX_BYTES, FileEntry, Manifest, Piece, parse
+from elastic.checkpoint.store import Store
+from elastic.errors import BadCheckpoint, RecipeError
+
+MANIFEST = "manifest.json"
+FOLDER = re.compile(r"step-(\d{8,})")
+GENERATION = re.compile(r"-g(\d{6,})\.")
+SMALLER_IS_BETTER = ("loss", "perplexity", "error", "mae", "mse", "rmse")
+
+
+def folder_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write_part(store: Store, step: int, generation: int, part_name: str, arrays: Mapping[str, np.ndarray],
+               boxes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None) -> FileEntry:
+    """Writes one part file, durable on return. `boxes` has (shape of the whole array, start) of arrays that are only a part of one."""
+    name = f"{part_name}-g{generation:06d}.safetensors"
+    hashing = Hashing(safetensors.encode(arrays))
+    store.write(f"{folder_of(step)}/{name}", hashing)
+    pieces = []
+    for array_name in sorted(arrays):
+        array = arrays[array_name]
+        shape, start = (boxes or {}).get(array_name, (array.shape, (0,) * array.ndim))
+        pieces.append(Piece(array_name, array.dtype.name, tuple(shape), tuple(start), tuple(array.shape)))
+    return FileEntry(name, hashing.bytes, hashing.digest.hexdigest(), tuple(pieces))
+
+
+class Hashing:
+    """Passes pieces on and hashes them."""
+
+    def __init__(self, pieces: Iterable[Any]):
+        self.pieces, self.digest, self.bytes = pieces, hashlib.sha256(), 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for piece in self.pieces:
+            self.digest.update(piece)
+            self.bytes += len(piece)
+            yield piece
+
+
+def commit(store: Store, manifest: Manifest) -> str:
+    """Makes a checkpoint exist whose parts are written, and returns its name. ValueError where the manifest cannot be read back."""
+    text = manifest.dumps()
+    try:
+        parse(text)
+    except BadCheckpoint as error:
+        raise ValueError(f"the manifest of step {manifest.step} is not sound: {error}") from error
+    name = folder_of(manifest.step)
+    store.write(f"{name}/{MANIFEST}", [text.encode()])
+    return name
+
+
+def committed(store: Store) -> list[tuple[int, str]]:
+    """(step, name) of every folder with a manifest, whatever that says; oldest first."""
+    folders = [(int(match[1]), name) for name in store.names() if (match := FOLDER.fullmatch(name))]
+    return sorted((step, name) for step, name in folders if MANIFEST in store.names(name))
+
+
+def read_manifest(store: Store, name: str) -> Manifest:
+    """The checked manifest of a checkpoint. Its files are not looked at."""
+    file = f"{name}/{MANIFEST}"
+    size = store.size(file)
+    if size is None:
+        raise BadCheckpoint(f"{name} has no manifest.")
+    if size > MAX_BYTES:
+        raise BadCheckpoint(f"The manifest of {name} has {size} bytes, more than {MAX_BYTES}.")
+    manifest = parse(store.read(file, size))
+    if (match := FOLDER.fullmatch(name)) and int(match[1]) != manifest.step:
+        raise BadCheckpoint(f"{name} holds the manifest of step {manifest.step}.")
+    return manifest
+
+
+def read_file(store: Store, name: str, entry: FileEntry) -> bytes:
+    """A part's bytes, after their hash was found right."""
+    content = store.read(f"{name}/{entry.name}", entry.bytes)
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise BadCheckpoint(f"{name}/{entry.name} does not have the hash that the manifest states.")
+    return content
+
+
+def check_sizes(store: Store, name: str, manifest: Manifest) -> None:
+    """All files are there and as long as they should be, before the first is read."""
+    for entry in manifest.files:
+        found = store.size(f"{name}/{entry.name}")
+        if found != entry.bytes:
+            state = "is missing" if found is None else f"has {found} bytes instead of {entry.bytes}"
+            raise BadCheckpoint(f"{name}/{entry.name} {state}.")
+
+
+def verify(store: Store, name: str) -> Manifest:
+    """Checks all of a checkpoint, one file in memory at a time."""
+    manifest = read_manifest(store, name)
+    check_sizes(store, name, manifest)
+    for entry in manifest.files:
+        check_content(entry, read_file(store, name, entry))
+    return manifest
+
+
+def check_content(entry: FileEntry, content: bytes) -> dict[str, np.ndarray]:
+    """The file's arrays are those of the manifest."""
+    arrays = safetensors.decode(content, entry.name)
+    stated = {piece.name: (piece.dtype, piece.count) for piece in entry.pieces}
+    if {name: (array.dtype.name, array.shape) for name, array in arrays.items()} != stated:
+        raise BadCheckpoint(f"{entry.name} holds other arrays than the manifest states.")
+    return arrays
+
+
+def newest_good(store: Store) -> tuple[str | None, list[tuple[str, str]]]:
+    """The newest checkpoint that is whole, and (name, reason) of the newer ones that are not. Those stay where they are."""
+    rejected = []
+    for _, name in reversed(committed(store)):
+        try:
+            verify(store, name)
+            return name, rejected
+        except BadCheckpoint as error:
+            rejected.append((name, str(error)))
+        except OSError as error:
+            rejected.append((name, f"It cannot be read ({error})."))
+    return None, rejected
+
+
+def load(store: Store, name: str) -> tuple[dict[str, np.ndarray], Manifest]:
+    """All arrays of a checkpoint by name, whole, and its manifest. BadCheckpoint before anything of a bad one is given out."""
+    manifest = read_manifest(store, name)
+    check_sizes(store, name, manifest)
+    arrays: dict[str, np.ndarray] = {}
+    for entry in manifest.files:
+        parts = check_content(entry, read_file(store, name, entry))
+        for piece in entry.pieces:
+            if piece.count == piece.shape:
+                arrays[piece.name] = parts[piece.name]
+                continue
+            whole = arrays.setdefault(piece.name, np.empty(piece.shape, piece.dtype))
+            whole[tuple(slice(s, s + c) for s, c in zip(piece.start, piece.count, strict=True))] = parts[piece.name]
+    return arrays, manifest
+
+
+def split(path: str | os.PathLike[str]) -> tuple[Store, str]:
+    """The store and the name of a checkpoint given by the path or URI of its folder or manifest."""
+    location = os.fspath(path).rstrip("/").removesuffix("/" + MANIFEST)
+    location = location if "://" in location else os.path.abspath(location)
+    parent, _, name = location.rpartition("/")
+    return Store.open(parent or "/"), name
+
+
+def prune(store: Store, keep: int, best: str | None = None) -> list[str]:
+    """Removes all but the newest `keep` checkpoints and the one with the best `best` ("eval.loss"); returns what is gone.
+
+    Unreadable ones and ones with missing or truncated files count for nothing and stay.
+    """
+    good: list[tuple[str, Manifest]] = []
+    for _, name in reversed(committed(store)):
+        try:
+            manifest = read_manifest(store, name)
+            check_sizes(store, name, manifest)
+        except BadCheckpoint:
+            continue
+        good.append((name, manifest))
+    kept = {name for name, _ in good[:keep]} | best_of(good, best)
+    gone = [name for name, _ in good if name not in kept]
+    for name in gone:
+        store.remove(f"{name}/{MANIFEST}")  # first: a removal that is cut off must leave no manifest without its files
+        store.remove(name)
+    return gone
+
+
+def best_of(checkpoints: list[tuple[str, Manifest]], best: str | None) -> set[str]:
+    """The name of the best one (of equals the newest), given newest first."""
+    metric = (best or "").removeprefix("eval.")
+    rated = [(manifest.eval[metric], name) for name, manifest in checkpoints if metric in manifest.eval]
+    if not rated:
+        return set()
+    choose = min if any(word in metric for word in SMALLER_IS_BETTER) else max
+    return {choose(rated, key=lambda pair: pair[0])[1]}
+
+
+def clean(store: Store, live_generation: int) -> list[str]:
+    """Removes what crashes left behind and returns it: files that no manifest names, in checkpoints at or below the newest
+    committed one, written by generations before the live one."""
+    newest = max((step for step, _ in committed(store)), default=-1)
+    gone = []
+    for folder in store.names():
+        match = FOLDER.fullmatch(folder)
+        if not match or int(match[1]) > newest:
+            continue
+        files = store.names(folder)
+        named = named_files(store, folder) if MANIFEST in files else set()
+        if named is None:
+            continue
+        left = [file for file in files if file not in named and is_older(file, live_generation)]
+        for file in left:
+            store.remove(f"{folder}/{file}")
+            gone.append(f"{folder}/{file}")
+        if len(left) == len(files):
+            store.remove(folder)
+    return gone
+
+
+def named_files(store: Store, folder: str) -> set[str] | None:
+    """The files that belong to a committed checkpoint; None where its manifest is bad: it is kept for inspection as it is."""
+    try:
+        return {MANIFEST, *(entry.name for entry in read_manifest(store, folder).files)}
+    except BadCheckpoint:
+        return None
+
+
+def is_older(file: str, live_generation: int) -> bool:
+    match = GENERATION.search(file)
+    return bool(match) and int(match[1]) < live_generation
+
+
+def read_init(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Starting weights by parameter name, from a safetensors file or a checkpoint. RecipeError names `model.init`."""
+    path = Path(path)
+    try:
+        if path.is_dir() or path.name == MANIFEST:
+            arrays, _ = load(*split(path))
+            return {name.removeprefix(PARAMETER): array for name, array in arrays.items() if name.startswith(PARAMETER)}
+        return safetensors.decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise RecipeError(f"model.init = {str(path)!r} cannot be read ({error.strerror}); give a safetensors file or a checkpoint.") from error
+    except BadCheckpoint as error:
+        raise RecipeError(f"model.init = {str(path)!r}: {error} Give a safetensors file or a whole checkpoint.") from error

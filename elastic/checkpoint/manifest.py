@@ -1,0 +1,187 @@
+"""The manifest: what a checkpoint consists of, and by its presence that it is whole. Read with suspicion: nothing in it is used,
+and nothing is allocated by it, before all of it is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from elastic.errors import BadCheckpoint
+
+FORMAT = 1
+MAX_BYTES = 1 << 26  # of a manifest; a million arrays need less
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4,
+              "uint16": 2, "uint8": 1, "bool": 1}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of one named array, as it lies in one file. The whole array is the box that starts at 0 and counts `shape`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]  # of the whole array
+    start: tuple[int, ...]
+    count: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.count) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One part file."""
+
+    name: str
+    bytes: int
+    sha256: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`cursor` is the next sample position; `eval` the last evaluation; `extra` plain values of whoever saves."""
+
+    step: int
+    generation: int
+    cursor: int
+    seed: int
+    recipe: str
+    files: tuple[FileEntry, ...]
+    eval: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    def dumps(self) -> str:
+        """Its text, which `parse` reads back; the last word is the hash of all others in canonical JSON."""
+        body = {"format": FORMAT, **asdict(self)}
+        body["eval"] = {name: value for name, value in self.eval.items() if math.isfinite(value)}  # JSON has no others
+        return render(body | {"sha256": body_sha256(body)})
+
+
+def render(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def body_sha256(body: Mapping[str, Any]) -> str:
+    """Over the JSON with sorted keys and no spaces, without "sha256" itself."""
+    rest = {key: value for key, value in body.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def parse(text: str | bytes) -> Manifest:
+    """The manifest of a text. BadCheckpoint with one sentence for anything that is not exactly what `dumps` writes."""
+    need(len(text) <= MAX_BYTES, f"the manifest has {len(text)} bytes, more than {MAX_BYTES}")
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"The manifest is not JSON ({str(error)[:80]}).") from error
+    need(isinstance(body, dict), "the manifest is not a JSON object")
+    found = body.get("format")
+    need(isinstance(found, int) and not isinstance(found, bool), f"the manifest's format {found!r} is not a number")
+    need(found <= FORMAT, f"the checkpoint has format {found}, newer than {FORMAT}, the newest that this version reads; install a newer version")
+    need(found == FORMAT, f"the checkpoint has format {found}, which this version does not know")
+    try:
+        same = body.get("sha256") == body_sha256(body) and text == render(body)
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"The manifest holds values that JSON has not ({str(error)[:80]}).") from error
+    need(same, "the manifest does not have the hash that it states")
+    manifest = build(body)
+    check_pieces(manifest)
+    return manifest
+
+
+def need(truth: bool, otherwise: str) -> None:
+    if not truth:
+        raise BadCheckpoint(otherwise[0].upper() + otherwise[1:] + ".")
+
+
+def build(body: Mapping[str, Any]) -> Manifest:
+    """From JSON values of the right types, nothing missing and nothing more."""
+    check_keys(body, Manifest, "the manifest", ("format", "sha256"))
+    for key in ("step", "generation", "cursor", "seed"):
+        check_count(body[key], key)
+    need(isinstance(body["recipe"], str), "the manifest's recipe is not a text")
+    for key in ("eval", "extra"):
+        need(isinstance(body[key], dict), f"the manifest's {key} is not a JSON object")
+    need(all(is_number(value) for value in body["eval"].values()), "the manifest's eval holds something that is no number")
+    need(isinstance(body["files"], list), "the manifest's files are not a list")
+    values = {f.name: body[f.name] for f in fields(Manifest)}
+    return Manifest(**{**values, "files": tuple(build_file(entry) for entry in body["files"])})
+
+
+def build_file(value: Any) -> FileEntry:
+    check_keys(value, FileEntry, "a file's entry")
+    name = value["name"]
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    need(plain, f"the manifest names the file {name!r}, which is not a plain name inside the checkpoint")
+    check_count(value["bytes"], f"size of {name}")
+    sha256 = value["sha256"]
+    need(isinstance(sha256, str) and len(sha256) == 64 and not set(sha256) - set("0123456789abcdef"), f"the hash of {name} is not a sha256")
+    need(isinstance(value["pieces"], list), f"the arrays of {name} are not a list")
+    pieces = tuple(build_piece(piece, name) for piece in value["pieces"])
+    need(sum(piece.bytes for piece in pieces) <= value["bytes"], f"the arrays of {name} are larger than its {value['bytes']} bytes")
+    return FileEntry(name, value["bytes"], sha256, pieces)
+
+
+def build_piece(value: Any, file: str) -> Piece:
+    check_keys(value, Piece, f"an array's entry in {file}")
+    name, dtype = value["name"], value["dtype"]
+    need(isinstance(name, str) and bool(name), f"an array in {file} has the name {name!r}")
+    need(isinstance(dtype, str) and dtype in ITEM_BYTES, f"the array {name} has the unknown dtype {dtype!r}")
+    shape, start, count = (value[key] for key in ("shape", "start", "count"))
+    for sizes in (shape, start, count):
+        need(isinstance(sizes, list) and len(sizes) <= 32, f"the shape of {name} is not a list of at most 32 numbers")
+        for size in sizes:
+            check_count(size, f"shape of {name}")
+    need(len(shape) == len(start) == len(count), f"the box of {name} in {file} has another number of dims than the array")
+    need(all(s + c <= n for s, c, n in zip(start, count, shape, strict=True)), f"the box of {name} in {file} reaches out of the array")
+    return Piece(name, dtype, tuple(shape), tuple(start), tuple(count))
+
+
+def check_keys(value: Any, kind: type, what: str, more: tuple[str, ...] = ()) -> None:
+    keys = {f.name for f in fields(kind)} | set(more)
+    need(isinstance(value, dict) and set(value) == keys, f"{what} does not have the keys {', '.join(sorted(keys))}")
+
+
+def check_count(value: Any, what: str) -> None:
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+    need(good, f"the manifest's {what} is {str(value)[:40]}, not a number from 0 to 2^63 - 1")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_pieces(manifest: Manifest) -> None:
+    """Every file once; every array of one dtype and shape, and its pieces cover it, none of it twice."""
+    names = [file.name for file in manifest.files]
+    need(len(set(names)) == len(names), "the manifest names a file twice")
+    arrays: dict[str, list[Piece]] = {}
+    for file in manifest.files:
+        own = [piece.name for piece in file.pieces]
+        need(len(set(own)) == len(own), f"the file {file.name} names an array twice")
+        for piece in file.pieces:
+            arrays.setdefault(piece.name, []).append(piece)
+    for name, pieces in arrays.items():
+        first = pieces[0]
+        need(all((p.dtype, p.shape) == (first.dtype, first.shape) for p in pieces), f"the array {name} has two dtypes or shapes")
+        need(sum(math.prod(p.count) for p in pieces) == math.prod(first.shape), f"the pieces of {name} do not make up the whole array")
+        apart = all(not overlap(p, q) for n, p in enumerate(pieces) for q in pieces[:n])
+        need(apart, f"two pieces of {name} overlap")
+
+
+def overlap(p: Piece, q: Piece) -> bool:
+    if not math.prod(p.count) or not math.prod(q.count):
+        return False
+    return all(a < b + m and b < a + n for a, n, b, m in zip(p.start, p.count, q.start, q.count, strict=True))
