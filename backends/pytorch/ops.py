@@ -78,7 +78,8 @@ class TorchOps:
         return x.mean() if axes is None and not keep else x.mean(_axes(x, axes), keepdim=keep)
 
     def contract(self, equation: str, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
-        kind, lead, trail = contraction_plan(equation)
+        plan = contraction_plan.__wrapped__ if torch.compiler.is_compiling() else contraction_plan  # a tracer sees no caches
+        kind, lead, trail = plan(equation)
         if kind == "einsum":
             out = torch.einsum(equation, x, y)
             return out if bias is None else out + bias
