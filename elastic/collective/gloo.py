@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from elastic.collective.group import SLICE_S, Buffer
 from elastic.collective.member import Member
-from elastic.collective.rendezvous import call_leaving, drop, join_store
+from elastic.collective.rendezvous import call_leaving, drop, join_store, sub_store
 
 OPERATION_S = 86_400.0  # never what ends a wait: that is a broken connection or `abandon`
 SLICE = timedelta(seconds=SLICE_S)
@@ -157,7 +157,7 @@ class GlooGroup(Member):
 
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> GlooGroup:
         self._check()
-        store = dist.PrefixStore("/".join([kind, *map(str, ranks)]), self._store)
+        store = sub_store(self._store, kind, ranks)
         rank, size = ranks.index(self.rank), len(ranks)
         pg = call_leaving(lambda: process_group(store, rank, size, self._host, self._timeout_s), self._abandoned,
                           self._timeout_s, f"Forming the group of ranks {list(ranks)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -28,6 +28,11 @@ def join_store(address: str, prefix: str, timeout_s: float) -> dist.Store:
     """A new client of the store at host:port; blocks until the store answers."""
     host, _, port = address.rpartition(":")
     return dist.PrefixStore(prefix, dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s)))
+
+
+def sub_store(store: dist.Store, kind: str, ranks: Sequence[int]) -> dist.Store:
+    """Where some members of a group meet to form one of their own."""
+    return dist.PrefixStore("/".join([kind, *map(str, ranks)]), store)
 
 
 def call_leaving(blocking: Callable[[], T], abandoned: threading.Event, timeout_s: float, what: str) -> T:

@@ -16,7 +16,7 @@ import pytest
 from tests.contract.cases import NUM, leaf, to_rank, values
 from tests.contract.members import KILLED, Processes, Threads
 
-TRANSPORTS = ("local", "gloo")
+TRANSPORTS = ("local", "gloo", "shared")
 SOON_S = 2.0
 names = (f"group-{os.getpid()}-{number}" for number in itertools.count())
 

@@ -1,0 +1,276 @@
+"""A group of processes on one node over shared memory.
+
+Every call is one or two meetings: a member stages its data in its own segment, counts up for every peer, waits for every peer's
+count, and reads the peers' data where it lies. Two stages alternate: whoever has counted up for a meeting has read all of the
+one before, so the stage of the one before that is free. A member writes to its own segment alone, so one that was stopped
+and goes on can change nothing of another generation's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from elastic.collective.group import SLICE_S, Buffer
+from elastic.collective.member import Member
+from elastic.collective.reduction import Node, all_nodes, fold, part_size
+from elastic.collective.rendezvous import call_leaving, join_store, sub_store
+from elastic.collective.segment import GONE, POSTS, Peer, Segment
+
+STAGE = 4 * 1024 * 1024  # bytes staged at a time by calls that can go piece by piece
+PIECE = 32 * 1024  # elements summed at a time: what is being added stays in the cache
+LITTLE = 16 * 1024  # elements up to which every member sums everything by itself
+
+
+class SharedGroup(Member):
+    """Made by `form`. Buffers are NumPy arrays or CPU tensors; those from `allocate` are reduced where they lie."""
+
+    def __init__(self, segment: Segment, peers: Sequence[Peer | None], store: Any, rank: int, abandoned: threading.Event,
+                 timeout_s: float):
+        super().__init__(rank, len(peers), abandoned)
+        self._segment, self._store, self._timeout_s = segment, store, timeout_s
+        self._peers = [(r, peer) for r, peer in enumerate(peers) if peer is not None]
+        self._number = 0  # of the last meeting
+        self._stages = [segment.allocate(PIECE, np.uint8), segment.allocate(PIECE, np.uint8)]
+        self._views: list[np.ndarray] = [peer.bytes if peer else segment.bytes for peer in peers]
+        self._kept: dict[Any, np.ndarray] = {}
+        self._spare: dict[Any, np.ndarray] = {}
+        self._pairs: dict[tuple[int, ...], SharedGroup] = {}
+        self._formed: dict[tuple[int, ...], int] = {}
+        self._cut: tuple[Collection[int], Callable[[], None]] | None = None
+
+    @classmethod
+    def form(cls, rank: int, size: int, store_address: str, prefix: str, abandoned: threading.Event,
+             timeout_s: float) -> SharedGroup:
+        """Meets the other members, all on this node, at the store under `prefix`."""
+        what = f"Forming group {prefix} as rank {rank} of {size}"
+        store = call_leaving(lambda: join_store(store_address, prefix, timeout_s), abandoned, timeout_s, what)
+        return cls._form_at(store, rank, size, abandoned, timeout_s, what)
+
+    @classmethod
+    def _form_at(cls, store: Any, rank: int, size: int, abandoned: threading.Event, timeout_s: float, what: str) -> SharedGroup:
+        segment = Segment("elastic", size)
+
+        def connect() -> list[Peer | None]:
+            store.set(f"segment/{rank}", segment.card)
+            return [Peer(store.get(f"segment/{r}").decode(), rank) if r != rank else None for r in range(size)]
+
+        return cls(segment, call_leaving(connect, abandoned, timeout_s, what), store, rank, abandoned, timeout_s)
+
+    def allocate(self, size: int) -> np.ndarray:
+        """A zeroed float32 buffer that `reduce_tree` and `all_reduce` need not copy. It lives as long as the group."""
+        return self._segment.allocate(size)
+
+    def _meet(self, *payload: np.ndarray) -> list[np.ndarray]:
+        """Every member's payload as bytes, where it lies, in rank order; to be read before the next meeting but one."""
+        self._check()
+        self._number += 1
+        turn = self._number % 2
+        length = sum(part.nbytes for part in payload)
+        if length > self._stages[turn].nbytes:
+            self._stages[turn] = self._segment.allocate(2 * length, np.uint8)
+        at = 0
+        for part in payload:
+            self._stages[turn][at:at + part.nbytes] = part.view(np.uint8)
+            at += part.nbytes
+        words = self._segment.words
+        words[POSTS + 2 * turn], words[POSTS + 2 * turn + 1] = self._segment.offset(self._stages[turn]) or 0, length
+        self._tell()
+        for _, peer in self._peers:
+            while (seen := peer.counter()) < self._number:
+                peer.sleep(seen, SLICE_S)
+                self._look()
+        found = [self._stages[turn][:length]] * self.size
+        for rank, peer in self._peers:
+            low = peer.words[POSTS + 2 * turn]
+            found[rank] = peer.bytes[low:low + peer.words[POSTS + 2 * turn + 1]]
+        return found
+
+    def _tell(self) -> None:
+        if self._cut is None:
+            for rank, _ in self._peers:
+                self._segment.count(rank, self._number)
+            return
+        delivered_to, then = self._cut
+        for rank in delivered_to:
+            self._segment.count(rank, self._number)
+        then()
+
+    def _look(self) -> None:
+        """In every slice of a wait: raises if the group was abandoned, or someone who has yet to come never will."""
+        self._check()
+        for rank, peer in self._peers:
+            if peer.lost() and peer.counter() < self._number:
+                raise self._break(f"lost rank {rank}")
+
+    def _break(self, what: str) -> Any:
+        error = super()._break(what)
+        self._leave()
+        return error
+
+    def _leave(self) -> None:
+        """Tells the peers not to wait for this member any more."""
+        self._segment.words[GONE] = 1
+        for rank, _ in self._peers:
+            self._segment.wake(rank)
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._leave()
+        for pair in list(self._pairs.values()):
+            pair.abandon()
+
+    def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
+        """For fault injection: in the next call, the data reaches these ranks alone; then `then()`, which ends the process."""
+        self._cut = delivered_to, then
+
+    def barrier(self) -> None:
+        self._meet()
+
+    def all_gather(self, out: Buffer, part: Buffer) -> None:
+        out, part = flat(out), flat(part)
+        rows = out.reshape(self.size, -1)
+        for low, high in pieces(part.shape[0], STAGE // part.itemsize):
+            for rank, theirs in enumerate(self._meet(part[low:high])):
+                rows[rank, low:high] = theirs.view(part.dtype)
+
+    def broadcast(self, buffer: Buffer, root: int) -> None:
+        buffer = flat(buffer)
+        for low, high in pieces(buffer.shape[0], STAGE // buffer.itemsize):
+            found = self._meet(*([buffer[low:high]] if self.rank == root else []))
+            if self.rank != root:
+                buffer[low:high] = found[root].view(buffer.dtype)
+
+    def all_to_all(self, out: Buffer, out_counts: Sequence[int], buffer: Buffer, counts: Sequence[int]) -> None:
+        out, buffer = flat(out), flat(buffer)
+        at = 0
+        for count, theirs in zip(out_counts, self._meet(np.array(counts, np.int64), buffer), strict=True):
+            start = int(theirs[:8 * self.rank].view(np.int64).sum())
+            out[at:at + count] = theirs[8 * self.size:].view(buffer.dtype)[start:start + count]
+            at += count
+
+    def reduce_scatter(self, out: Buffer, buffer: Buffer) -> None:
+        out, buffer = flat(out), flat(buffer)
+        size = out.shape[0]
+        rows = buffer.reshape(self.size, size)
+        for low, high in pieces(size, STAGE // buffer.itemsize // self.size):
+            found = self._meet(np.ascontiguousarray(rows[:, low:high]).reshape(-1))
+            parts = [theirs.view(buffer.dtype).reshape(self.size, -1)[self.rank] for theirs in found]
+            out[low:high] = parts[0]
+            for part in parts[1:]:
+                out[low:high] += part
+
+    def all_reduce(self, buffer: Buffer) -> None:
+        buffer = flat(buffer)
+        if buffer.shape[0] <= LITTLE:
+            parts = [theirs.view(buffer.dtype) for theirs in self._meet(buffer)]
+            buffer[:] = parts[0]
+            for part in parts[1:]:
+                buffer += part
+            return
+        self._reduce([buffer], in_rank_order(self.size), [1] * self.size, buffer, buffer.shape[0], 16)
+
+    def reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int, block: int) -> Buffer:
+        """The sum over all shards along the canonical tree: what `reduction.reduce` does, by reading the peers' sums in place."""
+        owned, program = tree_program(self.size, num_shards)
+        if owned[self.rank] != [node for node, _ in sums]:
+            raise ValueError(f"rank {self.rank} of {self.size} has the sums {[n for n, _ in sums]}, not {owned[self.rank]}.")
+        self._reduce([flat(buffer) for _, buffer in sums], program, [len(nodes) for nodes in owned], flat(out), numel, block)
+        return out
+
+    def _reduce(self, mine: Sequence[np.ndarray], program: Sequence[tuple[int, int]], num_terms: Sequence[int], out: np.ndarray,
+                numel: int, block: int) -> None:
+        """Each member adds up its slice of everybody's terms; then everyone copies all slices."""
+        placed = [self._placed(index, term[:numel]) for index, term in enumerate(mine)]
+        found = self._meet(np.array([self._segment.offset(term) for term in placed], np.int64))
+        part, dtype = part_size(numel, block, self.size), out.dtype
+        low, high = (min(numel, r * part) for r in (self.rank, self.rank + 1))
+        terms = [self._views[rank][at:at + numel * dtype.itemsize].view(dtype)[low:high]
+                 for rank in range(self.size) for at in found[rank].view(np.int64).tolist()]
+        if len(terms) != sum(num_terms):
+            raise self._break("does not agree on what is summed")
+        result = self._keep(("result", dtype), part, dtype)
+        add_up(terms, program, result[:high - low], self._spare)
+        # Whoever comes to this meeting has read everybody's terms; whoever comes to the next call's first has copied the results.
+        for rank, at in enumerate(self._meet(np.array([self._segment.offset(result)], np.int64))):
+            low, high = (min(numel, r * part) for r in (rank, rank + 1))
+            start = int(at.view(np.int64)[0])
+            out[low:high] = self._views[rank][start:start + (high - low) * dtype.itemsize].view(dtype)
+
+    def _placed(self, index: int, term: np.ndarray) -> np.ndarray:
+        """`term` inside this member's segment: itself, or a copy."""
+        if self._segment.offset(term) is not None:
+            return term
+        copy = self._keep(("term", index, term.dtype), term.shape[0], term.dtype)
+        copy[:] = term
+        return copy
+
+    def _keep(self, key: Any, size: int, dtype: np.dtype) -> np.ndarray:
+        if key not in self._kept or self._kept[key].shape[0] < size:
+            self._kept[key] = self._segment.allocate(size, dtype)
+        return self._kept[key][:size]
+
+    def send(self, buffer: Buffer, to: int) -> None:
+        self._pair(to).broadcast(buffer, int(self.rank > to))
+
+    def receive(self, buffer: Buffer, source: int) -> None:
+        self._pair(source).broadcast(buffer, int(source > self.rank))
+
+    def _pair(self, peer: int) -> SharedGroup:
+        ranks = (min(self.rank, peer), max(self.rank, peer))
+        if ranks not in self._pairs:
+            self._pairs[ranks] = self._form_sub(ranks, "pair")
+        return self._pairs[ranks]
+
+    def subgroup(self, ranks: Sequence[int]) -> SharedGroup:
+        """The group of these members only; each of them calls it, with the same ranks. It shares this group's fate."""
+        number = self._formed[tuple(ranks)] = self._formed.get(tuple(ranks), 0) + 1
+        return self._form_sub(tuple(ranks), f"sub{number}")
+
+    def _form_sub(self, ranks: tuple[int, ...], kind: str) -> SharedGroup:
+        self._check()
+        return self._form_at(sub_store(self._store, kind, ranks), ranks.index(self.rank), len(ranks), self._abandoned, self._timeout_s,
+                             f"Forming the group of ranks {list(ranks)}")
+
+
+def flat(buffer: Buffer) -> np.ndarray:
+    return np.asarray(buffer).reshape(-1)
+
+
+def pieces(length: int, most: int) -> list[tuple[int, int]]:
+    """At least one, so that an empty call is a meeting too."""
+    return [(low, min(low + most, length)) for low in range(0, max(length, 1), most)]
+
+
+def in_rank_order(size: int) -> list[tuple[int, int]]:
+    return [(0, right) for right in range(1, size)]
+
+
+@lru_cache(maxsize=64)
+def tree_program(size: int, num_shards: int) -> tuple[list[list[Node]], list[tuple[int, int]]]:
+    """Every rank's nodes, and the additions that sum them along the tree: term `left` += term `right`, terms in rank order."""
+    owned, program = all_nodes(size, num_shards), []
+
+    def add(left: int, right: int) -> int:
+        program.append((left, right))
+        return left
+
+    fold([(node, index) for index, node in enumerate(node for nodes in owned for node in nodes)], num_shards, add)
+    return owned, program
+
+
+def add_up(terms: Sequence[np.ndarray], program: Sequence[tuple[int, int]], out: np.ndarray, spare: dict[Any, np.ndarray]) -> None:
+    """`out` = the sum of all terms by `program`, which ends in term 0. The terms are only read; `spare` is kept from call to call."""
+    if not program:
+        out[:] = terms[0]
+    for low, high in pieces(out.shape[0], PIECE):
+        values = [term[low:high] for term in terms]
+        for left, right in program:
+            if left and (left, out.dtype) not in spare:
+                spare[left, out.dtype] = np.empty(PIECE, out.dtype)
+            into = spare[left, out.dtype][:high - low] if left else out[low:high]
+            values[left] = np.add(values[left], values[right], out=into)
