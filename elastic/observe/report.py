@@ -1,0 +1,127 @@
+"""report.html: loss, throughput and world size over time with every event marked, in one file that opens offline."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from elastic.observe.events import read_lines, replace_text
+from elastic.observe.metrics import Lines, evaluations_of, sessions, steps_of, unit_of
+from elastic.observe.words import sentence
+
+MAX_POINTS = 4000
+COLOURS = {"worker_lost": "#d62728", "hang": "#d62728", "run_failed": "#d62728", "checkpoint_rejected": "#d62728", "rewound": "#ff7f0e",
+           "worker_joined": "#2ca02c", "recovered": "#2ca02c", "resized": "#2ca02c", "healed": "#17becf", "chaos": "#9467bd",
+           "checkpoint_committed": "#7f7f7f", "generation_started": "#1f77b4"}
+DISTURBING = ("worker_lost", "worker_joined", "resized", "rewound", "hang", "run_failed")
+STYLE = """body{font-family:system-ui,sans-serif;max-width:1200px;margin:24px auto;padding:0 16px;color:#222}
+table{border-collapse:collapse;font-size:14px}td{padding:3px 18px 3px 0;vertical-align:top}td:first-child{color:#777}
+h1{font-size:22px}h2{font-size:17px;margin-top:28px}code{font-size:12px;overflow-wrap:anywhere}"""
+
+
+class Clock:
+    """Unix seconds -> seconds at work: the time between a session's end and the next one's start does not count."""
+
+    def __init__(self, events: Lines, metrics: Lines):
+        self.spans = sessions(events, metrics)
+
+    def at(self, time: float) -> float:
+        passed = 0.0
+        for begin, end in self.spans:
+            if time < begin:
+                break
+            passed += min(time, end) - begin
+        return round(passed, 3)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes report.html from the run directory's own lines and returns its path."""
+    run_dir = Path(run_dir)
+    events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
+    summary_file = run_dir / "summary.json"
+    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.exists() else {"status": "running"}
+    path = run_dir / "report.html"
+    replace_text(path, page(run_dir.name, summary, events, metrics))
+    return path
+
+
+def page(name: str, summary: dict[str, Any], events: Lines, metrics: Lines) -> str:
+    """The whole document; plotly's own script is within it."""
+    chart = figure(events, metrics).to_html(full_html=False, include_plotlyjs=True)
+    rows = "".join(f"<tr><td>{html.escape(key)}</td><td><code>{html.escape(json.dumps(value))}</code></td></tr>"
+                   for key, value in summary.items())
+    clock = Clock(events, metrics)
+    lines = "".join(f"<tr><td>{clock.at(e['time']):.2f} s</td><td>step {e['step']}</td><td>{html.escape(sentence(e))}</td></tr>"
+                    for e in events)
+    title = html.escape(name)
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>'
+            f"<h1>{title}</h1><table>{rows}</table>{chart}<h2>Events</h2><table>{lines}</table></body></html>\n")
+
+
+def figure(events: Lines, metrics: Lines) -> go.Figure:
+    """Four rows over one time axis: loss, throughput, world size, events by name."""
+    unit, clock = unit_of(metrics), Clock(events, metrics)
+    chart = make_subplots(rows=4, cols=1, shared_xaxes=True, vertical_spacing=0.04, row_heights=[0.36, 0.22, 0.16, 0.26],
+                          subplot_titles=("loss", f"{unit} per second, pauses included", "workers", "events"))
+    steps = steps_of(metrics)
+    add_loss(chart, clock, thinned(steps), evaluations_of(metrics), {step["step"]: step["time"] for step in steps})
+    add_throughput(chart, clock, steps, unit)
+    add_world_size(chart, clock, events, steps)
+    add_events(chart, clock, events)
+    chart.update_layout(height=860, template="plotly_white", hovermode="closest", margin={"l": 60, "r": 20, "t": 40, "b": 40},
+                        legend={"orientation": "h", "y": 1.08})
+    chart.update_xaxes(title_text="seconds at work", row=4, col=1)
+    chart.update_yaxes(rangemode="tozero", row=2, col=1)
+    chart.update_yaxes(rangemode="tozero", row=3, col=1)
+    return chart
+
+
+def thinned(steps: Lines) -> Lines:
+    """At most MAX_POINTS of them, the last one included."""
+    stride = -(-len(steps) // MAX_POINTS) or 1
+    return [*steps[:-1:stride], *steps[-1:]]
+
+
+def add_loss(chart: go.Figure, clock: Clock, steps: Lines, evaluations: Lines, times: dict[int, float]) -> None:
+    chart.add_trace(go.Scatter(x=[clock.at(s["time"]) for s in steps], y=[s["loss"] for s in steps], mode="lines", name="training loss",
+                               line={"width": 1.2}, text=[f"step {s['step']}" for s in steps], hovertemplate="%{text}: %{y:.4f}"), 1, 1)
+    seen = [e for e in evaluations if e["step"] in times and "loss" in e["eval"]]
+    if seen:
+        chart.add_trace(go.Scatter(x=[clock.at(times[e["step"]]) for e in seen], y=[e["eval"]["loss"] for e in seen], name="evaluation loss",
+                                   mode="lines+markers", text=[f"step {e['step']}" for e in seen], hovertemplate="%{text}: %{y:.4f}"), 1, 1)
+
+
+def add_throughput(chart: go.Figure, clock: Clock, steps: Lines, unit: str) -> None:
+    """From commit to commit, so that a pause shows as a dip; long runs are averaged over groups of steps."""
+    at = [clock.at(step["time"]) for step in steps]
+    stride = -(-len(steps) // MAX_POINTS) or 1
+    cuts = range(stride, len(steps), stride)
+    rates = [sum(step[unit] for step in steps[i - stride + 1:i + 1]) / max(at[i] - at[i - stride], 1e-3) for i in cuts]
+    chart.add_trace(go.Scatter(x=[at[i] for i in cuts], y=rates, mode="lines", name=f"{unit}/s", line={"width": 1, "color": "#8c564b"},
+                               text=[f"step {steps[i]['step']}" for i in cuts], hovertemplate="%{text}: %{y:.0f}/s"), 2, 1)
+
+
+def add_world_size(chart: go.Figure, clock: Clock, events: Lines, steps: Lines) -> None:
+    formed = [e for e in events if e["event"] == "generation_started"]
+    x, y = [clock.at(e["time"]) for e in formed], [e["world_size"] for e in formed]
+    if formed and steps:
+        x, y = [*x, clock.at(steps[-1]["time"])], [*y, y[-1]]
+    chart.add_trace(go.Scatter(x=x, y=y, mode="lines", line={"shape": "hv", "color": "#1f77b4"}, name="workers",
+                               hovertemplate="%{y} workers"), 3, 1)
+
+
+def add_events(chart: go.Figure, clock: Clock, events: Lines) -> None:
+    """A mark for every event in its own row, and a line through the curves at those that disturb."""
+    for name in dict.fromkeys(e["event"] for e in events):
+        some = [e for e in events if e["event"] == name]
+        chart.add_trace(go.Scatter(x=[clock.at(e["time"]) for e in some], y=[name] * len(some), mode="markers", showlegend=False,
+                                   marker={"color": COLOURS.get(name, "#444"), "size": 9, "symbol": "diamond"}, name=name,
+                                   text=[f"step {e['step']}: {sentence(e)}" for e in some], hovertemplate="%{text}<extra></extra>"), 4, 1)
+    chart.update_layout(shapes=[{"type": "line", "xref": "x", "yref": "paper", "x0": clock.at(e["time"]), "x1": clock.at(e["time"]),
+                                 "y0": 0, "y1": 1, "line": {"color": COLOURS[e["event"]], "width": 1, "dash": "dot"}, "opacity": 0.5}
+                                for e in events if e["event"] in DISTURBING])

@@ -1,0 +1,84 @@
+"""An event as one line that a person reads. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Fields = dict[str, Any]
+GOOD, BAD, PLAIN = "green", "red", "cyan"
+TONE = {"worker_lost": BAD, "hang": BAD, "run_failed": BAD, "checkpoint_rejected": BAD, "step_failed": BAD, "rewound": "yellow",
+        "waiting": "yellow", "node_draining": "yellow", "straggler": "yellow", "chaos": "magenta", "recovered": GOOD,
+        "resized": GOOD, "run_finished": GOOD, "worker_joined": GOOD}
+
+
+def duration(seconds: float) -> str:
+    """0.13 s, 12 s, 3:05 min or 2:03:05 h."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
+
+
+def size(num_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def numbers(values: Fields) -> str:
+    """{"loss": 1.86} -> loss 1.8600"""
+    return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
+
+
+def _lost(e: Fields) -> str:
+    rank = e.get("rank")
+    whose = f"rank {rank}, {e['worker']}" if rank is not None and rank >= 0 else e["worker"]
+    seen = f", noticed after {duration(e['detected_s'])}" if e.get("detected_s") else ""
+    return f"worker lost ({whose}): {e['cause']}{seen}"
+
+
+SENTENCES: dict[str, Callable[[Fields], str]] = {
+    "run_started": lambda e: "run started",
+    "generation_started": lambda e: f"generation {e['generation']}: {count(e['world_size'], 'worker')} from step {e['step'] + 1}",
+    "worker_lost": _lost,
+    "worker_joined": lambda e: f"worker joined: {e['worker']} is warm on {e['node']}",
+    "healed": lambda e: f"healed {e['to']} from {e['from']}: {size(e['bytes'])} in {duration(e['seconds'])}",
+    "resized": lambda e: f"resized from {e['from']} to {count(e['to'], 'worker')}, pause {duration(e['pause_s'])}",
+    "recovered": lambda e: f"recovered: pause {duration(e['pause_s'])}, {count(e['steps_lost'], 'step')} lost",
+    "rewound": lambda e: f"rewound from step {e['from']} to step {e['to']}",
+    "checkpoint_committed": lambda e: f"checkpoint {e['path'].rsplit('/', 1)[-1]}: {size(e['bytes'])} in {duration(e['seconds'])}, "
+                                      f"training stalled for {duration(e['stall_s'])}",
+    "checkpoint_rejected": lambda e: f"checkpoint {e['path']} is not used: {e['reason']}",
+    "node_draining": lambda e: f"nodes will leave: {e.get('nodes', '')}",
+    "straggler": lambda e: f"straggler: {e.get('worker', '')}",
+    "hang": lambda e: f"no sign of life from {e['worker']} (in {e.get('phase', 'a step')})",
+    "waiting": lambda e: f"waiting for workers: {e['ready']} of at least {e['needed']} are ready",
+    "chaos": lambda e: f"fault injected: {e['fault']}",
+    "controller_restarted": lambda e: "the controller was replaced; training goes on",
+    "run_finished": lambda e: "run finished",
+    "run_failed": lambda e: f"run failed: {e['error']}",
+}
+
+
+def sentence(event: Fields) -> str:
+    """Any event, known or not, as one line."""
+    name = event["event"]
+    try:
+        return SENTENCES[name](event)
+    except (KeyError, TypeError, ValueError):  # an event with other fields than these: show what it has
+        rest = {key: value for key, value in event.items() if key not in ("time", "event", "generation", "step")}
+        return f"{name} {numbers(rest)}".strip()
+
+
+def tone(event: Fields) -> str:
+    """A colour by what the event means to the run."""
+    return TONE.get(event["event"], PLAIN)
