@@ -1,0 +1,138 @@
+"""Does a run directory tell one consistent story? Pure checks over its lines; a checkpoint's own check is passed in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elastic.errors import BadCheckpoint
+from elastic.observe.events import read_lines
+from elastic.observe.metrics import Lines, build_summary, evaluations_of, steps_of
+
+CLOCK_SKEW_S = 1.0  # between a worker's node, which dates steps, and the controller's, which dates events
+MAX_NAMED = 5  # of one kind of problem; the rest is counted
+CheckCheckpoint = Callable[[Path], Any]  # raises BadCheckpoint
+
+
+@dataclass
+class Verdict:
+    """`problems` is empty for a sound run. `facts` says what was looked at."""
+
+    problems: list[str] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+
+
+def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint) -> Verdict:
+    """Steps, generations, evaluations, summary, and every checkpoint that has a manifest."""
+    run_dir = Path(run_dir)
+    verdict = Verdict()
+    try:
+        events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
+    except ValueError as error:
+        return Verdict([str(error)])
+    steps = steps_of(metrics)
+    verdict.problems += limited(step_problems(steps)) + limited(evaluation_problems(steps, evaluations_of(metrics)))
+    verdict.problems += limited(generation_problems(events)) + limited(membership_problems(events, steps))
+    verdict.facts.append(f"{len(steps)} steps, each once; {len(evaluations_of(metrics))} evaluations")
+    verdict.facts.append(f"{sum(e['event'] == 'generation_started' for e in events)} generations")
+    verdict.problems += checkpoint_problems(run_dir, check_checkpoint, verdict.facts)
+    summary = run_dir / "summary.json"
+    if summary.exists():
+        verdict.problems += summary_problems(json.loads(summary.read_text(encoding="utf-8")), events, metrics)
+        verdict.facts.append("summary.json agrees with the lines")
+    else:
+        verdict.facts.append("no summary.json: the run has not ended, or was cut off")
+    return verdict
+
+
+def limited(problems: Sequence[str]) -> list[str]:
+    more = len(problems) - MAX_NAMED
+    return [*problems[:MAX_NAMED], *([f"... and {more} more of this kind"] if more > 0 else [])]
+
+
+def step_problems(steps: Lines) -> list[str]:
+    """Steps run 1, 2, 3, ... each once."""
+    problems, expected = [], 1
+    for line in steps:
+        if line["step"] != expected:
+            problems.append(f"metrics.jsonl: step {line['step']} where step {expected} should be")
+        if line["loss"] is None or not math.isfinite(line["loss"]):
+            problems.append(f"metrics.jsonl: step {line['step']} has no finite loss")
+        expected = line["step"] + 1
+    return problems
+
+
+def evaluation_problems(steps: Lines, evaluations: Lines) -> list[str]:
+    """An evaluation belongs to a committed step, and a step has at most one."""
+    last, seen, problems = steps[-1]["step"] if steps else 0, set[int](), []
+    for line in evaluations:
+        if line["step"] in seen:
+            problems.append(f"metrics.jsonl: two evaluations of step {line['step']}")
+        if line["step"] > last:
+            problems.append(f"metrics.jsonl: an evaluation of step {line['step']}, which is not committed")
+        seen.add(line["step"])
+    return problems
+
+
+def generation_problems(events: Lines) -> list[str]:
+    """Generations only grow, and a generation's events come after its start."""
+    problems, current = [], 0
+    for line in events:
+        if line["event"] != "generation_started":
+            continue
+        number, workers = line["generation"], line["workers"]
+        if number <= current:
+            problems.append(f"events.jsonl: generation {number} starts after generation {current}")
+        if workers and [w["rank"] for w in workers] != list(range(line["world_size"])):
+            problems.append(f"events.jsonl: generation {number} has ranks {[w['rank'] for w in workers]} and world size {line['world_size']}")
+        current = max(current, number)
+    return problems
+
+
+def membership_problems(events: Lines, steps: Lines) -> list[str]:
+    """Every step belongs to a generation that was started before it, and generations of steps do not fall."""
+    started = {e["generation"]: e for e in events if e["event"] == "generation_started"}
+    problems, current = [], 0
+    for line in steps:
+        step, number = line["step"], line["generation"]
+        start = started.get(number)
+        if start is None:
+            problems.append(f"step {step} belongs to generation {number}, which no event started")
+            continue
+        if number < current:
+            problems.append(f"step {step} of generation {number} comes after one of generation {current}")
+        if line["world_size"] != start["world_size"]:
+            problems.append(f"step {step} names {line['world_size']} workers, its generation {number} has {start['world_size']}")
+        if step <= start["step"] or line["time"] < start["time"] - CLOCK_SKEW_S:
+            problems.append(f"step {step} comes before the start of its generation {number}")
+        current = max(current, number)
+    return problems
+
+
+def checkpoint_problems(run_dir: Path, check_checkpoint: CheckCheckpoint, facts: list[str]) -> list[str]:
+    """Every checkpoint with a manifest is whole. One without is absent, not wrong."""
+    problems, good = [], 0
+    for manifest in sorted(run_dir.glob("checkpoints/*/manifest.json")):
+        try:
+            check_checkpoint(manifest.parent)
+            good += 1
+        except BadCheckpoint as error:
+            problems.append(f"{manifest.parent.relative_to(run_dir)}: {error}")
+    facts.append(f"{good} whole checkpoints, every hash checked")
+    return problems
+
+
+def summary_problems(summary: dict[str, Any], events: Lines, metrics: Lines) -> list[str]:
+    """What the summary says follows from the lines; goodput and wall_s are left to rounding."""
+    expected = build_summary(events, metrics, summary.get("status", ""))
+    problems = [f"summary.json: {key} is {summary.get(key)}, the lines say {expected[key]}"
+                for key in ("steps", "final_loss", "eval", "steps_lost", "recoveries", "world_sizes") if summary.get(key) != expected[key]]
+    if summary.get("status") not in ("done", "failed", "interrupted"):
+        problems.append(f"summary.json: status is {summary.get('status')!r}")
+    if summary.get("status") == "done":
+        problems += [f"summary.json: {key} is missing" for key in ("parameters_sha256", "state_sha256") if not summary.get(key)]
+    return problems
