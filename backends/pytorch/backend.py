@@ -26,9 +26,7 @@ _thread = threading.local()
 
 def create(model: Model | torch.nn.Module, settings: Any) -> TorchBackend:
     """`settings` has device ("cpu", "cuda", "auto"), precision ("float32", "bfloat16"), threads and compile. UserError."""
-    if isinstance(model, torch.nn.Module):
-        model = adapter.ModuleModel(model)
-    return TorchBackend(model, settings)
+    return TorchBackend(adapter.ModuleModel(model) if isinstance(model, torch.nn.Module) else model, settings)
 
 
 def choose_device(name: str) -> torch.device:
@@ -66,7 +64,8 @@ class TorchBackend:
         self._compiled = bool(settings.compile)
         self._loss = self._compile(model) if self._compiled else model.loss
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every tensor
+        # a debugging aid of deterministic mode that costs a pass over every new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def allocate(self, size: int) -> Buffer:
         if self.device.type == "cuda":
@@ -126,7 +125,10 @@ class TorchBackend:
         return self._compilations
 
     def _compile(self, model: Any) -> Callable[..., Any]:
+        import torch._inductor.config
         from torch._inductor.compile_fx import compile_fx
+
+        torch._inductor.config.compile_threads = 1  # its pool of compiling processes would outlive a killed worker
 
         def counted(graph: Any, inputs: Any) -> Any:
             self._compilations += 1

@@ -157,7 +157,7 @@ def _axes(x: Tensor, axes: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(range(x.dim())) if axes is None else tuple(axes)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def contraction_plan(equation: str) -> tuple[str, int, int]:
     """How to compute an equation, with the number of leading and trailing dims of the result.
 

@@ -28,7 +28,7 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def __init__(self, model: Model, settings: Any):
+    def __init__(self, model: Any, settings: Any):
         if settings.device not in ("cpu", "auto"):
             raise UserError(f'backend.device = {settings.device!r} is not for the reference backend, which runs on "cpu".')
         if settings.precision not in ("float32", "float64"):
@@ -54,12 +54,13 @@ class ReferenceBackend:
         self._state = {name: buffers[name] for name in self.buffers}
 
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
-        leaves = {name: Variable(value) if name in into else value for name, value in self._params.items()}
-        loss, weight, new = self._model.loss(self._ops, leaves, self._copied(), self._columns(batch), seed)
+        leaves = {name: Variable(self._params[name]) for name in into}
+        loss, weight, new = self._model.loss(self._ops, {**self._params, **leaves}, self._copied(), self._columns(batch), seed)
         backward(loss)
         for name, view in into.items():
-            if leaves[name].gradient is not None:
-                view += leaves[name].gradient
+            gradient = leaves[name].gradient
+            if gradient is not None:
+                view += gradient
         return ShardResult(float(loss.value), float(value_of(weight)), {name: np.asarray(value_of(v)) for name, v in new.items()})
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:

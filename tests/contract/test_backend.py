@@ -197,3 +197,20 @@ def test_cuda_where_there_is_none() -> None:
     with pytest.raises(UserError, match="cuda"):
         load("torch", "backend").create(build(SMALL, {"vocab_size": VOCAB}), settings(device="cuda"))
     assert load("torch", "backend").create(build(SMALL, {"vocab_size": VOCAB}), settings(device="auto")).device.type == "cpu"
+
+
+def test_every_thread_computes_with_the_recipe_s_thread_count() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    rig, seen = gpt_rig("torch", threads=2), []
+
+    def work() -> None:
+        rig.gradient(token_batch())
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    rig.gradient(token_batch())
+    assert [*seen, torch.get_num_threads()] == [2, 2]
+    gpt_rig("torch").gradient(token_batch())
+    assert torch.get_num_threads() == 1
