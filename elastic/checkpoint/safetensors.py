@@ -53,8 +53,10 @@ def decode(content: bytes, what: str) -> dict[str, np.ndarray]:
 
 
 def view(body: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
-    kind = np.dtype(DTYPES[dtype]).newbyteorder("<")
+    brain = dtype == "BF16"  # NumPy has none: it is read as float32, which holds all its values
+    kind = np.dtype("uint16" if brain else DTYPES[dtype]).newbyteorder("<")
     low, high = data_offsets
     if not 0 <= low <= high <= len(body) or high - low != math.prod(shape) * kind.itemsize or min([0, *shape]) < 0:
         raise ValueError("an array's bytes do not fit its shape")
-    return np.frombuffer(body[low:high], kind).reshape(shape)
+    array = np.frombuffer(body[low:high], kind).reshape(shape)
+    return (array.astype(np.uint32) << np.uint32(16)).view(np.float32) if brain else array
