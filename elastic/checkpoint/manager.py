@@ -18,7 +18,7 @@ import numpy as np
 from elastic.checkpoint import safetensors
 from elastic.checkpoint.hashing import PARAMETER
 from elastic.checkpoint.manifest import MAX_BYTES, FileEntry, Manifest, Piece, parse
-from elastic.checkpoint.store import Store
+from elastic.checkpoint.store import TEMPORARY, Store
 from elastic.errors import BadCheckpoint, RecipeError
 
 MANIFEST = "manifest.json"
@@ -196,7 +196,7 @@ def best_of(checkpoints: list[tuple[str, Manifest]], best: str | None) -> set[st
 
 def clean(store: Store, live_generation: int) -> list[str]:
     """Removes what crashes left behind and returns it: files that no manifest names, in checkpoints at or below the newest
-    committed one, written by generations before the live one."""
+    committed one, written by generations before the live one. Called by the one who commits, and not during a commit."""
     newest = max((step for step, _ in committed(store)), default=-1)
     gone = []
     for folder in store.names():
@@ -225,6 +225,9 @@ def named_files(store: Store, folder: str) -> set[str] | None:
 
 
 def is_older(file: str, live_generation: int) -> bool:
+    """Half a manifest is always left over: whoever cleans is the one who commits."""
+    if file.startswith(f"{MANIFEST}.") and file.endswith(TEMPORARY):
+        return True
     match = GENERATION.search(file)
     return bool(match) and int(match[1]) < live_generation
 

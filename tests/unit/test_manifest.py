@@ -1,0 +1,126 @@
+"""The manifest is believed only if every word of it can be true."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from elastic.checkpoint import FileEntry, Manifest, parse
+from elastic.checkpoint.manifest import Piece, body_sha256, render
+from elastic.errors import BadCheckpoint
+
+
+def piece(name: str = "parameter/w", shape: Any = (4, 3), start: Any = (0, 0), count: Any = (4, 3), dtype: str = "float32") -> Piece:
+    return Piece(name, dtype, shape, start, count)
+
+
+GOOD = Manifest(step=50, generation=3, cursor=600, seed=7, recipe="[run]\nname = 'ä'\n",
+                files=(FileEntry("part-0-g000003.safetensors", 400, "ab" * 32, (piece(count=(2, 3)), piece("buffer/n", (), (), (), "int64"))),
+                       FileEntry("part-1-g000003.safetensors", 300, "cd" * 32, (piece(start=(2, 0), count=(2, 3)),))),
+                eval={"loss": 1.25}, extra={"info": {"vocab_size": 65, "sources": ["a"]}, "none": None})
+
+
+def signed(body: dict[str, Any]) -> str:
+    """With the right hash, as somebody would write it who means harm or has another version."""
+    return render(body | {"sha256": body_sha256(body)})
+
+
+def test_it_reads_back_as_it_was() -> None:
+    assert parse(GOOD.dumps()) == GOOD
+    assert parse(GOOD.dumps().encode()) == GOOD
+    assert GOOD.bytes == 700
+
+
+def test_values_that_json_has_not_are_left_out_of_the_evaluation() -> None:
+    odd = Manifest(1, 1, 0, 0, "", (), {"loss": float("nan"), "bound": float("inf"), "accuracy": 0.5})
+    assert parse(odd.dumps()).eval == {"accuracy": 0.5}
+
+
+def test_any_flipped_bit_is_found() -> None:
+    text = GOOD.dumps().encode()
+    for place in range(len(text)):
+        for bit in (0, 3, 5, 7):
+            broken = bytearray(text)
+            broken[place] ^= 1 << bit
+            with pytest.raises(BadCheckpoint):
+                parse(bytes(broken))
+
+
+def test_any_truncation_is_found() -> None:
+    text = GOOD.dumps()
+    for size in range(len(text)):
+        with pytest.raises(BadCheckpoint):
+            parse(text[:size])
+
+
+ATTACKS = [
+    (lambda b: b.update(format=2), "newer than 1"),
+    (lambda b: b.update(format="1"), "not a number"),
+    (lambda b: b.update(format=0), "does not know"),
+    (lambda b: b.pop("format"), "not a number"),
+    (lambda b: b.pop("cursor"), "keys"),
+    (lambda b: b.update(run="echo"), "keys"),
+    (lambda b: b.update(step=-1), "step is -1"),
+    (lambda b: b.update(step=True), "step is True"),
+    (lambda b: b.update(cursor=1 << 63), "cursor"),
+    (lambda b: b.update(recipe=["x"]), "not a text"),
+    (lambda b: b.update(eval={"loss": "low"}), "no number"),
+    (lambda b: b.update(extra=[1]), "extra"),
+    (lambda b: b.update(files={}), "not a list"),
+    (lambda b: b["files"][0].update(name="../../etc/passwd"), "not a plain name"),
+    (lambda b: b["files"][0].update(name="/etc/passwd"), "not a plain name"),
+    (lambda b: b["files"][0].update(name=".."), "not a plain name"),
+    (lambda b: b["files"][0].update(name="a\\b"), "not a plain name"),
+    (lambda b: b["files"][0].update(name="C:b"), "not a plain name"),
+    (lambda b: b["files"][0].update(name="a\x00b"), "not a plain name"),
+    (lambda b: b["files"][0].update(name=""), "not a plain name"),
+    (lambda b: b["files"][0].update(name=b["files"][1]["name"]), "a file twice"),
+    (lambda b: b["files"][0].update(sha256="AB" * 32), "not a sha256"),
+    (lambda b: b["files"][0].update(bytes=10), "larger than its 10 bytes"),
+    (lambda b: b["files"][0].update(bytes=1.5), "size of"),
+    (lambda b: b["files"][0]["pieces"][0].update(count=[1 << 40, 1 << 40]), "reaches out"),
+    (lambda b: b["files"][1]["pieces"][0].update(shape=[1 << 60, 3]), "two dtypes or shapes"),
+    (lambda b: b["files"][0]["pieces"][0].update(count=[2]), "another number of dims"),
+    (lambda b: b["files"][0]["pieces"][0].update(count=[2, -3]), "shape of parameter/w"),
+    (lambda b: b["files"][0]["pieces"][0].update(shape=[1] * 99), "at most 32"),
+    (lambda b: b["files"][0]["pieces"][0].update(dtype="object"), "unknown dtype"),
+    (lambda b: b["files"][0]["pieces"][0].update(dtype=[]), "unknown dtype"),
+    (lambda b: b["files"][0]["pieces"][0].update(start=[1, 0]), "overlap"),
+    (lambda b: b["files"][0]["pieces"][0].update(count=[1, 3]), "do not make up"),
+    (lambda b: b["files"][0]["pieces"].append(b["files"][0]["pieces"][0]), "an array twice"),
+    (lambda b: b["files"][0]["pieces"].append("w"), "keys"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ATTACKS)))
+def test_a_manifest_that_cannot_be_true_is_refused_in_one_sentence(number: int) -> None:
+    change, words = ATTACKS[number]
+    body = copy.deepcopy(json.loads(GOOD.dumps()))
+    change(body)
+    with pytest.raises(BadCheckpoint) as caught:
+        parse(signed(body))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_absurd_sizes_are_refused_although_they_fit_together() -> None:
+    """An array of 2^61 bytes: its file would have to state as many."""
+    huge = Manifest(1, 1, 0, 0, "", (FileEntry("a", 100, "ab" * 32, (piece(shape=(1 << 59,), start=(0,), count=(1 << 59,)),)),))
+    with pytest.raises(BadCheckpoint, match="larger than its 100 bytes"):
+        parse(huge.dumps())
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{", "[" * 100_000, '{"format": NaN}', '{"format": ' + "9" * 5000 + "}", "\ufeff{}"])
+def test_what_is_no_manifest_at_all(text: str) -> None:
+    with pytest.raises(BadCheckpoint):
+        parse(text)
+    with pytest.raises(BadCheckpoint):
+        parse(b"\xff\xfe" + text.encode())
+
+
+def test_the_same_values_in_another_form_are_refused() -> None:
+    with pytest.raises(BadCheckpoint, match="hash"):
+        parse(json.dumps(json.loads(GOOD.dumps())))
