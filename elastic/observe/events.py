@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from elastic.errors import UserError
+
 
 class JsonLines:
     """Appends to one file. A torn last line, left by a process that died while writing, is cut off first."""
@@ -61,7 +63,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def iterate(path: str | Path) -> Iterator[dict[str, Any]]:
-    """ValueError names the line if one that is not the last is no JSON object."""
+    """UserError names the line if one that is not the last is no JSON object."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -71,10 +73,23 @@ def iterate(path: str | Path) -> Iterator[dict[str, Any]]:
         try:
             fields = json.loads(text)
         except ValueError:
-            raise ValueError(f"{path}, line {number} is not JSON") from None
+            raise UserError(f"{path}, line {number} is not JSON: the file was altered.") from None
         if not isinstance(fields, dict):
-            raise ValueError(f"{path}, line {number} is not an object")
+            raise UserError(f"{path}, line {number} is not a JSON object: the file was altered.")
         yield fields
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A file that holds one JSON object; None if there is no file. UserError if it holds anything else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object: the file was altered.")
+    return found
 
 
 def cut_torn(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from elastic.observe.events import read_lines, replace_text
+from elastic.observe.events import read_json, read_lines, replace_text
 from elastic.observe.metrics import Lines, evaluations_of, sessions, steps_of, unit_of
 from elastic.observe.words import sentence
 
@@ -43,8 +43,7 @@ def write_report(run_dir: str | Path) -> Path:
     """Writes report.html from the run directory's own lines and returns its path."""
     run_dir = Path(run_dir)
     events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
-    summary_file = run_dir / "summary.json"
-    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.exists() else {"status": "running"}
+    summary = read_json(run_dir / "summary.json") or {"status": "running"}
     path = run_dir / "report.html"
     replace_text(path, page(run_dir.name, summary, events, metrics))
     return path

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elastic.errors import BadCheckpoint
-from elastic.observe.events import read_lines
+from elastic.errors import BadCheckpoint, UserError
+from elastic.observe.events import read_json, read_lines
 from elastic.observe.metrics import Lines, build_summary, evaluations_of, steps_of
 
 CLOCK_SKEW_S = 1.0  # between a worker's node, which dates steps, and the controller's, which dates events
@@ -32,7 +31,8 @@ def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint) -> Verdict:
     verdict = Verdict()
     try:
         events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
-    except ValueError as error:
+        summary = read_json(run_dir / "summary.json")
+    except UserError as error:
         return Verdict([str(error)])
     steps = steps_of(metrics)
     verdict.problems += limited(step_problems(steps)) + limited(evaluation_problems(steps, evaluations_of(metrics)))
@@ -40,9 +40,8 @@ def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint) -> Verdict:
     verdict.facts.append(f"{len(steps)} steps, each once; {len(evaluations_of(metrics))} evaluations")
     verdict.facts.append(f"{sum(e['event'] == 'generation_started' for e in events)} generations")
     verdict.problems += checkpoint_problems(run_dir, check_checkpoint, verdict.facts)
-    summary = run_dir / "summary.json"
-    if summary.exists():
-        verdict.problems += summary_problems(json.loads(summary.read_text(encoding="utf-8")), events, metrics)
+    if summary is not None:
+        verdict.problems += summary_problems(summary, events, metrics)
         verdict.facts.append("summary.json agrees with the lines")
     else:
         verdict.facts.append("no summary.json: the run has not ended, or was cut off")

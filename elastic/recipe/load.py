@@ -32,9 +32,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), base: Path | No
     return parse(_tree(text, str(file)), overrides, base or file.resolve().parent)
 
 
-def loads(text: str, overrides: Sequence[str] = (), base: Path | None = None) -> Recipe:
-    """The recipe in a TOML text."""
-    return parse(_tree(text, "the recipe"), overrides, base)
+def loads(text: str, overrides: Sequence[str] = (), base: Path | None = None, locate: bool = True) -> Recipe:
+    """The recipe in a TOML text. Without `locate` its paths are taken as they are, wherever they lead."""
+    return parse(_tree(text, "the recipe"), overrides, base, locate)
 
 
 def dumps(recipe: Recipe) -> str:
@@ -43,7 +43,7 @@ def dumps(recipe: Recipe) -> str:
                           for name, section in recipe.model_dump().items()})
 
 
-def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | None = None) -> Recipe:
+def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | None = None, locate: bool = True) -> Recipe:
     """Validates, fills in and checks; RecipeError is one sentence naming section.key, the value and the remedy."""
     full = {name: dict(part) if isinstance(part, Mapping) else part for name, part in tree.items()}
     for override in overrides:
@@ -60,7 +60,7 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | N
         raise RecipeError(_sentence(error)) from None
     recipe = _complete(recipe)
     check(recipe)
-    return _located(recipe, base)
+    return _located(recipe, base) if locate else recipe
 
 
 def _tree(text: str, where: str) -> dict[str, Any]:

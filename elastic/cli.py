@@ -1,0 +1,218 @@
+"""The `elastic` command: thin doors to the trainer, the run directory and checkpoints.
+
+Exit codes: 0 done, 2 bad usage or recipe, 3 the run failed, 130 interrupted. An error is one sentence on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.exceptions import TyperException
+
+from elastic.errors import BadCheckpoint, ElasticError, UserError
+
+if TYPE_CHECKING:
+    from elastic.trainer import Trainer
+
+DONE, BAD_USAGE, FAILED, INTERRUPTED = 0, 2, 3, 130
+EXIT = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
+LATER = {"submit": "Ray job submission", "ui": "a page that follows a run", "inspect": "a look into a checkpoint",
+         "export": "a checkpoint in other formats", "plan": "what a cluster would make of a recipe"}
+
+app = typer.Typer(name="elastic", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Elastic training on Ray: workers come and go, the result stays the same to the bit.")
+
+Sets = Annotated[list[str], typer.Option("--set", metavar="section.key=value", help="Overrides a key of the recipe; may be repeated.")]
+Address = Annotated[str, typer.Option(metavar="local|auto|ADDR", help="Which Ray: a new one here, the one here, or one elsewhere.")]
+Chaos = Annotated[list[str], typer.Option(metavar="SPEC", help="A fault, as kill:1@50/backward; may be repeated.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's directory for its newest.")]
+
+
+@app.command()
+def train(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped name such as nlp/gpt_shakespeare.")],
+          set_: Sets = [], run_dir: Annotated[Path | None, typer.Option(metavar="DIR")] = None,  # noqa: B006 - typer copies it
+          address: Address = "local", chaos: Chaos = [],  # noqa: B006
+          check: Annotated[bool, typer.Option("--check", help="Validates recipe, data and memory, then exits.")] = False) -> int:
+    """Trains a recipe."""
+    from elastic.recipe import load_recipe
+
+    resolved = load_recipe(recipe, set_)
+    from elastic.trainer import Trainer  # after the recipe: a wrong key is told at once, without loading Ray
+
+    trainer = Trainer(resolved, run_dir, address, tuple(chaos))
+    return checked(trainer) if check else fit(trainer)
+
+
+@app.command()
+def resume(run_dir: RunDir, set_: Sets = [], address: Address = "local", chaos: Chaos = []) -> int:  # noqa: B006
+    """Goes on with a run from its newest good checkpoint."""
+    from elastic.trainer import Trainer
+
+    return fit(Trainer.resume(run_dir, set_, address, tuple(chaos)))
+
+
+@app.command()
+def scale(run_dir: RunDir, workers: Annotated[int, typer.Option(help="How many workers the run should have.")]) -> int:
+    """Grows or shrinks a live run."""
+    from elastic import trainer
+
+    trainer.scale(run_dir, workers)
+    say(f"asked for {workers} workers; `elastic status {run_dir}` shows when they train")
+    return DONE
+
+
+@app.command()
+def status(run_dir: RunDir) -> int:
+    """Where a run is, from its files alone."""
+    from elastic.observe.status import status_lines
+
+    for line in status_lines(run_dir):
+        say(line)
+    return DONE
+
+
+@app.command()
+def verify(run_dir: RunDir, replay: Annotated[bool, typer.Option("--replay", help="Runs it again undisturbed and compares.")] = False,
+           address: Address = "local") -> int:
+    """Checks a run's steps, generations and every hash."""
+    from elastic import replay as door
+
+    verdict = door.verify_run(run_dir)
+    if replay and not verdict.problems:
+        again = door.replay(run_dir, address)
+        verdict.problems += again.problems
+        verdict.facts += again.facts
+    for fact in verdict.facts:
+        say(fact)
+    for problem in verdict.problems:
+        complain(problem)
+    say("not sound" if verdict.problems else "sound", "bold red" if verdict.problems else "bold green")
+    return FAILED if verdict.problems else DONE
+
+
+@app.command()
+def evaluate(checkpoint: Checkpoint) -> int:
+    """Evaluates a checkpoint on its recipe's evaluation set."""
+    from elastic import inference
+    from elastic.observe.words import numbers
+
+    say(numbers(inference.evaluate(checkpoint)))
+    return DONE
+
+
+@app.command()
+def sample(checkpoint: Checkpoint, prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+           tokens: Annotated[int, typer.Option(help="How many tokens to write.")] = 300,
+           temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+           seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0) -> int:
+    """Lets a language model write."""
+    from elastic import inference
+
+    print(inference.sample(checkpoint, prompt, tokens, temperature, seed))
+    return DONE
+
+
+@app.command()
+def doctor() -> int:
+    """What is installed, which devices and frameworks work, and what to do about the rest."""
+    from elastic.doctor import findings
+
+    console, bad = Console(), False
+    table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
+    for finding in findings():
+        mark, style = {True: ("ok", "green"), False: ("!!", "bold red"), None: ("--", "dim")}[finding.good]
+        table.add_row(Text(mark, style), Text(finding.what), Text(finding.found), Text(finding.remedy))
+        bad = bad or finding.good is False
+    console.print(table)
+    return FAILED if bad else DONE
+
+
+def refuse_later(name: str, what: str) -> None:
+    """A command of a later version: known, and refused whatever follows it."""
+
+    @app.command(name, help=f"{what.capitalize()} (not yet).", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    def later(context: typer.Context) -> int:
+        raise UserError(f"`elastic {name}` ({what}) is not yet supported; `elastic --help` lists what is.")
+
+
+for _name, _what in LATER.items():
+    refuse_later(_name, _what)
+
+
+def checked(trainer: Trainer) -> int:
+    """--check: everything that can be known before a worker starts."""
+    from elastic.preview import check_memory, preview
+
+    info, recipe = trainer.check(), trainer.recipe
+    found = preview(recipe, info)
+    if trainer.address == "local":
+        check_memory(found, recipe)
+    facts = ", ".join(f"{key} {value}" for key, value in info.items() if isinstance(value, int))
+    say(f"data: {facts or recipe.data.kind}")
+    say(f"model: {found.parameters} parameters; up to {found.workers} workers, about {found.bytes / 1e9:.1f} GB beside activations")
+    say(f"{recipe.run.name}: recipe, data and memory are sound", "bold green")
+    return DONE
+
+
+def fit(trainer: Trainer) -> int:
+    """Trains with the live line, and says how it ended."""
+    from elastic.observe.progress import Progress
+    from elastic.observe.words import duration, numbers
+
+    with Progress(trainer.recipe.run.steps) as progress:
+        result = trainer.fit(progress.on_step, progress.on_eval, progress.on_event)
+    summary = result.summary
+    if result.status == "failed":
+        complain(result.error)
+    say(f"{result.status}: {summary['steps']} steps in {duration(summary['wall_s'])}, loss {summary['final_loss']}, evaluation "
+        f"{numbers(summary['eval']) or 'none'}, recoveries {summary['recoveries']}, steps lost {summary['steps_lost']}")
+    say(f"report: {result.run_dir / 'report.html'}")
+    if result.status == "interrupted":
+        say(f"go on with: elastic resume {result.run_dir}")
+    return EXIT[result.status]
+
+
+def say(text: str, style: str = "") -> None:
+    Console(highlight=False).print(Text(text, style=style), soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """One line on stderr."""
+    print(f"elastic: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The command's exit code. Whatever went wrong on purpose is one sentence on stderr."""
+    try:
+        return app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False) or DONE
+    except TyperException as error:
+        complain(f"{error.format_message().rstrip('.')}; `elastic --help` shows the usage.")
+        return BAD_USAGE
+    except (UserError, BadCheckpoint) as error:
+        complain(str(error))
+        return BAD_USAGE
+    except ElasticError as error:
+        complain(str(error))
+        return FAILED
+    except (KeyboardInterrupt, typer.Abort):
+        complain("Interrupted.")
+        return INTERRUPTED
+
+
+def main() -> None:
+    """The console script. A user's own modules are importable from the current directory."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

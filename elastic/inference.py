@@ -1,0 +1,102 @@
+"""A checkpoint put to use in this process, without Ray: its evaluation, and text from a language model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic.backend import Backend
+from elastic.checkpoint import manager
+from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.store import Store
+from elastic.data.loader import eval_batches
+from elastic.errors import BadCheckpoint, UserError
+from elastic.recipe import Recipe, loads
+from elastic.workload import EVAL_ROWS, create_backend, door, open_data, open_model, open_state, prepare
+
+DEFAULT_PROMPT = "\n"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model with a checkpoint's parameters, on this process's device."""
+
+    recipe: Recipe
+    manifest: Manifest
+    info: Mapping[str, Any]  # the data's facts; empty for a data set of the user's
+    backend: Backend
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint: itself, or the newest good one of a run directory. UserError if there is none."""
+    given = Path(path)
+    if (given / manager.MANIFEST).exists() or given.name == manager.MANIFEST:
+        return given if given.is_dir() else given.parent
+    root = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+    if not root.is_dir():
+        raise UserError(f"There is no checkpoint at {given}; give the folder of a checkpoint or of a run.")
+    name, rejected = manager.newest_good(Store.open(root))
+    if name is None:
+        why = f": {rejected[0][1].rstrip('.')}" if rejected else ""
+        raise UserError(f"There is no good checkpoint in {root}{why}; give the folder of a checkpoint or of a run.")
+    return root / name
+
+
+def check_checkpoint(path: str | os.PathLike[str]) -> Manifest:
+    """Reads every byte of a checkpoint against its hashes; BadCheckpoint names what is wrong."""
+    return manager.verify(*manager.split(path))
+
+
+def restore(path: str | os.PathLike[str], device: str = "auto") -> Restored:
+    """The model of a checkpoint. BadCheckpoint before anything of a damaged one is used."""
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads: the same bits as the workers'
+    arrays, manifest = manager.load(*manager.split(locate(path)))
+    recipe = loads(manifest.recipe, locate=False)
+    recipe = recipe.model_copy(update={"backend": recipe.backend.model_copy(update={"device": device, "compile": False})})
+    info = manifest.extra.get("info") or prepare(recipe)
+    backend = create_backend(recipe, open_model(recipe, info))
+    state = open_state(recipe, backend)
+    try:
+        state.load(arrays, manifest.step)
+    except (KeyError, ValueError) as error:
+        raise BadCheckpoint(f"{path} holds other arrays than the model of its recipe: {error}.") from error
+    return Restored(recipe, manifest, info, backend)
+
+
+def evaluate(path: str | os.PathLike[str]) -> dict[str, float]:
+    """The mean of every metric over the recipe's evaluation set, the same numbers as in the run."""
+    restored = restore(path)
+    recipe = restored.recipe
+    _, dataset, _ = open_data(recipe, restored.info)
+    if dataset is None:
+        raise UserError("The recipe sets nothing aside to evaluate on; set data.eval_fraction or data.eval_path.")
+    rows = max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS)
+    found = [restored.backend.metrics(batch()) for batch in eval_batches(dataset, rows)]
+    return {name: math.fsum(part[name][0] for part in found) / math.fsum(part[name][1] for part in found) for name in sorted(found[0])}
+
+
+def sample(path: str | os.PathLike[str], prompt: str = "", tokens: int = 300, temperature: float = 0.8, seed: int = 0) -> str:
+    """`prompt` and what a language model writes after it. UserError where the model writes no text."""
+    if tokens < 0 or temperature < 0:
+        raise UserError(f"--tokens {tokens} and --temperature {temperature} must be at least 0.")
+    restored = restore(path)
+    kind, logits = restored.recipe.model.kind, getattr(restored.backend, "logits", None)
+    if kind != "nlp.gpt" or logits is None:
+        raise UserError(f'The model of this checkpoint ("{kind}") writes no text; only nlp.gpt does.')
+    text, model = door(kind, "data"), door(kind, "gpt")
+    start = text.encode(restored.info, prompt or first_of(text, restored.info))
+    written = model.generate(logits, start, tokens, restored.recipe.model.config["context"], temperature, None, seed)
+    return prompt + text.decode(restored.info, written)
+
+
+def first_of(text: Any, info: Mapping[str, Any]) -> str:
+    """What to begin with where no prompt is given: a new line, or any token if the vocabulary has none."""
+    try:
+        text.encode(info, DEFAULT_PROMPT)
+    except UserError:
+        return text.decode(info, [0])
+    return DEFAULT_PROMPT

@@ -1,0 +1,56 @@
+"""Where a run is, read from its files alone: the same words for a live run and one that has ended."""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from elastic.errors import UserError
+from elastic.observe.events import read_json, read_lines
+from elastic.observe.metrics import build_summary, evaluations_of, steps_of
+from elastic.observe.progress import WINDOW, Pace
+from elastic.observe.words import duration, numbers, sentence
+
+LATEST = 5  # events shown
+QUIET_S = 60.0  # without any line, a run that has no summary may be dead
+
+
+def status_lines(run_dir: str | Path, now_s: float | None = None) -> list[str]:
+    """What `elastic status` prints. UserError where there is no run."""
+    run_dir = Path(run_dir)
+    if not (run_dir / "recipe.toml").exists():
+        raise UserError(f"{run_dir} is no run directory: it has no recipe.toml; give the directory that `elastic train` named.")
+    events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
+    ended = read_json(run_dir / "summary.json")
+    lines = ended_lines(ended) if ended else live_lines(run_dir, events, metrics, time.time() if now_s is None else now_s)
+    checkpoints = sorted(path.parent.name for path in run_dir.glob("checkpoints/*/manifest.json"))
+    lines.append(f"checkpoints: {', '.join(checkpoints) or 'none'}")
+    return [*lines, "latest events:", *(f"  step {event['step']}: {sentence(event)}" for event in events[-LATEST:])]
+
+
+def ended_lines(summary: dict[str, Any]) -> list[str]:
+    head = {"failed": f"failed: {summary.get('error', '')}", "interrupted": "interrupted, to be resumed"}.get(summary["status"], "done")
+    return [head, f"steps {summary['steps']}, loss {summary['final_loss']}, evaluation {numbers(summary['eval']) or 'none'}",
+            f"took {duration(summary['wall_s'])}, goodput {summary['goodput']:.1%}, recoveries {summary['recoveries']}, "
+            f"steps lost {summary['steps_lost']}, workers {' -> '.join(map(str, summary['world_sizes']))}"]
+
+
+def live_lines(run_dir: Path, events: list[dict[str, Any]], metrics: list[dict[str, Any]], now_s: float) -> list[str]:
+    steps, evaluations = steps_of(metrics), evaluations_of(metrics)
+    latest = max([fields["time"] for fields in (*events[-1:], *steps[-1:])], default=0.0)
+    pace = Pace(num_steps(run_dir, events))
+    for step in steps[-WINDOW:]:
+        pace.add(step)
+    quiet = now_s - latest
+    head = "running" if quiet < QUIET_S else f"no word for {duration(quiet)}: it may be dead; `elastic resume {run_dir}` goes on"
+    summary = build_summary(events, metrics, "running")
+    return [head, pace.line(), f"evaluation {numbers(evaluations[-1]['eval']) if evaluations else 'none'}, recoveries "
+            f"{summary['recoveries']}, steps lost {summary['steps_lost']}, goodput {summary['goodput']:.1%}"]
+
+
+def num_steps(run_dir: Path, events: list[dict[str, Any]]) -> int | None:
+    """How many steps the run will have, as far as the files say."""
+    told = [event["num_steps"] for event in events if event["event"] == "run_started" and "num_steps" in event]
+    return told[-1] if told else tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))["run"].get("steps")

@@ -1,0 +1,44 @@
+"""`elastic verify`: does a run directory tell one story, and does an undisturbed run give the same bits?"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from elastic.errors import RunFailed, UserError
+from elastic.inference import check_checkpoint
+from elastic.observe.events import read_json
+from elastic.observe.verify import Verdict, verify
+from elastic.recipe import load_recipe
+from elastic.trainer import Trainer
+
+UNDISTURBED = ("elastic.min_workers=1", "elastic.max_workers=1", "elastic.spares=0")
+
+
+def verify_run(run_dir: Path) -> Verdict:
+    """Steps, generations, summary and every hash. UserError where there is no run."""
+    if not (run_dir / "recipe.toml").exists():
+        raise UserError(f"{run_dir} is no run directory: it has no recipe.toml; give the directory that `elastic train` named.")
+    return verify(run_dir, check_checkpoint)
+
+
+def replay(run_dir: Path, address: str = "local") -> Verdict:
+    """Trains the same recipe again with one worker that nobody disturbs, and compares the bits."""
+    recipe = load_recipe(run_dir / "recipe.toml", UNDISTURBED)
+    summary = read_json(run_dir / "summary.json") or {}
+    if summary.get("status") != "done":
+        raise UserError(f"The run in {run_dir} has not ended; `elastic resume {run_dir}` first, then replay it.")
+    if recipe.elastic.reduction != "exact":
+        raise UserError('elastic.reduction = "fast" promises no bits; there is nothing to compare a replay with.')
+    with tempfile.TemporaryDirectory(prefix="elastic-replay-") as folder:
+        result = Trainer(recipe, Path(folder) / "run", address).fit()
+    if result.status != "done":
+        raise RunFailed(f"The replay ended as {result.status}: {result.error}")
+    verdict = Verdict()
+    for key in ("parameters_sha256", "state_sha256"):
+        was, now = summary.get(key), result.summary[key]
+        if was == now:
+            verdict.facts.append(f"replayed undisturbed on one worker: the same {key}, {now[:16]}...")
+        else:
+            verdict.problems.append(f"replayed undisturbed on one worker: {key} is {now}, the run has {was}")
+    return verdict
