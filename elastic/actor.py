@@ -61,6 +61,10 @@ class ProcessRim:
         strike_process(fault)
 
     def cut_short(self, fault: Fault, group: Any) -> Any:
+        """Where the group can, exactly one peer receives; else as many as it comes to."""
+        if hasattr(group, "cut_short"):
+            group.cut_short({(group.rank + 1) % group.size}, partial(strike_process, fault))
+            return group
         return CutShort(group, partial(strike_process, fault))
 
 

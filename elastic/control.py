@@ -27,7 +27,7 @@ class Control:
     def enter(self, generation: int) -> None:
         """The loop takes up a generation. One that was abandoned before it began stays so."""
         with self._lock:
-            self.generation, self.inside, self._group = generation, 0, None
+            self.generation, self.inside, self.phase, self._group = generation, 0, "start", None
             self.abandoned = threading.Event()
             if self._abandoned >= generation:
                 self.abandoned.set()

@@ -7,6 +7,7 @@ and commits checkpoints, so a worker of an older generation can change neither.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import queue
 import time
@@ -20,6 +21,8 @@ from elastic import policy
 from elastic.books import Books
 from elastic.checkpoint.commits import Commits
 from elastic.chaos import Fault, parse
+from elastic.observe.events import read_lines, replace_text
+from elastic.observe.metrics import build_summary
 from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Standing
 from elastic.policy import Bounds, Pulse
 
@@ -64,28 +67,21 @@ class Settings:
     start_timeout_s: float
     keep: int
     best: str
-    checkpoint_path: str
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A tick of the clock, so that time is an event like the others."""
 
 
 class Controller:
     """One run's controller. `run()` blocks until the run has ended; everything else may be called from any thread."""
 
-    def __init__(self, job: Job, settings: Settings, fleet: Fleet, books: Books, resumed_from: str = ""):
+    def __init__(self, job: Job, settings: Settings, fleet: Fleet, books: Books, checkpointed: int = 0):
         self.job, self.settings, self.fleet, self.books = job, settings, fleet, books
-        self.commits = Commits(settings.checkpoint_path, settings.keep, settings.best)
+        self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed)
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.chaos, self.stopped = list(job.chaos), dict[int, Ready]()
         self.losses, self.pulses = policy.Losses(), dict[str, Pulse]()
         self.started: dict[str, float] = {}
         self.live: dict[str, Ready] = {}
         self.given_up: set[str] = set()
-        self.target, self.restart_at = 0, 0.0
-        self.resumed_from = resumed_from
+        self.target, self.restart_at, self.checked = 0, 0.0, 0.0
         self.outcome: m.Finish | None = None
         self.finished = False
 
@@ -122,13 +118,26 @@ class Controller:
         self.perform(actions)
         while self.outcome is None:
             try:
-                item = self.inbox.get(timeout=TICK_S)
+                self.handle(self.inbox.get(timeout=TICK_S))
             except queue.Empty:
-                item = Checked()
-            self.handle(item)
+                pass
+            if time.monotonic() - self.checked > TICK_S:
+                self.check()
+        self.close(self.outcome)
+        return self.outcome
+
+    def close(self, outcome: m.Finish) -> None:
+        """Ends the workers, and writes down how the run ended."""
         self.fleet.close()
         self.drain_inbox()
-        return self.outcome
+        if outcome.status == "failed":
+            self.books.event("run_failed", error=outcome.error)
+        else:
+            self.books.event("run_finished", status=outcome.status)
+        word = outcome.standing
+        summary = build_summary(read_lines(self.books.events.path), read_lines(self.books.metrics.path), outcome.status,
+                                word.parameters_sha256 if word else "", word.state_sha256 if word else "", outcome.error)
+        replace_text(Path(self.job.run_dir) / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def drain_inbox(self) -> None:
         """Lines that were under way when the run ended."""
@@ -138,9 +147,7 @@ class Controller:
                 self.take_line(item[1])
 
     def handle(self, item: Any) -> None:
-        if isinstance(item, Checked):
-            self.check()
-        elif isinstance(item, tuple):
+        if isinstance(item, tuple):
             self.take(*item)
         else:
             self.advance(item)
@@ -194,7 +201,7 @@ class Controller:
 
     def check(self) -> None:
         """What only time can tell: hangs, workers that never get ready, restarts that were put off."""
-        now = time.monotonic()
+        now = self.checked = time.monotonic()
         for worker, since in list(self.started.items()):
             if now - since > self.settings.start_timeout_s:
                 self.give_up_on(worker, f"not ready within start_timeout_s = {self.settings.start_timeout_s:g} s")
@@ -292,7 +299,8 @@ class Controller:
         self.books.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
                          mesh={"data": len(members), "pipeline": 1, "tensor": 1, "expert": 1},
                          workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid} for i, r in enumerate(members)])
-        self.pulses = {}
+        now = time.monotonic()
+        self.pulses = {w: Pulse(generation.committed, "start", 0, False, now, now) for w in generation.members}
         for worker in generation.members:
             self.fleet.assign(worker, generation)
 
@@ -301,7 +309,7 @@ class Controller:
         transport = self.fleet.transport([self.live[w] for w in generation.members])
         if generation.committed >= 0:
             return replace(generation, transport=transport)
-        path, step, rejected = self.commits.newest_good(self.resumed_from)
+        path, step, rejected = self.commits.newest_good()
         for bad, reason in rejected:
             self.books.event("checkpoint_rejected", path=bad, reason=reason)
         return replace(generation, transport=transport, load=path or "recipe", committed=step)

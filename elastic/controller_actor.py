@@ -26,7 +26,7 @@ class ControllerActor:
         run_dir = Path(job.run_dir)
         self.books = Books(run_dir, begin.get("written", 0), begin.get("evaluated", 0), begin.get("generation", 0))
         self.fleet = RayFleet(job, lambda event: self.controller.post(event), **fleet)
-        self.controller = Controller(job, settings, self.fleet, self.books, begin.get("checkpoint", ""))
+        self.controller = Controller(job, settings, self.fleet, self.books, begin.get("written", 0))
         self.controller.opened(begin.get("rewound_from", -1))
         self.error = ""
         self.done = threading.Event()
@@ -36,9 +36,8 @@ class ControllerActor:
         try:
             self.controller.run()
         except BaseException as error:
-            self.error = f"{type(error).__name__}: {error}"
-            self.books.event("run_failed", error=f"The controller failed: {self.error}")
-            self.fleet.close()
+            self.error = f"The controller failed: {type(error).__name__}: {error}"
+            self.controller.close(m.Finish("failed", self.error))
             raise
         finally:
             self.done.set()
@@ -66,5 +65,5 @@ class ControllerActor:
 
     def outcome(self) -> tuple[str, str]:
         """Status and error of a run that has ended."""
-        found = self.controller.outcome
-        return (found.status, found.error) if found else ("failed", self.error)
+        found = self.controller.outcome or m.Finish("failed", self.error)
+        return found.status, found.error

@@ -113,5 +113,6 @@ class Job:
     recipe: str  # TOML, resolved
     info: dict[str, Any]  # what the data's door found out: vocabulary, files
     run_dir: str
+    checkpoints: str  # path or URI
     sys_path: tuple[str, ...] = ()
     chaos: tuple[str, ...] = ()

@@ -164,19 +164,17 @@ class State:
         return sum(int(b.nbytes) for b in moved)
 
     def add_statistics(self, gradient: Buffer, new: Mapping[str, np.ndarray], weight: float) -> None:
-        """Adds one shard's new buffers, times its weight, behind the gradients. Integers add what they grew by."""
+        """Adds what one shard changed in the buffers, times its weight, behind the gradients."""
         for name, view in shaped(gradient, self.layout.statistics).items():
-            value = np.asarray(new[name], np.float32)
-            if np.issubdtype(self.buffers[name].dtype, np.integer):
-                value = np.asarray(np.asarray(new[name]) - self.buffers[name], np.float32)
-            value = value * np.float32(weight)
+            old, now = (np.asarray(a, np.float64) for a in (self.buffers[name], new[name]))
+            change = np.subtract(now, old, out=np.zeros_like(old), where=now != old)  # equal infinities have not changed
+            value = (change * weight).astype(np.float32)
             view += view.new_tensor(value) if hasattr(view, "new_tensor") else value
 
     def apply_statistics(self, gradient: Buffer, weight: float) -> None:
-        """The buffers become the weighted mean over all shards."""
+        """The buffers change by the weighted mean over all shards of what each changed."""
         for name, view in shaped(gradient, self.layout.statistics).items():
-            mean = np.asarray(to_numpy(view)) / np.float32(weight)
-            if np.issubdtype(self.buffers[name].dtype, np.integer):
-                self.buffers[name] += np.rint(mean).astype(self.buffers[name].dtype)
-            else:
-                self.buffers[name][...] = mean
+            mean = np.asarray(to_numpy(view), np.float64) / weight
+            buffer = self.buffers[name]
+            exact = buffer.dtype.kind != "f"
+            buffer[...] = (buffer + (np.rint(mean) if exact else mean)).astype(buffer.dtype)

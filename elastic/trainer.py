@@ -24,7 +24,6 @@ from elastic.controller_actor import ControllerActor
 from elastic.errors import RunFailed, UserError
 from elastic.messages import Job
 from elastic.observe.events import read_lines
-from elastic.observe.metrics import build_summary
 from elastic.observe.report import write_report
 from elastic.policy import Bounds
 from elastic.recipe import Recipe, dumps, load_recipe
@@ -64,11 +63,11 @@ class Trainer:
         recipe = load_recipe(run_dir / "recipe.toml", overrides)
         lines = read_lines(run_dir / "metrics.jsonl")
         events = read_lines(run_dir / "events.jsonl")
-        path, step, rejected = Commits(str(run_dir / "checkpoints"), 1, "").newest_good()
+        _, step, _ = Commits(str(run_dir / "checkpoints"), 1, "").newest_good()
         return cls(recipe, run_dir, address, chaos, {
             "written": step, "evaluated": max((m["step"] for m in lines if "eval" in m and m["step"] <= step), default=0),
-            "generation": max((e["generation"] for e in events), default=0), "checkpoint": path,
-            "rewound_from": max((m["step"] for m in lines if "eval" not in m), default=0), "rejected": rejected})
+            "generation": max((e["generation"] for e in events), default=0),
+            "rewound_from": max((m["step"] for m in lines if "eval" not in m), default=0)})
 
     def check(self) -> dict[str, Any]:
         """Everything that can be known before a worker starts: faults, data, model. Returns the data's facts."""
@@ -88,7 +87,7 @@ class Trainer:
         info = self.check()
         run_dir = self.open_run_dir()
         with connected(self.address, self.recipe) as ray_address:
-            job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), search_path(), tuple(self.chaos))
+            job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), str(run_dir / "checkpoints"), search_path(), tuple(self.chaos))
             controller = start_controller(job, self.recipe, self.begin)
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id, "pid": os.getpid()}))
             try:
@@ -166,7 +165,7 @@ def connected(address: str, recipe: Recipe) -> Iterator[str]:
 def start_controller(job: Job, recipe: Recipe, begin: dict[str, Any]) -> Any:
     elastic = recipe.elastic
     settings = Settings(Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares), elastic.hang_timeout_s,
-                        elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best, str(Path(job.run_dir) / "checkpoints"))
+                        elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best)
     device = recipe.backend.device
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"

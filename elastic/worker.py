@@ -56,14 +56,15 @@ class Worker:
         """Builds and compiles, says so, and works until released."""
         recipe = loads(self.job.recipe)
         workload = Workload.open(recipe, self.job.info)
-        self.saver = Saver(self.name, recipe, self.job, self.rim.post)
+        self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, self.job.info,
+                           self.rim.post)
         self.work: Work = build_work(recipe, workload, self.control, self.rim.post, self.save)
         warm_up(self.work)
         self.recipe = recipe
         self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint))
         while (generation := self.orders.get()) is not None:
             self.rim.post(self.take_part(generation))
-        self.saver.close()
+        self.saver.join()
 
     def take_part(self, generation: Generation) -> Standing:
         """One generation, from meeting to parting, and where this worker stands after it."""
@@ -98,7 +99,7 @@ class Worker:
         self.work.gradient, self.work.holds, self.work.ballot = None, -1, None
         self.work.unwritten.clear()
         if generation.load == "recipe":
-            state.start(self.recipe.run.seed, self.saver.initial(self.recipe.model.init))
+            state.start(self.recipe.run.seed, self.saver.initial(self.recipe.model.init, state))
         else:
             arrays, step, self.work.evaluation = self.saver.load(generation.load)
             state.load(arrays, step)

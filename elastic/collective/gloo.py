@@ -9,7 +9,7 @@ send or receive between two ranks forms their group: a peer that dies before it 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -54,6 +54,7 @@ class GlooGroup(Member):
         self._flight: list[object] = [pg]  # the process group, and what a call in flight holds; dropped last first
         self._lock = threading.Lock()
         self._running = False
+        self._cut: Callable[[], None] | None = None
         self._groups: dict[tuple[int, ...], GlooGroup] = {}
         self._formed: dict[tuple[int, ...], int] = {}
 
@@ -78,6 +79,8 @@ class GlooGroup(Member):
             self._flight.extend(buffers)
             try:
                 self._flight.append(start(self._flight[0]))
+                if self._cut:
+                    self._cut()
             except RuntimeError as error:
                 raise self._break(f"lost a member: {brief(error)}") from error
             self._wait()
@@ -111,6 +114,10 @@ class GlooGroup(Member):
                 self._hand_over()
         for group in list(self._groups.values()):
             group.abandon()
+
+    def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
+        """For fault injection: `then()`, which ends the process, comes in the midst of the next call. Chance says whom it reached."""
+        self._cut = then
 
     def all_reduce(self, buffer: Buffer) -> None:
         self._call(lambda pg: pg.allreduce([tensor(buffer)]), buffer)

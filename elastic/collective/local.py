@@ -22,6 +22,10 @@ class Killed(BaseException):
     """This thread plays a process that was killed: nothing may catch it but whoever started the thread."""
 
 
+def die() -> None:
+    raise Killed
+
+
 class Hub:
     """Where the threads of one process meet, by generation. Ranks are those of the generation, the newest by default."""
 
@@ -47,7 +51,7 @@ class Hub:
 
     def kill_during(self, rank: int, delivered_to: Collection[int] = (), generation: int | None = None) -> None:
         """In its next call the member dies after its data reached only `delivered_to`."""
-        self._world(generation).change(lambda world: world.doomed.update({rank: frozenset(delivered_to)}))
+        self._world(generation).change(lambda world: world.doomed.update({rank: (frozenset(delivered_to), die)}))
 
     def stop(self, rank: int, generation: int | None = None) -> None:
         """The member halts at its next call, and notices nothing, until `cont`."""
@@ -65,7 +69,7 @@ class World:
         self.condition = threading.Condition()
         self.dead: set[int] = set()
         self.gone: set[int] = set()  # abandoned the group; alive
-        self.doomed: dict[int, frozenset[int]] = {}
+        self.doomed: dict[int, tuple[frozenset[int], Callable[[], None]]] = {}  # who sees the next call's data; what then
         self.stopped: set[int] = set()
         self.entered: dict[tuple[Any, int], int] = {}  # (ranks, rank) -> calls entered
         self.calls: dict[tuple[Any, int], dict[int, tuple[Any, frozenset[int] | None]]] = {}
@@ -89,15 +93,21 @@ class LocalGroup(Member):
         self._world.change(lambda world: world.gone.add(self._me))
         return super()._break(what)
 
-    def _enter(self) -> frozenset[int] | None:
-        """Waits while stopped, dies if killed; who may see this call's data (None: everybody). Holds the condition."""
+    def _enter(self) -> tuple[frozenset[int] | None, Callable[[], None]]:
+        """Waits while stopped, dies if killed; who may see this call's data (None: everybody), and what then. Holds the condition."""
         world = self._world
         while self._me in world.stopped and self._me not in world.dead:
             world.condition.wait(SLICE_S)
         if self._me in world.dead:
             raise Killed
         self._check()
-        return world.doomed.pop(self._me, None)
+        return world.doomed.pop(self._me, (None, die))
+
+    def _end(self, then: Callable[[], None]) -> None:
+        """The member's end: its peers learn of it, if it does not come back from `then`."""
+        self._world.change(lambda world: world.dead.add(self._me))
+        then()
+        raise Killed
 
     def _wait(self, ready: Callable[[], bool], needed: Callable[[], Sequence[int]]) -> None:
         """Until `ready`; breaks when a member of `needed` can no longer make it so. Holds the condition."""
@@ -116,7 +126,7 @@ class LocalGroup(Member):
         """Every member's payload, in rank order."""
         world = self._world
         with world.condition:
-            visible = self._enter()
+            visible, then = self._enter()
             number = world.entered.get((self._ranks, self._me), 0)
             world.entered[self._ranks, self._me] = number + 1
             key = (self._ranks, number)
@@ -124,8 +134,7 @@ class LocalGroup(Member):
             call[self._me] = (payload, visible)
             world.condition.notify_all()
             if visible is not None:
-                world.dead.add(self._me)
-                raise Killed
+                self._end(then)
 
             def arrived(rank: int) -> bool:
                 return rank in call and (call[rank][1] is None or self._me in call[rank][1])
@@ -170,21 +179,19 @@ class LocalGroup(Member):
     def send(self, buffer: Buffer, to: int) -> None:
         world = self._world
         with world.condition:
-            visible = self._enter()
+            visible, then = self._enter()
             if visible is None or self._ranks[to] in visible:
                 world.mail.setdefault((self._ranks, self.rank, to), deque()).append(copied(buffer))
             world.condition.notify_all()
             if visible is not None:
-                world.dead.add(self._me)
-                raise Killed
+                self._end(then)
 
     def receive(self, buffer: Buffer, source: int) -> None:
         world = self._world
         with world.condition:
-            if self._enter() is not None:
-                world.dead.add(self._me)
-                world.condition.notify_all()
-                raise Killed
+            visible, then = self._enter()
+            if visible is not None:
+                self._end(then)
             box = world.mail.setdefault((self._ranks, source, self.rank), deque())
             self._wait(lambda: bool(box), lambda: [self._ranks[source]])
             buffer[:] = box.popleft()
@@ -193,6 +200,10 @@ class LocalGroup(Member):
         """The group of these members only; each of them calls it, with the same ranks. It shares this group's fate."""
         self._check()
         return LocalGroup(self._world, tuple(self._ranks[r] for r in ranks), list(ranks).index(self.rank), self._abandoned)
+
+    def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
+        """For fault injection: in the next call, the data reaches these ranks alone; then `then()`, which ends the member."""
+        self._world.change(lambda world: world.doomed.update({self._me: (frozenset(self._ranks[r] for r in delivered_to), then)}))
 
     def abandon(self) -> None:
         super().abandon()

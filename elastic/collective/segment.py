@@ -59,7 +59,7 @@ class Segment:
             raise ValueError(f"{num_readers} members are too many for shared memory; at most {MOST_READERS}.")
         self.capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // PAGE * PAGE
         fd = os.memfd_create(name)
-        weakref.finalize(self, os.close, fd)
+        self.close = weakref.finalize(self, os.close, fd)  # once the peers have opened it, or when dropped
         os.ftruncate(fd, self.capacity)
         self.words, self.bytes = mapped(fd, self.capacity, mmap.PROT_READ | mmap.PROT_WRITE)
         self.base, self._used = address_of(self.bytes), PAGE

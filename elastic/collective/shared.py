@@ -47,19 +47,24 @@ class SharedGroup(Member):
     def form(cls, rank: int, size: int, store_address: str, prefix: str, abandoned: threading.Event,
              timeout_s: float) -> SharedGroup:
         """Meets the other members, all on this node, at the store under `prefix`."""
-        what = f"Forming group {prefix} as rank {rank} of {size}"
-        store = call_leaving(lambda: join_store(store_address, prefix, timeout_s), abandoned, timeout_s, what)
-        return cls._form_at(store, rank, size, abandoned, timeout_s, what)
+        return cls._form_at(lambda: join_store(store_address, prefix, timeout_s), rank, size, abandoned, timeout_s,
+                            f"Forming group {prefix} as rank {rank} of {size}")
 
     @classmethod
-    def _form_at(cls, store: Any, rank: int, size: int, abandoned: threading.Event, timeout_s: float, what: str) -> SharedGroup:
+    def _form_at(cls, store: Callable[[], Any], rank: int, size: int, abandoned: threading.Event, timeout_s: float,
+                 what: str) -> SharedGroup:
         segment = Segment("elastic", size)
 
-        def connect() -> list[Peer | None]:
-            store.set(f"segment/{rank}", segment.card)
-            return [Peer(store.get(f"segment/{r}").decode(), rank) if r != rank else None for r in range(size)]
+        def connect() -> tuple[Any, list[Peer | None]]:
+            meeting = store()
+            meeting.set(f"segment/{rank}", segment.card)
+            return meeting, [Peer(meeting.get(f"segment/{r}").decode(), rank) if r != rank else None for r in range(size)]
 
-        return cls(segment, call_leaving(connect, abandoned, timeout_s, what), store, rank, abandoned, timeout_s)
+        meeting, peers = call_leaving(connect, abandoned, timeout_s, what)
+        group = cls(segment, peers, meeting, rank, abandoned, timeout_s)
+        group.barrier()  # until every peer has opened this member's file: it may close, and the group be dropped
+        segment.close()
+        return group
 
     def allocate(self, size: int) -> np.ndarray:
         """A zeroed float32 buffer that `reduce_tree` and `all_reduce` need not copy. It lives as long as the group."""
@@ -233,7 +238,7 @@ class SharedGroup(Member):
 
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> SharedGroup:
         self._check()
-        return self._form_at(sub_store(self._store, kind, ranks), ranks.index(self.rank), len(ranks), self._abandoned, self._timeout_s,
+        return self._form_at(lambda: sub_store(self._store, kind, ranks), ranks.index(self.rank), len(ranks), self._abandoned, self._timeout_s,
                              f"Forming the group of ranks {list(ranks)}")
 
 

@@ -51,7 +51,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 def page(name: str, summary: dict[str, Any], events: Lines, metrics: Lines) -> str:
     """The whole document; plotly's own script is within it."""
-    chart = figure(events, metrics).to_html(full_html=False, include_plotlyjs=True)
+    chart = figure(events, metrics).to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
     rows = "".join(f"<tr><td>{html.escape(key)}</td><td><code>{html.escape(json.dumps(value))}</code></td></tr>"
                    for key, value in summary.items())
     clock = Clock(events, metrics)

@@ -115,5 +115,5 @@ def check_backend(recipe: Recipe) -> None:
 
 def check(recipe: Recipe) -> None:
     """Everything that a single key cannot tell."""
-    for look in (check_later, check_model, check_data, check_numbers, check_backend):
+    for look in (check_later, check_data, check_model, check_numbers, check_backend):
         look(recipe)
