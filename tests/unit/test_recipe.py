@@ -1,0 +1,231 @@
+"""Recipes: defaults of the contract, round trips, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.errors import RecipeError
+from elastic.recipe import Recipe, dumps, load_recipe, loads, parse, resolve_paths, shipped
+
+DEFAULTS = {
+    "run": {"name": "gpt", "steps": 2000, "epochs": None, "seed": 0, "eval_every": 200},
+    "backend": {"name": "torch", "device": "auto", "precision": "float32", "threads": 1, "compile": False},
+    "mesh": {"tensor": 1, "pipeline": 1, "expert": 1, "schedule": "1f1b", "micro_batches": 1},
+    "elastic": {"min_workers": 1, "max_workers": 2, "logical_shards": 4, "reduction": "exact", "hang_timeout_s": 30.0,
+                "start_timeout_s": 600.0, "orphan_timeout_s": 300.0, "spares": 0},
+    "optimizer": {"name": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.0,
+                  "schedule": "constant", "warmup_steps": 0, "min_lr": 0.0, "clip_norm": 0.0, "no_decay": (), "sharded": False, "twin": True},
+    "checkpoint": {"every_steps": 200, "keep": 3, "best": "eval.loss", "path": ""},
+    "embedding": {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0},
+}
+
+
+@pytest.fixture
+def least(tmp_path: Path) -> dict[str, Any]:
+    """The least that a recipe can say."""
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be\n" * 50)
+    return {"model": {"kind": "nlp.gpt"}, "data": {"format": "text", "path": str(text)}}
+
+
+def refused(tree: dict[str, Any], *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse(tree, overrides)
+    message = str(caught.value)
+    assert "\n" not in message and message.rstrip()[-1] in ".?"
+    return message
+
+
+def test_defaults_are_the_contract(least: dict[str, Any]) -> None:
+    recipe = parse(least)
+    for section, keys in DEFAULTS.items():
+        assert getattr(recipe, section).model_dump() == keys
+    assert recipe.model.config == {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0}
+    assert (recipe.data.batch_size, recipe.data.eval_fraction, recipe.data.shuffle, recipe.data.tokens) == (12, 0.1, True, "char")
+
+
+def test_a_resolved_recipe_says_everything_and_loads_to_itself(least: dict[str, Any], tmp_path: Path) -> None:
+    recipe = parse(least, ["run.epochs=3", "model.freeze=[\"wte\"]", "checkpoint.best=", "model.width=64"])
+    (tmp_path / "recipe.toml").write_text(dumps(recipe))
+    assert load_recipe(tmp_path / "recipe.toml") == recipe == loads(dumps(recipe))
+    assert recipe.checkpoint.best == "" and recipe.run.steps is None and recipe.model.config["width"] == 64
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+def test_a_recipe_cannot_be_changed(least: dict[str, Any]) -> None:
+    recipe = parse(least)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.run.steps = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("override", "says"), [
+    ("run.steps=-5", "run.steps = -5 cannot work; it must be a whole number of at least 1."),
+    ("run.steps=2.5", "run.steps = 2.5"),
+    ("run.steps=soon", 'run.steps = "soon" cannot work'),
+    ("run.steps=true", "run.steps = true cannot work"),
+    ("run.stesp=5", "run.stesp = 5 is not a key of the recipe; did you mean run.steps?"),
+    ("run.nonsense=5", "the keys of [run] are name, steps, epochs, seed, eval_every."),
+    ("runs.steps=5", "[runs] is not a section of the recipe; did you mean [run]?"),
+    ("zebra.steps=5", "[zebra] is not a section of the recipe; the sections are run,"),
+    ("run.name=../up", 'run.name = "../up" cannot work'),
+    ("run.seed=-1", "run.seed = -1 cannot work"),
+    ("run.eval_every=-1", "run.eval_every = -1 cannot work"),
+    ("run.epochs=0", "run.epochs = 0 cannot work"),
+    ("model.kind=nlp.bert", 'model.kind = "nlp.bert" is not yet supported'),
+    ("model.kind=nlp.gtp", 'model.kind = "nlp.gtp" is no kind of model'),
+    ("model.kind=no:colon:here", "model.kind = "),
+    ("model.init=nowhere.safetensors", 'model.init = "nowhere.safetensors" does not exist'),
+    ("backend.name=mxnet", 'backend.name = "mxnet" is not yet supported; write "torch".'),
+    ("backend.name=tensorflow", "not yet"),
+    ("backend.name=jax", 'must be one of "torch", "reference", "tensorflow", "mxnet"'),
+    ("backend.device=tpu", 'must be one of "auto", "cpu", "cuda"'),
+    ("backend.threads=0", "backend.threads = 0 cannot work"),
+    ("backend.compile=1", "backend.compile = 1 cannot work; it must be true or false."),
+    ("data.format=parquet", 'data.format = "parquet" is not yet supported'),
+    ("data.format=pickle", "data.format"),
+    ("data.path=nowhere.txt", 'data.path = "nowhere.txt" does not exist'),
+    ("data.path=s3://bucket/text", "not yet"),
+    ("data.path=[]", "data.path is missing"),
+    ("data.path=[1]", "data.path = 1 cannot work"),
+    ("data.path=package:no_such_package/x", "no_such_package, which is not installed"),
+    ("data.path=package:elastic", "is incomplete"),
+    ("data.path=package:elastic/*.nothing", "matches no file of the package elastic"),
+    ("data.eval_path=nowhere.txt", 'data.eval_path = "nowhere.txt" does not exist'),
+    ("data.batch_size=0", "data.batch_size = 0 cannot work"),
+    ("data.eval_fraction=1.0", "data.eval_fraction = 1.0 cannot work; it must be a number of at least 0 and below 1."),
+    ("data.eval_fraction=nan", "data.eval_fraction = nan cannot work"),
+    ("data.tokens=word", 'must be one of "char", "byte", "bpe"'),
+    ("data.ledger=true", "data.ledger = true is not yet supported"),
+    ("data.label=click", "not yet"),
+    ("data.kind=mine:Rows", "exclude each other"),
+    ("data.options={size=3}", "data.options"),
+    ("mesh=auto", "not yet"),
+    ("mesh.tensor=2", "mesh.tensor = 2 is not yet supported; write 1."),
+    ("mesh.pipeline=2", "not yet"),
+    ("mesh.expert=2", "not yet"),
+    ("mesh.micro_batches=2", "not yet"),
+    ("mesh.tensor=0", "mesh.tensor = 0 cannot work"),
+    ("elastic.logical_shards=5", "data.batch_size = 12 cannot be cut into elastic.logical_shards = 5 equal shards"),
+    ("elastic.logical_shards=0", "elastic.logical_shards = 0 cannot work"),
+    ("elastic.min_workers=3", "elastic.min_workers = 3 is above elastic.max_workers = 2"),
+    ("elastic.max_workers=40", "elastic.max_workers = 40 is above elastic.logical_shards = 12"),
+    ("elastic.hang_timeout_s=0", "elastic.hang_timeout_s = 0 cannot work"),
+    ("elastic.hang_timeout_s=inf", "elastic.hang_timeout_s = inf cannot work"),
+    ("elastic.reduction=sloppy", 'must be one of "exact", "fast"'),
+    ("optimizer.name=lamb", "not yet"),
+    ("optimizer.name=adma", 'optimizer.name = "adma" cannot work'),
+    ("optimizer.lr=hot", 'optimizer.lr = "hot" cannot work'),
+    ("optimizer.lr=-1", "optimizer.lr = -1 cannot work"),
+    ("optimizer.min_lr=1.0", "optimizer.min_lr = 1.0 is above optimizer.lr = 0.001"),
+    ("optimizer.beta2=1.0", "optimizer.beta2 = 1.0 cannot work"),
+    ("optimizer.sharded=true", "optimizer.sharded = true is not yet supported; write false."),
+    ("checkpoint.keep=0", "checkpoint.keep = 0 cannot work"),
+    ("checkpoint.path=s3://bucket/run", "not yet"),
+    ("checkpoint.best=loss", "checkpoint.best"),
+    ("embedding.placement=servers", "not yet"),
+    ("embedding.consistency=ssp", "not yet"),
+    ("run=3", "is not of the form section.key=value"),
+    ("run.steps", "is not of the form section.key=value"),
+    ("=5", "is not of the form section.key=value"),
+    ("run.steps.more=5", "run.steps"),
+])
+def test_a_wrong_key_is_told_in_one_sentence(least: dict[str, Any], override: str, says: str) -> None:
+    assert says in refused(least, override)
+
+
+def test_several_keys_that_exclude_each_other(least: dict[str, Any]) -> None:
+    assert "run.steps = 10 and run.epochs = 2 exclude each other" in refused(least, "run.steps=10", "run.epochs=2")
+    assert "model of one framework" in refused(least, "model.kind=mine:Net", "backend.name=reference")
+    assert 'backend.precision = "bfloat16"' in refused(least, "backend.name=reference", "backend.precision=bfloat16")
+    own = {"model": {"kind": "mine:Net"}, "data": {"kind": "mine:Rows"}}
+    assert parse(own, ["data.options.size=3"]).data.options == {"size": 3}
+    assert "has no meaning beside data.kind" in refused(own, "data.path=x")
+    assert "does not feed" in refused(own, "model.kind=nlp.gpt")
+
+
+def test_what_must_be_given(least: dict[str, Any]) -> None:
+    assert "[data] is missing" in refused({"model": {"kind": "nlp.gpt"}})
+    assert "[model] is missing" in refused({"data": least["data"]})
+    assert "model.kind is missing" in refused({**least, "model": {}})
+    assert "data.format is missing" in refused({**least, "data": {"path": "x"}})
+    assert "data.path is missing" in refused({**least, "data": {"format": "text"}})
+    assert "run = 3 cannot work; it must be a section" in refused({**least, "run": 3})
+
+
+@given(batch=st.integers(1, 200), workers=st.integers(1, 20))
+def test_default_shards_divide_the_batch(batch: int, workers: int) -> None:
+    """Twice the largest group where it divides the batch, else the largest divisor below that."""
+    tree = {"model": {"kind": "a:b"}, "data": {"kind": "a:c", "batch_size": batch}, "elastic": {"max_workers": workers}}
+    expected = max(n for n in range(1, 2 * workers + 1) if batch % n == 0)
+    if expected < workers:
+        assert "elastic.max_workers" in refused(tree)
+    else:
+        assert parse(tree).elastic.logical_shards == expected
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("run.name=night-3", "night-3"), ('run.name="night-3"', "night-3"), ("run.name=nlp.gpt", "nlp.gpt"),
+])
+def test_a_text_needs_no_quotes(least: dict[str, Any], text: str, value: str) -> None:
+    assert parse(least, [text]).run.name == value
+
+
+def test_numbers_in_overrides(least: dict[str, Any]) -> None:
+    recipe = parse(least, ["optimizer.lr=3e-4", "run.seed=1_000", "model.dropout=0", 'optimizer.no_decay=["*ln*"]', "model.freeze=wte"])
+    assert (recipe.optimizer.lr, recipe.run.seed, recipe.optimizer.no_decay, recipe.model.freeze) == (3e-4, 1000, ("*ln*",), ("wte",))
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[run\nsteps = 5")
+    with pytest.raises(RecipeError, match="is not valid TOML.*line 1"):
+        load_recipe(bad)
+    bad.write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="UTF-8"):
+        load_recipe(bad)
+    with pytest.raises(RecipeError, match="neither a file nor a shipped name"):
+        load_recipe(tmp_path / "absent.toml")
+    with pytest.raises(RecipeError, match="is a folder"):
+        load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match='did you mean "nlp/gpt_shakespeare"'):
+        load_recipe("nlp/gpt_shakespear")
+
+
+def test_shipped_recipes_are_sound(least: dict[str, Any]) -> None:
+    assert "nlp/gpt_shakespeare" in shipped()
+    for name in shipped():
+        recipe = load_recipe(name, [f"data.path={least['data']['path']}"])
+        assert isinstance(recipe, Recipe) and loads(dumps(recipe)) == recipe
+
+
+def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked for in the current directory first, then beside the recipe; absolute from then on."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "both.txt").write_text("x")
+    (there / "one.txt").write_text("x")
+    (there / "r.toml").write_text('[model]\nkind = "nlp.gpt"\n[data]\nformat = "text"\npath = ["both.txt", "one.txt", "*.txt"]\n')
+    monkeypatch.chdir(here)
+    recipe = load_recipe(there / "r.toml")
+    assert recipe.data.path == (str(here / "both.txt"), str(there / "one.txt"), str(here / "*.txt"))
+    assert resolve_paths(recipe.data.path) == [str(here / "both.txt"), str(there / "one.txt"), str(here / "both.txt")]
+
+
+def test_files_of_a_package() -> None:
+    found = resolve_paths("package:nlp/recipes/*.toml")
+    assert found == sorted(found) and all(Path(file).is_absolute() and file.endswith(".toml") for file in found)
+    assert set(found) == {str(file) for name, file in shipped().items() if name.startswith("nlp/")}
+
+
+def test_a_text_of_a_recipe_may_name_files_of_another_machine() -> None:
+    text = '[model]\nkind = "nlp.gpt"\n[data]\nformat = "text"\npath = "/elsewhere/x.txt"\n'
+    assert loads(text, locate=False).data.path == ("/elsewhere/x.txt",)
+    with pytest.raises(RecipeError, match="does not exist"):
+        loads(text)
