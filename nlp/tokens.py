@@ -6,7 +6,7 @@ A tokenizer is described by a JSON text, its spec, which is all that is needed t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -43,7 +43,8 @@ def train(kind: str, training: str, everything: str, vocab_size: int) -> str:
 def build(spec: str) -> Tokenizer:
     """The tokenizer of a spec."""
     value = json.loads(spec)
-    return {"char": Characters, "byte": Bytes, "bpe": BytePairs}[value["kind"]](value)
+    kinds: dict[str, Callable[[dict], Tokenizer]] = {"char": Characters, "byte": Bytes, "bpe": BytePairs}
+    return kinds[value["kind"]](value)
 
 
 class Characters:

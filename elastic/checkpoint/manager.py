@@ -127,7 +127,7 @@ def check_content(entry: FileEntry, content: bytes) -> dict[str, np.ndarray]:
 
 def newest_good(store: Store) -> tuple[str | None, list[tuple[str, str]]]:
     """The newest checkpoint that is whole, and (name, reason) of the newer ones that are not. Those stay where they are."""
-    rejected = []
+    rejected: list[tuple[str, str]] = []
     for _, name in reversed(committed(store)):
         try:
             verify(store, name)
@@ -229,7 +229,7 @@ def is_older(file: str, live_generation: int) -> bool:
     if file.startswith(f"{MANIFEST}.") and file.endswith(TEMPORARY):
         return True
     match = GENERATION.search(file)
-    return bool(match) and int(match[1]) < live_generation
+    return match is not None and int(match[1]) < live_generation
 
 
 def read_init(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ class Dataset(Protocol):
     fills: bool
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Any:
-        """Columns by name (a user's own may be a tuple), one row for each index; the epoch may vary what a sample looks like (augmentation, offsets)."""
+        """Columns by name (a user's own may be a tuple), one row for each index; the epoch may vary what a sample looks like."""
 
 
 class MapStyle:

@@ -26,7 +26,7 @@ def load_batch(dataset: Dataset, sampler: Sampler, step: int, shard: int) -> Bat
 
 def eval_batches(dataset: Dataset, batch_size: int) -> list[Callable[[], Batch]]:
     """The whole data set in order, epoch 0, cut into batches of `batch_size`; each is loaded when called."""
-    batches = []
+    batches: list[Callable[[], Batch]] = []
     for first in range(0, dataset.num_samples, batch_size):
         indices = np.arange(first, first + batch_size, dtype=np.int64)
         indices[indices >= dataset.num_samples] = FILLER
@@ -94,6 +94,7 @@ class _Stream:
     def _run(self) -> None:
         try:
             for key in self._keys:
+                value: Batch | _Failure
                 try:
                     value = self._load(*key)
                 except BaseException as error:  # handed to the caller, who raises it

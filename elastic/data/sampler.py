@@ -24,12 +24,15 @@ class Sampler:
             raise ValueError(f"num_samples = {num_samples} must be at least 1.")
         if logical_shards < 1 or batch_size < 1 or batch_size % logical_shards:
             raise ValueError(f"batch_size = {batch_size} must be a multiple of logical_shards = {logical_shards}.")
-        if (epochs is None) == (steps is None):
-            raise ValueError("give either steps or epochs.")
         self.num_samples, self.batch_size, self.logical_shards = num_samples, batch_size, logical_shards
         self.seed, self.shuffle = seed, shuffle
         self.shard_size = batch_size // logical_shards
-        self.num_positions = steps * batch_size if epochs is None else math.ceil(epochs * num_samples)
+        if steps is not None and epochs is None:
+            self.num_positions = steps * batch_size
+        elif epochs is not None and steps is None:
+            self.num_positions = math.ceil(epochs * num_samples)
+        else:
+            raise ValueError("give either steps or epochs.")
         self.num_steps = -(-self.num_positions // batch_size)
 
     def positions(self, step: int, shard: int) -> np.ndarray:

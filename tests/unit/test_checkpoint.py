@@ -11,8 +11,20 @@ import pytest
 import safetensors.numpy
 from pyarrow import fs
 
-from elastic.checkpoint import (FileEntry, Manifest, Store, clean, commit, load, newest_good, prune, read_init, split, verify,
-                                write_part)
+from elastic.checkpoint import (
+    FileEntry,
+    Manifest,
+    Store,
+    clean,
+    commit,
+    load,
+    newest_good,
+    prune,
+    read_init,
+    split,
+    verify,
+    write_part,
+)
 from elastic.errors import BadCheckpoint, RecipeError
 
 
