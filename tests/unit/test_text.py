@@ -148,7 +148,7 @@ def test_writers_at_the_same_time_do_not_disturb_each_other(text_file: Path, tmp
     assert sorted(os.listdir(Path(found[0]["train_file"]).parent)) == ["eval.arrow", "facts.json", "train.arrow"]
 
 
-def refused(paths: Any, words: str, cache: Path, context: Any = 16, **keys: Any) -> None:
+def assert_refused(paths: Any, words: str, cache: Path, context: Any = 16, **keys: Any) -> None:
     with pytest.raises(RecipeError) as caught:
         data.prepare(section(paths, **keys), {"context": context}, cache)
     message = str(caught.value)
@@ -163,17 +163,17 @@ def test_bad_text_is_refused_in_one_sentence_that_names_key_and_file(text_file: 
     broken.write_bytes(b"good \xff bad")
     short.write_text("too short")
     hollow.mkdir()
-    refused([str(tmp_path / "none.txt")], "none.txt", tmp_path)
-    refused([str(empty)], f"data.path: the file {empty} is empty", tmp_path)
-    refused([str(text_file), str(broken)], f"data.path: the file {broken} is not UTF-8 at byte 5", tmp_path)
-    refused([str(short)], f"data.path: {short} gives 8 tokens to train on, fewer than the 32", tmp_path)
-    refused([str(hollow)], f"data.path: the folder {hollow} holds no file", tmp_path)
-    refused([], "data.path names no file", tmp_path)
-    refused([str(text_file)], "data.eval_fraction = 0.001", tmp_path, eval_fraction=0.001)
-    refused([str(text_file)], f"data.eval_path: the file {empty} is empty", tmp_path, eval_path=[str(empty)])
-    refused([str(text_file)], "data.tokens = 'word' must be one of char, byte, bpe", tmp_path, tokens="word")
-    refused([str(text_file)], "data.vocab_size = 100 must be at least 256", tmp_path, tokens="bpe", vocab_size=100)
-    refused([str(text_file)], "model.context = 0", tmp_path, context=0)
+    assert_refused([str(tmp_path / "none.txt")], "none.txt", tmp_path)
+    assert_refused([str(empty)], f"data.path: the file {empty} is empty", tmp_path)
+    assert_refused([str(text_file), str(broken)], f"data.path: the file {broken} is not UTF-8 at byte 5", tmp_path)
+    assert_refused([str(short)], f"data.path: {short} gives 8 tokens to train on, fewer than the 32", tmp_path)
+    assert_refused([str(hollow)], f"data.path: the folder {hollow} holds no file", tmp_path)
+    assert_refused([], "data.path names no file", tmp_path)
+    assert_refused([str(text_file)], "data.eval_fraction = 0.001", tmp_path, eval_fraction=0.001)
+    assert_refused([str(text_file)], f"data.eval_path: the file {empty} is empty", tmp_path, eval_path=[str(empty)])
+    assert_refused([str(text_file)], "data.tokens = 'word' must be one of char, byte, bpe", tmp_path, tokens="word")
+    assert_refused([str(text_file)], "data.vocab_size = 100 must be at least 256", tmp_path, tokens="bpe", vocab_size=100)
+    assert_refused([str(text_file)], "model.context = 0", tmp_path, context=0)
 
 
 def test_a_cache_that_cannot_be_written_or_read_is_one_sentence(text_file: Path, tmp_path: Path) -> None:
