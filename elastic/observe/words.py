@@ -50,7 +50,7 @@ SENTENCES: dict[str, Callable[[Fields], str]] = {
     "run_started": lambda e: "run started",
     "generation_started": lambda e: f"generation {e['generation']}: {count(e['world_size'], 'worker')} from step {e['step'] + 1}",
     "worker_lost": _lost,
-    "worker_joined": lambda e: f"worker joined: {e['worker']} is warm on {e['node']}",
+    "worker_joined": lambda e: f"worker joined: {e['worker']} is warm on node {e['node'][:8]}",
     "healed": lambda e: f"healed {e['to']} from {e['from']}: {size(e['bytes'])} in {duration(e['seconds'])}",
     "resized": lambda e: f"resized from {e['from']} to {count(e['to'], 'worker')}, pause {duration(e['pause_s'])}",
     "recovered": lambda e: f"recovered: pause {duration(e['pause_s'])}, {count(e['steps_lost'], 'step')} lost",

@@ -1,0 +1,170 @@
+"""The command: exit codes, one sentence on stderr for every mistake, and no run directory where none should be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic import cli
+from elastic.errors import NonFiniteLoss, RecipeError, RunFailed
+from elastic.trainer import Result
+
+RECIPE = """[run]
+steps = 4
+[model]
+kind = "nlp.gpt"
+layers = 1
+heads = 2
+width = 16
+context = 8
+[data]
+format = "text"
+path = "plays.txt"
+batch_size = 4
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, plays: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "r.toml").write_text(RECIPE)
+    return "r.toml"
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    err = capsys.readouterr().err
+    assert err.startswith("elastic: ") and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ("train", "Missing argument 'RECIPE'"),
+    ("train r.toml --nonsense", "No such option: --nonsense"),
+    ("nonsense", "No such command 'nonsense'"),
+    ("train absent.toml", "neither a file nor a shipped name"),
+    ("train r.toml --set run.steps=none", 'run.steps = "none" cannot work'),
+    ("train r.toml --set run.stesp=5", "did you mean run.steps?"),
+    ("train r.toml --set data.path=absent.txt", "does not exist"),
+    ("train r.toml --set data.path=empty.txt", "empty.txt"),
+    ("train r.toml --set data.path=binary.txt", "binary.txt"),
+    ("train r.toml --set model.context=100000", "model.context"),
+    ("train r.toml --set model.heads=3", "model.width = 16 must be a multiple of model.heads = 3"),
+    ("train r.toml --set model.wdith=3", "model.wdith"),
+    ("train r.toml --set model.kind=no_such_module:Net", "no_such_module"),
+    ("train r.toml --set optimizer.no_decay=nothing_like_it", "optimizer.no_decay"),
+    ("train r.toml --set backend.name=mxnet", "not yet"),
+    ("train r.toml --chaos kill:x", "--chaos"),
+    ("train r.toml --run-dir used", "already in use"),
+    ("train r.toml --run-dir plays.txt", "plays.txt"),
+    ("resume absent", "no run directory"),
+    ("scale absent --workers 2", "absent"),
+    ("scale absent --workers two", "--workers"),
+    ("status absent", "no run directory"),
+    ("verify absent", "no run directory"),
+    ("evaluate absent", "no checkpoint at absent"),
+    ("sample absent", "no checkpoint at absent"),
+    ("sample used", "no good checkpoint"),
+    ("submit r.toml --address http://head:8265", "`elastic submit` (Ray job submission) is not yet supported"),
+    ("ui used --port 80", "not yet"),
+    ("inspect used", "not yet"),
+    ("export used --format torch --out x", "not yet"),
+    ("plan r.toml --nodes 3", "not yet"),
+])
+def test_a_mistake_is_one_sentence_and_exit_code_2(recipe: str, tmp_path: Path, arguments: str, says: str,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00" * 1000)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "kept").write_text("kept")
+    assert cli.run(arguments.split()) == 2
+    assert says in told(capsys)
+    assert not (tmp_path / "runs").exists() and os.listdir(tmp_path / "used") == ["kept"]
+
+
+def test_cuda_where_there_is_none(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if os.path.exists("/dev/nvidia0"):
+        pytest.skip("this machine has a GPU")
+    assert cli.run(["train", recipe, "--set", "backend.device=cuda"]) == 2
+    assert 'backend.device = "cuda"' in told(capsys)
+
+
+def test_check_says_what_it_found(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", recipe, "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "vocab_size" in out and re.search(r"model: \d+ parameters; up to 2 workers", out) and "are sound" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_refuses_what_cannot_fit(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", recipe, "--check", "--set", "model.width=65536", "--set", "model.layers=100"]) == 2
+    assert "and this machine has" in told(capsys)
+
+
+class FakeTrainer:
+    """Ends as it is told to."""
+
+    ending: Any = None
+
+    def __init__(self, recipe: Any, run_dir: Path | None = None, address: str = "local", chaos: tuple[str, ...] = ()):
+        self.recipe, self.run_dir, self.address, self.chaos = recipe, run_dir, address, chaos
+        FakeTrainer.made = self
+
+    def fit(self, on_step: Any, on_eval: Any, on_event: Any) -> Result:
+        if isinstance(self.ending, BaseException):
+            raise self.ending
+        on_event({"event": "run_started", "step": 0})
+        on_step({"step": 1, "loss": 2.0, "time": 1.0, "step_s": 1.0, "world_size": 2, "generation": 1, "samples": 4})
+        on_eval({"step": 1, "eval": {"loss": 2.5}})
+        summary = {"steps": 1, "wall_s": 2.0, "final_loss": 2.0, "eval": {"loss": 2.5}, "recoveries": 0, "steps_lost": 0}
+        return Result(self.ending, summary, Path("runs/x"), "it broke" if self.ending == "failed" else "")
+
+
+@pytest.mark.parametrize(("ending", "code"), [
+    ("done", 0), ("failed", 3), ("interrupted", 130), (RunFailed("no worker came."), 3),
+    (NonFiniteLoss("The loss of step 3, shard 1 is NaN."), 3), (RecipeError("run.steps is wrong."), 2), (KeyboardInterrupt(), 130),
+])
+def test_exit_codes(recipe: str, ending: Any, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("elastic.trainer.Trainer", FakeTrainer)
+    monkeypatch.setattr(FakeTrainer, "ending", ending)
+    arguments = ["train", recipe, "--run-dir", "here", "--address", "auto", "--chaos", "kill:0@1", "--chaos", "kill:1@2"]
+    assert cli.run(arguments) == code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err and captured.err.count("\n") <= 1
+    if ending == "done":
+        assert "step 1: evaluation loss 2.5000" in captured.out and "done: 1 steps" in captured.out and not captured.err
+    if ending == "failed":
+        assert captured.err == "elastic: it broke\n"
+    made = FakeTrainer.made
+    assert (made.run_dir, made.address, made.chaos) == (Path("here"), "auto", ("kill:0@1", "kill:1@2"))
+
+
+def test_verify_tells_sound_from_unsound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    started = {"time": 1.0, "event": "generation_started", "generation": 1, "step": 0, "world_size": 1, "workers": [{"rank": 0}]}
+    (tmp_path / "events.jsonl").write_text(json.dumps(started) + "\n")
+    steps = [{"step": k, "loss": 1.0, "time": 2.0, "step_s": 1.0, "world_size": 1, "generation": 1, "samples": 4} for k in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert cli.run(["verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("sound\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps[::2]))
+    assert cli.run(["verify", str(tmp_path)]) == 3
+    captured = capsys.readouterr()
+    assert "step 3 where step 2 should be" in captured.err and captured.out.endswith("not sound\n")
+
+
+def test_the_command_is_installed_and_loads_no_framework_for_help() -> None:
+    script = ("import sys\nfrom elastic import cli\ncode = cli.run(['--help'])\n"
+              "heavy = {'ray', 'torch', 'tensorflow', 'mxnet'} & set(sys.modules)\nassert not heavy, heavy\nsys.exit(code)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "resume", "submit", "scale", "status", "ui", "evaluate", "sample", "verify", "inspect", "export", "plan", "doctor"):
+        assert f"  {command} " in done.stdout
