@@ -4,6 +4,7 @@
     reduction  the canonical tree over logical shards; the sum along it across a group
     solo       a group of one
     local      threads of one process, for tests
+    store      where processes meet
     gloo       processes over TCP
     shared     processes of one node over shared memory
     nccl       GPUs

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from elastic.collective.group import SLICE_S, Buffer
 from elastic.collective.member import Member
-from elastic.collective.rendezvous import call_leaving, drop, join_store, sub_store
+from elastic.collective.rendezvous import Door, call_leaving, drop
+from elastic.collective.store import StoreClient
 
 OPERATION_S = 86_400.0  # never what ends a wait: that is a broken connection or `abandon`
 SLICE = timedelta(seconds=SLICE_S)
@@ -34,7 +35,7 @@ def brief(error: RuntimeError) -> str:
     return str(error).split(". This is typically")[0].rpartition("] ")[2]
 
 
-def process_group(store: dist.Store, rank: int, size: int, host: str, timeout_s: float) -> Any:
+def process_group(store: Door, rank: int, size: int, host: str, timeout_s: float) -> Any:
     """Blocks until all `size` members are connected to each other."""
     gloo = dist.ProcessGroupGloo
     options = gloo._Options()
@@ -48,7 +49,7 @@ def process_group(store: dist.Store, rank: int, size: int, host: str, timeout_s:
 class GlooGroup(Member):
     """Made by `form`. Buffers are NumPy arrays or CPU tensors."""
 
-    def __init__(self, pg: Any, store: dist.Store, rank: int, size: int, abandoned: threading.Event, host: str, timeout_s: float):
+    def __init__(self, pg: Any, store: Door, rank: int, size: int, abandoned: threading.Event, host: str, timeout_s: float):
         super().__init__(rank, size, abandoned)
         self._store, self._host, self._timeout_s = store, host, timeout_s
         self._flight: list[object] = [pg]  # the process group, and what a call in flight holds; dropped last first
@@ -63,8 +64,8 @@ class GlooGroup(Member):
              host: str = "") -> GlooGroup:
         """Meets the other members at the store under `prefix`. `host`: this member's own address; "" lets gloo find it."""
 
-        def connect() -> tuple[dist.Store, Any]:
-            store = join_store(store_address, prefix, timeout_s)
+        def connect() -> tuple[Door, Any]:
+            store = Door(StoreClient(store_address, prefix, abandoned, timeout_s))
             return store, process_group(store, rank, size, host, timeout_s)
 
         store, pg = call_leaving(connect, abandoned, timeout_s, f"Forming group {prefix} as rank {rank} of {size}")
@@ -164,7 +165,7 @@ class GlooGroup(Member):
 
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> GlooGroup:
         self._check()
-        store = sub_store(self._store, kind, ranks)
+        store = self._store.under(kind, *ranks)
         rank, size = ranks.index(self.rank), len(ranks)
         pg = call_leaving(lambda: process_group(store, rank, size, self._host, self._timeout_s), self._abandoned,
                           self._timeout_s, f"Forming the group of ranks {list(ranks)}")

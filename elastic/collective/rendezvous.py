@@ -1,4 +1,4 @@
-"""Where processes meet: each worker's own TCP store, and blocking library calls that a waiter can leave."""
+"""How torch.distributed's process groups form: at our own store, and in a thread, so that a blocking call can be left."""
 
 from __future__ import annotations
 
@@ -6,33 +6,40 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from elastic.collective.group import SLICE_S
+from elastic.collective.store import Endpoint, StoreClient
 from elastic.errors import GroupBroken
 
+__all__ = ["Door", "Endpoint", "call_leaving", "drop"]
 T = TypeVar("T")
 
 
-class Endpoint:
-    """This worker's own store server on a free port, for the worker's lifetime: any generation may meet here."""
+class Door(dist.Store):
+    """A `StoreClient` as the library wants it."""
 
-    def __init__(self, host: str = "127.0.0.1"):
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-        self.address = f"{host}:{self._store.port}"
+    def __init__(self, client: StoreClient, prefix: str = ""):
+        super().__init__()
+        self._client, self._prefix = client, prefix
 
+    def under(self, *parts: Any) -> Door:
+        return Door(self._client, self._prefix + "/".join(map(str, parts)) + "/")
 
-def join_store(address: str, prefix: str, timeout_s: float) -> dist.Store:
-    """A new client of the store at host:port; blocks until the store answers."""
-    host, _, port = address.rpartition(":")
-    return dist.PrefixStore(prefix, dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s)))
+    def set(self, key: str, value: bytes | str) -> None:
+        self._client.set(self._prefix + key, value.encode() if isinstance(value, str) else bytes(value))
 
+    def get(self, key: str) -> bytes:
+        return self._client.get(self._prefix + key)
 
-def sub_store(store: dist.Store, kind: str, ranks: Sequence[int]) -> dist.Store:
-    """Where some members of a group meet to form one of their own."""
-    return dist.PrefixStore("/".join([kind, *map(str, ranks)]), store)
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        for key in keys:
+            self._client.get(self._prefix + key)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return all(self._client.check(self._prefix + key) for key in keys)
 
 
 def call_leaving(blocking: Callable[[], T], abandoned: threading.Event, timeout_s: float, what: str) -> T:
@@ -48,7 +55,7 @@ def call_leaving(blocking: Callable[[], T], abandoned: threading.Event, timeout_
         result = None
         try:
             result = blocking()
-        except (RuntimeError, OSError, ValueError) as error:  # what torch.distributed raises
+        except (RuntimeError, OSError, ValueError, GroupBroken) as error:  # what torch.distributed and our store raise
             failed.append(error)
         with lock:
             if result is not None and not left.is_set():
@@ -63,10 +70,10 @@ def call_leaving(blocking: Callable[[], T], abandoned: threading.Event, timeout_
         if made:
             return made.pop()
         left.set()
-    if failed:
-        raise GroupBroken(f"{what} failed: {failed[0]}") from failed[0]
     if abandoned.is_set():
         raise GroupBroken(f"{what} was abandoned.")
+    if failed:
+        raise GroupBroken(f"{what} failed: {failed[0]}") from failed[0]
     raise GroupBroken(f"{what} took more than {timeout_s:g} s.")
 
 

@@ -18,8 +18,9 @@ import numpy as np
 from elastic.collective.group import SLICE_S, Buffer
 from elastic.collective.member import Member
 from elastic.collective.reduction import Node, all_nodes, fold, part_size
-from elastic.collective.rendezvous import call_leaving, join_store, sub_store
 from elastic.collective.segment import GONE, POSTS, Peer, Segment
+from elastic.collective.store import StoreClient
+from elastic.errors import GroupBroken
 
 STAGE = 4 * 1024 * 1024  # bytes staged at a time by calls that can go piece by piece
 PIECE = 32 * 1024  # elements summed at a time: what is being added stays in the cache
@@ -29,7 +30,7 @@ LITTLE = 16 * 1024  # elements up to which every member sums everything by itsel
 class SharedGroup(Member):
     """Made by `form`. Buffers are NumPy arrays or CPU tensors; those from `allocate` are reduced where they lie."""
 
-    def __init__(self, segment: Segment, peers: Sequence[Peer | None], store: Any, rank: int, abandoned: threading.Event,
+    def __init__(self, segment: Segment, peers: Sequence[Peer | None], store: StoreClient, rank: int, abandoned: threading.Event,
                  timeout_s: float):
         super().__init__(rank, len(peers), abandoned)
         self._segment, self._store, self._timeout_s = segment, store, timeout_s
@@ -47,21 +48,20 @@ class SharedGroup(Member):
     def form(cls, rank: int, size: int, store_address: str, prefix: str, abandoned: threading.Event,
              timeout_s: float) -> SharedGroup:
         """Meets the other members, all on this node, at the store under `prefix`."""
-        return cls._form_at(lambda: join_store(store_address, prefix, timeout_s), rank, size, abandoned, timeout_s,
-                            f"Forming group {prefix} as rank {rank} of {size}")
+        store = StoreClient(store_address, prefix, abandoned, timeout_s)
+        return cls._form_at(store, "", rank, size, abandoned, timeout_s)
 
     @classmethod
-    def _form_at(cls, store: Callable[[], Any], rank: int, size: int, abandoned: threading.Event, timeout_s: float,
-                 what: str) -> SharedGroup:
+    def _form_at(cls, store: StoreClient, key: str, rank: int, size: int, abandoned: threading.Event,
+                 timeout_s: float) -> SharedGroup:
         segment = Segment("elastic", size)
-
-        def connect() -> tuple[Any, list[Peer | None]]:
-            meeting = store()
-            meeting.set(f"segment/{rank}", segment.card)
-            return meeting, [Peer(meeting.get(f"segment/{r}").decode(), rank) if r != rank else None for r in range(size)]
-
-        meeting, peers = call_leaving(connect, abandoned, timeout_s, what)
-        group = cls(segment, peers, meeting, rank, abandoned, timeout_s)
+        store.set(f"{key}{rank}", segment.card.encode())
+        cards = [store.get(f"{key}{r}").decode() for r in range(size)]
+        try:
+            peers = [Peer(card, rank) if r != rank else None for r, card in enumerate(cards)]
+        except OSError as error:
+            raise GroupBroken(f"Rank {rank} of {size}: a member was lost while the group formed: {error}.") from error
+        group = cls(segment, peers, store, rank, abandoned, timeout_s)
         group.barrier()  # until every peer has opened this member's file: it may close, and the group be dropped
         segment.close()
         return group
@@ -238,8 +238,8 @@ class SharedGroup(Member):
 
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> SharedGroup:
         self._check()
-        return self._form_at(lambda: sub_store(self._store, kind, ranks), ranks.index(self.rank), len(ranks), self._abandoned, self._timeout_s,
-                             f"Forming the group of ranks {list(ranks)}")
+        key = "/".join([kind, *map(str, ranks), ""])
+        return self._form_at(self._store, key, ranks.index(self.rank), len(ranks), self._abandoned, self._timeout_s)
 
 
 def flat(buffer: Buffer) -> np.ndarray:

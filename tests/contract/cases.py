@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 from typing import Any
 
 import numpy as np
 
 from elastic.collective import reduction
+from elastic.collective.local import LocalGroup, die
 from elastic.collective.reduction import Scratch, SubtreeSums, out_size
 from elastic.errors import GroupBroken
 from elastic.mesh import shards_of
@@ -150,6 +154,22 @@ def look(group: Any, keep: dict[str, Any], numel: int) -> list[str]:
     keep["group"].all_reduce(total)
     expected = np.arange(numel, dtype=np.float32).tobytes()
     return ["same" if b.tobytes() == expected else "changed" for b in keep["mine"]] + [str(float(total.mean()))]
+
+
+def cut(group: Any, keep: dict[str, Any], doomed: int, delivered_to: list[int]) -> list[float]:
+    """Rank `doomed` dies in the midst of a small all-gather."""
+    if group.rank == doomed:
+        group.cut_short(delivered_to, die if isinstance(group, LocalGroup) else lambda: os.kill(os.getpid(), signal.SIGKILL))
+    out = np.zeros(group.size)
+    group.all_gather(out, np.array([1.0 + group.rank]))
+    return out.tolist()
+
+
+def census(group: Any, keep: dict[str, Any]) -> int:
+    """Open files and shared mappings of this process."""
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        return len(os.listdir("/proc/self/fd")) + sum("memfd:" in line or "/dev/shm" in line for line in maps)
 
 
 def nothing(group: Any, keep: dict[str, Any]) -> str:

@@ -57,6 +57,7 @@ def serve(pipe: Any, transport: str) -> None:
             return groups[name]
 
         outcome = run_case(case, make, keep, args)
+        groups.pop(name, None)
         with lock, contextlib.suppress(BrokenPipeError):
             pipe.send((name, *outcome))
 
@@ -66,7 +67,9 @@ def serve(pipe: Any, transport: str) -> None:
         except EOFError:
             os._exit(0)
         if order == "abandon":
-            groups[name].abandon() if name in groups else flags[name].set()
+            group = groups.get(name)
+            group.abandon() if group else flags[name].set()
+            del group
             continue
         flags[name] = threading.Event()
         threading.Thread(target=work, args=(name, *rest), daemon=True).start()
@@ -144,7 +147,7 @@ class Processes:
     """Members as spawned processes, made on demand and kept from test to test; a killed one is made anew."""
 
     def __init__(self, transport: str) -> None:
-        from elastic.collective.rendezvous import Endpoint
+        from elastic.collective.store import Endpoint
         self.transport, self.endpoint = transport, Endpoint("127.0.0.1")
         self.seats: dict[int, Seat] = {}
         self.processes: dict[int, Any] = {}
@@ -159,14 +162,16 @@ class Processes:
         self.processes[member].start()
         theirs.close()
         self.seats[member] = Seat()
-        threading.Thread(target=self._listen, args=(self.pipes[member], self.seats[member]), daemon=True).start()
+        threading.Thread(target=self._listen, args=(self.pipes[member], self.seats[member], self.processes[member]),
+                         daemon=True).start()
 
     @staticmethod
-    def _listen(pipe: Any, seat: Seat) -> None:
+    def _listen(pipe: Any, seat: Seat, process: Any) -> None:
         while True:
             try:
                 seat.reports.put(pipe.recv())
             except (EOFError, OSError):
+                process.join(WAIT_S)  # its pipe closes a moment before it is dead
                 seat.reports.put(("", KILLED, None))
                 return
 

@@ -150,6 +150,37 @@ def test_two_killed_at_once(world: Any) -> None:
     assert kinds == ["broken", "broken"] and time.monotonic() - started < 2 * SOON_S
 
 
+@pytest.mark.parametrize("delivered_to", [[], [0], [0, 2]])
+def test_a_member_cut_short_reaches_some(world: Any, delivered_to: list[int]) -> None:
+    name = start_all(world, 3, "cut", 1, delivered_to)
+    wait_formed(world, name, 3)
+    assert world.seats[1].result(name)[0] == KILLED
+    kinds = {}
+    for member in (0, 2):
+        kind, found = world.seats[member].result(name, timeout_s=SOON_S)
+        assert kind == "broken" or found == [1.0, 2.0, 3.0]
+        kinds[member] = kind
+    if world.transport != "gloo":  # whom gloo reaches is chance
+        assert kinds == {member: "ok" if member in delivered_to else "broken" for member in (0, 2)}
+
+
+def test_generations_leave_no_file_or_mapping_behind(world: Any) -> None:
+    if world.transport == "local":
+        pytest.skip("threads have none")
+    counts = []
+    for _ in range(3):
+        for _ in range(4):
+            run_all(world, 3, "every_call", "float32")
+        time.sleep(0.2 if world.transport == "gloo" else 0)  # its sockets close in a thread
+        counts.append(run_all(world, 3, "census"))
+    assert max(counts[2]) <= max(counts[1]) + 3, counts  # four generations with pairs and subgroups hold far more
+
+
+def test_a_group_dropped_at_once_has_still_formed_for_all(world: Any) -> None:
+    for _ in range(10):
+        assert run_all(world, 3, "nothing") == ["formed"] * 3
+
+
 @pytest.mark.parametrize("call", ["all_reduce", "all_gather", "barrier", "receive"])
 def test_abandon_wakes_a_waiter(world: Any, call: str) -> None:
     name = start_all(world, 2, "enter", call, 1)
