@@ -1,0 +1,7 @@
+"""One script per figure. Each runs the platform and its peers in one go, prints a table and writes results/NAME.md.
+
+    overhead   the steady step against a bare torch loop and Ray Train's DDP
+    recovery   the pause after a kill against Ray Train's elastic mode and torchft
+    resize     a node's arrival against Ray Train's elastic mode
+    nanogpt    the loss and the minutes of nanoGPT's CPU setting
+"""

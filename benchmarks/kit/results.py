@@ -1,0 +1,48 @@
+"""Tables on the screen and in results/NAME.md, with everything needed to repeat them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+PACKAGES = ("torch", "ray", "torchft", "numpy")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def versions() -> str:
+    found = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version}" for name, version in found.items())])
+
+
+def write(name: str, title: str, sections: Sequence[str]) -> Path:
+    """Prints the sections and writes results/NAME.md."""
+    command = " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
+    header = (f"# {title}\n\n{time.strftime('%Y-%m-%d')} · {os.cpu_count()} cores, {processor()} · {versions()}\n"
+              f"load average at the end: {os.getloadavg()[0]:.1f}\n\n    {command}\n")
+    text = "\n\n".join([header.rstrip(), *sections]) + "\n"
+    print("\n" + text)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.md"
+    path.write_text(text)
+    return path

@@ -1,0 +1,194 @@
+"""The pause after a SIGKILL of a random worker at a random moment, four workers: ours, Ray Train's elastic mode, torchft.
+
+    python -m benchmarks.recovery [--kills 20] [--only ours "Ray Train" torchft]
+
+The clock runs from the signal, sent from outside, to the next step that commits without the victim, by the workers' own
+logs; one ordinary step of the smaller group is taken off where that step was redone. The killed worker is replaced, and the next kill
+comes when the group is whole and has gone on for some steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kit import ours, results
+from benchmarks.kit.kills import Kill, Outcome, Stalled, kill_one, peer_outcome, wait_until
+from benchmarks.kit.logs import Folder
+from benchmarks.kit.processes import ONE_THREAD, python, started
+
+SIZE = 4
+ENDLESS = 1_000_000  # steps: the run is ended by us
+WHOLE_S = 90.0  # until the group must be whole again
+NEXT_S = 60.0  # until the next step must have committed
+
+
+def ours_kills(kills: int, seed: int) -> list[Outcome]:
+    """All kills in one run."""
+    generator, outcomes = random.Random(seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        run = ours.Run(Path(folder) / "run")
+
+        def group() -> tuple[list[int], int]:
+            run.read()
+            step, last = (run.steps[-1]["step"], run.steps[-1]) if run.steps else (0, None)
+            current = run.generations()[-1:] if last else []
+            same = current and current[0]["generation"] == last["generation"]
+            return ([w["pid"] for w in current[0]["workers"]] if same else []), step
+
+        with started(ours.command(Path(folder) / "run", SIZE, ENDLESS), Path(folder) / "log") as process:
+            for _ in range(kills):
+                kill = kill_one(group, SIZE, generator, WHOLE_S, lambda: process.poll() is None)
+                outcomes.append(ours_outcome(kill, run, group))
+                report("ours", outcomes)
+            process.terminate()
+            process.wait(60)
+    return outcomes
+
+
+def ours_outcome(kill: Kill, run: ours.Run, group: Any) -> Outcome:
+    """From events.jsonl and metrics.jsonl."""
+    def following() -> list[dict[str, Any]]:
+        group()
+        number = next((g["generation"] for g in run.generations() if g["time"] > kill.time), None)
+        return [line for line in run.steps if number is not None and line["generation"] >= number]
+
+    try:
+        wait_until(lambda: len(following()) >= 4, NEXT_S, "no next step", lambda: True)
+    except Stalled:
+        return Outcome(False, float("nan"), 0)
+    lines, generations = following(), run.generations()
+    new = next(g for g in generations if g["time"] > kill.time)
+    old = generations[generations.index(new) - 1]
+    survivors = {w["pid"] for w in old["workers"]} - {kill.pid}
+    same = [line["step_s"] for line in lines if line["generation"] == new["generation"] and line["step_s"] > 0]
+    redone = statistics.median(same) if same and lines[0]["step_s"] > 0 else 0.0
+    committed = max(line["step"] for line in run.steps if line["generation"] < new["generation"])
+    return Outcome(survivors <= {w["pid"] for w in new["workers"]}, max(0.0, lines[0]["time"] - kill.time - redone),
+                   max(0, committed + 1 - lines[0]["step"]))
+
+
+def ray_train_kills(kills: int, seed: int) -> list[Outcome]:
+    """All kills in one run, with a checkpoint every ten steps."""
+    generator, found = random.Random(seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        logs = Folder(Path(folder))
+        command = python("benchmarks.peers.ray_train", "--workers", SIZE, "--elastic", "--steps", ENDLESS, "--checkpoint-every", 10,
+                         "--folder", folder)
+        with started(command, Path(folder) / "log") as process:
+            try:
+                for _ in range(kills):
+                    kill = kill_one(lambda: whole(logs), SIZE, generator, WHOLE_S, lambda: process.poll() is None)
+                    found.append(outcome_of(kill, logs, restarts=True))
+                    report("Ray Train", found)
+            except Stalled as stalled:
+                print(f"Ray Train: {stalled}\n" + (Path(folder) / "log").read_text(errors="replace")[-1500:], flush=True)
+                found.append(Outcome(False, float("nan"), 0))
+    return found
+
+
+def whole(logs: Folder) -> tuple[list[int], int]:
+    """The processes whose last word is less than two seconds old and speaks of a full group."""
+    last = {step.pid: step for step in logs.read()}
+    now = time.time()
+    fresh = [step for step in last.values() if now - step.time < 2.0 and step.world == SIZE and os.path.exists(f"/proc/{step.pid}")]
+    return [step.pid for step in fresh], max((step.step for step in fresh), default=0)
+
+
+def outcome_of(kill: Kill, logs: Folder, restarts: bool) -> Outcome:
+    def known() -> Outcome:
+        return peer_outcome(kill, logs.read(), SIZE, restarts)
+
+    try:
+        wait_until(lambda: known().survived, NEXT_S, "no next step", lambda: True)
+    except Stalled:
+        return Outcome(False, float("nan"), 0)
+    time.sleep(1.0)  # some more steps, whose duration is taken off
+    return known()
+
+
+def torchft_kills(kills: int, seed: int) -> list[Outcome]:
+    """A killed replica is started again at once; where the survivors fail, everything is."""
+    generator, outcomes = random.Random(seed), []
+    while len(outcomes) < kills:
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            outcomes += torchft_run(kills - len(outcomes), Path(folder), stack, generator, outcomes)
+    return outcomes
+
+
+def torchft_run(kills: int, folder: Path, stack: ExitStack, generator: random.Random, so_far: list[Outcome]) -> list[Outcome]:
+    """Kills until the survivors fail or there were enough."""
+    stack.enter_context(started(python("benchmarks.peers.torchft_ddp", "lighthouse", folder / "address"), folder / "log", ONE_THREAD))
+    wait_until((folder / "address").exists, 30, "no lighthouse", lambda: True)
+    address, logs, found = (folder / "address").read_text(), Folder(folder), []
+
+    def start(number: int) -> Any:
+        command = python("benchmarks.peers.torchft_ddp", "replica", number, address, folder)
+        return stack.enter_context(started(command, folder / "log", ONE_THREAD))
+
+    replicas = [start(number) for number in range(SIZE)]
+    for _ in range(kills):
+        try:
+            kill = kill_one(lambda: whole(logs), SIZE, generator, WHOLE_S)
+        except Stalled as stalled:
+            print(f"torchft: {stalled}", flush=True)
+            return found or [Outcome(False, float("nan"), 0)]
+        outcome = outcome_of(kill, logs, restarts=False)
+        victim = next(n for n, replica in enumerate(replicas) if replica.pid == kill.pid)
+        dead = [n for n, replica in enumerate(replicas) if n != victim and replica.poll() is not None]
+        found.append(Outcome(outcome.survived and not dead, outcome.pause_s, outcome.steps_lost))
+        report("torchft", so_far + found)
+        if not found[-1].survived:
+            return found
+        replicas[victim] = start(victim)
+    return found
+
+
+def report(name: str, outcomes: list[Outcome]) -> None:
+    last = outcomes[-1]
+    print(f"{name}: kill {len(outcomes)}: survived {last.survived}, pause {last.pause_s:.3f} s, lost {last.steps_lost}", flush=True)
+
+
+def row(name: str, outcomes: list[Outcome]) -> list[str]:
+    survived = [o for o in outcomes if o.survived]
+    pauses = [o.pause_s for o in survived]
+    figures = [f"{statistics.median(pauses):.3f}", f"{max(pauses):.3f}"] if pauses else ["-", "-"]
+    lost = f"{statistics.mean(o.steps_lost for o in survived):.1f} ({max(o.steps_lost for o in survived)})" if survived else "-"
+    return [name, f"{len(survived)} of {len(outcomes)}", *figures, lost]
+
+
+CONTESTANTS = {"ours": ours_kills, "Ray Train": ray_train_kills, "torchft": torchft_kills}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    arguments = parser.parse_args()
+    found = {name: CONTESTANTS[name](arguments.kills, arguments.seed) for name in arguments.only}
+    head = ["", "survived", "median pause, s", "worst, s", "steps lost, mean (worst)"]
+    sections = [__doc__.partition("\n\n    python")[0] + __doc__.partition('torchft]\n')[2].join(["\n\n", ""]),
+                NOTE, results.table(head, [row(name, outcomes) for name, outcomes in found.items()])]
+    if "ours" in found:
+        pauses = [o.pause_s for o in found["ours"] if o.survived]
+        others = [f"{statistics.median(o.pause_s for o in outcomes if o.survived) / statistics.median(pauses):.1f} times shorter than {name}'s"
+                  for name, outcomes in found.items() if name != "ours" and any(o.survived for o in outcomes)]
+        sections.append(f"Goal: a median under 0.2 s, nothing lost, all survived. Our median pause is {', '.join(others) or 'alone here'}.")
+    results.write("recovery", "Recovery from a kill", sections)
+
+
+NOTE = """Survived means: the others went on (Ray Train: the run did; it starts all processes again by design). Ray Train has a checkpoint
+every 10 steps. torchft's heartbeats and joins are set to 0.5 s and 0.2 s, far below its defaults; where its survivors failed, all of it was
+started again for the next kill."""
+
+
+if __name__ == "__main__":
+    main()
