@@ -10,7 +10,6 @@ from typing import Any
 
 from elastic.observe.events import JsonLines
 
-
 FEED = 20_000  # lines kept for a driver that polls several times a second
 
 

@@ -24,10 +24,11 @@ class Control:
         self.written = 0  # steps that the controller has on disk
         self.step, self.phase, self.inside, self.waiting, self.detail = 0, "start", 0, False, 0
 
-    def enter(self, generation: int) -> None:
+    def enter(self, generation: int, written: int = 0) -> None:
         """The loop takes up a generation. One that was abandoned before it began stays so."""
         with self._lock:
             self.generation, self.inside, self.phase, self._group = generation, 0, "start", None
+            self.written = written
             self.abandoned = threading.Event()
             if self._abandoned >= generation:
                 self.abandoned.set()

@@ -19,11 +19,11 @@ from typing import Any, Protocol
 from elastic import membership as m
 from elastic import policy
 from elastic.books import Books
-from elastic.checkpoint.commits import Commits
 from elastic.chaos import Fault, parse
+from elastic.checkpoint.commits import Commits
+from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Standing
 from elastic.observe.events import read_lines, replace_text
 from elastic.observe.metrics import build_summary
-from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Standing
 from elastic.policy import Bounds, Pulse
 
 TICK_S = 0.1  # how often hangs and pending starts are looked at
@@ -114,7 +114,7 @@ class Controller:
     # The loop.
 
     def run(self) -> m.Finish:
-        self.state, actions = m.begin(self.settings.bounds)
+        self.state, actions = m.begin(self.settings.bounds, self.books.generation)
         self.perform(actions)
         while self.outcome is None:
             try:
@@ -179,10 +179,18 @@ class Controller:
             self.note_loss(event, now)
         elif isinstance(event, m.Drain):
             self.books.event("node_draining", nodes=list(event.nodes))
-        elif isinstance(event, Standing) and event.error and event.reason == "failed":
-            self.books.event("step_failed", worker=event.worker, error=event.error)
+        elif isinstance(event, Standing):
+            self.note_standing(event)
         self.state, actions = m.advance(self.state, event)
         self.perform(actions)
+
+    def note_standing(self, event: Standing) -> None:
+        """Lines that rank 0 may have died with come first: a generation starts when all its past is on disk."""
+        if event.generation == self.state.generation:
+            for fields in event.lines:
+                self.books.metric(event.generation, fields)
+        if event.reason == "failed":
+            self.books.event("step_failed", worker=event.worker, error=event.error)
 
     def note_loss(self, event: m.Lost, now: float) -> None:
         ready, pulse = self.live.pop(event.worker, None), self.pulses.pop(event.worker, None)
@@ -201,7 +209,9 @@ class Controller:
 
     def check(self) -> None:
         """What only time can tell: hangs, workers that never get ready, restarts that were put off."""
-        now = self.checked = time.monotonic()
+        now = time.monotonic()
+        self.forgive(now - self.checked - 2 * TICK_S)
+        self.checked = now
         for worker, since in list(self.started.items()):
             if now - since > self.settings.start_timeout_s:
                 self.give_up_on(worker, f"not ready within start_timeout_s = {self.settings.start_timeout_s:g} s")
@@ -213,6 +223,11 @@ class Controller:
         if self.restart_at and now >= self.restart_at:
             self.restart_at = 0.0
             self.want()
+
+    def forgive(self, away_s: float) -> None:
+        """While the controller itself was held up (a slow disk, a machine put to sleep) nobody's silence counts."""
+        if away_s > 0 and self.checked:
+            self.pulses = {w: replace(p, heard_s=p.heard_s + away_s, changed_s=p.changed_s + away_s) for w, p in self.pulses.items()}
 
     def give_up_on(self, worker: str, cause: str) -> None:
         """Fence first, then kill: what it says from now on is not heard, and its group is abandoned without it."""
@@ -319,6 +334,7 @@ class Controller:
         self.books.event("rewound", **{"from": self.books.written, "to": step})
         self.books.metrics.cut_back(step)
         self.books.written, self.books.evaluated = step, min(self.books.evaluated, step)
+        self.commits.newest = min(self.commits.newest, step)
 
     def do_finish(self, action: m.Finish) -> None:
         self.outcome = action

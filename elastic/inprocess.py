@@ -23,6 +23,7 @@ from elastic.worker import Worker
 
 PULSE_S = 0.02
 ORPHAN_TIMEOUT_S = 60.0
+FLUSH_S = 1.0  # for the last words of a worker that was let go
 
 
 class ThreadRim:
@@ -44,9 +45,16 @@ class ThreadRim:
             raise Killed
 
     def post(self, message: Any) -> None:
-        self.outlive()
+        if threading.current_thread().name == self.name:
+            self.outlive()
         assert self.outbox is not None
         self.outbox.post(message)
+
+    def deliver(self, messages: Sequence[Any]) -> int:
+        """What a dead process has not sent is lost; the saver's thread may still have something to say."""
+        if self.dead.is_set():
+            raise ConnectionError("this process is dead.")
+        return self.fleet.controller.deliver(self.name, messages)
 
     def announce(self, spec: str) -> None:
         self.fleet.controller.announce(self.name, spec)
@@ -83,6 +91,7 @@ class ThreadFleet:
         self.rims: dict[str, ThreadRim] = {}
         self.threads: list[threading.Thread] = []
         self.released: set[str] = set()
+        self.fenced: list[str] = []  # workers that were told that they are given up
         self.numbers = itertools.count()
         self.wanted, self.closed = 0, False
         self.lock = threading.RLock()
@@ -98,32 +107,36 @@ class ThreadFleet:
 
     def fill(self, avoid: Sequence[str]) -> None:
         with self.lock:
+            new = []
             while not self.closed and len(self.workers) < min(self.wanted, self.capacity):
                 number = next(self.numbers)
-                self.start(f"worker-{number}", f"node-{number % self.nodes}")
+                new.append(self.prepare(f"worker-{number}", f"node-{number % self.nodes}"))
+            for thread in new:  # once all are announced: the first group waits for those that are known to come
+                thread.start()
 
-    def start(self, name: str, node: str) -> None:
+    def prepare(self, name: str, node: str) -> threading.Thread:
         rim = ThreadRim(self, name, node)
         worker = Worker(name, self.job, rim)
-        rim.outbox = Outbox(name, worker.control, lambda messages: self.controller.deliver(name, messages), ORPHAN_TIMEOUT_S,
-                            lambda: None, lambda: None, PULSE_S)
-        rim.outbox.start()
+        rim.outbox = Outbox(name, worker.control, rim.deliver, ORPHAN_TIMEOUT_S, lambda: None, lambda: self.fenced.append(name), PULSE_S)
         self.workers[name], self.rims[name] = worker, rim
         self.controller.post(m.Starting(name))
         thread = threading.Thread(target=self.live, args=(name, worker, rim), name=name, daemon=True)
         self.threads.append(thread)
-        thread.start()
+        return thread
 
     def live(self, name: str, worker: Worker, rim: ThreadRim) -> None:
         cause = "released"
+        assert rim.outbox is not None
+        rim.outbox.start()
         try:
             worker.serve()
         except Killed:
             cause = "killed"
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
+        if cause == "released":
+            rim.outbox.flush(FLUSH_S)
         rim.dead.set()
-        assert rim.outbox is not None
         rim.outbox.close()
         with self.lock:
             self.workers.pop(name, None)

@@ -90,7 +90,7 @@ def train(work: Work, generation: Generation, group: CollectiveGroup, injector: 
             if ballot.stop == STOP_AND_SAVE and group.rank == 0:
                 work.save(generation.number, step, work.evaluation, True)
             return "stopped"
-    if group.rank == 0:
+    if group.rank == 0 and work.state.committed > generation.checkpointed:
         work.save(generation.number, work.state.committed, work.evaluation, True)
     return "done"
 
@@ -98,15 +98,10 @@ def train(work: Work, generation: Generation, group: CollectiveGroup, injector: 
 def begin(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> None:
     """Brings every member to `generation.committed`: a vote that some saw complete is applied, those without state are healed."""
     if work.state.committed == generation.committed - 1 and work.holds == generation.committed and generation.ballot:
-        commit(work, generation.ballot)
-        remember(work, generation, generation.ballot, 0.0)
+        commit(work, generation.ballot)  # its line came with the word of whoever saw the vote
     work.gradient, work.holds = None, -1
     if generation.healed:
         heal(work, generation, group, injector)
-    if group.rank == 0:
-        for fields in work.unwritten:
-            if fields["step"] > generation.written:
-                work.post(Line(generation.number, "metrics", fields))
 
 
 def heal(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> None:
@@ -252,23 +247,24 @@ def commit(work: Work, ballot: Ballot) -> None:
 
 
 def record(work: Work, generation: Generation, group: CollectiveGroup, ballot: Ballot, step_s: float) -> None:
-    """Every member keeps the step's line until it is known to be on disk; rank 0 sends it."""
-    fields = remember(work, generation, ballot, step_s)
-    if group.rank == 0:
-        work.post(Line(generation.number, "metrics", fields))
-
-
-def remember(work: Work, generation: Generation, ballot: Ballot, step_s: float) -> dict[str, Any]:
+    """The line of a committed step."""
     weight = tree_sum(ballot.weights)
     samples = sum(int((work.positions(ballot.step, s) >= 0).sum()) for s in range(work.plan.num_shards))
     fields = {"step": ballot.step, "loss": tree_sum(ballot.losses) / weight, "time": time.time(), "step_s": step_s,
               "world_size": len(generation.members), "generation": generation.number, "samples": samples}
     if work.unit:
         fields[work.unit] = int(weight)
-    work.unwritten.append(fields)
-    while work.unwritten and work.unwritten[0]["step"] <= work.control.written:
+    write_down(work, generation, group, fields)
+
+
+def write_down(work: Work, generation: Generation, group: CollectiveGroup, fields: dict[str, Any]) -> None:
+    """Rank 0 sends a line for metrics.jsonl; every member keeps it until it is known to be on disk."""
+    written = work.control.written
+    while work.unwritten and work.unwritten[0]["step"] + ("eval" in work.unwritten[0]) <= written:
         work.unwritten.popleft()
-    return fields
+    work.unwritten.append(fields)
+    if group.rank == 0:
+        work.post(Line(generation.number, "metrics", fields))
 
 
 def after(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector, evaluated: int = 0,
@@ -280,8 +276,7 @@ def after(work: Work, generation: Generation, group: CollectiveGroup, injector: 
     last = step == plan.num_steps
     if work.eval_batches and step > evaluated and (last or (plan.eval_every and step % plan.eval_every == 0)):
         work.evaluation = evaluate(work, group, step)
-        if group.rank == 0:
-            work.post(Line(generation.number, "metrics", {"step": step, "eval": work.evaluation}))
+        write_down(work, generation, group, {"step": step, "eval": work.evaluation})
     if plan.checkpoint_every and step > checkpointed and step % plan.checkpoint_every == 0 and not last:
         if group.rank == 0:
             work.save(generation.number, step, work.evaluation, False)

@@ -124,14 +124,15 @@ class State:
     leaving: frozenset[str] = frozenset()
     last: Mapping[str, Standing] = field(default_factory=dict)  # the word of those who stood when a group could not form
     ending: bool = False
-    failure: tuple[int, str] = (-1, "")  # the step and error of the last failed step
+    failure: tuple[int, int, str] = (0, -1, "")  # generation, step and error of the last failed step
     cause: str = "start"
     has_begun: bool = False
 
 
-def begin(bounds: Bounds) -> tuple[State, tuple[Any, ...]]:
+def begin(bounds: Bounds, generation: int = 0) -> tuple[State, tuple[Any, ...]]:
+    """A run's first state; `generation` is the last one of the run that is resumed."""
     target = bounds.max_workers
-    return State(bounds, target=target), (Want(wanted(bounds, target)),)
+    return State(bounds, target=target, generation=generation), (Want(wanted(bounds, target)),)
 
 
 def wanted(bounds: Bounds, target: int) -> int:
@@ -171,13 +172,21 @@ def on_standing(state: State, event: Standing) -> tuple[State, tuple[Any, ...]]:
         return state, ()  # an older generation's word changes nothing
     state = replace(state, standing={**state.standing, event.worker: event})
     if event.reason == "failed":
-        failure = (max(s.committed for s in state.standing.values()), event.error)
-        if event.fatal or failure == state.failure:
+        failure = (event.generation, failed_step(event), event.error)
+        is_redone = state.failure[0] < event.generation
+        if event.fatal or (is_redone and failure[1:] == state.failure[1:]):
             return finish(state, Finish("failed", event.error))
         state = replace(state, failure=failure)
     if event.reason in ("broken", "failed") and state.phase in ("running", "stopping"):
         return regroup(state, event.reason)
     return state, ()
+
+
+def failed_step(word: Standing) -> int:
+    """The step that a worker failed in, also where it failed half-way through its update."""
+    if word.committed >= 0 or word.ballot is None:
+        return word.committed + 1
+    return word.ballot.step
 
 
 def on_scale(state: State, event: ScaleTo) -> tuple[State, tuple[Any, ...]]:
@@ -234,9 +243,10 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
 def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
     """Every survivor stands by: end the run, or go on in another group."""
     words = [state.standing[w] for w in survivors]
-    if words and all(s.reason == "done" for s in words):
+    is_saved = state.group[:1] == tuple(survivors[:1])  # rank 0 has saved before it stood by; without it, another must
+    if is_saved and all(s.reason == "done" for s in words):
         return finish(state, done(words))
-    if state.ending and words and all(s.reason == "stopped" for s in words):
+    if is_saved and state.ending and all(s.ballot and s.ballot.stop == STOP_AND_SAVE and s.reason == "stopped" for s in words):
         return finish(state, Finish("interrupted", standing=words[0]))
     return form(state)
 

@@ -69,6 +69,7 @@ class Standing:
     fatal: bool = False  # deterministic: a redo cannot mend it
     state_sha256: str = ""
     parameters_sha256: str = ""
+    lines: tuple[dict[str, Any], ...] = ()  # of metrics.jsonl, that may not be on disk yet: rank 0 may have died with them
 
 
 @dataclass(frozen=True)

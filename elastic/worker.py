@@ -70,7 +70,8 @@ class Worker:
         """One generation, from meeting to parting, and where this worker stands after it."""
         rank = generation.members.index(self.name)
         group: CollectiveGroup | None = None
-        self.control.enter(generation.number)
+        self.control.enter(generation.number, generation.written)
+        self.work.unwritten.clear()  # a generation is published when its past is on disk
         hashes: Mapping[str, str] = {}
         reason, error, fatal = "broken", "", False
         try:
@@ -89,7 +90,8 @@ class Worker:
         if group is not None:
             group.abandon()
         work = self.work
-        return Standing(self.name, generation.number, reason, work.state.committed, work.holds, work.ballot, error, fatal, **hashes)
+        return Standing(self.name, generation.number, reason, work.state.committed, work.holds, work.ballot, error, fatal,
+                        lines=tuple(work.unwritten), **hashes)
 
     def load(self, generation: Generation) -> None:
         """Starting values, where the generation starts from the recipe or from a checkpoint."""
@@ -97,7 +99,6 @@ class Worker:
             return
         state = self.work.state
         self.work.gradient, self.work.holds, self.work.ballot = None, -1, None
-        self.work.unwritten.clear()
         if generation.load == "recipe":
             state.start(self.recipe.run.seed, self.saver.initial(self.recipe.model.init, state))
         else:

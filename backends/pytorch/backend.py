@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.pytorch import adapter, optimizer
+from backends.pytorch import adapter, optimizer, warn_if_late
 from backends.pytorch.ops import TorchOps
 from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
@@ -26,7 +26,14 @@ _thread = threading.local()
 
 def create(model: Model | torch.nn.Module, settings: Any) -> TorchBackend:
     """`settings` has device ("cpu", "cuda", "auto"), precision ("float32", "bfloat16"), threads and compile. UserError."""
+    warn_if_late()
     return TorchBackend(adapter.ModuleModel(model) if isinstance(model, torch.nn.Module) else model, settings)
+
+
+def construct(factory: Callable[..., torch.nn.Module], config: Mapping[str, Any], seed: int) -> torch.nn.Module:
+    """A user's module; what it draws for its starting values is a function of `seed`, so every worker builds the same."""
+    with adapter.seeded(seed):
+        return factory(**config)
 
 
 def choose_device(name: str) -> torch.device:

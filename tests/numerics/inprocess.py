@@ -1,0 +1,171 @@
+"""A whole run in one process: controller, state machine, workers, loop and checkpoints are real, processes are threads."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic import membership as m
+from elastic import workload
+from elastic.books import Books
+from elastic.controller import Controller, Settings
+from elastic.inference import check_checkpoint
+from elastic.inprocess import ThreadFleet
+from elastic.messages import Job
+from elastic.observe.events import read_lines
+from elastic.observe.metrics import steps_of
+from elastic.observe.verify import verify
+from elastic.policy import Bounds
+from elastic.recipe import Recipe, dumps, parse
+
+LIMIT_S = 120.0  # a run that takes longer hangs
+MODULES = "tests.numerics.modules"
+Hook = Callable[["Run"], None]
+
+
+class WatchedBooks(Books):
+    """Calls `on_step(step)` once a step's line is on disk, in the controller's thread."""
+
+    on_step: Callable[[int], None] = staticmethod(lambda step: None)
+
+    def metric(self, generation: int, fields: dict[str, Any]) -> None:
+        before = self.written
+        super().metric(generation, fields)
+        if self.written > before:
+            self.on_step(self.written)
+
+
+class Run:
+    """One run from a recipe. `hooks` act when a step's line is on disk; `fit` waits for the end."""
+
+    def __init__(self, run_dir: Path, recipe: Recipe, chaos: Sequence[str] = (), capacity: int = 0, nodes: int = 1,
+                 hooks: Mapping[int, Hook] | None = None):
+        self.run_dir, self.recipe, self.hooks = run_dir, recipe, dict(hooks or {})
+        begin = self.open()
+        elastic = recipe.elastic
+        job = Job("run", dumps(recipe), workload.prepare(recipe), str(run_dir), str(run_dir / "checkpoints"), (), tuple(chaos))
+        bounds = Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares)
+        settings = Settings(bounds, elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best)
+        self.books = WatchedBooks(run_dir, *begin)
+        self.books.on_step = self.after_step
+        self.fleet = ThreadFleet(job, capacity or elastic.max_workers + elastic.spares, nodes)
+        self.controller = Controller(job, settings, self.fleet, self.books, begin[0])
+        self.fleet.controller = self.controller
+        self.controller.opened()
+
+    def open(self) -> tuple[int, int, int]:
+        """A fresh run directory, or the place at which a run that has ended goes on: (written, evaluated, generation)."""
+        (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "recipe.toml").write_text(dumps(self.recipe))
+        lines, events = (read_lines(self.run_dir / f"{name}.jsonl") for name in ("metrics", "events"))
+        return (max((f["step"] for f in lines if "eval" not in f), default=0), max((f["step"] for f in lines if "eval" in f), default=0),
+                max((f["generation"] for f in events), default=0))
+
+    def after_step(self, step: int) -> None:
+        hook = self.hooks.pop(step, None)
+        if hook is not None:
+            hook(self)
+
+    def fit(self) -> Result:
+        """Runs to the end. AssertionError if it hangs."""
+        found: list[Any] = []
+
+        def work() -> None:
+            try:
+                found.append(self.controller.run())
+            except BaseException as error:
+                found.append(error)
+
+        thread = threading.Thread(target=work, name="controller", daemon=True)
+        thread.start()
+        thread.join(LIMIT_S)
+        assert found, f"the run hangs: {self.controller.state}"
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        return Result(self, found[0])
+
+    # What hooks do.
+
+    def scale(self, workers: int) -> None:
+        self.controller.post(m.ScaleTo(workers))
+
+    def drain(self, node: str) -> None:
+        self.controller.post(m.Drain((node,)))
+
+    def interrupt(self) -> None:
+        self.controller.post(m.Interrupt())
+
+
+@dataclass
+class Result:
+    """How a run ended, and what it left on disk."""
+
+    run: Run
+    outcome: m.Finish
+
+    @property
+    def sha(self) -> str:
+        return self.summary["state_sha256"]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.run.run_dir / "summary.json").read_text())
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return read_lines(self.run.run_dir / "events.jsonl")
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.run.run_dir / "metrics.jsonl")
+
+    @property
+    def steps(self) -> list[int]:
+        return [fields["step"] for fields in steps_of(self.metrics)]
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        return [fields for fields in self.events if fields["event"] == event]
+
+    def arrays(self) -> dict[str, Any]:
+        """The final checkpoint's arrays by name."""
+        from elastic.checkpoint.manager import load, split
+
+        return load(*split(self.run.run_dir / "checkpoints" / f"step-{self.summary['steps']:08d}"))[0]
+
+    def assert_sound(self, num_steps: int, steps_lost: int = 0) -> None:
+        """It is done, wrote each step once and in order, lost none, and `elastic verify` finds nothing."""
+        assert self.outcome.status == "done", self.outcome.error
+        assert self.steps == list(range(1, num_steps + 1)), self.steps
+        problems = verify(self.run.run_dir, check_checkpoint).problems
+        assert not problems, problems
+        assert self.summary["steps_lost"] == steps_lost, [e for e in self.events if e["event"] != "chaos"]
+        assert (self.run.run_dir / "checkpoints" / f"step-{num_steps:08d}" / "manifest.json").exists(), "no final checkpoint"
+
+
+def fit(run_dir: Path, recipe: Recipe, chaos: Sequence[str] = (), **options: Any) -> Result:
+    return Run(run_dir, recipe, chaos, **options).fit()
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: {**base.get(name, {}), **changes.get(name, {})} for name in {**base, **changes}}
+
+
+def gpt_recipe(text: Path, steps: int = 24, **changes: Mapping[str, Any]) -> Recipe:
+    """A GPT that a thread trains in milliseconds a step; L = 8."""
+    base = {"run": {"steps": steps, "eval_every": 10}, "model": {"kind": "nlp.gpt", "layers": 1, "heads": 2, "width": 16, "context": 8},
+            "data": {"format": "text", "path": [str(text)], "batch_size": 16, "eval_fraction": 0.02},
+            "elastic": {"max_workers": 4, "logical_shards": 8, "hang_timeout_s": 5.0}, "checkpoint": {"every_steps": 8},
+            "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "no_decay": ["*ln*"], "schedule": "cosine", "warmup_steps": 5}}
+    return parse(merged(base, changes))
+
+
+def module_recipe(module: str, steps: int | None = 24, options: Mapping[str, Any] | None = None, **changes: Mapping[str, Any]) -> Recipe:
+    """A user's module and data set of `tests.numerics.modules`, by name."""
+    base = {"run": {"steps": steps, "eval_every": 0} if steps else {"eval_every": 0}, "model": {"kind": f"{MODULES}:{module}"},
+            "data": {"kind": f"{MODULES}:Rows", "options": dict(options or {}), "batch_size": 16, "eval_fraction": 0.0},
+            "elastic": {"max_workers": 4, "logical_shards": 8, "hang_timeout_s": 5.0}, "checkpoint": {"every_steps": 8}}
+    return parse(merged(base, changes))

@@ -1,0 +1,58 @@
+"""A user's own modules and data set, by which the in-process runs train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Rows:
+    """Row i is (i, a few numbers drawn from i)."""
+
+    def __init__(self, size: int = 100, width: int = 6):
+        self.size, self.width = size, width
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        values = np.random.default_rng(index).standard_normal(self.width + 1).astype(np.float32)
+        return {"id": np.int64(index), "x": values[:-1], "y": values[-1:]}
+
+
+class Net(nn.Module):
+    """Batch norm (float and integer buffers), dropout, and a constant buffer with an infinity in it."""
+
+    def __init__(self, width: int = 6, dropout: float = 0.2):
+        super().__init__()
+        self.first, self.norm, self.drop, self.last = nn.Linear(width, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 1)
+        self.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+
+    def loss(self, batch: Any) -> Any:
+        hidden = self.drop(self.norm(self.first(batch["x"])).relu()) + self.mask.exp().sum()
+        return (self.last(hidden) - batch["y"]).square().mean()
+
+
+class Small(nn.Module):
+    """The cheapest model whose bits still depend on the order of summation."""
+
+    def __init__(self, width: int = 6):
+        super().__init__()
+        self.line = nn.Linear(width, 1)
+
+    def loss(self, batch: Any) -> Any:
+        return (self.line(batch["x"]) - batch["y"]).square().mean()
+
+
+class Counter(nn.Module):
+    """Counts in `fed` how often each row was fed: its gradient is -1 for each, so plain SGD with lr = batch size adds 1."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.fed = nn.Parameter(torch.zeros(size))
+
+    def loss(self, batch: Any) -> Any:
+        return -self.fed[batch["id"]].sum(), batch["id"].shape[0]
