@@ -189,6 +189,8 @@ class Controller:
         if event.generation == self.state.generation:
             for fields in event.lines:
                 self.books.metric(event.generation, fields)
+        if event.worker in self.live:
+            self.live[event.worker] = replace(self.live[event.worker], compilations=event.compilations)
         if event.reason == "failed":
             self.books.event("step_failed", worker=event.worker, error=event.error)
 
@@ -313,7 +315,8 @@ class Controller:
                              checkpointed=self.commits.newest, chaos=tuple(self.chaos))
         self.books.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
                          mesh={"data": len(members), "pipeline": 1, "tensor": 1, "expert": 1},
-                         workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid} for i, r in enumerate(members)])
+                         workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid, "compilations": r.compilations}
+                                  for i, r in enumerate(members)])
         now = time.monotonic()
         self.pulses = {w: Pulse(generation.committed, "start", 0, False, now, now) for w in generation.members}
         for worker in generation.members:

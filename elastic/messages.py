@@ -49,6 +49,7 @@ class Ready:
     node: str
     pid: int
     endpoint: str
+    compilations: int = 0  # traces and compilations of its process so far
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Standing:
     fatal: bool = False  # deterministic: a redo cannot mend it
     state_sha256: str = ""
     parameters_sha256: str = ""
+    compilations: int = 0
     lines: tuple[dict[str, Any], ...] = ()  # of metrics.jsonl, that may not be on disk yet: rank 0 may have died with them
 
 

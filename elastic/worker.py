@@ -61,7 +61,7 @@ class Worker:
         self.work: Work = build_work(recipe, workload, self.control, self.rim.post, self.save)
         warm_up(self.work)
         self.recipe = recipe
-        self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint))
+        self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.work.backend.compilations()))
         while (generation := self.orders.get()) is not None:
             self.rim.post(self.take_part(generation))
         self.saver.join()
@@ -91,7 +91,7 @@ class Worker:
             group.abandon()
         work = self.work
         return Standing(self.name, generation.number, reason, work.state.committed, work.holds, work.ballot, error, fatal,
-                        lines=tuple(work.unwritten), **hashes)
+                        lines=tuple(work.unwritten), compilations=work.backend.compilations(), **hashes)
 
     def load(self, generation: Generation) -> None:
         """Starting values, where the generation starts from the recipe or from a checkpoint."""

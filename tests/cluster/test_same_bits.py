@@ -67,3 +67,18 @@ def test_fast_reduction_gives_up_the_bits(cluster: None, tmp_path: Path) -> None
     """The negative control: without the canonical order the bits do depend on the number of workers."""
     hashes = {train(tmp_path / f"run{n}", n, elastic={"reduction": "fast"}).summary["state_sha256"] for n in (1, 2, 3)}
     assert len(hashes) >= 2
+
+
+@pytest.mark.slow
+def test_survivors_compile_nothing_again(cluster: None, tmp_path: Path) -> None:
+    """P3: with torch.compile, a survivor's count of compilations is the same in every generation."""
+    result = train(tmp_path / "run", 2, ["kill:1@20"], backend={"compile": True}, model={"layers": 1}, run={"steps": 40, "eval_every": 0},
+                   elastic={"spares": 1})
+    assert result.status == "done", result.error
+    assert_survivors_kept(result)
+    counts: dict[str, set[int]] = {}
+    for generation in events(result, "generation_started"):
+        for worker in generation["workers"]:
+            counts.setdefault(worker["worker"], set()).add(worker["compilations"])
+    assert len(counts) == 3
+    assert all(len(found) == 1 and found.pop() >= 1 for found in counts.values())
