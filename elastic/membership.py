@@ -135,8 +135,9 @@ def begin(bounds: Bounds, generation: int = 0) -> tuple[State, tuple[Any, ...]]:
     return State(bounds, target=target, generation=generation), (Want(wanted(bounds, target)),)
 
 
-def wanted(bounds: Bounds, target: int) -> int:
-    return max(1, world_size(target, target, bounds)) + bounds.spares
+def wanted(bounds: Bounds, target: int, leaving: int = 0) -> int:
+    """Worker processes to have: a group, its spares, and a replacement for everyone who is about to leave."""
+    return max(1, world_size(target, target, bounds)) + bounds.spares + leaving
 
 
 def advance(state: State, event: Any) -> tuple[State, tuple[Any, ...]]:
@@ -191,11 +192,12 @@ def failed_step(word: Standing) -> int:
 
 def on_scale(state: State, event: ScaleTo) -> tuple[State, tuple[Any, ...]]:
     target = max(state.bounds.min_workers, min(event.workers, state.bounds.max_workers))
-    return replace(state, target=target), (Want(wanted(state.bounds, target)),)
+    return replace(state, target=target), (Want(wanted(state.bounds, target, len(state.leaving))),)
 
 
 def on_drain(state: State, event: Drain) -> tuple[State, tuple[Any, ...]]:
-    return replace(state, leaving=state.leaving | {w for w, ready in state.ready.items() if ready.node in event.nodes}), ()
+    leaving = state.leaving | {w for w, ready in state.ready.items() if ready.node in event.nodes}
+    return replace(state, leaving=leaving), (Want(wanted(state.bounds, state.target, len(leaving))),)
 
 
 def on_interrupt(state: State, event: Interrupt) -> tuple[State, tuple[Any, ...]]:
@@ -235,20 +237,27 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
         return depart(state, survivors)
     if state.phase == "running" and not state.ending and wants_resize(state):
         cause = "drain" if state.leaving & set(state.group) else "resize"
-        stops = tuple(RequestStop(w, state.generation, STOP) for w in survivors)
-        return replace(state, phase="stopping", cause=cause), stops
+        code = STOP_AND_SAVE if state.leaving.issuperset(survivors) else STOP  # those who stay get the state from the checkpoint
+        return replace(state, phase="stopping", cause=cause), tuple(RequestStop(w, state.generation, code) for w in survivors)
     return state, ()
 
 
 def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
     """Every survivor stands by: end the run, or go on in another group."""
     words = [state.standing[w] for w in survivors]
-    is_saved = state.group[:1] == tuple(survivors[:1])  # rank 0 has saved before it stood by; without it, another must
-    if is_saved and all(s.reason == "done" for s in words):
+    if is_saved(state, "done"):
         return finish(state, done(words))
-    if is_saved and state.ending and all(s.ballot and s.ballot.stop == STOP_AND_SAVE and s.reason == "stopped" for s in words):
+    if state.ending and is_saved(state, "stopped"):
         return finish(state, Finish("interrupted", standing=words[0]))
     return form(state)
+
+
+def is_saved(state: State, reason: str) -> bool:
+    """All stand by for this reason after rank 0 has saved. Without rank 0 nobody knows whether it came to that."""
+    words = [state.standing.get(w) for w in state.group if w in state.ready]
+    if state.group[0] not in state.ready or any(s is None or s.reason != reason for s in words):
+        return False
+    return reason == "done" or all(s and s.ballot and s.ballot.stop == STOP_AND_SAVE for s in words)
 
 
 def done(words: list[Standing]) -> Finish:
@@ -259,16 +268,24 @@ def done(words: list[Standing]) -> Finish:
 
 
 def usable(state: State) -> list[str]:
-    """Workers that may be in the next group: survivors in rank order, then joiners in the order they became ready."""
-    survivors = [w for w in state.group if w in state.ready]
-    joiners = [w for w in state.ready if w not in state.group]
-    return [w for w in survivors + joiners if w not in state.leaving]
+    """Workers that may be in the next group: survivors, the furthest first, then joiners in the order they became ready.
+
+    Who is to leave stays as long as nobody else has the state and it is not saved.
+    """
+    words = {**state.last, **state.standing}
+    survivors = sorted((w for w in state.group if w in state.ready), key=lambda w: -words[w].committed if w in words else 0)
+    everybody = survivors + [w for w in state.ready if w not in state.group]
+    staying = [w for w in everybody if w not in state.leaving]
+    whole = [w for w in survivors if w not in words or words[w].committed >= 0]
+    is_free = not whole or any(w in whole for w in staying) or state.phase == "running" or is_saved(state, "stopped")
+    return staying if staying and is_free else everybody
 
 
 def wants_resize(state: State) -> bool:
-    if state.leaving & set(state.group):
-        return True
-    size = world_size(len(usable(state)), state.target, state.bounds)
+    candidates = usable(state)
+    size = world_size(len(candidates), state.target, state.bounds)
+    if state.leaving & set(state.group) and not state.leaving.issuperset(candidates):
+        return size > 0
     return 0 < size < len(state.group) or (size > len(state.group) and not state.starting)
 
 
@@ -277,9 +294,11 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     words = {**state.last, **state.standing}
     candidates = usable(state)
     size = world_size(len(candidates), state.target, state.bounds)
-    gone = tuple(Release(w) for w in state.leaving if w in state.ready)
-    ready = {w: r for w, r in state.ready.items() if w not in state.leaving}
-    state = replace(state, ready=ready, leaving=frozenset(), standing={}, last={w: s for w, s in words.items() if w in ready})
+    leavers = [w for w in state.ready if w in state.leaving and w not in candidates]
+    leaving = state.leaving & set(candidates)
+    gone = (*(Release(w) for w in leavers), *([Want(wanted(state.bounds, state.target, len(leaving)))] if leavers else []))
+    ready = {w: r for w, r in state.ready.items() if w not in leavers}
+    state = replace(state, ready=ready, leaving=leaving, standing={}, last={w: s for w, s in words.items() if w in ready})
     if not size:
         waiting = () if state.phase == "waiting" and not gone else (Wait(len(candidates), state.bounds.min_workers),)
         return replace(state, phase="waiting"), gone + waiting
