@@ -126,7 +126,7 @@ class State:
     ending: bool = False
     failure: tuple[int, int, str] = (0, -1, "")  # generation, step and error of the last failed step
     cause: str = "start"
-    has_begun: bool = False
+    told: int = -1  # how many were ready when a wait was last spoken of
 
 
 def begin(bounds: Bounds, generation: int = 0) -> tuple[State, tuple[Any, ...]]:
@@ -300,13 +300,14 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     ready = {w: r for w, r in state.ready.items() if w not in leavers}
     state = replace(state, ready=ready, leaving=leaving, standing={}, last={w: s for w, s in words.items() if w in ready})
     if not size:
-        waiting = () if state.phase == "waiting" and not gone else (Wait(len(candidates), state.bounds.min_workers),)
-        return replace(state, phase="waiting"), gone + waiting
+        told = len(candidates)
+        waiting = () if told == state.told else (Wait(told, state.bounds.min_workers),)
+        return replace(state, phase="waiting", told=told), gone + waiting
     members, extra = tuple(candidates[:size]), candidates[size:]
     surplus = extra[state.bounds.spares:]
     generation = rejoin(state, members)
     action = Form(generation, state.cause, len(state.group))
-    state = replace(state, phase="running", generation=generation.number, group=members, last={}, has_begun=True, cause="resize",
+    state = replace(state, phase="running", generation=generation.number, group=members, last={}, told=-1, cause="resize",
                     ready={w: r for w, r in ready.items() if w not in surplus})
     stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
     return state, (*gone, *(Release(w) for w in surplus), action, *stops)
