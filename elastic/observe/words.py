@@ -39,6 +39,11 @@ def numbers(values: Fields) -> str:
     return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
 
 
+def names(value: str | list[str]) -> str:
+    """One worker or several."""
+    return value if isinstance(value, str) else ", ".join(value)
+
+
 def _lost(e: Fields) -> str:
     rank = e.get("rank")
     whose = f"rank {rank}, {e['worker']}" if rank is not None and rank >= 0 else e["worker"]
@@ -51,20 +56,20 @@ SENTENCES: dict[str, Callable[[Fields], str]] = {
     "generation_started": lambda e: f"generation {e['generation']}: {count(e['world_size'], 'worker')} from step {e['step'] + 1}",
     "worker_lost": _lost,
     "worker_joined": lambda e: f"worker joined: {e['worker']} is warm on node {e['node'][:8]}",
-    "healed": lambda e: f"healed {e['to']} from {e['from']}: {size(e['bytes'])} in {duration(e['seconds'])}",
+    "healed": lambda e: f"healed {names(e['to'])} from {e['from']}: {size(e['bytes'])} in {duration(e['seconds'])}",
     "resized": lambda e: f"resized from {e['from']} to {count(e['to'], 'worker')}, pause {duration(e['pause_s'])}",
     "recovered": lambda e: f"recovered: pause {duration(e['pause_s'])}, {count(e['steps_lost'], 'step')} lost",
     "rewound": lambda e: f"rewound from step {e['from']} to step {e['to']}",
     "checkpoint_committed": lambda e: f"checkpoint {e['path'].rsplit('/', 1)[-1]}: {size(e['bytes'])} in {duration(e['seconds'])}, "
                                       f"training stalled for {duration(e['stall_s'])}",
     "checkpoint_rejected": lambda e: f"checkpoint {e['path']} is not used: {e['reason']}",
-    "node_draining": lambda e: f"nodes will leave: {e.get('nodes', '')}",
+    "node_draining": lambda e: f"nodes will leave: {names(e['nodes'])}",
     "straggler": lambda e: f"straggler: {e.get('worker', '')}",
     "hang": lambda e: f"no sign of life from {e['worker']} (in {e.get('phase', 'a step')})",
     "waiting": lambda e: f"waiting for workers: {e['ready']} of at least {e['needed']} are ready",
     "chaos": lambda e: f"fault injected: {e['fault']}",
     "controller_restarted": lambda e: "the controller was replaced; training goes on",
-    "run_finished": lambda e: "run finished",
+    "run_finished": lambda e: "run interrupted" if e.get("status") == "interrupted" else "run finished",
     "run_failed": lambda e: f"run failed: {e['error']}",
 }
 
