@@ -137,7 +137,8 @@ class LocalGroup(Member):
                 self._end(then)
 
             def arrived(rank: int) -> bool:
-                return rank in call and (call[rank][1] is None or self._me in call[rank][1])
+                seen_by = call[rank][1] if rank in call else frozenset()
+                return seen_by is None or self._me in seen_by
 
             self._wait(lambda: all(map(arrived, self._ranks)), lambda: [r for r in self._ranks if not arrived(r)])
             world.reads[key] = world.reads.get(key, 0) + 1

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from elastic.collective.group import SLICE_S
 from elastic.collective.store import Endpoint, StoreClient
-from elastic.errors import GroupBroken
+from elastic.errors import GroupBroken, UserError
 
 __all__ = ["Door", "Endpoint", "call_leaving", "drop"]
 T = TypeVar("T")
@@ -24,9 +24,15 @@ class Door(dist.Store):
     def __init__(self, client: StoreClient, prefix: str = ""):
         super().__init__()
         self._client, self._prefix = client, prefix
+        self._clones: list[Door] = []  # the library's own reference does not keep the Python half alive
 
     def under(self, *parts: Any) -> Door:
         return Door(self._client, self._prefix + "/".join(map(str, parts)) + "/")
+
+    def clone(self) -> Door:
+        """A door with a connection of its own, for the library's threads."""
+        self._clones.append(Door(self._client.clone(), self._prefix))
+        return self._clones[-1]
 
     def set(self, key: str, value: bytes | str) -> None:
         self._client.set(self._prefix + key, value.encode() if isinstance(value, str) else bytes(value))
@@ -48,14 +54,14 @@ def call_leaving(blocking: Callable[[], T], abandoned: threading.Event, timeout_
     A call that was left ends by its own time limit; what it made dies in its thread, for dropping a group can block.
     """
     made: list[T] = []
-    failed: list[BaseException] = []
+    failed: list[Exception] = []
     left, done, lock = threading.Event(), threading.Event(), threading.Lock()
 
     def work() -> None:
         result = None
         try:
             result = blocking()
-        except (RuntimeError, OSError, ValueError, GroupBroken) as error:  # what torch.distributed and our store raise
+        except Exception as error:
             failed.append(error)
         with lock:
             if result is not None and not left.is_set():
@@ -72,15 +78,19 @@ def call_leaving(blocking: Callable[[], T], abandoned: threading.Event, timeout_
         left.set()
     if abandoned.is_set():
         raise GroupBroken(f"{what} was abandoned.")
+    if failed and isinstance(failed[0], UserError):
+        raise failed[0]
     if failed:
         raise GroupBroken(f"{what} failed: {failed[0]}") from failed[0]
     raise GroupBroken(f"{what} took more than {timeout_s:g} s.")
 
 
-def drop(things: list[object]) -> None:
-    """Forgets `things`, last first, in a daemon thread: freeing a group whose peer hangs blocks until the peer is gone."""
+def drop(things: list[object], *first: Callable[[], None]) -> None:
+    """Calls `first`, then forgets `things`, last first, in a daemon thread: freeing a group whose peer hangs blocks until it is gone."""
 
     def work() -> None:
+        for call in first:
+            call()
         while things:
             things.pop()
 

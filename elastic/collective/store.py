@@ -99,7 +99,7 @@ class StoreClient:
 
     def __init__(self, address: str, prefix: str, abandoned: threading.Event, timeout_s: float):
         host, _, port = address.rpartition(":")
-        self._prefix, self._abandoned, self._timeout_s = prefix, abandoned, timeout_s
+        self._address, self._prefix, self._abandoned, self._timeout_s = address, prefix, abandoned, timeout_s
         self._lock = threading.Lock()
         self._what = f"Group {prefix}: the store at {address}"
         try:
@@ -108,6 +108,10 @@ class StoreClient:
             raise GroupBroken(f"{self._what} cannot be reached: {error}.") from error
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.settimeout(SLICE_S)
+
+    def clone(self) -> StoreClient:
+        """Another connection with the same prefix."""
+        return StoreClient(self._address, self._prefix, self._abandoned, self._timeout_s)
 
     def set(self, key: str, value: bytes) -> None:
         self._ask(SET, key, value)

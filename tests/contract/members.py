@@ -10,6 +10,7 @@ import queue
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +39,9 @@ def run_case(case: str, make: Callable[[], Any], keep: dict[str, Any], args: tup
         return "broken", str(error)
     except Killed:
         return KILLED, None
-    except BaseException as error:
-        return "failed", f"{type(error).__name__}: {error}"
+    except Exception:
+        text = traceback.format_exc()
+        return "failed", text
 
 
 def serve(pipe: Any, transport: str) -> None:

@@ -222,6 +222,7 @@ def test_a_stopped_member_that_goes_on_changes_nothing(world: Any) -> None:
     for member in (0, 1):
         with pytest.raises(AssertionError, match="no word"):
             world.seats[member].result(name, timeout_s=0.3)  # a stopped peer is no dead one: they wait
+    for member in (0, 1):
         world.abandon(name, member)
     for member in (0, 1):
         assert world.seats[member].result(name, timeout_s=SOON_S)[0] == "broken"
