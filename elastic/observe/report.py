@@ -15,6 +15,7 @@ from elastic.observe.metrics import Lines, evaluations_of, sessions, steps_of, u
 from elastic.observe.words import sentence
 
 MAX_POINTS = 4000
+MAX_RATES = 300  # of throughput: single steps are mostly noise
 COLOURS = {"worker_lost": "#d62728", "hang": "#d62728", "run_failed": "#d62728", "checkpoint_rejected": "#d62728", "rewound": "#ff7f0e",
            "worker_joined": "#2ca02c", "recovered": "#2ca02c", "resized": "#2ca02c", "healed": "#17becf", "chaos": "#9467bd",
            "checkpoint_committed": "#7f7f7f", "generation_started": "#1f77b4"}
@@ -96,9 +97,9 @@ def add_loss(chart: go.Figure, clock: Clock, steps: Lines, evaluations: Lines, t
 
 
 def add_throughput(chart: go.Figure, clock: Clock, steps: Lines, unit: str) -> None:
-    """From commit to commit, so that a pause shows as a dip; long runs are averaged over groups of steps."""
+    """From commit to commit, so that a pause shows as a dip; over groups of steps."""
     at = [clock.at(step["time"]) for step in steps]
-    stride = -(-len(steps) // MAX_POINTS) or 1
+    stride = -(-len(steps) // MAX_RATES) or 1
     cuts = range(stride, len(steps), stride)
     rates = [sum(step[unit] for step in steps[i - stride + 1:i + 1]) / max(at[i] - at[i - stride], 1e-3) for i in cuts]
     chart.add_trace(go.Scatter(x=[at[i] for i in cuts], y=rates, mode="lines", name=f"{unit}/s", line={"width": 1, "color": "#8c564b"},
