@@ -145,8 +145,11 @@ def advance(state: State, event: Any) -> tuple[State, tuple[Any, ...]]:
     if state.phase == "finished":
         return state, ()
     state, actions = HANDLERS[type(event)](state, event)
-    state, more = settle(state)
-    return state, actions + more
+    more: tuple[Any, ...] = actions or (None,)
+    while more:  # a group that was just formed may be due for another resize
+        state, more = settle(state)
+        actions += more
+    return state, actions
 
 
 def on_starting(state: State, event: Starting) -> tuple[State, tuple[Any, ...]]:
