@@ -88,11 +88,16 @@ def train(work: Work, generation: Generation, group: CollectiveGroup, injector: 
         after(work, generation, group, injector)
         if ballot.stop and step < work.plan.num_steps:
             if ballot.stop == STOP_AND_SAVE and group.rank == 0:
-                work.save(generation.number, step, work.evaluation, True)
+                checkpoint(work, generation, wait=True)
             return "stopped"
     if group.rank == 0 and work.state.committed > generation.checkpointed:
-        work.save(generation.number, work.state.committed, work.evaluation, True)
+        checkpoint(work, generation, wait=True)
     return "done"
+
+
+def checkpoint(work: Work, generation: Generation, wait: bool) -> None:
+    work.control.at(work.state.committed, "checkpoint")
+    work.save(generation.number, work.state.committed, work.evaluation, wait)
 
 
 def begin(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> None:
@@ -279,7 +284,7 @@ def after(work: Work, generation: Generation, group: CollectiveGroup, injector: 
         write_down(work, generation, group, {"step": step, "eval": work.evaluation})
     if plan.checkpoint_every and step > checkpointed and step % plan.checkpoint_every == 0 and not last:
         if group.rank == 0:
-            work.save(generation.number, step, work.evaluation, False)
+            checkpoint(work, generation, wait=False)
         injector.at(step, "checkpoint")
 
 

@@ -64,6 +64,9 @@ def banned_nodes(losses: Losses, now_s: float, nodes: Sequence[str]) -> tuple[st
     return banned if set(nodes) - set(banned) else ()
 
 
+SLOW_PHASES = ("start", "checkpoint")  # a first compile, a large state on a slow disk
+
+
 @dataclass(frozen=True)
 class Pulse:
     """The last word of one worker and when its content last changed."""
@@ -80,13 +83,13 @@ class Pulse:
 def suspects(pulses: Mapping[str, Pulse], now_s: float, timeout_s: float, start_timeout_s: float) -> tuple[str, ...]:
     """Who holds the group up: nobody has moved for `timeout_s`, and these have not entered the collective the others wait in.
 
-    A worker that compiles (phase "start") has `start_timeout_s`. A worker that is not heard of at all is always suspect.
+    A worker that compiles or waits for a disk has `start_timeout_s`. A worker that is not heard of at all is always suspect.
     """
     silent = tuple(w for w, p in pulses.items() if now_s - p.heard_s > timeout_s)
     if silent:
         return silent
     stuck = bool(pulses) and all(
-        now_s - p.changed_s > (start_timeout_s if p.phase == "start" else timeout_s) for p in pulses.values())
+        now_s - p.changed_s > (start_timeout_s if p.phase in SLOW_PHASES else timeout_s) for p in pulses.values())
     if not stuck:
         return ()
     furthest = max(p.inside for p in pulses.values())

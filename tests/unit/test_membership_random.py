@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic import membership as m
-from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Ready, Standing
+from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Ready, Standing
 from elastic.policy import Bounds
 
 END = 60  # steps of the run
