@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ class Story:
     def __call__(self, line: dict[str, Any]) -> None:
         if self.acts and self.acts[0][0](line):
             _, act = self.acts.pop(0)
-            threading.Thread(target=act, daemon=True).start()
+            act()  # on the driver's main thread: Ray starts nodes on no other
 
 
 def fit(folder: Path, story: Story, **elastic: Any) -> Result:
