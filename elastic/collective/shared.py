@@ -239,7 +239,10 @@ class SharedGroup(Member):
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> SharedGroup:
         self._check()
         key = "/".join([kind, *map(str, ranks), ""])
-        return self._form_at(self._store, key, ranks.index(self.rank), len(ranks), self._abandoned, self._timeout_s)
+        try:
+            return self._form_at(self._store, key, ranks.index(self.rank), len(ranks), self._abandoned, self._timeout_s)
+        except GroupBroken as error:
+            raise self._break(f"fell apart: {error}") from error
 
 
 def flat(buffer: Buffer) -> np.ndarray:

@@ -130,6 +130,9 @@ class StoreClient:
                 self._socket.sendall(REQUEST.pack(operation, len(name), len(value)) + name + value)
                 deadline = time.monotonic() + self._timeout_s
                 return self._receive(ANSWER.unpack(self._receive(ANSWER.size, key, deadline))[0], key, deadline)
+            except GroupBroken:
+                self._socket.close()  # its answer may still come: nothing else may be asked here
+                raise
             except OSError as error:
                 raise GroupBroken(f"{self._what} is gone: {error}.") from error
 

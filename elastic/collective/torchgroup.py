@@ -15,7 +15,9 @@ from elastic.collective.group import Buffer
 from elastic.collective.member import Member
 from elastic.collective.rendezvous import Door, call_leaving, drop
 from elastic.collective.store import StoreClient
+from elastic.errors import GroupBroken
 
+PIECE = 16 * 1024 * 1024  # elements broadcast at a time
 OPERATION_S = 86_400.0  # never what ends a wait: that is a broken connection or `abandon`
 
 
@@ -135,9 +137,18 @@ class TorchGroup(Member, ABC):
         self._call(lambda pg, to, source: pg.alltoall_base(to, source, list(out_counts), list(counts)), out, buffer)
 
     def broadcast(self, buffer: Buffer, root: int) -> None:
+        """Received beside and copied: a state that is being healed must not be written by a root that was only stopped."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
-        self._call(lambda pg, tensor: pg.broadcast([tensor], options), buffer)
+        whole = self._lend(buffer)
+        for low in range(0, max(1, whole.shape[0]), PIECE):
+            piece = whole[low:low + PIECE]
+            moved = piece if self.rank == root else torch.empty_like(piece)
+            self._call(lambda pg, tensor: pg.broadcast([tensor], options), moved)
+            if self.rank != root:
+                piece.copy_(moved)
+        if self.rank != root:
+            self._return(buffer, whole)
 
     def barrier(self) -> None:
         self._call(lambda pg, tensor: pg.allreduce([tensor]), np.zeros(1, np.float32))
@@ -162,6 +173,9 @@ class TorchGroup(Member, ABC):
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> Self:
         self._check()
         store, rank, size = self._store.under(kind, *ranks), ranks.index(self.rank), len(ranks)
-        pg = call_leaving(lambda: self._connect(store, rank, size, self._host, self._timeout_s), self._abandoned,
-                          self._timeout_s, f"Forming the group of ranks {list(ranks)}")
+        try:
+            pg = call_leaving(lambda: self._connect(store, rank, size, self._host, self._timeout_s), self._abandoned,
+                              self._timeout_s, f"Forming the group of ranks {list(ranks)}")
+        except GroupBroken as error:
+            raise self._break(f"fell apart: {error}") from error
         return type(self)(pg, store, rank, size, self._abandoned, self._host, self._timeout_s)._complete()
