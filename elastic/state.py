@@ -166,7 +166,8 @@ class State:
     def add_statistics(self, gradient: Buffer, new: Mapping[str, np.ndarray], weight: float) -> None:
         """Adds what one shard changed in the buffers, times its weight, behind the gradients."""
         for name, view in shaped(gradient, self.layout.statistics).items():
-            old, now = (np.asarray(a, np.float64) for a in (self.buffers[name], new[name]))
+            kind = np.int64 if self.buffers[name].dtype.kind in "iu" else np.float64  # a large count has no room in a float
+            old, now = (np.asarray(a, kind) for a in (self.buffers[name], new[name]))
             change = np.subtract(now, old, out=np.zeros_like(old), where=now != old)  # equal infinities have not changed
             value = (change * weight).astype(np.float32)
             view += view.new_tensor(value) if hasattr(view, "new_tensor") else value
@@ -176,5 +177,7 @@ class State:
         for name, view in shaped(gradient, self.layout.statistics).items():
             mean = np.asarray(to_numpy(view), np.float64) / weight
             buffer = self.buffers[name]
-            exact = buffer.dtype.kind != "f"
-            buffer[...] = (buffer + (np.rint(mean) if exact else mean)).astype(buffer.dtype)
+            if buffer.dtype.kind in "iu":
+                buffer += np.rint(mean).astype(buffer.dtype)
+            else:
+                buffer[...] = (buffer + (np.rint(mean) if buffer.dtype.kind == "b" else mean)).astype(buffer.dtype)
