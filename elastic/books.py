@@ -70,6 +70,7 @@ class Books:
     def _resume(self, time_s: float) -> None:
         """pause_s is the time between the two commits beyond one ordinary step."""
         pause, self.pause = self.pause, None
+        assert pause is not None
         step_s = statistics.median(self.recent) if self.recent else 0.0
         pause_s = max(0.0, time_s - pause["since"] - step_s)
         if any(cause not in ("resize", "drain") for cause in pause["causes"]):

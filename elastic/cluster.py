@@ -52,7 +52,8 @@ class RayFleet:
         self.ended: list[Slot] = []
         self.numbers = itertools.count()
         self.lock = threading.RLock()
-        self.wanted, self.avoid, self.closed = 0, (), threading.Event()
+        self.wanted, self.closed = 0, threading.Event()
+        self.avoid: tuple[str, ...] = ()
         self.watcher = threading.Thread(target=self.watch_drains, daemon=True)
         self.watcher.start()
 

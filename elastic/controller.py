@@ -245,7 +245,7 @@ class Controller:
         now, old = time.monotonic(), self.pulses.get(word.worker)
         content = (word.step, word.phase, word.inside, word.waiting)
         moved = old is None or (old.step, old.phase, old.inside, old.waiting) != content or old.detail != word.detail
-        self.pulses[word.worker] = Pulse(*content, now if moved else old.changed_s, now, word.detail)
+        self.pulses[word.worker] = Pulse(*content, now if moved or old is None else old.changed_s, now, word.detail)
 
     # Lines, checkpoints, faults.
 

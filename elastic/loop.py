@@ -134,7 +134,9 @@ class Buffers:
         self.numel = self.layout.gradient
         self.out = allocate(out_size(self.numel, BLOCK, group.size)) if group.size > 1 else None
         self.scratch = Scratch(work.backend.allocate)
-        self._allocate, self._all, self._free = allocate, [], []
+        self._allocate = allocate
+        self._all: list[Buffer] = []
+        self._free: list[Buffer] = []
 
     def reset(self) -> None:
         self._free = list(self._all)
@@ -231,6 +233,7 @@ def commit(work: Work, ballot: Ballot) -> None:
     """Applies the reduced gradients that this member holds. The state is torn (-1) until all of it is done."""
     plan, state, gradient = work.plan, work.state, work.gradient
     options, layout = plan.optimizer, state.layout
+    assert gradient is not None
     weight = tree_sum(ballot.weights)
     scale = 1.0 / weight
     if options["clip_norm"] > 0:

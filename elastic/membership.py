@@ -11,7 +11,7 @@ gradients applies them, whoever does not is healed. If none did, all redo the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -216,8 +216,9 @@ def on_give_up(state: State, event: GiveUp) -> tuple[State, tuple[Any, ...]]:
     return finish(state, Finish("failed", event.error))
 
 
-HANDLERS = {Starting: on_starting, Ready: on_ready, Lost: on_lost, Standing: on_standing, ScaleTo: on_scale, Drain: on_drain,
-            Interrupt: on_interrupt, GiveUp: on_give_up}
+HANDLERS: dict[type, Callable[[State, Any], tuple[State, tuple[Any, ...]]]] = {
+    Starting: on_starting, Ready: on_ready, Lost: on_lost, Standing: on_standing, ScaleTo: on_scale, Drain: on_drain,
+    Interrupt: on_interrupt, GiveUp: on_give_up}
 
 
 def finish(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:

@@ -84,6 +84,14 @@ def shaped(buffer: Buffer, places: Mapping[str, Place]) -> dict[str, Buffer]:
     return {name: buffer[p.offset:p.offset + p.size].reshape(p.shape) for name, p in places.items()}
 
 
+START: dict[str, Callable[[Spec, np.random.Generator], np.ndarray]] = {
+    "zeros": lambda spec, generator: np.zeros(spec.shape),
+    "ones": lambda spec, generator: np.ones(spec.shape),
+    "normal": lambda spec, generator: generator.standard_normal(spec.shape) * spec.scale,
+    "uniform": lambda spec, generator: generator.uniform(-spec.scale, spec.scale, spec.shape),
+}
+
+
 def initial_values(specs: Mapping[str, Spec], seed: int, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Starting values from a counter-based generator keyed by (seed, name): the same for every framework and layout."""
     values = {}
@@ -93,13 +101,7 @@ def initial_values(specs: Mapping[str, Spec], seed: int, given: Mapping[str, Any
             continue
         key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
         generator = np.random.Generator(np.random.Philox(key=key))
-        make: dict[str, Callable[[], np.ndarray]] = {
-            "zeros": lambda spec=spec: np.zeros(spec.shape),
-            "ones": lambda spec=spec: np.ones(spec.shape),
-            "normal": lambda spec=spec, g=generator: g.standard_normal(spec.shape) * spec.scale,
-            "uniform": lambda spec=spec, g=generator: g.uniform(-spec.scale, spec.scale, spec.shape),
-        }
-        values[name] = make[spec.init]().astype(spec.dtype)
+        values[name] = START[spec.init](spec, generator).astype(spec.dtype)
     return values
 
 

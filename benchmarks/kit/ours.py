@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic import cli, controller_actor, trainer
-
 from benchmarks.kit.logs import Step, Tail
 from benchmarks.kit.mlp import ROWS_PER_WORKER
 from benchmarks.kit.processes import ROOT, python
+from elastic import cli, controller_actor, trainer
 
 RECIPE = str(ROOT / "benchmarks" / "mlp.toml")
 

@@ -42,6 +42,9 @@ class CollectiveGroup(Protocol):
     def receive(self, buffer: Buffer, source: int) -> None:
         """The other half of `send`."""
 
+    def subgroup(self, ranks: Sequence[int]) -> CollectiveGroup:
+        """The group of these members only; each of them calls it, with the same ranks. It shares this group's fate."""
+
     def barrier(self) -> None:
         """Returns once every member has entered."""
 

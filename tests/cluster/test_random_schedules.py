@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from elastic.chaos import PHASES
-from elastic.observe.verify import verify
 from elastic.inference import check_checkpoint
+from elastic.observe.verify import verify
 from tests.cluster.runs import assert_sound, train
 
 pytestmark = pytest.mark.usefixtures("cluster")

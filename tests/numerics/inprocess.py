@@ -28,9 +28,14 @@ Hook = Callable[["Run"], None]
 
 
 class WatchedBooks(Books):
-    """Calls `on_step(step)` once a step's line is on disk, in the controller's thread."""
+    """Calls `on_step(step)` and `on_event(name)` once the line is on disk, in the controller's thread."""
 
     on_step: Callable[[int], None] = staticmethod(lambda step: None)
+    on_event: Callable[[str], None] = staticmethod(lambda name: None)
+
+    def event(self, name: str, *where: Any, **fields: Any) -> None:
+        super().event(name, *where, **fields)
+        self.on_event(name)
 
     def metric(self, generation: int, fields: dict[str, Any]) -> None:
         before = self.written
