@@ -89,7 +89,7 @@ class Controller:
         """The first lines of a run, or of its resumption."""
         if rewound_from >= 0:
             self.books.event("rewound", **{"from": rewound_from, "to": self.books.written})
-        self.books.event("run_started", run=self.job.run_id, pid=os.getpid())
+        self.books.event("run_started", run=self.job.run_id, num_steps=self.job.num_steps, pid=os.getpid())
 
     # From other threads.
 

@@ -54,6 +54,11 @@ class ControllerActor:
     def interrupt(self) -> None:
         self.controller.post(m.Interrupt())
 
+    def end(self) -> None:
+        """Gives up a run that has not ended, and returns when its workers are gone."""
+        self.controller.post(m.GiveUp("The driver gave the run up."))
+        self.done.wait()
+
     def poll(self, since: int) -> tuple[list[dict[str, Any]], int, bool]:
         """The lines after the first `since`, how many there are by now, and whether the run has ended."""
         finished = self.done.wait(POLL_S)

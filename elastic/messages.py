@@ -119,3 +119,4 @@ class Job:
     checkpoints: str  # path or URI
     sys_path: tuple[str, ...] = ()
     chaos: tuple[str, ...] = ()
+    num_steps: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,13 +24,15 @@ from elastic.controller import Settings
 from elastic.controller_actor import ControllerActor
 from elastic.errors import RunFailed, UserError
 from elastic.messages import Job
-from elastic.observe.events import read_lines
+from elastic.observe.events import JsonLines, read_lines
 from elastic.observe.report import write_report
 from elastic.policy import Bounds
 from elastic.recipe import Recipe, dumps, load_recipe
 from elastic.state import FlatLayout
 
 Callback = Callable[[dict[str, Any]], None]
+CONNECT_S = 5.0  # for a Ray at a given address to take a connection
+END_S = 60.0  # for the workers to end where the driver gives up
 LIVE = "live.json"  # in the run directory while the run lives: where its Ray is
 
 
@@ -51,7 +54,8 @@ class Trainer:
     run_dir: Path | None = None
     address: str = "local"
     chaos: Sequence[str] = ()
-    begin: dict[str, Any] = field(default_factory=dict)
+    begin: dict[str, Any] = field(default_factory=dict)  # where to go on, if this is a resumption
+    num_steps: int = 0  # known after `check`
 
     @classmethod
     def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local", chaos: Sequence[str] = ()) -> Trainer:
@@ -78,6 +82,7 @@ class Trainer:
         info = workload.prepare(self.recipe)
         with import_path():
             opened = workload.Workload.open(self.recipe, info)
+            self.num_steps = opened.sampler.num_steps
             if hasattr(opened.model, "parameters") and not callable(opened.model.parameters):
                 FlatLayout(opened.model.parameters, opened.model.buffers, self.recipe.model.freeze, self.recipe.optimizer.no_decay)
         return info
@@ -85,15 +90,22 @@ class Trainer:
     def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
         info = self.check()
-        run_dir = self.open_run_dir()
+        run_dir = self.free_run_dir()
         with connected(self.address, self.recipe) as ray_address:
-            job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), str(run_dir / "checkpoints"), search_path(), tuple(self.chaos))
+            self.open_run_dir(run_dir)
+            job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), str(run_dir / "checkpoints"), search_path(), tuple(self.chaos),
+                      self.num_steps)
             controller = start_controller(job, self.recipe, self.begin)
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id, "pid": os.getpid()}))
             try:
                 with interrupting(controller):
                     follow(controller, on_step, on_eval, on_event)
                 status, error = ray.get(controller.outcome.remote())
+            except ray.exceptions.RayError as gone:
+                raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
+            except BaseException:
+                ray.get(controller.end.remote(), timeout=END_S)  # a callback failed: no worker may stay behind
+                raise
             finally:
                 ray.kill(controller)
                 (run_dir / LIVE).unlink(missing_ok=True)
@@ -101,24 +113,26 @@ class Trainer:
         write_report(run_dir)
         return Result(status, summary, run_dir, error)
 
-    def open_run_dir(self) -> Path:
-        """A fresh run directory, or the one to resume, cut back to its checkpoint."""
+    def free_run_dir(self) -> Path:
+        """Where the run will write; `UserError` if it cannot, or if something is there already that is not this run's."""
         run_dir = Path(self.run_dir or Path("runs") / f"{self.recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-        if self.begin:
-            from elastic.observe.events import JsonLines
+        if not self.begin and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UserError(f"The run directory {run_dir} is already in use; name another with --run-dir, or `elastic resume` it.")
+        nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UserError(f"The run directory {run_dir} cannot be written: {nearest} lets nobody write; name another with --run-dir.")
+        return run_dir
 
+    def open_run_dir(self, run_dir: Path) -> None:
+        """Makes the directory, or cuts the one to resume back to its checkpoint."""
+        try:
+            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (run_dir / "recipe.toml").write_text(dumps(self.recipe))
+        except OSError as error:
+            raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with --run-dir.") from error
+        if self.begin:
             JsonLines(run_dir / "metrics.jsonl").cut_back(self.begin["written"])
             (run_dir / "summary.json").unlink(missing_ok=True)
-        else:
-            try:
-                run_dir.mkdir(parents=True, exist_ok=True)
-                if any(run_dir.iterdir()):
-                    raise UserError(f"The run directory {run_dir} is already in use; name another with --run-dir, or `elastic resume` it.")
-                (run_dir / "checkpoints").mkdir()
-            except OSError as error:
-                raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with --run-dir.") from error
-        (run_dir / "recipe.toml").write_text(dumps(self.recipe))
-        return run_dir
 
 
 def run_id(run_dir: Path) -> str:
@@ -143,6 +157,8 @@ def import_path() -> Iterator[None]:
 @contextmanager
 def connected(address: str, recipe: Recipe) -> Iterator[str]:
     """A Ray to run on; one that was started here ends here."""
+    if ":" in address:
+        answers(address)
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
     if ray.is_initialized():
         yield ray.get_runtime_context().gcs_address
@@ -160,6 +176,15 @@ def connected(address: str, recipe: Recipe) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def answers(address: str) -> None:
+    """Ray itself tries for minutes, and says so on stderr."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.rpartition("/")[2], int(port)), CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"No Ray answers at --address {address} ({error}); start one with `ray start --head`, or leave --address out.") from None
 
 
 def start_controller(job: Job, recipe: Recipe, begin: dict[str, Any]) -> Any:

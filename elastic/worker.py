@@ -54,7 +54,7 @@ class Worker:
 
     def serve(self) -> None:
         """Builds and compiles, says so, and works until released."""
-        recipe = loads(self.job.recipe)
+        recipe = loads(self.job.recipe, locate=False)
         workload = Workload.open(recipe, self.job.info)
         self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, self.job.info,
                            self.rim.post)
