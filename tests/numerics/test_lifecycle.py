@@ -1,0 +1,134 @@
+"""What happens around the training on threads: joins, drains, waits, interrupts, resumption, errors of the model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.numerics import modules
+from tests.numerics.inprocess import Result, Run, fit, module_recipe
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+STEPS = 16
+
+
+def recipe(module: str = "Small", steps: int = STEPS, **changes: Any) -> Any:
+    return module_recipe(module, steps, checkpoint={"every_steps": 5}, **changes)
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    result = fit(tmp_path_factory.mktemp("one") / "run", recipe(elastic={"max_workers": 1}))
+    result.assert_sound(STEPS)
+    return result
+
+
+def test_a_node_that_joins_is_used(oracle: Result, tmp_path: Path) -> None:
+    result = fit(tmp_path, recipe(), capacity=1, hooks={4: lambda run: run.fleet.grow(4)})
+    result.assert_sound(STEPS)
+    assert result.sha == oracle.sha
+    sizes = result.summary["world_sizes"]
+    assert sizes[0] == 1 and sizes[-1] > 1
+    assert result.named("healed")[0]["from"] == "worker-0" and result.named("healed")[0]["bytes"] > 0
+    assert result.named("resized") and not result.named("recovered")
+
+
+def test_workers_of_a_drained_node_leave_without_a_loss(oracle: Result, tmp_path: Path) -> None:
+    result = fit(tmp_path, recipe(), nodes=2, hooks={5: lambda run: run.drain("node-0")})
+    result.assert_sound(STEPS)
+    assert result.sha == oracle.sha
+    assert not result.named("worker_lost") and not result.named("recovered") and result.named("node_draining")
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_whole_group_hands_over_to_another(most: int, oracle: Result, tmp_path: Path) -> None:
+    result = fit(tmp_path, recipe(elastic={"max_workers": most}), capacity=2 * most, hooks={5: lambda run: run.drain("node-0")})
+    result.assert_sound(STEPS)
+    assert result.sha == oracle.sha
+    first, *_, last = ({w["worker"] for w in e["workers"]} for e in result.named("generation_started"))
+    assert len(first) == len(last) == most and not first & last
+    assert not result.named("rewound") and not result.named("worker_lost")
+
+
+def test_below_min_workers_it_waits_and_goes_on(oracle: Result, tmp_path: Path) -> None:
+    run = Run(tmp_path, recipe(elastic={"max_workers": 3, "min_workers": 3}), ["kill:2@8/vote"], capacity=3)
+    run.hooks[5] = lambda run: run.fleet.grow(2)
+    run.books.on_event = lambda name: run.fleet.grow(3) if name == "waiting" else None
+    result = run.fit()
+    result.assert_sound(STEPS)
+    assert result.sha == oracle.sha
+    assert [(e["ready"], e["needed"]) for e in result.named("waiting")] == [(2, 3)]
+    assert result.summary["world_sizes"] == [3]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_interrupted_and_resumed(workers: int, oracle: Result, tmp_path: Path) -> None:
+    options = {"elastic": {"max_workers": workers}}
+    first = fit(tmp_path, recipe(**options), hooks={7: lambda run: run.interrupt()})
+    assert first.outcome.status == first.summary["status"] == "interrupted"
+    at = first.summary["steps"]
+    assert 7 < at < STEPS and (tmp_path / "checkpoints" / f"step-{at:08d}" / "manifest.json").exists()
+    generation = first.named("generation_started")[-1]["generation"]
+    second = fit(tmp_path, recipe(elastic={"max_workers": 5 - workers}))
+    second.assert_sound(STEPS)
+    assert second.sha == oracle.sha
+    assert second.named("generation_started")[-1]["generation"] > generation
+    assert not second.named("rewound")
+
+
+def test_interrupted_in_the_middle_of_a_resize(oracle: Result, tmp_path: Path) -> None:
+    def both(run: Run) -> None:
+        run.scale(2)
+        run.interrupt()
+
+    first = fit(tmp_path, recipe(), hooks={7: both})
+    assert first.outcome.status == "interrupted"
+    assert (tmp_path / "checkpoints" / f"step-{first.summary['steps']:08d}" / "manifest.json").exists()
+    second = fit(tmp_path, recipe())
+    second.assert_sound(STEPS)
+    assert second.sha == oracle.sha
+
+
+def test_the_lines_of_a_rank_0_that_heals_and_falls_are_not_lost(oracle: Result, tmp_path: Path) -> None:
+    """The joiner has the state, and the only one who knew the last lines is gone."""
+    for phase in ("forward", "backward", "reduction"):
+        chaos = ["kill:0@8/update", f"kill:0@9/{phase}", "kill:0@10/update"]
+        result = fit(tmp_path / phase, recipe(elastic={"max_workers": 2, "spares": 4}), chaos)
+        result.assert_sound(STEPS)
+        assert result.sha == oracle.sha
+
+
+def test_rank_0_falls_while_it_writes_the_last_checkpoint(oracle: Result, tmp_path: Path) -> None:
+    run = Run(tmp_path, recipe(elastic={"max_workers": 2}))
+    run.hooks[STEPS] = lambda run: run.controller.give_up_on(run.controller.state.group[0], "killed")
+    result = run.fit()
+    result.assert_sound(STEPS)
+    assert result.sha == oracle.sha and len(result.named("worker_lost")) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_poison_step_fails_with_its_error(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = fit(tmp_path, recipe("Trap", model={"row": 70, "what": "poison"}, elastic={"max_workers": workers}))
+    assert result.outcome.status == result.summary["status"] == "failed"
+    assert result.outcome.error == result.summary["error"] == "ValueError: row 70: poison"
+    assert len(result.named("step_failed")) == 2 and len(result.named("generation_started")) == 2
+    assert "Traceback" in capsys.readouterr().err  # in the worker's log
+
+
+def test_an_error_that_does_not_come_again_is_survived(tmp_path: Path) -> None:
+    modules.Trap.caught.clear()
+    model = {"row": 70, "what": "hiccup", "once": True}
+    result = fit(tmp_path / "many", recipe("Trap", model=model, elastic={"max_workers": 3}))
+    result.assert_sound(STEPS)
+    assert len(result.named("step_failed")) == 1 and not result.named("worker_lost")
+    assert result.sha == fit(tmp_path / "one", recipe("Trap", model=model, elastic={"max_workers": 1})).sha
+
+
+def test_a_lost_number_fails_at_once_and_says_where(tmp_path: Path) -> None:
+    result = fit(tmp_path, recipe("Trap", model={"row": 70, "what": "nan"}))
+    assert result.outcome.status == "failed" and len(result.named("generation_started")) == 1
+    error = result.summary["error"]
+    assert "The loss is nan at step" in error and "logical shard" in error and "sample positions" in error
