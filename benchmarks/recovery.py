@@ -1,6 +1,6 @@
 """The pause after a SIGKILL of a random worker at a random moment, four workers: ours, Ray Train's elastic mode, torchft.
 
-    python -m benchmarks.recovery [--kills 20] [--only ours "Ray Train" torchft]
+    python -m benchmarks.recovery [--kills 20] [--only ours "Ray Train" "torchft, DDP" "torchft, flat"]
 
 The clock runs from the signal, sent from outside, to the next step that commits without the victim, by the workers' own
 logs; one ordinary step of the smaller group is taken off where that step was redone. The killed worker is replaced, and the next kill
@@ -15,6 +15,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from benchmarks.kit.processes import ONE_THREAD, python, started
 SIZE = 4
 ENDLESS = 1_000_000  # steps: the run is ended by us
 WHOLE_S = 90.0  # until the group must be whole again
-NEXT_S = 60.0  # until the next step must have committed
+NEXT_S = 40.0  # until the next step must have committed
+
+Contestant = Callable[[int, int], list[Outcome]]  # (kills, seed) -> what came of each
 
 
 def ours_kills(kills: int, seed: int) -> list[Outcome]:
@@ -114,23 +117,28 @@ def outcome_of(kill: Kill, logs: Folder, restarts: bool) -> Outcome:
     return known()
 
 
-def torchft_kills(kills: int, seed: int) -> list[Outcome]:
+def torchft_kills(mode: str) -> Contestant:
     """A killed replica is started again at once; where the survivors fail, everything is."""
-    generator, outcomes = random.Random(seed), []
-    while len(outcomes) < kills:
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            outcomes += torchft_run(kills - len(outcomes), Path(folder), stack, generator, outcomes)
-    return outcomes
+
+    def contest(kills: int, seed: int) -> list[Outcome]:
+        generator, outcomes = random.Random(seed), []
+        while len(outcomes) < kills:
+            with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+                outcomes += torchft_run(mode, kills - len(outcomes), Path(folder), stack, generator, outcomes)
+        return outcomes
+
+    return contest
 
 
-def torchft_run(kills: int, folder: Path, stack: ExitStack, generator: random.Random, so_far: list[Outcome]) -> list[Outcome]:
+def torchft_run(mode: str, kills: int, folder: Path, stack: ExitStack, generator: random.Random,
+                so_far: list[Outcome]) -> list[Outcome]:
     """Kills until the survivors fail or there were enough."""
     stack.enter_context(started(python("benchmarks.peers.torchft_ddp", "lighthouse", folder / "address"), folder / "log", ONE_THREAD))
     wait_until((folder / "address").exists, 30, "no lighthouse", lambda: True)
     address, logs, found = (folder / "address").read_text(), Folder(folder), []
 
     def start(number: int) -> Any:
-        command = python("benchmarks.peers.torchft_ddp", "replica", number, address, folder)
+        command = python("benchmarks.peers.torchft_ddp", "replica", number, address, folder, mode)
         return stack.enter_context(started(command, folder / "log", ONE_THREAD))
 
     replicas = [start(number) for number in range(SIZE)]
@@ -144,7 +152,7 @@ def torchft_run(kills: int, folder: Path, stack: ExitStack, generator: random.Ra
         victim = next(n for n, replica in enumerate(replicas) if replica.pid == kill.pid)
         dead = [n for n, replica in enumerate(replicas) if n != victim and replica.poll() is not None]
         found.append(Outcome(outcome.survived and not dead, outcome.pause_s, outcome.steps_lost))
-        report("torchft", so_far + found)
+        report(f"torchft, {mode}", so_far + found)
         if not found[-1].survived:
             return found
         replicas[victim] = start(victim)
@@ -164,7 +172,8 @@ def row(name: str, outcomes: list[Outcome]) -> list[str]:
     return [name, f"{len(survived)} of {len(outcomes)}", *figures, lost]
 
 
-CONTESTANTS = {"ours": ours_kills, "Ray Train": ray_train_kills, "torchft": torchft_kills}
+CONTESTANTS: dict[str, Contestant] = {"ours": ours_kills, "Ray Train": ray_train_kills, "torchft, DDP": torchft_kills("ddp"),
+               "torchft, flat": torchft_kills("flat")}
 
 
 def main() -> None:
@@ -175,8 +184,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {name: CONTESTANTS[name](arguments.kills, arguments.seed) for name in arguments.only}
     head = ["", "survived", "median pause, s", "worst, s", "steps lost, mean (worst)"]
-    sections = [__doc__.partition("\n\n    python")[0] + __doc__.partition('torchft]\n')[2].join(["\n\n", ""]),
-                NOTE, results.table(head, [row(name, outcomes) for name, outcomes in found.items()])]
+    text = __doc__.split("\n\n")
+    sections = [text[0], text[2].strip(), NOTE, results.table(head, [row(name, outcomes) for name, outcomes in found.items()])]
     if "ours" in found:
         pauses = [o.pause_s for o in found["ours"] if o.survived]
         others = [f"{statistics.median(o.pause_s for o in outcomes if o.survived) / statistics.median(pauses):.1f} times shorter than {name}'s"
@@ -187,7 +196,7 @@ def main() -> None:
 
 NOTE = """Survived means: the others went on (Ray Train: the run did; it starts all processes again by design). Ray Train has a checkpoint
 every 10 steps. torchft's heartbeats and joins are set to 0.5 s and 0.2 s, far below its defaults; where its survivors failed, all of it was
-started again for the next kill."""
+started again for the next kill. "DDP" is its DistributedDataParallel; "flat" calls its manager's all-reduce once on all gradients."""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """torchft's own DDP loop: one replica a process, and the lighthouse.
 
     python -m benchmarks.peers.torchft_ddp lighthouse ADDRESS_FILE
-    python -m benchmarks.peers.torchft_ddp replica NUMBER LIGHTHOUSE FOLDER
+    python -m benchmarks.peers.torchft_ddp replica NUMBER LIGHTHOUSE FOLDER ddp|flat
+
+"ddp" is its DistributedDataParallel, as its guide has it; "flat" calls its manager's all-reduce once, on all gradients together.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def lighthouse(address_file: str) -> None:
     threading.Event().wait()
 
 
-def replica(number: int, lighthouse_address: str, folder: str) -> None:
+def replica(number: int, lighthouse_address: str, folder: str, mode: str) -> None:
     """Trains until it is killed."""
     import torchft
 
@@ -51,13 +53,20 @@ def replica(number: int, lighthouse_address: str, folder: str) -> None:
         state_dict=lambda: {"model": module.state_dict(), "optimizer": optimizer.state_dict()}, min_replica_size=1,
         replica_id=f"replica_{number}", store_addr="127.0.0.1", store_port=store.port, rank=0, world_size=1,
         lighthouse_addr=lighthouse_address, timeout=TIMEOUT, quorum_timeout=TIMEOUT, connect_timeout=TIMEOUT)
-    model, fault_tolerant = torchft.DistributedDataParallel(manager, module), torchft.Optimizer(manager, optimizer)
+    model = torchft.DistributedDataParallel(manager, module) if mode == "ddp" else module
+    fault_tolerant = torchft.Optimizer(manager, optimizer)
     (x, y), log = map(torch.from_numpy, arrays()), StepLog(folder)
     done = 0
     while True:
         fault_tolerant.zero_grad()
         rows, labels = batch_of(x, y, manager.current_step(), number, PARTS, ROWS_PER_WORKER)
         torch.nn.functional.cross_entropy(model(rows), labels).backward()
+        if mode == "flat":
+            gradients = [p.grad for p in module.parameters()]
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            manager.allreduce(flat).wait()
+            for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(reduced.view_as(gradient))
         fault_tolerant.step()
         if manager.current_step() > done:
             done = manager.current_step()
@@ -68,4 +77,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "lighthouse":
         lighthouse(sys.argv[2])
     else:
-        replica(int(sys.argv[2]), sys.argv[3], sys.argv[4])
+        replica(int(sys.argv[2]), *sys.argv[3:6])
