@@ -47,10 +47,13 @@ def ours_kills(kills: int, seed: int) -> list[Outcome]:
             return ([w["pid"] for w in current[0]["workers"]] if same else []), step
 
         with started(ours.command(Path(folder) / "run", SIZE, ENDLESS), Path(folder) / "log") as process:
-            for _ in range(kills):
-                kill = kill_one(group, SIZE, generator, WHOLE_S, lambda: process.poll() is None)
-                outcomes.append(ours_outcome(kill, run, group))
-                report("ours", outcomes)
+            try:
+                for _ in range(kills):
+                    kill = kill_one(group, SIZE, generator, WHOLE_S, lambda: process.poll() is None)
+                    outcomes.append(ours_outcome(kill, run, group))
+                    report("ours", outcomes)
+            except Stalled as stalled:
+                outcomes.append(failed("ours", stalled, Path(folder)))
             process.terminate()
             process.wait(60)
     return outcomes
@@ -92,9 +95,14 @@ def ray_train_kills(kills: int, seed: int) -> list[Outcome]:
                     found.append(outcome_of(kill, logs, restarts=True))
                     report("Ray Train", found)
             except Stalled as stalled:
-                print(f"Ray Train: {stalled}\n" + (Path(folder) / "log").read_text(errors="replace")[-1500:], flush=True)
-                found.append(Outcome(False, float("nan"), 0))
+                found.append(failed("Ray Train", stalled, Path(folder)))
     return found
+
+
+def failed(name: str, stalled: Stalled, folder: Path) -> Outcome:
+    """The run did not go on: its last words."""
+    print(f"{name}: {stalled}\n" + (folder / "log").read_text(errors="replace")[-3000:], flush=True)
+    return Outcome(False, float("nan"), 0)
 
 
 def whole(logs: Folder) -> tuple[list[int], int]:

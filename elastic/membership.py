@@ -300,7 +300,8 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     size = world_size(len(candidates), state.target, state.bounds)
     leavers = [w for w in state.ready if w in state.leaving and w not in candidates]
     leaving = state.leaving & set(candidates)
-    gone = (*(Release(w) for w in leavers), *([Want(wanted(state.bounds, state.target, len(leaving)))] if leavers else []))
+    want = [Want(wanted(state.bounds, state.target, len(leaving)))] if leavers else []  # first: nobody is to replace a leaver twice
+    gone = (*want, *(Release(w) for w in leavers))
     ready = {w: r for w, r in state.ready.items() if w not in leavers}
     state = replace(state, ready=ready, leaving=leaving, standing={}, last={w: s for w, s in words.items() if w in ready})
     if not size:

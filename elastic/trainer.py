@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from elastic import chaos, workload
 from elastic.actor import NAMESPACE
@@ -168,6 +170,7 @@ def connected(address: str, recipe: Recipe) -> Iterator[str]:
             cpus = recipe.elastic.max_workers + recipe.elastic.spares + 1
             ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
         else:
+            use_token()
             ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"No Ray answers at --address {address} ({str(error).splitlines()[0]}); start one with `ray start --head`, "
@@ -176,6 +179,12 @@ def connected(address: str, recipe: Recipe) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def use_token() -> None:
+    """Ray gives a cluster a token by default, but shows it at an explicit address only where RAY_AUTH_MODE says so."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def answers(address: str) -> None:
