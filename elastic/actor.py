@@ -36,6 +36,7 @@ class ProcessRim:
 
     def __init__(self, name: str, run_id: str, controller: Any, timeout_s: float):
         from elastic.collective.rendezvous import Endpoint
+        from elastic.collective.segment import usable
 
         self.name, self.run_id, self.controller, self.timeout_s = name, run_id, controller, timeout_s
         self.node = ray.get_runtime_context().get_node_id()
@@ -43,6 +44,7 @@ class ProcessRim:
         self.host = ray.util.get_node_ip_address()
         self._endpoint = Endpoint(self.host)
         self.endpoint = self._endpoint.address
+        self.shares = usable()
         self.outbox: Any = None
 
     def form(self, generation: Generation, rank: int, control: Any) -> Any:

@@ -141,7 +141,7 @@ class RayFleet:
     def transport(self, ready: Sequence[Ready]) -> str:
         if self.device == "cuda":
             return "nccl"
-        return "shared" if len({r.node for r in ready}) == 1 else "gloo"
+        return "shared" if len({r.node for r in ready}) == 1 and all(r.shares for r in ready) else "gloo"
 
     def inject(self, fault: Fault, stopped: Ready | None) -> None:
         if stopped is not None and stopped.node == ray.get_runtime_context().get_node_id():

@@ -30,7 +30,7 @@ class ThreadRim:
     """One thread's surroundings."""
 
     def __init__(self, fleet: ThreadFleet, name: str, node: str):
-        self.fleet, self.name, self.node, self.pid, self.endpoint = fleet, name, node, 0, "local"
+        self.fleet, self.name, self.node, self.pid, self.endpoint, self.shares = fleet, name, node, 0, "local", False
         self.rank, self.generation = -1, 0
         self.dead = threading.Event()
         self.outbox: Outbox | None = None

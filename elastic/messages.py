@@ -50,6 +50,7 @@ class Ready:
     pid: int
     endpoint: str
     compilations: int = 0  # traces and compilations of its process so far
+    shares: bool = False  # it can meet others of its node over shared memory
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Rim(Protocol):
     node: str
     pid: int
     endpoint: str
+    shares: bool  # whether it can meet others of its node over shared memory
 
     def form(self, generation: Generation, rank: int, control: Control) -> CollectiveGroup:
         """Joins the generation's group; `GroupBroken` if it cannot be formed or is abandoned meanwhile."""
@@ -61,7 +62,7 @@ class Worker:
         self.work: Work = build_work(recipe, workload, self.control, self.rim.post, self.save)
         warm_up(self.work)
         self.recipe = recipe
-        self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.work.backend.compilations()))
+        self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.work.backend.compilations(), self.rim.shares))
         while (generation := self.orders.get()) is not None:
             self.rim.post(self.take_part(generation))
         self.saver.join()
