@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Ready, Standing
-from elastic.policy import Bounds, world_size
+from elastic.policy import MAX_FRUITLESS, Bounds, world_size
 
 
 # Events beside `Ready` and `Standing`.
@@ -25,6 +25,7 @@ class Starting:
     """A worker process is being started: a place for it was found."""
 
     worker: str
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ class State:
     failure: tuple[int, int, str] = (0, -1, "")  # generation, step and error of the last failed step
     cause: str = "start"
     told: int = -1  # how many were ready when a wait was last spoken of
+    drained: frozenset[str] = frozenset()  # nodes that will go away
+    reached: int = -1  # where the last generation started
+    barren: int = 0  # generations in a row that started there
 
 
 def begin(bounds: Bounds, generation: int = 0) -> tuple[State, tuple[Any, ...]]:
@@ -157,7 +161,8 @@ def on_starting(state: State, event: Starting) -> tuple[State, tuple[Any, ...]]:
 
 
 def on_ready(state: State, event: Ready) -> tuple[State, tuple[Any, ...]]:
-    return replace(state, starting=state.starting - {event.worker}, ready={**state.ready, event.worker: event}), ()
+    leaving = state.leaving | ({event.worker} if event.node in state.drained else set())
+    return replace(state, starting=state.starting - {event.worker}, ready={**state.ready, event.worker: event}, leaving=leaving), ()
 
 
 def on_lost(state: State, event: Lost) -> tuple[State, tuple[Any, ...]]:
@@ -200,15 +205,16 @@ def on_scale(state: State, event: ScaleTo) -> tuple[State, tuple[Any, ...]]:
 
 def on_drain(state: State, event: Drain) -> tuple[State, tuple[Any, ...]]:
     leaving = state.leaving | {w for w, ready in state.ready.items() if ready.node in event.nodes}
-    return replace(state, leaving=leaving), (Want(wanted(state.bounds, state.target, len(leaving))),)
+    state = replace(state, leaving=leaving, drained=state.drained | set(event.nodes))
+    return state, (Want(wanted(state.bounds, state.target, len(leaving))),)
 
 
 def on_interrupt(state: State, event: Interrupt) -> tuple[State, tuple[Any, ...]]:
     if state.ending:
         return state, ()
     state = replace(state, ending=True)
-    if state.phase == "waiting":
-        return finish(state, Finish("interrupted"))
+    if state.phase == "waiting":  # survivors with steps that no checkpoint has form once more, to save them
+        return (state, ()) if any(s.committed >= 0 for s in state.last.values()) else finish(state, Finish("interrupted"))
     return state, tuple(RequestStop(w, state.generation, STOP_AND_SAVE) for w in state.group)
 
 
@@ -236,7 +242,8 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
         return state, ()
     survivors = [w for w in state.group if w in state.ready]
     if state.phase == "waiting":
-        return form(state) if not state.starting or len(usable(state)) >= state.target else (state, ())
+        is_time = state.ending or not state.starting or len(usable(state)) >= state.target
+        return form(state) if is_time else (state, ())
     if all(w in state.standing for w in survivors):
         return depart(state, survivors)
     if state.phase == "running" and not state.ending and wants_resize(state):
@@ -280,7 +287,8 @@ def usable(state: State) -> list[str]:
     survivors = sorted((w for w in state.group if w in state.ready), key=lambda w: -words[w].committed if w in words else 0)
     everybody = survivors + [w for w in state.ready if w not in state.group]
     staying = [w for w in everybody if w not in state.leaving]
-    whole = [w for w in survivors if w not in words or words[w].committed >= 0]
+    furthest = max((words[w].committed for w in survivors if w in words), default=-1)
+    whole = [w for w in survivors if w not in words or words[w].committed == furthest >= 0]
     is_free = not whole or any(w in whole for w in staying) or state.phase == "running" or is_saved(state, "stopped")
     return staying if staying and is_free else everybody
 
@@ -297,13 +305,16 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     """The next generation from whoever is usable, or a wait for more."""
     words = {**state.last, **state.standing}
     candidates = usable(state)
-    size = world_size(len(candidates), state.target, state.bounds)
+    bounds = replace(state.bounds, min_workers=1) if state.ending else state.bounds
+    size = world_size(len(candidates), state.target, bounds)
     leavers = [w for w in state.ready if w in state.leaving and w not in candidates]
     leaving = state.leaving & set(candidates)
     want = [Want(wanted(state.bounds, state.target, len(leaving)))] if leavers else []  # first: nobody is to replace a leaver twice
     gone = (*want, *(Release(w) for w in leavers))
     ready = {w: r for w, r in state.ready.items() if w not in leavers}
     state = replace(state, ready=ready, leaving=leaving, standing={}, last={w: s for w, s in words.items() if w in ready})
+    if not size and state.ending:
+        return finish(state, Finish("interrupted"))
     if not size:
         told = len(candidates)
         waiting = () if told == state.told else (Wait(told, state.bounds.min_workers),)
@@ -311,8 +322,13 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     members, extra = tuple(candidates[:size]), candidates[size:]
     surplus = extra[state.bounds.spares:]
     generation = rejoin(state, members)
+    barren = state.barren + 1 if generation.committed == state.reached else 0
+    if barren > MAX_FRUITLESS + len(members):
+        why = next((s.error for s in words.values() if s.error), "no reason is known")
+        return finish(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
     action = Form(generation, state.cause, len(state.group))
     state = replace(state, phase="running", generation=generation.number, group=members, last={}, told=-1, cause="resize",
+                    reached=generation.committed, barren=barren,
                     ready={w: r for w, r in ready.items() if w not in surplus})
     stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
     return state, (*gone, *(Release(w) for w in surplus), action, *stops)

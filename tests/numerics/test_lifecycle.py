@@ -12,11 +12,11 @@ from tests.numerics.inprocess import Result, Run, fit, module_recipe
 
 pytest.importorskip("torch", reason="torch is not installed")
 
-STEPS = 16
+STEPS = 80  # a hook acts some steps after the one it waits for: lines travel with the pulse
 
 
 def recipe(module: str = "Small", steps: int = STEPS, **changes: Any) -> Any:
-    return module_recipe(module, steps, checkpoint={"every_steps": 5}, **changes)
+    return module_recipe(module, steps, checkpoint={"every_steps": 25}, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.numerics.inprocess import Result, fit, gpt_recipe, module_recipe
+from tests.numerics.inprocess import Result, Run, fit, gpt_recipe, module_recipe
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -82,10 +82,7 @@ def test_several_kills(chaos: list[str], text: Path, undisturbed: Result, tmp_pa
 
 def test_scaling_with_spares_2_4_1_3(text: Path, undisturbed: Result, tmp_path: Path) -> None:
     recipe = gpt_recipe(text, STEPS, elastic={"spares": 3})
-    scalings = {4: 4, 10: 1, 16: 3}
-    hooks = {step: (lambda run, workers=workers: run.scale(workers)) for step, workers in scalings.items()}
-    hooks[1] = lambda run: run.scale(2)
-    result = fit(tmp_path, recipe, hooks=hooks)
+    result = fit(tmp_path, recipe, ["scale:2@1", "scale:4@7", "scale:1@13", "scale:3@19"])
     assert_same(result, undisturbed)
     assert result.summary["world_sizes"][-4:] == [2, 4, 1, 3]
     assert result.named("recovered") == []
@@ -109,11 +106,13 @@ def test_stopped_and_continued(text: Path, undisturbed: Result, tmp_path: Path) 
 
 
 def test_every_copy_gone_goes_back_to_the_checkpoint(text: Path, undisturbed: Result, tmp_path: Path) -> None:
-    chaos = [f"kill:{rank}@12/update" for rank in range(4)]
-    result = fit(tmp_path, gpt_recipe(text, STEPS), chaos)
-    (rewound,) = result.named("rewound")
-    assert rewound["to"] == 8 and 8 < rewound["from"] < 12  # what is lost is counted by what is on disk
-    result.assert_sound(STEPS, steps_lost=rewound["from"] - 8)
+    def all_fall(run: Run) -> None:
+        for worker in run.controller.state.group:
+            run.controller.give_up_on(worker, "killed")
+
+    result = fit(tmp_path, gpt_recipe(text, STEPS), hooks={11: all_fall})
+    result.assert_sound(STEPS, steps_lost=3)
+    assert [(e["from"], e["to"]) for e in result.named("rewound")] == [(11, 8)]
     assert result.sha == undisturbed.sha
 
 
