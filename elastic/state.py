@@ -110,6 +110,15 @@ def fill(view: Buffer, values: np.ndarray) -> None:
     view[...] = view.new_tensor(values) if hasattr(view, "new_tensor") else values
 
 
+def check_same(views: Mapping[str, Buffer], arrays: Mapping[str, Any]) -> None:
+    """RecipeError unless both hold the same names and shapes."""
+    for name in sorted({*views, *arrays}):
+        wanted, found = (f"shape {tuple(np.shape(side[name]))}" if name in side else "no such array" for side in (views, arrays))
+        if wanted != found:
+            raise RecipeError(f"{name}: the checkpoint has {found}, the recipe's model and optimizer have {wanted}; it is of another model or "
+                              "optimizer: put [model] and optimizer.name back, or start a new run with model.init.")
+
+
 def to_numpy(view: Buffer) -> np.ndarray:
     """A NumPy array of a view on any device; shares memory on the CPU."""
     return view.detach().cpu().numpy() if hasattr(view, "detach") else view
@@ -132,7 +141,8 @@ class State:
         given = self.backend.initial()
         values = initial_values(self.backend.parameters, seed, given) | dict(init or {})
         buffers = initial_values(self.backend.buffers, seed, given)
-        zeros = {f"optimizer/{slot}/{name}": 0.0 for slot in self.slots for name in self.layout.trainable_names}
+        shapes = {name: self.layout.places[name].shape for name in self.layout.trainable_names}
+        zeros = {f"optimizer/{slot}/{name}": np.broadcast_to(0.0, shape) for slot in self.slots for name, shape in shapes.items()}
         self.load({f"parameter/{n}": v for n, v in values.items()} | zeros | {f"buffer/{n}": v for n, v in buffers.items()}, 0)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -144,15 +154,18 @@ class State:
         return out | {f"buffer/{n}": v for n, v in self.buffers.items()}
 
     def load(self, arrays: Mapping[str, Any], committed: int) -> None:
-        """Takes over what `arrays()` of any worker gave. The state counts as torn until all of it is in place."""
+        """Takes over what `arrays()` of any worker gave. The state counts as torn until all of it is in place.
+
+        RecipeError, before anything is copied, where they are those of another model or optimizer.
+        """
         self.committed = -1
         views = {f"parameter/{n}": v for n, v in self.layout.views(self.param).items()}
         for slot, buffer in self.slots.items():
             views |= {f"optimizer/{slot}/{n}": v for n, v in self.layout.views(buffer, self.layout.trainable_names).items()}
+        views |= {f"buffer/{n}": v for n, v in self.buffers.items()}
+        check_same(views, arrays)
         for name, view in views.items():
             fill(view, arrays[name])
-        for name, buffer in self.buffers.items():
-            buffer[...] = arrays[f"buffer/{name}"]
         self.committed = committed
 
     def heal(self, group: Any, root: int, committed: int) -> int:

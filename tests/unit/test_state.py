@@ -151,9 +151,23 @@ def test_load_takes_over_what_another_gave() -> None:
     assert np.array_equal(source.param, target.param)  # padding included: it is zero in both
     for name, array in source.arrays().items():
         assert np.array_equal(array, target.arrays()[name])
-    with pytest.raises(KeyError):
-        target.load({}, 18)
-    assert target.committed == -1  # torn
+
+
+def test_load_refuses_arrays_of_another_model_or_optimizer() -> None:
+    arrays = {name: array.copy() for name, array in scrambled(started(), 1).arrays().items()}
+    extra = arrays | {"optimizer/sum/wte": np.zeros((10, 7), np.float32)}
+    smaller = arrays | {"parameter/wte": np.zeros((1, 7), np.float32)}
+    counts = arrays | {"buffer/mean": np.zeros(1, np.float32)}
+    less = {name: array for name, array in arrays.items() if name != "parameter/big"}
+    for wrong, words in ((extra, "optimizer/sum/wte: the checkpoint has shape (10, 7), .* have no such array"),
+                         (smaller, "parameter/wte: the checkpoint has shape (1, 7), .* have shape (10, 7)"),
+                         (counts, "buffer/mean: the checkpoint has shape (1,), .* have shape (3,)"),
+                         (less, f"parameter/big: the checkpoint has no such array, .* have shape ({BLOCK + 3},)")):
+        state = started()
+        before = state.param.copy()
+        with pytest.raises(RecipeError, match=words.replace("(", r"\(").replace(")", r"\)")):
+            state.load(wrong, 18)
+        assert state.committed == -1 and np.array_equal(state.param, before)  # torn
 
 
 def run_members(size: int, body: Callable[[Any], Any]) -> list[Any]:
