@@ -19,7 +19,7 @@ from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
 
 ALIGN_BYTES = 64
-KEPT = 16  # block lists of recent ranges: parameters, gradient and two slots in two segments, and some to spare
+KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare
 
 _thread = threading.local()
 
@@ -100,6 +100,8 @@ class TorchBackend:
             loss.backward()
         elif float(weight):
             raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
+        for name in into:
+            self._leaves[name].grad = None  # a gradient buffer ends with its generation
         total, count = torch.stack((loss.detach().double(), as_scalar(weight, loss))).tolist()
         return ShardResult(total, count, {name: value.detach().cpu().numpy() for name, value in new.items()})
 
@@ -120,13 +122,13 @@ class TorchBackend:
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         self._enter()
         with torch.no_grad():
-            optimizer.apply(rule, self._blocks(param, block), self._blocks(grad, block),
+            optimizer.apply(rule, self._blocks(param, block), as_tensor(grad).split(block),
                             {name: self._blocks(slot, block) for name, slot in slots.items()})
 
     def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
         self._enter()
         with torch.no_grad():
-            return optimizer.squared_norms(self._blocks(grad, block))
+            return optimizer.squared_norms(as_tensor(grad).split(block))
 
     def compilations(self) -> int:
         return self._compilations
@@ -173,7 +175,7 @@ class TorchBackend:
             self._leaves[name].grad = as_tensor(view)
 
     def _blocks(self, buffer: Buffer, block: int) -> tuple[torch.Tensor, ...]:
-        # a kept tensor holds its memory, so the address cannot pass to another buffer
+        # only of buffers that live as long as the model: a kept tensor holds its memory, so the address cannot pass to another
         key = (address(buffer), len(buffer), block)
         found = self._kept.get(key)
         if found is None:

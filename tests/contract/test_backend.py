@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -126,6 +128,20 @@ def test_update_bits_do_not_depend_on_the_ranges(name: str, rule: UpdateRule) ->
     for cut_at in ((BLOCK,), (2 * BLOCK, 3 * BLOCK), tuple(range(BLOCK, 6 * BLOCK, BLOCK))):
         parts = trained(name, rule, cut_at)
         assert all(np.array_equal(whole[key], parts[key]) for key in whole), cut_at
+
+
+@every_backend
+def test_no_gradient_buffer_outlives_its_generation(name: str) -> None:
+    """Each is a piece of one that may be shared memory, and of that nothing goes before all of it is let go."""
+    rig = gpt_rig(name)
+    param, grad = rig.param[:rig.layout.decay], rig.gradient(token_batch())[0]
+    slots = {slot: rig.backend.allocate(len(param)) for slot in SLOTS["adamw"]}
+    memory = weakref.ref(grad.base)
+    rig.backend.squared_norms(grad, BLOCK)
+    rig.backend.update(RULES["adamw"], param, grad[:len(param)], slots, BLOCK)
+    del grad
+    gc.collect()
+    assert memory() is None
 
 
 @every_backend
