@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from elastic.checkpoint.manager import clean, commit, newest_good, prune
+import logging
+
+from elastic.checkpoint.manager import check_sizes, clean, commit, folder_of, newest_good, prune
 from elastic.checkpoint.manifest import parse
 from elastic.checkpoint.store import Store
+from elastic.errors import BadCheckpoint
+
+log = logging.getLogger(__name__)
 
 
 class Commits:
@@ -18,13 +23,28 @@ class Commits:
         return f"{self.location.rstrip('/')}/{name}"
 
     def commit(self, text: str) -> tuple[str, int]:
-        """Commits a manifest whose files are durable; its path and size in bytes. Older checkpoints beyond `keep` go."""
+        """Commits a manifest whose files are durable; its path and size in bytes. Older checkpoints beyond `keep` go.
+
+        BadCheckpoint where the files are not to be seen from here.
+        """
         manifest = parse(text)
+        try:
+            check_sizes(self.store, folder_of(manifest.step), manifest)
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{str(error).rstrip('.')} where the controller looks, in {self.location}; a worker has written it, so put the run "
+                                "directory where all nodes share it.") from error
         name = commit(self.store, manifest)
         self.newest = max(self.newest, manifest.step)
-        prune(self.store, self.keep, self.best or None)
-        clean(self.store, manifest.generation)
+        self.clear(manifest.generation)
         return self.path(name), manifest.bytes
+
+    def clear(self, live_generation: int) -> None:
+        """Removes what is not to be kept. What resists stays until the next commit: the checkpoint counts all the same."""
+        try:
+            prune(self.store, self.keep, self.best or None)
+            clean(self.store, live_generation)
+        except OSError as error:
+            log.warning("Old checkpoints in %s could not be removed: %s", self.location, error)
 
     def newest_good(self) -> tuple[str, int, list[tuple[str, str]]]:
         """(path, step, [(path, reason)] of the newer ones that are not whole); ("", 0, ...) if there is none."""

@@ -185,9 +185,9 @@ def prune(store: Store, keep: int, best: str | None = None) -> list[str]:
 
 
 def best_of(checkpoints: list[tuple[str, Manifest]], best: str | None) -> set[str]:
-    """The name of the best one (of equals the newest), given newest first."""
+    """The name of the best one, given newest first; of equals the oldest, because later ones repeat its evaluation until the next."""
     metric = (best or "").removeprefix("eval.")
-    rated = [(manifest.eval[metric], name) for name, manifest in checkpoints if metric in manifest.eval]
+    rated = [(manifest.eval[metric], name) for name, manifest in reversed(checkpoints) if metric in manifest.eval]
     if not rated:
         return set()
     choose = min if any(word in metric for word in SMALLER_IS_BETTER) else max

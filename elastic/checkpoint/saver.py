@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ class Saver:
             self.thread = None
         if self.error is not None:
             error, self.error = self.error, None
-            raise OSError(f"A checkpoint could not be written to {self.location}: {error}") from error
+            raise OSError(f"A checkpoint could not be written to {self.location}: {reason(error)}.") from error
 
     def hashes(self, state: State) -> dict[str, str]:
         parameters, whole = hashes(state.arrays(), state.committed * self.batch_size)
@@ -75,3 +76,10 @@ class Saver:
                 has = f"shape {place.shape}" if place else f"no such parameter, but {', '.join(list(state.layout.places)[:3])} and so on"
                 raise RecipeError(f"model.init = {path!r} holds {name} of shape {value.shape}, the model has {has}; give weights of this model.")
         return values
+
+
+def reason(error: BaseException) -> str:
+    """Without the storage's own words, which name a temporary file: the same fault is the same sentence."""
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}"
+    return os.strerror(error.errno) if error.errno else type(error).__name__

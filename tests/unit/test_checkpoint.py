@@ -25,6 +25,8 @@ from elastic.checkpoint import (
     verify,
     write_part,
 )
+from elastic.checkpoint.commits import Commits
+from elastic.checkpoint.saver import Saver
 from elastic.errors import BadCheckpoint, RecipeError
 
 
@@ -272,11 +274,50 @@ def test_the_newest_and_the_best_are_kept(store: Store, root: Path) -> None:
     losses = {10: 2.0, 20: 1.5, 30: 1.6, 40: 1.5, 50: 1.7, 60: 1.8, 70: 1.9}
     for step, loss in losses.items():
         save(store, step, eval={"loss": loss, "accuracy": loss})
-    assert prune(store, 2, "eval.loss") == [f"step-{step:08d}" for step in (50, 30, 20, 10)]
-    assert [path.name for path in sorted(root.iterdir())] == [f"step-{step:08d}" for step in (40, 60, 70)]
-    assert prune(store, 1, "eval.accuracy") == ["step-00000060", "step-00000040"]
+    assert prune(store, 2, "eval.loss") == [f"step-{step:08d}" for step in (50, 40, 30, 10)]
+    assert [path.name for path in sorted(root.iterdir())] == [f"step-{step:08d}" for step in (20, 60, 70)]
+    assert prune(store, 1, "eval.accuracy") == ["step-00000060", "step-00000020"]
     assert prune(store, 3, None) == []
     assert_is(store, "step-00000070", 70)
+
+
+def written(store: Store, step: int) -> str:
+    """A manifest that waits for its commit."""
+    return Manifest(step, 1, step * 12, 7, "recipe", (write_part(store, step, 1, "part-0", some_arrays(step)),)).dumps()
+
+
+def test_nothing_is_committed_whose_files_are_not_to_be_seen(root: Path, tmp_path: Path) -> None:
+    manifest = written(Store.open(tmp_path / "elsewhere"), 50)
+    with pytest.raises(BadCheckpoint, match="part-0-g000001.safetensors is missing where the controller looks, in .*share"):
+        Commits(str(root), 3, "").commit(manifest)
+    assert not root.exists()
+
+
+def test_a_commit_counts_though_old_ones_cannot_be_removed(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           caplog: pytest.LogCaptureFixture) -> None:
+    def resist(name: str) -> None:
+        raise OSError(5, f"{name} resists")
+
+    commits = Commits(str(root), 1, "")
+    commits.commit(written(store, 50))
+    with monkeypatch.context() as patch:
+        patch.setattr(commits.store, "remove", resist)
+        assert commits.commit(written(store, 100))[0] == f"{root}/step-00000100"
+    assert commits.newest == 100 and "resists" in caplog.text
+    assert newest_good(store) == ("step-00000100", [])
+    commits.commit(written(store, 150))
+    assert [path.name for path in root.iterdir()] == ["step-00000150"]
+
+
+def test_a_failed_write_is_told_without_the_name_of_a_temporary_file(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    saver = Saver("w0", str(tmp_path / "checkpoints"), "", 1, 0, {}, lambda part: None)
+    saver.error = OSError(28, "Error writing to step-00000050/state.safetensors.0123456789abcdef.tmp")
+    with pytest.raises(OSError, match="checkpoints: No space left on device.$"):
+        saver.join()
+    saver._write({}, 1, 50, {}, 0.0, 0.0)
+    with pytest.raises(OSError, match="checkpoints: [A-Z][^/]*$"):
+        saver.join()
 
 
 def test_broken_checkpoints_do_not_push_good_ones_out(store: Store, root: Path) -> None:
