@@ -12,9 +12,11 @@ from typing import Any
 import ray
 
 from elastic.chaos import CutShort, Fault, strike_process
+from elastic.errors import UserError
 from elastic.messages import Generation, Job
 
 NAMESPACE = "elastic"
+DELIVER_S = 5.0  # for the controller to take a batch of messages
 FLUSH_S = 10.0  # how long a released worker waits for its last lines to be acknowledged
 
 
@@ -76,14 +78,17 @@ class WorkerActor:
     def __init__(self, name: str, job: Job, threads: int, hang_timeout_s: float, orphan_timeout_s: float):
         prepare_process(threads, Path(job.run_dir) / "logs" / f"{name}.log", job.sys_path)
         self.name, self.job = name, job
+        self.worker: Any = None
         self.hang_timeout_s, self.orphan_timeout_s = hang_timeout_s, orphan_timeout_s
 
     def serve(self) -> None:
-        """Works until released. Whatever goes wrong ends in a plain RuntimeError: a framework's own may not pickle."""
+        """Works until released. What goes wrong is a `UserError` or a plain RuntimeError: a framework's own may not pickle."""
         from elastic.worker import describe
 
         try:
             self._serve()
+        except UserError:
+            raise
         except Exception as error:
             raise RuntimeError(describe(error)) from None
 
@@ -94,8 +99,8 @@ class WorkerActor:
         controller = ray.get_actor(f"{self.job.run_id}/controller", NAMESPACE)
         rim = ProcessRim(self.name, self.job.run_id, controller, self.hang_timeout_s)
         self.worker = Worker(self.name, self.job, rim)
-        leave = partial(os._exit, 0)
-        rim.outbox = Outbox(self.name, self.worker.control, lambda messages: ray.get(controller.deliver.remote(self.name, messages)),
+        rim.outbox = Outbox(self.name, self.worker.control,
+                            lambda messages: ray.get(controller.deliver.remote(self.name, messages), timeout=DELIVER_S),
                             self.orphan_timeout_s, leave, leave)
         rim.outbox.start()
         self.worker.serve()
@@ -111,4 +116,14 @@ class WorkerActor:
         self.worker.control.request_stop(generation, code)
 
     def release(self) -> None:
+        if self.worker is None:
+            os._exit(0)  # still building: nothing is lost
         self.worker.orders.put(None)
+
+
+def leave() -> None:
+    """Ends this process and gives its place back: a fenced worker has no business here, an orphan nobody who would do it."""
+    place = ray.util.get_current_placement_group()
+    if place is not None:
+        ray.util.remove_placement_group(place)
+    os._exit(0)

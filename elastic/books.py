@@ -8,6 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from elastic.errors import UserError
 from elastic.observe.events import JsonLines
 
 FEED = 20_000  # lines kept for a driver that polls several times a second
@@ -18,11 +19,13 @@ class Books:
 
     def __init__(self, run_dir: Path, written: int = 0, evaluated: int = 0, generation: int = 0):
         self.events = JsonLines(run_dir / "events.jsonl")
+        if not self.events.claim():
+            raise UserError(f"The run in {run_dir} is alive: another controller writes there.")
         self.metrics = JsonLines(run_dir / "metrics.jsonl")
         self.written, self.evaluated = written, evaluated
         self.generation = generation
-        self.feed: deque[dict[str, Any]] = deque(maxlen=FEED)  # the latest lines, for the driver
-        self.fed = 0
+        self.feed: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FEED)  # the latest lines, numbered, for the driver
+        self.fed, self.is_behind = 0, False
         self.recent: deque[float] = deque(maxlen=50)
         self.last_commit = 0.0
         self.pause: dict[str, Any] | None = None
@@ -40,8 +43,14 @@ class Books:
                 self.evaluated = fields["step"]
                 self._write(self.metrics, fields)
             return
-        if fields["step"] != self.written + 1:
+        if fields["step"] <= self.written:
             return
+        if fields["step"] > self.written + 1:  # those between come with the next word of whoever has them
+            if not self.is_behind:
+                self.event("lines_missing", first=self.written + 1, last=fields["step"] - 1)
+            self.is_behind = True
+            return
+        self.is_behind = False
         self.written = fields["step"]
         self._write(self.metrics, fields)
         if self.pause and fields["generation"] >= self.pause["generation"]:
@@ -51,13 +60,19 @@ class Books:
 
     def _write(self, file: JsonLines, fields: dict[str, Any]) -> None:
         file.append(fields)
-        self.feed.append(fields)
+        self.feed.append((self.fed, fields))
         self.fed += 1
 
-    def since(self, number: int) -> list[dict[str, Any]]:
-        """The lines after the first `number`, as far back as they are kept."""
-        new = self.fed - number
-        return list(self.feed)[-new:] if new > 0 else []
+    def close(self) -> None:
+        self.metrics.close()
+        self.events.close()
+
+    def since(self, number: int) -> tuple[list[dict[str, Any]], int]:
+        """The lines from the `number`-th on, as far back as they are kept, and the number of the next. From any thread."""
+        if number >= self.fed:
+            return [], number
+        found = [(n, line) for n, line in self.feed.copy() if n >= number]
+        return [line for _, line in found], found[-1][0] + 1 if found else number
 
     def interrupted(self, generation: int, cause: str, before: int, after: int, steps_lost: int) -> None:
         """A generation was formed after another: its first commit ends the pause that is measured from the last one."""

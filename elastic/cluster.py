@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from elastic import membership as m
 from elastic.actor import NAMESPACE, WorkerActor
 from elastic.chaos import Fault
+from elastic.errors import UserError
 from elastic.messages import Generation, Job, Ready
 
 POLL_S = 0.5  # how often a pending placement group and draining nodes are looked at
@@ -36,6 +37,7 @@ class Slot:
     avoid: tuple[str, ...] = ()
     actor: Any = None
     node: str = ""
+    is_placed: bool = False
     let_go: threading.Event = field(default_factory=threading.Event)  # its end is no loss
     thread: threading.Thread | None = None
 
@@ -60,10 +62,9 @@ class RayFleet:
     def want(self, workers: int, avoid: Sequence[str]) -> None:
         with self.lock:
             self.wanted, self.avoid = workers, tuple(avoid)
-            pending = [s for s in self.slots.values() if s.actor is None]
+            pending = [s for s in self.slots.values() if not s.is_placed]
             for slot in pending[:max(0, len(self.slots) - workers)]:
-                self.slots.pop(slot.name)
-                slot.let_go.set()
+                self.forget(slot.name)
             while not self.closed.is_set() and len(self.slots) < workers:
                 slot = Slot(f"worker-{next(self.numbers)}", self.avoid)
                 self.slots[slot.name] = slot
@@ -74,16 +75,22 @@ class RayFleet:
         """From asking for a place to the process's end."""
         selector = [{NODE_LABEL: f"!in({','.join(slot.avoid)})"}] if slot.avoid else None
         resources = {"CPU": 1.0, "GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
-        place = placement_group([resources], lifetime="detached", name=f"{self.job.run_id}/{slot.name}", bundle_label_selector=selector)
-        cause = "never placed"
+        place, cause = None, "it was never placed"
         try:
-            while not place.wait(POLL_S):
+            place = placement_group([resources], lifetime="detached", name=f"{self.job.run_id}/{slot.name}", bundle_label_selector=selector)
+            while not place.wait(POLL_S) and not slot.let_go.is_set():
+                continue
+            with self.lock:
                 if slot.let_go.is_set():
                     return
-            self.post(m.Starting(slot.name))
+                slot.is_placed = True
+            self.post(m.Starting(slot.name, placement_group_table(place)["bundles_to_node_id"][0]))
             cause = self.serve(slot, place)
+        except ray.exceptions.RayError as error:
+            cause = brief(error)
         finally:
-            remove_placement_group(place)
+            if place is not None:
+                remove_placement_group(place)
             with self.lock:
                 self.slots.pop(slot.name, None)
             if not slot.let_go.is_set():
@@ -101,9 +108,11 @@ class RayFleet:
             return "ended by itself"
         except ray.exceptions.RayTaskError as error:
             ray.kill(slot.actor)
+            if isinstance(error.cause, UserError):  # every other worker would say the same
+                self.post(m.GiveUp(str(error.cause)))
             return str(error.cause)
         except ray.exceptions.RayError as error:
-            return " ".join(str(error).split("\n")[0].split())
+            return brief(error)
 
     def tell(self, worker: str, method: str, *arguments: Any) -> None:
         """An order to a worker; nobody waits for it, and one that is gone does not hear it."""
@@ -154,7 +163,11 @@ class RayFleet:
 
         seen: set[str] = set()
         while not self.closed.wait(POLL_S):
-            draining = set(cluster_state.get_draining_nodes()) - seen
+            try:
+                draining = set(cluster_state.get_draining_nodes()) - seen
+            except ray.exceptions.RayError as error:
+                print(f"Draining nodes are not known: {error}", flush=True)
+                continue
             if draining:
                 seen |= draining
                 self.post(m.Drain(tuple(sorted(draining))))
@@ -172,6 +185,13 @@ class RayFleet:
             if slot.actor is not None and slot.thread is not None and slot.thread.is_alive():
                 ray.kill(slot.actor)
                 slot.thread.join(CLOSE_S)
+
+
+def brief(error: BaseException) -> str:
+    """Ray's reason in one line; what it calls the exit detail says most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    detail = next((line for line in lines if "exit detail" in line.lower()), lines[0] if lines else type(error).__name__)
+    return detail.partition("exit detail:")[2].strip() or detail
 
 
 CLOSE_S = 10.0  # for a released worker to finish its last delivery; then it is killed

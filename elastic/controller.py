@@ -21,6 +21,7 @@ from elastic import policy
 from elastic.books import Books
 from elastic.chaos import Fault, parse
 from elastic.checkpoint.commits import Commits
+from elastic.errors import BadCheckpoint
 from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Standing
 from elastic.observe.events import read_lines, replace_text
 from elastic.observe.metrics import build_summary
@@ -79,6 +80,8 @@ class Controller:
         self.chaos, self.stopped = list(job.chaos), dict[int, Ready]()
         self.losses, self.pulses = policy.Losses(), dict[str, Pulse]()
         self.started: dict[str, float] = {}
+        self.nodes: dict[str, str] = {}  # of workers that are starting
+        self.released: set[str] = set()  # let go: what they still have to say counts, but they are in no group
         self.live: dict[str, Ready] = {}
         self.given_up: set[str] = set()
         self.target, self.restart_at, self.checked = 0, 0.0, 0.0
@@ -138,6 +141,7 @@ class Controller:
         summary = build_summary(read_lines(self.books.events.path), read_lines(self.books.metrics.path), outcome.status,
                                 word.parameters_sha256 if word else "", word.state_sha256 if word else "", outcome.error)
         replace_text(Path(self.job.run_dir) / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.books.close()
 
     def drain_inbox(self) -> None:
         """Lines that were under way when the run ended."""
@@ -157,7 +161,8 @@ class Controller:
         if worker in self.given_up:
             return
         if isinstance(message, Progress):
-            self.take_pulse(message)
+            if worker not in self.released:
+                self.take_pulse(message)
         elif isinstance(message, Line):
             self.take_line(message)
         elif isinstance(message, Part):
@@ -171,8 +176,10 @@ class Controller:
         now = time.monotonic()
         if isinstance(event, m.Starting):
             self.started[event.worker] = now
+            self.nodes[event.worker] = event.node
         elif isinstance(event, Ready):
             self.started.pop(event.worker, None)
+            self.losses = replace(self.losses, unborn=0)
             self.live[event.worker] = event
             self.books.event("worker_joined", worker=event.worker, node=event.node, pid=event.pid)
         elif isinstance(event, m.Lost):
@@ -197,14 +204,15 @@ class Controller:
     def note_loss(self, event: m.Lost, now: float) -> None:
         ready, pulse = self.live.pop(event.worker, None), self.pulses.pop(event.worker, None)
         self.started.pop(event.worker, None)
+        node = ready.node if ready else self.nodes.pop(event.worker, "")
         self.given_up.add(event.worker)
         group = self.state.group
         rank = group.index(event.worker) if event.worker in group else -1
         self.books.event("worker_lost", worker=event.worker, rank=rank, cause=event.cause,
                          detected_s=round(now - pulse.heard_s, 3) if pulse else 0.0)
-        self.losses = policy.note_loss(self.losses, ready.node if ready else "", self.books.written, now)
+        self.losses = policy.note_loss(self.losses, node, self.books.written, now, ready is not None)
         self.restart_at = now + policy.restart_delay_s(self.losses)
-        if policy.gives_up(self.losses, len(group)):
+        if policy.gives_up(self.losses, max(len(group), self.target)):
             self.inbox.put(m.GiveUp(f"Worker after worker is lost without a step between them, the last by: {event.cause}"))
 
     # Time.
@@ -221,7 +229,8 @@ class Controller:
             pulses = {w: p for w, p in self.pulses.items() if w in self.state.group and w not in self.state.standing}
             for worker in policy.suspects(pulses, now, self.settings.hang_timeout_s, self.settings.start_timeout_s):
                 self.books.event("hang", worker=worker, phase=pulses[worker].phase, silent_s=round(now - pulses[worker].heard_s, 3))
-                self.give_up_on(worker, f"no progress within hang_timeout_s = {self.settings.hang_timeout_s:g} s")
+                self.give_up_on(worker, f"no progress within elastic.hang_timeout_s = {self.settings.hang_timeout_s:g} s (raise it if a shard "
+                                         "takes longer)")
         if self.restart_at and now >= self.restart_at:
             self.restart_at = 0.0
             self.want()
@@ -260,7 +269,12 @@ class Controller:
         """A checkpoint's files are on disk: committing its manifest makes it count."""
         if part.step <= self.commits.newest:
             return
-        path, size = self.commits.commit(part.manifest)
+        self.books.metrics.sync()  # a resumption from this checkpoint must find every step before it
+        try:
+            path, size = self.commits.commit(part.manifest)
+        except (OSError, BadCheckpoint) as error:  # training goes on without it
+            self.books.event("checkpoint_rejected", part.step, part.generation, path=self.commits.location, reason=str(error))
+            return
         self.books.event("checkpoint_committed", part.step, part.generation, path=path, bytes=size, stall_s=part.stall_s,
                          seconds=part.seconds)
 
@@ -292,7 +306,7 @@ class Controller:
         self.fleet.request_stop(action.worker, action.generation, action.code)
 
     def do_release(self, action: m.Release) -> None:
-        self.given_up.add(action.worker)
+        self.released.add(action.worker)
         self.live.pop(action.worker, None)
         self.pulses.pop(action.worker, None)
         self.fleet.release(action.worker)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from elastic.messages import Job
 
 __all__ = ["NAMESPACE", "ControllerActor"]
 
+LINGER_S = 60.0  # how long the controller of a finished run waits for a driver
 POLL_S = 0.2  # how long a poll waits for the end of the run before it returns what is new
 
 
@@ -29,7 +33,7 @@ class ControllerActor:
         self.controller = Controller(job, settings, self.fleet, self.books, begin.get("written", 0))
         self.controller.opened(begin.get("rewound_from", -1))
         self.error = ""
-        self.done = threading.Event()
+        self.done, self.polled = threading.Event(), time.monotonic()
         threading.Thread(target=self.run, name="controller", daemon=True).start()
 
     def run(self) -> None:
@@ -37,10 +41,13 @@ class ControllerActor:
             self.controller.run()
         except BaseException as error:
             self.error = f"The controller failed: {type(error).__name__}: {error}"
+            traceback.print_exc()
             self.controller.close(m.Finish("failed", self.error))
-            raise
         finally:
             self.done.set()
+        while time.monotonic() - self.polled < LINGER_S:  # for the driver to learn how it ended; one that is gone never will
+            time.sleep(POLL_S)
+        os._exit(0)
 
     def deliver(self, worker: str, messages: Sequence[Any]) -> int:
         return self.controller.deliver(worker, messages)
@@ -62,8 +69,8 @@ class ControllerActor:
     def poll(self, since: int) -> tuple[list[dict[str, Any]], int, bool]:
         """The lines after the first `since`, how many there are by now, and whether the run has ended."""
         finished = self.done.wait(POLL_S)
-        lines = self.books.since(since)
-        return lines, self.books.fed, finished
+        self.polled = time.monotonic()
+        return *self.books.since(since), finished
 
     def snapshot(self) -> dict[str, Any]:
         return self.controller.snapshot()

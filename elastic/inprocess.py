@@ -17,6 +17,7 @@ from elastic.collective.group import CollectiveGroup
 from elastic.collective.local import Hub, Killed
 from elastic.collective.solo import SoloGroup
 from elastic.control import Control
+from elastic.errors import UserError
 from elastic.messages import Generation, Job, Ready
 from elastic.outbox import Outbox
 from elastic.worker import Worker
@@ -132,6 +133,9 @@ class ThreadFleet:
             worker.serve()
         except Killed:
             cause = "killed"
+        except UserError as error:  # every other worker would say the same
+            cause = str(error)
+            self.controller.post(m.GiveUp(cause))
         except Exception as error:
             cause = f"{type(error).__name__}: {error}"
         if cause == "released":

@@ -96,6 +96,10 @@ def train(work: Work, generation: Generation, group: CollectiveGroup, injector: 
 
 
 def checkpoint(work: Work, generation: Generation, wait: bool) -> None:
+    """Never of a state that is not finite: nobody could go on from it."""
+    if not np.isfinite(work.backend.squared_norms(work.state.param, BLOCK)).all():
+        raise NonFiniteLoss(f"The parameters are not finite after step {work.state.committed}; lower optimizer.lr, set optimizer.clip_norm "
+                            "or mend the data.")
     work.control.at(work.state.committed, "checkpoint")
     work.save(generation.number, work.state.committed, work.evaluation, wait)
 
@@ -222,6 +226,8 @@ def vote(work: Work, group: CollectiveGroup, step: int, losses: Mapping[int, flo
 
 
 def check_finite(work: Work, ballot: Ballot) -> None:
+    if not sum(ballot.weights) > 0:
+        raise NonFiniteLoss(f"The weights of step {ballot.step} sum to {sum(ballot.weights)}; a model's loss must give a weight above 0.")
     for shard, loss in enumerate(ballot.losses):
         if not math.isfinite(loss):
             positions = ", ".join(str(p) for p in work.positions(ballot.step, shard).tolist())

@@ -298,7 +298,8 @@ def wants_resize(state: State) -> bool:
     size = world_size(len(candidates), state.target, state.bounds)
     if state.leaving & set(state.group) and not state.leaving.issuperset(candidates):
         return size > 0
-    return 0 < size < len(state.group) or (size > len(state.group) and not state.starting)
+    is_all = size == world_size(state.target, state.target, state.bounds)  # nobody who is still starting is needed
+    return 0 < size < len(state.group) or (size > len(state.group) and (is_all or not state.starting))
 
 
 def form(state: State) -> tuple[State, tuple[Any, ...]]:
@@ -324,7 +325,7 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     generation = rejoin(state, members)
     barren = state.barren + 1 if generation.committed == state.reached else 0
     if barren > MAX_FRUITLESS + len(members):
-        why = next((s.error for s in words.values() if s.error), "no reason is known")
+        why = next((s.error for s in words.values() if s.error), state.cause)
         return finish(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
     action = Form(generation, state.cause, len(state.group))
     state = replace(state, phase="running", generation=generation.number, group=members, last={}, told=-1, cause="resize",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # before the n-th start after failures without a step between them
+BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the n-th start after failures without a step between them
 MAX_FRUITLESS = 8  # starts in a row that failed without a single committed step between them
 NODE_LOSSES, NODE_WINDOW_S, NODE_BAN_S = 3, 120.0, 600.0  # a node that loses this many workers in the window is left out
 
@@ -35,14 +35,16 @@ class Losses:
 
     fruitless: int = 0  # failures since the last committed step
     committed: int = 0
+    unborn: int = 0  # starts in a row that never got ready
     by_node: tuple[tuple[str, float], ...] = ()
 
 
-def note_loss(losses: Losses, node: str, committed: int, now_s: float) -> Losses:
-    """Counts one lost worker. Progress since the last loss clears the count."""
+def note_loss(losses: Losses, node: str, committed: int, now_s: float, was_ready: bool = True) -> Losses:
+    """Counts one lost worker. Progress since the last loss clears the count; a worker that gets ready clears `unborn`."""
     fruitless = 1 if committed > losses.committed else losses.fruitless + 1
     recent = tuple((n, t) for n, t in losses.by_node if now_s - t < NODE_BAN_S)
-    return replace(losses, fruitless=fruitless, committed=max(committed, losses.committed), by_node=(*recent, (node, now_s)))
+    unborn = losses.unborn + (not was_ready)
+    return replace(losses, fruitless=fruitless, unborn=unborn, committed=max(committed, losses.committed), by_node=(*recent, (node, now_s)))
 
 
 def gives_up(losses: Losses, members: int) -> bool:
@@ -51,7 +53,7 @@ def gives_up(losses: Losses, members: int) -> bool:
 
 
 def restart_delay_s(losses: Losses) -> float:
-    return BACKOFF_S[min(losses.fruitless, len(BACKOFF_S) - 1)]
+    return BACKOFF_S[min(max(losses.fruitless, losses.unborn), len(BACKOFF_S) - 1)]
 
 
 def banned_nodes(losses: Losses, now_s: float, nodes: Sequence[str]) -> tuple[str, ...]:

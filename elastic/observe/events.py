@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -34,8 +35,33 @@ class JsonLines:
         rewrite(self.path, lambda fields: fields.get("step", 0) <= step)
         self._file = self._open()
 
+    def sync(self) -> None:
+        """Returns when every line is on the disk itself."""
+        os.fsync(self._file.fileno())
+
+    def claim(self) -> bool:
+        """Makes this process the file's only writer, for as long as it lives; False if another one is."""
+        return _locked(self._file)
+
     def close(self) -> None:
         self._file.close()
+
+
+def has_writer(path: str | Path) -> bool:
+    """Whether a living process has claimed the file."""
+    try:
+        with open(path, "rb") as file:
+            return not _locked(file)
+    except FileNotFoundError:
+        return False
+
+
+def _locked(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def line(fields: Mapping[str, Any]) -> str:
