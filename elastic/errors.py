@@ -6,7 +6,6 @@
     |-- RunFailed            the run cannot go on                  (exit code 3)
     |   `-- NonFiniteLoss    a loss or a gradient is NaN or infinite
     |-- GroupBroken          a peer is gone: stand by, and re-form in the next generation
-    |-- Fenced               this process belongs to an older generation: stop
     `-- BadCheckpoint        this checkpoint is not whole: take an older one
 
 Every error carries one sentence and pickles as it is.
@@ -35,10 +34,6 @@ class NonFiniteLoss(RunFailed):
 
 class GroupBroken(ElasticError):
     """A collective cannot complete because a peer is gone or the generation was abandoned."""
-
-
-class Fenced(ElasticError):
-    """The generation this process belongs to is over and it is not part of the next."""
 
 
 class BadCheckpoint(ElasticError):

@@ -204,3 +204,10 @@ def test_every_test_asserts() -> None:
     idle = [f"{name}:{f.lineno} {f.name}" for name in files() if name.startswith("tests/")
             for f in functions(name) if f.name.startswith("test") and not checks(f)]
     assert not idle
+
+
+def test_every_error_of_the_tree_is_raised_somewhere() -> None:
+    defined = {node.name for node in tree("elastic/errors.py").body if isinstance(node, ast.ClassDef)} - {"ElasticError"}
+    called = {node.func.id for name in files() if name.split("/")[0] in SHIPPED for node in ast.walk(tree(name))
+              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert defined and defined <= called, defined - called
