@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.kit import ours, results
-from benchmarks.kit.processes import python, run
+from benchmarks.kit.processes import python, run, tidy_on_termination
 
 RECIPE = "nlp/gpt_tiny_shakespeare"
 PUBLISHED, GOAL = 1.88, 1.90
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337])
     arguments = parser.parse_args()
+    tidy_on_termination()
     if not arguments.data or not arguments.data.is_file():
         parser.error("name the text with --data: Karpathy's tiny-shakespeare, 1,115,394 characters")
     rows, losses = [], []

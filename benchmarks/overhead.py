@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.kit import ours, results
 from benchmarks.kit.logs import Folder, durations
-from benchmarks.kit.processes import ONE_THREAD, free_port, python, run, started
+from benchmarks.kit.processes import ONE_THREAD, free_port, python, run, started, tidy_on_termination
 
 Contestant = Callable[[Path, int, int], list[float]]  # (an empty folder, workers, steps) -> seconds of each step
 GOALS = (("ours, fast", "bare", 1.03), ("ours, exact", "bare", 1.10), ("ours, exact", "Ray Train", 0.8))
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     arguments = parser.parse_args()
+    tidy_on_termination()
     sections, verdicts = [], []
     for workers in arguments.workers:
         rounds = measure(workers, arguments.rounds, arguments.steps, arguments.only)

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.kit import ours, results
 from benchmarks.kit.kills import Kill, Outcome, Stalled, kill_one, peer_outcome, wait_until
 from benchmarks.kit.logs import Folder
-from benchmarks.kit.processes import ONE_THREAD, python, started
+from benchmarks.kit.processes import ONE_THREAD, python, started, tidy_on_termination
 
 SIZE = 4
 ENDLESS = 1_000_000  # steps: the run is ended by us
@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     arguments = parser.parse_args()
+    tidy_on_termination()
     found = {name: CONTESTANTS[name](arguments.kills, arguments.seed) for name in arguments.only}
     head = ["", "survived", "median pause, s", "worst, s", "steps lost, mean (worst)"]
     text = __doc__.split("\n\n")

@@ -1,6 +1,6 @@
 """A node joins three workers: when the fourth makes its first step, and how long the others paused for it.
 
-    python -m benchmarks.resize [--joins 8] [--peer-joins 3] [--only ours "Ray Train"]
+    python -m benchmarks.resize [--joins 8] [--peer-joins 2] [--only ours "Ray Train"]
 
 Ray's own test cluster (ray.cluster_utils.Cluster) adds a node of one CPU and takes it away again. The clock runs from the moment
 when the node is registered; the pause is the gap between two commits of the others, beyond one ordinary step. The gap is taken from
@@ -22,12 +22,12 @@ from typing import Any
 from benchmarks.kit import ours, results
 from benchmarks.kit.kills import wait_until
 from benchmarks.kit.logs import Folder, Step
-from benchmarks.kit.processes import python, started
+from benchmarks.kit.processes import python, started, tidy_on_termination
 
 SMALL, LARGE = 3, 4
 ENDLESS = 1_000_000
 STEADY = 20  # steps of a group before and after a join
-WAIT_S = 120.0
+WAIT_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,18 @@ def joins(nodes: Any, steps: Callable[[], list[Step]], count: int, alive: Callab
     """Adds a node and takes it away again, `count` times."""
     found: list[Join] = []
     since = time.time()
+
+    def settle(world: int, since: float) -> None:
+        wait_until(lambda: len(of_world(steps(), world, since)) >= STEADY, WAIT_S, f"no group of {world} went on for {STEADY} steps", alive)
+
     for _ in range(count):
-        wait_until(lambda: len(of_world(steps(), SMALL, since)) >= STEADY, WAIT_S, "no steady group", alive)
+        settle(SMALL, since)
         node = nodes.add_node(num_cpus=1)
         arrived = time.time()
-        wait_until(lambda: len(of_world(steps(), LARGE, arrived)) >= STEADY, WAIT_S, "the new worker made no step", alive)
+        settle(LARGE, arrived)
         found.append(measure(steps(), arrived, own_word(arrived)))
         print(f"{name}: {found[-1]}", flush=True)
-        nodes.remove_node(node)
+        nodes.remove_node(node, allow_graceful=False)
         since = time.time()
     return found
 
@@ -120,9 +124,10 @@ def row(name: str, found: list[Join]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--joins", type=int, default=8)
-    parser.add_argument("--peer-joins", type=int, default=3)
+    parser.add_argument("--peer-joins", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=["ours", "Ray Train"], default=["ours", "Ray Train"])
     arguments = parser.parse_args()
+    tidy_on_termination()
     found = {}
     if "ours" in arguments.only:
         found["ours"] = ours_joins(arguments.joins)

@@ -43,6 +43,11 @@ def run(command: Sequence[str], log: Path, timeout_s: float = 300.0, env: Mappin
         raise RuntimeError(f"{' '.join(command)} ended with {code}:\n" + log.read_text(errors="replace")[-2000:])
 
 
+def tidy_on_termination() -> None:
+    """SIGTERM unwinds the stack, so that whatever a script started ends with it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
