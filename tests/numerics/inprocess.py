@@ -98,8 +98,8 @@ class Run:
     def scale(self, workers: int) -> None:
         self.controller.post(m.ScaleTo(workers))
 
-    def drain(self, node: str) -> None:
-        self.controller.post(m.Drain((node,)))
+    def drain(self, *nodes: str) -> None:
+        self.controller.post(m.Drain(nodes))
 
     def interrupt(self) -> None:
         self.controller.post(m.Interrupt())

@@ -45,7 +45,8 @@ def test_workers_of_a_drained_node_leave_without_a_loss(oracle: Result, tmp_path
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_a_whole_group_hands_over_to_another(most: int, oracle: Result, tmp_path: Path) -> None:
-    result = fit(tmp_path, recipe(elastic={"max_workers": most}), capacity=2 * most, hooks={5: lambda run: run.drain("node-0")})
+    hook = {5: lambda run: run.drain(*[f"node-{n}" for n in range(most)])}
+    result = fit(tmp_path, recipe(elastic={"max_workers": most}), capacity=2 * most, nodes=2 * most, hooks=hook)
     result.assert_sound(STEPS)
     assert result.sha == oracle.sha
     first, *_, last = ({w["worker"] for w in e["workers"]} for e in result.named("generation_started"))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from elastic.books import Books
+from elastic.errors import UserError
 from elastic.observe.events import read_lines
 
 
@@ -29,10 +30,20 @@ def events(books: Books, name: str) -> list[dict[str, Any]]:
 
 
 def test_each_step_once_and_in_order(books: Books) -> None:
-    for step in (1, 2, 2, 1, 4, 3, 3, 4):
+    for step in (1, 2, 2, 1, 3, 3, 2, 4):
         books.metric(1, line(step))
     assert on_disk(books) == [1, 2, 3, 4]
-    assert books.written == 4
+    assert books.written == 4 and not events(books, "lines_missing")
+
+
+def test_lines_that_are_missing_are_spoken_of(books: Books) -> None:
+    for step in (1, 4, 5):
+        books.metric(1, line(step))
+    assert on_disk(books) == [1]
+    assert [(e["first"], e["last"]) for e in events(books, "lines_missing")] == [(2, 3)]
+    for step in (2, 3, 4, 5):  # from whoever has them
+        books.metric(2, line(step))
+    assert on_disk(books) == [1, 2, 3, 4, 5]
 
 
 def test_each_evaluation_once(books: Books) -> None:
@@ -50,6 +61,9 @@ def test_a_run_goes_on_where_it_stood(tmp_path: Path) -> None:
     first = Books(tmp_path)
     for step in (1, 2):
         first.metric(1, line(step))
+    with pytest.raises(UserError, match="is alive"):
+        Books(tmp_path)
+    first.close()
     second = Books(tmp_path, written=2)
     for step in (1, 2, 3):
         second.metric(2, line(step))
@@ -103,9 +117,11 @@ def test_a_planned_change_is_no_recovery(cause: str, books: Books) -> None:
 
 def test_a_follower_gets_every_line_once(books: Books) -> None:
     seen: list[dict[str, Any]] = []
+    known = 0
     for step in range(1, 4):
         books.metric(1, line(step))
         books.event("hang")
-        seen += books.since(len(seen))
-    assert len(seen) == books.fed == 6 and books.since(6) == []
+        new, known = books.since(known)
+        seen += new
+    assert len(seen) == known == 6 and books.since(6) == ([], 6)
     assert [fields["step"] for fields in seen if "loss" in fields] == [1, 2, 3]

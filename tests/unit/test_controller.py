@@ -148,6 +148,7 @@ def test_a_new_run_starts_from_the_recipe_and_a_resumed_one_from_its_checkpoint(
     assert (rig.assigned()[0].load, rig.assigned()[0].committed) == ("recipe", 0)
     rig.steps(*range(1, 6))
     rig.say(save(rig, 5))
+    rig.books.close()
     again = Rig(rig.run_dir, clock, written=5, generation=4)
     again.start("a")
     generation, _ = again.assigned()

@@ -60,10 +60,10 @@ def test_gives_up_after_fruitless_starts_but_lets_every_member_fall_once() -> No
 
 def test_restarts_back_off_up_to_a_limit() -> None:
     losses, delays = Losses(), []
-    for _ in range(8):
+    for _ in range(len(BACKOFF_S) + 2):
         losses = note_loss(losses, "n", 0, 0.0)
         delays.append(restart_delay_s(losses))
-    assert delays == [*BACKOFF_S[1:], BACKOFF_S[-1], BACKOFF_S[-1], BACKOFF_S[-1]]
+    assert delays == [*BACKOFF_S[1:], *[BACKOFF_S[-1]] * 3]
     assert delays[0] == 0.0 and sorted(delays) == delays
 
 
