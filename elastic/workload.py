@@ -78,11 +78,13 @@ class Part:
 def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset | None, str]:
     """The training set, the evaluation set if there is one, and the unit that weights count ("tokens") or ""."""
     if recipe.data.kind:
-        source = call_user("data.kind", attribute("data.kind", recipe.data.kind), recipe.data.options)
+        framework, factory = importlib.import_module(BACKENDS[recipe.backend.name]), attribute("data.kind", recipe.data.kind)
+        seed, seeded = recipe.run.seed, framework.seeded
+        source = call_user("data.kind", lambda **keys: framework.construct(factory, keys, seed), recipe.data.options)
         whole = MapStyle(source)
         kept = whole.num_samples - int(whole.num_samples * recipe.data.eval_fraction)
-        evaluation = MapStyle(Part(source, kept, whole.num_samples)) if kept < whole.num_samples else None
-        return MapStyle(Part(source, 0, kept)), evaluation, ""
+        evaluation = MapStyle(Part(source, kept, whole.num_samples), seed, seeded) if kept < whole.num_samples else None
+        return MapStyle(Part(source, 0, kept), seed, seeded), evaluation, ""
     domain = door(recipe.model.kind if ":" not in recipe.model.kind else "nlp.text", "data")
     facts = dict(info) if Path(info["train_file"]).exists() else prepare(recipe)  # another node, another cache
     training = domain.open_dataset(facts, "train", recipe.run.seed)

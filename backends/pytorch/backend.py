@@ -8,12 +8,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
 from backends.pytorch import adapter, optimizer, warn_if_late
+from backends.pytorch.adapter import seeded
 from backends.pytorch.ops import TorchOps
 from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
@@ -30,9 +32,9 @@ def create(model: Model | torch.nn.Module, settings: Any) -> TorchBackend:
     return TorchBackend(adapter.ModuleModel(model) if isinstance(model, torch.nn.Module) else model, settings)
 
 
-def construct(factory: Callable[..., torch.nn.Module], config: Mapping[str, Any], seed: int) -> torch.nn.Module:
-    """A user's module; what it draws for its starting values is a function of `seed`, so every worker builds the same."""
-    with adapter.seeded(seed):
+def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
+    """A user's module or data set; what it draws to begin with is a function of `seed`, so every worker builds the same."""
+    with seeded(seed):
         return factory(**config)
 
 
@@ -62,7 +64,9 @@ class TorchBackend:
         self._ops = TorchOps(self.device)
         self._threads = int(settings.threads)
         self._bfloat16 = settings.precision == "bfloat16"
-        self._columns = adapter.columns if isinstance(model, adapter.ModuleModel) else neutral_columns
+        own = isinstance(model, adapter.ModuleModel)
+        self._columns = adapter.columns if own else neutral_columns
+        self._drawing = adapter.drawing if own else nullcontext()
         self._leaves: dict[str, torch.Tensor] = {}
         self._state: Mapping[str, np.ndarray] = {}
         self._trainable: set[str] = set()
@@ -94,11 +98,12 @@ class TorchBackend:
         self._enter()
         self._aim(into)
         columns = self._columns(batch, self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            loss, weight, new = self._loss(self._ops, self._leaves, self._device_state(), columns, self._seed(seed))
-        if loss.requires_grad:
-            loss.backward()
-        elif float(weight):
+        with self._drawing:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+                loss, weight, new = self._loss(self._ops, self._leaves, self._device_state(), columns, self._seed(seed))
+            if loss.requires_grad:
+                loss.backward()
+        if not loss.requires_grad and float(weight):
             raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
         for name in into:
             self._leaves[name].grad = None  # a gradient buffer ends with its generation

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,13 +25,14 @@ class MapStyle:
     """A user's data set with a length and items that are dicts or tuples of arrays or numbers.
 
     A batch is what an item is, a dict or a tuple, with the items stacked along a new first axis. It holds real rows only, so
-    the last one of a run may be shorter, down to none.
+    the last one of a run may be shorter, down to none. What items draw at random, as to augment themselves, is a function of the
+    run's seed and the batch's positions: they are loaded inside `seeded(number)`, which also keeps other threads from drawing.
     """
 
     fills = False
 
-    def __init__(self, source: Any):
-        self.source = source
+    def __init__(self, source: Any, seed: int = 0, seeded: Callable[[int], AbstractContextManager[Any]] = nullcontext):
+        self.source, self.seed, self.seeded = source, seed, seeded
         for method in ("__len__", "__getitem__"):
             if not hasattr(source, method):
                 raise RecipeError(f"data.kind: {type(source).__name__} has no {method}; a data set needs a length and items by index.")
@@ -40,7 +42,9 @@ class MapStyle:
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray] | tuple[np.ndarray, ...]:
         chosen = [int(index) for index in indices] or [0]  # with no rows, item 0 still tells columns and shapes
-        kind, items = self._items(chosen)
+        first = (int(epochs[0]), chosen[0]) if len(epochs) else (0, 0)
+        with self.seeded(batch_seed(self.seed, *first)):
+            kind, items = self._items(chosen)
         columns = {name: np.stack([item[name] for item in items])[:len(indices)] for name in items[0]}
         return columns if kind is dict else tuple(columns.values())
 
@@ -58,3 +62,8 @@ class MapStyle:
                 raise RecipeError(f"data.kind: item {index} has columns {found}, item {indices[0]} has {first}; "
                                   "give every item the same columns and shapes.")
         return kinds[0], items
+
+
+def batch_seed(seed: int, epoch: int, index: int) -> int:
+    """For the batch that begins with this sample in this epoch; no batch of another epoch has the same."""
+    return int(np.random.SeedSequence([seed, epoch, index, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from typing import Any
 
@@ -14,6 +15,8 @@ from tests.contract.models import rig_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 nn, F = torch.nn, torch.nn.functional
+
+from backends.pytorch.adapter import seeded  # noqa: E402  (it needs torch)
 
 
 class Net(nn.Module):
@@ -186,3 +189,48 @@ class Detached(Net):
 def test_modules_that_cannot_be_trained_are_named(make: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         rig_of("torch", make()).gradient(batch())
+
+
+class Drawing(nn.Module):
+    """Draws from NumPy's and Python's generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(4, 4)
+
+    def loss(self, batch: Any) -> Any:
+        return self.line(batch["x"]).square().mean() * (1 + np.random.rand() + random.random() + torch.rand(()))
+
+
+def test_whatever_a_module_draws_is_a_function_of_the_seed_and_disturbs_nobody() -> None:
+    rig = rig_of("torch", Drawing())
+    np.random.seed(5)
+    torch.manual_seed(5)
+    wanted = np.random.rand(), torch.rand(()).item()
+    np.random.seed(5)
+    torch.manual_seed(5)
+    one, same, other = (rig.gradient(batch(), seed)[0] for seed in (1, 1, 2**63 - 1))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+    assert (np.random.rand(), torch.rand(()).item()) == wanted
+
+
+def test_nobody_else_draws_between_a_module_s_forward_and_its_end() -> None:
+    """A recomputation in the backward pass sets torch's generator and draws again."""
+    entered, left = threading.Event(), []
+
+    class Slow(Drawing):
+        def loss(self, batch: Any) -> Any:
+            found = super().loss(batch)
+            found.register_hook(lambda grad: (entered.set(), thread.join(0.3), left.append(thread.is_alive()))[0])
+            return found
+
+    def draw() -> None:
+        assert entered.wait(10)
+        with seeded(3):
+            torch.rand(())
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    rig_of("torch", Slow()).gradient(batch())
+    thread.join(10)
+    assert left == [True] and not thread.is_alive()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,19 @@ class Rows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         values = np.random.default_rng(index).standard_normal(self.width + 1).astype(np.float32)
         return {"id": np.int64(index), "x": values[:-1], "y": values[-1:]}
+
+
+class Augmented(Rows):
+    """Built by chance, and every look at a row gives another one: drawn from all the generators that a user may draw from."""
+
+    def __init__(self, size: int = 100, width: int = 6):
+        super().__init__(size, width)
+        self.shift = np.random.rand() + random.random() + torch.rand(()).item()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = super().__getitem__(index)
+        noise = np.random.standard_normal(self.width) + random.gauss(0, 1) + torch.randn(self.width).numpy()
+        return {**row, "x": (row["x"] + self.shift + 0.1 * noise).astype(np.float32)}
 
 
 class Net(nn.Module):

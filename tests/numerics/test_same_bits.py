@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.numerics.inprocess import Result, Run, fit, gpt_recipe, module_recipe
+from tests.numerics.inprocess import MODULES, Result, Run, fit, gpt_recipe, module_recipe
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -177,3 +177,16 @@ def test_epochs_that_end_within_a_step(tmp_path: Path) -> None:
     extra = np.array(fed(result.arrays())) - epochs
     assert np.count_nonzero(extra) == 12 and np.allclose(extra[extra != 0], batch / 12 - 1)
     assert [m["samples"] for m in result.metrics][-2:] == [16, 12]
+
+
+def test_a_data_set_that_augments_its_rows_at_random(tmp_path: Path) -> None:
+    """Loaded ahead in a thread of its own, while a module with dropout draws in another."""
+    def run(name: str, workers: int, seed: int = 0) -> Result:
+        recipe = module_recipe("Net", STEPS, {"size": 40}, run={"seed": seed, "eval_every": 8}, elastic={"max_workers": workers},
+                               data={"kind": f"{MODULES}:Augmented", "eval_fraction": 0.2})
+        return fit(tmp_path / name, recipe)
+
+    one = run("one", 1)
+    for again in (run("again", 1), run("three", 3)):
+        assert_same(again, one)
+    assert run("other", 1, seed=1).sha != one.sha
