@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic import chaos, workload
 from elastic.actor import NAMESPACE
@@ -26,11 +28,10 @@ from elastic.controller import Settings
 from elastic.controller_actor import ControllerActor
 from elastic.errors import RunFailed, UserError
 from elastic.messages import Job
-from elastic.observe.events import JsonLines, read_lines
+from elastic.observe.events import JsonLines, has_writer, read_lines
 from elastic.observe.report import write_report
 from elastic.policy import Bounds
 from elastic.recipe import Recipe, dumps, load_recipe
-from elastic.state import FlatLayout
 
 Callback = Callable[[dict[str, Any]], None]
 CONNECT_S = 5.0  # for a Ray at a given address to take a connection
@@ -79,14 +80,13 @@ class Trainer:
         """Everything that can be known before a worker starts: faults, data, model. Returns the data's facts."""
         for spec in self.chaos:
             chaos.parse(spec)
-        if self.recipe.backend.device == "cuda" and not os.path.exists("/dev/nvidia0"):
+        if self.address == "local" and self.recipe.backend.device == "cuda" and not os.path.exists("/dev/nvidia0"):
             raise UserError('backend.device = "cuda" needs a CUDA GPU, and this machine has none; set backend.device = "cpu".')
         info = workload.prepare(self.recipe)
         with import_path():
             opened = workload.Workload.open(self.recipe, info)
             self.num_steps = opened.sampler.num_steps
-            if hasattr(opened.model, "parameters") and not callable(opened.model.parameters):
-                FlatLayout(opened.model.parameters, opened.model.buffers, self.recipe.model.freeze, self.recipe.optimizer.no_decay)
+            workload.check_model(self.recipe, opened.model)
         return info
 
     def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
@@ -97,8 +97,8 @@ class Trainer:
             self.open_run_dir(run_dir)
             job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), str(run_dir / "checkpoints"), search_path(), tuple(self.chaos),
                       self.num_steps)
+            (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))
             controller = start_controller(job, self.recipe, self.begin)
-            (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id, "pid": os.getpid()}))
             try:
                 with interrupting(controller):
                     follow(controller, on_step, on_eval, on_event)
@@ -106,11 +106,14 @@ class Trainer:
             except ray.exceptions.RayError as gone:
                 raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
             except BaseException:
-                ray.get(controller.end.remote(), timeout=END_S)  # a callback failed: no worker may stay behind
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(controller.end.remote(), timeout=END_S)  # a callback failed: no worker may stay behind
                 raise
             finally:
                 ray.kill(controller)
                 (run_dir / LIVE).unlink(missing_ok=True)
+        if not (run_dir / "summary.json").exists():
+            raise RunFailed(error)
         summary = json.loads((run_dir / "summary.json").read_text())
         write_report(run_dir)
         return Result(status, summary, run_dir, error)
@@ -205,7 +208,8 @@ def start_controller(job: Job, recipe: Recipe, begin: dict[str, Any]) -> Any:
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
     fleet = {"device": device, "threads": recipe.backend.threads, "hang_timeout_s": elastic.hang_timeout_s,
              "orphan_timeout_s": elastic.orphan_timeout_s}
-    options = {"name": f"{job.run_id}/controller", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_concurrency": 64}
+    options = {"name": f"{job.run_id}/controller", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_concurrency": 64,
+               "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)}
     return ray.remote(ControllerActor).options(**options).remote(job, settings, fleet, begin)
 
 
@@ -244,12 +248,9 @@ def follow(controller: Any, on_step: Callback | None, on_eval: Callback | None, 
 
 
 def refuse_live(run_dir: Path) -> None:
-    try:
-        live = json.loads((run_dir / LIVE).read_text())
-    except (OSError, ValueError):
-        return
-    if os.path.exists(f"/proc/{live['pid']}"):
-        raise UserError(f"The run in {run_dir} is alive (process {live['pid']}); stop it first, or look with `elastic status`.")
+    """A living controller holds its event log, whatever became of the driver."""
+    if has_writer(run_dir / "events.jsonl"):
+        raise UserError(f"The run in {run_dir} is alive; stop it first, or look with `elastic status`.")
 
 
 def scale(run_dir: str | Path, workers: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.backend import Backend
+from elastic.checkpoint.manager import read_start
 from elastic.control import Control
 from elastic.data.dataset import Dataset, MapStyle
 from elastic.data.loader import Prefetcher, eval_batches, load_batch
@@ -17,7 +18,7 @@ from elastic.data.sampler import Sampler
 from elastic.errors import RecipeError, UserError
 from elastic.loop import Plan, Work
 from elastic.recipe import Recipe
-from elastic.state import State
+from elastic.state import FlatLayout, State
 
 BACKENDS = {"torch": "backends.pytorch.backend", "reference": "backends.reference.backend"}
 
@@ -117,6 +118,14 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
     construct = importlib.import_module(BACKENDS[recipe.backend.name]).construct
     factory = attribute("model.kind", kind)
     return call_user("model.kind", lambda **keys: construct(factory, keys, recipe.run.seed), model.config)
+
+
+def check_model(recipe: Recipe, model: Any) -> None:
+    """What patterns and starting weights say, against the model's own names and shapes. UserError before a worker starts."""
+    if callable(getattr(model, "parameters", None)):
+        model = importlib.import_module(BACKENDS[recipe.backend.name]).adapt(model)
+    layout = FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
+    read_start(recipe.model.init, layout.places)
 
 
 def create_backend(recipe: Recipe, model: Any) -> Backend:

@@ -29,7 +29,12 @@ _thread = threading.local()
 def create(model: Model | torch.nn.Module, settings: Any) -> TorchBackend:
     """`settings` has device ("cpu", "cuda", "auto"), precision ("float32", "bfloat16"), threads and compile. UserError."""
     warn_if_late()
-    return TorchBackend(adapter.ModuleModel(model) if isinstance(model, torch.nn.Module) else model, settings)
+    return TorchBackend(adapt(model), settings)
+
+
+def adapt(model: Model | torch.nn.Module) -> Any:
+    """A user's module as a model; others as they are. UserError where a module cannot serve."""
+    return adapter.ModuleModel(model) if isinstance(model, torch.nn.Module) else model
 
 
 def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:

@@ -232,6 +232,17 @@ def is_older(file: str, live_generation: int) -> bool:
     return match is not None and int(match[1]) < live_generation
 
 
+def read_start(path: str, places: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The values of [model] init by parameter name; every one must be a parameter of the model, of its shape. None for ""."""
+    values = read_init(path) if path else {}
+    for name, value in values.items():
+        place = places.get(name)
+        if place is None or place.shape != value.shape:
+            has = f"shape {place.shape}" if place else f"no such parameter, but {', '.join(list(places)[:3])} and so on"
+            raise RecipeError(f"model.init = {path!r} holds {name} of shape {value.shape}, the model has {has}; give weights of this model.")
+    return values
+
+
 def read_init(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Starting weights by parameter name, from a safetensors file or a checkpoint. RecipeError names `model.init`."""
     path = Path(path)

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from elastic.checkpoint.hashing import hashes
-from elastic.checkpoint.manager import load, read_init, split, write_part
+from elastic.checkpoint.manager import load, read_start, split, write_part
 from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.store import Store
-from elastic.errors import RecipeError
 from elastic.messages import Part
 from elastic.state import State
 
@@ -68,14 +67,8 @@ class Saver:
         return arrays, manifest.step, dict(manifest.eval)
 
     def initial(self, path: str, state: State) -> dict[str, np.ndarray]:
-        """The values of [model] init by parameter name; every one must be a parameter of the model, of its shape."""
-        values = read_init(path) if path else {}
-        for name, value in values.items():
-            place = state.layout.places.get(name)
-            if place is None or place.shape != value.shape:
-                has = f"shape {place.shape}" if place else f"no such parameter, but {', '.join(list(state.layout.places)[:3])} and so on"
-                raise RecipeError(f"model.init = {path!r} holds {name} of shape {value.shape}, the model has {has}; give weights of this model.")
-        return values
+        """The values of [model] init by parameter name, which fit the model."""
+        return read_start(path, state.layout.places)
 
 
 def reason(error: BaseException) -> str:
