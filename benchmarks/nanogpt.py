@@ -37,13 +37,16 @@ def train(data: Path, workers: int, seed: int, folder: Path) -> tuple[float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("TINY_SHAKESPEARE"), help="the text; TINY_SHAKESPEARE names it otherwise")
+    parser.add_argument("--data", type=Path, default=os.environ.get("TINY_SHAKESPEARE"), help="the text; else TINY_SHAKESPEARE names it")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337])
     arguments = parser.parse_args()
     tidy_on_termination()
-    if not arguments.data or not arguments.data.is_file():
-        parser.error("name the text with --data: Karpathy's tiny-shakespeare, 1,115,394 characters")
+    if not arguments.data:
+        print("nanogpt is left out: name Karpathy's tiny-shakespeare (1,115,394 characters) with --data or in TINY_SHAKESPEARE.")
+        return
+    if not arguments.data.is_file():
+        parser.error(f"--data {arguments.data} is no file")
     rows, losses = [], []
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as folder:
