@@ -24,14 +24,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from elastic import chaos, workload
 from elastic.actor import NAMESPACE
 from elastic.checkpoint.commits import Commits
+from elastic.checkpoint.manager import read_manifest, split
 from elastic.controller import Settings
 from elastic.controller_actor import ControllerActor
-from elastic.errors import RunFailed, UserError
+from elastic.errors import RecipeError, RunFailed, UserError
 from elastic.messages import Job
 from elastic.observe.events import JsonLines, has_writer, read_lines
 from elastic.observe.report import write_report
 from elastic.policy import Bounds
-from elastic.recipe import Recipe, dumps, load_recipe
+from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
 
 Callback = Callable[[dict[str, Any]], None]
 CONNECT_S = 5.0  # for a Ray at a given address to take a connection
@@ -62,17 +63,19 @@ class Trainer:
 
     @classmethod
     def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local", chaos: Sequence[str] = ()) -> Trainer:
-        """Goes on from the newest good checkpoint of a run (from the start if it has none)."""
+        """Goes on from the newest good checkpoint of a run (from the start if it has none). RecipeError where `overrides` make it another run."""
         run_dir = Path(run_dir)
         if not (run_dir / "recipe.toml").exists():
             raise UserError(f"{run_dir} is no run directory: it has no recipe.toml.")
         refuse_live(run_dir)
         recipe = load_recipe(run_dir / "recipe.toml", overrides)
+        check_resumed(loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False), recipe)
         lines = read_lines(run_dir / "metrics.jsonl")
         events = read_lines(run_dir / "events.jsonl")
-        _, step, _ = Commits(str(run_dir / "checkpoints"), 1, "").newest_good()
+        path, step, _ = Commits(str(run_dir / "checkpoints"), 1, "").newest_good()
+        info = read_manifest(*split(path)).extra.get("info", {}) if path else {}
         return cls(recipe, run_dir, address, chaos, {
-            "written": step, "evaluated": max((m["step"] for m in lines if "eval" in m and m["step"] <= step), default=0),
+            "written": step, "data": info.get("key"), "evaluated": max((m["step"] for m in lines if "eval" in m and m["step"] <= step), default=0),
             "generation": max((e["generation"] for e in events), default=0),
             "rewound_from": max((m["step"] for m in lines if "eval" not in m), default=0)})
 
@@ -83,6 +86,9 @@ class Trainer:
         if self.address == "local" and self.recipe.backend.device == "cuda" and not os.path.exists("/dev/nvidia0"):
             raise UserError('backend.device = "cuda" needs a CUDA GPU, and this machine has none; set backend.device = "cpu".')
         info = workload.prepare(self.recipe)
+        if self.begin.get("data") and self.begin["data"] != info.get("key"):
+            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; put that back, or start a new "
+                              "run, with a checkpoint as its model.init.")
         with import_path():
             opened = workload.Workload.open(self.recipe, info)
             self.num_steps = opened.sampler.num_steps

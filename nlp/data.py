@@ -33,7 +33,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
 
     `data` has path and eval_path (files, folders, globs, "package:NAME/GLOB"; eval_path may be empty), tokens, eval_fraction and
     perhaps vocab_size. Keys of the result: vocab_size, tokenizer (its spec), context, num_tokens, num_eval_tokens,
-    train_file, eval_file, sources. RecipeError names the key, the file and the remedy.
+    train_file, eval_file, sources, key (the same for the same text, cut and tokens). RecipeError names the key, the file and the remedy.
     """
     context = model_config.get("context", Config.context)
     if isinstance(context, bool) or not isinstance(context, int) or context < 1:
@@ -46,7 +46,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     except (OSError, ValueError):
         known = tokenise(source, folder, facts)
     files = {"train_file": str(folder / "train.arrow"), "eval_file": str(folder / "eval.arrow")}
-    info = {**known, **files, "context": context, "sources": list(data.path)}
+    info = {**known, **files, "context": context, "sources": list(data.path), "key": source.key}
     check_lengths(data, info)
     return info
 

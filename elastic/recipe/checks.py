@@ -117,3 +117,19 @@ def check(recipe: Recipe) -> None:
     """Everything that a single key cannot tell."""
     for look in (check_later, check_data, check_model, check_numbers, check_backend):
         look(recipe)
+
+
+FIXED = ("run.seed", "model.*", "data.*", "elastic.logical_shards", "optimizer.name")  # what the state and the order of the data follow from
+FREE = ("model.init", "data.path", "data.eval_path")  # where things lie; whether the data is the same is seen from its content
+
+
+def check_resumed(before: Recipe, after: Recipe) -> None:
+    """RecipeError where a run would go on with another state or another order of its data."""
+    old, new = ({f"{name}.{key}": value for name, section in recipe.model_dump().items() for key, value in section.items()}
+                for recipe in (before, after))
+    for key in sorted({*old, *new}):
+        fixed = key in FIXED or f"{key.partition('.')[0]}.*" in FIXED
+        if fixed and key not in FREE and old.get(key) != new.get(key):
+            now, then = ("nothing" if value is None else shown(value) for value in (new.get(key), old.get(key)))
+            raise RecipeError(f"{key} = {now} is not what this run began with, {then}; leave it as it was, or start a new run, with a "
+                              "checkpoint as its model.init.")
