@@ -1,6 +1,6 @@
 """The steady step of the platform against a bare torch loop and Ray Train's DDP, on the same work.
 
-    python -m benchmarks.overhead [--rounds 7] [--steps 100] [--workers 4 2]
+    python -m benchmarks.overhead [--rounds 5] [--steps 100] [--workers 4 2]
 
 The contestants run one after the other, in an order that rotates from round to round. A run's figure is the median of its
 steps; a ratio is taken within a round, and the table gives the median of the rounds: the machine's moods touch both sides.
@@ -107,7 +107,7 @@ def goals(rounds: list[dict[str, float]], workers: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--workers", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
