@@ -128,6 +128,27 @@ def test_an_error_that_does_not_come_again_is_survived(tmp_path: Path) -> None:
     assert result.sha == fit(tmp_path / "one", recipe("Trap", model=model, elastic={"max_workers": 1})).sha
 
 
+def test_a_state_torn_by_its_update_is_healed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backends.pytorch.backend import TorchBackend
+
+    options = {"optimizer": {"no_decay": ["*bias"], "weight_decay": 0.1}}
+    one = fit(tmp_path / "one", recipe(elastic={"max_workers": 1}, **options))
+    update, torn = TorchBackend.update, []
+
+    def failing(self: Any, rule: Any, *arguments: Any) -> None:
+        if rule.step == 40 and not rule.weight_decay and not torn:  # the first segment is done, the second is not
+            torn.append(self)
+            raise MemoryError("no room")
+        update(self, rule, *arguments)
+
+    monkeypatch.setattr(TorchBackend, "update", failing)
+    result = fit(tmp_path / "three", recipe(elastic={"max_workers": 3}, **options))
+    result.assert_sound(STEPS)
+    assert torn and result.sha == one.sha
+    assert [e["error"] for e in result.named("step_failed")] == ["MemoryError: no room"]
+    assert len(result.named("healed")) == 1 and not result.named("worker_lost")
+
+
 def test_a_lost_number_fails_at_once_and_says_where(tmp_path: Path) -> None:
     result = fit(tmp_path, recipe("Trap", model={"row": 70, "what": "nan"}))
     assert result.outcome.status == "failed" and len(result.named("generation_started")) == 1

@@ -222,6 +222,21 @@ def test_a_lost_number_is_named_and_changes_nothing(value: float) -> None:
     assert {m.w for m in members} == {np.float32(expected(2))}
 
 
+def test_an_update_that_fails_half_way_leaves_the_state_torn() -> None:
+    member = Member()
+    update = member.work.backend.update
+
+    def failing(*arguments: Any) -> None:
+        update(*arguments)
+        if member.w == np.float32(expected(3)):
+            raise MemoryError
+
+    member.work.backend.update = failing
+    (found,) = run_all([member], generation_of(1))
+    assert isinstance(found, MemoryError)
+    assert member.work.state.committed == -1 and member.work.ballot is not None and member.work.ballot.step == 3
+
+
 def test_clipping_is_by_the_norm_of_the_mean_gradient() -> None:
     member = Member(num_steps=1, optimizer={"clip_norm": 0.5})
     assert run_all([member], generation_of(1)) == ["done"]
