@@ -26,6 +26,7 @@ from elastic.errors import UserError
 from elastic.messages import Generation, Job, Ready
 
 POLL_S = 0.5  # how often a pending placement group and draining nodes are looked at
+REPLACE_S = 0.5  # before another worker is started: its imports must not take the survivors' cores while they re-form
 NODE_LABEL = "ray.io/node-id"
 
 
@@ -37,6 +38,7 @@ class Slot:
     avoid: tuple[str, ...] = ()
     actor: Any = None
     node: str = ""
+    delay_s: float = 0.0
     is_placed: bool = False
     let_go: threading.Event = field(default_factory=threading.Event)  # its end is no loss
     thread: threading.Thread | None = None
@@ -53,6 +55,7 @@ class RayFleet:
         self.slots: dict[str, Slot] = {}
         self.ended: list[Slot] = []
         self.numbers = itertools.count()
+        self.first = 0  # workers that were wanted at the start
         self.lock = threading.RLock()
         self.wanted, self.closed = 0, threading.Event()
         self.avoid: tuple[str, ...] = ()
@@ -62,11 +65,13 @@ class RayFleet:
     def want(self, workers: int, avoid: Sequence[str]) -> None:
         with self.lock:
             self.wanted, self.avoid = workers, tuple(avoid)
+            self.first = self.first or workers
             pending = [s for s in self.slots.values() if not s.is_placed]
             for slot in pending[:max(0, len(self.slots) - workers)]:
                 self.forget(slot.name)
             while not self.closed.is_set() and len(self.slots) < workers:
-                slot = Slot(f"worker-{next(self.numbers)}", self.avoid)
+                number = next(self.numbers)
+                slot = Slot(f"worker-{number}", self.avoid, REPLACE_S if number >= self.first else 0.0)
                 self.slots[slot.name] = slot
                 slot.thread = threading.Thread(target=self.live, args=(slot,), name=slot.name, daemon=True)
                 slot.thread.start()
@@ -76,6 +81,7 @@ class RayFleet:
         selector = [{NODE_LABEL: f"!in({','.join(slot.avoid)})"}] if slot.avoid else None
         resources = {"CPU": 1.0, "GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
         place, cause = None, "it was never placed"
+        slot.let_go.wait(slot.delay_s)
         try:
             place = placement_group([resources], lifetime="detached", name=f"{self.job.run_id}/{slot.name}", bundle_label_selector=selector)
             while not place.wait(POLL_S) and not slot.let_go.is_set():
