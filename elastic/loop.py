@@ -172,7 +172,8 @@ def add_up_shards(work: Work, group: CollectiveGroup, buffers: Buffers, step: in
                                         buffers.layout.views(buffer, buffers.layout.trainable_names))
         if result.buffers:
             work.state.add_statistics(buffer, result.buffers, result.weight)
-        sums.end(shard)
+        if work.plan.exact:
+            sums.end(shard)
         losses[shard], weights[shard] = result.loss_sum, result.weight
         injector.at(step, "backward")
     return sums, losses, weights
@@ -186,9 +187,6 @@ class PlainSum:
 
     def begin(self, shard: int) -> Buffer:
         return self.buffer
-
-    def end(self, shard: int) -> None:
-        """Nothing is left to add."""
 
 
 def shard_seed(seed: int, step: int, shard: int) -> int:
