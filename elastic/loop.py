@@ -162,7 +162,7 @@ def add_up_shards(work: Work, group: CollectiveGroup, buffers: Buffers, step: in
     """The gradients of this member's shards, added along the tree; each shard's loss sum and weight."""
     run = shards_of(group.rank, group.size, work.plan.num_shards)
     buffers.reset()
-    sums = SubtreeSums(run, work.plan.num_shards, buffers.take, buffers.give) if work.plan.exact else PlainSum(buffers.take)
+    sums: Any = SubtreeSums(run, work.plan.num_shards, buffers.take, buffers.give) if work.plan.exact else PlainSum(buffers.take)
     losses, weights = {}, {}
     for shard in run:
         work.control.at(step, "forward", shard)
