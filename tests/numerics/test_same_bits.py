@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,20 @@ def test_stopped_and_continued(text: Path, undisturbed: Result, tmp_path: Path) 
 
 
 def test_every_copy_gone_goes_back_to_the_checkpoint(text: Path, undisturbed: Result, tmp_path: Path) -> None:
-    def all_fall(run: Run) -> None:
-        for worker in run.controller.state.group:
-            run.controller.give_up_on(worker, "killed")
+    run = Run(tmp_path, gpt_recipe(text, STEPS))
+    saved, fell = threading.Event(), []
 
-    result = fit(tmp_path, gpt_recipe(text, STEPS), hooks={11: all_fall})
-    result.assert_sound(STEPS, steps_lost=3)
-    assert [(e["from"], e["to"]) for e in result.named("rewound")] == [(11, 8)]
+    def all_fall(step: int) -> None:
+        if saved.is_set() and not fell:
+            fell.append(step)
+            for worker in run.controller.state.group:
+                run.controller.give_up_on(worker, "killed")
+
+    run.books.on_event = lambda name: saved.set() if name == "checkpoint_committed" else None
+    run.books.on_step = all_fall
+    result = run.fit()
+    result.assert_sound(STEPS, steps_lost=fell[0] - 8)
+    assert [(e["from"], e["to"]) for e in result.named("rewound")] == [(fell[0], 8)]
     assert result.sha == undisturbed.sha
 
 
