@@ -142,6 +142,8 @@ class ThreadFleet:
             rim.outbox.flush(FLUSH_S)
         rim.dead.set()
         rim.outbox.close()
+        if hasattr(worker, "work"):
+            worker.work.load_batch.close()  # a process would take its threads with it
         with self.lock:
             self.workers.pop(name, None)
             lost = name not in self.released and not self.closed

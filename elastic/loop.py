@@ -48,6 +48,8 @@ class Loader(Protocol):
 
     def expect(self, keys: Iterable[tuple[int, int]]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass
 class Work:
