@@ -80,7 +80,7 @@ class RayFleet:
         """From asking for a place to the process's end."""
         selector = [{NODE_LABEL: f"!in({','.join(slot.avoid)})"}] if slot.avoid else None
         resources = {"CPU": 1.0, "GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
-        place, cause = None, "it was never placed"
+        place, cause, raised = None, "it was never placed", False
         slot.let_go.wait(slot.delay_s)
         try:
             place = placement_group([resources], lifetime="detached", name=f"{self.job.run_id}/{slot.name}", bundle_label_selector=selector)
@@ -91,7 +91,7 @@ class RayFleet:
                     return
                 slot.is_placed = True
             self.post(m.Starting(slot.name, placement_group_table(place)["bundles_to_node_id"][0]))
-            cause = self.serve(slot, place)
+            cause, raised = self.serve(slot, place)
         except ray.exceptions.RayError as error:
             cause = brief(error)
         finally:
@@ -100,10 +100,10 @@ class RayFleet:
             with self.lock:
                 self.slots.pop(slot.name, None)
             if not slot.let_go.is_set():
-                self.post(m.Lost(slot.name, cause))
+                self.post(m.Lost(slot.name, cause, raised))
 
-    def serve(self, slot: Slot, place: Any) -> str:
-        """Starts the process and waits for its end; returns why it ended."""
+    def serve(self, slot: Slot, place: Any) -> tuple[str, bool]:
+        """Starts the process and waits for its end; returns why it ended, and whether its own code raised that."""
         options = {"num_cpus": 1, "num_gpus": 1 if self.device == "cuda" else 0, "name": f"{self.job.run_id}/{slot.name}",
                    "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": 0, "max_concurrency": 8,
                    "scheduling_strategy": PlacementGroupSchedulingStrategy(place)}
@@ -111,14 +111,14 @@ class RayFleet:
             slot.actor = ray.remote(WorkerActor).options(**options).remote(slot.name, self.job, *self.arguments)
             ray.get(slot.actor.serve.remote())
             ray.kill(slot.actor)
-            return "ended by itself"
+            return "ended by itself", False
         except ray.exceptions.RayTaskError as error:
             ray.kill(slot.actor)
             if isinstance(error.cause, UserError):  # every other worker would say the same
                 self.post(m.GiveUp(str(error.cause)))
-            return str(error.cause)
+            return str(error.cause), True
         except ray.exceptions.RayError as error:
-            return brief(error)
+            return brief(error), False
 
     def tell(self, worker: str, method: str, *arguments: Any) -> None:
         """An order to a worker; nobody waits for it, and one that is gone does not hear it."""

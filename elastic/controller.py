@@ -210,7 +210,8 @@ class Controller:
         rank = group.index(event.worker) if event.worker in group else -1
         self.books.event("worker_lost", worker=event.worker, rank=rank, cause=event.cause,
                          detected_s=round(now - pulse.heard_s, 3) if pulse else 0.0)
-        self.losses = policy.note_loss(self.losses, node, self.books.written, now, ready is not None)
+        self.losses = policy.note_loss(self.losses, node, self.books.written, now, ready is not None,
+                                       event.cause if event.raised else "")
         self.restart_at = now + policy.restart_delay_s(self.losses)
         if policy.gives_up(self.losses, max(len(group), self.target)):
             self.inbox.put(m.GiveUp(f"Worker after worker is lost without a step between them, the last by: {event.cause}"))

@@ -126,7 +126,7 @@ class ThreadFleet:
         return thread
 
     def live(self, name: str, worker: Worker, rim: ThreadRim) -> None:
-        cause = "released"
+        cause, raised = "released", False
         assert rim.outbox is not None
         rim.outbox.start()
         try:
@@ -137,7 +137,7 @@ class ThreadFleet:
             cause = str(error)
             self.controller.post(m.GiveUp(cause))
         except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
+            cause, raised = f"{type(error).__name__}: {error}", True
         if cause == "released":
             rim.outbox.flush(FLUSH_S)
         rim.dead.set()
@@ -148,7 +148,7 @@ class ThreadFleet:
             self.workers.pop(name, None)
             lost = name not in self.released and not self.closed
         if lost:
-            self.controller.post(m.Lost(name, cause))
+            self.controller.post(m.Lost(name, cause, raised))
             self.fill(())
 
     def call(self, worker: str, act: Callable[[Worker], Any]) -> None:

@@ -30,10 +30,11 @@ class Starting:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker's process is gone, or it was given up."""
+    """A worker's process is gone, or it was given up. `raised`: by an error of its own code, which is then the cause."""
 
     worker: str
     cause: str
+    raised: bool = False
 
 
 @dataclass(frozen=True)

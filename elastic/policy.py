@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the n-th start after failures without a step between them
 MAX_FRUITLESS = 8  # starts in a row that failed without a single committed step between them
+MAX_SAME_ERROR = 3  # starts in a row that ended in the same error: the next would as well
 NODE_LOSSES, NODE_WINDOW_S, NODE_BAN_S = 3, 120.0, 600.0  # a node that loses this many workers in the window is left out
 
 
@@ -36,20 +37,27 @@ class Losses:
     fruitless: int = 0  # failures since the last committed step
     committed: int = 0
     unborn: int = 0  # starts in a row that never got ready
+    error: str = ""  # what the last start raised, if it never got ready
+    same_error: int = 0  # how many in a row raised just that
     by_node: tuple[tuple[str, float], ...] = ()
 
 
-def note_loss(losses: Losses, node: str, committed: int, now_s: float, was_ready: bool = True) -> Losses:
-    """Counts one lost worker. Progress since the last loss clears the count; a worker that gets ready clears `unborn`."""
+def note_loss(losses: Losses, node: str, committed: int, now_s: float, was_ready: bool = True, error: str = "") -> Losses:
+    """Counts one lost worker; `error` is what it raised, if it did. Progress since the last loss clears the counts of failures
+    without any; a worker that gets ready clears `unborn`.
+    """
     fruitless = 1 if committed > losses.committed else losses.fruitless + 1
+    error = "" if was_ready else error
+    same = losses.same_error + 1 if error == losses.error and fruitless > 1 else 1
     recent = tuple((n, t) for n, t in losses.by_node if now_s - t < NODE_BAN_S)
     unborn = losses.unborn + (not was_ready)
-    return replace(losses, fruitless=fruitless, unborn=unborn, committed=max(committed, losses.committed), by_node=(*recent, (node, now_s)))
+    return replace(losses, fruitless=fruitless, unborn=unborn, error=error, same_error=same if error else 0,
+                   committed=max(committed, losses.committed), by_node=(*recent, (node, now_s)))
 
 
 def gives_up(losses: Losses, members: int) -> bool:
-    """Too many losses without a step between them (every member may fall once at the same moment)."""
-    return losses.fruitless >= MAX_FRUITLESS + members
+    """Too many losses without a step between them (every member may fall once at the same moment), or one error again and again."""
+    return losses.fruitless >= MAX_FRUITLESS + members or losses.same_error >= MAX_SAME_ERROR
 
 
 def restart_delay_s(losses: Losses) -> float:

@@ -136,7 +136,7 @@ def forward(ops: Any, params: Mapping[str, Array], tokens: Array, config: Config
     for i in range(config.layers):
         h = f"h{i}"
         query, key, value = ops.unbind(dense("btd,dqhe->btqhe", f"{h}.attn.qkv", norm(f"{h}.ln1", x)), 2)
-        mixed = ops.attention(query, key, value, True, rate, seed or 0, f"{h}.attn.weights")
+        mixed = ops.attention(query, key, value, True, rate, 0 if seed is None else seed, f"{h}.attn.weights")
         x = ops.add(x, drop(dense("bthe,hed->btd", f"{h}.attn.out", mixed), f"{h}.attn"))
         hidden = ops.gelu(dense("btd,df->btf", f"{h}.mlp.up", norm(f"{h}.ln2", x)))
         x = ops.add(x, drop(dense("btf,fd->btd", f"{h}.mlp.down", hidden), f"{h}.mlp"))

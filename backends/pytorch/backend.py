@@ -153,10 +153,12 @@ class TorchBackend:
             self._compilations += 1
             return compile_fx(graph, inputs)
 
-        def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(function, backend=counted, dynamic=False)
+        own = isinstance(model, adapter.ModuleModel)  # a user's module may break its graph; ours must not, it would compile in pieces
 
-        return model.compile(compiler) if isinstance(model, adapter.ModuleModel) else compiler(model.loss)
+        def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(function, backend=counted, dynamic=False, fullgraph=not own)
+
+        return model.compile(compiler) if own else compiler(model.loss)
 
     def _enter(self) -> None:
         # the intra-op thread count is partly a thread's own setting, and bits depend on it

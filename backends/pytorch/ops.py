@@ -26,8 +26,8 @@ class TorchOps:
         self.dtype = dtype
 
     def constant(self, values: Any) -> Tensor:
-        array = np.asarray(values)
-        return torch.as_tensor(array, dtype=self.dtype if array.dtype.kind == "f" else None, device=self.device)
+        tensor = torch.as_tensor(np.asarray(values), device=self.device)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         return x.reshape(tuple(shape))

@@ -58,6 +58,16 @@ def test_gives_up_after_fruitless_starts_but_lets_every_member_fall_once() -> No
             assert gives_up(losses, members) == (number >= MAX_FRUITLESS + members)
 
 
+def test_one_error_again_and_again_ends_it_early() -> None:
+    losses = Losses()
+    for error in ("a", "b", "b"):
+        losses = note_loss(losses, "n", 0, 0.0, was_ready=False, error=error)
+        assert not gives_up(losses, 4)
+    assert gives_up(note_loss(losses, "n", 0, 0.0, was_ready=False, error="b"), 4)
+    for other in (note_loss(losses, "n", 1, 0.0, False, "b"), note_loss(losses, "n", 0, 0.0, True, "b"), note_loss(losses, "n", 0, 0.0, False)):
+        assert not gives_up(other, 4), "a step, a start that succeeded and a kill between them each make it another matter"
+
+
 def test_restarts_back_off_up_to_a_limit() -> None:
     losses, delays = Losses(), []
     for _ in range(len(BACKOFF_S) + 2):
