@@ -100,7 +100,7 @@ class WorkerActor:
         rim = ProcessRim(self.name, self.job.run_id, controller, self.hang_timeout_s)
         self.worker = Worker(self.name, self.job, rim)
         rim.outbox = Outbox(self.name, self.worker.control,
-                            lambda messages: ray.get(controller.deliver.remote(self.name, messages), timeout=DELIVER_S),
+                            lambda messages, number: ray.get(controller.hear.remote(self.name, messages, number), timeout=DELIVER_S),
                             self.orphan_timeout_s, leave, leave)
         rim.outbox.start()
         self.worker.serve()

@@ -10,11 +10,12 @@ import dataclasses
 import json
 import os
 import queue
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from elastic import membership as m
 from elastic import policy
@@ -22,41 +23,16 @@ from elastic.books import Books
 from elastic.chaos import Fault, parse
 from elastic.checkpoint.commits import Commits
 from elastic.errors import BadCheckpoint
+from elastic.fleet import Fleet
+from elastic.journal import Journal, replay
 from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Standing
 from elastic.observe.events import read_lines, replace_text
 from elastic.observe.metrics import build_summary
 from elastic.policy import Bounds, Pulse
+from elastic.takeover import take_over
 
 TICK_S = 0.1  # how often hangs and pending starts are looked at
 FENCED = -1
-
-
-class Fleet(Protocol):
-    """The workers' processes. Calls return at once; what comes of them arrives as events."""
-
-    def want(self, workers: int, avoid: Sequence[str]) -> None:
-        """Keep this many workers alive or asked for, none of them on a node of `avoid`."""
-
-    def assign(self, worker: str, generation: Generation) -> None: ...
-
-    def abandon(self, worker: str, generation: int) -> None: ...
-
-    def request_stop(self, worker: str, generation: int, code: int) -> None: ...
-
-    def release(self, worker: str) -> None:
-        """Let it go; its end is no loss."""
-
-    def kill(self, worker: str) -> None:
-        """Give it up: from now on nothing it says counts."""
-
-    def transport(self, ready: Sequence[Ready]) -> str:
-        """Which collective group serves these members best."""
-
-    def inject(self, fault: Fault, stopped: Ready | None) -> None:
-        """Carries out a fault that is not a worker's own."""
-
-    def close(self) -> None:
-        """Ends every worker and waits for it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +49,8 @@ class Settings:
 class Controller:
     """One run's controller. `run()` blocks until the run has ended; everything else may be called from any thread."""
 
-    def __init__(self, job: Job, settings: Settings, fleet: Fleet, books: Books, checkpointed: int = 0):
+    def __init__(self, job: Job, settings: Settings, fleet: Fleet, books: Books, checkpointed: int = 0,
+                 generation: int = 0, journal: Journal | None = None):
         self.job, self.settings, self.fleet, self.books = job, settings, fleet, books
         self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed)
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -84,12 +61,21 @@ class Controller:
         self.released: set[str] = set()  # let go: what they still have to say counts, but they are in no group
         self.live: dict[str, Ready] = {}
         self.given_up: set[str] = set()
+        self.lost: set[str] = set()
         self.target, self.restart_at, self.checked = 0, 0.0, 0.0
         self.outcome: m.Finish | None = None
-        self.finished = False
+        self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
+        self.heard: dict[str, int] = {}  # how many messages of a worker have been taken
+        self.gone = threading.Event()  # it handles nothing any more
+        self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.past else None
+        if self.past:
+            self.lost, self.given_up, self.released = set(self.past.lost), set(self.past.lost), set(self.past.released)
+            self.chaos = [spec for spec in self.chaos if spec not in self.past.spent]
 
     def opened(self, rewound_from: int = -1) -> None:
-        """The first lines of a run, or of its resumption."""
+        """The first lines of a run, or of its resumption; one that is taken over has them."""
+        if self.past:
+            return
         if rewound_from >= 0:
             self.books.event("rewound", **{"from": rewound_from, "to": self.books.written})
         self.books.event("run_started", run=self.job.run_id, num_steps=self.job.num_steps, pid=os.getpid())
@@ -107,18 +93,48 @@ class Controller:
             self.inbox.put((worker, message))
         return self.books.written
 
+    def hear(self, worker: str, messages: Sequence[Any], number: int) -> int:
+        """As `deliver`, but returns when they are handled, so that none is lost with this controller. `number`: see Outbox.
+
+        ConnectionError where it ends before that. Of a batch that is delivered again only what is new is taken.
+        """
+        known = self.heard.get(worker, number)
+        self.heard[worker] = number + len(messages) - 1  # the last one is a pulse
+        handled = threading.Event()
+        self.deliver(worker, messages[max(0, known - number):])
+        self.inbox.put(handled)
+        while not handled.wait(TICK_S):
+            if self.gone.is_set():
+                if self.outcome is None:
+                    raise ConnectionError("this controller is gone.")
+                break
+        return FENCED if worker in self.given_up else self.books.written
+
     def announce(self, worker: str, spec: str) -> None:
         """A fault fires: it is not handed out again, and is carried out here unless it is the worker's own."""
         if spec not in self.chaos:
             return
         self.chaos.remove(spec)
+        self.journal.spent(spec)
         self.inbox.put((worker, parse(spec)))
 
     # The loop.
 
     def run(self) -> m.Finish:
-        self.state, actions = m.begin(self.settings.bounds, self.books.generation)
-        self.perform(actions)
+        try:
+            outcome = self.work()
+            self.close(outcome)
+        finally:
+            self.gone.set()
+        return outcome
+
+    def work(self) -> m.Finish:
+        """Until the machine has finished."""
+        if self.past:
+            take_over(self, self.past)
+        else:
+            self.state, actions = m.begin(self.settings.bounds, self.books.generation)
+            self.perform(actions)
         while self.outcome is None:
             try:
                 self.handle(self.inbox.get(timeout=TICK_S))
@@ -126,11 +142,11 @@ class Controller:
                 pass
             if time.monotonic() - self.checked > TICK_S:
                 self.check()
-        self.close(self.outcome)
         return self.outcome
 
     def close(self, outcome: m.Finish) -> None:
         """Ends the workers, and writes down how the run ended."""
+        self.gone.set()
         self.fleet.close()
         self.drain_inbox()
         if outcome.status == "failed":
@@ -151,7 +167,9 @@ class Controller:
                 self.take_line(item[1])
 
     def handle(self, item: Any) -> None:
-        if isinstance(item, tuple):
+        if isinstance(item, threading.Event):
+            item.set()
+        elif isinstance(item, tuple):
             self.take(*item)
         else:
             self.advance(item)
@@ -173,6 +191,8 @@ class Controller:
             self.advance(message)
 
     def advance(self, event: Any) -> None:
+        if self.is_repeated(event):
+            return
         now = time.monotonic()
         if isinstance(event, m.Starting):
             self.started[event.worker] = now
@@ -189,7 +209,18 @@ class Controller:
         elif isinstance(event, Standing):
             self.note_standing(event)
         self.state, actions = m.advance(self.state, event)
+        self.journal.event(event)
+        if actions:
+            self.journal.sync()
         self.perform(actions)
+
+    def is_repeated(self, event: Any) -> bool:
+        """Who did not hear that a word had arrived says it again."""
+        if isinstance(event, Ready):
+            return event.worker in self.live or event.worker in self.released
+        if isinstance(event, Standing):
+            return event.generation == self.state.generation and event.worker in self.state.standing
+        return isinstance(event, m.Lost) and event.worker in self.lost
 
     def note_standing(self, event: Standing) -> None:
         """Lines that rank 0 may have died with come first: a generation starts when all its past is on disk."""
@@ -206,6 +237,7 @@ class Controller:
         self.started.pop(event.worker, None)
         node = ready.node if ready else self.nodes.pop(event.worker, "")
         self.given_up.add(event.worker)
+        self.lost.add(event.worker)
         group = self.state.group
         rank = group.index(event.worker) if event.worker in group else -1
         self.books.event("worker_lost", worker=event.worker, rank=rank, cause=event.cause,
@@ -319,23 +351,27 @@ class Controller:
     def do_form(self, action: m.Form) -> None:
         """Publishes a generation: on disk first, then to its members."""
         generation = self.completed(action.generation)
-        members = [self.live[w] for w in generation.members]
         if action.before or self.books.last_commit:
             lost = max(0, self.books.written - generation.committed)
-            self.books.interrupted(generation.number, action.cause, action.before, len(members), lost)
+            self.books.interrupted(generation.number, action.cause, action.before, len(generation.members), lost)
         if generation.committed < self.books.written:
             self.rewind(generation.committed)
-        self.books.generation = generation.number
         generation = replace(generation, written=self.books.written, evaluated=self.books.evaluated,
                              checkpointed=self.commits.newest, chaos=tuple(self.chaos))
-        self.books.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
-                         mesh={"data": len(members), "pipeline": 1, "tensor": 1, "expert": 1},
-                         workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid, "compilations": r.compilations}
-                                  for i, r in enumerate(members)])
+        self.journal.published(generation)
+        self.announce_generation(generation)
         now = time.monotonic()
         self.pulses = {w: Pulse(generation.committed, "start", 0, False, now, now) for w in generation.members}
         for worker in generation.members:
             self.fleet.assign(worker, generation)
+
+    def announce_generation(self, generation: Generation) -> None:
+        self.books.generation = generation.number
+        members = [self.live[w] for w in generation.members]
+        self.books.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
+                         mesh={"data": len(members), "pipeline": 1, "tensor": 1, "expert": 1},
+                         workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid, "compilations": r.compilations}
+                                  for i, r in enumerate(members)])
 
     def completed(self, generation: Generation) -> Generation:
         """With the transport, and a start from the newest good checkpoint (or the recipe) where no member has any state."""

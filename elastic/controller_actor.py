@@ -49,8 +49,8 @@ class ControllerActor:
             time.sleep(POLL_S)
         os._exit(0)
 
-    def deliver(self, worker: str, messages: Sequence[Any]) -> int:
-        return self.controller.deliver(worker, messages)
+    def hear(self, worker: str, messages: Sequence[Any], number: int) -> int:
+        return self.controller.hear(worker, messages, number)
 
     def announce(self, worker: str, spec: str) -> None:
         self.controller.announce(worker, spec)

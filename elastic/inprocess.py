@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from elastic import membership as m
@@ -51,11 +51,11 @@ class ThreadRim:
         assert self.outbox is not None
         self.outbox.post(message)
 
-    def deliver(self, messages: Sequence[Any]) -> int:
+    def deliver(self, messages: Sequence[Any], number: int) -> int:
         """What a dead process has not sent is lost; the saver's thread may still have something to say."""
         if self.dead.is_set():
             raise ConnectionError("this process is dead.")
-        return self.fleet.controller.deliver(self.name, messages)
+        return self.fleet.controller.hear(self.name, messages, number)
 
     def announce(self, spec: str) -> None:
         self.fleet.controller.announce(self.name, spec)
@@ -195,6 +195,14 @@ class ThreadFleet:
         assert rim.outbox is not None
         rim.outbox.halted.clear()
         self.hub.cont(rim.rank, rim.generation)
+
+    def adopt(self, known: Iterable[str]) -> list[str]:
+        """The threads have not noticed anything: they are this fleet's all along."""
+        with self.lock:
+            return list(self.workers)
+
+    def resync(self, worker: str) -> None:
+        self.call(worker, lambda w: w.resync())
 
     def close(self) -> None:
         with self.lock:

@@ -16,13 +16,15 @@ RETRY_S = 0.2  # between tries while the controller cannot be reached
 
 
 class Outbox(threading.Thread):
-    """Sends batches through `deliver(messages) -> steps on disk, or -1 if this worker is fenced off`.
+    """Sends batches through `deliver(messages, number) -> steps on disk, or -1 if this worker is fenced off`.
+
+    `number` counts the messages acknowledged so far, by which a repeated one is known; a pulse, not counted, comes last.
 
     Lines wait for the next pulse; anything else goes at once. `orphaned()` is called when nothing could be delivered for
     `orphan_timeout_s`, `fenced()` when the controller has given this worker up.
     """
 
-    def __init__(self, worker: str, control: Control, deliver: Callable[[Sequence[Any]], int], orphan_timeout_s: float,
+    def __init__(self, worker: str, control: Control, deliver: Callable[[Sequence[Any], int], int], orphan_timeout_s: float,
                  orphaned: Callable[[], None], fenced: Callable[[], None], pulse_s: float = PULSE_S):
         super().__init__(name="outbox", daemon=True)
         self.worker, self.control, self.deliver = worker, control, deliver
@@ -50,7 +52,7 @@ class Outbox(threading.Thread):
         self.wake.set()
 
     def run(self) -> None:
-        heard = time.monotonic()
+        heard, number = time.monotonic(), 0
         while not self.closing:
             self.wake.wait(self.pulse_s)
             self.wake.clear()
@@ -60,7 +62,7 @@ class Outbox(threading.Thread):
             c = self.control
             pulse = Progress(self.worker, c.generation, c.step, c.phase, c.inside, c.waiting, c.detail)
             try:
-                written = self.deliver([*batch, pulse])
+                written = self.deliver([*batch, pulse], number)
             except Exception as error:
                 if time.monotonic() - heard > self.orphan_timeout_s:
                     print(f"The controller has not answered for {self.orphan_timeout_s} s ({error}); this worker leaves.", flush=True)
@@ -73,6 +75,7 @@ class Outbox(threading.Thread):
             if written < 0:
                 self.fenced()
                 return
+            number += len(batch)
             self.control.written = written  # falls when the run goes back to a checkpoint
             with self.drained:
                 for _ in batch:

@@ -16,7 +16,7 @@ from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
 from elastic.errors import GroupBroken, NonFiniteLoss, UserError
 from elastic.loop import Work, train
-from elastic.messages import Generation, Job, Ready, Standing
+from elastic.messages import Generation, Job, Part, Ready, Standing
 from elastic.recipe import loads
 from elastic.workload import Workload, build_work
 
@@ -52,20 +52,33 @@ class Worker:
         self.name, self.job, self.rim = name, job, rim
         self.control = Control()
         self.orders: queue.SimpleQueue[Generation | None] = queue.SimpleQueue()
+        self.part: Part | None = None
 
     def serve(self) -> None:
         """Builds and compiles, says so, and works until released."""
         recipe = loads(self.job.recipe, locate=False)
         workload = Workload.open(recipe, self.job.info)
         self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, self.job.info,
-                           self.rim.post)
+                           self.post_part)
         self.work: Work = build_work(recipe, workload, self.control, self.rim.post, self.save)
         warm_up(self.work)
         self.recipe = recipe
         self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.work.backend.compilations(), self.rim.shares))
+        taken = 0
         while (generation := self.orders.get()) is not None:
-            self.rim.post(self.take_part(generation))
+            if generation.number > taken:  # a new controller repeats what may not have arrived
+                taken = generation.number
+                self.rim.post(self.take_part(generation))
         self.saver.join()
+
+    def post_part(self, part: Part) -> None:
+        self.part = part
+        self.rim.post(part)
+
+    def resync(self) -> None:
+        """Says again what a controller may have taken and not yet written down."""
+        if self.part is not None:
+            self.rim.post(self.part)
 
     def take_part(self, generation: Generation) -> Standing:
         """One generation, from meeting to parting, and where this worker stands after it."""

@@ -23,7 +23,7 @@ class Controller:
         self.fails, self.answer = fails, answer
         self.changed = threading.Condition()
 
-    def deliver(self, messages: Sequence[Any]) -> int:
+    def deliver(self, messages: Sequence[Any], number: int) -> int:
         with self.changed:
             if self.fails:
                 self.fails -= 1
