@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 DONE, BAD_USAGE, FAILED, INTERRUPTED = 0, 2, 3, 130
 EXIT = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
-LATER = {"submit": "Ray job submission", "ui": "a page that follows a run", "inspect": "a look into a checkpoint",
-         "export": "a checkpoint in other formats", "plan": "what a cluster would make of a recipe"}
+WIDE = 10_000  # columns
+LATER = {"submit": "Ray job submission", "ui": "a page that follows a run", "plan": "what a cluster would make of a recipe"}
 
 app = typer.Typer(name="elastic", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Elastic training on Ray: workers come and go, the result stays the same to the bit.")
@@ -33,6 +33,7 @@ Sets = Annotated[list[str], typer.Option("--set", metavar="section.key=value", h
 Address = Annotated[str, typer.Option(metavar="local|auto|ADDR", help="Which Ray: a new one here, the one here, or one elsewhere.")]
 Chaos = Annotated[list[str], typer.Option(metavar="SPEC", help="A fault, as kill:1@50/backward; may be repeated.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")]
+Location = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder or manifest, or a run's directory; a path or URI.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's directory for its newest.")]
 
 
@@ -117,6 +118,42 @@ def sample(checkpoint: Checkpoint, prompt: Annotated[str, typer.Option(help="Wha
     from elastic import inference
 
     print(inference.sample(checkpoint, prompt, tokens, temperature, seed))
+    return DONE
+
+
+@app.command()
+def inspect(checkpoint: Location, diff: Annotated[str, typer.Option(metavar="OTHER", help="Another checkpoint: what differs.")] = "") -> int:
+    """Shows a checkpoint's arrays, files, sizes and hashes, or how it differs from another."""
+    from elastic.checkpoint import inspect as door
+    from elastic.checkpoint.find import find
+    from elastic.checkpoint.manager import read_manifest
+
+    places = [find(path) for path in (checkpoint, diff) if path]
+    manifests = [read_manifest(*place) for place in places]
+    if diff:
+        tables, verdict = door.diff_tables((manifests[0], manifests[1]), *door.differences(places[0], places[1]))
+        style, code = "bold", DONE
+    else:
+        tables, whole = door.tables(*places[0], manifests[0])
+        verdict, style = ("every file is there in full length", "bold green") if whole else ("not whole", "bold red")
+        code = DONE if whole else FAILED
+    console = Console() if sys.stdout.isatty() else Console(width=WIDE)  # whoever reads a pipe needs names in one piece
+    for table in tables:
+        console.print(table, "")
+    say(verdict, style)
+    return code
+
+
+@app.command()
+def export(checkpoint: Location, format_: Annotated[str, typer.Option("--format", metavar="safetensors|torch|hf", help="hf is for nlp.gpt.")],
+           out: Annotated[str, typer.Option(metavar="PATH", help="A file, or for hf a folder, that does not exist yet.")]) -> int:
+    """Writes a checkpoint's parameters in a form that others read."""
+    from elastic.checkpoint import export as door
+    from elastic.checkpoint.find import find
+
+    store, name = find(checkpoint)
+    number = door.export(store, name, format_, out)
+    say(f"{number} arrays of {name} written to {out}")
     return DONE
 
 

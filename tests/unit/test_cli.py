@@ -75,8 +75,8 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
     ("sample used", "no good checkpoint"),
     ("submit r.toml --address http://head:8265", "`elastic submit` (Ray job submission) is not yet supported"),
     ("ui used --port 80", "not yet"),
-    ("inspect used", "not yet"),
-    ("export used --format torch --out x", "not yet"),
+    ("inspect used", "no good checkpoint at used"),
+    ("export used --format torch --out x", "no good checkpoint at used"),
     ("plan r.toml --nodes 3", "not yet"),
 ])
 def test_a_mistake_is_one_sentence_and_exit_code_2(recipe: str, tmp_path: Path, arguments: str, says: str,

@@ -1,0 +1,175 @@
+"""A look into checkpoints: what one consists of, and how two differ. Pure but for reading; `tables` and `diff_tables` show it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from elastic.checkpoint.manager import load
+from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.store import Store
+from elastic.observe.words import count, numbers, size
+
+BLOCK = 1 << 20  # elements that are compared at a time: the wide copies of a block are small
+
+
+@dataclass(frozen=True)
+class ArrayRow:
+    """One array, whole; the numbers of the files that hold its pieces, from 1 in the manifest's order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    files: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """One part file; `problem` is "" where it is there and as long as the manifest states."""
+
+    name: str
+    bytes: int
+    hash: str
+    num_arrays: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An array of two checkpoints that is not the same in both. `reason` is "" where only values differ."""
+
+    name: str
+    reason: str
+    num_elements: int = 0
+    num_different: int = 0
+    max_abs: float = 0.0
+
+
+def facts(manifest: Manifest) -> dict[str, str]:
+    """What a checkpoint says of itself, as words."""
+    return {"step": str(manifest.step), "generation": str(manifest.generation), "cursor": f"{manifest.cursor} samples",
+            "seed": str(manifest.seed), "evaluation": numbers(dict(manifest.eval)) or "none", "recipe": recipe_name(manifest.recipe),
+            "arrays": str(len({piece.name for file in manifest.files for piece in file.pieces})),
+            "files": str(len(manifest.files)), "size": f"{size(manifest.bytes)} ({manifest.bytes} bytes)"}
+
+
+def recipe_name(text: str) -> str:
+    """run.name of a recipe, whether this version could train it or not."""
+    try:
+        return str(tomllib.loads(text).get("run", {}).get("name", "")) or "unnamed"
+    except (tomllib.TOMLDecodeError, AttributeError):
+        return "not readable"
+
+
+def array_rows(manifest: Manifest) -> list[ArrayRow]:
+    """Every array once, by name."""
+    found: dict[str, ArrayRow] = {}
+    for number, file in enumerate(manifest.files, 1):
+        for piece in file.pieces:
+            old = found.get(piece.name, ArrayRow(piece.name, piece.dtype, piece.shape, 0, ()))
+            found[piece.name] = ArrayRow(piece.name, piece.dtype, piece.shape, old.bytes + piece.bytes, (*old.files, number))
+    return [found[name] for name in sorted(found)]
+
+
+def file_rows(store: Store, name: str, manifest: Manifest) -> list[FileRow]:
+    """Every part file, and whether it is there in full length. The bytes themselves are not read."""
+    rows = []
+    for file in manifest.files:
+        found = store.size(f"{name}/{file.name}")
+        problem = "missing" if found is None else "" if found == file.bytes else f"has {found} bytes"
+        rows.append(FileRow(file.name, file.bytes, file.sha256, len(file.pieces), problem))
+    return rows
+
+
+def differences(one: tuple[Store, str], other: tuple[Store, str]) -> tuple[list[Difference], int]:
+    """Arrays that are not the same in both checkpoints, by name, and how many are the same to the bit."""
+    a, b = load(*one)[0], load(*other)[0]
+    found, num_same = [], 0
+    for name in sorted({*a, *b}):
+        difference = compare(name, a, b)
+        num_same += difference is None
+        found += [difference] if difference else []
+    return found, num_same
+
+
+def compare(name: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> Difference | None:
+    if name not in a or name not in b:
+        return Difference(name, f"only in {'A' if name in a else 'B'}", (a if name in a else b)[name].size)
+    left, right = a[name], b[name]
+    if left.dtype != right.dtype:
+        return Difference(name, f"{left.dtype.name} in A, {right.dtype.name} in B", left.size)
+    if left.shape != right.shape:
+        return Difference(name, f"shape {list(left.shape)} in A, {list(right.shape)} in B", left.size)
+    num_different, largest = values_apart(left.reshape(-1), right.reshape(-1))
+    return Difference(name, "", left.size, num_different, largest) if num_different else None
+
+
+def values_apart(left: np.ndarray, right: np.ndarray) -> tuple[int, float]:
+    """How many elements differ in any bit (-0 is not 0), and the largest distance; NaN where a number stands against a NaN."""
+    num_different, largest = 0, 0.0
+    bits = f"u{left.dtype.itemsize}"
+    for low in range(0, len(left), BLOCK):
+        x, y = left[low:low + BLOCK], right[low:low + BLOCK]
+        apart = x.view(bits) != y.view(bits)
+        if apart.any():
+            num_different += int(np.count_nonzero(apart))
+            largest = float(np.maximum(largest, distance(x[apart], y[apart])))  # np.maximum passes NaN on
+    return num_different, largest
+
+
+def distance(x: np.ndarray, y: np.ndarray) -> float:
+    if x.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):  # of two infinities
+            return float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max())
+    low, high = np.minimum(x, y), np.maximum(x, y)
+    return float((high.astype(np.uint64) - low.astype(np.uint64)).max())  # modulo 2^64, which a difference never reaches
+
+
+def tables(store: Store, name: str, manifest: Manifest) -> tuple[list[Table], bool]:
+    """The tables of one checkpoint, and whether every file is there in full length."""
+    files = file_rows(store, name, manifest)
+    head = table("", "")
+    for key, value in facts(manifest).items():
+        head.add_row(key, Text(value))
+    parts = table(">", "file", ">bytes", ">arrays", "hash", "")
+    for number, row in enumerate(files, 1):
+        parts.add_row(str(number), Text(row.name), str(row.bytes), str(row.num_arrays), row.hash, Text(row.problem, "bold red"))
+    return [head, parts, array_table(manifest)], not any(row.problem for row in files)
+
+
+def array_table(manifest: Manifest) -> Table:
+    out = table("array", "dtype", "shape", ">bytes", "file")
+    for row in array_rows(manifest):
+        out.add_row(Text(row.name), row.dtype, Text(shape_words(row.shape)), str(row.bytes), ", ".join(map(str, row.files)))
+    return out
+
+
+def diff_tables(manifests: tuple[Manifest, Manifest], found: list[Difference], num_same: int) -> tuple[list[Table], str]:
+    """Both heads side by side, what differs, and one sentence that sums it up."""
+    head = table("", "A", "B")
+    for key, (a, b) in {key: (a, facts(manifests[1])[key]) for key, a in facts(manifests[0]).items()}.items():
+        head.add_row(key, Text(a), Text(b, "" if a == b else "yellow"))
+    rows = table("array", ">elements", ">different", ">largest difference", "")
+    for d in found:
+        numbers_ = ("", "") if d.reason else (str(d.num_different), f"{d.max_abs:.6g}")
+        rows.add_row(Text(d.name), str(d.num_elements), *numbers_, Text(d.reason, "yellow"))
+    same = f"{count(num_same, 'array')} the same to the bit"
+    return [head, *([rows] if found else [])], f"{count(len(found), 'array')} differ{'s' if len(found) == 1 else ''}, {same}"
+
+
+def shape_words(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def table(*columns: str) -> Table:
+    """Without lines; ">" before a heading puts its column to the right."""
+    out = Table(box=None, pad_edge=False)
+    for heading in columns:
+        out.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left", overflow="fold")
+    return out

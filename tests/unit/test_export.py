@@ -1,0 +1,120 @@
+"""A checkpoint's parameters as others read them: the other's own loader is the oracle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from elastic import cli, workload
+from elastic.checkpoint import Manifest, Store, commit, write_part
+from elastic.recipe import Recipe, dumps, parse
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+VOCAB = 50
+
+
+def make(root: Path, bias: bool = True, kind: str = "nlp.gpt") -> tuple[Path, dict[str, np.ndarray], Recipe]:
+    """A checkpoint of a small GPT with random values everywhere; its parameters by name, and its recipe."""
+    recipe = parse({"run": {"steps": 4}, "backend": {"name": "torch", "device": "cpu"},
+                    "model": {"kind": "nlp.gpt", "layers": 2, "heads": 4, "width": 32, "context": 16, "dropout": 0.1, "bias": bias},
+                    "data": {"format": "text", "path": "plays.txt", "batch_size": 4}}, locate=False)
+    generator = np.random.default_rng(1)
+    specs = workload.open_model(recipe, {"vocab_size": VOCAB}).parameters
+    values = {name: generator.standard_normal(spec.shape, np.float32) * np.float32(0.2) for name, spec in specs.items()}
+    arrays = {f"{prefix}/{name}": value for prefix in ("parameter", "optimizer/exp_avg") for name, value in values.items()}
+    text = dumps(recipe).replace('"nlp.gpt"', f'"{kind}"')
+    store = Store.open(root)
+    entry = write_part(store, 4, 1, "state", arrays)
+    return root / commit(store, Manifest(4, 1, 16, 0, text, (entry,))), values, recipe
+
+
+def export(path: Path, form: str, out: Path) -> int:
+    return cli.run(["export", str(path), "--format", form, "--out", str(out)])
+
+
+def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert sorted(found) == sorted(wanted)
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype and np.array_equal(found[name], value), name
+
+
+def test_safetensors_hold_the_parameters_alone(tmp_path: Path) -> None:
+    path, values, _ = make(tmp_path / "c")
+    assert export(path, "safetensors", tmp_path / "new" / "w.safetensors") == 0
+    assert_same(load_file(tmp_path / "new" / "w.safetensors"), values)
+    assert os.listdir(tmp_path / "new") == ["w.safetensors"]
+
+
+def test_torch_loads_its_state_dict_without_running_code(tmp_path: Path) -> None:
+    path, values, _ = make(tmp_path / "c")
+    assert export(path, "torch", tmp_path / "w.pt") == 0
+    loaded = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert_same({name: tensor.numpy() for name, tensor in loaded.items()}, values)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_transformers_computes_the_same_logits(tmp_path: Path, bias: bool) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    path, values, recipe = make(tmp_path / "c", bias)
+    assert export(path, "hf", tmp_path / "hf") == 0
+    assert sorted(os.listdir(tmp_path / "hf")) == ["config.json", "model.safetensors"]
+    theirs, told = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = np.random.default_rng(2).integers(0, VOCAB, (3, 16))
+    with torch.no_grad():
+        found = theirs.eval()(torch.from_numpy(tokens)).logits.numpy()
+    backend = workload.create_backend(recipe, workload.open_model(recipe, {"vocab_size": VOCAB}))
+    backend.bind(values, {})
+    wanted = backend.logits(tokens)  # type: ignore[attr-defined]
+    assert np.abs(wanted).max() > 1.0, "the logits are large enough to be compared"
+    np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
+    if not bias:
+        assert not any(np.any(v) for k, v in load_file(tmp_path / "hf" / "model.safetensors").items() if k.endswith(".bias"))
+
+
+@pytest.mark.parametrize(("form", "out", "says"), [
+    ("pickle", "new", "--format pickle must be one of safetensors, torch, hf."),
+    ("safetensors", "there", "--out there exists already"),
+    ("torch", "there", "--out there exists already"),
+    ("hf", "folder", "--out folder exists already"),
+    ("hf", "dangling", "--out dangling exists already"),
+    ("safetensors", "there/below", "--out there/below cannot be written"),
+    ("safetensors", "s3://bucket/w", "must be a path on this machine"),
+    ("safetensors", "", "must be a path on this machine"),
+])
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path, form: str, out: str, says: str, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, _, _ = make(tmp_path / "c")
+    (tmp_path / "there").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = sorted(os.listdir(tmp_path))
+    assert cli.run(["export", str(path), "--format", form, "--out", out]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.startswith("elastic: ") and err.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "there").read_text() == "kept"
+
+
+def test_another_model_has_no_hugging_face_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _, _ = make(tmp_path / "c", kind="my.module:Net")
+    assert export(path, "hf", tmp_path / "hf") == 2
+    assert '--format hf is for the model nlp.gpt, and this checkpoint is of "my.module:Net"' in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_a_damaged_checkpoint_gives_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _, _ = make(tmp_path / "c")
+    file = next(path.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    start = 8 + length + json.loads(content[8:8 + length])["parameter/wte"]["data_offsets"][0]
+    content[start] ^= 1
+    file.write_bytes(content)
+    assert export(path, "safetensors", tmp_path / "w") == 2
+    assert "hash" in capsys.readouterr().err and os.listdir(tmp_path) == ["c"]
