@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,9 @@ from elastic.errors import UserError
 from elastic.messages import Generation, Job
 
 NAMESPACE = "elastic"
+RETRY_S = 0.2  # between tries to reach a controller that is away
 DELIVER_S = 5.0  # for the controller to take a batch of messages
+WATCH_S = 10.0  # how long one call waits for a worker's end
 FLUSH_S = 10.0  # how long a released worker waits for its last lines to be acknowledged
 
 
@@ -59,7 +64,13 @@ class ProcessRim:
         self.outbox.post(message)
 
     def announce(self, spec: str) -> None:
-        ray.get(self.controller.announce.remote(self.name, spec))
+        """Again and again while the controller is away: one that comes back knows what was announced before."""
+        while True:
+            try:
+                return ray.get(self.controller.announce.remote(self.name, spec))
+            except ray.exceptions.RayError as error:
+                print(f"The controller could not be told of {spec}: {type(error).__name__}", flush=True)
+                time.sleep(RETRY_S)
 
     def strike(self, fault: Fault) -> None:
         strike_process(fault)
@@ -79,18 +90,32 @@ class WorkerActor:
         prepare_process(threads, Path(job.run_dir) / "logs" / f"{name}.log", job.sys_path)
         self.name, self.job = name, job
         self.worker: Any = None
+        self.idle, self.over = threading.Lock(), threading.Event()
+        self.error: Exception | None = None
         self.hang_timeout_s, self.orphan_timeout_s = hang_timeout_s, orphan_timeout_s
 
     def serve(self) -> None:
-        """Works until released. What goes wrong is a `UserError` or a plain RuntimeError: a framework's own may not pickle."""
+        """Works until released, whoever asked for it may be gone by then. `watch` tells how it ended."""
         from elastic.worker import describe
 
+        if not self.idle.acquire(blocking=False):
+            return  # asked for a second time, by a controller that came back
         try:
             self._serve()
-        except UserError:
-            raise
+        except UserError as error:
+            self.error = error
         except Exception as error:
-            raise RuntimeError(describe(error)) from None
+            traceback.print_exc()
+            self.error = RuntimeError(describe(error))  # a framework's own may not pickle
+        finally:
+            self.over.set()
+
+    def watch(self) -> bool:
+        """Waits a while for the end of `serve`: True, or its error, once it has ended. A caller that is gone leaves no thread behind."""
+        over = self.over.wait(WATCH_S)
+        if self.error is not None:
+            raise self.error
+        return over
 
     def _serve(self) -> None:
         from elastic.outbox import Outbox
@@ -114,6 +139,10 @@ class WorkerActor:
 
     def request_stop(self, generation: int, code: int) -> None:
         self.worker.control.request_stop(generation, code)
+
+    def resync(self) -> None:
+        if self.worker is not None:
+            self.worker.resync()
 
     def release(self) -> None:
         if self.worker is None:

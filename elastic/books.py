@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import UserError
-from elastic.observe.events import JsonLines
+from elastic.observe.events import JsonLines, read_lines
+from elastic.observe.metrics import steps_of
 
+RECENT = 50  # steps whose median is an ordinary one
 FEED = 20_000  # lines kept for a driver that polls several times a second
 
 
@@ -26,9 +28,25 @@ class Books:
         self.generation = generation
         self.feed: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FEED)  # the latest lines, numbered, for the driver
         self.fed, self.is_behind = 0, False
-        self.recent: deque[float] = deque(maxlen=50)
+        self.recent: deque[float] = deque(maxlen=RECENT)
         self.last_commit = 0.0
+        self.stepped = 0  # generation of the last step
         self.pause: dict[str, Any] | None = None
+
+    @classmethod
+    def take_over(cls, run_dir: Path) -> Books:
+        """The books of a controller that was killed, from its files alone."""
+        metrics, events = read_lines(run_dir / "metrics.jsonl"), read_lines(run_dir / "events.jsonl")
+        steps = steps_of(metrics)
+        evaluated = max((fields["step"] for fields in metrics if "eval" in fields), default=0)
+        books = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in events), default=0))
+        if steps:
+            books.last_commit, books.stepped = steps[-1]["time"], steps[-1]["generation"]
+        books.recent.extend(s["step_s"] for s in steps[-RECENT:])
+        for fields in in_order(events, metrics)[-FEED:]:
+            books.feed.append((books.fed, fields))
+            books.fed += 1
+        return books
 
     def event(self, name: str, step: int | None = None, generation: int | None = None, **fields: Any) -> None:
         """One event line; generation and step are where the run is, unless given."""
@@ -56,7 +74,7 @@ class Books:
         if self.pause and fields["generation"] >= self.pause["generation"]:
             self._resume(fields["time"])
         self.recent.append(fields["step_s"])
-        self.last_commit = fields["time"]
+        self.last_commit, self.stepped = fields["time"], fields["generation"]
 
     def _write(self, file: JsonLines, fields: dict[str, Any]) -> None:
         file.append(fields)
@@ -92,3 +110,12 @@ class Books:
             self.event("recovered", pause_s=pause_s, steps_lost=pause["steps_lost"])
         if pause["before"] != pause["after"]:
             self.event("resized", pause_s=pause_s, **{"from": pause["before"], "to": pause["after"]})
+
+
+def in_order(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of both files by time; an evaluation follows its step."""
+    timed, time_s = [(fields["time"], fields) for fields in events], 0.0
+    for fields in metrics:
+        time_s = fields.get("time", time_s)
+        timed.append((time_s, fields))
+    return [fields for _, fields in sorted(timed, key=lambda pair: pair[0])]

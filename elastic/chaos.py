@@ -3,6 +3,7 @@
     kill:RANK@STEP[/PHASE]   SIGKILL of that rank's process        stop:RANK@STEP[/PHASE]   SIGSTOP
     node:RANK@STEP           its node dies                         cont:RANK@STEP           SIGCONT of the rank stopped before
     scale:N@STEP             a request to scale to N workers       corrupt@STEP             flips a byte of the newest checkpoint
+    controller@STEP          SIGKILL of the controller
 
 A fault fires at the first chance at or after its step. It is announced to the controller before it fires, so that it fires once
 however often the step is redone and whoever has the rank by then.
@@ -42,10 +43,8 @@ def parse(spec: str) -> Fault:
     match = PATTERN.fullmatch(spec)
     if not match:
         raise RecipeError(f"--chaos {spec!r} is no fault; write kill:RANK@STEP[/PHASE], stop:RANK@STEP, cont:RANK@STEP, node:RANK@STEP, "
-                          "scale:N@STEP or corrupt@STEP.")
+                          "scale:N@STEP, controller@STEP or corrupt@STEP.")
     kind, phase = match[1] or match[3], match[5] or "forward"
-    if kind == "controller":
-        raise RecipeError(f"--chaos {spec!r}: killing the controller is not yet supported; kill a worker instead.")
     if phase not in PHASES or (match[5] and kind not in SELF):
         raise RecipeError(f"--chaos {spec!r}: the phase of a kill or stop is one of {', '.join(PHASES)}; other faults have none.")
     return Fault(kind, int(match[2] or 0), int(match[4]), phase, spec)

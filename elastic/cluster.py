@@ -11,7 +11,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,24 +73,48 @@ class RayFleet:
                 number = next(self.numbers)
                 slot = Slot(f"worker-{number}", self.avoid, REPLACE_S if number >= self.first else 0.0)
                 self.slots[slot.name] = slot
-                slot.thread = threading.Thread(target=self.live, args=(slot,), name=slot.name, daemon=True)
-                slot.thread.start()
+                self.start(slot)
+
+    def adopt(self, known: Iterable[str]) -> list[str]:
+        """Finds the actors and their places by name. A place without an actor is given back: another is asked for."""
+        prefix = f"{self.job.run_id}/"
+        with self.lock:
+            for place in placement_group_table().values():
+                if not place["name"].startswith(prefix) or place["state"] == "REMOVED":
+                    continue
+                name = place["name"].removeprefix(prefix)
+                try:
+                    self.slots[name] = Slot(name, actor=ray.get_actor(place["name"], NAMESPACE), is_placed=True)
+                except ValueError:  # no such actor
+                    remove_placement_group(ray.util.get_placement_group(place["name"]))
+            numbers = [int(name.rpartition("-")[2]) for name in (*known, *self.slots)]
+            self.first = 1  # all from now on are replacements
+            self.numbers = itertools.count(max(numbers, default=-1) + 1)
+            for slot in self.slots.values():
+                self.start(slot)
+            return list(self.slots)
+
+    def start(self, slot: Slot) -> None:
+        slot.thread = threading.Thread(target=self.live, args=(slot,), name=slot.name, daemon=True)
+        slot.thread.start()
+
+    def resync(self, worker: str) -> None:
+        self.tell(worker, "resync")
 
     def live(self, slot: Slot) -> None:
-        """From asking for a place to the process's end."""
-        selector = [{NODE_LABEL: f"!in({','.join(slot.avoid)})"}] if slot.avoid else None
-        resources = {"CPU": 1.0, "GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
+        """From asking for a place, or from taking charge of who has one, to the process's end."""
         place, cause, raised = None, "it was never placed", False
         slot.let_go.wait(slot.delay_s)
         try:
-            place = placement_group([resources], lifetime="detached", name=f"{self.job.run_id}/{slot.name}", bundle_label_selector=selector)
-            while not place.wait(POLL_S) and not slot.let_go.is_set():
-                continue
-            with self.lock:
-                if slot.let_go.is_set():
-                    return
-                slot.is_placed = True
-            self.post(m.Starting(slot.name, placement_group_table(place)["bundles_to_node_id"][0]))
+            place = self.place(slot)
+            if not slot.is_placed:
+                while not place.wait(POLL_S) and not slot.let_go.is_set():
+                    continue
+                with self.lock:
+                    if slot.let_go.is_set():
+                        return
+                    slot.is_placed = True
+                self.post(m.Starting(slot.name, placement_group_table(place)["bundles_to_node_id"][0]))
             cause, raised = self.serve(slot, place)
         except ray.exceptions.RayError as error:
             cause = brief(error)
@@ -102,14 +126,26 @@ class RayFleet:
             if not slot.let_go.is_set():
                 self.post(m.Lost(slot.name, cause, raised))
 
+    def place(self, slot: Slot) -> Any:
+        """A placement group of one bundle: the one it has, or a new one."""
+        name = f"{self.job.run_id}/{slot.name}"
+        if slot.is_placed:
+            return ray.util.get_placement_group(name)
+        selector = [{NODE_LABEL: f"!in({','.join(slot.avoid)})"}] if slot.avoid else None
+        resources = {"CPU": 1.0, "GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
+        return placement_group([resources], lifetime="detached", name=name, bundle_label_selector=selector)
+
     def serve(self, slot: Slot, place: Any) -> tuple[str, bool]:
         """Starts the process and waits for its end; returns why it ended, and whether its own code raised that."""
         options = {"num_cpus": 1, "num_gpus": 1 if self.device == "cuda" else 0, "name": f"{self.job.run_id}/{slot.name}",
-                   "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": 0, "max_concurrency": 8,
+                   "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": 0, "max_concurrency": 32,
                    "scheduling_strategy": PlacementGroupSchedulingStrategy(place)}
         try:
-            slot.actor = ray.remote(WorkerActor).options(**options).remote(slot.name, self.job, *self.arguments)
-            ray.get(slot.actor.serve.remote())
+            if slot.actor is None:
+                slot.actor = ray.remote(WorkerActor).options(**options).remote(slot.name, self.job, *self.arguments)
+            slot.actor.serve.remote()
+            while not ray.get(slot.actor.watch.remote()):
+                continue
             ray.kill(slot.actor)
             return "ended by itself", False
         except ray.exceptions.RayTaskError as error:
@@ -162,6 +198,9 @@ class RayFleet:
         if stopped is not None and stopped.node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(ProcessLookupError):  # given up and dead by now
                 os.kill(stopped.pid, signal.SIGCONT)
+
+    def kill_controller(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def watch_drains(self) -> None:
         """Spot notices and scale-downs: Ray says which nodes drain; their workers leave at the next step boundary."""

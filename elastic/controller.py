@@ -116,6 +116,8 @@ class Controller:
             return
         self.chaos.remove(spec)
         self.journal.spent(spec)
+        if parse(spec).kind == "controller":
+            self.fleet.kill_controller()
         self.inbox.put((worker, parse(spec)))
 
     # The loop.

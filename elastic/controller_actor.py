@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from elastic import membership as m
 from elastic.actor import NAMESPACE
 from elastic.books import Books
 from elastic.cluster import RayFleet
 from elastic.controller import Controller, Settings
+from elastic.journal import Journal
 from elastic.messages import Job
 
 __all__ = ["NAMESPACE", "ControllerActor"]
@@ -28,9 +31,11 @@ class ControllerActor:
 
     def __init__(self, job: Job, settings: Settings, fleet: dict[str, Any], begin: dict[str, Any]):
         run_dir = Path(job.run_dir)
-        self.books = Books(run_dir, begin.get("written", 0), begin.get("evaluated", 0), begin.get("generation", 0))
+        journal = Journal(run_dir / "journal.jsonl", job.run_id)  # Ray starts a killed controller anew, with the same arguments
+        began = begin.get("generation", 0)
+        self.books = Books.take_over(run_dir) if journal.past else Books(run_dir, begin.get("written", 0), begin.get("evaluated", 0), began)
         self.fleet = RayFleet(job, lambda event: self.controller.post(event), **fleet)
-        self.controller = Controller(job, settings, self.fleet, self.books, begin.get("written", 0))
+        self.controller = Controller(job, settings, self.fleet, self.books, begin.get("written", 0), began, journal)
         self.controller.opened(begin.get("rewound_from", -1))
         self.error = ""
         self.done, self.polled = threading.Event(), time.monotonic()
@@ -47,7 +52,7 @@ class ControllerActor:
             self.done.set()
         while time.monotonic() - self.polled < LINGER_S:  # for the driver to learn how it ended; one that is gone never will
             time.sleep(POLL_S)
-        os._exit(0)
+        ray.kill(ray.get_runtime_context().current_actor)  # for good: an exit would be followed by a restart
 
     def hear(self, worker: str, messages: Sequence[Any], number: int) -> int:
         return self.controller.hear(worker, messages, number)
@@ -66,11 +71,14 @@ class ControllerActor:
         self.controller.post(m.GiveUp("The driver gave the run up."))
         self.done.wait()
 
-    def poll(self, since: int) -> tuple[list[dict[str, Any]], int, bool]:
-        """The lines after the first `since`, how many there are by now, and whether the run has ended."""
+    def poll(self, pid: int, since: int) -> tuple[int, list[dict[str, Any]], int, bool]:
+        """This process, the lines after the first `since`, how many there are by now, and whether the run has ended.
+
+        A count that another process gave says nothing here: then all lines come.
+        """
         finished = self.done.wait(POLL_S)
         self.polled = time.monotonic()
-        return *self.books.since(since), finished
+        return os.getpid(), *self.books.since(since if pid == os.getpid() else 0), finished
 
     def snapshot(self) -> dict[str, Any]:
         return self.controller.snapshot()

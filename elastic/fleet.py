@@ -42,5 +42,8 @@ class Fleet(Protocol):
     def resync(self, worker: str) -> None:
         """Have it say again what only a controller's memory held."""
 
+    def kill_controller(self) -> None:
+        """Ends the controller itself, at once."""
+
     def close(self) -> None:
         """Ends every worker and waits for it."""

@@ -88,6 +88,7 @@ class ThreadFleet:
         self.job, self.capacity, self.nodes = job, capacity, nodes
         self.hub = Hub()
         self.controller: Any = None  # set by whoever builds both
+        self.crash: Callable[[], None] = lambda: None  # ends the controller; whoever builds another one sets it
         self.workers: dict[str, Worker] = {}
         self.rims: dict[str, ThreadRim] = {}
         self.threads: list[threading.Thread] = []
@@ -200,6 +201,9 @@ class ThreadFleet:
         """The threads have not noticed anything: they are this fleet's all along."""
         with self.lock:
             return list(self.workers)
+
+    def kill_controller(self) -> None:
+        self.crash()
 
     def resync(self, worker: str) -> None:
         self.call(worker, lambda w: w.resync())

@@ -52,7 +52,10 @@ def again(controller: Controller, action: m.Form, past: Past) -> None:
     if generation is None or generation.number != action.generation.number:
         controller.perform([action])
         return
-    if controller.books.generation < generation.number:
+    books = controller.books
+    if books.stepped < generation.number and (action.before or books.last_commit):
+        books.interrupted(generation.number, action.cause, action.before, len(generation.members), 0)
+    if books.generation < generation.number:
         controller.announce_generation(generation)
     tell(controller, generation, (w for w in generation.members if w in controller.state.ready and w not in controller.state.standing))
 

@@ -36,6 +36,7 @@ from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
 
 Callback = Callable[[dict[str, Any]], None]
 CONNECT_S = 5.0  # for a Ray at a given address to take a connection
+AWAY_S, AGAIN_S = 120.0, 0.1  # how long a controller may take to come back, and between tries
 END_S = 60.0  # for the workers to end where the driver gives up
 LIVE = "live.json"  # in the run directory while the run lives: where its Ray is
 
@@ -108,7 +109,7 @@ class Trainer:
             try:
                 with interrupting(controller):
                     follow(controller, on_step, on_eval, on_event)
-                status, error = ray.get(controller.outcome.remote())
+                status, error = ask(controller, "outcome")
             except ray.exceptions.RayError as gone:
                 raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
             except BaseException:
@@ -214,8 +215,8 @@ def start_controller(job: Job, recipe: Recipe, begin: dict[str, Any]) -> Any:
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
     fleet = {"device": device, "threads": recipe.backend.threads, "hang_timeout_s": elastic.hang_timeout_s,
              "orphan_timeout_s": elastic.orphan_timeout_s}
-    options = {"name": f"{job.run_id}/controller", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_concurrency": 64,
-               "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)}
+    options = {"name": f"{job.run_id}/controller", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_concurrency": 64, "max_restarts": -1,
+               "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)}
     return ray.remote(ControllerActor).options(**options).remote(job, settings, fleet, begin)
 
 
@@ -244,13 +245,29 @@ def interrupting(controller: Any) -> Iterator[None]:
 
 def follow(controller: Any, on_step: Callback | None, on_eval: Callback | None, on_event: Callback | None) -> None:
     """Hands every new line to its callback until the run has ended."""
-    known, finished = 0, False
+    pid, known, latest, finished = 0, 0, 0.0, False
     while not finished:
-        lines, known, finished = ray.get(controller.poll.remote(known))
+        found, lines, known, finished = ask(controller, "poll", pid, known)
+        if found != pid and pid:  # a new controller tells all of it again
+            lines = [line for line in lines if line.get("time", 0.0) > latest]
+        pid = found
         for line in lines:
+            latest = max(latest, line.get("time", 0.0))
             callback = on_event if "event" in line else on_eval if "eval" in line else on_step
             if callback is not None:
                 callback(line)
+
+
+def ask(controller: Any, method: str, *arguments: Any) -> Any:
+    """A call that waits for a controller on its way back."""
+    until = time.monotonic() + AWAY_S
+    while True:
+        try:
+            return ray.get(getattr(controller, method).remote(*arguments))
+        except ray.exceptions.ActorUnavailableError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(AGAIN_S)
 
 
 def refuse_live(run_dir: Path) -> None:
