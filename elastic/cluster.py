@@ -71,7 +71,7 @@ class RayFleet:
                 self.forget(slot.name)
             while not self.closed.is_set() and len(self.slots) < workers:
                 number = next(self.numbers)
-                slot = Slot(f"worker-{number}", self.avoid, REPLACE_S if number >= self.first else 0.0)
+                slot = Slot(f"worker-{number}", self.avoid, delay_s=REPLACE_S if number >= self.first else 0.0)
                 self.slots[slot.name] = slot
                 self.start(slot)
 
