@@ -55,12 +55,17 @@ class Run:
         job = Job("run", dumps(recipe), workload.prepare(recipe), str(run_dir), str(run_dir / "checkpoints"), (), tuple(chaos))
         bounds = Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares)
         settings = Settings(bounds, elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best)
-        self.books = WatchedBooks(run_dir, *begin)
-        self.books.on_step = self.after_step
+        self.job, self.settings = job, settings
         self.fleet = ThreadFleet(job, capacity or elastic.max_workers + elastic.spares, nodes)
-        self.controller = Controller(job, settings, self.fleet, self.books, begin[0])
-        self.fleet.controller = self.controller
+        self.controller = self.build(WatchedBooks(run_dir, *begin))
         self.controller.opened()
+
+    def build(self, books: WatchedBooks) -> Controller:
+        self.books = books
+        books.on_step = self.after_step
+        controller = Controller(self.job, self.settings, self.fleet, books, books.written)
+        self.fleet.controller = controller
+        return controller
 
     def open(self) -> tuple[int, int, int]:
         """A fresh run directory, or the place at which a run that has ended goes on: (written, evaluated, generation)."""

@@ -1,0 +1,165 @@
+"""The controller is killed at every point of its work: another one takes over the live workers, and the run ends with the same bits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic.books import Books
+from elastic.controller import Controller
+from elastic.journal import Journal, decode, encode, replay
+from elastic.messages import Ballot, Generation, Standing
+from elastic.observe.events import read_lines
+from elastic.policy import Bounds
+from tests.numerics.inprocess import LIMIT_S, Result, Run, gpt_recipe
+
+STEPS = 16
+HISTORY = ("kill:1@4/reduction", "scale:1@8", "scale:3@11")  # waiting, running, regrouping, stopping, and all again
+
+
+class Crash(BaseException):
+    """The controller's process is gone."""
+
+
+class Clock:
+    """Counts the points at which a controller may fall: before and after every record, and before every action."""
+
+    def __init__(self, fatal: int = 0):
+        self.points, self.fatal, self.phases = 0, fatal, []
+
+    def point(self, phase: str = "") -> None:
+        self.points += 1
+        if self.points == self.fatal:
+            raise Crash
+
+
+class FragileJournal(Journal):
+    def __init__(self, path: Path, run_id: str, clock: Clock):
+        super().__init__(path, run_id)
+        self.clock = clock
+
+    def append(self, record: Any) -> None:
+        if not hasattr(self, "clock"):
+            return super().append(record)
+        self.clock.point()
+        super().append(record)
+        self.clock.point()
+
+
+class FragileController(Controller):
+    clock: Clock
+
+    def perform(self, actions: Sequence[Any]) -> None:
+        for action in actions:
+            self.clock.point()
+            super().perform([action])
+
+
+class FragileRun(Run):
+    """A run whose controller falls at one point and is followed by another."""
+
+    def __init__(self, run_dir: Path, fatal: int = 0, **options: Any):
+        self.clock, self.crashes = Clock(fatal), 0
+        super().__init__(run_dir, **options)
+
+    def build(self, books: Books) -> Controller:
+        self.books = books
+        journal = FragileJournal(self.run_dir / "journal.jsonl", self.job.run_id, self.clock)
+        controller = FragileController(self.job, self.settings, self.fleet, books, books.written, 0, journal)
+        controller.clock = self.clock
+        self.fleet.controller = controller
+        return controller
+
+    def work(self, found: list[Any]) -> None:
+        while not found:
+            try:
+                found.append(self.controller.run())
+            except Crash:
+                self.crashes += 1
+                self.controller.journal.close()
+                self.books.close()  # as the end of its process would
+                self.controller = self.build(Books.take_over(self.run_dir))
+            except BaseException as error:
+                found.append(error)
+
+    def fit(self) -> Result:
+        found: list[Any] = []
+        thread = threading.Thread(target=self.work, args=(found,), name="controller", daemon=True)
+        thread.start()
+        thread.join(LIMIT_S)
+        assert found, f"the run hangs: {self.controller.state}"
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        return Result(self, found[0])
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "a.txt"
+    file.write_text("".join(f"{n} times {n} is {n * n}; " for n in range(400)))
+    return file
+
+
+def recipe(text: Path) -> Any:
+    return gpt_recipe(text, STEPS, run={"eval_every": 6}, elastic={"max_workers": 3}, checkpoint={"every_steps": 5})
+
+
+def fall(tmp_path: Path, text: Path, fatal: int) -> tuple[Result, FragileRun]:
+    run = FragileRun(tmp_path / f"run-{fatal}", fatal, recipe=recipe(text), chaos=HISTORY, capacity=4)
+    return run.fit(), run
+
+
+@pytest.mark.slow
+def test_killed_at_every_point(text: Path, tmp_path: Path) -> None:
+    undisturbed, first = fall(tmp_path, text, 0)
+    undisturbed.assert_sound(STEPS)
+    assert not first.crashes and first.clock.points > 60
+    crashes, phases = 0, set()
+    for fatal in range(1, first.clock.points + 1):
+        result, run = fall(tmp_path, text, fatal)
+        result.assert_sound(STEPS)
+        assert result.sha == undisturbed.sha, f"other bits after a fall at point {fatal}"
+        lost = {e["worker"] for e in result.named("worker_lost")}
+        assert len(lost) == 1, f"at point {fatal} a survivor did not survive: {lost}"
+        assert not result.named("rewound")
+        assert len(result.named("controller_restarted")) == run.crashes
+        phases |= {e["phase"] for e in result.named("controller_restarted")}
+        crashes += run.crashes
+    assert crashes > 0.9 * first.clock.points
+    assert phases == {"waiting", "running", "stopping", "regrouping", "finished"}
+
+
+def test_a_controller_that_always_falls_is_always_followed(text: Path, tmp_path: Path) -> None:
+    """Every controller falls at its fourth point: the run still ends, by what each of them added to the journal."""
+
+    class Stubborn(FragileRun):
+        def build(self, books: Books) -> Controller:
+            self.clock = Clock(fatal=4)
+            return super().build(books)
+
+    undisturbed, _ = fall(tmp_path, text, 0)
+    run = Stubborn(tmp_path / "run", recipe=recipe(text), chaos=HISTORY, capacity=4)
+    result = run.fit()
+    result.assert_sound(STEPS)
+    assert result.sha == undisturbed.sha and run.crashes > 5
+
+
+def test_a_journal_says_what_was_said(tmp_path: Path) -> None:
+    ballot = Ballot(3, (0.1, float(2**-40)), (1.0, 2.0), 1)
+    messages = [Standing("a", 2, "broken", 2, 3, ballot, error='x "y"\n'), Generation(4, ("a", "b"), "h:1", "gloo", 3, ballot, 0, (1,))]
+    assert [decode(encode(message)) for message in messages] == messages
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, "run-1")
+    journal.event(messages[0])
+    journal.published(messages[1])
+    journal.close()
+    with open(path, "a") as file:
+        file.write('{"event": {"@": "Sta')  # torn by a crash
+    again = Journal(path, "run-1")
+    assert len(again.past) == 2 and replay(again.past, Bounds(1, 2, 4), 0).published == messages[1]
+    again.close()
+    assert Journal(path, "run-2").past == [] and len(read_lines(path)) == 1, "another run's journal is replaced"
