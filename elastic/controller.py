@@ -67,7 +67,7 @@ class Controller:
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
         self.heard: dict[str, int] = {}  # how many messages of a worker have been taken
         self.gone = threading.Event()  # it handles nothing any more
-        self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.past else None
+        self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.is_continued else None
         if self.past:
             self.lost, self.given_up, self.released = set(self.past.lost), set(self.past.lost), set(self.past.released)
             self.chaos = [spec for spec in self.chaos if spec not in self.past.spent]

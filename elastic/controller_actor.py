@@ -33,7 +33,7 @@ class ControllerActor:
         run_dir = Path(job.run_dir)
         journal = Journal(run_dir / "journal.jsonl", job.run_id)  # Ray starts a killed controller anew, with the same arguments
         began = begin.get("generation", 0)
-        self.books = Books.take_over(run_dir) if journal.past else Books(run_dir, begin.get("written", 0), begin.get("evaluated", 0), began)
+        self.books = Books.take_over(run_dir) if journal.is_continued else Books(run_dir, begin.get("written", 0), begin.get("evaluated", 0), began)
         self.fleet = RayFleet(job, lambda event: self.controller.post(event), **fleet)
         self.controller = Controller(job, settings, self.fleet, self.books, begin.get("written", 0), began, journal)
         self.controller.opened(begin.get("rewound_from", -1))

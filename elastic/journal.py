@@ -39,16 +39,21 @@ def decode(value: Any) -> Any:
 
 
 class Journal:
-    """The journal of one controller actor, through all its restarts; another run's is replaced. `past` is what it held."""
+    """The journal of one controller actor, through all its restarts; another run's is replaced.
+
+    `past` is what an earlier controller of this run wrote; `is_continued` says that there was one, which may have written nothing.
+    """
 
     def __init__(self, path: Path, run_id: str):
         found = read_lines(path)
-        self.past = found[1:] if found and found[0].get("run_id") == run_id else []
-        if not self.past:
+        self.is_continued = bool(found) and found[0].get("run_id") == run_id
+        self.past = found[1:] if self.is_continued else []
+        if not self.is_continued:
             path.unlink(missing_ok=True)
         self.lines = JsonLines(path)
-        if not self.past:
+        if not self.is_continued:
             self.append({"run_id": run_id})
+            self.sync()
 
     def append(self, record: Mapping[str, Any]) -> None:
         self.lines.append(record)
