@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import queue
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +22,7 @@ from elastic.chaos import Fault, parse
 from elastic.checkpoint.commits import Commits
 from elastic.errors import BadCheckpoint
 from elastic.fleet import Fleet
+from elastic.inbox import Inbox
 from elastic.journal import Journal, replay
 from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Standing
 from elastic.observe.events import read_lines, replace_text
@@ -53,7 +52,7 @@ class Controller:
                  generation: int = 0, journal: Journal | None = None):
         self.job, self.settings, self.fleet, self.books = job, settings, fleet, books
         self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed)
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.inbox = Inbox()
         self.chaos, self.stopped = list(job.chaos), dict[int, Ready]()
         self.losses, self.pulses = policy.Losses(), dict[str, Pulse]()
         self.started: dict[str, float] = {}
@@ -65,8 +64,6 @@ class Controller:
         self.target, self.restart_at, self.checked = 0, 0.0, 0.0
         self.outcome: m.Finish | None = None
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
-        self.heard: dict[str, int] = {}  # how many messages of a worker have been taken
-        self.gone = threading.Event()  # it handles nothing any more
         self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.is_continued else None
         if self.past:
             self.lost, self.given_up, self.released = set(self.past.lost), set(self.past.lost), set(self.past.released)
@@ -98,27 +95,14 @@ class Controller:
 
         ConnectionError where it ends before that. Of a batch that is delivered again only what is new is taken.
         """
-        known = self.heard.get(worker, number)
-        self.heard[worker] = number + len(messages) - 1  # the last one is a pulse
-        handled = threading.Event()
-        self.deliver(worker, messages[max(0, known - number):])
-        self.inbox.put(handled)
-        while not handled.wait(TICK_S):
-            if self.gone.is_set():
-                if self.outcome is None:
-                    raise ConnectionError("this controller is gone.")
-                break
+        self.deliver(worker, self.inbox.fresh(worker, messages, number))
+        self.inbox.wait()
         return FENCED if worker in self.given_up else self.books.written
 
     def announce(self, worker: str, spec: str) -> None:
-        """A fault fires: it is not handed out again, and is carried out here unless it is the worker's own."""
-        if spec not in self.chaos:
-            return
-        self.chaos.remove(spec)
-        self.journal.spent(spec)
-        if parse(spec).kind == "controller":
-            self.fleet.kill_controller()
+        """A fault fires: when this returns it is not handed out again, and carried out here unless it is the worker's own."""
         self.inbox.put((worker, parse(spec)))
+        self.inbox.wait()
 
     # The loop.
 
@@ -127,7 +111,7 @@ class Controller:
             outcome = self.work()
             self.close(outcome)
         finally:
-            self.gone.set()
+            self.inbox.gone.set()
         return outcome
 
     def work(self) -> m.Finish:
@@ -138,17 +122,17 @@ class Controller:
             self.state, actions = m.begin(self.settings.bounds, self.books.generation)
             self.perform(actions)
         while self.outcome is None:
-            try:
-                self.handle(self.inbox.get(timeout=TICK_S))
-            except queue.Empty:
-                pass
+            item = self.inbox.get(TICK_S)
+            if item is not None:
+                self.handle(item)
             if time.monotonic() - self.checked > TICK_S:
                 self.check()
         return self.outcome
 
     def close(self, outcome: m.Finish) -> None:
         """Ends the workers, and writes down how the run ended."""
-        self.gone.set()
+        self.inbox.over = True
+        self.inbox.gone.set()
         self.fleet.close()
         self.drain_inbox()
         if outcome.status == "failed":
@@ -164,14 +148,12 @@ class Controller:
     def drain_inbox(self) -> None:
         """Lines that were under way when the run ended."""
         while not self.inbox.empty():
-            item = self.inbox.get()
+            item = self.inbox.get(0.0)
             if isinstance(item, tuple) and isinstance(item[1], Line):
                 self.take_line(item[1])
 
     def handle(self, item: Any) -> None:
-        if isinstance(item, threading.Event):
-            item.set()
-        elif isinstance(item, tuple):
+        if isinstance(item, tuple):
             self.take(*item)
         else:
             self.advance(item)
@@ -314,11 +296,17 @@ class Controller:
                          seconds=part.seconds)
 
     def take_fault(self, worker: str, fault: Fault) -> None:
+        if fault.spec not in self.chaos:
+            return  # said again, by who did not hear that the controller knew
+        self.chaos.remove(fault.spec)
+        self.journal.spent(fault.spec)
         self.books.event("chaos", fault=fault.spec, worker=worker)
         if fault.kind == "scale":
             self.advance(m.ScaleTo(fault.number))
         elif fault.kind == "stop":
             self.stopped[fault.number] = self.live[worker]
+        elif fault.kind == "controller":
+            self.fleet.kill_controller()
         elif fault.kind == "corrupt":
             self.commits.flip_a_byte()
         elif fault.kind == "cont":

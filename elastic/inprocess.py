@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -58,7 +59,11 @@ class ThreadRim:
         return self.fleet.controller.hear(self.name, messages, number)
 
     def announce(self, spec: str) -> None:
-        self.fleet.controller.announce(self.name, spec)
+        while True:
+            try:
+                return self.fleet.controller.announce(self.name, spec)
+            except ConnectionError:
+                time.sleep(PULSE_S)  # the controller is on its way back
 
     def strike(self, fault: Fault) -> None:
         if fault.kind == "stop":

@@ -13,6 +13,7 @@ import pytest
 from elastic import controller as controllers
 from elastic import membership as m
 from elastic.books import Books
+from elastic.chaos import parse
 from elastic.checkpoint.manager import write_part
 from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.store import Store
@@ -77,7 +78,7 @@ class Rig:
 
     def drain(self) -> None:
         while not self.controller.inbox.empty():
-            self.controller.handle(self.controller.inbox.get())
+            self.controller.handle(self.controller.inbox.get(0.0))
 
     def wait(self, seconds: float, *pulses: Progress, every: float = 0.1) -> None:
         """Time goes by, and these workers go on saying where they are."""
@@ -294,7 +295,7 @@ def test_a_fault_fires_once_and_is_written_down(tmp_path: Path, clock: Clock) ->
     rig.start("a", "b")
     assert rig.assigned()[0].chaos == ("scale:1@5", "kill:1@9")
     for _ in range(2):
-        rig.controller.announce("a", "scale:1@5")
+        rig.controller.post(("a", parse("scale:1@5")))
         rig.drain()
     assert [e["fault"] for e in rig.events("chaos")] == ["scale:1@5"]
     assert rig.controller.state.target == 1
@@ -306,10 +307,10 @@ def test_a_fault_fires_once_and_is_written_down(tmp_path: Path, clock: Clock) ->
 def test_a_continuation_goes_to_whoever_was_stopped(tmp_path: Path, clock: Clock) -> None:
     rig = Rig(tmp_path, clock, chaos=("stop:1@5", "cont:1@9"))
     rig.start("a", "b", "c")
-    rig.controller.announce("b", "stop:1@5")
+    rig.controller.post(("b", parse("stop:1@5")))
     rig.drain()
     rig.controller.give_up_on("b", "hangs")
-    rig.controller.announce("a", "cont:1@9")
+    rig.controller.post(("a", parse("cont:1@9")))
     rig.drain()
     ((fault, stopped),) = rig.fleet.of("inject")
     assert (fault.spec, stopped.worker) == ("cont:1@9", "b")
