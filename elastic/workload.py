@@ -12,6 +12,7 @@ from typing import Any
 from elastic.backend import Backend
 from elastic.checkpoint.manager import read_start
 from elastic.control import Control
+from elastic.data import table
 from elastic.data.dataset import Dataset, MapStyle
 from elastic.data.loader import Prefetcher, eval_batches, load_batch
 from elastic.data.sampler import Sampler
@@ -24,7 +25,7 @@ BACKENDS = {"torch": "backends.pytorch.backend", "reference": "backends.referenc
 
 
 def cache_dir() -> Path:
-    """Where tokenised text is kept from run to run."""
+    """Where tokenised text and converted tables are kept from run to run."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic"
 
 
@@ -59,6 +60,8 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
     """What the data's door finds out before the run: vocabulary, files, sizes. `RecipeError` where the data cannot serve."""
     if recipe.data.kind:
         return {}
+    if recipe.data.is_table:
+        return table.prepare(recipe.data, cache_dir())
     domain = recipe.model.kind if ":" not in recipe.model.kind else "nlp.text"
     return door(domain, "data").prepare(recipe.data, recipe.model.config, cache_dir())
 
@@ -86,6 +89,8 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
         kept = whole.num_samples - int(whole.num_samples * recipe.data.eval_fraction)
         evaluation = MapStyle(Part(source, kept, whole.num_samples), seed, seeded) if kept < whole.num_samples else None
         return MapStyle(Part(source, 0, kept), seed, seeded), evaluation, ""
+    if recipe.data.is_table:
+        return *table.open_tables(info, recipe.data, cache_dir(), recipe.run.seed), ""
     domain = door(recipe.model.kind if ":" not in recipe.model.kind else "nlp.text", "data")
     facts = dict(info) if Path(info["train_file"]).exists() else prepare(recipe)  # another node, another cache
     training = domain.open_dataset(facts, "train", recipe.run.seed)
@@ -107,7 +112,7 @@ class Workload:
     def open(cls, recipe: Recipe, info: Mapping[str, Any]) -> Workload:
         training, evaluation, unit = open_data(recipe, info)
         sampler = Sampler(training.num_samples, recipe.data.batch_size, recipe.elastic.logical_shards, recipe.run.seed,
-                          recipe.data.shuffle, recipe.run.epochs, recipe.run.steps)
+                          recipe.data.shuffle, recipe.run.epochs, recipe.run.steps, getattr(training, "order", None))
         return cls(open_model(recipe, info), training, evaluation, sampler, unit)
 
 

@@ -1,4 +1,4 @@
-"""Text files as windows of tokens: read through pyarrow, tokenised once into Arrow files, memory-mapped afterwards.
+"""Text as windows of tokens: files or a column of tables, read through pyarrow, tokenised once into Arrow files, memory-mapped afterwards.
 
 The data door of a language model: `prepare` turns the recipe's `[data]` into plain facts (`info`), `open_dataset` turns the
 facts into a data set. Both give the same on every machine that sees the same text.
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pyarrow import fs
 
 from elastic.data.arrow import FORMAT, read_tokens, write_atomically, write_tokens
+from elastic.data.files import find
 from elastic.data.permutation import keyed_words
+from elastic.data.text import read_column, read_text
 from elastic.errors import RecipeError, UserError
-from elastic.recipe import resolve_paths
 from nlp import tokens as tokenizing
 from nlp.gpt import Config
 
@@ -31,9 +31,10 @@ UNIT = "tokens"  # what a batch's weight counts
 def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -> dict[str, Any]:
     """Facts that a model and `open_dataset` need, as plain values; tokenises the text where `cache_dir` does not hold it yet.
 
-    `data` has path and eval_path (files, folders, globs, "package:NAME/GLOB"; eval_path may be empty), tokens, eval_fraction and
-    perhaps vocab_size. Keys of the result: vocab_size, tokenizer (its spec), context, num_tokens, num_eval_tokens,
-    train_file, eval_file, sources, key (the same for the same text, cut and tokens). RecipeError names the key, the file and the remedy.
+    `data` has format and text (the column, of tables), path and eval_path (files, folders, globs, URIs, "package:NAME/GLOB";
+    eval_path may be empty), tokens, eval_fraction and perhaps vocab_size.
+    Keys of the result: vocab_size, tokenizer (its spec), context, num_tokens, num_eval_tokens, train_file,
+    eval_file, sources, key (the same for the same text, cut and tokens). RecipeError names the key, the file and the remedy.
     """
     context = model_config.get("context", Config.context)
     if isinstance(context, bool) or not isinstance(context, int) or context < 1:
@@ -118,9 +119,10 @@ def read(data: Any) -> Source:
         raise RecipeError(f"data.tokens = {kind!r} must be one of {', '.join(tokenizing.KINDS)}.")
     if kind == "bpe" and vocab_size < 256:
         raise RecipeError(f"data.vocab_size = {vocab_size} must be at least 256, one for each byte.")
-    training = read_all("data.path", data.path)
+    column = data.format, getattr(data, "text", "")
+    training = read_all("data.path", data.path, *column)
     if data.eval_path:
-        evaluation = read_all("data.eval_path", data.eval_path)
+        evaluation = read_all("data.eval_path", data.eval_path, *column)
     else:
         cut = int(len(training) * (1.0 - data.eval_fraction))
         training, evaluation = training[:cut], training[cut:]
@@ -130,43 +132,14 @@ def read(data: Any) -> Source:
     return Source(training, evaluation, kind, vocab_size, digest.hexdigest()[:32])
 
 
-def read_all(key: str, paths: Sequence[str]) -> str:
-    """The files one after the other; a line break is put where one ends without."""
-    files = list_files(key, paths)
-    texts = [read_text(key, file) for file in files]
-    return "".join(text if text.endswith("\n") or n == len(files) - 1 else text + "\n" for n, text in enumerate(texts))
-
-
-def list_files(key: str, paths: str | Sequence[str]) -> list[str]:
-    """Every file that `paths` means; of folders all files below them but hidden ones, in the order of their paths."""
-    if not paths:
-        raise RecipeError(f"{key} names no file; give a text file, a folder, a glob or a list.")
-    files = []
-    for path in map(Path, resolve_paths(paths, key=key)):
-        below = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
-        if path.is_dir() and not below:
-            raise RecipeError(f"{key}: the folder {path} holds no file; give one with text files.")
-        files += [str(p) for p in below] if path.is_dir() else [str(path)]
-    return files
-
-
-def read_text(key: str, path: str) -> str:
-    try:
-        with fs.LocalFileSystem().open_input_stream(path) as stream:
-            content = stream.read()
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{key}: the file {path} cannot be read ({describe(error)}); correct the path or make the file readable.") from error
-    if not content:
-        raise RecipeError(f"{key}: the file {path} is empty; give a file with text or leave it out.")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{key}: the file {path} is not UTF-8 at byte {error.start}; convert it to UTF-8 or leave it out.") from error
-
-
-def describe(error: BaseException) -> str:
-    """An operating system's error without its path; Arrow's own first sentence."""
-    return str(getattr(error, "strerror", None) or error).split(". Detail", 1)[0]
+def read_all(key: str, paths: Sequence[str], kind: str, column: str) -> str:
+    """The files, or the rows of their column, one after the other; a line break is put where one ends without."""
+    files = find(key, paths)
+    texts = [text for file in files for text in (read_column(kind, file, column) if column else [read_text(key, file)])]
+    whole = "".join(text if text.endswith("\n") or n == len(texts) - 1 else text + "\n" for n, text in enumerate(texts))
+    if not whole:
+        raise RecipeError(f"{key}: {files[0].where} holds no text; give a file with some.")
+    return whole
 
 
 def tokenise(source: Source, folder: Path, facts: Path) -> dict[str, Any]:

@@ -10,22 +10,25 @@ import math
 
 import numpy as np
 
-from elastic.data.permutation import permute
+from elastic.data.order import Order, Rows
 
 FILLER = -1  # a position that holds no sample; its row has weight 0
 
 
 class Sampler:
-    """The order of samples of a run whose length is given in `steps` or in `epochs` (exactly one of them)."""
+    """The samples of a run whose length is given in `steps` or in `epochs` (exactly one of them), in `order`.
+
+    Without an `order`, all rows are shuffled together, or not at all.
+    """
 
     def __init__(self, num_samples: int, batch_size: int, logical_shards: int, seed: int, shuffle: bool,
-                 epochs: float | None = None, steps: int | None = None):
+                 epochs: float | None = None, steps: int | None = None, order: Order | None = None):
         if num_samples < 1:
             raise ValueError(f"num_samples = {num_samples} must be at least 1.")
         if logical_shards < 1 or batch_size < 1 or batch_size % logical_shards:
             raise ValueError(f"batch_size = {batch_size} must be a multiple of logical_shards = {logical_shards}.")
         self.num_samples, self.batch_size, self.logical_shards = num_samples, batch_size, logical_shards
-        self.seed, self.shuffle = seed, shuffle
+        self.order = order or Rows(num_samples, seed, shuffle)
         self.shard_size = batch_size // logical_shards
         if steps is not None and epochs is None:
             self.num_positions = steps * batch_size
@@ -47,11 +50,7 @@ class Sampler:
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, indices), int64: the epoch and the sample at each position; both `FILLER` for fillers."""
         positions = np.asarray(positions, np.int64)
-        epochs, indices = np.divmod(positions, self.num_samples)
-        if self.shuffle:
-            for epoch in np.unique(epochs[positions >= 0]):
-                chosen = (epochs == epoch) & (positions >= 0)
-                indices[chosen] = permute(indices[chosen], self.num_samples, self.seed, int(epoch))
-        filler = positions < 0
-        epochs[filler] = indices[filler] = FILLER
+        epochs = np.full(positions.shape, FILLER)
+        indices, real = epochs.copy(), positions >= 0
+        epochs[real], indices[real] = self.order.locate(positions[real])
         return epochs, indices

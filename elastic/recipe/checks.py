@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from elastic.errors import RecipeError
-from elastic.recipe.sections import LATER_KINDS, Recipe
+from elastic.recipe.sections import LATER_KINDS, TABLES, Recipe
 
 OWN_KIND = '"nlp.gpt", or "package.module:attribute" for your own'
 LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, what to write)
     "backend.name": (("torch", "reference"), '"torch"'),
-    "data.format": ((None, "text"), '"text", or data.kind = "package.module:attribute"'),
+    "data.format": ((None, "text", "csv", "parquet", "arrow"), '"text", "csv", "parquet" or "arrow", or data.kind = "package.module:attribute"'),
     "data.ledger": ((False,), "false"),
     "data.label": (("",), "nothing: leave it out"),
     "data.categorical": (((),), "nothing: leave it out"),
     "data.numeric": (((),), "nothing: leave it out"),
-    "data.text": (("",), "nothing: leave it out"),
     "data.image": (("",), "nothing: leave it out"),
     "data.embedding_dim": ((None,), "nothing: leave it out"),
     "data.oov": (("hash",), "nothing: leave it out"),
@@ -83,6 +82,27 @@ def check_data(recipe: Recipe) -> None:
         raise RecipeError(f"data.options = {shown(sorted(data.options))} has no meaning without data.kind; leave it out.")
 
 
+def check_tables(recipe: Recipe) -> None:
+    """What belongs to tables, and to nothing else."""
+    data, run = recipe.data, recipe.run
+    if data.text and data.format not in TABLES:
+        raise RecipeError(f"data.text = {shown(data.text)} names a column, which only a table has; leave it out.")
+    if recipe.model.kind == "nlp.gpt" and data.is_table:
+        raise RecipeError('data.text is missing; model.kind = "nlp.gpt" reads a column of text: write its name.')
+    if not data.is_table:
+        for key, value, default in (("columns", data.columns, ()), ("weights", data.weights, ()), ("shuffle_by", data.shuffle_by, "auto")):
+            if value != default:
+                raise RecipeError(f"data.{key} = {shown(value)} has a meaning only for tables of numbers "
+                                  f"(data.format one of {', '.join(map(shown, TABLES))}, without data.text); leave it out.")
+    if data.format == "csv" and data.shuffle_by == "blocks":
+        raise RecipeError('data.shuffle_by = "blocks" is not for CSV, which is converted first; write "rows", or leave it out.')
+    if data.weights and len(data.weights) != len(data.path):
+        raise RecipeError(f"data.weights = {shown(data.weights)} has {len(data.weights)} numbers and data.path {len(data.path)} entries; "
+                          "write one weight for each entry.")
+    if data.weights and not run.steps:
+        raise RecipeError(f"run.epochs = {run.epochs} has no meaning for sources mixed by data.weights, whose epochs differ; write run.steps.")
+
+
 def check_numbers(recipe: Recipe) -> None:
     run, elastic, optimizer = recipe.run, recipe.elastic, recipe.optimizer
     batch, shards = recipe.data.batch_size, elastic.logical_shards
@@ -115,7 +135,7 @@ def check_backend(recipe: Recipe) -> None:
 
 def check(recipe: Recipe) -> None:
     """Everything that a single key cannot tell."""
-    for look in (check_later, check_data, check_model, check_numbers, check_backend):
+    for look in (check_later, check_data, check_tables, check_model, check_numbers, check_backend):
         look(recipe)
 
 

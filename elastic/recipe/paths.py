@@ -27,9 +27,11 @@ def resolve_paths(path: str | Sequence[str], base: Path | None = None, key: str 
 
 
 def absolute(path: str, base: Path | None, key: str) -> str:
-    """The same path made absolute, globs and packages left as they are; RecipeError if it leads nowhere."""
+    """The same path made absolute, globs, packages and URIs of data left as they are; RecipeError if it leads nowhere."""
     if path.startswith(PACKAGE):
         _packaged(path, key)
+        return path
+    if "://" in path and key.startswith("data."):
         return path
     _local(path, base, key)
     return str(_anchor(path, base))

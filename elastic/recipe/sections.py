@@ -10,6 +10,8 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "nlp.gpt": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0},
 }
 LATER_KINDS = ("nlp.bert", "vision.resnet", "vision.vit", "recommender.dlrm")
+WEIGHTS = "a list of numbers above 0, one for each entry of data.path"
+TABLES = ("csv", "parquet", "arrow")
 NAMES = "a list of texts"
 PATTERNS = 'a list of name patterns, as ["*.bias", "ln_f.*"]'
 
@@ -71,14 +73,17 @@ class Backend(Section):
 
 class Data(Section):
     format: Literal["text", "csv", "parquet", "arrow", "idx", "imagefolder"] | None = None
-    path: Texts = Field((), description="a path, a glob, \"package:NAME/GLOB\" or a list of them")
+    path: Texts = Field((), description="a path, a URI, a glob, \"package:NAME/GLOB\" or a list of them")
     kind: str = Field("", pattern=r"^$|^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$",
                       description='"package.module:attribute" of a map-style data set')
     options: dict[str, Any] = Field({}, description="a table of keyword arguments for data.kind")
     batch_size: int = at_least(1, 12, " (rows of the global batch)")
     eval_fraction: float = share(0.1)
-    eval_path: Texts = Field((), description="a path, a glob, \"package:NAME/GLOB\" or a list of them")
+    eval_path: Texts = Field((), description="a path, a URI, a glob, \"package:NAME/GLOB\" or a list of them")
     shuffle: bool = Field(True, description="true or false")
+    shuffle_by: Literal["auto", "rows", "blocks"] = "auto"
+    columns: Texts = Field((), description=f"{NAMES}: the columns of a table to use, none for all of numbers")
+    weights: tuple[Annotated[FiniteFloat, Field(gt=0)], ...] = Field((), strict=False, description=WEIGHTS)
     tokens: Literal["char", "byte", "bpe"] = "char"
     vocab_size: int = at_least(2, 1024, " (for tokens = \"bpe\")")
     ledger: bool = Field(False, description="true or false")
@@ -89,6 +94,11 @@ class Data(Section):
     image: str = Field("", description="a column's name")
     embedding_dim: int | None = at_least(1, None)
     oov: Literal["hash", "row", "error"] = "hash"
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it feeds columns of numbers; a table whose text is read is text."""
+        return self.format in TABLES and not self.text
 
 
 class MeshSection(Section):

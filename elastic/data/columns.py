@@ -1,0 +1,104 @@
+"""Columns of numbers: which of a table's are, what they are in NumPy, and their values, which may not be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as t
+
+from elastic.errors import UserError
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number a row (`width` 0) or a list of `width` numbers. `dtype` is NumPy's name."""
+
+    name: str
+    dtype: str
+    width: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * max(1, self.width)
+
+    def empty(self, rows: int) -> np.ndarray:
+        return np.empty((rows, self.width) if self.width else (rows,), self.dtype)
+
+
+def column_of(field: pa.Field) -> Column | None:
+    """The column of numbers that an Arrow field is; None if it is none."""
+    kind, width = field.type, 0
+    if t.is_fixed_size_list(kind) and kind.list_size > 0:
+        kind, width = kind.value_type, kind.list_size
+    if t.is_boolean(kind) or t.is_integer(kind) or t.is_floating(kind):
+        return Column(field.name, np.dtype(kind.to_pandas_dtype()).name, width)
+    return None
+
+
+def choose(key: str, where: str, schema: pa.Schema, wanted: Sequence[str]) -> list[Column]:
+    """The columns of a file that are asked for, or all of numbers if none is. UserError names the column and the remedy."""
+    known = [column for field in schema if (column := column_of(field))]
+    if len(set(schema.names)) < len(schema.names):
+        twice = next(name for name in schema.names if schema.names.count(name) > 1)
+        raise UserError(f'{key}: {where} has two columns named "{twice}"; rename one of them.')
+    if not wanted:
+        if not known:
+            raise UserError(f"{key}: {where} has no column of numbers ({shown(schema)}); convert the columns to train on.")
+        return known
+    by_name = {column.name: column for column in known}
+    for name in wanted:
+        if name not in schema.names:
+            raise UserError(f'data.columns: {where} has no column "{name}"; it has {shown(schema)}.')
+        if name not in by_name:
+            raise UserError(f'data.columns: the column "{name}" of {where} is {schema.field(name).type}, which is no number nor a list of '
+                            "fixed length of numbers; convert it or leave it out.")
+    return [by_name[name] for name in wanted]
+
+
+def shown(schema: pa.Schema) -> str:
+    names = [f"{field.name}: {field.type}" for field in schema]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "no column"
+
+
+def check_same(key: str, first: str, schema: pa.Schema, where: str, other: pa.Schema, columns: Sequence[str], all_of: bool) -> None:
+    """A further file has the columns of the first, of the same types. UserError names the file and the column."""
+    if other.equals(schema):
+        return
+    for name in columns:
+        if name not in other.names:
+            raise UserError(f'{key}: {where} has no column "{name}", which {first} has; leave the file out or write it anew.')
+        was, now = schema.field(name).type, other.field(name).type
+        if was != now:
+            raise UserError(f'{key}: the column "{name}" is {now} in {where} and {was} in {first}; write the file anew with one type.')
+    extra = [field.name for field in other if column_of(field) and field.name not in schema.names]
+    if all_of and extra:
+        raise UserError(f'{key}: {where} has a column "{extra[0]}", which {first} lacks; name the columns to use in data.columns.')
+
+
+def values(array: pa.Array | pa.ChunkedArray, column: Column, where: str, first_row: int) -> np.ndarray:
+    """The numbers of an Arrow array, without a copy where its memory allows; `first_row` is its first row's place in `where`.
+
+    UserError names the row of a missing value.
+    """
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
+    refuse_nulls(array, column.name, where, first_row)
+    if column.width:
+        flat = array.flatten()
+        if flat.null_count:
+            row = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0]) // column.width
+            raise missing(column.name, where, first_row + row)
+        return flat.to_numpy(zero_copy_only=False).reshape(-1, column.width)
+    return array.to_numpy(zero_copy_only=False)
+
+
+def refuse_nulls(array: pa.Array, name: str, where: str, first_row: int) -> None:
+    if array.null_count:
+        raise missing(name, where, first_row + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]))
+
+
+def missing(name: str, where: str, row: int) -> UserError:
+    return UserError(f'data.path: the column "{name}" of {where} has no value in row {row} (counted from 0); fill it in or leave the row out.')

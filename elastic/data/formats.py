@@ -1,0 +1,223 @@
+"""Parquet, Arrow IPC and CSV, each behind the same few calls: what a file holds, one unit of it, all of it in order.
+
+A unit is what is read whole: a row group, a record batch. Whatever a file has against being read becomes a `UserError` of one
+sentence that names the file and the place in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+
+from elastic.data.columns import Column, refuse_nulls, values
+from elastic.data.files import File, describe
+from elastic.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file says about itself. `rows` per unit; `digest` changes with what the file holds, as far as its own index tells."""
+
+    schema: pa.Schema
+    rows: tuple[int, ...]
+    digest: str
+    is_plain: bool = False  # its values can be used where they lie
+
+
+@contextmanager
+def reading(where: str, place: str = "") -> Iterator[None]:
+    """What goes wrong inside is the file's fault."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"data.path: the file {where} is missing; put it back or leave it out.") from error
+    except UserError:
+        raise
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise UserError(f"data.path: {place}{where} cannot be read ({describe(error)}); the file is damaged or not of this format: "
+                        "restore it or leave it out.") from error
+
+
+# Parquet.
+
+
+def parquet_contents(file: File, wanted: Sequence[str]) -> Contents:
+    """From the footer alone. A missing value that its statistics tell of is refused here already."""
+    with reading(file.where), file.open() as raw, pq.ParquetFile(raw) as parquet:
+        about, schema = parquet.metadata, parquet.schema_arrow
+        rows = tuple(about.row_group(unit).num_rows for unit in range(about.num_row_groups))
+        places = {about.schema.column(n).path.split(".")[0]: n for n in range(len(about.schema))}
+        for name in wanted:
+            for unit in range(about.num_row_groups) if name in places else ():
+                statistics = about.row_group(unit).column(places[name]).statistics
+                if statistics is not None and statistics.has_null_count and statistics.null_count:
+                    refuse_nulls(parquet.read_row_group(unit, [name])[name].combine_chunks(), name, file.where, sum(rows[:unit]))
+        footer = raw_end(file, about.serialized_size + 8)
+    return Contents(schema, rows, hashlib.sha256(b"%d/" % file.size + footer).hexdigest())
+
+
+def raw_end(file: File, size: int) -> bytes:
+    with file.open() as raw:
+        return raw.read_at(size, file.size - size)
+
+
+def parquet_unit(file: File, unit: int, first_row: int, rows: int, columns: Sequence[Column]) -> Arrays:
+    """The numbers of a row group; the checksums of its pages are checked where it has any."""
+    place = f"row group {unit} of "
+    with reading(file.where, place), file.open() as raw, \
+            pq.ParquetFile(raw, page_checksum_verification=True, pre_buffer=not file.is_local) as parquet:
+        table = parquet.read_row_group(unit, [column.name for column in columns], use_threads=False)
+        return checked(table, rows, columns, file.where, first_row)
+
+
+def checked(table: pa.Table | pa.RecordBatch, rows: int, columns: Sequence[Column], where: str, first_row: int) -> Arrays:
+    if table.num_rows != rows:
+        raise ValueError(f"{table.num_rows} rows where {rows} were")
+    return {column.name: values(table.column(column.name), column, where, first_row) for column in columns}
+
+
+# Arrow IPC files.
+
+
+def open_arrow(source: pa.NativeFile | pa.Buffer, wanted: Sequence[str] = ()) -> pa.ipc.RecordBatchFileReader:
+    names = pa.ipc.open_file(source).schema.names
+    fields = [names.index(name) for name in wanted if name in names]
+    return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=fields or None, use_threads=False))
+
+
+def arrow_contents(file: File, wanted: Sequence[str]) -> Contents:
+    """From the messages' own headers; a local file whose values lie there uncompressed can be used as it is."""
+    with reading(file.where):
+        if file.is_local:
+            buffer = pa.memory_map(file.where).read_buffer()
+            reader = open_arrow(buffer, wanted)
+            batches = [reader.get_batch(unit) for unit in range(reader.num_record_batches)]
+            for name in wanted:
+                first_row = 0
+                for batch in batches if name in reader.schema.names else ():
+                    refuse_nulls(batch.column(name), name, file.where, first_row)
+                    first_row += batch.num_rows
+            schema, rows = pa.ipc.open_file(buffer).schema, tuple(batch.num_rows for batch in batches)
+            is_plain = not batches or all(lies_in(batch, buffer) for batch in (batches[0], batches[-1]))
+        else:
+            with file.open() as raw:
+                schema = pa.ipc.open_file(raw).schema
+                reader = open_arrow(raw, wanted[:1])
+                rows, is_plain = tuple(reader.get_batch(unit).num_rows for unit in range(reader.num_record_batches)), False
+    said = f"{file.size}/{schema}/{rows}"
+    return Contents(schema, rows, hashlib.sha256(said.encode()).hexdigest(), is_plain)
+
+
+def lies_in(batch: pa.RecordBatch, mapped: pa.Buffer) -> bool:
+    """Whether a batch's values are the file's own bytes, as NumPy wants them: neither compressed nor packed into bits."""
+    found = [buffer for column in batch.columns for buffer in column.buffers() if buffer is not None and buffer.size]
+    packed = any(pa.types.is_boolean(getattr(column.type, "value_type", column.type)) for column in batch.columns)
+    return not packed and all(mapped.address <= buffer.address < mapped.address + mapped.size for buffer in found)
+
+
+def arrow_unit(file: File, unit: int, first_row: int, rows: int, columns: Sequence[Column]) -> Arrays:
+    with reading(file.where, f"record batch {unit} of "), file.open() as raw:
+        batch = open_arrow(raw, [column.name for column in columns]).get_batch(unit)
+        return checked(batch, rows, columns, file.where, first_row)
+
+
+# CSV.
+
+
+def csv_schema(file: File, chosen: dict[str, pa.DataType] | None = None) -> pa.Schema:
+    with reading(file.where), open_csv(file, chosen or {}) as reader:
+        return reader.schema
+
+
+def open_csv(file: File, types: dict[str, pa.DataType], names: Sequence[str] = ()) -> pc.CSVStreamingReader:
+    return pc.open_csv(file.stream(), read_options=pc.ReadOptions(use_threads=False), parse_options=pc.ParseOptions(newlines_in_values=True),
+                       convert_options=pc.ConvertOptions(column_types=types, include_columns=list(names)))
+
+
+class TooNarrow(Exception):
+    """A CSV column that began with whole numbers goes on with others."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+def csv_batches(file: File, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+    """All of a CSV file. `TooNarrow` names a column of whole numbers that turns out to hold others."""
+    reader, rows = None, 0
+    while True:
+        try:
+            reader = reader or open_csv(file, types, list(types))
+            batch = reader.read_next_batch()
+        except StopIteration:
+            return
+        except OSError as error:
+            raise UserError(f"data.path: the file {file.where} cannot be read ({describe(error)}); restore it or leave it out.") from error
+        except pa.ArrowInvalid as error:
+            raise csv_fault(file, types, rows, error) from error
+        rows += batch.num_rows
+        yield batch
+
+
+def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Exception) -> Exception:
+    found = re.search(r"In CSV column #(\d+)", str(error))
+    name = ""
+    if found:
+        with reading(file.where), open_csv(file, {}) as again:
+            name = again.schema.names[int(found[1])]
+    if name and pa.types.is_integer(types[name]):
+        return TooNarrow(name)
+    column = f'the column "{name}" of ' if name else ""
+    return UserError(f"data.path: {column}{file.where}, after row {rows}, cannot be read ({describe(error)}); mend that line.")
+
+
+# All formats.
+
+
+def schema_of(kind: str, file: File) -> pa.Schema:
+    """The columns alone. UserError if the file cannot serve."""
+    if not file.size:
+        raise UserError(f"data.path: the file {file.where} is empty; give one with rows or leave it out.")
+    if kind == "csv":
+        return csv_schema(file)
+    with reading(file.where), file.open() as raw:
+        return pq.read_schema(raw) if kind == "parquet" else pa.ipc.open_file(raw).schema
+
+
+def contents(kind: str, file: File, wanted: Sequence[str]) -> Contents:
+    """UserError if the file cannot serve. A CSV tells nothing but its columns before it is read."""
+    if kind == "csv" or not file.size:
+        return Contents(schema_of(kind, file), (), "")
+    return parquet_contents(file, wanted) if kind == "parquet" else arrow_contents(file, wanted)
+
+
+def read_unit(kind: str, file: File, unit: int, first_row: int, rows: int, columns: Sequence[Column]) -> Arrays:
+    """The numbers of one unit."""
+    read = parquet_unit if kind == "parquet" else arrow_unit
+    return read(file, unit, first_row, rows, columns)
+
+
+def batches(kind: str, file: File, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+    """All of a file's rows in order, the columns of `types` only."""
+    if kind == "csv":
+        yield from csv_batches(file, types)
+        return
+    with reading(file.where), file.open() as raw:
+        if kind == "parquet":
+            with pq.ParquetFile(raw, page_checksum_verification=True) as parquet:
+                yield from parquet.iter_batches(columns=list(types), use_threads=False)
+        else:
+            reader = open_arrow(raw, list(types))
+            yield from (reader.get_batch(unit) for unit in range(reader.num_record_batches))
+
+

@@ -1,0 +1,182 @@
+"""What `prepare` finds out about tables: their columns, their blocks, and where their rows are read from. Kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from elastic.data.arrow import write_atomically
+from elastic.data.columns import Column, check_same, choose, column_of
+from elastic.data.convert import convert, locked
+from elastic.data.files import File, find
+from elastic.data.formats import Contents, TooNarrow, contents, schema_of
+from elastic.errors import UserError
+
+FACTS = "facts.json"
+VERSION = 1
+CONVERT_BYTES = 1 << 30  # tables up to this size are converted where the recipe leaves the choice
+REMOTE_READERS = 16  # remote files looked at together
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source's files. A block is (file, unit, first row of it in the file, rows)."""
+
+    files: tuple[File, ...]
+    blocks: tuple[tuple[int, int, int, int], ...]
+    is_mapped: bool = False  # its values are used where they lie
+    is_eval: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows for *_, rows in self.blocks)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that opening the tables needs."""
+
+    format: str
+    key: str
+    shuffle_by: str  # "rows" | "blocks"
+    columns: tuple[Column, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def has_eval(self) -> bool:
+        return any(part.is_eval for part in self.parts)
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> Facts:
+        tree = json.loads(text)
+        parts = tuple(Part(tuple(File(**file) for file in part["files"]), tuple(map(tuple, part["blocks"])), part["is_mapped"], part["is_eval"])
+                      for part in tree["parts"])
+        return cls(tree["format"], tree["key"], tree["shuffle_by"], tuple(Column(**column) for column in tree["columns"]), parts)
+
+
+@dataclass(frozen=True)
+class Files:
+    """One source as the recipe names it."""
+
+    key: str
+    files: tuple[File, ...]
+    is_eval: bool = False
+
+
+def find_facts(data: Any, cache_dir: Path) -> tuple[Path, Facts]:
+    """The facts and the folder that keeps them; made there if the same files, as dated, were not looked at before."""
+    sources = sources_of(data)
+    asked = json.dumps([VERSION, data.format, data.columns, data.shuffle_by, data.shuffle, [asdict(source) for source in sources]])
+    folder = cache_dir / f"table-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
+    try:
+        return folder, Facts.loads((folder / FACTS).read_text())
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    with locked(folder):
+        if (folder / FACTS).exists():
+            return folder, Facts.loads((folder / FACTS).read_text())
+        facts = look(data, sources, folder)
+        write_atomically(folder / FACTS, facts.dumps().encode())
+    return folder, facts
+
+
+def sources_of(data: Any) -> list[Files]:
+    """With weights, one source an entry of data.path; else all of it is one."""
+    entries = [(path,) for path in data.path] if data.weights else [data.path]
+    sources = [Files("data.path", tuple(find("data.path", entry))) for entry in entries]
+    return sources + ([Files("data.eval_path", tuple(find("data.eval_path", data.eval_path)), True)] if data.eval_path else [])
+
+
+def look(data: Any, sources: Sequence[Files], folder: Path) -> Facts:
+    """Every file is looked at, and converted where that is the way."""
+    first = sources[0].files[0]
+    schema = schema_of(data.format, first)
+    columns = choose("data.path", first.where, schema, data.columns)
+    names = [column.name for column in columns]
+    found = [all_contents(data.format, source.files, names) for source in sources]
+    for source, of_source in zip(sources, found):
+        for file, content in zip(source.files, of_source):
+            if data.format == "csv":  # its types are guesses; the conversion says what does not fit
+                content = replace(content, schema=guessed_alike(content.schema, schema))
+            check_same(source.key, first.where, schema, file.where, content.schema, names, not data.columns)
+    shuffle_by = way(data, [content for of_source in found for content in of_source], [file for source in sources for file in source.files])
+    is_plain = data.format == "arrow" and all(content.is_plain for of_source in found for content in of_source)
+    if data.format == "csv" or (shuffle_by == "rows" and data.shuffle and not is_plain):
+        columns, parts, digests = converted(data.format, sources, columns, schema, folder)
+    else:
+        parts = [Part(source.files, blocks_of(of_source), is_plain, source.is_eval) for source, of_source in zip(sources, found)]
+        digests = []
+    for part, source in zip(parts, sources):
+        if not part.num_rows:
+            names_of = ", ".join(file.where for file in source.files[:3])
+            raise UserError(f"{source.key}: {names_of} has no rows; give a table with at least one.")
+    if data.format != "csv":
+        digests = [content.digest for of_source in found for content in of_source]
+    said = json.dumps([data.format, shuffle_by, [asdict(column) for column in columns], [len(part.files) for part in parts], digests])
+    return Facts(data.format, hashlib.sha256(said.encode()).hexdigest()[:32], shuffle_by, tuple(columns), tuple(parts))
+
+
+def all_contents(kind: str, files: Sequence[File], names: Sequence[str]) -> list[Contents]:
+    if all(file.is_local for file in files):
+        return [contents(kind, file, names) for file in files]
+    with ThreadPoolExecutor(REMOTE_READERS) as pool:
+        return list(pool.map(lambda file: contents(kind, file, names), files))
+
+
+def guessed_alike(guessed: pa.Schema, schema: pa.Schema) -> pa.Schema:
+    """A CSV's guess, numbers of another kind taken for those of the first file."""
+    def alike(field: pa.Field) -> pa.Field:
+        was = schema.field(field.name) if field.name in schema.names else field
+        both = column_of(was) and (column_of(field) or pa.types.is_null(field.type))
+        return was if both else field
+
+    return pa.schema([alike(field) for field in guessed])
+
+
+def way(data: Any, found: Sequence[Contents], files: Sequence[File]) -> str:
+    """How rows are shuffled: as the recipe says, else together where any row is cheap to read or can be made so."""
+    if data.shuffle_by != "auto":
+        return data.shuffle_by
+    if data.format == "csv" or all(content.is_plain for content in found):
+        return "rows"
+    return "rows" if data.shuffle and sum(file.size for file in files) <= CONVERT_BYTES else "blocks"
+
+
+def blocks_of(found: Sequence[Contents]) -> tuple[tuple[int, int, int, int], ...]:
+    blocks = []
+    for file, content in enumerate(found):
+        first_row = 0
+        for unit, rows in enumerate(content.rows):
+            if rows:
+                blocks.append((file, unit, first_row, rows))
+            first_row += rows
+    return tuple(blocks)
+
+
+def converted(kind: str, sources: Sequence[Files], columns: Sequence[Column], schema: pa.Schema,
+              folder: Path) -> tuple[list[Column], list[Part], list[str]]:
+    """Every source as one mapped file. A CSV's column of whole numbers becomes one of fractions if a later row has any."""
+    types = {column.name: schema.field(column.name).type for column in columns}
+    while True:
+        try:
+            parts, digests = [], []
+            for number, source in enumerate(sources):
+                target = folder / f"part-{number}.arrow"
+                rows, digest = convert(kind, source.files, columns, types, target)
+                blocks = tuple((0, unit, 0, num) for unit, num in enumerate(rows))
+                parts.append(Part((File(str(target), target.stat().st_size, 0),), blocks, True, source.is_eval))
+                digests.append(digest)
+            return list(columns), parts, digests
+        except TooNarrow as narrow:
+            types[narrow.name] = pa.float64()
+            columns = [replace(column, dtype="float64") if column.name == narrow.name else column for column in columns]

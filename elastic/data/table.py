@@ -1,0 +1,156 @@
+"""Tables as data sets: CSV, Parquet and Arrow IPC, their columns of numbers as NumPy arrays, any row or block of rows at a time.
+
+`prepare` looks at the files and writes what it finds to the cache; `open_tables` makes data sets of that. A table whose rows
+are to be shuffled together must let one row be read as cheaply as the next: it is mapped where it lies or converted once.
+Else its row groups are shuffled as blocks, and a few decoded ones are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from elastic.data.columns import Column
+from elastic.data.formats import Arrays, open_arrow, read_unit, reading
+from elastic.data.index import FACTS, Facts, find_facts
+from elastic.data.order import Blocks, Mixture, Order, Rows, seed_of
+from elastic.errors import UserError
+
+KEPT_BLOCKS = 4  # decoded, at most: the one being fed, and some for a redone step or an evaluation
+
+
+def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
+    """Plain facts about the tables of the recipe's `[data]`: num_rows, num_eval_rows, num_files, num_blocks, shuffle_by, folder, key.
+
+    The key is the same for the same content, columns and way of shuffling, wherever the files lie. UserError or RecipeError
+    names file, column and row of what cannot serve.
+    """
+    folder, facts = find_facts(data, Path(cache_dir))
+    spans = spans_of(facts, data.eval_fraction)
+    return {"num_rows": sum(high - low for low, high in spans.training), "num_eval_rows": sum(high - low for low, high in spans.evaluation),
+            "num_files": sum(len(part.files) for part in facts.parts), "num_blocks": sum(len(part.blocks) for part in facts.parts),
+            "shuffle_by": facts.shuffle_by, "folder": str(folder), "key": facts.key}
+
+
+def open_tables(info: Mapping[str, Any], data: Any, cache_dir: str | Path, seed: int) -> tuple[Table, Table | None]:
+    """The training set, in its order, and the evaluation set if there is one."""
+    file = Path(info["folder"]) / FACTS
+    facts = Facts.loads(file.read_text()) if file.exists() else find_facts(data, Path(cache_dir))[1]
+    if facts.key != info["key"]:
+        raise UserError(f"data.path = {list(data.path)} holds other data on this machine than on the one that started the run; copy it there.")
+    store, spans = Store(facts), spans_of(facts, data.eval_fraction)
+    training = Table(store, spans.training)
+    training.order = order_of(facts, training, seed, data.shuffle, data.weights)
+    return training, Table(store, spans.evaluation) if spans.evaluation else None
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Stretches of rows, counted over all parts: one of each source to train on, those to evaluate on."""
+
+    training: list[tuple[int, int]]
+    evaluation: list[tuple[int, int]]
+
+
+def spans_of(facts: Facts, eval_fraction: float) -> Spans:
+    """The last part is the evaluation set where one was given; else the last rows of every source are."""
+    training, evaluation, first = [], [], 0
+    for part in facts.parts:
+        end = first + part.num_rows
+        if part.is_eval:
+            evaluation.append((first, end))
+        else:
+            kept = end - (0 if facts.has_eval else int(part.num_rows * eval_fraction))
+            training.append((first, kept))
+            evaluation += [(kept, end)] if kept < end else []
+        first = end
+    return Spans(training, evaluation)
+
+
+def order_of(facts: Facts, table: Table, seed: int, shuffle: bool, weights: tuple[float, ...]) -> Order:
+    seeds = [seed_of(seed, source) for source in range(len(table.spans))] if weights else [seed]
+    orders: list[Order] = []
+    for (low, high), own in zip(table.spans, seeds):
+        blocks = shuffle and facts.shuffle_by == "blocks"
+        orders.append(Blocks(table.store.sizes_between(low, high), own) if blocks else Rows(high - low, own, shuffle))
+    return Mixture(orders, weights, seed) if weights else orders[0]
+
+
+class Table:
+    """Some rows of a store as a data set of users' own models. Samples are counted over `spans`, which lie one after another."""
+
+    fills = False
+    order: Order | None = None
+
+    def __init__(self, store: Store, spans: list[tuple[int, int]]):
+        self.store, self.spans = store, spans
+        self.first = np.concatenate([[0], np.cumsum([high - low for low, high in spans])])
+        self.shift = np.array([low for low, _ in spans]) - self.first[:-1]
+        self.num_samples = int(self.first[-1])
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Arrays:
+        """{column: (rows,) or (rows, width)}, copies. UserError where a file cannot be read any more."""
+        return self.store.rows(indices + self.shift[np.searchsorted(self.first, indices, side="right") - 1])
+
+
+class Store:
+    """The rows of all parts, in blocks that are read when they are first asked for."""
+
+    def __init__(self, facts: Facts):
+        self.facts, self.columns = facts, facts.columns
+        self.places = [(part, number) for part in facts.parts for number in range(len(part.blocks))]
+        self.first = np.concatenate([[0], np.cumsum([part.blocks[number][3] for part, number in self.places])]).astype(np.int64)
+        self.decoded = lru_cache(KEPT_BLOCKS)(self.decode)
+        self.mapped = lru_cache(None)(self.map)
+        self.readers = lru_cache(None)(map_file)
+        self.num_read = 0  # blocks decoded so far
+
+    def sizes_between(self, low: int, high: int) -> np.ndarray:
+        """Rows of each block within [low, high)."""
+        sizes = np.diff(np.clip(self.first, low, high))
+        return sizes[sizes > 0]
+
+    def rows(self, rows: np.ndarray) -> Arrays:
+        out = {column.name: column.empty(len(rows)) for column in self.columns}
+        blocks = np.searchsorted(self.first, rows, side="right") - 1
+        order = np.argsort(blocks, kind="stable")
+        found, begins = np.unique(blocks[order], return_index=True)
+        for block, chosen in zip(found.tolist(), np.split(order, begins[1:])):
+            arrays, inside = self.block(block), rows[chosen] - self.first[block]
+            for name, target in out.items():
+                target[chosen] = arrays[name][inside]
+        return out
+
+    def block(self, block: int) -> Arrays:
+        part, _ = self.places[block]
+        return self.mapped(block) if part.is_mapped else self.decoded(block)
+
+    def decode(self, block: int) -> Arrays:
+        part, number = self.places[block]
+        file, unit, first_row, rows = part.blocks[number]
+        self.num_read += 1
+        return read_unit(self.facts.format, part.files[file], unit, first_row, rows, self.columns)
+
+    def map(self, block: int) -> Arrays:
+        part, number = self.places[block]
+        file, unit, _, _ = part.blocks[number]
+        batch = self.readers(part.files[file].where).get_batch(unit)
+        return {column.name: view(batch.column(column.name), column) for column in self.columns}
+
+
+def map_file(where: str) -> pa.ipc.RecordBatchFileReader:
+    with reading(where):
+        return open_arrow(pa.memory_map(where).read_buffer())
+
+
+def view(array: pa.Array, column: Column) -> np.ndarray:
+    """The mapped values as they lie."""
+    if column.width:
+        return array.flatten().to_numpy().view(column.dtype).reshape(-1, column.width)
+    return array.to_numpy().view(column.dtype)

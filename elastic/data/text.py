@@ -1,0 +1,49 @@
+"""The text of files: plain ones, or a column of a table, one text a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.types as t
+
+from elastic.data.columns import refuse_nulls, shown
+from elastic.data.files import File, describe
+from elastic.data.formats import batches, schema_of
+from elastic.errors import RecipeError, UserError
+
+
+def read_text(key: str, file: File) -> str:
+    """All of a plain file. RecipeError names `key`, the file and the remedy."""
+    try:
+        with file.stream() as stream:
+            content = stream.read()
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key}: the file {file.where} cannot be read ({describe(error)}); "
+                          "correct the path or make the file readable.") from error
+    if not content:
+        raise RecipeError(f"{key}: the file {file.where} is empty; give a file with text or leave it out.")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{key}: the file {file.where} is not UTF-8 at byte {error.start}; convert it to UTF-8 or leave it out.") from error
+
+
+def read_column(kind: str, file: File, column: str) -> Iterator[str]:
+    """The texts of one column of a CSV, Parquet or Arrow file. UserError names the file, and the row of a missing one."""
+    schema = schema_of(kind, file)
+    if column not in schema.names:
+        raise UserError(f'data.text = "{column}" is no column of {file.where}; it has {shown(schema)}.')
+    kept = schema.field(column).type
+    if kind != "csv" and not is_text(kept):
+        raise UserError(f'data.text: the column "{column}" of {file.where} is {kept}, which is no text; name one of text.')
+    row = 0
+    for batch in batches(kind, file, {column: pa.large_string()}):
+        refuse_nulls(batch.column(column), column, file.where, row)
+        yield from batch.column(column).cast(pa.large_string()).to_pylist()
+        row += batch.num_rows
+
+
+def is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if t.is_dictionary(kind) else kind
+    return t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind)
