@@ -20,11 +20,11 @@ from elastic import policy
 from elastic.books import Books
 from elastic.chaos import Fault, parse
 from elastic.checkpoint.commits import Commits
-from elastic.errors import BadCheckpoint
+from elastic.checkpoint.remote import shown
 from elastic.fleet import Fleet
 from elastic.inbox import Inbox
 from elastic.journal import Journal, replay
-from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Standing
+from elastic.messages import STOP_AND_SAVE, Generation, Job, Line, Part, Progress, Ready, Save, Standing
 from elastic.observe.events import read_lines, replace_text
 from elastic.observe.metrics import build_summary
 from elastic.policy import Bounds, Pulse
@@ -43,6 +43,7 @@ class Settings:
     start_timeout_s: float
     keep: int
     best: str
+    keep_every: int = 0
 
 
 class Controller:
@@ -51,7 +52,7 @@ class Controller:
     def __init__(self, job: Job, settings: Settings, fleet: Fleet, books: Books, checkpointed: int = 0,
                  generation: int = 0, journal: Journal | None = None):
         self.job, self.settings, self.fleet, self.books = job, settings, fleet, books
-        self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed)
+        self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed, settings.keep_every)
         self.inbox = Inbox()
         self.chaos, self.stopped = list(job.chaos), dict[int, Ready]()
         self.losses, self.pulses = policy.Losses(), dict[str, Pulse]()
@@ -66,7 +67,10 @@ class Controller:
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
         self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.is_continued else None
         if self.past:
+            self.commits.newest = self.commits.newest_good()[1]
             self.lost, self.given_up, self.released = set(self.past.lost), set(self.past.lost), set(self.past.released)
+            for path in self.past.refused:
+                self.commits.refuse(path)
             self.chaos = [spec for spec in self.chaos if spec not in self.past.spent]
 
     def opened(self, rewound_from: int = -1) -> None:
@@ -191,6 +195,7 @@ class Controller:
         elif isinstance(event, m.Drain):
             self.books.event("node_draining", nodes=list(event.nodes))
         elif isinstance(event, Standing):
+            event = self.confirmed(event)
             self.note_standing(event)
         self.state, actions = m.advance(self.state, event)
         self.journal.event(event)
@@ -206,6 +211,15 @@ class Controller:
             return event.generation == self.state.generation and event.worker in self.state.standing
         return isinstance(event, m.Lost) and event.worker in self.lost
 
+    def confirmed(self, word: Standing) -> Standing:
+        """Who ends with its state saved: the last such word of a group is a failure if the checkpoint was not committed after all."""
+        ends = word.reason == "done" or (word.reason == "stopped" and word.ballot and word.ballot.stop == STOP_AND_SAVE)
+        others = [w for w in self.state.group if w != word.worker]
+        if not ends or word.generation != self.state.generation or word.committed <= self.commits.newest or not all(
+                w in self.state.standing for w in others):
+            return word
+        return replace(word, reason="failed", error=self.commits.error or f"The checkpoint of step {word.committed} was not committed.")
+
     def note_standing(self, event: Standing) -> None:
         """Lines that rank 0 may have died with come first: a generation starts when all its past is on disk."""
         if event.generation == self.state.generation:
@@ -213,7 +227,10 @@ class Controller:
                 self.books.metric(event.generation, fields)
         if event.worker in self.live:
             self.live[event.worker] = replace(self.live[event.worker], compilations=event.compilations)
-        if event.reason == "failed":
+        if event.rejected:
+            if self.commits.refuse(event.rejected):
+                self.books.event("checkpoint_rejected", path=shown(event.rejected), reason=event.error)
+        elif event.reason == "failed":
             self.books.event("step_failed", worker=event.worker, error=event.error)
 
     def note_loss(self, event: m.Lost, now: float) -> None:
@@ -283,17 +300,15 @@ class Controller:
             self.books.event(fields.pop("event"), fields.pop("step", None), line.generation, **fields)
 
     def take_part(self, part: Part) -> None:
-        """A checkpoint's files are on disk: committing its manifest makes it count."""
-        if part.step <= self.commits.newest:
+        """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it."""
+        found = self.commits.take(part, self.books.written, self.books.metrics.sync)
+        if found is None:
             return
-        self.books.metrics.sync()  # a resumption from this checkpoint must find every step before it
-        try:
-            path, size = self.commits.commit(part.manifest)
-        except (OSError, BadCheckpoint) as error:  # training goes on without it
-            self.books.event("checkpoint_rejected", part.step, part.generation, path=self.commits.location, reason=str(error))
-            return
-        self.books.event("checkpoint_committed", part.step, part.generation, path=path, bytes=size, stall_s=part.stall_s,
-                         seconds=part.seconds)
+        if found.error:
+            self.books.event("checkpoint_rejected", found.step, found.generation, path=found.path, reason=found.error)
+        else:
+            self.books.event("checkpoint_committed", found.step, found.generation, path=found.path, bytes=found.bytes,
+                             stall_s=found.stall_s, seconds=found.seconds)
 
     def take_fault(self, worker: str, fault: Fault) -> None:
         if fault.spec not in self.chaos:
@@ -338,6 +353,10 @@ class Controller:
     def do_wait(self, action: m.Wait) -> None:
         self.books.event("waiting", ready=action.ready, needed=action.needed)
 
+    def do_savealone(self, action: m.SaveAlone) -> None:
+        if action.step > self.commits.newest:
+            self.fleet.assign(action.worker, Save(action.generation, action.step))
+
     def do_form(self, action: m.Form) -> None:
         """Publishes a generation: on disk first, then to its members."""
         generation = self.completed(action.generation)
@@ -371,6 +390,8 @@ class Controller:
         path, step, rejected = self.commits.newest_good()
         for bad, reason in rejected:
             self.books.event("checkpoint_rejected", path=bad, reason=reason)
+        for fields in self.commits.lines_of(path):
+            self.books.metric(self.books.generation, fields)
         return replace(generation, transport=transport, load=path or "recipe", committed=step)
 
     def rewind(self, step: int) -> None:
