@@ -69,7 +69,7 @@ class FragileRun(Run):
     def build(self, books: Books) -> Controller:
         self.books = books
         journal = FragileJournal(self.run_dir / "journal.jsonl", self.job.run_id, self.clock)
-        controller = FragileController(self.job, self.settings, self.fleet, books, books.written, 0, journal)
+        controller = FragileController(self.job, self.settings, self.fleet, books, 0, 0, journal)
         controller.clock = self.clock
         self.fleet.controller = controller
         return controller
