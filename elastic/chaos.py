@@ -4,6 +4,7 @@
     node:RANK@STEP           its node dies                         cont:RANK@STEP           SIGCONT of the rank stopped before
     scale:N@STEP             a request to scale to N workers       corrupt@STEP             flips a byte of the newest checkpoint
     controller@STEP          SIGKILL of the controller
+    disk:RANK@STEP/HOW       the next checkpoint of that rank meets an error, a short write, a full disk, a delay or a crash
 
 A fault fires at the first chance at or after its step. It is announced to the controller before it fires, so that it fires once
 however often the step is redone and whoever has the rank by then.
@@ -24,7 +25,8 @@ from elastic.errors import RecipeError
 PHASES = ("forward", "backward", "reduction", "vote", "update", "heal", "checkpoint")
 CUT_S = 0.001  # how far a collective that is cut short may get
 SELF = ("kill", "stop", "node")  # a worker does these to itself; rank 0 asks the controller for the others
-PATTERN = re.compile(r"(?:(kill|stop|cont|node|scale):(\d+)|(controller|corrupt))@(\d+)(?:/([a-z]+))?")
+DISK = ("error", "short", "full", "delay", "crash")  # what a file system can do
+PATTERN = re.compile(r"(?:(kill|stop|cont|node|scale|disk):(\d+)|(controller|corrupt))@(\d+)(?:/([a-z]+))?")
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,12 @@ def parse(spec: str) -> Fault:
     match = PATTERN.fullmatch(spec)
     if not match:
         raise RecipeError(f"--chaos {spec!r} is no fault; write kill:RANK@STEP[/PHASE], stop:RANK@STEP, cont:RANK@STEP, node:RANK@STEP, "
-                          "scale:N@STEP, controller@STEP or corrupt@STEP.")
+                          f"scale:N@STEP, controller@STEP, corrupt@STEP or disk:RANK@STEP/{'|'.join(DISK)}.")
     kind, phase = match[1] or match[3], match[5] or "forward"
-    if phase not in PHASES or (match[5] and kind not in SELF):
+    if kind == "disk":
+        if phase not in DISK:
+            raise RecipeError(f"--chaos {spec!r}: a disk's fault is one of {', '.join(DISK)}; write disk:{match[2]}@{match[4]}/{DISK[0]}.")
+    elif phase not in PHASES or (match[5] and kind not in SELF):
         raise RecipeError(f"--chaos {spec!r}: the phase of a kill or stop is one of {', '.join(PHASES)}; other faults have none.")
     return Fault(kind, int(match[2] or 0), int(match[4]), phase, spec)
 
@@ -60,7 +65,7 @@ class Injector:
     def __init__(self, specs: Sequence[str], rank: int, announce: Callable[[str], None], strike: Callable[[Fault], None],
                  cut_short: Callable[[Fault, Any], Any]):
         faults = [parse(spec) for spec in specs]
-        self.pending = [f for f in faults if (f.number == rank if f.kind in SELF else rank == 0)]
+        self.pending = [f for f in faults if (f.number == rank if f.kind in (*SELF, "disk") else rank == 0)]
         self.announce, self.strike, self._cut_short = announce, strike, cut_short
 
     def at(self, step: int, phase: str) -> None:
@@ -72,6 +77,15 @@ class Injector:
             self.announce(fault.spec)
             if fault.kind in SELF:
                 self.strike(fault)
+
+    def disk(self, step: int) -> str:
+        """What the file system is to do to the checkpoint of this step; "" for nothing."""
+        for fault in self.pending:
+            if fault.kind == "disk" and fault.step <= step:
+                self.pending.remove(fault)
+                self.announce(fault.spec)
+                return fault.phase
+        return ""
 
     def cut(self, group: Any, step: int, phase: str) -> Any:
         """The group to use for this phase's collective: the same one, unless a kill or stop is due within it."""

@@ -88,6 +88,7 @@ class Past:
     known: set[str] = field(default_factory=set)  # every worker there ever was
     lost: set[str] = field(default_factory=set)
     released: set[str] = field(default_factory=set)
+    refused: list[str] = field(default_factory=list)  # checkpoints that turned out bad
 
 
 def replay(records: Sequence[Mapping[str, Any]], bounds: Bounds, generation: int) -> Past:
@@ -110,6 +111,8 @@ def take(past: Past, event: Any) -> None:
         past.known.add(event.worker)
     if isinstance(event, m.Lost):
         past.lost.add(event.worker)
+    if isinstance(event, Standing) and event.rejected:
+        past.refused.append(event.rejected)
     for action in actions:
         if isinstance(action, m.Form):
             past.actions = [a for a in past.actions if isinstance(a, m.Want)][-1:]

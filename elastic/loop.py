@@ -23,7 +23,7 @@ from elastic.collective.reduction import Scratch, SubtreeSums, out_size, reduce,
 from elastic.control import Control
 from elastic.errors import NonFiniteLoss
 from elastic.mesh import shards_of
-from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Line
+from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Line, Save
 from elastic.schedule import learning_rate
 from elastic.state import BLOCK, State
 
@@ -39,6 +39,7 @@ class Plan:
     optimizer: Mapping[str, Any]  # name, lr, min_lr, warmup_steps, schedule, weight_decay, beta1, beta2, eps, momentum, clip_norm
     eval_every: int = 0
     checkpoint_every: int = 0
+    skip_busy: bool = False  # a checkpoint that is due while one is being written is left out
 
 
 class Loader(Protocol):
@@ -63,8 +64,10 @@ class Work:
     eval_batches: Sequence[Callable[[], Mapping[str, Any]]]
     control: Control
     post: Callable[[Any], None]
-    save: Callable[[int, int, Mapping[str, float], bool], None]  # (generation, step, last evaluation, wait until it is durable)
+    save: Callable[[Save, Mapping[str, float]], None]  # with the last evaluation
     unit: str = ""
+    restore: Callable[[Generation, CollectiveGroup], None] = lambda generation, group: None  # from `generation.load`, a checkpoint
+    is_busy: Callable[[], bool] = lambda: False  # a checkpoint is still being written
     gradient: Buffer | None = None
     holds: int = -1
     ballot: Ballot | None = None
@@ -87,30 +90,33 @@ def train(work: Work, generation: Generation, group: CollectiveGroup, injector: 
         injector.at(step, "update")
         commit(work, ballot)
         record(work, generation, group, ballot, time.perf_counter() - started)
-        after(work, generation, group, injector)
+        after(work, generation, group, injector, busy=ballot.busy)
         if ballot.stop and step < work.plan.num_steps:
-            if ballot.stop == STOP_AND_SAVE and group.rank == 0:
-                checkpoint(work, generation, wait=True)
+            if ballot.stop == STOP_AND_SAVE:
+                checkpoint(work, generation, group, injector, wait=True)
             return "stopped"
-    if group.rank == 0 and work.state.committed > generation.checkpointed:
-        checkpoint(work, generation, wait=True)
+    if work.state.committed > generation.checkpointed:
+        checkpoint(work, generation, group, injector, wait=True)
     return "done"
 
 
-def checkpoint(work: Work, generation: Generation, wait: bool) -> None:
-    """Never of a state that is not finite: nobody could go on from it."""
-    if not np.isfinite(work.backend.squared_norms(work.state.param, BLOCK)).all():
-        raise NonFiniteLoss(f"The parameters are not finite after step {work.state.committed}; lower optimizer.lr, set optimizer.clip_norm "
-                            "or mend the data.")
-    work.control.at(work.state.committed, "checkpoint")
-    work.save(generation.number, work.state.committed, work.evaluation, wait)
+def checkpoint(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector, wait: bool) -> None:
+    """Every member writes its own share."""
+    step = work.state.committed
+    work.control.at(step, "checkpoint")
+    work.save(Save(generation.number, step, group.rank, group.size, wait, injector.disk(step)), work.evaluation)
 
 
 def begin(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> None:
-    """Brings every member to `generation.committed`: a vote that some saw complete is applied, those without state are healed."""
+    """Brings every member to `generation.committed`: a vote that some saw complete is applied, those without state are healed.
+
+    Where nobody has any state, all load a checkpoint together.
+    """
     if work.state.committed == generation.committed - 1 and work.holds == generation.committed and generation.ballot:
         commit(work, generation.ballot)  # its line came with the word of whoever saw the vote
     work.gradient, work.holds = None, -1
+    if generation.load not in ("", "recipe"):
+        work.restore(generation, group)
     if generation.healed:
         heal(work, generation, group, injector)
 
@@ -210,16 +216,16 @@ def vote(work: Work, group: CollectiveGroup, step: int, losses: Mapping[int, flo
     """One all-gather of a few scalars. Every shard is in exactly one member's part; the others hold zeros there."""
     group = injector.cut(group, step, "vote")
     shards = work.plan.num_shards
-    part = np.zeros(2 * shards + 1)
+    part = np.zeros(2 * shards + 2)
     for shard, loss in losses.items():
         part[shard], part[shards + shard] = loss, weights[shard]
-    part[-1] = work.control.stop_request()
+    part[-2], part[-1] = work.is_busy(), work.control.stop_request()
     out = np.empty(group.size * len(part))
     with work.control.collective(step, "vote"):
         group.all_gather(out, part)
     rows = out.reshape(group.size, -1)
-    total = rows[:, :-1].sum(axis=0)
-    ballot = Ballot(step, tuple(total[:shards].tolist()), tuple(total[shards:].tolist()), int(rows[:, -1].max()))
+    total = rows[:, :2 * shards].sum(axis=0)
+    ballot = Ballot(step, tuple(total[:shards].tolist()), tuple(total[shards:].tolist()), int(rows[:, -1].max()), bool(rows[:, -2].any()))
     check_finite(work, ballot)
     work.ballot = ballot
     return ballot
@@ -282,8 +288,8 @@ def write_down(work: Work, generation: Generation, group: CollectiveGroup, field
 
 
 def after(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector, evaluated: int = 0,
-          checkpointed: int = 0) -> None:
-    """Whatever is due at the committed step: evaluation, then a checkpoint beside the training."""
+          checkpointed: int = 0, busy: bool = False) -> None:
+    """Whatever is due at the committed step: evaluation, then a checkpoint beside the training. `busy` must be the same for all."""
     step, plan = work.state.committed, work.plan
     if step <= 0:
         return
@@ -292,8 +298,10 @@ def after(work: Work, generation: Generation, group: CollectiveGroup, injector: 
         work.evaluation = evaluate(work, group, step)
         write_down(work, generation, group, {"step": step, "eval": work.evaluation})
     if plan.checkpoint_every and step > checkpointed and step % plan.checkpoint_every == 0 and not last:
-        if group.rank == 0:
-            checkpoint(work, generation, wait=False)
+        if not (busy and plan.skip_busy):
+            checkpoint(work, generation, group, injector, wait=False)
+        elif group.rank == 0:
+            work.post(Line(generation.number, "events", {"event": "checkpoint_skipped", "step": step}))
         injector.at(step, "checkpoint")
 
 

@@ -105,6 +105,15 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class SaveAlone:
+    """This worker is to write down all that it has, if no checkpoint has it: the run cannot go on without others."""
+
+    worker: str
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True)
 class Finish:
     status: str  # "done" | "failed" | "interrupted"
     error: str = ""
@@ -129,6 +138,7 @@ class State:
     failure: tuple[int, int, str] = (0, -1, "")  # generation, step and error of the last failed step
     cause: str = "start"
     told: int = -1  # how many were ready when a wait was last spoken of
+    saver: str = ""  # who was asked to save alone during this wait
     drained: frozenset[str] = frozenset()  # nodes that will go away
     reached: int = -1  # where the last generation started
     barren: int = 0  # generations in a row that started there
@@ -181,7 +191,7 @@ def on_standing(state: State, event: Standing) -> tuple[State, tuple[Any, ...]]:
     if event.generation != state.generation or event.worker not in state.group or event.worker not in state.ready:
         return state, ()  # an older generation's word changes nothing
     state = replace(state, standing={**state.standing, event.worker: event})
-    if event.reason == "failed":
+    if event.reason == "failed" and not event.rejected:
         failure = (event.generation, failed_step(event), event.error)
         is_redone = state.failure[0] < event.generation
         if event.fatal or (is_redone and failure[1:] == state.failure[1:]):
@@ -265,9 +275,9 @@ def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
 
 
 def is_saved(state: State, reason: str) -> bool:
-    """All stand by for this reason after rank 0 has saved. Without rank 0 nobody knows whether it came to that."""
-    words = [state.standing.get(w) for w in state.group if w in state.ready]
-    if state.group[0] not in state.ready or any(s is None or s.reason != reason for s in words):
+    """Every member stands by for this reason, after each has saved its part. Without one nobody knows whether it came to that."""
+    words = [state.standing.get(w) for w in state.group]
+    if not words or any(s is None or s.reason != reason for s in words):
         return False
     return reason == "done" or all(s and s.ballot and s.ballot.stop == STOP_AND_SAVE for s in words)
 
@@ -319,17 +329,22 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
         return finish(state, Finish("interrupted"))
     if not size:
         told = len(candidates)
-        waiting = () if told == state.told else (Wait(told, state.bounds.min_workers),)
+        waiting: tuple[Any, ...] = () if told == state.told else (Wait(told, state.bounds.min_workers),)
+        furthest = max(state.last.values(), key=lambda s: s.committed, default=None)
+        if furthest and furthest.committed > 0 and furthest.worker != state.saver:
+            waiting += (SaveAlone(furthest.worker, state.generation, furthest.committed),)
+            state = replace(state, saver=furthest.worker)
         return replace(state, phase="waiting", told=told), gone + waiting
     members, extra = tuple(candidates[:size]), candidates[size:]
     surplus = extra[state.bounds.spares:]
     generation = rejoin(state, members)
-    barren = state.barren + 1 if generation.committed == state.reached else 0
+    is_barren = generation.committed == state.reached and not any(s.rejected for s in words.values())
+    barren = state.barren + 1 if is_barren else 0
     if barren > MAX_FRUITLESS + len(members):
         why = next((s.error for s in words.values() if s.error), state.cause)
         return finish(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
     action = Form(generation, state.cause, len(state.group))
-    state = replace(state, phase="running", generation=generation.number, group=members, last={}, told=-1, cause="resize",
+    state = replace(state, phase="running", generation=generation.number, group=members, last={}, told=-1, saver="", cause="resize",
                     reached=generation.committed, barren=barren,
                     ready={w: r for w, r in ready.items() if w not in surplus})
     stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()

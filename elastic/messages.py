@@ -20,6 +20,7 @@ class Ballot:
     losses: tuple[float, ...]  # one sum per logical shard
     weights: tuple[float, ...]
     stop: int = GO
+    busy: bool = False  # somebody still writes the checkpoint before
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Standing:
     ballot: Ballot | None = None
     error: str = ""
     fatal: bool = False  # deterministic: a redo cannot mend it
+    rejected: str = ""  # the checkpoint that turned out bad while it was loaded
     state_sha256: str = ""
     parameters_sha256: str = ""
     compilations: int = 0
@@ -98,15 +100,31 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Save:
+    """An order to write a checkpoint: one rank's share of it. The controller gives it to one survivor as the whole of a group of one."""
+
+    generation: int
+    step: int
+    rank: int = 0
+    world_size: int = 1
+    wait: bool = False  # until it is durable
+    fault: str = ""  # that the file system is to have
+
+
+@dataclass(frozen=True)
 class Part:
-    """A worker's files of a checkpoint are written and synced; the manifest (JSON text) waits for the controller to commit it."""
+    """A rank's part of a checkpoint is written and synced, or `error` says why not. All parts of one make the controller commit it."""
 
     worker: str
     generation: int
     step: int
-    manifest: str
+    file: str  # its entry in the manifest, as JSON
     stall_s: float
     seconds: float
+    rank: int = 0
+    world_size: int = 1
+    head: str = ""  # rank 0's: the manifest without its files
+    error: str = ""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def banned_nodes(losses: Losses, now_s: float, nodes: Sequence[str]) -> tuple[st
     return banned if set(nodes) - set(banned) else ()
 
 
-SLOW_PHASES = ("start", "checkpoint")  # a first compile, a large state on a slow disk
+SLOW_PHASES = ("start", "checkpoint", "restore")  # a first compile, a large state on a slow disk
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from elastic.backend import SLOTS, Backend, Buffer, Spec
 from elastic.errors import RecipeError
 
 BLOCK = 65_536  # elements; 256 KB: small enough that a model of a few million parameters balances over four owners
+NAMED = 3  # arrays that a message names; the rest is counted
 ALIGN = 16  # elements; 64 bytes: vector loops and MKL see the same alignment wherever an array lies
 
 
@@ -110,13 +111,20 @@ def fill(view: Buffer, values: np.ndarray) -> None:
     view[...] = view.new_tensor(values) if hasattr(view, "new_tensor") else values
 
 
-def check_same(views: Mapping[str, Buffer], arrays: Mapping[str, Any]) -> None:
-    """RecipeError unless both hold the same names and shapes."""
-    for name in sorted({*views, *arrays}):
-        wanted, found = (f"shape {tuple(np.shape(side[name]))}" if name in side else "no such array" for side in (views, arrays))
-        if wanted != found:
-            raise RecipeError(f"{name}: the checkpoint has {found}, the recipe's model and optimizer have {wanted}; it is of another model or "
-                              "optimizer: put [model] and optimizer.name back, or start a new run with model.init.")
+def check_same(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """RecipeError, with the first arrays that differ, unless both hold the same names and shapes."""
+    differ = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
+    if not differ:
+        return
+
+    def has(side: Mapping[str, tuple[int, ...]], name: str) -> str:
+        return f"shape {tuple(side[name])}" if name in side else "no such array"
+
+    first = "; ".join(f"{name}: the checkpoint has {has(found, name)}, the recipe's model and optimizer have {has(wanted, name)}"
+                      for name in differ[:NAMED])
+    more = f" (and {len(differ) - NAMED} more arrays)" if len(differ) > NAMED else ""
+    raise RecipeError(f"{first}{more}; it is of another model or optimizer: put [model] and optimizer.name back, or start a new run "
+                      "with model.init.")
 
 
 def to_numpy(view: Buffer) -> np.ndarray:
@@ -135,6 +143,7 @@ class State:
         self.buffers = {name: np.zeros(spec.shape, spec.dtype) for name, spec in backend.buffers.items()}
         self.committed = -1
         backend.bind(self.layout.views(self.param), self.buffers)
+        self.views = self._views()
 
     def start(self, seed: int, init: Mapping[str, np.ndarray] | None = None) -> None:
         """Starting values at step 0; `init` overrides some by name."""
@@ -145,13 +154,32 @@ class State:
         zeros = {f"optimizer/{slot}/{name}": np.broadcast_to(0.0, shape) for slot in self.slots for name, shape in shapes.items()}
         self.load({f"parameter/{n}": v for n, v in values.items()} | zeros | {f"buffer/{n}": v for n, v in buffers.items()}, 0)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Everything by name as NumPy: parameter/NAME, optimizer/SLOT/NAME, buffer/NAME. Shares memory on the CPU."""
-        out = {f"parameter/{n}": to_numpy(v) for n, v in self.layout.views(self.param).items()}
+    def _views(self) -> dict[str, Buffer]:
+        """Everything by name, on its device: parameter/NAME, optimizer/SLOT/NAME, buffer/NAME."""
+        out = {f"parameter/{n}": v for n, v in self.layout.views(self.param).items()}
         for slot, buffer in self.slots.items():
-            views = self.layout.views(buffer, self.layout.trainable_names)
-            out |= {f"optimizer/{slot}/{n}": to_numpy(v) for n, v in views.items()}
+            out |= {f"optimizer/{slot}/{n}": v for n, v in self.layout.views(buffer, self.layout.trainable_names).items()}
         return out | {f"buffer/{n}": v for n, v in self.buffers.items()}
+
+    def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """(dtype, shape) of everything by name."""
+        return {name: (str(view.dtype).removeprefix("torch."), tuple(view.shape)) for name, view in self.views.items()}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything by name as NumPy. Shares memory on the CPU."""
+        return {name: to_numpy(view) for name, view in self.views.items()}
+
+    def take(self, name: str, low: int, high: int) -> np.ndarray:
+        """Elements low..high-1 of an array in C order. Shares memory on the CPU."""
+        return to_numpy(self.views[name].reshape(-1)[low:high])
+
+    def put(self, name: str, start: Sequence[int], count: Sequence[int], low: int, values: np.ndarray) -> None:
+        """Writes `values` to the elements from `low` on of the box (start, count) of an array."""
+        box = self.views[name][(*(slice(s, s + c) for s, c in zip(start, count, strict=True)), ...)]
+        if isinstance(box, np.ndarray) and not box.flags.c_contiguous:  # no single run of the array's elements
+            box.flat[low:low + len(values)] = values
+        else:
+            fill(box.view(-1)[low:low + len(values)] if hasattr(box, "new_tensor") else box.reshape(-1)[low:low + len(values)], values)
 
     def load(self, arrays: Mapping[str, Any], committed: int) -> None:
         """Takes over what `arrays()` of any worker gave. The state counts as torn until all of it is in place.
@@ -159,12 +187,8 @@ class State:
         RecipeError, before anything is copied, where they are those of another model or optimizer.
         """
         self.committed = -1
-        views = {f"parameter/{n}": v for n, v in self.layout.views(self.param).items()}
-        for slot, buffer in self.slots.items():
-            views |= {f"optimizer/{slot}/{n}": v for n, v in self.layout.views(buffer, self.layout.trainable_names).items()}
-        views |= {f"buffer/{n}": v for n, v in self.buffers.items()}
-        check_same(views, arrays)
-        for name, view in views.items():
+        check_same({name: tuple(view.shape) for name, view in self.views.items()}, {name: np.shape(array) for name, array in arrays.items()})
+        for name, view in self.views.items():
             fill(view, arrays[name])
         self.committed = committed
 

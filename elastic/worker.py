@@ -6,19 +6,30 @@
 from __future__ import annotations
 
 import queue
+import threading
+import time
 import traceback
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from elastic.chaos import Fault, Injector
+from elastic.checkpoint.remote import shown
 from elastic.checkpoint.saver import Saver
 from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
-from elastic.errors import GroupBroken, NonFiniteLoss, UserError
+from elastic.errors import BadCheckpoint, GroupBroken, NonFiniteLoss, UserError
 from elastic.loop import Work, train
-from elastic.messages import Generation, Job, Part, Ready, Standing
+from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing
 from elastic.recipe import loads
 from elastic.workload import Workload, build_work
+
+
+LAST_WORDS_S = 600.0  # for an orphan to write its state
+
+
+class Orphan:
+    """An order that a worker gives itself: leave."""
 
 
 class Rim(Protocol):
@@ -46,12 +57,13 @@ class Rim(Protocol):
 
 
 class Worker:
-    """One worker's life. `orders` takes generations; None releases it."""
+    """One worker's life. `orders` takes generations and what is to be saved; None releases it."""
 
     def __init__(self, name: str, job: Job, rim: Rim):
         self.name, self.job, self.rim = name, job, rim
         self.control = Control()
-        self.orders: queue.SimpleQueue[Generation | None] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[Generation | Save | Orphan | None] = queue.SimpleQueue()
+        self.is_gone = threading.Event()  # an orphan has said its last words
         self.part: Part | None = None
 
     def serve(self) -> None:
@@ -59,17 +71,45 @@ class Worker:
         recipe = loads(self.job.recipe, locate=False)
         workload = Workload.open(recipe, self.job.info)
         self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, self.job.info,
-                           self.post_part)
+                           self.post_part, self.crash)
         self.work: Work = build_work(recipe, workload, self.control, self.rim.post, self.save)
+        self.work.restore, self.work.is_busy = self.restore, self.saver.is_busy
         warm_up(self.work)
         self.recipe = recipe
         self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.work.backend.compilations(), self.rim.shares))
         taken = 0
-        while (generation := self.orders.get()) is not None:
-            if generation.number > taken:  # a new controller repeats what may not have arrived
-                taken = generation.number
-                self.rim.post(self.take_part(generation))
+        while (order := self.orders.get()) is not None:
+            if isinstance(order, Orphan):
+                self.leave()
+                return
+            if isinstance(order, Save):
+                self.save_alone(order)
+            elif order.number > taken:  # a new controller repeats what may not have arrived
+                taken = order.number
+                self.rim.post(self.take_part(order))
         self.saver.join()
+
+    def save_alone(self, order: Save) -> None:
+        """Last words: too few are left to go on, and no checkpoint has what this one has. Its part tells how it went."""
+        if self.work.state.committed == order.step:
+            self.saver.save(self.work.state, order, self.work.evaluation)
+
+    def orphan(self, timeout_s: float = LAST_WORDS_S) -> None:
+        """From another thread: nobody has answered for too long. Returns when the state is on disk, or cannot be."""
+        self.orders.put(Orphan())
+        self.control.abandon(self.control.generation)
+        self.is_gone.wait(timeout_s)
+
+    def leave(self) -> None:
+        """An orphan's last words: its whole state, unless a checkpoint has it, with the lines that may not be on disk."""
+        work = self.work
+        try:
+            if self.saver.leave(work.state, self.control.generation, work.evaluation, work.unwritten):
+                print(f"Step {work.state.committed} is saved; nobody was there to be told.", flush=True)
+        except OSError as error:
+            print(f"The last words were not written: {error}", flush=True)
+        finally:
+            self.is_gone.set()
 
     def post_part(self, part: Part) -> None:
         self.part = part
@@ -87,40 +127,63 @@ class Worker:
         self.control.enter(generation.number, generation.written)
         self.work.unwritten.clear()  # a generation is published when its past is on disk
         hashes: Mapping[str, str] = {}
-        reason, error, fatal = "broken", "", False
+        reason, error, fatal, rejected = "broken", "", False, ""
         try:
             self.load(generation)
             group = self.rim.form(generation, rank, self.control)
             self.control.attach(group)
+            self.saver.prepare(self.work.state, rank, len(generation.members))
             injector = Injector(generation.chaos, rank, self.rim.announce, self.rim.strike, self.rim.cut_short)
             reason = train(self.work, generation, group, injector)
             if reason == "done":
                 hashes = self.saver.hashes(self.work.state)
         except GroupBroken as broken:
             error = str(broken)
+        except BadCheckpoint as bad:
+            reason, error, rejected = "failed", str(bad), generation.load
         except Exception as failure:
             reason, error, fatal = "failed", describe(failure), isinstance(failure, (NonFiniteLoss, UserError))
             traceback.print_exc()
         if group is not None:
             group.abandon()
         work = self.work
-        return Standing(self.name, generation.number, reason, work.state.committed, work.holds, work.ballot, error, fatal,
+        return Standing(self.name, generation.number, reason, work.state.committed, work.holds, work.ballot, error, fatal, rejected,
                         lines=tuple(work.unwritten), compilations=work.backend.compilations(), **hashes)
 
     def load(self, generation: Generation) -> None:
-        """Starting values, where the generation starts from the recipe or from a checkpoint."""
+        """Starting values, where the generation starts from the recipe; a checkpoint is loaded by the group together."""
         if not generation.load:
             return
         state = self.work.state
         self.work.gradient, self.work.holds, self.work.ballot = None, -1, None
         if generation.load == "recipe":
             state.start(self.recipe.run.seed, self.saver.initial(self.recipe.model.init, state))
-        else:
-            arrays, step, self.work.evaluation = self.saver.load(generation.load)
-            state.load(arrays, step)
 
-    def save(self, generation: int, step: int, evaluation: Mapping[str, float], wait: bool) -> None:
-        self.saver.save(self.work.state, generation, step, evaluation, wait)
+    def restore(self, generation: Generation, group: CollectiveGroup) -> None:
+        """From the checkpoint that the generation starts with. Rank 0 tells of it."""
+        started = time.perf_counter()
+
+        def at(window: int) -> AbstractContextManager[None]:
+            self.control.detail = window
+            return self.control.collective(generation.committed, "restore")
+
+        self.control.at(generation.committed, "restore")
+        manifest, read = self.saver.restore(generation.load, self.work.state, group, at)
+        self.work.evaluation = dict(manifest.eval)
+        if group.rank == 0:
+            self.rim.post(Line(generation.number, "events", {
+                "event": "loaded", "step": manifest.step, "path": shown(generation.load), "bytes": manifest.bytes, "read_bytes": read,
+                "seconds": time.perf_counter() - started}))
+
+    def save(self, order: Save, evaluation: Mapping[str, float]) -> None:
+        def tell(done: int) -> None:
+            self.control.detail = done
+
+        self.saver.save(self.work.state, order, evaluation, tell)
+
+    def crash(self) -> None:
+        """For fault injection: this process ends between two calls of its file system."""
+        self.rim.strike(Fault("kill", 0, 0, "checkpoint", "disk"))
 
 
 def describe(error: BaseException) -> str:

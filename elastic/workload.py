@@ -152,7 +152,7 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     sampler = workload.sampler
     load = Prefetcher(lambda step, shard: load_batch(workload.training, sampler, step, shard))
     plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact",
-                recipe.optimizer.model_dump(), recipe.run.eval_every, recipe.checkpoint.every_steps)
+                recipe.optimizer.model_dump(), recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip")
     shard_size = recipe.data.batch_size // recipe.elastic.logical_shards
     evaluation = eval_batches(workload.evaluation, max(shard_size, EVAL_ROWS)) if workload.evaluation else []
     return Work(plan, backend, open_state(recipe, backend), load, sampler.positions, evaluation, control, post, save, workload.unit)

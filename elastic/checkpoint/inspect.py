@@ -83,7 +83,7 @@ def file_rows(store: Store, name: str, manifest: Manifest) -> list[FileRow]:
     for file in manifest.files:
         found = store.size(f"{name}/{file.name}")
         problem = "missing" if found is None else "" if found == file.bytes else f"has {found} bytes"
-        rows.append(FileRow(file.name, file.bytes, file.sha256, len(file.pieces), problem))
+        rows.append(FileRow(file.name, file.bytes, file.hash, len(file.pieces), problem))
     return rows
 
 

@@ -6,10 +6,9 @@ that the manifest states. Part files carry the generation that wrote them, so an
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,10 @@ import numpy as np
 
 from elastic.checkpoint import safetensors
 from elastic.checkpoint.hashing import PARAMETER
-from elastic.checkpoint.manifest import MAX_BYTES, FileEntry, Manifest, Piece, parse
+from elastic.checkpoint.manifest import CHUNK, MAX_BYTES, FileEntry, Manifest, parse
+from elastic.checkpoint.part import hash_of, write_arrays
+from elastic.checkpoint.reader import Reader, read_arrays
+from elastic.checkpoint.remote import parted
 from elastic.checkpoint.store import TEMPORARY, Store
 from elastic.errors import BadCheckpoint, RecipeError
 
@@ -32,30 +34,9 @@ def folder_of(step: int) -> str:
 
 
 def write_part(store: Store, step: int, generation: int, part_name: str, arrays: Mapping[str, np.ndarray],
-               boxes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None) -> FileEntry:
+               boxes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None, chunk_bytes: int = CHUNK) -> FileEntry:
     """Writes one part file, durable on return. `boxes` has (shape of the whole array, start) of arrays that are only a part of one."""
-    name = f"{part_name}-g{generation:06d}.safetensors"
-    hashing = Hashing(safetensors.encode(arrays))
-    store.write(f"{folder_of(step)}/{name}", hashing)
-    pieces = []
-    for array_name in sorted(arrays):
-        array = arrays[array_name]
-        shape, start = (boxes or {}).get(array_name, (array.shape, (0,) * array.ndim))
-        pieces.append(Piece(array_name, array.dtype.name, tuple(shape), tuple(start), tuple(array.shape)))
-    return FileEntry(name, hashing.bytes, hashing.digest.hexdigest(), tuple(pieces))
-
-
-class Hashing:
-    """Passes pieces on and hashes them."""
-
-    def __init__(self, pieces: Iterable[Any]):
-        self.pieces, self.digest, self.bytes = pieces, hashlib.sha256(), 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for piece in self.pieces:
-            self.digest.update(piece)
-            self.bytes += len(piece)
-            yield piece
+    return write_arrays(store, folder_of(step), f"{part_name}-g{generation:06d}.safetensors", arrays, boxes, chunk_bytes)
 
 
 def commit(store: Store, manifest: Manifest) -> str:
@@ -90,12 +71,15 @@ def read_manifest(store: Store, name: str) -> Manifest:
     return manifest
 
 
-def read_file(store: Store, name: str, entry: FileEntry) -> bytes:
-    """A part's bytes, after their hash was found right."""
-    content = store.read(f"{name}/{entry.name}", entry.bytes)
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
+def read_file(store: Store, name: str, entry: FileEntry, manifest: Manifest) -> dict[str, np.ndarray]:
+    """A part's arrays by name, after the hash of all its bytes was found right."""
+    content = Reader(store, name, manifest).chunks(entry, 0, len(entry.chunks))
+    if hash_of(content) != entry.hash:
         raise BadCheckpoint(f"{name}/{entry.name} does not have the hash that the manifest states.")
-    return content
+    stated = {piece.name: (piece.dtype, piece.count, piece.offset) for piece in entry.pieces}
+    if safetensors.index(content, entry.name) != stated:
+        raise BadCheckpoint(f"{entry.name} holds other arrays than the manifest states.")
+    return safetensors.decode(content, entry.name)
 
 
 def check_sizes(store: Store, name: str, manifest: Manifest) -> None:
@@ -108,29 +92,32 @@ def check_sizes(store: Store, name: str, manifest: Manifest) -> None:
 
 
 def verify(store: Store, name: str) -> Manifest:
-    """Checks all of a checkpoint, one file in memory at a time."""
-    manifest = read_manifest(store, name)
-    check_sizes(store, name, manifest)
+    """Reads all of a checkpoint, one file in memory at a time."""
+    manifest = read_sound(store, name)
     for entry in manifest.files:
-        check_content(entry, read_file(store, name, entry))
+        read_file(store, name, entry, manifest)
     return manifest
 
 
-def check_content(entry: FileEntry, content: bytes) -> dict[str, np.ndarray]:
-    """The file's arrays are those of the manifest."""
-    arrays = safetensors.decode(content, entry.name)
-    stated = {piece.name: (piece.dtype, piece.count) for piece in entry.pieces}
-    if {name: (array.dtype.name, array.shape) for name, array in arrays.items()} != stated:
-        raise BadCheckpoint(f"{entry.name} holds other arrays than the manifest states.")
-    return arrays
+def read_sound(store: Store, name: str) -> Manifest:
+    """The manifest of a checkpoint whose files are all there in full length. Their bytes are not read."""
+    manifest = read_manifest(store, name)
+    check_sizes(store, name, manifest)
+    return manifest
 
 
-def newest_good(store: Store) -> tuple[str | None, list[tuple[str, str]]]:
-    """The newest checkpoint that is whole, and (name, reason) of the newer ones that are not. Those stay where they are."""
+def newest_good(store: Store, refused: Container[str] = (), look: Callable[[Store, str], Any] = read_sound
+                ) -> tuple[str | None, list[tuple[str, str]]]:
+    """The newest checkpoint that is whole by its manifest and its files' sizes, and (name, reason) of the newer ones that are not.
+
+    Those stay where they are. Names in `refused` are passed over. `look=verify` reads every byte.
+    """
     rejected: list[tuple[str, str]] = []
     for _, name in reversed(committed(store)):
+        if name in refused:
+            continue
         try:
-            verify(store, name)
+            look(store, name)
             return name, rejected
         except BadCheckpoint as error:
             rejected.append((name, str(error)))
@@ -141,11 +128,10 @@ def newest_good(store: Store) -> tuple[str | None, list[tuple[str, str]]]:
 
 def load(store: Store, name: str) -> tuple[dict[str, np.ndarray], Manifest]:
     """All arrays of a checkpoint by name, whole, and its manifest. BadCheckpoint before anything of a bad one is given out."""
-    manifest = read_manifest(store, name)
-    check_sizes(store, name, manifest)
+    manifest = read_sound(store, name)
     arrays: dict[str, np.ndarray] = {}
     for entry in manifest.files:
-        parts = check_content(entry, read_file(store, name, entry))
+        parts = read_file(store, name, entry, manifest)
         for piece in entry.pieces:
             if piece.count == piece.shape:
                 arrays[piece.name] = parts[piece.name]
@@ -155,28 +141,36 @@ def load(store: Store, name: str) -> tuple[dict[str, np.ndarray], Manifest]:
     return arrays, manifest
 
 
+def read_parameters(store: Store, name: str, manifest: Manifest | None = None) -> dict[str, np.ndarray]:
+    """The parameters alone, by their names in the model: of the files only the bytes that hold them are read."""
+    manifest = manifest or read_sound(store, name)
+    names = {piece.name for entry in manifest.files for piece in entry.pieces if piece.name.startswith(PARAMETER)}
+    found = read_arrays(Reader(store, name, manifest), dict.fromkeys(sorted(names)))
+    return {name.removeprefix(PARAMETER): array for name, array in found.items()}
+
+
 def split(path: str | os.PathLike[str]) -> tuple[Store, str]:
     """The store and the name of a checkpoint given by the path or URI of its folder or manifest."""
-    location = os.fspath(path).rstrip("/").removesuffix("/" + MANIFEST)
-    location = location if "://" in location else os.path.abspath(location)
-    parent, _, name = location.rpartition("/")
-    return Store.open(parent or "/"), name
+    parent, name = parted(os.fspath(path))
+    if name == MANIFEST:
+        parent, name = parted(parent)
+    return Store.open(parent), name
 
 
-def prune(store: Store, keep: int, best: str | None = None) -> list[str]:
-    """Removes all but the newest `keep` checkpoints and the one with the best `best` ("eval.loss"); returns what is gone.
+def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0) -> list[str]:
+    """Removes all but the newest `keep` checkpoints, the one with the best `best` ("eval.loss"), and those whose step is a multiple of
+    `keep_every` (0: none); returns what is gone.
 
     Unreadable ones and ones with missing or truncated files count for nothing and stay.
     """
     good: list[tuple[str, Manifest]] = []
     for _, name in reversed(committed(store)):
         try:
-            manifest = read_manifest(store, name)
-            check_sizes(store, name, manifest)
+            good.append((name, read_sound(store, name)))
         except BadCheckpoint:
             continue
-        good.append((name, manifest))
     kept = {name for name, _ in good[:keep]} | best_of(good, best)
+    kept |= {name for name, manifest in good if keep_every and manifest.step % keep_every == 0}
     gone = [name for name, _ in good if name not in kept]
     for name in gone:
         store.remove(f"{name}/{MANIFEST}")  # first: a removal that is cut off must leave no manifest without its files
@@ -248,8 +242,7 @@ def read_init(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     path = Path(path)
     try:
         if path.is_dir() or path.name == MANIFEST:
-            arrays, _ = load(*split(path))
-            return {name.removeprefix(PARAMETER): array for name, array in arrays.items() if name.startswith(PARAMETER)}
+            return read_parameters(*split(path))
         return safetensors.decode(path.read_bytes(), str(path))
     except OSError as error:
         raise RecipeError(f"model.init = {str(path)!r} cannot be read ({error.strerror}); give a safetensors file or a checkpoint.") from error

@@ -13,8 +13,11 @@ from typing import Any
 
 from elastic.errors import BadCheckpoint
 
-FORMAT = 1
+FORMAT = 2
+CHUNK = 4 * 1024 * 1024  # bytes: what is hashed, read and checked in one piece
+MAX_CHUNK = 1 << 30
 MAX_BYTES = 1 << 26  # of a manifest; a million arrays need less
+MAX_PIECES = 10_000  # of one array that is not cut into runs; each is compared with each
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4,
               "uint16": 2, "uint8": 1, "bool": 1}
 
@@ -28,32 +31,54 @@ class Piece:
     shape: tuple[int, ...]  # of the whole array
     start: tuple[int, ...]
     count: tuple[int, ...]
+    offset: int = 0  # bytes from the file's start; a multiple of an element's size
 
     @property
     def bytes(self) -> int:
         return math.prod(self.count) * ITEM_BYTES[self.dtype]
 
+    @property
+    def run(self) -> tuple[int, int] | None:
+        """The elements (low, high) of the whole array, in C order, that the box is; None where it is no single run of them."""
+        size = math.prod(self.count)
+        if not size:
+            return 0, 0
+        inside = [(c, n) for c, n in zip(self.count, self.shape, strict=True)]
+        while inside and inside[0][0] == 1:
+            inside.pop(0)
+        if any(c != n for c, n in inside[1:]):
+            return None
+        low = 0
+        for s, n in zip(self.start, self.shape, strict=True):
+            low = low * n + s
+        return low, low + size
+
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One part file."""
+    """One part file. `hash` is the xxh3-128 of all of it, `chunks` those of its pieces of `Manifest.chunk_bytes`, in hex."""
 
     name: str
     bytes: int
-    sha256: str
+    hash: str
+    chunks: tuple[str, ...]
     pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`cursor` is the next sample position; `eval` the last evaluation; `extra` plain values of whoever saves."""
+    """`cursor` is the next sample position; all that is random follows from it and `seed`. `eval`: the last evaluation.
+
+    `extra`: plain values of whoever saves; "lines" are lines of metrics.jsonl that may not be on disk.
+    """
 
     step: int
     generation: int
     cursor: int
     seed: int
     recipe: str
-    files: tuple[FileEntry, ...]
+    files: tuple[FileEntry, ...] = ()
+    chunk_bytes: int = CHUNK
     eval: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -116,22 +141,33 @@ def build(body: Mapping[str, Any]) -> Manifest:
         need(isinstance(body[key], dict), f"the manifest's {key} is not a JSON object")
     need(all(is_number(value) for value in body["eval"].values()), "the manifest's eval holds something that is no number")
     need(isinstance(body["files"], list), "the manifest's files are not a list")
+    check_count(body["chunk_bytes"], "chunk_bytes")
+    need(0 < body["chunk_bytes"] <= MAX_CHUNK and body["chunk_bytes"] % 8 == 0, "the manifest's chunk_bytes is no multiple of 8 up to 1 GiB")
     values = {f.name: body[f.name] for f in fields(Manifest)}
-    return Manifest(**{**values, "files": tuple(build_file(entry) for entry in body["files"])})
+    return Manifest(**{**values, "files": tuple(build_file(entry, body["chunk_bytes"]) for entry in body["files"])})
 
 
-def build_file(value: Any) -> FileEntry:
+def build_file(value: Any, chunk_bytes: int) -> FileEntry:
+    """One file's entry from JSON values."""
     check_keys(value, FileEntry, "a file's entry")
     name = value["name"]
     plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
     need(plain, f"the manifest names the file {name!r}, which is not a plain name inside the checkpoint")
     check_count(value["bytes"], f"size of {name}")
-    sha256 = value["sha256"]
-    need(isinstance(sha256, str) and len(sha256) == 64 and not set(sha256) - set("0123456789abcdef"), f"the hash of {name} is not a sha256")
+    need(isinstance(value["chunks"], list) and all(is_hash(h) for h in (value["hash"], *value["chunks"])), f"a hash of {name} is not an xxh3-128")
+    need(len(value["chunks"]) == -(-value["bytes"] // chunk_bytes), f"{name} has another number of chunk hashes than chunks")
     need(isinstance(value["pieces"], list), f"the arrays of {name} are not a list")
     pieces = tuple(build_piece(piece, name) for piece in value["pieces"])
     need(sum(piece.bytes for piece in pieces) <= value["bytes"], f"the arrays of {name} are larger than its {value['bytes']} bytes")
-    return FileEntry(name, value["bytes"], sha256, pieces)
+    ends = [0]
+    for piece in sorted(pieces, key=lambda piece: (piece.offset, piece.bytes)):
+        need(ends[-1] <= piece.offset and piece.offset + piece.bytes <= value["bytes"], f"{piece.name} lies outside of {name} or on another array")
+        ends.append(piece.offset + piece.bytes)
+    return FileEntry(name, value["bytes"], value["hash"], tuple(value["chunks"]), pieces)
+
+
+def is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 32 and not set(value) - set("0123456789abcdef")
 
 
 def build_piece(value: Any, file: str) -> Piece:
@@ -146,7 +182,9 @@ def build_piece(value: Any, file: str) -> Piece:
             check_count(size, f"shape of {name}")
     need(len(shape) == len(start) == len(count), f"the box of {name} in {file} has another number of dims than the array")
     need(all(s + c <= n for s, c, n in zip(start, count, shape, strict=True)), f"the box of {name} in {file} reaches out of the array")
-    return Piece(name, dtype, tuple(shape), tuple(start), tuple(count))
+    check_count(value["offset"], f"offset of {name}")
+    need(value["offset"] % ITEM_BYTES[dtype] == 0, f"the offset of {name} in {file} is not a multiple of its element's size")
+    return Piece(name, dtype, tuple(shape), tuple(start), tuple(count), value["offset"])
 
 
 def check_keys(value: Any, kind: type, what: str, more: tuple[str, ...] = ()) -> None:
@@ -177,8 +215,17 @@ def check_pieces(manifest: Manifest) -> None:
         first = pieces[0]
         need(all((p.dtype, p.shape) == (first.dtype, first.shape) for p in pieces), f"the array {name} has two dtypes or shapes")
         need(sum(math.prod(p.count) for p in pieces) == math.prod(first.shape), f"the pieces of {name} do not make up the whole array")
-        apart = all(not overlap(p, q) for n, p in enumerate(pieces) for q in pieces[:n])
-        need(apart, f"two pieces of {name} overlap")
+        need(are_apart(pieces), f"two pieces of {name} overlap")
+
+
+def are_apart(pieces: list[Piece]) -> bool:
+    """No element is in two of them."""
+    runs = [piece.run for piece in pieces if piece.bytes]
+    if None not in runs:
+        ordered = sorted(run for run in runs if run)
+        return all(one[1] <= two[0] for one, two in zip(ordered, ordered[1:], strict=False))
+    need(len(pieces) <= MAX_PIECES, f"{pieces[0].name} has {len(pieces)} pieces, more than {MAX_PIECES}")
+    return all(not overlap(p, q) for n, p in enumerate(pieces) for q in pieces[:n])
 
 
 def overlap(p: Piece, q: Piece) -> bool:

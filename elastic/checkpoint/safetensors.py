@@ -1,19 +1,18 @@
-"""Arrays as the bytes of a safetensors file, without a copy of the arrays, and back.
-
-The form: the header's length (8 bytes, little-endian), a JSON header padded with spaces to a multiple of 8, and the
-arrays' C-order little-endian bytes, the widest dtypes first so that each lies aligned.
+"""The form of a safetensors file: the header's length (8 bytes, little-endian), a JSON header padded with spaces to a multiple of
+8, and the arrays' C-order little-endian bytes, the widest dtypes first so that each lies aligned.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from elastic.checkpoint.hashing import little_endian
+from elastic.checkpoint.manifest import ITEM_BYTES, Piece
 from elastic.errors import BadCheckpoint
 
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
@@ -21,35 +20,53 @@ CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
-def encode(arrays: Mapping[str, np.ndarray]) -> Iterator[Any]:
-    """The file's bytes, piece by piece."""
-    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
-    header, offset = {}, 0
-    for name in names:
-        array = arrays[name]
-        if array.dtype.name not in CODES:
-            raise ValueError(f"the array {name} has dtype {array.dtype}, which a checkpoint cannot hold.")
-        header[name] = {"dtype": CODES[array.dtype.name], "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
-        offset += array.nbytes
+def lay_out(boxes: Iterable[Piece]) -> tuple[bytes, tuple[Piece, ...]]:
+    """The file's first bytes, and the boxes in the order of the file, each with its offset."""
+    ordered = sorted(boxes, key=lambda piece: (-ITEM_BYTES.get(piece.dtype, 0), piece.name))
+    header, offset, placed = {}, 0, []
+    for piece in ordered:
+        if piece.dtype not in CODES:
+            raise ValueError(f"the array {piece.name} has dtype {piece.dtype}, which a checkpoint cannot hold.")
+        header[piece.name] = {"dtype": CODES[piece.dtype], "shape": list(piece.count), "data_offsets": [offset, offset + piece.bytes]}
+        placed.append(replace(piece, offset=offset))
+        offset += piece.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in names:
-        yield little_endian(arrays[name])
+    start = len(text).to_bytes(8, "little") + text
+    return start, tuple(replace(piece, offset=piece.offset + len(start)) for piece in placed)
 
 
 def decode(content: bytes, what: str) -> dict[str, np.ndarray]:
     """The arrays, as read-only views of `content`. BadCheckpoint names `what` where it is no safetensors file."""
     try:
-        length = int.from_bytes(content[:8], "little")
-        if len(content) < 8 or length > len(content) - 8:
-            raise ValueError("its header is longer than the file")
-        header = json.loads(content[8:8 + length])
-        header.pop("__metadata__", None)
-        body = memoryview(content)[8 + length:]
-        return {name: view(body, **entry) for name, entry in header.items()}
+        return {name: view(body, **entry) for name, entry, body in entries(content)}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BadCheckpoint(f"{what} is not a safetensors file that this version reads ({str(error)[:80]}).") from error
+        raise refusal(what, error) from error
+
+
+def index(content: bytes, what: str) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """(dtype, shape, offset in the file) of every array. BadCheckpoint as `decode`."""
+    try:
+        return {name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), len(content) - len(body) + entry["data_offsets"][0])
+                for name, entry, body in entries(content)}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise refusal(what, error) from error
+
+
+def refusal(what: str, error: Exception) -> BadCheckpoint:
+    return BadCheckpoint(f"{what} is not a safetensors file that this version reads ({str(error)[:80]}).")
+
+
+def entries(content: bytes) -> Iterator[tuple[str, dict[str, Any], memoryview]]:
+    """Name and entry of every array, and the bytes behind the header."""
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        raise ValueError("its header is longer than the file")
+    header = json.loads(content[8:8 + length])
+    header.pop("__metadata__", None)
+    body = memoryview(content)[8 + length:]
+    for name, entry in header.items():
+        yield name, entry, body
 
 
 def view(body: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:

@@ -1,74 +1,200 @@
-"""A worker's side of checkpoints: copy at the step boundary, write beside the training, hand the manifest to the controller."""
+"""A worker's side of checkpoints: copy its share at the step boundary, write it beside the training, tell the controller."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from elastic.checkpoint.hashing import hashes
-from elastic.checkpoint.manager import load, read_start, split, write_part
-from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.faulty import FaultyFiles
+from elastic.checkpoint.hashing import PARAMETER, hashes
+from elastic.checkpoint.manager import commit, committed, folder_of, read_sound, read_start, split
+from elastic.checkpoint.manifest import CHUNK, FileEntry, Manifest
+from elastic.checkpoint.part import Image, part_name
+from elastic.checkpoint.plan import shares
+from elastic.checkpoint.reader import Reader, read_together
 from elastic.checkpoint.store import Store
-from elastic.messages import Part
-from elastic.state import State
+from elastic.collective.group import CollectiveGroup
+from elastic.errors import BadCheckpoint, NonFiniteLoss
+from elastic.messages import Part, Save
+from elastic.state import State, check_same
+
+JOIN_S = 0.1  # between two words of how far a write is that everybody waits for
 
 
 class Saver:
-    """Writes at most one checkpoint at a time; a second waits for the first. `post` takes the `Part` of each that is durable."""
+    """Writes at most one part at a time; a second save waits for the first. `post` takes the `Part` of each that is durable, or failed."""
 
     def __init__(self, worker: str, location: str, recipe: str, batch_size: int, seed: int, info: Mapping[str, Any],
-                 post: Callable[[Any], None]):
+                 post: Callable[[Any], None], crash: Callable[[], None] = lambda: os._exit(1), chunk_bytes: int = CHUNK):
         self.worker, self.location, self.recipe, self.info, self.post = worker, location, recipe, dict(info), post
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.crash, self.chunk_bytes = batch_size, seed, crash, chunk_bytes
         self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
+        self.image: Image | None = None
+        self.error: Exception | None = None
+        self.writing, self.done = False, 0
+        self.saved: tuple[int, int, int, int] | None = None
 
-    def save(self, state: State, generation: int, step: int, evaluation: Mapping[str, float], wait: bool) -> None:
-        """Returns once the state is copied, or with `wait` once it is durable. Raises what went wrong with the one before."""
-        started = time.perf_counter()
-        self.join()
-        arrays = {name: array.copy() for name, array in state.arrays().items()}
-        stall_s = time.perf_counter() - started
-        self.thread = threading.Thread(target=self._write, args=(arrays, generation, step, dict(evaluation), stall_s, started), daemon=True)
+    def prepare(self, state: State, rank: int, world_size: int) -> None:
+        """Gets the memory for the next saves ready, beside the training."""
+        before = self.thread
+
+        def work() -> None:
+            if before is not None:
+                before.join()
+            self.image = self._image(state, rank, world_size)
+
+        self.thread = threading.Thread(target=work, name="staging", daemon=True)
         self.thread.start()
-        if wait:
-            self.join()
 
-    def _write(self, arrays: dict[str, np.ndarray], generation: int, step: int, evaluation: dict[str, float], stall_s: float,
-               started: float) -> None:
+    def _image(self, state: State, rank: int, world_size: int) -> Image:
+        boxes = shares(state.specs(), world_size)[rank]
+        if self.image is not None and self.image.boxes == boxes:
+            return self.image
+        return Image(boxes, self.image.memory if self.image else None)
+
+    def is_busy(self) -> bool:
+        """A part is still being written."""
+        return self.writing
+
+    def save(self, state: State, order: Save, evaluation: Mapping[str, float], tell: Callable[[int], None] = lambda done: None) -> None:
+        """Returns once this rank's share is copied, or with `order.wait` once it is durable.
+
+        A write that fails is told to the controller, and raised only where it is waited for (OSError). `NonFiniteLoss` as soon
+        as it is known that an earlier state was not finite.
+        """
+        started = time.perf_counter()
+        self._join(lambda done: None)
+        self._raise_lost()
+        this = (order.generation, order.step, order.rank, order.world_size)
+        if self.saved == this and self.error is None:
+            return
+        self.saved = this
+        self.image = self._image(state, order.rank, order.world_size)
+        self.image.fill(state.take)
+        stall_s = time.perf_counter() - started
+        head = self._head(order.generation, order.step, evaluation) if order.rank == 0 else None
+        self.writing, self.error, self.done = True, None, 0
+        self.thread = threading.Thread(target=self._write, args=(self.image, order, head, stall_s, started), name="saver", daemon=True)
+        self.thread.start()
+        if order.wait:
+            self._join(tell)
+            self._raise_lost()
+            if self.error is not None:
+                raise OSError(self._sentence(order.step, self.error)) from self.error
+
+    def _head(self, generation: int, step: int, evaluation: Mapping[str, float], **extra: Any) -> Manifest:
+        finite = {name: value for name, value in evaluation.items() if math.isfinite(value)}
+        return Manifest(step, generation, step * self.batch_size, self.seed, self.recipe, (), self.chunk_bytes, finite,
+                        {"info": self.info, **extra})
+
+    def _write(self, image: Image, order: Save, head: Manifest | None, stall_s: float, started: float) -> None:
+        def part(file: str, error: str = "") -> Part:
+            return Part(self.worker, order.generation, order.step, file, stall_s, time.perf_counter() - started, order.rank,
+                        order.world_size, head.dumps() if head else "", error)
+
         try:
-            entry = write_part(Store.open(self.location), step, generation, f"state-{self.worker}", arrays)
-            manifest = Manifest(step, generation, step * self.batch_size, self.seed, self.recipe, (entry,), evaluation, {"info": self.info})
-            self.post(Part(self.worker, generation, step, manifest.dumps(), stall_s, time.perf_counter() - started))
+            if not image.are_finite(PARAMETER):
+                raise NonFiniteLoss(f"The parameters are not finite after step {order.step}; lower optimizer.lr, set optimizer.clip_norm "
+                                    "or mend the data.")
+            store = self._store(order)
+            name = part_name(order.rank, order.world_size, order.generation)
+            entry = image.write(store, folder_of(order.step), name, self.chunk_bytes, self._note)
+            self.post(part(json.dumps(asdict(entry))))
         except Exception as error:
             self.error = error
+            self.post(part("", self._sentence(order.step, error)))
+        finally:
+            self.writing = False
+
+    def _note(self, done: int) -> None:
+        self.done = done
+
+    def _store(self, order: Save) -> Store:
+        store = Store.open(self.location)
+        if order.fault == "crash":
+            return Store(FaultyFiles(store.files, "crash", 1 + order.step % 4, crash=self.crash), store.root)
+        return Store(FaultyFiles(store.files, order.fault, 1, "write"), store.root) if order.fault else store
+
+    def _sentence(self, step: int, error: Exception) -> str:
+        if isinstance(error, NonFiniteLoss):
+            return str(error)
+        return (f"The checkpoint of step {step} could not be written to {self.location} ({reason(error)}); "
+                "make room or mend the storage, then resume the run.")
+
+    def _join(self, tell: Callable[[int], None]) -> None:
+        while self.thread is not None and self.thread.is_alive():
+            self.thread.join(JOIN_S)
+            tell(self.done)
+        self.thread = None
+
+    def _raise_lost(self) -> None:
+        if isinstance(self.error, NonFiniteLoss):
+            raise self.error
 
     def join(self) -> None:
         """Waits for the write in flight."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise OSError(f"A checkpoint could not be written to {self.location}: {reason(error)}.") from error
+        self._join(lambda done: None)
+
+    def leave(self, state: State, generation: int, evaluation: Mapping[str, float], lines: Sequence[Mapping[str, Any]]) -> bool:
+        """The last words of a worker that nobody hears: all of its state, committed by itself where nothing as new is.
+
+        `lines` are those of metrics.jsonl that may not be on disk. Returns whether it was needed.
+        """
+        self.join()
+        store, step = Store.open(self.location), state.committed
+        if step <= 0 or max((s for s, _ in committed(store)), default=0) >= step:
+            return False
+        image = Image(shares(state.specs(), 1)[0], self.image.memory if self.image else None)
+        self.image = None  # its memory is another's now
+        image.fill(state.take)
+        name = part_name(0, 1, generation, f"state-{self.worker}")
+        entry = image.write(store, folder_of(step), name, self.chunk_bytes)
+        if max((s for s, _ in committed(store)), default=0) >= step:
+            return False
+        head = self._head(generation, step, evaluation, lines=list(lines))
+        commit(store, with_files(head, (entry,)))
+        return True
 
     def hashes(self, state: State) -> dict[str, str]:
         parameters, whole = hashes(state.arrays(), state.committed * self.batch_size)
         return {"parameters_sha256": parameters, "state_sha256": whole}
 
-    def load(self, path: str) -> tuple[dict[str, np.ndarray], int, dict[str, float]]:
-        """Arrays, step and evaluation of a checkpoint. `BadCheckpoint` if it is not whole."""
-        arrays, manifest = load(*split(path))
-        return arrays, manifest.step, dict(manifest.eval)
+    def restore(self, path: str, state: State, group: CollectiveGroup, at: Callable[[int], AbstractContextManager[Any]]) -> tuple[Manifest, int]:
+        """Loads a checkpoint into the states of all members together; its manifest and the bytes that this one has read.
+
+        `BadCheckpoint` if it is not whole; RecipeError, before anything is read, where it is of another model. The state counts as
+        torn until all of it is in place.
+        """
+        try:
+            store, name = split(path)
+            manifest = read_sound(store, name)
+        except OSError as error:
+            raise BadCheckpoint(f"{path} cannot be read ({' '.join(str(error).split())[:200]}).") from error
+        pieces = [piece for entry in manifest.files for piece in entry.pieces]
+        check_same({name: shape for name, (_, shape) in state.specs().items()}, {piece.name: piece.shape for piece in pieces})
+        reader = Reader(store, name, manifest)
+        state.committed = -1
+        read_together(reader, group, lambda piece, low, values: state.put(piece.name, piece.start, piece.count, low, values), at)
+        state.committed = manifest.step
+        return manifest, reader.bytes
 
     def initial(self, path: str, state: State) -> dict[str, np.ndarray]:
         """The values of [model] init by parameter name, which fit the model."""
         return read_start(path, state.layout.places)
+
+
+def with_files(head: Manifest, files: tuple[FileEntry, ...]) -> Manifest:
+    """A manifest that waited for its files."""
+    return Manifest(head.step, head.generation, head.cursor, head.seed, head.recipe, files, head.chunk_bytes, head.eval, head.extra)
 
 
 def reason(error: BaseException) -> str:

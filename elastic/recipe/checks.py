@@ -25,7 +25,6 @@ LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, w
     "mesh.micro_batches": ((1,), "1"),
     "optimizer.name": (("adamw", "adam", "sgd", "adagrad"), '"adamw", "adam", "sgd" or "adagrad"'),
     "optimizer.sharded": ((False,), "false"),
-    "checkpoint.path": (("",), '"" for the run directory'),
     "embedding.placement": (("workers",), "nothing: leave it out"),
     "embedding.servers": ((1,), "nothing: leave it out"),
     "embedding.consistency": (("sync",), "nothing: leave it out"),

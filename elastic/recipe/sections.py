@@ -140,8 +140,10 @@ class Optimizer(Section):
 class Checkpoint(Section):
     every_steps: int = at_least(0, 200, " (0: at the end only)")
     keep: int = at_least(1, 3)
+    keep_every: int = at_least(0, 0, " (steps; the checkpoints of its multiples are kept for ever; 0 is none)")
+    busy: Literal["wait", "skip"] = Field("wait", description='"wait" or "skip": what a checkpoint does that is due while one is written')
     best: str = Field("eval.loss", pattern=r"^$|^eval\.\w+$", description='"eval.loss", another "eval.NAME", or "" for none')
-    path: str = Field("", description='"" for the run directory')
+    path: str = Field("", description='"" for the run directory, a path, or a URI such as s3://BUCKET/PATH')
 
 
 class Embedding(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class Run:
         self.run_dir, self.recipe, self.hooks = run_dir, recipe, dict(hooks or {})
         begin = self.open()
         elastic = recipe.elastic
-        job = Job("run", dumps(recipe), workload.prepare(recipe), str(run_dir), str(run_dir / "checkpoints"), (), tuple(chaos))
+        job = Job(f"run-{time.time_ns():x}", dumps(recipe), workload.prepare(recipe), str(run_dir), str(run_dir / "checkpoints"), (), tuple(chaos))
         bounds = Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares)
         settings = Settings(bounds, elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best)
         self.job, self.settings = job, settings

@@ -67,6 +67,13 @@ class World:
     def on_wait(self, action: m.Wait) -> None:
         assert action.ready < action.needed
 
+    def on_savealone(self, action: m.SaveAlone) -> None:
+        worker = self.workers[action.worker]
+        assert worker.at == 0 and worker.committed == action.step > 0 and action.generation == self.generation
+        assert action.step == max(w.committed for name, w in self.workers.items() if name in self.group)
+        if self.draw.random() < 0.5:
+            self.saved = max(self.saved, action.step)
+
     def on_abandon(self, action: m.Abandon) -> None:
         assert action.generation == self.generation and action.worker in self.group
         self.workers[action.worker].is_told = True
@@ -155,8 +162,9 @@ class World:
 
     def finish(self, present: list[tuple[str, Worker]]) -> None:
         if not self.is_calm and self.draw.random() < 0.3:
-            self.kill(present[0][0])  # before it has saved
-            present = present[1:]
+            lost = self.draw.randrange(len(present))
+            self.kill(present[lost][0])  # before it has saved its part
+            present = present[:lost] + present[lost + 1:]
         else:
             self.saved = END
         for name, _ in present:

@@ -1,0 +1,87 @@
+"""A part file: put together in memory as the bytes it will have, then hashed and written from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import xxhash
+
+from elastic.checkpoint.manifest import CHUNK, FileEntry, Piece
+from elastic.checkpoint.safetensors import lay_out
+from elastic.checkpoint.store import Store
+
+Take = Callable[[str, int, int], np.ndarray]  # elements low..high-1 of an array, in C order
+
+
+class Image:
+    """A part file's bytes in memory, kept from save to save: two saves of the same boxes allocate nothing."""
+
+    def __init__(self, boxes: tuple[Piece, ...], memory: np.ndarray | None = None):
+        """`memory`: bytes that may be used again. ValueError for an array that a checkpoint cannot hold."""
+        self.boxes = boxes
+        header, self.pieces = lay_out(boxes)
+        size = len(header) + sum(piece.bytes for piece in boxes)
+        if memory is None or not size <= len(memory) <= 2 * size + CHUNK:
+            memory = np.zeros(size, np.uint8)
+            memory[::4096] = 0  # touched now: the first save is not to wait for the system to find the pages
+        self.memory = memory
+        self.bytes = memory[:size]
+        self.bytes[:len(header)] = np.frombuffer(header, np.uint8)
+
+    def fill(self, take: Take) -> None:
+        """Copies the boxes' values in."""
+        for piece in self.pieces:
+            run = piece.run
+            assert run is not None
+            target = self.bytes[piece.offset:piece.offset + piece.bytes].view(np.dtype(piece.dtype).newbyteorder("<"))
+            target[...] = take(piece.name, *run)
+
+    def are_finite(self, prefix: str) -> bool:
+        """Whether all floats of the arrays under `prefix` are numbers. A minimum and a maximum show NaN and infinity."""
+        for piece in self.pieces:
+            if piece.name.startswith(prefix) and piece.dtype.startswith("float") and piece.bytes:
+                values = self.bytes[piece.offset:piece.offset + piece.bytes].view(np.dtype(piece.dtype).newbyteorder("<"))
+                if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+                    return False
+        return True
+
+    def write(self, store: Store, folder: str, name: str, chunk_bytes: int = CHUNK, tell: Callable[[int], None] = lambda done: None
+              ) -> FileEntry:
+        """Hashes and writes the file; durable on return. `tell(bytes)`: how far it is."""
+        whole, chunks = xxhash.xxh3_128(), list[str]()
+
+        def hashed() -> Iterator[memoryview]:
+            view = memoryview(self.bytes)
+            for low in range(0, len(view), chunk_bytes):
+                chunk = view[low:low + chunk_bytes]
+                chunks.append(hash_of(chunk))
+                whole.update(chunk)
+                yield chunk
+                tell(low + len(chunk))
+
+        store.write(f"{folder}/{name}", hashed())
+        return FileEntry(name, len(self.bytes), whole.hexdigest(), tuple(chunks), self.pieces)
+
+
+def hash_of(content: bytes | memoryview | np.ndarray) -> str:
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def part_name(rank: int, world_size: int, generation: int, kind: str = "state") -> str:
+    return f"{kind}-{rank:04d}-of-{world_size:04d}-g{generation:06d}.safetensors"
+
+
+def write_arrays(store: Store, folder: str, name: str, arrays: Mapping[str, np.ndarray],
+                 boxes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None, chunk_bytes: int = CHUNK) -> FileEntry:
+    """A part file of these arrays. `boxes` has (shape of the whole array, start) of those that are only a part of one."""
+    pieces = []
+    for array_name in sorted(arrays):
+        array = arrays[array_name]
+        shape, start = (boxes or {}).get(array_name, (array.shape, (0,) * array.ndim))
+        pieces.append(Piece(array_name, array.dtype.name, tuple(shape), tuple(start), tuple(array.shape)))
+    image = Image(tuple(pieces))
+    for piece in image.pieces:
+        flat = np.ascontiguousarray(arrays[piece.name]).reshape(-1)
+        image.bytes[piece.offset:piece.offset + piece.bytes].view(np.dtype(piece.dtype).newbyteorder("<"))[...] = flat
+    return image.write(store, folder, name, chunk_bytes)
