@@ -10,6 +10,7 @@ from typing import Any
 
 from elastic.errors import UserError
 from elastic.observe.events import JsonLines, read_lines
+from elastic.observe.ledger import LedgerFiles
 from elastic.observe.metrics import steps_of
 
 RECENT = 50  # steps whose median is an ordinary one
@@ -23,7 +24,7 @@ class Books:
         self.events = JsonLines(run_dir / "events.jsonl")
         if not self.events.claim():
             raise UserError(f"The run in {run_dir} is alive: another controller writes there.")
-        self.metrics = JsonLines(run_dir / "metrics.jsonl")
+        self.metrics, self.ledger = JsonLines(run_dir / "metrics.jsonl"), LedgerFiles(run_dir, written)
         self.written, self.evaluated = written, evaluated
         self.generation = generation
         self.feed: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FEED)  # the latest lines, numbered, for the driver
@@ -69,6 +70,9 @@ class Books:
             self.is_behind = True
             return
         self.is_behind = False
+        if "ledger" in fields:
+            fields = dict(fields)
+            self.ledger.append(fields["generation"], fields["step"], fields.pop("ledger"))
         self.written = fields["step"]
         self._write(self.metrics, fields)
         if self.pause and fields["generation"] >= self.pause["generation"]:
@@ -81,7 +85,18 @@ class Books:
         self.feed.append((self.fed, fields))
         self.fed += 1
 
+    def cut_back(self, step: int) -> None:
+        """Drops the lines of later steps."""
+        self.ledger.cut_back(step)
+        self.metrics.cut_back(step)
+
+    def sync(self) -> None:
+        """Returns when every committed step is on the disk itself."""
+        self.ledger.sync()
+        self.metrics.sync()
+
     def close(self) -> None:
+        self.ledger.close()
         self.metrics.close()
         self.events.close()
 

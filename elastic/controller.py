@@ -301,7 +301,7 @@ class Controller:
 
     def take_part(self, part: Part) -> None:
         """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it."""
-        found = self.commits.take(part, self.books.written, self.books.metrics.sync)
+        found = self.commits.take(part, self.books.written, self.books.sync)
         if found is None:
             return
         if found.error:
@@ -397,7 +397,7 @@ class Controller:
     def rewind(self, step: int) -> None:
         """Every copy of the newer state is gone: metrics go back to the checkpoint that is loaded."""
         self.books.event("rewound", **{"from": self.books.written, "to": step})
-        self.books.metrics.cut_back(step)
+        self.books.cut_back(step)
         self.books.written, self.books.evaluated = step, min(self.books.evaluated, step)
         self.commits.newest = min(self.commits.newest, step)
 

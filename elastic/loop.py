@@ -73,6 +73,7 @@ class Work:
     ballot: Ballot | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
     unwritten: deque[dict[str, Any]] = field(default_factory=deque)
+    ledger: Any = None  # `elastic.data.ledger.Ledger`, where the recipe asks for one
 
 
 def train(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> str:
@@ -220,10 +221,15 @@ def vote(work: Work, group: CollectiveGroup, step: int, losses: Mapping[int, flo
     for shard, loss in losses.items():
         part[shard], part[shards + shard] = loss, weights[shard]
     part[-2], part[-1] = work.is_busy(), work.control.stop_request()
+    fed = work.ledger.digests(step) if work.ledger else np.zeros(0)
+    part = np.concatenate([fed, part])
     out = np.empty(group.size * len(part))
     with work.control.collective(step, "vote"):
         group.all_gather(out, part)
     rows = out.reshape(group.size, -1)
+    if work.ledger:
+        work.ledger.check(step, rows[:, :len(fed)].sum(axis=0))
+    rows = rows[:, len(fed):]
     total = rows[:, :2 * shards].sum(axis=0)
     ballot = Ballot(step, tuple(total[:shards].tolist()), tuple(total[shards:].tolist()), int(rows[:, -1].max()), bool(rows[:, -2].any()))
     check_finite(work, ballot)
@@ -274,6 +280,8 @@ def record(work: Work, generation: Generation, group: CollectiveGroup, ballot: B
               "world_size": len(generation.members), "generation": generation.number, "samples": samples}
     if work.unit:
         fields[work.unit] = int(weight)
+    if work.ledger:
+        fields["ledger"] = work.ledger.line(ballot.step)
     write_down(work, generation, group, fields)
 
 

@@ -14,6 +14,7 @@ from elastic.checkpoint.manager import read_start
 from elastic.control import Control
 from elastic.data import table
 from elastic.data.dataset import Dataset, MapStyle
+from elastic.data.ledger import Ledger, NotedLoader
 from elastic.data.loader import Prefetcher, eval_batches, load_batch
 from elastic.data.sampler import Sampler
 from elastic.errors import RecipeError, UserError
@@ -150,12 +151,14 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     """Everything that the loop needs, built once."""
     backend = create_backend(recipe, workload.model)
     sampler = workload.sampler
-    load = Prefetcher(lambda step, shard: load_batch(workload.training, sampler, step, shard))
+    ledger = Ledger(sampler) if recipe.data.ledger else None
+    load = NotedLoader(workload.training, sampler, ledger) if ledger else Prefetcher(
+        lambda step, shard: load_batch(workload.training, sampler, step, shard))
     plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact",
                 recipe.optimizer.model_dump(), recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip")
     shard_size = recipe.data.batch_size // recipe.elastic.logical_shards
     evaluation = eval_batches(workload.evaluation, max(shard_size, EVAL_ROWS)) if workload.evaluation else []
-    return Work(plan, backend, open_state(recipe, backend), load, sampler.positions, evaluation, control, post, save, workload.unit)
+    return Work(plan, backend, open_state(recipe, backend), load, sampler.positions, evaluation, control, post, save, workload.unit, ledger=ledger)
 
 
 EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are

@@ -21,7 +21,7 @@ Key = tuple[int, int]  # (step, shard)
 def load_batch(dataset: Dataset, sampler: Sampler, step: int, shard: int) -> Batch:
     """The batch of one logical shard. With `dataset.fills`, "row_weight" (float32) is 1 for samples and 0 for filler rows."""
     epochs, indices = sampler.locate(sampler.positions(step, shard))
-    return _rows(dataset, indices, epochs)
+    return rows_of(dataset, indices, epochs)
 
 
 def eval_batches(dataset: Dataset, batch_size: int) -> list[Callable[[], Batch]]:
@@ -30,11 +30,11 @@ def eval_batches(dataset: Dataset, batch_size: int) -> list[Callable[[], Batch]]
     for first in range(0, dataset.num_samples, batch_size):
         indices = np.arange(first, first + batch_size, dtype=np.int64)
         indices[indices >= dataset.num_samples] = FILLER
-        batches.append(partial(_rows, dataset, indices, np.zeros(batch_size, np.int64)))
+        batches.append(partial(rows_of, dataset, indices, np.zeros(batch_size, np.int64)))
     return batches
 
 
-def _rows(dataset: Dataset, indices: np.ndarray, epochs: np.ndarray) -> Batch:
+def rows_of(dataset: Dataset, indices: np.ndarray, epochs: np.ndarray) -> Batch:
     real = indices >= 0
     if not dataset.fills:
         return dataset.batch(indices[real], epochs[real])

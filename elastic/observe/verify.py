@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from elastic.errors import BadCheckpoint, UserError
 from elastic.observe.events import read_json, read_lines
+from elastic.observe.ledger import FOLDER, prove
 from elastic.observe.metrics import Lines, build_summary, evaluations_of, steps_of
 
 CLOCK_SKEW_S = 1.0  # between a worker's node, which dates steps, and the controller's, which dates events
@@ -39,6 +41,10 @@ def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint) -> Verdict:
     verdict.problems += limited(generation_problems(events)) + limited(membership_problems(events, steps))
     verdict.facts.append(f"{len(steps)} steps, each once; {len(evaluations_of(metrics))} evaluations")
     verdict.facts.append(f"{sum(e['event'] == 'generation_started' for e in events)} generations")
+    if asks_for_ledger(run_dir):
+        problems, facts = prove(run_dir, steps)
+        verdict.problems += limited(problems)
+        verdict.facts += facts
     verdict.problems += checkpoint_problems(run_dir, check_checkpoint, verdict.facts)
     if summary is not None:
         verdict.problems += summary_problems(summary, events, metrics)
@@ -46,6 +52,13 @@ def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint) -> Verdict:
     else:
         verdict.facts.append("no summary.json: the run has not ended, or was cut off")
     return verdict
+
+
+def asks_for_ledger(run_dir: Path) -> bool:
+    try:
+        return bool(tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))["data"].get("ledger"))
+    except (OSError, KeyError, ValueError):
+        return (run_dir / FOLDER).exists()
 
 
 def limited(problems: Sequence[str]) -> list[str]:

@@ -11,7 +11,6 @@ OWN_KIND = '"nlp.gpt", or "package.module:attribute" for your own'
 LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, what to write)
     "backend.name": (("torch", "reference"), '"torch"'),
     "data.format": ((None, "text", "csv", "parquet", "arrow"), '"text", "csv", "parquet" or "arrow", or data.kind = "package.module:attribute"'),
-    "data.ledger": ((False,), "false"),
     "data.label": (("",), "nothing: leave it out"),
     "data.categorical": (((),), "nothing: leave it out"),
     "data.numeric": (((),), "nothing: leave it out"),

@@ -101,7 +101,6 @@ def test_a_recipe_cannot_be_changed(least: dict[str, Any]) -> None:
     ("data.eval_fraction=1.0", "data.eval_fraction = 1.0 cannot work; it must be a number of at least 0 and below 1."),
     ("data.eval_fraction=nan", "data.eval_fraction = nan cannot work"),
     ("data.tokens=word", 'must be one of "char", "byte", "bpe"'),
-    ("data.ledger=true", "data.ledger = true is not yet supported"),
     ("data.label=click", "not yet"),
     ("data.kind=mine:Rows", "exclude each other"),
     ("data.options={size=3}", "data.options"),
