@@ -1,0 +1,58 @@
+"""What no checkpoint can beat: `python -m benchmarks.kit.limits FOLDER ROUNDS SCALE RESULT`."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from benchmarks.kit.steploop import make_arrays, report
+
+PIECE = 16 * 1024 * 1024
+
+
+def copy(source: np.ndarray, kept: np.ndarray) -> None:
+    np.copyto(kept, source)
+
+
+def write(path: Path, data: memoryview, flags: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags)
+    low = 0
+    while low < len(data):
+        low += os.write(descriptor, data[low:low + PIECE])
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def timed(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def main(folder: str, rounds: str, scale: str, result: str) -> None:
+    size = sum(array.nbytes for array in make_arrays(float(scale)).values())
+    size += -size % mmap.PAGESIZE  # what goes past the page cache has whole pages
+    source = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    kept, path = np.frombuffer(mmap.mmap(-1, size), np.uint8), Path(folder) / "raw"
+    copy(source, kept)
+    found: dict[str, list[float]] = {"copy": [], "raw write": [], "raw write, direct": [], "hash": [], "bytes": [size]}
+    for _ in range(int(rounds)):
+        found["copy"].append(timed(lambda: copy(source, kept)))
+        found["hash"].append(timed(lambda: xxhash.xxh3_128_digest(kept)))
+        for name, flags in (("raw write", 0), ("raw write, direct", os.O_DIRECT)):
+            path.unlink(missing_ok=True)
+            os.sync()
+            found[name].append(timed(lambda flags=flags: write(path, memoryview(kept), flags)))  # type: ignore[misc]
+    path.unlink()
+    report(found, result)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
