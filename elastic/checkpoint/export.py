@@ -13,8 +13,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from elastic.checkpoint.hashing import PARAMETER
-from elastic.checkpoint.manager import load
+from elastic.checkpoint.manager import read_sound
 from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.checkpoint.store import TEMPORARY, Store
 from elastic.errors import UserError
 from elastic.recipe import loads
@@ -32,8 +33,9 @@ def export(store: Store, name: str, form: str, out: str) -> int:
     if write is None:
         raise UserError(f"--format {form} must be one of {', '.join(FORMS)}.")
     target = free(out)
-    arrays, manifest = load(store, name)
-    found = {key.removeprefix(PARAMETER): array for key, array in arrays.items() if key.startswith(PARAMETER)}
+    manifest = read_sound(store, name)
+    wanted = {piece.name: None for file in manifest.files for piece in file.pieces if piece.name.startswith(PARAMETER)}
+    found = {key.removeprefix(PARAMETER): array for key, array in read_arrays(Reader(store, name, manifest), wanted).items()}
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

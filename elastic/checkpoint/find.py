@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from elastic.checkpoint.manager import MANIFEST, newest_good, split
+from elastic.checkpoint.remote import join, shown
 from elastic.checkpoint.store import Store
 from elastic.errors import UserError
 from elastic.recipe import loads
@@ -28,9 +29,9 @@ def find(path: str | os.PathLike[str]) -> tuple[Store, str]:
                 return store, found
             rejected += bad
     except (OSError, ValueError) as error:
-        raise UserError(f"{given} cannot be read ({' '.join(str(error).split())}); give a checkpoint's folder or a run's directory.") from error
+        raise UserError(f"{shown(given)} cannot be read ({' '.join(str(error).split())}); give a checkpoint's folder or a run's directory.") from error
     why = f": {rejected[0][1].rstrip('.')}" if rejected else ""
-    raise UserError(f"There is no good checkpoint at {given or '/'}{why}; give the folder of a checkpoint or of a run.")
+    raise UserError(f"There is no good checkpoint at {shown(given) or '/'}{why}; give the folder of a checkpoint or of a run.")
 
 
 def places(given: str) -> list[str]:
@@ -39,4 +40,4 @@ def places(given: str) -> list[str]:
     if "://" not in given and os.path.isfile(recipe):
         with open(recipe, encoding="utf-8") as file:
             named = getattr(loads(file.read(), locate=False).checkpoint, "path", "")
-    return [named] if named else [f"{given}/checkpoints", given]
+    return [named] if named else [join(given, "checkpoints"), given]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from elastic.checkpoint.manager import load
+from elastic.checkpoint.manager import read_sound
 from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.checkpoint.store import Store
 from elastic.observe.words import count, numbers, size
 
@@ -88,24 +90,30 @@ def file_rows(store: Store, name: str, manifest: Manifest) -> list[FileRow]:
 
 
 def differences(one: tuple[Store, str], other: tuple[Store, str]) -> tuple[list[Difference], int]:
-    """Arrays that are not the same in both checkpoints, by name, and how many are the same to the bit."""
-    a, b = load(*one)[0], load(*other)[0]
+    """Arrays that are not the same in both checkpoints, by name, and how many are the same to the bit. One pair is in memory at a time."""
+    readers = [Reader(*place, read_sound(*place)) for place in (one, other)]
+    a, b = ({row.name: row for row in array_rows(reader.manifest)} for reader in readers)
     found, num_same = [], 0
     for name in sorted({*a, *b}):
-        difference = compare(name, a, b)
+        difference = kinds_apart(name, a, b) or values_differ(name, *(read_arrays(reader, {name: None})[name] for reader in readers))
         num_same += difference is None
         found += [difference] if difference else []
     return found, num_same
 
 
-def compare(name: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> Difference | None:
+def kinds_apart(name: str, a: Mapping[str, ArrayRow], b: Mapping[str, ArrayRow]) -> Difference | None:
+    """What keeps two arrays from being compared."""
     if name not in a or name not in b:
-        return Difference(name, f"only in {'A' if name in a else 'B'}", (a if name in a else b)[name].size)
+        return Difference(name, f"only in {'A' if name in a else 'B'}", math.prod((a if name in a else b)[name].shape))
     left, right = a[name], b[name]
     if left.dtype != right.dtype:
-        return Difference(name, f"{left.dtype.name} in A, {right.dtype.name} in B", left.size)
+        return Difference(name, f"{left.dtype} in A, {right.dtype} in B", math.prod(left.shape))
     if left.shape != right.shape:
-        return Difference(name, f"shape {list(left.shape)} in A, {list(right.shape)} in B", left.size)
+        return Difference(name, f"shape {list(left.shape)} in A, {list(right.shape)} in B", math.prod(left.shape))
+    return None
+
+
+def values_differ(name: str, left: np.ndarray, right: np.ndarray) -> Difference | None:
     num_different, largest = values_apart(left.reshape(-1), right.reshape(-1))
     return Difference(name, "", left.size, num_different, largest) if num_different else None
 

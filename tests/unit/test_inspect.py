@@ -27,7 +27,7 @@ def make(root: Path, step: int, arrays: dict[str, np.ndarray], halves: bool = Fa
             files.append(write_part(store, step, 1, f"state-{rank}", {name: array[pick] for name, array in arrays.items()}, boxes))
     else:
         files.append(write_part(store, step, 1, "state", arrays))
-    return root / commit(store, Manifest(step, 1, step * 8, 3, RECIPE, tuple(files), {"loss": 1.5}))
+    return root / commit(store, Manifest(step, 1, step * 8, 3, RECIPE, tuple(files), eval={"loss": 1.5}))
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_whole_numbers_at_their_limits(kind: str) -> None:
 @pytest.mark.parametrize(("arguments", "says"), [
     (["absent"], "There is no good checkpoint at absent"),
     (["."], "There is no good checkpoint at ."),
-    (["nonsense://x/y"], "nonsense://x/y cannot be read"),
+    (["nonsense://x/y"], "'nonsense://x' cannot be opened"),
     (["good", "--diff", "absent"], "There is no good checkpoint at absent"),
     (["bad"], "does not have the hash"),
     ([], "Missing argument"),
