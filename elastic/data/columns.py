@@ -87,18 +87,20 @@ def values(array: pa.Array | pa.ChunkedArray, column: Column, where: str, first_
         array = array.combine_chunks()
     refuse_nulls(array, column.name, where, first_row)
     if column.width:
-        flat = array.flatten()
-        if flat.null_count:
-            row = int(np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))[0]) // column.width
-            raise missing(column.name, where, first_row + row)
-        return flat.to_numpy(zero_copy_only=False).reshape(-1, column.width)
+        return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.width)
     return array.to_numpy(zero_copy_only=False)
 
 
 def refuse_nulls(array: pa.Array, name: str, where: str, first_row: int) -> None:
-    if array.null_count:
-        raise missing(name, where, first_row + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]))
+    """UserError where a value is missing, or one within a list of fixed length."""
+    row = first_null(array)
+    if row is None and t.is_fixed_size_list(array.type):
+        place = first_null(array.flatten())
+        row = None if place is None else place // array.type.list_size
+    if row is not None:
+        raise UserError(f'data.path: the column "{name}" of {where} has no value in row {first_row + row} (counted from 0); '
+                        "fill it in or leave the row out.")
 
 
-def missing(name: str, where: str, row: int) -> UserError:
-    return UserError(f'data.path: the column "{name}" of {where} has no value in row {row} (counted from 0); fill it in or leave the row out.')
+def first_null(array: pa.Array) -> int | None:
+    return int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0]) if array.null_count else None

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
@@ -100,15 +101,16 @@ def arrow_contents(file: File, wanted: Sequence[str]) -> Contents:
     with reading(file.where):
         if file.is_local:
             buffer = pa.memory_map(file.where).read_buffer()
-            reader = open_arrow(buffer, wanted)
-            batches = [reader.get_batch(unit) for unit in range(reader.num_record_batches)]
+            reader = pa.ipc.open_file(buffer)  # naming fields would copy them
+            schema, num = reader.schema, reader.num_record_batches
+            wanted = [name for name in wanted if name in schema.names]
+            is_plain = all(lies_in(reader.get_batch(unit).select(wanted), buffer) for unit in {0, num - 1} if num)
+            batches = [(reader if is_plain else open_arrow(buffer, wanted)).get_batch(unit) for unit in range(num)]
+            rows = tuple(batch.num_rows for batch in batches)
+            first_rows = list(accumulate(rows, initial=0))
             for name in wanted:
-                first_row = 0
-                for batch in batches if name in reader.schema.names else ():
-                    refuse_nulls(batch.column(name), name, file.where, first_row)
-                    first_row += batch.num_rows
-            schema, rows = pa.ipc.open_file(buffer).schema, tuple(batch.num_rows for batch in batches)
-            is_plain = not batches or all(lies_in(batch, buffer) for batch in (batches[0], batches[-1]))
+                for unit, batch in enumerate(batches):
+                    refuse_nulls(batch.column(name), name, file.where, first_rows[unit])
         else:
             with file.open() as raw:
                 schema = pa.ipc.open_file(raw).schema

@@ -26,7 +26,7 @@ KEPT_BLOCKS = 4  # decoded, at most: the one being fed, and some for a redone st
 
 
 def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
-    """Plain facts about the tables of the recipe's `[data]`: num_rows, num_eval_rows, num_files, num_blocks, shuffle_by, folder, key.
+    """Plain facts about the tables of the recipe's `[data]`: num_rows, num_eval_rows, num_blocks, shuffle_by, folder, key.
 
     The key is the same for the same content, columns and way of shuffling, wherever the files lie. UserError or RecipeError
     names file, column and row of what cannot serve.
@@ -34,8 +34,7 @@ def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
     folder, facts = find_facts(data, Path(cache_dir))
     spans = spans_of(facts, data.eval_fraction)
     return {"num_rows": sum(high - low for low, high in spans.training), "num_eval_rows": sum(high - low for low, high in spans.evaluation),
-            "num_files": sum(len(part.files) for part in facts.parts), "num_blocks": sum(len(part.blocks) for part in facts.parts),
-            "shuffle_by": facts.shuffle_by, "folder": str(folder), "key": facts.key}
+            "num_blocks": sum(len(part.blocks) for part in facts.parts), "shuffle_by": facts.shuffle_by, "folder": str(folder), "key": facts.key}
 
 
 def open_tables(info: Mapping[str, Any], data: Any, cache_dir: str | Path, seed: int) -> tuple[Table, Table | None]:
