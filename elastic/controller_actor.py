@@ -19,10 +19,12 @@ from elastic.cluster import RayFleet
 from elastic.controller import Controller, Settings
 from elastic.journal import Journal
 from elastic.messages import Job
+from elastic.observe.report import write_report
 
 __all__ = ["NAMESPACE", "ControllerActor"]
 
 LINGER_S = 60.0  # how long the controller of a finished run waits for a driver
+ABSENT_S = 5.0  # without a poll for so long, there is no driver
 POLL_S = 0.2  # how long a poll waits for the end of the run before it returns what is new
 
 
@@ -50,6 +52,8 @@ class ControllerActor:
             self.controller.close(m.Finish("failed", self.error))
         finally:
             self.done.set()
+        if time.monotonic() - self.polled > ABSENT_S:
+            write_report(Path(self.controller.job.run_dir))  # else the driver does
         while time.monotonic() - self.polled < LINGER_S:  # for the driver to learn how it ended; one that is gone never will
             time.sleep(POLL_S)
         ray.kill(ray.get_runtime_context().current_actor)  # for good: an exit would be followed by a restart

@@ -23,8 +23,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic import chaos, workload
 from elastic.actor import NAMESPACE
+from elastic.checkpoint.access import check_access, remedy
 from elastic.checkpoint.commits import Commits
 from elastic.checkpoint.manager import read_manifest, split
+from elastic.checkpoint.remote import shown
 from elastic.controller import Settings
 from elastic.controller_actor import ControllerActor
 from elastic.errors import RecipeError, RunFailed, UserError
@@ -61,20 +63,29 @@ class Trainer:
     chaos: Sequence[str] = ()
     begin: dict[str, Any] = field(default_factory=dict)  # where to go on, if this is a resumption
     num_steps: int = 0  # known after `check`
+    follows: str = ""  # the id of a live run that is followed instead of starting one
 
     @classmethod
     def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local", chaos: Sequence[str] = ()) -> Trainer:
-        """Goes on from the newest good checkpoint of a run (from the start if it has none). RecipeError where `overrides` make it another run."""
+        """Goes on from the newest good checkpoint of a run (from the start if it has none), or follows it where it is alive.
+
+        RecipeError where `overrides` make it another run, or would change a live one.
+        """
         run_dir = Path(run_dir)
         if not (run_dir / "recipe.toml").exists():
             raise UserError(f"{run_dir} is no run directory: it has no recipe.toml.")
+        if live := living(run_dir):
+            if overrides or chaos:
+                raise RecipeError(f"The run in {run_dir} is alive, and {[*overrides, *chaos][0]!r} cannot change it; leave it out to follow the run.")
+            return cls(loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False), run_dir.absolute(), live["address"],
+                       follows=live["run_id"])
         refuse_live(run_dir)
         recipe = load_recipe(run_dir / "recipe.toml", overrides)
         check_resumed(loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False), recipe)
         lines = read_lines(run_dir / "metrics.jsonl")
         events = read_lines(run_dir / "events.jsonl")
-        path, step, _ = Commits(str(run_dir / "checkpoints"), 1, "").newest_good()
-        info = read_manifest(*split(path)).extra.get("info", {}) if path else {}
+        path, step, info = newest_of(checkpoints_of(recipe, run_dir))
+        step = min(step, max((m["step"] for m in lines if "eval" not in m), default=0))  # a checkpoint ahead of the lines brings its own
         return cls(recipe, run_dir, address, chaos, {
             "written": step, "data": info.get("key"), "evaluated": max((m["step"] for m in lines if "eval" in m and m["step"] <= step), default=0),
             "generation": max((e["generation"] for e in events), default=0),
@@ -98,32 +109,28 @@ class Trainer:
 
     def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
+        if self.follows:
+            return self.follow(on_step, on_eval, on_event)
         info = self.check()
         run_dir = self.free_run_dir()
+        if self.recipe.checkpoint.path:
+            check_access(self.recipe.checkpoint.path, not self.begin)
         with connected(self.address, self.recipe) as ray_address:
             self.open_run_dir(run_dir)
-            job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), str(run_dir / "checkpoints"), search_path(), tuple(self.chaos),
+            job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), checkpoints_of(self.recipe, run_dir), search_path(), tuple(self.chaos),
                       self.num_steps)
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))
-            controller = start_controller(job, self.recipe, self.begin)
+            return see_out(start_controller(job, self.recipe, self.begin), run_dir, on_step, on_eval, on_event)
+
+    def follow(self, on_step: Callback | None, on_eval: Callback | None, on_event: Callback | None) -> Result:
+        """Takes the place of a driver that is gone, or stands beside it."""
+        assert self.run_dir is not None
+        with connected(self.address, self.recipe):
             try:
-                with interrupting(controller):
-                    follow(controller, on_step, on_eval, on_event)
-                status, error = ask(controller, "outcome")
-            except ray.exceptions.RayError as gone:
-                raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
-            except BaseException:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    ray.get(controller.end.remote(), timeout=END_S)  # a callback failed: no worker may stay behind
-                raise
-            finally:
-                ray.kill(controller)
-                (run_dir / LIVE).unlink(missing_ok=True)
-        if not (run_dir / "summary.json").exists():
-            raise RunFailed(error)
-        summary = json.loads((run_dir / "summary.json").read_text())
-        write_report(run_dir)
-        return Result(status, summary, run_dir, error)
+                controller = ray.get_actor(f"{self.follows}/controller", NAMESPACE)
+            except ValueError as error:
+                raise RunFailed(f"The run in {self.run_dir} has just ended; `elastic status {self.run_dir}` says how.") from error
+            return see_out(controller, self.run_dir, on_step, on_eval, on_event)
 
     def free_run_dir(self) -> Path:
         """Where the run will write; `UserError` if it cannot, or if something is there already that is not this run's."""
@@ -138,13 +145,28 @@ class Trainer:
     def open_run_dir(self, run_dir: Path) -> None:
         """Makes the directory, or cuts the one to resume back to its checkpoint."""
         try:
-            (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (run_dir if self.recipe.checkpoint.path else run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             (run_dir / "recipe.toml").write_text(dumps(self.recipe))
         except OSError as error:
             raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with --run-dir.") from error
         if self.begin:
             JsonLines(run_dir / "metrics.jsonl").cut_back(self.begin["written"])
             (run_dir / "summary.json").unlink(missing_ok=True)
+
+
+def checkpoints_of(recipe: Recipe, run_dir: Path) -> str:
+    """Where a run's checkpoints lie: a path or URI."""
+    return recipe.checkpoint.path or str(run_dir / "checkpoints")
+
+
+def newest_of(location: str) -> tuple[str, int, dict[str, Any]]:
+    """(path, step, the data's facts) of the newest good checkpoint; ("", 0, {}) if there is none."""
+    try:
+        path, step, _ = Commits(location, 1, "").newest_good()
+        return path, step, read_manifest(*split(path)).extra.get("info", {}) if path else {}
+    except OSError as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f'checkpoint.path = "{shown(location)}" cannot be read ({why}); {remedy(location)}.') from error
 
 
 def run_id(run_dir: Path) -> str:
@@ -167,7 +189,7 @@ def import_path() -> Iterator[None]:
 
 
 @contextmanager
-def connected(address: str, recipe: Recipe) -> Iterator[str]:
+def connected(address: str, recipe: Recipe | None) -> Iterator[str]:
     """A Ray to run on; one that was started here ends here."""
     if ":" in address:
         answers(address)
@@ -177,7 +199,7 @@ def connected(address: str, recipe: Recipe) -> Iterator[str]:
         return
     try:
         if address == "local":
-            cpus = recipe.elastic.max_workers + recipe.elastic.spares + 1
+            cpus = recipe.elastic.max_workers + recipe.elastic.spares + 1 if recipe else 1
             ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
         else:
             use_token()
@@ -209,15 +231,39 @@ def answers(address: str) -> None:
 def start_controller(job: Job, recipe: Recipe, begin: dict[str, Any]) -> Any:
     elastic = recipe.elastic
     settings = Settings(Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares), elastic.hang_timeout_s,
-                        elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best)
+                        elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best, recipe.checkpoint.keep_every)
     device = recipe.backend.device
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
     fleet = {"device": device, "threads": recipe.backend.threads, "hang_timeout_s": elastic.hang_timeout_s,
              "orphan_timeout_s": elastic.orphan_timeout_s}
-    options = {"name": f"{job.run_id}/controller", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_concurrency": 64, "max_restarts": -1,
+    options = {"name": f"{job.run_id}/controller", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0,
+               "max_concurrency": 64, "max_restarts": -1,
                "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)}
     return ray.remote(ControllerActor).options(**options).remote(job, settings, fleet, begin)
+
+
+def see_out(controller: Any, run_dir: Path, on_step: Callback | None, on_eval: Callback | None, on_event: Callback | None) -> Result:
+    """Follows a run to its end, and clears up after it."""
+    try:
+        with interrupting(controller):
+            follow(controller, on_step, on_eval, on_event)
+        status, error = ask(controller, "outcome")
+    except ray.exceptions.RayError as gone:
+        raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
+    except BaseException:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(controller.end.remote(), timeout=END_S)  # a callback failed: no worker may stay behind
+        raise
+    finally:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(controller)
+        (run_dir / LIVE).unlink(missing_ok=True)
+    if not (run_dir / "summary.json").exists():
+        raise RunFailed(error)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    write_report(run_dir)
+    return Result(status, summary, run_dir, error)
 
 
 @contextmanager
@@ -268,6 +314,18 @@ def ask(controller: Any, method: str, *arguments: Any) -> Any:
             if time.monotonic() > until:
                 raise
             time.sleep(AGAIN_S)
+
+
+def living(run_dir: Path) -> dict[str, str]:
+    """Where the live run of a directory is, if there is one: its Ray's address and its id."""
+    try:
+        live: dict[str, str] = json.loads((run_dir / LIVE).read_text())
+        answers(live["address"])
+        with connected(live["address"], None):
+            ray.get_actor(f"{live['run_id']}/controller", NAMESPACE)
+    except (OSError, ValueError, UserError):
+        return {}
+    return live
 
 
 def refuse_live(run_dir: Path) -> None:
