@@ -21,10 +21,11 @@ from elastic.books import Books
 from elastic.chaos import Fault, parse
 from elastic.checkpoint.commits import Commits
 from elastic.checkpoint.remote import shown
+from elastic.confirm import confirmed
 from elastic.fleet import Fleet
 from elastic.inbox import Inbox
 from elastic.journal import Journal, replay
-from elastic.messages import STOP_AND_SAVE, Generation, Job, Line, Part, Progress, Ready, Save, Standing
+from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Save, Standing
 from elastic.observe.events import read_lines, replace_text
 from elastic.observe.metrics import build_summary
 from elastic.policy import Bounds, Pulse
@@ -195,7 +196,7 @@ class Controller:
         elif isinstance(event, m.Drain):
             self.books.event("node_draining", nodes=list(event.nodes))
         elif isinstance(event, Standing):
-            event = self.confirmed(event)
+            event = confirmed(self.state, event, self.commits.newest, self.commits.error)
             self.note_standing(event)
         self.state, actions = m.advance(self.state, event)
         self.journal.event(event)
@@ -210,15 +211,6 @@ class Controller:
         if isinstance(event, Standing):
             return event.generation == self.state.generation and event.worker in self.state.standing
         return isinstance(event, m.Lost) and event.worker in self.lost
-
-    def confirmed(self, word: Standing) -> Standing:
-        """Who ends with its state saved: the last such word of a group is a failure if the checkpoint was not committed after all."""
-        ends = word.reason == "done" or (word.reason == "stopped" and word.ballot and word.ballot.stop == STOP_AND_SAVE)
-        others = [w for w in self.state.group if w != word.worker]
-        if not ends or word.generation != self.state.generation or word.committed <= self.commits.newest or not all(
-                w in self.state.standing for w in others):
-            return word
-        return replace(word, reason="failed", error=self.commits.error or f"The checkpoint of step {word.committed} was not committed.")
 
     def note_standing(self, event: Standing) -> None:
         """Lines that rank 0 may have died with come first: a generation starts when all its past is on disk."""
@@ -302,13 +294,8 @@ class Controller:
     def take_part(self, part: Part) -> None:
         """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it."""
         found = self.commits.take(part, self.books.written, self.books.sync)
-        if found is None:
-            return
-        if found.error:
-            self.books.event("checkpoint_rejected", found.step, found.generation, path=found.path, reason=found.error)
-        else:
-            self.books.event("checkpoint_committed", found.step, found.generation, path=found.path, bytes=found.bytes,
-                             stall_s=found.stall_s, seconds=found.seconds)
+        if found is not None:
+            self.books.event(found.event, found.step, found.generation, **found.fields)
 
     def take_fault(self, worker: str, fault: Fault) -> None:
         if fault.spec not in self.chaos:

@@ -6,13 +6,16 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from elastic.backend import Backend
 from elastic.checkpoint import manager
+from elastic.checkpoint.find import find
+from elastic.checkpoint.hashing import OPTIMIZER
 from elastic.checkpoint.manifest import Manifest
-from elastic.checkpoint.store import Store
+from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.data.loader import eval_batches
 from elastic.errors import BadCheckpoint, UserError
 from elastic.recipe import Recipe, loads
@@ -31,37 +34,40 @@ class Restored:
     backend: Backend
 
 
-def locate(path: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint: itself, or the newest good one of a run directory. UserError if there is none."""
-    given = Path(path)
-    if (given / manager.MANIFEST).exists() or given.name == manager.MANIFEST:
-        return given if given.is_dir() else given.parent
-    root = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-    if not root.is_dir():
-        raise UserError(f"There is no checkpoint at {given}; give the folder of a checkpoint or of a run.")
-    name, rejected = manager.newest_good(Store.open(root))
-    if name is None:
-        why = f": {rejected[0][1].rstrip('.')}" if rejected else ""
-        raise UserError(f"There is no good checkpoint in {root}{why}; give the folder of a checkpoint or of a run.")
-    return root / name
-
-
 def check_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     """Reads every byte of a checkpoint against its hashes; BadCheckpoint names what is wrong."""
     return manager.verify(*manager.split(path))
 
 
+def read_newest(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Manifest]:
+    """Parameters and buffers of a checkpoint; of a run's newest whose bytes turn out good. BadCheckpoint, UserError if there is none."""
+    bad: dict[str, BadCheckpoint] = {}
+    while True:
+        try:
+            store, name = find(path, bad)
+        except UserError as error:
+            raise next(iter(bad.values()), error) from None
+        if name in bad:
+            raise bad[name]
+        try:
+            manifest = manager.read_sound(store, name)
+            names = [piece.name for entry in manifest.files for piece in entry.pieces if not piece.name.startswith(OPTIMIZER)]
+            return read_arrays(Reader(store, name, manifest), dict.fromkeys(names)), manifest
+        except BadCheckpoint as error:
+            bad[name] = error
+
+
 def restore(path: str | os.PathLike[str], device: str = "auto") -> Restored:
     """The model of a checkpoint. BadCheckpoint before anything of a damaged one is used."""
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads: the same bits as the workers'
-    arrays, manifest = manager.load(*manager.split(locate(path)))
+    arrays, manifest = read_newest(path)
     recipe = loads(manifest.recipe, locate=False)
     recipe = recipe.model_copy(update={"backend": recipe.backend.model_copy(update={"device": device, "compile": False})})
     info = manifest.extra.get("info") or prepare(recipe)
     backend = create_backend(recipe, open_model(recipe, info))
     state = open_state(recipe, backend)
     try:
-        state.load(arrays, manifest.step)
+        state.load(arrays, manifest.step, without=OPTIMIZER)
     except (KeyError, ValueError) as error:
         raise BadCheckpoint(f"{path} holds other arrays than the model of its recipe: {error}.") from error
     return Restored(recipe, manifest, info, backend)

@@ -181,14 +181,16 @@ class State:
         else:
             fill(box.view(-1)[low:low + len(values)] if hasattr(box, "new_tensor") else box.reshape(-1)[low:low + len(values)], values)
 
-    def load(self, arrays: Mapping[str, Any], committed: int) -> None:
-        """Takes over what `arrays()` of any worker gave. The state counts as torn until all of it is in place.
+    def load(self, arrays: Mapping[str, Any], committed: int, without: str = "\0") -> None:
+        """Takes over what `arrays()` of any worker gave; names that begin with `without` may be left out. The state counts as torn until
+        all of it is in place.
 
         RecipeError, before anything is copied, where they are those of another model or optimizer.
         """
         self.committed = -1
-        check_same({name: tuple(view.shape) for name, view in self.views.items()}, {name: np.shape(array) for name, array in arrays.items()})
-        for name, view in self.views.items():
+        views = {name: view for name, view in self.views.items() if not name.startswith(without)}
+        check_same({name: tuple(view.shape) for name, view in views.items()}, {name: np.shape(array) for name, array in arrays.items()})
+        for name, view in views.items():
             fill(view, arrays[name])
         self.committed = committed
 

@@ -24,7 +24,6 @@ from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing
 from elastic.recipe import loads
 from elastic.workload import Workload, build_work
 
-
 LAST_WORDS_S = 600.0  # for an orphan to write its state
 
 

@@ -34,6 +34,17 @@ class Outcome:
     seconds: float = 0.0
     error: str = ""
 
+    @property
+    def event(self) -> str:
+        return "checkpoint_rejected" if self.error else "checkpoint_committed"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What the event says."""
+        if self.error:
+            return {"path": self.path, "reason": self.error}
+        return {"path": self.path, "bytes": self.bytes, "stall_s": self.stall_s, "seconds": self.seconds}
+
 
 class Commits:
     """The checkpoints of one run, at a local path or URI."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 
 from elastic.checkpoint.manager import MANIFEST, newest_good, split
 from elastic.checkpoint.remote import join, shown
@@ -11,9 +12,11 @@ from elastic.errors import UserError
 from elastic.recipe import loads
 
 
-def find(path: str | os.PathLike[str]) -> tuple[Store, str]:
-    """The store and the name of a checkpoint: its folder, its manifest, or a run's directory or folder of checkpoints for its newest good one.
+def find(path: str | os.PathLike[str], refused: Container[str] = ()) -> tuple[Store, str]:
+    """The store and the name of a checkpoint: its folder, its manifest, or a run's directory or folder of checkpoints for its newest good one
+    beside those whose names are in `refused`.
 
+    Good is one whose files are all there in full length.
     UserError where there is none, or where the storage cannot be reached.
     """
     given = os.fspath(path).rstrip("/")
@@ -24,12 +27,13 @@ def find(path: str | os.PathLike[str]) -> tuple[Store, str]:
         rejected: list[tuple[str, str]] = []
         for place in places(given):
             store = Store.open(place)
-            found, bad = newest_good(store)
+            found, bad = newest_good(store, refused)
             if found is not None:
                 return store, found
             rejected += bad
     except (OSError, ValueError) as error:
-        raise UserError(f"{shown(given)} cannot be read ({' '.join(str(error).split())}); give a checkpoint's folder or a run's directory.") from error
+        why = " ".join(str(error).split())
+        raise UserError(f"{shown(given)} cannot be read ({why}); give a checkpoint's folder or a run's directory.") from error
     why = f": {rejected[0][1].rstrip('.')}" if rejected else ""
     raise UserError(f"There is no good checkpoint at {shown(given) or '/'}{why}; give the folder of a checkpoint or of a run.")
 

@@ -7,6 +7,7 @@ from typing import Any
 from elastic.errors import RecipeError
 from elastic.recipe.sections import LATER_KINDS, TABLES, Recipe
 
+STORAGES = ("file", "s3", "gs", "gcs", "hdfs")
 OWN_KIND = '"nlp.gpt", or "package.module:attribute" for your own'
 LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, what to write)
     "backend.name": (("torch", "reference"), '"torch"'),
@@ -131,9 +132,17 @@ def check_backend(recipe: Recipe) -> None:
                               f"write {shown(served[-1])}.")
 
 
+def check_checkpoint(recipe: Recipe) -> None:
+    path = recipe.checkpoint.path
+    scheme, mark, rest = path.partition("://")
+    if mark and (scheme not in STORAGES or not rest.strip("/")):
+        raise RecipeError(f"checkpoint.path = {shown(path)} is no place for checkpoints; write a path, or a URI such as s3://BUCKET/PATH "
+                          f"({', '.join(STORAGES)}).")
+
+
 def check(recipe: Recipe) -> None:
     """Everything that a single key cannot tell."""
-    for look in (check_later, check_data, check_tables, check_model, check_numbers, check_backend):
+    for look in (check_later, check_data, check_tables, check_model, check_numbers, check_backend, check_checkpoint):
         look(recipe)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,7 +121,11 @@ def _located(recipe: Recipe, base: Path | None) -> Recipe:
     update = {key: tuple(absolute(path, base, f"data.{key}") for path in getattr(data, key)) for key in ("path", "eval_path")}
     if model.init:
         model = model.model_copy(update={"init": absolute(model.init, base, "model.init")})
-    return recipe.model_copy(update={"data": data.model_copy(update=update), "model": model})
+    place = recipe.checkpoint.path
+    if place and "://" not in place:
+        place = os.path.abspath(os.path.expanduser(place))
+    checkpoint = recipe.checkpoint.model_copy(update={"path": place})
+    return recipe.model_copy(update={"data": data.model_copy(update=update), "model": model, "checkpoint": checkpoint})
 
 
 def _sentence(error: ValidationError) -> str:

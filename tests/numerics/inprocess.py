@@ -53,9 +53,11 @@ class Run:
         self.run_dir, self.recipe, self.hooks = run_dir, recipe, dict(hooks or {})
         begin = self.open()
         elastic = recipe.elastic
-        job = Job(f"run-{time.time_ns():x}", dumps(recipe), workload.prepare(recipe), str(run_dir), str(run_dir / "checkpoints"), (), tuple(chaos))
+        self.checkpoints = recipe.checkpoint.path or str(run_dir / "checkpoints")
+        job = Job(f"run-{time.time_ns():x}", dumps(recipe), workload.prepare(recipe), str(run_dir), self.checkpoints, (), tuple(chaos))
         bounds = Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares)
-        settings = Settings(bounds, elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best)
+        settings = Settings(bounds, elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best,
+                            recipe.checkpoint.keep_every)
         self.job, self.settings = job, settings
         self.fleet = ThreadFleet(job, capacity or elastic.max_workers + elastic.spares, nodes)
         self.controller = self.build(WatchedBooks(run_dir, *begin))
@@ -70,7 +72,7 @@ class Run:
 
     def open(self) -> tuple[int, int, int]:
         """A fresh run directory, or the place at which a run that has ended goes on: (written, evaluated, generation)."""
-        (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "recipe.toml").write_text(dumps(self.recipe))
         lines, events = (read_lines(self.run_dir / f"{name}.jsonl") for name in ("metrics", "events"))
         return (max((f["step"] for f in lines if "eval" not in f), default=0), max((f["step"] for f in lines if "eval" in f), default=0),

@@ -12,7 +12,7 @@ from elastic import inference, workload
 from elastic.checkpoint.commits import Commits
 from elastic.checkpoint.saver import Saver
 from elastic.errors import BadCheckpoint, UserError
-from elastic.messages import Part
+from elastic.messages import Part, Save
 from elastic.recipe import Recipe, dumps, parse
 
 
@@ -32,8 +32,10 @@ def save(recipe: Recipe, root: Path, step: int) -> Path:
     state.start(recipe.run.seed)
     parts: list[Part] = []
     root.mkdir(parents=True, exist_ok=True)
-    Saver("w0", str(root), dumps(recipe), recipe.data.batch_size, recipe.run.seed, info, parts.append).save(state, 1, step, {}, True)
-    return Path(Commits(str(root), 3, "").commit(parts[0].manifest)[0])
+    Saver("w0", str(root), dumps(recipe), recipe.data.batch_size, recipe.run.seed, info, parts.append).save(state, Save(1, step, wait=True), {})
+    found = Commits(str(root), 3, "").take(parts[0], step)
+    assert found is not None and not found.error
+    return Path(found.path)
 
 
 def test_an_untrained_model_knows_nothing(recipe: Recipe, tmp_path: Path) -> None:
@@ -57,9 +59,9 @@ def test_text_is_a_function_of_prompt_and_seed(recipe: Recipe, tmp_path: Path, p
 def test_a_run_directory_means_its_newest_good_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
     root = tmp_path / "run" / "checkpoints"
     older, newer = save(recipe, root, 2), save(recipe, root, 4)
-    assert inference.locate(tmp_path / "run") == inference.locate(newer / "manifest.json") == newer
+    assert inference.restore(tmp_path / "run").manifest.step == inference.restore(newer / "manifest.json").manifest.step == 4
     Commits(str(root), 3, "").flip_a_byte()
-    assert inference.locate(tmp_path / "run") == older
+    assert inference.restore(tmp_path / "run").manifest.step == 2
     with pytest.raises(BadCheckpoint):
         inference.check_checkpoint(newer)
     with pytest.raises(BadCheckpoint):
@@ -69,7 +71,7 @@ def test_a_run_directory_means_its_newest_good_checkpoint(recipe: Recipe, tmp_pa
 
 def test_what_cannot_be_done(recipe: Recipe, tmp_path: Path) -> None:
     path = save(recipe, tmp_path / "run" / "checkpoints", 4)
-    with pytest.raises(UserError, match="no checkpoint at"):
+    with pytest.raises(UserError, match="no good checkpoint at"):
         inference.evaluate(tmp_path / "absent")
     with pytest.raises(UserError, match="no good checkpoint"):
         inference.evaluate(tmp_path)

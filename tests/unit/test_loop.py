@@ -80,7 +80,7 @@ class Member:
         self.work = Work(Plan(**{"num_steps": STEPS, "num_shards": SHARDS, "seed": 5, "exact": True,
                                  "optimizer": {**OPTIMIZER, **(optimizer or {})}, **plan}), backend, state, loader or Loader(),
                          lambda step, shard: np.array([(step - 1) * SHARDS + shard]), [lambda: {"value": 3.0}, lambda: {"value": 5.0}],
-                         self.control, self.posted.append, lambda generation, step, found, wait: self.saved.append((generation, step, wait)))
+                         self.control, self.posted.append, lambda order, found: self.saved.append((order.generation, order.step, order.wait)))
 
     @property
     def w(self) -> float:
@@ -135,8 +135,8 @@ def test_a_run_by_hand(size: int) -> None:
         (k, (40 * k + 6) / 8, size, SHARDS) for k in range(1, STEPS + 1)]
     evaluations = [m.fields for m in members[0].posted if "eval" in m.fields]
     assert evaluations == [{"step": 3, "eval": {"loss": 4.0}}, {"step": 6, "eval": {"loss": 4.0}}]
-    assert members[0].saved == [(1, 4, False), (1, 6, True)]
-    assert all(not m.posted and not m.saved for m in members[1:])
+    assert all(m.saved == [(1, 4, False), (1, 6, True)] for m in members)
+    assert all(not m.posted for m in members[1:])
     assert all([f["step"] for f in m.work.unwritten if "eval" not in f] == list(range(1, STEPS + 1)) for m in members)
 
 
@@ -148,7 +148,7 @@ def test_one_member_s_stop_request_stops_all_at_the_same_step(codes: tuple[int, 
             member.control.request_stop(1, code)
     assert run_all(members, generation_of(3)) == ["stopped"] * 3
     assert [m.work.state.committed for m in members] == [1, 1, 1]
-    assert members[0].saved == ([(1, 1, True)] if saves else [])
+    assert all(m.saved == ([(1, 1, True)] if saves else []) for m in members)
     assert all(m.work.ballot == Ballot(1, (10.0, 11.0, 12.0, 13.0), (2.0,) * 4, max(codes)) for m in members)
 
 

@@ -13,13 +13,16 @@ from elastic.checkpoint.manifest import Piece, body_sha256, render
 from elastic.errors import BadCheckpoint
 
 
-def piece(name: str = "parameter/w", shape: Any = (4, 3), start: Any = (0, 0), count: Any = (4, 3), dtype: str = "float32") -> Piece:
-    return Piece(name, dtype, shape, start, count)
+def piece(name: str = "parameter/w", shape: Any = (4, 3), start: Any = (0, 0), count: Any = (4, 3), dtype: str = "float32",
+          offset: int = 112) -> Piece:
+    return Piece(name, dtype, shape, start, count, offset)
 
 
 GOOD = Manifest(step=50, generation=3, cursor=600, seed=7, recipe="[run]\nname = 'ä'\n",
-                files=(FileEntry("part-0-g000003.safetensors", 400, "ab" * 32, (piece(count=(2, 3)), piece("buffer/n", (), (), (), "int64"))),
-                       FileEntry("part-1-g000003.safetensors", 300, "cd" * 32, (piece(start=(2, 0), count=(2, 3)),))),
+                files=(FileEntry("part-0-g000003.safetensors", 400, "ab" * 16, ("01" * 16,) * 7,
+                                 (piece("buffer/n", (), (), (), "int64", 104), piece(count=(2, 3)))),
+                       FileEntry("part-1-g000003.safetensors", 300, "cd" * 16, ("02" * 16,) * 5, (piece(start=(2, 0), count=(2, 3)),))),
+                chunk_bytes=64,
                 eval={"loss": 1.25}, extra={"info": {"vocab_size": 65, "sources": ["a"]}, "none": None})
 
 
@@ -35,7 +38,7 @@ def test_it_reads_back_as_it_was() -> None:
 
 
 def test_values_that_json_has_not_are_left_out_of_the_evaluation() -> None:
-    odd = Manifest(1, 1, 0, 0, "", (), {"loss": float("nan"), "bound": float("inf"), "accuracy": 0.5})
+    odd = Manifest(1, 1, 0, 0, "", eval={"loss": float("nan"), "bound": float("inf"), "accuracy": 0.5})
     assert parse(odd.dumps()).eval == {"accuracy": 0.5}
 
 
@@ -57,7 +60,8 @@ def test_any_truncation_is_found() -> None:
 
 
 ATTACKS = [
-    (lambda b: b.update(format=2), "newer than 1"),
+    (lambda b: b.update(format=3), "newer than 2"),
+    (lambda b: b.update(format=1), "does not know"),
     (lambda b: b.update(format="1"), "not a number"),
     (lambda b: b.update(format=0), "does not know"),
     (lambda b: b.pop("format"), "not a number"),
@@ -78,19 +82,29 @@ ATTACKS = [
     (lambda b: b["files"][0].update(name="a\x00b"), "not a plain name"),
     (lambda b: b["files"][0].update(name=""), "not a plain name"),
     (lambda b: b["files"][0].update(name=b["files"][1]["name"]), "a file twice"),
-    (lambda b: b["files"][0].update(sha256="AB" * 32), "not a sha256"),
-    (lambda b: b["files"][0].update(bytes=10), "larger than its 10 bytes"),
+    (lambda b: b["files"][0].update(hash="AB" * 16), "not an xxh3-128"),
+    (lambda b: b["files"][0]["chunks"].__setitem__(3, "ab"), "not an xxh3-128"),
+    (lambda b: b["files"][0]["chunks"].pop(), "another number of chunk hashes"),
+    (lambda b: b["files"][0].update(bytes=1 << 62), "another number of chunk hashes"),
+    (lambda b: b.update(chunk_bytes=0), "chunk_bytes"),
+    (lambda b: b.update(chunk_bytes=12), "chunk_bytes"),
+    (lambda b: b.update(chunk_bytes=1 << 40), "chunk_bytes"),
+    (lambda b: b["files"][0].update(bytes=10, chunks=["01" * 16]), "larger than its 10 bytes"),
+    (lambda b: b["files"][0]["pieces"][1].update(offset=392), "lies outside"),
+    (lambda b: b["files"][0]["pieces"][1].update(offset=108), "on another array"),
+    (lambda b: b["files"][0]["pieces"][1].update(offset=-112), "offset of"),
+    (lambda b: b["files"][0]["pieces"][0].update(offset=100), "not a multiple"),
     (lambda b: b["files"][0].update(bytes=1.5), "size of"),
-    (lambda b: b["files"][0]["pieces"][0].update(count=[1 << 40, 1 << 40]), "reaches out"),
+    (lambda b: b["files"][0]["pieces"][1].update(count=[1 << 40, 1 << 40]), "reaches out"),
     (lambda b: b["files"][1]["pieces"][0].update(shape=[1 << 60, 3]), "two dtypes or shapes"),
-    (lambda b: b["files"][0]["pieces"][0].update(count=[2]), "another number of dims"),
-    (lambda b: b["files"][0]["pieces"][0].update(count=[2, -3]), "shape of parameter/w"),
+    (lambda b: b["files"][0]["pieces"][1].update(count=[2]), "another number of dims"),
+    (lambda b: b["files"][0]["pieces"][1].update(count=[2, -3]), "shape of parameter/w"),
     (lambda b: b["files"][0]["pieces"][0].update(shape=[1] * 99), "at most 32"),
     (lambda b: b["files"][0]["pieces"][0].update(dtype="object"), "unknown dtype"),
     (lambda b: b["files"][0]["pieces"][0].update(dtype=[]), "unknown dtype"),
-    (lambda b: b["files"][0]["pieces"][0].update(start=[1, 0]), "overlap"),
-    (lambda b: b["files"][0]["pieces"][0].update(count=[1, 3]), "do not make up"),
-    (lambda b: b["files"][0]["pieces"].append(b["files"][0]["pieces"][0]), "an array twice"),
+    (lambda b: b["files"][0]["pieces"][1].update(start=[1, 0]), "overlap"),
+    (lambda b: b["files"][0]["pieces"][1].update(count=[1, 3]), "do not make up"),
+    (lambda b: b["files"][0]["pieces"].append(b["files"][0]["pieces"][0] | {"offset": 200}), "an array twice"),
     (lambda b: b["files"][0]["pieces"].append("w"), "keys"),
 ]
 
@@ -108,7 +122,7 @@ def test_a_manifest_that_cannot_be_true_is_refused_in_one_sentence(number: int) 
 
 def test_absurd_sizes_are_refused_although_they_fit_together() -> None:
     """An array of 2^61 bytes: its file would have to state as many."""
-    huge = Manifest(1, 1, 0, 0, "", (FileEntry("a", 100, "ab" * 32, (piece(shape=(1 << 59,), start=(0,), count=(1 << 59,)),)),))
+    huge = Manifest(1, 1, 0, 0, "", (FileEntry("a", 100, "ab" * 16, ("ab" * 16,), (piece(shape=(1 << 59,), start=(0,), count=(1 << 59,)),)),))
     with pytest.raises(BadCheckpoint, match="larger than its 100 bytes"):
         parse(huge.dumps())
 
