@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from pyarrow import fs
 
-WRITE = 16 * 1024 * 1024  # bytes handed to the system in one call
+from elastic.checkpoint.sink import LocalSink
 
 
 @dataclass(frozen=True)
@@ -114,27 +114,6 @@ class LocalFiles:
         os.rmdir(path)
 
 
-class LocalSink:
-    """A descriptor."""
-
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-
-    def write(self, data: Any) -> None:
-        left = memoryview(data).cast("B")
-        while left:
-            left = left[os.write(self.descriptor, left[:WRITE]):]
-
-    def close(self) -> None:
-        os.fsync(self.descriptor)
-        self.abort()
-
-    def abort(self) -> None:
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
 class RemoteFiles:
     """Any `pyarrow.fs.FileSystem`: S3, GCS, HDFS. The last is a file system, so it renames; object stores put a file in one go."""
 
@@ -153,7 +132,9 @@ class RemoteFiles:
         self.filesystem.move(source, target)
 
     def sync(self, folder: str) -> None:
-        """A closed file of a remote storage is durable, and its name with it."""
+        """A closed file of a remote storage is durable, and its name with it; only that the folder is there is left to see."""
+        if self.info(folder) is None:
+            raise FileNotFoundError(2, "No such file or directory", folder)
 
     def info(self, path: str) -> Info | None:
         found = self.filesystem.get_file_info(path)

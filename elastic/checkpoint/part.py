@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import xxhash
 
 from elastic.checkpoint.manifest import CHUNK, FileEntry, Piece
 from elastic.checkpoint.safetensors import lay_out
+from elastic.checkpoint.sink import aligned
 from elastic.checkpoint.store import Store
 
+PIECE = 4  # chunks that are written in one go
 Take = Callable[[str, int, int], np.ndarray]  # elements low..high-1 of an array, in C order
 
 
@@ -23,8 +26,7 @@ class Image:
         header, self.pieces = lay_out(boxes)
         size = len(header) + sum(piece.bytes for piece in boxes)
         if memory is None or not size <= len(memory) <= 2 * size + CHUNK:
-            memory = np.zeros(size, np.uint8)
-            memory[::4096] = 0  # touched now: the first save is not to wait for the system to find the pages
+            memory = aligned(size)
         self.memory = memory
         self.bytes = memory[:size]
         self.bytes[:len(header)] = np.frombuffer(header, np.uint8)
@@ -46,22 +48,35 @@ class Image:
                     return False
         return True
 
-    def write(self, store: Store, folder: str, name: str, chunk_bytes: int = CHUNK, tell: Callable[[int], None] = lambda done: None
-              ) -> FileEntry:
-        """Hashes and writes the file; durable on return. `tell(bytes)`: how far it is."""
-        whole, chunks = xxhash.xxh3_128(), list[str]()
+    def write(self, store: Store, folder: str, name: str, chunk_bytes: int = CHUNK, tell: Callable[[int], None] = lambda done: None,
+              check: Callable[[], None] = lambda: None) -> FileEntry:
+        """Writes the file, and hashes it meanwhile; durable on return. `tell(bytes)`: how far it is. Nothing is left where `check` raises."""
+        with ThreadPoolExecutor(1, "hash") as beside:
+            checked, hashed = beside.submit(check), beside.submit(self.hashes, chunk_bytes)
 
-        def hashed() -> Iterator[memoryview]:
-            view = memoryview(self.bytes)
-            for low in range(0, len(view), chunk_bytes):
-                chunk = view[low:low + chunk_bytes]
-                chunks.append(hash_of(chunk))
-                whole.update(chunk)
-                yield chunk
-                tell(low + len(chunk))
+            def pieces() -> Iterator[memoryview]:
+                view = memoryview(self.bytes)
+                for low in range(0, len(view), PIECE * chunk_bytes):
+                    if checked.done():
+                        checked.result()
+                    yield view[low:low + PIECE * chunk_bytes]
+                    tell(min(len(view), low + PIECE * chunk_bytes))
 
-        store.write(f"{folder}/{name}", hashed())
-        return FileEntry(name, len(self.bytes), whole.hexdigest(), tuple(chunks), self.pieces)
+            store.write(f"{folder}/{name}", pieces())
+            try:
+                checked.result()
+            except Exception:
+                store.remove(f"{folder}/{name}")
+                raise
+            return FileEntry(name, len(self.bytes), *hashed.result(), self.pieces)
+
+    def hashes(self, chunk_bytes: int) -> tuple[str, tuple[str, ...]]:
+        """Of the whole and of every chunk, in one pass over memory: a chunk's second hash finds it in the cache."""
+        whole, chunks, view = xxhash.xxh3_128(), [], memoryview(self.bytes)
+        for low in range(0, len(view), chunk_bytes):
+            chunks.append(hash_of(view[low:low + chunk_bytes]))
+            whole.update(view[low:low + chunk_bytes])
+        return whole.hexdigest(), tuple(chunks)
 
 
 def hash_of(content: bytes | memoryview | np.ndarray) -> str:

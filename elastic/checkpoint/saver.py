@@ -101,13 +101,15 @@ class Saver:
             return Part(self.worker, order.generation, order.step, file, stall_s, time.perf_counter() - started, order.rank,
                         order.world_size, head.dumps() if head else "", error)
 
-        try:
+        def check() -> None:
             if not image.are_finite(PARAMETER):
                 raise NonFiniteLoss(f"The parameters are not finite after step {order.step}; lower optimizer.lr, set optimizer.clip_norm "
                                     "or mend the data.")
+
+        try:
             store = self._store(order)
             name = part_name(order.rank, order.world_size, order.generation)
-            entry = image.write(store, folder_of(order.step), name, self.chunk_bytes, self._note)
+            entry = image.write(store, folder_of(order.step), name, self.chunk_bytes, self._note, check)
             self.post(part(json.dumps(asdict(entry))))
         except Exception as error:
             self.error = error

@@ -49,7 +49,7 @@ class Store:
             sink.close()
             if files.renames:
                 files.rename(target, path)
-        except OSError:
+        except Exception:
             sink.abort()
             if files.renames:
                 with contextlib.suppress(OSError):

@@ -1,0 +1,60 @@
+"""A part file: its hashes are those of the bytes on the disk, and nothing is left of one that is refused."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from elastic.checkpoint.manifest import Piece
+from elastic.checkpoint.part import Image
+from elastic.checkpoint.store import Store
+from elastic.errors import NonFiniteLoss
+
+VALUES = np.arange(5000, dtype=np.float32)
+
+
+def image() -> Image:
+    made = Image((Piece("parameter/w", "float32", VALUES.shape, (0,), VALUES.shape),))
+    made.fill(lambda name, low, high: VALUES[low:high])
+    return made
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 4096, 1 << 22])
+def test_hashes_are_those_of_the_file(tmp_path: Path, chunk_bytes: int) -> None:
+    told: list[int] = []
+    entry = image().write(Store.open(tmp_path), "step", "part", chunk_bytes, told.append)
+    content = (tmp_path / "step" / "part").read_bytes()
+    assert entry.bytes == len(content) == told[-1] and told == sorted(told)
+    assert entry.hash == xxhash.xxh3_128_hexdigest(content)
+    assert list(entry.chunks) == [xxhash.xxh3_128_hexdigest(content[low:low + chunk_bytes]) for low in range(0, len(content), chunk_bytes)]
+    assert content[entry.pieces[0].offset:] == VALUES.tobytes()
+
+
+def refuse() -> None:
+    raise NonFiniteLoss("not a number")
+
+
+def late(store: Store) -> Callable[[], None]:
+    """Refuses when the file already has its name."""
+    named = threading.Event()
+    sync = store.files.sync
+
+    def noticing(folder: str) -> None:
+        named.set()
+        sync(folder)
+
+    store.files.sync = noticing  # type: ignore[method-assign]
+    return lambda: refuse() if named.wait(10) else None
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_is_refused_leaves_nothing(tmp_path: Path, early: bool) -> None:
+    store = Store.open(tmp_path)
+    with pytest.raises(NonFiniteLoss):
+        image().write(store, "step", "part", 64, check=refuse if early else late(store))
+    assert store.names("step") == []
