@@ -11,6 +11,8 @@ import pyarrow.types as t
 
 from elastic.errors import UserError
 
+DTYPES = {"halffloat": "float16", "float": "float32", "double": "float64"}  # where Arrow's name is not NumPy's
+
 
 @dataclass(frozen=True)
 class Column:
@@ -34,7 +36,7 @@ def column_of(field: pa.Field) -> Column | None:
     if t.is_fixed_size_list(kind) and kind.list_size > 0:
         kind, width = kind.value_type, kind.list_size
     if t.is_boolean(kind) or t.is_integer(kind) or t.is_floating(kind):
-        return Column(field.name, np.dtype(kind.to_pandas_dtype()).name, width)
+        return Column(field.name, DTYPES.get(str(kind), str(kind)), width)
     return None
 
 
@@ -86,9 +88,18 @@ def values(array: pa.Array | pa.ChunkedArray, column: Column, where: str, first_
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
     refuse_nulls(array, column.name, where, first_row)
-    if column.width:
-        return array.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.width)
-    return array.to_numpy(zero_copy_only=False)
+    return view(array, column)
+
+
+def view(array: pa.Array, column: Column) -> np.ndarray:
+    """The numbers where they lie. Not by `to_numpy`, which loads pandas: a third of a second in a process that is to start fast."""
+    flat = array.flatten() if column.width else array
+    if t.is_boolean(flat.type):
+        found = flat.to_numpy(zero_copy_only=False)
+    else:
+        dtype = "bool" if column.dtype == "bool" else DTYPES.get(str(flat.type), str(flat.type))  # truth values, stored in bytes
+        found = np.frombuffer(flat.buffers()[1] or b"", dtype)[flat.offset:flat.offset + len(flat)]
+    return found.reshape(-1, column.width) if column.width else found
 
 
 def refuse_nulls(array: pa.Array, name: str, where: str, first_row: int) -> None:

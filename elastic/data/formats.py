@@ -55,21 +55,22 @@ def reading(where: str, place: str = "") -> Iterator[None]:
 def parquet_contents(file: File, wanted: Sequence[str]) -> Contents:
     """From the footer alone. A missing value that its statistics tell of is refused here already."""
     with reading(file.where), file.open() as raw, pq.ParquetFile(raw) as parquet:
-        about, schema = parquet.metadata, parquet.schema_arrow
-        rows = tuple(about.row_group(unit).num_rows for unit in range(about.num_row_groups))
-        places = {about.schema.column(n).path.split(".")[0]: n for n in range(len(about.schema))}
-        for name in wanted:
-            for unit in range(about.num_row_groups) if name in places else ():
-                statistics = about.row_group(unit).column(places[name]).statistics
+        about, schema, rows = parquet.metadata, parquet.schema_arrow, tuple[int, ...]()
+        leaves = {path.partition(".")[0]: place for place, path in enumerate(paths_of(about.schema))}
+        for unit in range(about.num_row_groups):
+            group = about.row_group(unit)
+            for name in wanted:
+                statistics = group.column(leaves[name]).statistics if name in leaves else None
                 if statistics is not None and statistics.has_null_count and statistics.null_count:
-                    refuse_nulls(parquet.read_row_group(unit, [name])[name].combine_chunks(), name, file.where, sum(rows[:unit]))
-        footer = raw_end(file, about.serialized_size + 8)
+                    refuse_nulls(parquet.read_row_group(unit, [name])[name].combine_chunks(), name, file.where, sum(rows))
+            rows += (group.num_rows,)
+        size = about.serialized_size + 8
+        footer = raw.read_at(size, file.size - size)
     return Contents(schema, rows, hashlib.sha256(b"%d/" % file.size + footer).hexdigest())
 
 
-def raw_end(file: File, size: int) -> bytes:
-    with file.open() as raw:
-        return raw.read_at(size, file.size - size)
+def paths_of(schema: pq.ParquetSchema) -> list[str]:
+    return [schema.column(place).path for place in range(len(schema))]
 
 
 def parquet_unit(file: File, unit: int, first_row: int, rows: int, columns: Sequence[Column]) -> Arrays:

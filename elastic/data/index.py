@@ -54,14 +54,15 @@ class Facts:
         return any(part.is_eval for part in self.parts)
 
     def dumps(self) -> str:
-        return json.dumps(asdict(self))
+        parts = [[[[f.where, f.size, f.mtime_ns] for f in part.files], part.blocks, part.is_mapped, part.is_eval] for part in self.parts]
+        return json.dumps([self.format, self.key, self.shuffle_by, [[c.name, c.dtype, c.width] for c in self.columns], parts])
 
     @classmethod
     def loads(cls, text: str) -> Facts:
-        tree = json.loads(text)
-        parts = tuple(Part(tuple(File(**file) for file in part["files"]), tuple(map(tuple, part["blocks"])), part["is_mapped"], part["is_eval"])
-                      for part in tree["parts"])
-        return cls(tree["format"], tree["key"], tree["shuffle_by"], tuple(Column(**column) for column in tree["columns"]), parts)
+        format, key, shuffle_by, columns, parts = json.loads(text)
+        return cls(format, key, shuffle_by, tuple(Column(*column) for column in columns),
+                   tuple(Part(tuple(File(*file) for file in files), tuple(map(tuple, blocks)), is_mapped, is_eval)
+                         for files, blocks, is_mapped, is_eval in parts))
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Files:
 def find_facts(data: Any, cache_dir: Path) -> tuple[Path, Facts]:
     """The facts and the folder that keeps them; made there if the same files, as dated, were not looked at before."""
     sources = sources_of(data)
-    asked = json.dumps([VERSION, data.format, data.columns, data.shuffle_by, data.shuffle, [asdict(source) for source in sources]])
+    asked = json.dumps([VERSION, data.format, data.columns, data.shuffle_by, data.shuffle,
+                        [[source.key, [[f.where, f.size, f.mtime_ns] for f in source.files]] for source in sources]])
     folder = cache_dir / f"table-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
     try:
         return folder, Facts.loads((folder / FACTS).read_text())

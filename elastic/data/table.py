@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from elastic.data.columns import Column
+from elastic.data.columns import view
 from elastic.data.formats import Arrays, open_arrow, read_unit, reading
 from elastic.data.index import FACTS, Facts, find_facts
 from elastic.data.order import Blocks, Mixture, Order, Rows, seed_of
@@ -146,10 +146,3 @@ class Store:
 def map_file(where: str) -> pa.ipc.RecordBatchFileReader:
     with reading(where):
         return open_arrow(pa.memory_map(where).read_buffer())
-
-
-def view(array: pa.Array, column: Column) -> np.ndarray:
-    """The mapped values as they lie."""
-    if column.width:
-        return array.flatten().to_numpy().view(column.dtype).reshape(-1, column.width)
-    return array.to_numpy().view(column.dtype)

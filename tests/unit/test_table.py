@@ -319,3 +319,14 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="The table cache .* cannot be written"):
         table.prepare(section(write(tmp_path / "t.parquet", rows(10))), tmp_path / "cache")
+
+
+def test_the_first_batch_of_a_hundred_gigabytes_reads_footers_and_one_block(tmp_path: Path) -> None:
+    """One file of 100 MB under a thousand names, in a cold process; the limit on time is generous, the figure is in benchmarks."""
+    benchmark = pytest.importorskip("benchmarks.data")
+    benchmark.write_file(tmp_path / "one.parquet")
+    files = benchmark.many_names(tmp_path / "many", tmp_path / "one.parquet", 1000)
+    found = benchmark.cold(files, "parquet", again=False)
+    assert found["rows"] > 1_000_000_000 and found["blocks"] == 1
+    assert found["bytes"] < 200e6, "more than footers (64 KiB at a time) and a row group of 12 MB"
+    assert found["look"] + found["open"] + found["batch"] < 15
