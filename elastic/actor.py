@@ -126,10 +126,15 @@ class WorkerActor:
         self.worker = Worker(self.name, self.job, rim)
         rim.outbox = Outbox(self.name, self.worker.control,
                             lambda messages, number: ray.get(controller.hear.remote(self.name, messages, number), timeout=DELIVER_S),
-                            self.orphan_timeout_s, leave, leave)
+                            self.orphan_timeout_s, self.orphan, leave)
         rim.outbox.start()
         self.worker.serve()
         rim.outbox.flush(FLUSH_S)
+
+    def orphan(self) -> None:
+        """Nobody has answered for too long: this worker writes down what it has, and goes."""
+        self.worker.orphan()
+        leave()
 
     def assign(self, generation: Generation) -> None:
         self.worker.orders.put(generation)

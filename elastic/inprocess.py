@@ -124,7 +124,7 @@ class ThreadFleet:
     def prepare(self, name: str, node: str) -> threading.Thread:
         rim = ThreadRim(self, name, node)
         worker = Worker(name, self.job, rim)
-        rim.outbox = Outbox(name, worker.control, rim.deliver, ORPHAN_TIMEOUT_S, lambda: None, lambda: self.fenced.append(name), PULSE_S)
+        rim.outbox = Outbox(name, worker.control, rim.deliver, ORPHAN_TIMEOUT_S, worker.orphan, lambda: self.fenced.append(name), PULSE_S)
         self.workers[name], self.rims[name] = worker, rim
         self.controller.post(m.Starting(name))
         thread = threading.Thread(target=self.live, args=(name, worker, rim), name=name, daemon=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.s3 import Server, serving
+
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before any test loads torch: the bits of small products depend on it
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +25,13 @@ def DATA() -> Path:
     if not folder.is_dir():
         pytest.skip(f"there is no test data at {folder}: name its folder in ELASTIC_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Server]:
+    """An S3 on loopback."""
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture
