@@ -31,7 +31,7 @@ from elastic.controller import Settings
 from elastic.controller_actor import ControllerActor
 from elastic.errors import RecipeError, RunFailed, UserError
 from elastic.messages import Job
-from elastic.observe.events import JsonLines, has_writer, read_lines
+from elastic.observe.events import JsonLines, has_writer, read_lines, replace_text
 from elastic.observe.report import write_report
 from elastic.policy import Bounds
 from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
@@ -135,7 +135,7 @@ class Trainer:
     def free_run_dir(self) -> Path:
         """Where the run will write; `UserError` if it cannot, or if something is there already that is not this run's."""
         run_dir = Path(self.run_dir or Path("runs") / f"{self.recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-        if not self.begin and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if not self.begin and run_dir.exists() and (not run_dir.is_dir() or in_use(run_dir)):
             raise UserError(f"The run directory {run_dir} is already in use; name another with --run-dir, or `elastic resume` it.")
         nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -145,13 +145,20 @@ class Trainer:
     def open_run_dir(self, run_dir: Path) -> None:
         """Makes the directory, or cuts the one to resume back to its checkpoint."""
         try:
-            (run_dir if self.recipe.checkpoint.path else run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (run_dir / "recipe.toml").write_text(dumps(self.recipe))
+            run_dir.mkdir(parents=True, exist_ok=True)
+            replace_text(run_dir / "recipe.toml", dumps(self.recipe))  # first and whole: what is here from now on can be resumed
+            if not self.recipe.checkpoint.path:
+                (run_dir / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with --run-dir.") from error
         if self.begin:
             JsonLines(run_dir / "metrics.jsonl").cut_back(self.begin["written"])
             (run_dir / "summary.json").unlink(missing_ok=True)
+
+
+def in_use(run_dir: Path) -> bool:
+    """A start that was killed before its recipe was in place has left nothing."""
+    return any(path.name != "recipe.toml.new" for path in run_dir.iterdir())
 
 
 def checkpoints_of(recipe: Recipe, run_dir: Path) -> str:
