@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +16,8 @@ from elastic.checkpoint.sink import aligned
 from elastic.checkpoint.store import Store
 
 PIECE = 4  # chunks that are written in one go
+RUN = 1 << 20  # elements that are copied in one go
+MUCH = 1 << 25  # bytes from which on a second thread is worth its start
 Take = Callable[[str, int, int], np.ndarray]  # elements low..high-1 of an array, in C order
 
 
@@ -32,12 +36,39 @@ class Image:
         self.bytes[:len(header)] = np.frombuffer(header, np.uint8)
 
     def fill(self, take: Take) -> None:
-        """Copies the boxes' values in."""
+        """Copies the boxes' values in, with a second thread where there is much to copy: one alone does not fill the memory's lanes."""
+        left = deque(self.runs())
+
+        def copy() -> None:
+            while True:
+                try:
+                    piece, low, high = left.popleft()
+                except IndexError:
+                    return
+                self.copy(piece, low, high, take)
+
+        if len(self.bytes) < MUCH:
+            copy()
+            return
+        with ThreadPoolExecutor(1, "copy") as pool:
+            beside = pool.submit(copy)
+            copy()
+            beside.result()
+
+    def runs(self) -> Iterator[tuple[Piece, int, int]]:
+        """The boxes in stretches of elements, short enough to share the work evenly."""
         for piece in self.pieces:
-            run = piece.run
-            assert run is not None
-            target = self.bytes[piece.offset:piece.offset + piece.bytes].view(np.dtype(piece.dtype).newbyteorder("<"))
-            target[...] = take(piece.name, *run)
+            size = math.prod(piece.count)
+            for low in range(0, size, RUN):
+                yield piece, low, min(size, low + RUN)
+
+    def copy(self, piece: Piece, low: int, high: int, take: Take) -> None:
+        """Elements low..high-1 of a box."""
+        run = piece.run
+        assert run is not None
+        kind = np.dtype(piece.dtype).newbyteorder("<")
+        at = piece.offset + low * kind.itemsize
+        self.bytes[at:at + (high - low) * kind.itemsize].view(kind)[...] = take(piece.name, run[0] + low, run[0] + high)
 
     def are_finite(self, prefix: str) -> bool:
         """Whether all floats of the arrays under `prefix` are numbers. A minimum and a maximum show NaN and infinity."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from elastic.checkpoint import part
 from elastic.checkpoint.manifest import Piece
 from elastic.checkpoint.part import Image
 from elastic.checkpoint.store import Store
@@ -58,3 +59,38 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, early: bool) -> None:
     with pytest.raises(NonFiniteLoss):
         image().write(store, "step", "part", 64, check=refuse if early else late(store))
     assert store.names("step") == []
+
+
+def test_two_threads_copy_what_one_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part, "MUCH", 1)
+    monkeypatch.setattr(part, "RUN", 7)
+    shapes = {"a": (13, 5), "b": (), "c": (0, 4), "d": (3, 2, 11)}
+    arrays = {name: np.random.default_rng(n).standard_normal(shape) for n, (name, shape) in enumerate(shapes.items())}
+    made = Image(tuple(Piece(name, "float64", shape, (0,) * len(shape), shape) for name, shape in shapes.items()))
+    threads = set()
+
+    def take(name: str, low: int, high: int) -> np.ndarray:
+        threads.add(threading.current_thread().name)
+        return np.asarray(arrays[name]).reshape(-1)[low:high]
+
+    made.fill(take)
+    for piece in made.pieces:
+        assert piece.offset % 8 == 0
+        assert made.bytes[piece.offset:piece.offset + piece.bytes].tobytes() == arrays[piece.name].tobytes()
+    assert threads <= {"MainThread", "copy_0"}
+
+
+def test_what_goes_wrong_in_either_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part, "MUCH", 1)
+    monkeypatch.setattr(part, "RUN", 7)
+
+    def take(name: str, low: int, high: int) -> np.ndarray:
+        if threading.current_thread() is not threading.main_thread():
+            raise IndexError("beside")
+        beside.wait(10)
+        return VALUES[low:high]
+
+    beside = threading.Event()
+    threading.Timer(0.2, beside.set).start()
+    with pytest.raises(IndexError, match="beside"):
+        Image((Piece("w", "float32", VALUES.shape, (0,), VALUES.shape),)).fill(take)
