@@ -151,11 +151,11 @@ class Controller:
         self.books.close()
 
     def drain_inbox(self) -> None:
-        """Lines that were under way when the run ended."""
+        """Lines and checkpoints that were under way when the run ended."""
         while not self.inbox.empty():
             item = self.inbox.get(0.0)
-            if isinstance(item, tuple) and isinstance(item[1], Line):
-                self.take_line(item[1])
+            if isinstance(item, tuple) and isinstance(item[1], (Line, Part)):
+                self.take(*item)
 
     def handle(self, item: Any) -> None:
         if isinstance(item, tuple):
