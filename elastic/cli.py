@@ -149,11 +149,9 @@ def export(checkpoint: Location, format_: Annotated[str, typer.Option("--format"
            out: Annotated[str, typer.Option(metavar="PATH", help="A file, or for hf a folder, that does not exist yet.")]) -> int:
     """Writes a checkpoint's parameters in a form that others read."""
     from elastic.checkpoint import export as door
-    from elastic.checkpoint.find import find
 
-    store, name = find(checkpoint)
-    number = door.export(store, name, format_, out)
-    say(f"{number} arrays of {name} written to {out}")
+    step, number = door.export(checkpoint, format_, out)
+    say(f"{number} arrays of step {step} written to {out}")
     return DONE
 
 

@@ -8,14 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from elastic.backend import Backend
 from elastic.checkpoint import manager
-from elastic.checkpoint.find import find
+from elastic.checkpoint.find import read_newest
 from elastic.checkpoint.hashing import OPTIMIZER
 from elastic.checkpoint.manifest import Manifest
-from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.data.loader import eval_batches
 from elastic.errors import BadCheckpoint, UserError
 from elastic.recipe import Recipe, loads
@@ -37,24 +34,6 @@ class Restored:
 def check_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     """Reads every byte of a checkpoint against its hashes; BadCheckpoint names what is wrong."""
     return manager.verify(*manager.split(path))
-
-
-def read_newest(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Manifest]:
-    """Parameters and buffers of a checkpoint; of a run's newest whose bytes turn out good. BadCheckpoint, UserError if there is none."""
-    bad: dict[str, BadCheckpoint] = {}
-    while True:
-        try:
-            store, name = find(path, bad)
-        except UserError as error:
-            raise next(iter(bad.values()), error) from None
-        if name in bad:
-            raise bad[name]
-        try:
-            manifest = manager.read_sound(store, name)
-            names = [piece.name for entry in manifest.files for piece in entry.pieces if not piece.name.startswith(OPTIMIZER)]
-            return read_arrays(Reader(store, name, manifest), dict.fromkeys(names)), manifest
-        except BadCheckpoint as error:
-            bad[name] = error
 
 
 def restore(path: str | os.PathLike[str], device: str = "auto") -> Restored:

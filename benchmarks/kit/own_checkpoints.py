@@ -34,7 +34,7 @@ class Memory:
         return room[start:start + size]
 
     def bind(self, params: Any, buffers: Any) -> None:
-        pass
+        self.bound = params
 
 
 class Own:

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from elastic.checkpoint.find import read_newest
 from elastic.checkpoint.hashing import PARAMETER
-from elastic.checkpoint.manager import read_sound
 from elastic.checkpoint.manifest import Manifest
-from elastic.checkpoint.reader import Reader, read_arrays
-from elastic.checkpoint.store import TEMPORARY, Store
+from elastic.checkpoint.store import TEMPORARY
 from elastic.errors import UserError
 from elastic.recipe import loads
 
@@ -24,8 +23,8 @@ Arrays = Mapping[str, np.ndarray]
 Writer = Callable[[Arrays, Manifest, Path], None]
 
 
-def export(store: Store, name: str, form: str, out: str) -> int:
-    """Writes the parameters of a checkpoint to `out`, which must not exist yet and appears whole; returns how many arrays.
+def export(path: str, form: str, out: str) -> tuple[int, int]:
+    """Writes the parameters of a checkpoint (see `find`) to `out`, which must not exist yet and appears whole; returns its step and how many arrays.
 
     UserError for a form, a place or a model that cannot serve; BadCheckpoint before anything of a damaged one is written.
     """
@@ -33,9 +32,8 @@ def export(store: Store, name: str, form: str, out: str) -> int:
     if write is None:
         raise UserError(f"--format {form} must be one of {', '.join(FORMS)}.")
     target = free(out)
-    manifest = read_sound(store, name)
-    wanted = {piece.name: None for file in manifest.files for piece in file.pieces if piece.name.startswith(PARAMETER)}
-    found = {key.removeprefix(PARAMETER): array for key, array in read_arrays(Reader(store, name, manifest), wanted).items()}
+    arrays, manifest = read_newest(path)
+    found = {key.removeprefix(PARAMETER): array for key, array in arrays.items() if key.startswith(PARAMETER)}
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +43,7 @@ def export(store: Store, name: str, form: str, out: str) -> int:
         raise UserError(f"--out {out} cannot be written ({error.strerror or error}); name another place.") from error
     finally:
         clear(unfinished)
-    return len(found)
+    return manifest.step, len(found)
 
 
 def clear(path: Path) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Container
 
-from elastic.checkpoint.manager import MANIFEST, newest_good, split
+import numpy as np
+
+from elastic.checkpoint.hashing import OPTIMIZER
+from elastic.checkpoint.manager import MANIFEST, newest_good, read_sound, split
+from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.checkpoint.remote import join, shown
 from elastic.checkpoint.store import Store
-from elastic.errors import UserError
+from elastic.errors import BadCheckpoint, UserError
 from elastic.recipe import loads
 
 
@@ -36,6 +41,24 @@ def find(path: str | os.PathLike[str], refused: Container[str] = ()) -> tuple[St
         raise UserError(f"{shown(given)} cannot be read ({why}); give a checkpoint's folder or a run's directory.") from error
     why = f": {rejected[0][1].rstrip('.')}" if rejected else ""
     raise UserError(f"There is no good checkpoint at {shown(given) or '/'}{why}; give the folder of a checkpoint or of a run.")
+
+
+def read_newest(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Manifest]:
+    """Parameters and buffers of a checkpoint; of a run's newest whose bytes turn out good. BadCheckpoint, UserError if there is none."""
+    bad: dict[str, BadCheckpoint] = {}
+    while True:
+        try:
+            store, name = find(path, bad)
+        except UserError as error:
+            raise next(iter(bad.values()), error) from None
+        if name in bad:
+            raise bad[name]
+        try:
+            manifest = read_sound(store, name)
+            names = [piece.name for entry in manifest.files for piece in entry.pieces if not piece.name.startswith(OPTIMIZER)]
+            return read_arrays(Reader(store, name, manifest), dict.fromkeys(names)), manifest
+        except BadCheckpoint as error:
+            bad[name] = error
 
 
 def places(given: str) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -86,7 +87,7 @@ class Image:
             checked, hashed = beside.submit(check), beside.submit(self.hashes, chunk_bytes)
 
             def pieces() -> Iterator[memoryview]:
-                view = memoryview(self.bytes)
+                view = self.bytes.data
                 for low in range(0, len(view), PIECE * chunk_bytes):
                     if checked.done():
                         checked.result()
@@ -103,14 +104,15 @@ class Image:
 
     def hashes(self, chunk_bytes: int) -> tuple[str, tuple[str, ...]]:
         """Of the whole and of every chunk, in one pass over memory: a chunk's second hash finds it in the cache."""
-        whole, chunks, view = xxhash.xxh3_128(), [], memoryview(self.bytes)
+        whole, chunks, view = xxhash.xxh3_128(), [], self.bytes.data
         for low in range(0, len(view), chunk_bytes):
             chunks.append(hash_of(view[low:low + chunk_bytes]))
             whole.update(view[low:low + chunk_bytes])
         return whole.hexdigest(), tuple(chunks)
 
 
-def hash_of(content: bytes | memoryview | np.ndarray) -> str:
+def hash_of(content: Any) -> str:
+    """Of a buffer's bytes, in hex."""
     return xxhash.xxh3_128_hexdigest(content)
 
 

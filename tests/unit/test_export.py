@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 VOCAB = 50
 
 
-def make(root: Path, bias: bool = True, kind: str = "nlp.gpt") -> tuple[Path, dict[str, np.ndarray], Recipe]:
+def make(root: Path, bias: bool = True, kind: str = "nlp.gpt", step: int = 4) -> tuple[Path, dict[str, np.ndarray], Recipe]:
     """A checkpoint of a small GPT with random values everywhere; its parameters by name, and its recipe."""
     recipe = parse({"run": {"steps": 4}, "backend": {"name": "torch", "device": "cpu"},
                     "model": {"kind": "nlp.gpt", "layers": 2, "heads": 4, "width": 32, "context": 16, "dropout": 0.1, "bias": bias},
@@ -29,8 +29,8 @@ def make(root: Path, bias: bool = True, kind: str = "nlp.gpt") -> tuple[Path, di
     arrays = {f"{prefix}/{name}": value for prefix in ("parameter", "optimizer/exp_avg") for name, value in values.items()}
     text = dumps(recipe).replace('"nlp.gpt"', f'"{kind}"')
     store = Store.open(root)
-    entry = write_part(store, 4, 1, "state", arrays)
-    return root / commit(store, Manifest(4, 1, 16, 0, text, (entry,))), values, recipe
+    entry = write_part(store, step, 1, "state", arrays)
+    return root / commit(store, Manifest(step, 1, 4 * step, 0, text, (entry,))), values, recipe
 
 
 def export(path: Path, form: str, out: Path) -> int:
@@ -108,13 +108,28 @@ def test_another_model_has_no_hugging_face_layout(tmp_path: Path, capsys: pytest
     assert os.listdir(tmp_path) == ["c"]
 
 
-def test_a_damaged_checkpoint_gives_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, _, _ = make(tmp_path / "c")
+def damage(path: Path) -> None:
+    """Flips a bit of a parameter."""
     file = next(path.glob("*.safetensors"))
     content = bytearray(file.read_bytes())
     length = int.from_bytes(content[:8], "little")
     start = 8 + length + json.loads(content[8:8 + length])["parameter/wte"]["data_offsets"][0]
     content[start] ^= 1
     file.write_bytes(content)
-    assert export(path, "safetensors", tmp_path / "w") == 2
-    assert "hash" in capsys.readouterr().err and os.listdir(tmp_path) == ["c"]
+
+
+def test_a_damaged_checkpoint_gives_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _, _ = make(tmp_path / "c")
+    damage(path)
+    for given in (path, tmp_path / "c"):
+        assert export(given, "safetensors", tmp_path / "w") == 2
+        assert "hash" in capsys.readouterr().err and os.listdir(tmp_path) == ["c"]
+
+
+def test_of_a_run_the_newest_good_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, values, _ = make(tmp_path / "run" / "checkpoints")
+    newer, _, _ = make(tmp_path / "run" / "checkpoints", step=5)
+    damage(newer)
+    assert export(tmp_path / "run", "safetensors", tmp_path / "w") == 0
+    assert "of step 4" in capsys.readouterr().out
+    assert_same(load_file(tmp_path / "w"), values)
