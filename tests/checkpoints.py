@@ -1,0 +1,111 @@
+"""A state of plain arrays, and a group of savers: checkpoints without a model, a loop or a controller's process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from elastic.checkpoint.commits import Commits, Outcome
+from elastic.checkpoint.saver import Saver
+from elastic.collective.local import Hub
+from elastic.collective.solo import SoloGroup
+from elastic.errors import GroupBroken
+from elastic.messages import Part, Save
+
+CHUNK = 1024  # bytes: small, so that small states have many
+
+
+def values(step: int, size: int = 1) -> dict[str, np.ndarray]:
+    """Arrays of many shapes and dtypes, other bits for every step. About 14 kB times `size`."""
+    draw = np.random.default_rng(step)
+    return {"parameter/w": draw.standard_normal((40 * size, 30)).astype(np.float32), "parameter/b": draw.standard_normal(7).astype(np.float32),
+            "optimizer/exp_avg/w": draw.standard_normal((40 * size, 30)).astype(np.float32),
+            "parameter/deep": draw.standard_normal((1, 3, 5, 7)).astype(np.float64), "buffer/count": np.array(step, np.int64),
+            "buffer/mask": draw.random(5) > 0.5, "buffer/none": np.zeros((0, 3), np.float32), "buffer/tall": draw.integers(0, 9, (1, 501), np.int16)}
+
+
+class Arrays:
+    """What a saver needs of `elastic.state.State`, on NumPy arrays."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], committed: int = -1):
+        self.arrays, self.committed = {name: np.array(array) for name, array in arrays.items()}, committed
+
+    def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {name: (array.dtype.name, array.shape) for name, array in self.arrays.items()}
+
+    def take(self, name: str, low: int, high: int) -> np.ndarray:
+        return self.arrays[name].reshape(-1)[low:high]
+
+    def put(self, name: str, start: Sequence[int], count: Sequence[int], low: int, found: np.ndarray) -> None:
+        box = self.arrays[name][(*(slice(s, s + c) for s, c in zip(start, count)), ...)]
+        box.flat[low:low + len(found)] = found
+
+
+def blank(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """The same shapes, and bits that are surely others."""
+    return Arrays({name: np.ones_like(array) if array.dtype == bool else array + array.dtype.type(1) for name, array in arrays.items()})
+
+
+def saver(location: str, worker: str = "w0", post: Callable[[Any], None] = lambda part: None, chunk_bytes: int = CHUNK) -> Saver:
+    return Saver(worker, location, "recipe", 12, 7, {"key": "data"}, post, chunk_bytes=chunk_bytes)
+
+
+def write_parts(location: str, step: int, world_size: int, generation: int = 1, size: int = 1, **eval_: float) -> list[Part]:
+    """Every rank's part, durable."""
+    parts: list[Part] = []
+    for rank in range(world_size):
+        saver(location, f"w{rank}", parts.append).save(Arrays(values(step, size), step), Save(generation, step, rank, world_size, True), eval_)
+    return parts
+
+
+def save(location: str, step: int, world_size: int = 3, generation: int = 1, commits: Commits | None = None, **eval_: float) -> Outcome | None:
+    """A whole checkpoint, committed: what the controller says of it."""
+    commits = commits or Commits(location, 100, "")
+    found = None
+    for part in write_parts(location, step, world_size, generation, **eval_):
+        found = commits.take(part, written=step) or found
+    return found
+
+
+def restore(path: str, world_size: int, size: int = 1) -> list[tuple[Arrays, Any]]:
+    """Every rank's state after a group has loaded a checkpoint together, with (manifest, bytes read) or what was raised."""
+    hub, states = Hub(), [blank(values(0, size)) for _ in range(world_size)]
+    out: list[Any] = [None] * world_size
+
+    def body(rank: int) -> None:
+        group = SoloGroup() if world_size == 1 else hub.form(1, rank, world_size)
+        try:
+            out[rank] = saver("/nowhere").restore(path, states[rank], group, lambda window: nullcontext())
+        except Exception as error:
+            group.abandon()
+            out[rank] = error
+
+    threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert None not in out, "a rank hangs"
+    return list(zip(states, out, strict=True))
+
+
+def assert_same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """The same names, dtypes, shapes and bits."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+def assert_refused(found: list[tuple[Arrays, Any]], why: str = "") -> None:
+    """No rank has a state, and somebody says what is wrong with the checkpoint."""
+    from elastic.errors import BadCheckpoint
+
+    errors = [error for _, error in found]
+    assert all(isinstance(error, (BadCheckpoint, GroupBroken)) for error in errors), (why, errors)
+    assert any(isinstance(error, BadCheckpoint) for error in errors), (why, errors)
+    assert all(state.committed == -1 for state, _ in found), why
