@@ -60,7 +60,7 @@ class Files(Protocol):
         """Directly in a folder; none where there is none."""
 
     def remove(self, path: str) -> None:
-        """A file, or a folder with all that is in it."""
+        """A file, or a folder that is empty."""
 
 
 class LocalFiles:
@@ -106,12 +106,10 @@ class LocalFiles:
             return []
 
     def remove(self, path: str) -> None:
-        if not os.path.isdir(path) or os.path.islink(path):
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.rmdir(path)
+        else:
             os.remove(path)
-            return
-        for name in os.listdir(path):
-            self.remove(f"{path}/{name}")
-        os.rmdir(path)
 
 
 class RemoteFiles:

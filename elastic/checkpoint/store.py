@@ -83,4 +83,8 @@ class Store:
 
     def remove(self, name: str) -> None:
         """A file, or a folder with all that is in it."""
+        found = self.files.info(self.path(name))
+        if found is not None and found.is_folder:
+            for inside in self.names(name):
+                self.remove(f"{name}/{inside}")
         self.files.remove(self.path(name))

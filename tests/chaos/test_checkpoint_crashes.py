@@ -95,6 +95,8 @@ def test_a_crash_between_any_two_calls_leaves_the_newest_complete_one(kind: Call
     for at in range(1, len(calls) + 1):
         if kind is Torn and calls[at - 1] != "write":
             continue
+        if location.startswith("s3://") and calls[at - 1] in ("info", "names", "read"):
+            continue  # nothing has changed when it comes: the storage is as before the next call that changes it
         location = fresh()
         with monkeypatch.context() as patch:
             faulty = crashing(patch, location, kind, at)
@@ -114,6 +116,8 @@ def assert_whole(location: str, why: str) -> int:
     assert name is not None and not rejected, (why, rejected)
     assert newest_good(store, look=verify) == (name, []), why
     assert [n for _, n in committed(store)][-1] == name
+    for _, other in committed(store):
+        verify(store, other)  # an older one that is being removed is not seen either
     arrays, manifest = load(store, name)
     assert_same(arrays, values(manifest.step))
     for state, _ in restore(join(location, name), 2):

@@ -70,7 +70,7 @@ def test_names_of_files_and_folders(place: tuple[Files, str]) -> None:
     assert sorted(files.names(root)) == ["a", "b"] and sorted(files.names(f"{root}/a")) == ["one", "two"]
     files.remove(f"{root}/a/one")
     assert files.names(f"{root}/a") == ["two"]
-    files.remove(f"{root}/b")
+    Store(files, root).remove("b")
     assert files.names(root) == ["a"] and files.info(f"{root}/b/deep/three") is None
 
 
