@@ -71,7 +71,7 @@ class Part:
     """A stretch of a map-style data set."""
 
     def __init__(self, source: Any, low: int, high: int):
-        self.source, self.low, self.high = source, low, high
+        self.source, self.low, self.high, self.draws = source, low, high, getattr(source, "draws", True)
 
     def __len__(self) -> int:
         return self.high - self.low

@@ -138,7 +138,7 @@ def read_all(key: str, paths: Sequence[str], kind: str, column: str) -> str:
     texts = [text for file in files for text in (read_column(kind, file, column) if column else [read_text(key, file)])]
     whole = "".join(text if text.endswith("\n") or n == len(texts) - 1 else text + "\n" for n, text in enumerate(texts))
     if not whole:
-        raise RecipeError(f"{key}: {files[0].where} holds no text; give a file with some.")
+        raise RecipeError(f"{key}: {files[0].name} holds no text; give a file with some.")
     return whole
 
 

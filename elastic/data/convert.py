@@ -53,7 +53,7 @@ def arrays_of(kind: str, files: Sequence[File], columns: Sequence[Column], types
     for file in files:
         first_row = 0
         for batch in batches(kind, file, types):
-            yield {c.name: values(batch.column(c.name), c, file.where, first_row).astype(c.dtype, copy=False) for c in columns}
+            yield {c.name: values(batch.column(c.name), c, file.name, first_row).astype(c.dtype, copy=False) for c in columns}
             first_row += batch.num_rows
 
 

@@ -26,13 +26,15 @@ class MapStyle:
 
     A batch is what an item is, a dict or a tuple, with the items stacked along a new first axis. It holds real rows only, so
     the last one of a run may be shorter, down to none. What items draw at random, as to augment themselves, is a function of the
-    run's seed and the batch's positions: they are loaded inside `seeded(number)`, which also keeps other threads from drawing.
+    run's seed and the batch's positions: they are loaded inside `seeded(number)`, which also keeps other threads from drawing,
+    the one that trains above all. Only a data set that says `draws = False` is loaded while the model computes.
     """
 
     fills = False
 
     def __init__(self, source: Any, seed: int = 0, seeded: Callable[[int], AbstractContextManager[Any]] = nullcontext):
-        self.source, self.seed, self.seeded = source, seed, seeded
+        self.source, self.seed = source, seed
+        self.seeded = seeded if getattr(source, "draws", True) else no_seed
         for method in ("__len__", "__getitem__"):
             if not hasattr(source, method):
                 raise RecipeError(f"data.kind: {type(source).__name__} has no {method}; a data set needs a length and items by index.")
@@ -62,6 +64,10 @@ class MapStyle:
                 raise RecipeError(f"data.kind: item {index} has columns {found}, item {indices[0]} has {first}; "
                                   "give every item the same columns and shapes.")
         return kinds[0], items
+
+
+def no_seed(number: int) -> AbstractContextManager[Any]:
+    return nullcontext()
 
 
 def batch_seed(seed: int, epoch: int, index: int) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
+from elastic.checkpoint.remote import open_s3, shown
 from elastic.errors import RecipeError
 from elastic.recipe import resolve_paths
 
-MAGIC = "*?["
+MAGIC = "*["
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,37 @@ class File:
     def is_local(self) -> bool:
         return "://" not in self.where
 
+    @property
+    def name(self) -> str:
+        """For messages: without a URI's keys."""
+        return shown(self.where)
+
     def open(self) -> pa.NativeFile:
         """For random access, not mapped: a file that shrinks is an error, not the end of the process."""
         if self.is_local:
             return pa.OSFile(self.where)
-        system, inner = fs.FileSystem.from_uri(self.where)
+        system, inner = open_system(self.where)
         return system.open_input_file(inner)
 
     def stream(self) -> pa.NativeFile:
         """For reading from the beginning to the end."""
-        system, inner = (fs.LocalFileSystem(), self.where) if self.is_local else fs.FileSystem.from_uri(self.where)
+        system, inner = (fs.LocalFileSystem(), self.where) if self.is_local else open_system(self.where)
         return system.open_input_stream(inner, compression=None)
+
+
+def open_system(uri: str) -> tuple[fs.FileSystem, str]:
+    """The storage behind a URI and the path in it. A bucket is connected to once."""
+    if not uri.startswith("s3://"):
+        return fs.FileSystem.from_uri(uri)
+    parts = urlsplit(uri)
+    system, bucket = _bucket(parts.netloc, parts.query)
+    return system, f"{bucket}{unquote(parts.path)}".rstrip("/")
+
+
+@lru_cache(16)
+def _bucket(netloc: str, query: str) -> tuple[fs.FileSystem, str]:
+    system, bucket = open_s3(f"s3://{netloc}/?{query}")
+    return system, bucket.rstrip("/")
 
 
 def find(key: str, paths: str | Sequence[str]) -> list[File]:
@@ -72,25 +94,30 @@ def _local(key: str, path: str) -> list[File]:
     return found
 
 
-def _remote(key: str, path: str) -> list[File]:
-    pattern = path if any(sign in path for sign in MAGIC) else ""
-    base = path if not pattern else path[:min(path.find(sign) for sign in MAGIC if sign in path)].rpartition("/")[0]
+def _remote(key: str, uri: str) -> list[File]:
+    """A "?" begins the URI's options; "*" and "[" in its path are a glob, each for one name."""
+    path, mark, query = uri.partition("?")
+    places = [place for sign in MAGIC if (place := path.find(sign)) >= 0]
+    base = path[:min(places)].rpartition("/")[0] if places else path
     try:
-        system, inner = fs.FileSystem.from_uri(base)
+        system, inner = open_system(base + mark + query)
         info = system.get_file_info(inner)
         listed = [info] if info.type == fs.FileType.File else []
         if info.type == fs.FileType.Directory:
             listed = system.get_file_info(fs.FileSelector(inner, recursive=True))
-    except (OSError, ValueError, NotImplementedError, pa.ArrowException) as error:
-        raise RecipeError(f'{key} = "{path}" cannot be reached ({describe(error)}); mend the URI, its credentials or the connection.') from error
-    prefix = base[:len(base) - len(inner.rstrip("/"))] if base.rstrip("/").endswith(inner.rstrip("/")) else base.partition("://")[0] + "://"
+    except (OSError, ValueError, TypeError, NotImplementedError, pa.ArrowException) as error:
+        raise RecipeError(f'{key} = "{shown(uri)}" cannot be reached ({describe(error)}); '
+                          "mend the URI, its credentials or the connection.") from error
+    parts, pattern = urlsplit(base), inner.rstrip("/") + unquote(path[len(base):])
+    user = parts.netloc.rpartition("@")
+    prefix = f"{parts.scheme}://" + (parts.netloc if inner.startswith("/") else user[0] + user[1])
     found = []
-    for entry in sorted((e for e in listed if e.type == fs.FileType.File), key=lambda e: e.path):
-        below = entry.path[len(inner):].strip("/")
-        if (not pattern or fnmatch.fnmatchcase(prefix + entry.path, pattern)) and not _is_hidden(below.split("/")[:-1] + [Path(entry.path).name]):
-            found.append(File(prefix + entry.path, entry.size, entry.mtime_ns or 0))
+    for entry in sorted((entry for entry in listed if entry.type == fs.FileType.File), key=lambda entry: entry.path):
+        below = entry.path[len(inner.rstrip("/")):].strip("/")
+        if PurePosixPath(entry.path).match(pattern) if places else not _is_hidden(below.split("/")):
+            found.append(File(prefix + quote(entry.path) + mark + query, entry.size, entry.mtime_ns or 0))
     if not found:
-        raise RecipeError(f'{key} = "{path}" does not exist or holds no file; write the URI of a file or folder.')
+        raise RecipeError(f'{key} = "{shown(uri)}" does not exist or holds no file; write the URI of a file or folder.')
     return found
 
 

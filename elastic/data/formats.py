@@ -54,7 +54,7 @@ def reading(where: str, place: str = "") -> Iterator[None]:
 
 def parquet_contents(file: File, wanted: Sequence[str]) -> Contents:
     """From the footer alone. A missing value that its statistics tell of is refused here already."""
-    with reading(file.where), file.open() as raw, pq.ParquetFile(raw) as parquet:
+    with reading(file.name), file.open() as raw, pq.ParquetFile(raw) as parquet:
         about, schema, rows = parquet.metadata, parquet.schema_arrow, tuple[int, ...]()
         leaves = {path.partition(".")[0]: place for place, path in enumerate(paths_of(about.schema))}
         for unit in range(about.num_row_groups):
@@ -62,7 +62,7 @@ def parquet_contents(file: File, wanted: Sequence[str]) -> Contents:
             for name in wanted:
                 statistics = group.column(leaves[name]).statistics if name in leaves else None
                 if statistics is not None and statistics.has_null_count and statistics.null_count:
-                    refuse_nulls(parquet.read_row_group(unit, [name])[name].combine_chunks(), name, file.where, sum(rows))
+                    refuse_nulls(parquet.read_row_group(unit, [name])[name].combine_chunks(), name, file.name, sum(rows))
             rows += (group.num_rows,)
         size = about.serialized_size + 8
         footer = raw.read_at(size, file.size - size)
@@ -76,10 +76,10 @@ def paths_of(schema: pq.ParquetSchema) -> list[str]:
 def parquet_unit(file: File, unit: int, first_row: int, rows: int, columns: Sequence[Column]) -> Arrays:
     """The numbers of a row group; the checksums of its pages are checked where it has any."""
     place = f"row group {unit} of "
-    with reading(file.where, place), file.open() as raw, \
+    with reading(file.name, place), file.open() as raw, \
             pq.ParquetFile(raw, page_checksum_verification=True, pre_buffer=not file.is_local) as parquet:
         table = parquet.read_row_group(unit, [column.name for column in columns], use_threads=False)
-        return checked(table, rows, columns, file.where, first_row)
+        return checked(table, rows, columns, file.name, first_row)
 
 
 def checked(table: pa.Table | pa.RecordBatch, rows: int, columns: Sequence[Column], where: str, first_row: int) -> Arrays:
@@ -99,7 +99,7 @@ def open_arrow(source: pa.NativeFile | pa.Buffer, wanted: Sequence[str] = ()) ->
 
 def arrow_contents(file: File, wanted: Sequence[str]) -> Contents:
     """From the messages' own headers; a local file whose values lie there uncompressed can be used as it is."""
-    with reading(file.where):
+    with reading(file.name):
         if file.is_local:
             buffer = pa.memory_map(file.where).read_buffer()
             reader = pa.ipc.open_file(buffer)  # naming fields would copy them
@@ -111,7 +111,7 @@ def arrow_contents(file: File, wanted: Sequence[str]) -> Contents:
             first_rows = list(accumulate(rows, initial=0))
             for name in wanted:
                 for unit, batch in enumerate(batches):
-                    refuse_nulls(batch.column(name), name, file.where, first_rows[unit])
+                    refuse_nulls(batch.column(name), name, file.name, first_rows[unit])
         else:
             with file.open() as raw:
                 schema = pa.ipc.open_file(raw).schema
@@ -129,16 +129,16 @@ def lies_in(batch: pa.RecordBatch, mapped: pa.Buffer) -> bool:
 
 
 def arrow_unit(file: File, unit: int, first_row: int, rows: int, columns: Sequence[Column]) -> Arrays:
-    with reading(file.where, f"record batch {unit} of "), file.open() as raw:
+    with reading(file.name, f"record batch {unit} of "), file.open() as raw:
         batch = open_arrow(raw, [column.name for column in columns]).get_batch(unit)
-        return checked(batch, rows, columns, file.where, first_row)
+        return checked(batch, rows, columns, file.name, first_row)
 
 
 # CSV.
 
 
 def csv_schema(file: File, chosen: dict[str, pa.DataType] | None = None) -> pa.Schema:
-    with reading(file.where), open_csv(file, chosen or {}) as reader:
+    with reading(file.name), open_csv(file, chosen or {}) as reader:
         return reader.schema
 
 
@@ -165,7 +165,7 @@ def csv_batches(file: File, types: dict[str, pa.DataType]) -> Iterator[pa.Record
         except StopIteration:
             return
         except OSError as error:
-            raise UserError(f"data.path: the file {file.where} cannot be read ({describe(error)}); restore it or leave it out.") from error
+            raise UserError(f"data.path: the file {file.name} cannot be read ({describe(error)}); restore it or leave it out.") from error
         except pa.ArrowInvalid as error:
             raise csv_fault(file, types, rows, error) from error
         rows += batch.num_rows
@@ -176,12 +176,12 @@ def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Excep
     found = re.search(r"In CSV column #(\d+)", str(error))
     name = ""
     if found:
-        with reading(file.where), open_csv(file, {}) as again:
+        with reading(file.name), open_csv(file, {}) as again:
             name = again.schema.names[int(found[1])]
     if name and pa.types.is_integer(types[name]):
         return TooNarrow(name)
     column = f'the column "{name}" of ' if name else ""
-    return UserError(f"data.path: {column}{file.where}, after row {rows}, cannot be read ({describe(error)}); mend that line.")
+    return UserError(f"data.path: {column}{file.name}, after row {rows}, cannot be read ({describe(error)}); mend that line.")
 
 
 # All formats.
@@ -190,10 +190,10 @@ def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Excep
 def schema_of(kind: str, file: File) -> pa.Schema:
     """The columns alone. UserError if the file cannot serve."""
     if not file.size:
-        raise UserError(f"data.path: the file {file.where} is empty; give one with rows or leave it out.")
+        raise UserError(f"data.path: the file {file.name} is empty; give one with rows or leave it out.")
     if kind == "csv":
         return csv_schema(file)
-    with reading(file.where), file.open() as raw:
+    with reading(file.name), file.open() as raw:
         return pq.read_schema(raw) if kind == "parquet" else pa.ipc.open_file(raw).schema
 
 
@@ -215,7 +215,7 @@ def batches(kind: str, file: File, types: dict[str, pa.DataType]) -> Iterator[pa
     if kind == "csv":
         yield from csv_batches(file, types)
         return
-    with reading(file.where), file.open() as raw:
+    with reading(file.name), file.open() as raw:
         if kind == "parquet":
             with pq.ParquetFile(raw, page_checksum_verification=True) as parquet:
                 yield from parquet.iter_batches(columns=list(types), use_threads=False)

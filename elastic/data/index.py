@@ -103,14 +103,14 @@ def look(data: Any, sources: Sequence[Files], folder: Path) -> Facts:
     """Every file is looked at, and converted where that is the way."""
     first = sources[0].files[0]
     schema = schema_of(data.format, first)
-    columns = choose("data.path", first.where, schema, data.columns)
+    columns = choose("data.path", first.name, schema, data.columns)
     names = [column.name for column in columns]
     found = [all_contents(data.format, source.files, names) for source in sources]
     for source, of_source in zip(sources, found):
         for file, content in zip(source.files, of_source):
             if data.format == "csv":  # its types are guesses; the conversion says what does not fit
                 content = replace(content, schema=guessed_alike(content.schema, schema))
-            check_same(source.key, first.where, schema, file.where, content.schema, names, not data.columns)
+            check_same(source.key, first.name, schema, file.name, content.schema, names, not data.columns)
     shuffle_by = way(data, [content for of_source in found for content in of_source], [file for source in sources for file in source.files])
     is_plain = data.format == "arrow" and all(content.is_plain for of_source in found for content in of_source)
     if data.format == "csv" or (shuffle_by == "rows" and data.shuffle and not is_plain):
@@ -120,7 +120,7 @@ def look(data: Any, sources: Sequence[Files], folder: Path) -> Facts:
         digests = []
     for part, source in zip(parts, sources):
         if not part.num_rows:
-            names_of = ", ".join(file.where for file in source.files[:3])
+            names_of = ", ".join(file.name for file in source.files[:3])
             raise UserError(f"{source.key}: {names_of} has no rows; give a table with at least one.")
     if data.format != "csv":
         digests = [content.digest for of_source in found for content in of_source]

@@ -19,27 +19,27 @@ def read_text(key: str, file: File) -> str:
         with file.stream() as stream:
             content = stream.read()
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{key}: the file {file.where} cannot be read ({describe(error)}); "
+        raise RecipeError(f"{key}: the file {file.name} cannot be read ({describe(error)}); "
                           "correct the path or make the file readable.") from error
     if not content:
-        raise RecipeError(f"{key}: the file {file.where} is empty; give a file with text or leave it out.")
+        raise RecipeError(f"{key}: the file {file.name} is empty; give a file with text or leave it out.")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{key}: the file {file.where} is not UTF-8 at byte {error.start}; convert it to UTF-8 or leave it out.") from error
+        raise RecipeError(f"{key}: the file {file.name} is not UTF-8 at byte {error.start}; convert it to UTF-8 or leave it out.") from error
 
 
 def read_column(kind: str, file: File, column: str) -> Iterator[str]:
     """The texts of one column of a CSV, Parquet or Arrow file. UserError names the file, and the row of a missing one."""
     schema = schema_of(kind, file)
     if column not in schema.names:
-        raise UserError(f'data.text = "{column}" is no column of {file.where}; it has {shown(schema)}.')
+        raise UserError(f'data.text = "{column}" is no column of {file.name}; it has {shown(schema)}.')
     kept = schema.field(column).type
     if kind != "csv" and not is_text(kept):
-        raise UserError(f'data.text: the column "{column}" of {file.where} is {kept}, which is no text; name one of text.')
+        raise UserError(f'data.text: the column "{column}" of {file.name} is {kept}, which is no text; name one of text.')
     row = 0
     for batch in batches(kind, file, {column: pa.large_string()}):
-        refuse_nulls(batch.column(column), column, file.where, row)
+        refuse_nulls(batch.column(column), column, file.name, row)
         yield from batch.column(column).cast(pa.large_string()).to_pylist()
         row += batch.num_rows
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from elastic.data import MapStyle, Prefetcher, Sampler, eval_batches, load_batch
 from elastic.errors import RecipeError
+from elastic.workload import Part
 
 
 class Squares:
@@ -165,3 +168,24 @@ def test_closing_ends_the_thread_whatever_it_does() -> None:
     prefetch.close()
     assert threading.active_count() == before
     assert prefetch(1, 0)["x"].shape == (3,)
+
+
+class Still(Items):
+    """Says that its items draw nothing at random."""
+
+    draws = False
+
+
+@pytest.mark.parametrize(("source", "seeds"), [(Items(), 1), (Still(), 0)])
+def test_only_items_that_draw_nothing_are_loaded_while_the_model_computes(source: Any, seeds: int) -> None:
+    """`seeded` is what keeps the threads apart."""
+    entered: list[int] = []
+
+    @contextmanager
+    def seeded(number: int) -> Iterator[None]:
+        entered.append(number)
+        yield
+
+    data = MapStyle(Part(source, 0, 5), 7, seeded)
+    assert data.batch(np.array([1, 3]), np.zeros(2, np.int64))["y"].tolist() == [1, 3]
+    assert len(entered) == seeds

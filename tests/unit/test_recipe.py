@@ -151,6 +151,28 @@ def test_several_keys_that_exclude_each_other(least: dict[str, Any]) -> None:
     assert "does not feed" in refused(own, "model.kind=nlp.gpt")
 
 
+def test_keys_of_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x\n1\n")
+    path = str(tmp_path / "a.csv")
+    table = {"model": {"kind": "mine:Net"}, "data": {"format": "csv", "path": [path, path]}}
+    recipe = parse(table, ["data.columns=x", "data.weights=[1, 0.5]", "run.steps=5", "data.shuffle_by=rows"])
+    assert (recipe.data.columns, recipe.data.weights, recipe.data.shuffle_by, recipe.data.is_table) == (("x",), (1.0, 0.5), "rows", True)
+    assert loads(dumps(recipe)) == recipe
+    assert parse(table, ["data.format=parquet", "data.path=s3://bucket/x"]).data.path == ("s3://bucket/x",)
+    for override, says in (("data.weights=[1]", "data.weights = [1.0] has 1 numbers and data.path 2 entries"),
+                           ("data.weights=[1, 0]", "data.weights = 0 cannot work; it must be a list of numbers above 0"),
+                           ("data.shuffle_by=blocks", "is not for CSV"), ("data.shuffle_by=columns", "must be one of"),
+                           ("data.kind=mine:Rows", "exclude each other")):
+        assert says in refused(table, override)
+    assert "run.epochs = 3 has no meaning for sources mixed by data.weights" in refused(table, "data.weights=[1, 2]", "run.epochs=3")
+    assert not parse(table, ["data.text=word"]).data.is_table
+    assert "data.columns = [\"x\"] has a meaning only for tables" in refused(table, "data.text=word", "data.columns=x")
+    text = {"model": {"kind": "nlp.gpt"}, "data": {"format": "text", "path": path}}
+    for key, value in (("columns", "x"), ("weights", "[1]"), ("shuffle_by", "rows")):
+        assert f"data.{key} = " in refused(text, f"data.{key}={value}", "run.steps=5")
+    assert "data.text = \"word\" names a column" in refused(text, "data.text=word")
+
+
 def test_what_must_be_given(least: dict[str, Any]) -> None:
     assert "[data] is missing" in refused({"model": {"kind": "nlp.gpt"}})
     assert "[model] is missing" in refused({"data": least["data"]})

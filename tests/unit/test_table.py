@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from elastic.data import index, table
+from elastic.data.files import open_system
 from elastic.data.loader import eval_batches, load_batch
 from elastic.data.sampler import Sampler
 from elastic.errors import UserError
 from tests.numerics.tables import rows, write
+from tests.s3 import Server, serving
 
 SIZE = 1000
 FORMATS = ("parquet", "arrow", "csv")
@@ -158,6 +161,32 @@ def test_a_uri_means_the_same_files(format: str, what: str, tmp_path: Path) -> N
     way = "rows" if format == "csv" else "blocks"
     info, training, _ = opened(section(uri, format=format, columns=("id",), shuffle_by=way), tmp_path / "cache")
     assert sorted(epoch_of(training)["id"].tolist()) == list(range(50 if what == "one" else 0, 100))
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Server]:
+    with serving() as server:
+        yield server
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_tables_in_a_bucket(format: str, s3: Server, tmp_path: Path) -> None:
+    base, _, options = s3.bucket("/deep/a folder").partition("?")
+    (tmp_path / "t").mkdir()
+    for n, name in enumerate(("0.x", "1.x", "other.y")):
+        file = write(tmp_path / "t" / f"{n}.{format}", plain(rows(50, first=n * 50), format), 20)
+        system, inner = open_system(f"{base}?{options}")
+        with system.open_output_stream(f"{inner}/{name}") as out:
+            out.write(file.read_bytes())
+    way = "rows" if format == "csv" else "blocks"
+    for path, size in ((f"{base}?{options}", 150), (f"{base}/*.x?{options}", 100), (f"{base}/1.x?{options}", 50)):
+        _, training, _ = opened(section(path, format=format, columns=("id",), shuffle_by=way), tmp_path / "cache")
+        found = epoch_of(training)["id"].tolist()
+        assert len(found) == size and len(set(found)) == size
+    local = table.prepare(section(tmp_path / "t", format=format, columns=("id",), shuffle_by=way), tmp_path / "cache")
+    assert table.prepare(section(f"{base}?{options}", format=format, columns=("id",), shuffle_by=way), tmp_path / "cache")["key"] == local["key"]
+    message = refused(section(f"{base}?{options}", format=format, columns=("no",), shuffle_by=way), tmp_path / "cache")
+    assert "/deep/a%20folder/0.x has no column" in message and "test:test" not in message
 
 
 def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
@@ -312,6 +341,9 @@ def test_a_text_in_a_column_of_numbers(tmp_path: Path) -> None:
 
 
 def test_a_storage_that_cannot_be_reached(tmp_path: Path) -> None:
+    closed = "s3://key:secret@bucket/x?region=us-east-1&endpoint_override=http://127.0.0.1:1"
+    message = refused(section(closed, format="parquet"), tmp_path)
+    assert 'data.path = "s3://bucket/x" cannot be reached' in message and "secret" not in message
     assert 'data.path = "nowhere://x/y.parquet" cannot be reached' in refused(section("nowhere://x/y.parquet"), tmp_path)
 
 

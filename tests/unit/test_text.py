@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from elastic.data import Sampler, eval_batches, load_batch
 from elastic.errors import RecipeError, UserError
 from nlp import data
 from nlp.metrics import bits_per_character, perplexity
+from tests.numerics.tables import write
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over the lazy dog, {n * n} times.\n" for n in range(60)) + "ñandú → 😀 äöü\n" * 8
 
@@ -200,3 +202,34 @@ def test_losses_in_other_units() -> None:
     assert perplexity(np.log(65.0)) == pytest.approx(65.0)
     assert perplexity(1e6) == float("inf")
     assert bits_per_character(np.log(2.0) * 3, 50, 100) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv"])
+def test_a_column_of_a_table_is_text(suffix: str, tmp_path: Path) -> None:
+    """One text a row, a line break after each."""
+    texts = [f"Row {n}, \"{n * n}\"\nand a second line" for n in range(40)] + ["the last"]
+    files = [write(tmp_path / f"{n}.{suffix}", pa.table({"id": range(len(part)), "body": part}), 7)
+             for n, part in enumerate((texts[:20], texts[20:]))]
+    section_of = section([str(file) for file in files], format=suffix, text="body")
+    info = data.prepare(section_of, {"context": 8}, tmp_path / "cache")
+    (tmp_path / "plain.txt").write_text("\n".join(texts))
+    plain = data.prepare(section([str(tmp_path / "plain.txt")]), {"context": 8}, tmp_path / "cache")
+    assert info["key"] == plain["key"] and info["num_tokens"] == plain["num_tokens"]
+    for column, says in (("boody", 'data.text = "boody" is no column of'), ("id", 'the column "id" of')):
+        if (suffix, column) != ("csv", "id"):  # all that a CSV holds is text
+            with pytest.raises(UserError, match=says):
+                data.prepare(section([str(files[0])], format=suffix, text=column), {"context": 8}, tmp_path)
+
+
+def test_a_missing_text_names_file_and_row(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.parquet", pa.table({"body": ["a", "b", None]}), 2)
+    with pytest.raises(UserError, match=f'the column "body" of {file} has no value in row 2'):
+        data.prepare(section([str(file)], format="parquet", text="body"), {"context": 1}, tmp_path)
+
+
+def test_text_behind_a_uri(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    local, remote = (data.prepare(section([path]), {"context": 8}, tmp_path) for path in (str(tmp_path / "a.txt"), (tmp_path / "a.txt").as_uri()))
+    assert local["key"] == remote["key"]
+    with pytest.raises(RecipeError, match="does not exist or holds no file"):
+        data.prepare(section([(tmp_path / "b.txt").as_uri()]), {"context": 8}, tmp_path)
