@@ -40,8 +40,10 @@ $(VENV)/.installed-peers: $(STAMP)
 bench: $(VENV)/.installed-peers    ## every figure of benchmarks/results, ours and the peers'; the better part of an hour
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
-chaos: $(STAMP)       ## random schedules of kills, stops, joins and leaves
+chaos: $(STAMP)       ## random schedules, everything killed twenty times, and ten minutes of a fault every five seconds
 	$(PYTEST) tests/chaos
+	ELASTIC_TEST_ROUNDS=20 $(PYTEST) tests/cluster/test_killed_whole.py
+	$(BIN)/python -m benchmarks.soak --minutes 10
 
 clean:                ## what the other targets made; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
