@@ -105,7 +105,7 @@ class Worker:
         try:
             if self.saver.leave(work.state, self.control.generation, work.evaluation, work.unwritten):
                 print(f"Step {work.state.committed} is saved; nobody was there to be told.", flush=True)
-        except OSError as error:
+        except (OSError, NonFiniteLoss) as error:
             print(f"The last words were not written: {error}", flush=True)
         finally:
             self.is_gone.set()

@@ -126,7 +126,7 @@ class Commits:
     def clear(self, live_generation: int) -> None:
         """Removes what is not to be kept. What resists stays until the next commit: the checkpoint counts all the same."""
         try:
-            prune(self.store, self.keep, self.best or None, self.keep_every)
+            prune(self.store, self.keep, self.best or None, self.keep_every, self.refused)
             clean(self.store, live_generation)
         except OSError as error:
             log.warning("Old checkpoints in %s could not be removed: %s", shown(self.location), error)

@@ -157,14 +157,16 @@ def split(path: str | os.PathLike[str]) -> tuple[Store, str]:
     return Store.open(parent), name
 
 
-def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0) -> list[str]:
+def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0, refused: Container[str] = ()) -> list[str]:
     """Removes all but the newest `keep` checkpoints, the one with the best `best` ("eval.loss"), and those whose step is a multiple of
     `keep_every` (0: none); returns what is gone.
 
-    Unreadable ones and ones with missing or truncated files count for nothing and stay.
+    Unreadable ones, ones with missing or truncated files and those in `refused` count for nothing and stay.
     """
     good: list[tuple[str, Manifest]] = []
     for _, name in reversed(committed(store)):
+        if name in refused:
+            continue
         try:
             good.append((name, read_sound(store, name)))
         except BadCheckpoint:

@@ -180,6 +180,8 @@ def build_piece(value: Any, file: str) -> Piece:
         need(isinstance(sizes, list) and len(sizes) <= 32, f"the shape of {name} is not a list of at most 32 numbers")
         for size in sizes:
             check_count(size, f"shape of {name}")
+    sizes = math.prod(n or 1 for n in shape) if 0 in shape else 0  # NumPy refuses them although the array is empty
+    need(sizes < 1 << 60, f"the empty array {name} has the shape {shape}, which is larger than any memory")
     need(len(shape) == len(start) == len(count), f"the box of {name} in {file} has another number of dims than the array")
     need(all(s + c <= n for s, c, n in zip(start, count, shape, strict=True)), f"the box of {name} in {file} reaches out of the array")
     check_count(value["offset"], f"offset of {name}")

@@ -23,7 +23,7 @@ from elastic.checkpoint.plan import shares
 from elastic.checkpoint.reader import Reader, read_together
 from elastic.checkpoint.store import Store
 from elastic.collective.group import CollectiveGroup
-from elastic.errors import BadCheckpoint, NonFiniteLoss
+from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError
 from elastic.messages import Part, Save
 from elastic.state import State, check_same
 
@@ -72,7 +72,7 @@ class Saver:
         as it is known that an earlier state was not finite.
         """
         started = time.perf_counter()
-        self._join(lambda done: None)
+        self._join(tell)
         self._raise_lost()
         this = (order.generation, order.step, order.rank, order.world_size)
         if self.saved == this and self.error is None:
@@ -101,15 +101,10 @@ class Saver:
             return Part(self.worker, order.generation, order.step, file, stall_s, time.perf_counter() - started, order.rank,
                         order.world_size, head.dumps() if head else "", error)
 
-        def check() -> None:
-            if not image.are_finite(PARAMETER):
-                raise NonFiniteLoss(f"The parameters are not finite after step {order.step}; lower optimizer.lr, set optimizer.clip_norm "
-                                    "or mend the data.")
-
         try:
             store = self._store(order)
             name = part_name(order.rank, order.world_size, order.generation)
-            entry = image.write(store, folder_of(order.step), name, self.chunk_bytes, self._note, check)
+            entry = image.write(store, folder_of(order.step), name, self.chunk_bytes, self._note, lambda: check_finite(image, order.step))
             self.post(part(json.dumps(asdict(entry))))
         except Exception as error:
             self.error = error
@@ -159,7 +154,7 @@ class Saver:
         self.image = None  # its memory is another's now
         image.fill(state.take)
         name = part_name(0, 1, generation, f"state-{self.worker}")
-        entry = image.write(store, folder_of(step), name, self.chunk_bytes)
+        entry = image.write(store, folder_of(step), name, self.chunk_bytes, check=lambda: check_finite(image, step))
         if max((s for s, _ in committed(store)), default=0) >= step:
             return False
         head = self._head(generation, step, evaluation, lines=list(lines))
@@ -182,7 +177,12 @@ class Saver:
         except OSError as error:
             raise BadCheckpoint(f"{path} cannot be read ({' '.join(str(error).split())[:200]}).") from error
         pieces = [piece for entry in manifest.files for piece in entry.pieces]
-        check_same({name: shape for name, (_, shape) in state.specs().items()}, {piece.name: piece.shape for piece in pieces})
+        specs = state.specs()
+        check_same({name: shape for name, (_, shape) in specs.items()}, {piece.name: piece.shape for piece in pieces})
+        for piece in pieces:
+            if piece.dtype != (dtype := specs[piece.name][0]):
+                raise RecipeError(f"{piece.name}: the checkpoint has dtype {piece.dtype}, the recipe's model has {dtype}; "
+                                  "it is of another model: put [model] back, or start a new run with model.init.")
         reader = Reader(store, name, manifest)
         state.committed = -1
         read_together(reader, group, lambda piece, low, values: state.put(piece.name, piece.start, piece.count, low, values), at)
@@ -192,6 +192,12 @@ class Saver:
     def initial(self, path: str, state: State) -> dict[str, np.ndarray]:
         """The values of [model] init by parameter name, which fit the model."""
         return read_start(path, state.layout.places)
+
+
+def check_finite(image: Image, step: int) -> None:
+    """Nobody could go on from parameters that are no numbers."""
+    if not image.are_finite(PARAMETER):
+        raise NonFiniteLoss(f"The parameters are not finite after step {step}; lower optimizer.lr, set optimizer.clip_norm or mend the data.")
 
 
 def with_files(head: Manifest, files: tuple[FileEntry, ...]) -> Manifest:

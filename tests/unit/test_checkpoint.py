@@ -265,6 +265,20 @@ def test_broken_checkpoints_do_not_push_good_ones_out(store: Store, root: Path) 
     assert newest_good(store)[0] == "step-00000010"
 
 
+def test_one_found_bad_while_it_was_loaded_does_not_push_good_ones_out(store: Store, root: Path) -> None:
+    name = save(store, 30)
+    file = files_of(root, 30)[0]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    commits = Commits(str(root), 1, "")
+    commits.refuse(commits.path(name))
+    commits.commit(written(store, 10))
+    commits.commit(written(store, 20))
+    assert commits.newest_good()[1] == 20
+    assert [path.name for path in sorted(root.iterdir())] == ["step-00000020", "step-00000030"], "it stays where it is"
+
+
 def test_starting_weights_from_a_file_or_a_checkpoint(store: Store, root: Path, tmp_path: Path) -> None:
     name = save(store, 50)
     file = tmp_path / "weights.safetensors"

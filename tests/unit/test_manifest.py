@@ -97,6 +97,7 @@ ATTACKS = [
     (lambda b: b["files"][0].update(bytes=1.5), "size of"),
     (lambda b: b["files"][0]["pieces"][1].update(count=[1 << 40, 1 << 40]), "reaches out"),
     (lambda b: b["files"][1]["pieces"][0].update(shape=[1 << 60, 3]), "two dtypes or shapes"),
+    (lambda b: b["files"][0]["pieces"][1].update(shape=[0, 1 << 62], start=[0, 0], count=[0, 1 << 62]), "larger than any memory"),
     (lambda b: b["files"][0]["pieces"][1].update(count=[2]), "another number of dims"),
     (lambda b: b["files"][0]["pieces"][1].update(count=[2, -3]), "shape of parameter/w"),
     (lambda b: b["files"][0]["pieces"][0].update(shape=[1] * 99), "at most 32"),

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 
-from elastic.checkpoint import part
+from elastic.checkpoint import part, reader
+from elastic.checkpoint.manager import committed
 from elastic.checkpoint.manifest import Piece
 from elastic.checkpoint.part import Image
 from elastic.checkpoint.store import Store
+from elastic.collective.solo import SoloGroup
 from elastic.errors import NonFiniteLoss
+from tests.checkpoints import Arrays, saver, values
 
 VALUES = np.arange(5000, dtype=np.float32)
 
@@ -94,3 +98,26 @@ def test_what_goes_wrong_in_either_thread_is_told(monkeypatch: pytest.MonkeyPatc
     threading.Timer(0.2, beside.set).start()
     with pytest.raises(IndexError, match="beside"):
         Image((Piece("w", "float32", VALUES.shape, (0,), VALUES.shape),)).fill(take)
+
+
+def test_an_orphan_s_last_words_are_numbers(tmp_path: Path) -> None:
+    arrays = values(5)
+    arrays["parameter/b"][3] = np.inf
+    with pytest.raises(NonFiniteLoss, match="not finite after step 5"):
+        saver(str(tmp_path)).leave(Arrays(arrays, 5), 1, {}, ())
+    assert committed(Store.open(tmp_path)) == []
+    assert saver(str(tmp_path)).leave(Arrays(values(5), 5), 1, {}, ())
+    assert committed(Store.open(tmp_path)) == [(5, "step-00000005")]
+
+
+def test_a_lone_loader_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "WINDOW", 2048)
+    saver(str(tmp_path)).leave(Arrays(values(5), 5), 1, {}, ())
+    seen: list[int] = []
+
+    def at(window: int) -> nullcontext[None]:
+        seen.append(window)
+        return nullcontext()
+
+    saver(str(tmp_path)).restore(str(tmp_path / "step-00000005"), Arrays(values(6)), SoloGroup(), at)
+    assert seen == list(range(len(seen))) and len(seen) > 3

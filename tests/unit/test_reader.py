@@ -107,7 +107,7 @@ def test_boxes_that_are_no_runs_are_loaded_too(tmp_path: Path) -> None:
         assert_same(state.arrays, values(0))
 
 
-@pytest.mark.parametrize("change", ["missing", "more", "shape", "many"])
+@pytest.mark.parametrize("change", ["missing", "more", "shape", "dtype", "many"])
 def test_a_checkpoint_of_another_model_is_refused_before_anything_is_read(change: str, tmp_path: Path) -> None:
     save(str(tmp_path), 50, 2)
     arrays = values(50)
@@ -117,6 +117,8 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_read(change
         arrays["parameter/new"] = np.zeros(3)
     elif change == "shape":
         arrays["parameter/b"] = np.zeros(8, np.float32)
+    elif change == "dtype":
+        arrays["buffer/count"] = np.array(1, np.int32)
     else:
         arrays = {f"parameter/other{n}": np.zeros(n) for n in range(9)}
     state = Arrays(arrays, 7)
@@ -125,8 +127,11 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_read(change
     with pytest.raises(RecipeError) as error:
         saver(str(tmp_path)).restore(str(tmp_path / "step-00000050"), state, SoloGroup(), None)
     text = str(error.value)
-    assert "another model or optimizer: put [model] and optimizer.name back" in text and "\n" not in text and len(text) < 700
-    assert {"missing": "parameter/b", "more": "parameter/new", "shape": "shape (8,)", "many": "more arrays"}[change] in text
+    assert ("another model: put [model] back" if change == "dtype" else "another model or optimizer: put [model] and optimizer.name back") in text
+    assert "\n" not in text and len(text) < 700
+    named = {"dtype": "int64, the recipe's model has int32", "missing": "parameter/b", "more": "parameter/new", "shape": "shape (8,)",
+             "many": "more arrays"}
+    assert named[change] in text
     assert state.committed == 7, "the state was touched"
 
 
