@@ -11,8 +11,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ class LedgerFiles:
 
     def __init__(self, run_dir: str | Path, written: int):
         self.folder = Path(run_dir) / FOLDER
-        self.generation, self._file = -1, None
+        self.generation, self._file = -1, cast("FileIO | None", None)
         self.cut_back(written)
 
     def append(self, generation: int, step: int, packed: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ def schedule(seed: int) -> Schedule:
 
 def recipe_of(elastic: Mapping[str, Any]) -> Recipe:
     return module_recipe("Small", STEPS, elastic={"max_workers": MOST, "logical_shards": 8, **elastic},
-                         checkpoint={"every_steps": 5})
+                         checkpoint={"every_steps": 5}, data={"ledger": True})
 
 
 def hooks_of(plan: Schedule) -> dict[int, Hook]:

@@ -105,7 +105,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(text: Path) -> Any:
-    return gpt_recipe(text, STEPS, run={"eval_every": 6}, elastic={"max_workers": 3}, checkpoint={"every_steps": 5})
+    return gpt_recipe(text, STEPS, run={"eval_every": 6}, elastic={"max_workers": 3}, checkpoint={"every_steps": 5},
+                      data={"ledger": True})
 
 
 def fall(tmp_path: Path, text: Path, fatal: int) -> tuple[Result, FragileRun]:
