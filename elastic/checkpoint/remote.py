@@ -26,7 +26,7 @@ def open_files(location: str | os.PathLike[str]) -> tuple[Files, str]:
     try:
         filesystem, path = open_s3(location) if scheme == "s3" else fs.FileSystem.from_uri(location)
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
-        raise UserError(f"{location!r} cannot be opened ({' '.join(str(error).split())[:200]}); give {KINDS}.") from error
+        raise UserError(f"{shown(location)!r} cannot be opened ({' '.join(str(error).split())[:200]}); give {KINDS}.") from error
     return RemoteFiles(filesystem), path.rstrip("/")
 
 

@@ -21,6 +21,7 @@ from elastic.checkpoint.manifest import CHUNK, FileEntry, Manifest
 from elastic.checkpoint.part import Image, part_name
 from elastic.checkpoint.plan import shares
 from elastic.checkpoint.reader import Reader, read_together
+from elastic.checkpoint.remote import shown
 from elastic.checkpoint.store import Store
 from elastic.collective.group import CollectiveGroup
 from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError
@@ -124,7 +125,7 @@ class Saver:
     def _sentence(self, step: int, error: Exception) -> str:
         if isinstance(error, NonFiniteLoss):
             return str(error)
-        return (f"The checkpoint of step {step} could not be written to {self.location} ({reason(error)}); "
+        return (f"The checkpoint of step {step} could not be written to {shown(self.location)} ({reason(error)}); "
                 "make room or mend the storage, then resume the run.")
 
     def _join(self, tell: Callable[[int], None]) -> None:
@@ -175,7 +176,7 @@ class Saver:
             store, name = split(path)
             manifest = read_sound(store, name)
         except OSError as error:
-            raise BadCheckpoint(f"{path} cannot be read ({' '.join(str(error).split())[:200]}).") from error
+            raise BadCheckpoint(f"{shown(path)} cannot be read ({' '.join(str(error).split())[:200]}).") from error
         pieces = [piece for entry in manifest.files for piece in entry.pieces]
         specs = state.specs()
         check_same({name: shape for name, (_, shape) in specs.items()}, {piece.name: piece.shape for piece in pieces})

@@ -17,7 +17,8 @@ from elastic.checkpoint.manifest import Piece
 from elastic.checkpoint.part import Image
 from elastic.checkpoint.store import Store
 from elastic.collective.solo import SoloGroup
-from elastic.errors import NonFiniteLoss
+from elastic.errors import NonFiniteLoss, UserError
+from elastic.messages import Part, Save
 from tests.checkpoints import Arrays, saver, values
 
 VALUES = np.arange(5000, dtype=np.float32)
@@ -121,3 +122,14 @@ def test_a_lone_loader_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.M
 
     saver(str(tmp_path)).restore(str(tmp_path / "step-00000005"), Arrays(values(6)), SoloGroup(), at)
     assert seen == list(range(len(seen))) and len(seen) > 3
+
+
+def test_keys_in_a_uri_are_in_no_message() -> None:
+    with pytest.raises(UserError) as error:
+        Store.open("s3://KEY:SECRET@bucket/run?regoin=SECRET")
+    assert "'s3://bucket/run' cannot be opened (regoin" in str(error.value) and "SECRET" not in str(error.value)
+    told: list[Part] = []
+    one = saver("s3://KEY:SECRET@bucket/run?regoin=SECRET", post=told.append)
+    one.save(Arrays(values(5), 5), Save(1, 5), {})
+    one.join()
+    assert "could not be written to s3://bucket/run (" in told[0].error and "SECRET" not in told[0].error
