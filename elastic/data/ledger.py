@@ -58,7 +58,7 @@ class Ledger:
         """The rows of a step, as plain values: see `elastic.observe.ledger`."""
         rows = np.stack(self.named(step), axis=1)
         packed = rows[rows[:, 1] >= 0].astype("<i8").tobytes()
-        return {"sizes": list(self.sampler.order.sizes), "slack": self.sampler.order.slack, "rows": base64.b64encode(packed).decode()}
+        return {"sizes": list(self.sampler.order.sizes), "rows": base64.b64encode(packed).decode()}
 
 
 class NotedLoader:

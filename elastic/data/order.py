@@ -19,9 +19,8 @@ BLOCK_KEY, ROW_KEY, SLOT_KEY, SOURCE_KEY = 1, 2, 3, 4  # keep the permutations o
 
 
 class Order(Protocol):
-    """`sizes`: the samples of each source, which lie one after another. `slack`: positions by which an epoch's may run late."""
+    """`sizes`: the samples of each source, which lie one after another."""
 
-    slack: int
     sizes: tuple[int, ...]
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -30,8 +29,6 @@ class Order(Protocol):
 
 class Rows:
     """All rows of an epoch in one permutation; or in their own order."""
-
-    slack = 0
 
     def __init__(self, num_samples: int, seed: int, shuffle: bool):
         self.num_samples, self.seed, self.shuffle = num_samples, seed, shuffle
@@ -48,8 +45,6 @@ class Rows:
 
 class Blocks:
     """Blocks of consecutive rows in a permutation, and the rows of each in another: a reader needs one block at a time."""
-
-    slack = 0
 
     def __init__(self, block_sizes: np.ndarray, seed: int):
         self.block_sizes, self.seed = np.asarray(block_sizes, np.int64), seed
@@ -80,11 +75,8 @@ class Blocks:
 class Mixture:
     """Several sources by weight. Each run of `PERIOD` positions holds the same number of every source, in an order of its own.
 
-    A source's epochs run on by themselves: a small source with a large weight comes round more often. Within a period a
-    source's positions come in a permuted order, so an epoch of it may end up to a period late.
+    A source's epochs run on by themselves, one after the other: a small source with a large weight comes round more often.
     """
-
-    slack = PERIOD
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int):
         self.orders, self.seed, self.counts = orders, seed, shares(weights)
@@ -92,18 +84,27 @@ class Mixture:
         self.sizes = tuple(size for order in orders for size in order.sizes)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)])
         self.num_samples = int(self.first[-1])
+        self._laid_out = lru_cache(2)(self._lay_out)
+
+    def _lay_out(self, period: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each position of a period, and how many of that source's came before it in the period."""
+        sources = np.searchsorted(self.begins, permute(np.arange(PERIOD), PERIOD, self.seed, period, SLOT_KEY), side="right") - 1
+        turns = np.empty_like(sources)
+        turns[np.argsort(sources, kind="stable")] = np.arange(PERIOD) - np.repeat(self.begins[:-1], self.counts)
+        return sources, turns
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         periods, slots = np.divmod(positions, PERIOD)
+        sources, own = np.empty_like(slots), np.empty_like(slots)
         for period in np.unique(periods).tolist():
             chosen = periods == period
-            slots[chosen] = permute(slots[chosen], PERIOD, self.seed, period, SLOT_KEY)
-        sources = np.searchsorted(self.begins, slots, side="right") - 1
+            laid, turns = self._laid_out(period)
+            sources[chosen], own[chosen] = laid[slots[chosen]], turns[slots[chosen]]
+        own += periods * self.counts[sources]
         epochs, samples = np.empty_like(slots), np.empty_like(slots)
         for source in np.unique(sources).tolist():
             chosen = sources == source
-            own = periods[chosen] * self.counts[source] + slots[chosen] - self.begins[source]
-            epochs[chosen], samples[chosen] = self.orders[source].locate(own)
+            epochs[chosen], samples[chosen] = self.orders[source].locate(own[chosen])
             samples[chosen] += self.first[source]
         return epochs, samples
 

@@ -34,9 +34,9 @@ class LedgerFiles:
         self.cut_back(written)
 
     def append(self, generation: int, step: int, packed: Mapping[str, Any]) -> None:
-        """`packed`: sizes of the sources, slack, and rows: base64 of int64 (n, 4), shard, position, epoch, sample."""
+        """`packed`: sizes of the sources, and rows: base64 of int64 (n, 4), shard, position, epoch, sample."""
         rows = np.frombuffer(base64.b64decode(packed["rows"]), "<i8").reshape(-1, 4)
-        about = {"sizes": json.dumps(packed["sizes"]), "slack": str(packed["slack"])}
+        about = {"sizes": json.dumps(packed["sizes"])}
         schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in zip(COLUMNS, TYPES)], metadata=about)
         if self._file is None or generation != self.generation:
             self._begin(generation, step, schema)
@@ -106,12 +106,12 @@ def pieces(file: Path) -> Iterator[tuple[dict[str, np.ndarray], int]]:
             yield {name: batch.column(name).to_numpy() for name in COLUMNS}, raw.tell()
 
 
-def sources_of(file: Path) -> tuple[list[int], int]:
-    """(samples of each source, slack); UserError if the file was altered."""
+def sources_of(file: Path) -> list[int]:
+    """The samples of each source; UserError if the file was altered."""
     try:
         with pa.OSFile(str(file)) as raw:
             about = pa.ipc.open_stream(raw).schema.metadata or {}
-        return json.loads(about[b"sizes"]), int(about[b"slack"])
+        return json.loads(about[b"sizes"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file} is no ledger: the file was altered.") from error
 
@@ -121,7 +121,6 @@ class Proof:
     """Follows a ledger from its first row to its last. Memory: one byte a sample of each epoch that is not whole yet."""
 
     sizes: list[int]
-    slack: int
     problems: list[str] = field(default_factory=list)
     position: int = 0  # the next one
     step: int = 0
@@ -169,7 +168,7 @@ class Proof:
     def end(self) -> None:
         """Every epoch that the run went through is whole."""
         for source, size in enumerate(self.sizes):
-            for epoch in range(max(0, self.fed.get(source, 0) - self.slack) // size):
+            for epoch in range(self.fed.get(source, 0) // size):
                 if (source, epoch) not in self.whole:
                     seen = self.open.get((source, epoch), np.zeros(size, bool))
                     self.problems.append(f"ledger: epoch {epoch}{self.named(source)} lacks {int((~seen).sum())} of {size} samples, "
@@ -182,9 +181,9 @@ def prove(run_dir: Path, steps: Sequence[Mapping[str, Any]]) -> tuple[list[str],
     if not found:
         return (["ledger: there is none, but the recipe asks for one"] if steps else []), []
     samples = {line["step"]: line["samples"] for line in steps}
-    proof = Proof(*sources_of(found[0]))
+    proof = Proof(sources_of(found[0]))
     for file in found:
-        if sources_of(file) != (proof.sizes, proof.slack):
+        if sources_of(file) != proof.sizes:
             proof.problems.append(f"{file.name}: its data set is another one than that of {found[0].name}")
         end = 0
         for rows, after in pieces(file):
