@@ -118,6 +118,31 @@ class Ops(Protocol):
     def dropout(self, x: Array, rate: float, seed: int, tag: str) -> Array:
         """Zeroes elements and scales the rest; which ones is a pure function of (shape, rate, seed, tag), see `keep_mask`."""
 
+    # images: (rows, height, width, channels), the channels last in every framework
+    def conv2d(self, x: Array, weight: Array, bias: Array | None = None, stride: int = 1, padding: int = 0) -> Array:
+        """(rows, h, w, c_in) with weight (kernel_h, kernel_w, c_in, c_out) and bias (c_out,) -> (rows, h', w', c_out).
+
+        A cross-correlation, both sides of both dims first padded with `padding` zeros: h' = (h + 2 padding - kernel_h) // stride + 1.
+        """
+
+    def max_pool(self, x: Array, size: int, stride: int, padding: int = 0) -> Array:
+        """The largest of each size x size window, (rows, h, w, c) -> (rows, h', w', c) with h' as in `conv2d`.
+
+        The padding, at most half of `size`, never wins. Of several largest values one gets the gradient, whichever.
+        """
+
+    def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool, momentum: float = 0.1,
+                   eps: float = 1e-5) -> tuple[Array, Array, Array]:
+        """(..., c) normalised per channel, times weight plus bias (c,); the new running mean and variance. Ioffe and Szegedy 2015.
+
+        In training by the mean and the biased variance over all other dims, of which `momentum` parts go into the running ones:
+        new = (1 - momentum) old + momentum batch, the variance unbiased there (n / (n - 1)). Else by `mean` and `var` (c,), which are
+        returned as they are. Gradient for x, weight and bias alone; the arguments are not written to.
+        """
+
+    def group_norm(self, x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
+        """(rows, ..., c) normalised per row and run of c / groups channels, times weight plus bias (c,). Wu and He 2018."""
+
     # losses: sums, never means, so that shards of any size add up
     def cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
         """Weighted sum of -log softmax(logits)[targets]: logits (..., classes), targets (...) integer, weights (...) -> ().
@@ -131,8 +156,11 @@ class Ops(Protocol):
     def squared_error(self, x: Array, targets: Array, weights: Array) -> Array:
         """Weighted sum of (x - targets)^2: all (...) -> (). Gradient for x alone."""
 
-    def correct(self, logits: Array, targets: Array, weights: Array) -> Array:
-        """Weighted count of argmax(logits) == targets, shapes as in `cross_entropy`. No gradient."""
+    def correct(self, logits: Array, targets: Array, weights: Array, top: int = 1) -> Array:
+        """Weighted count of the targets that are among the `top` highest logits, shapes as in `cross_entropy`. No gradient.
+
+        Of equal logits the earlier class is the higher one, so that top = 1 is argmax(logits) == targets.
+        """
 
 
 def dropout_levels(rate: float) -> int:

@@ -139,6 +139,23 @@ class TorchOps:
             keep = keep_mask(x.shape, levels, seed, tag, x.device)
         return x * keep * (neutral.DROPOUT_LEVELS / (neutral.DROPOUT_LEVELS - levels))
 
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
+        # turned this way, an image with its channels last is what PyTorch calls channels_last: no copy, and its fastest kernels
+        return channels_last(F.conv2d(channels_first(x), weight.permute(3, 2, 0, 1), bias, stride, padding))
+
+    def max_pool(self, x: Tensor, size: int, stride: int, padding: int = 0) -> Tensor:
+        return channels_last(F.max_pool2d(channels_first(x), size, stride, padding))
+
+    def batch_norm(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, training: bool, momentum: float = 0.1,
+                   eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+        if training:
+            mean, var = mean.clone(), var.clone()  # the kernel writes to them
+        y = F.batch_norm(channels_first(x), mean, var, weight, bias, training, momentum, eps)
+        return channels_last(y), mean, var
+
+    def group_norm(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+        return channels_last(F.group_norm(channels_first(x), groups, weight, bias, eps))
+
     def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         each = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
         return (each * weights.reshape(-1)).sum()
@@ -149,8 +166,22 @@ class TorchOps:
     def squared_error(self, x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         return ((x - targets).square() * weights).sum()
 
-    def correct(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        return ((logits.argmax(-1) == targets) * weights).sum()
+    def correct(self, logits: Tensor, targets: Tensor, weights: Tensor, top: int = 1) -> Tensor:
+        if top == 1:
+            return ((logits.argmax(-1) == targets) * weights).sum()
+        own = logits.gather(-1, targets.unsqueeze(-1))
+        earlier = torch.arange(logits.shape[-1], device=logits.device) < targets.unsqueeze(-1)
+        rank = ((logits > own) | ((logits == own) & earlier)).sum(-1)
+        return ((rank < top) * weights).sum()
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """(rows, ..., c) -> (rows, c, ...), a view."""
+    return x.movedim(-1, 1)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1)
 
 
 def _axes(x: Tensor, axes: Sequence[int] | None) -> tuple[int, ...]:

@@ -166,6 +166,57 @@ class ReferenceOps:
         scale = self._number(neutral.DROPOUT_LEVELS / (neutral.DROPOUT_LEVELS - levels))
         return self.multiply(x, neutral.keep_mask(x.shape, rate, seed, tag) * scale)
 
+    def conv2d(self, x: Array, weight: Array, bias: Array | None = None, stride: int = 1, padding: int = 0) -> Array:
+        a, w = padded(value_of(x), padding, 0.0), value_of(weight)
+        where = windows(a.shape, w.shape[:2], stride)
+        product = sum(a[cut] @ w[i, j] for (i, j), cut in where.items())
+
+        def pull(g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            back, slope = np.zeros_like(a), np.zeros_like(w)
+            for (i, j), cut in where.items():
+                back[cut] += g @ w[i, j].T
+                slope[i, j] = np.tensordot(a[cut], g, ((0, 1, 2), (0, 1, 2)))
+            return trimmed(back, padding), slope
+
+        out = record(product, (x, weight), pull)
+        return out if bias is None else self.add(out, bias)
+
+    def max_pool(self, x: Array, size: int, stride: int, padding: int = 0) -> Array:
+        a = padded(value_of(x), padding, -np.inf)
+        cuts = list(windows(a.shape, (size, size), stride).values())
+        stacked = np.stack([a[cut] for cut in cuts])
+        best = stacked.argmax(axis=0)
+
+        def pull(g: np.ndarray) -> tuple[np.ndarray]:
+            back = np.zeros_like(a)
+            for place, cut in enumerate(cuts):
+                back[cut] += g * (best == place)
+            return (trimmed(back, padding),)
+
+        return record(stacked.max(axis=0), (x,), pull)
+
+    def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool, momentum: float = 0.1,
+                   eps: float = 1e-5) -> tuple[Array, Array, Array]:
+        mean, var = np.asarray(value_of(mean), self.dtype), np.asarray(value_of(var), self.dtype)
+        if not training:
+            scaled = self.divide(self.subtract(x, mean), np.sqrt(var + self._number(eps)))
+            return self.add(self.multiply(scaled, weight), bias), mean, var
+        axes, value = tuple(range(len(x.shape) - 1)), value_of(x)
+        centred = self.subtract(x, self.mean(x, axes, keep=True))
+        square = self.mean(self.multiply(centred, centred), axes, keep=True)
+        scaled = self.divide(centred, self.sqrt(self.add(square, self._number(eps))))
+        keep, take = self._number(1 - momentum), self._number(momentum)
+        return (self.add(self.multiply(scaled, weight), bias), keep * mean + take * value.mean(axis=axes),
+                keep * var + take * value.var(axis=axes, ddof=1))
+
+    def group_norm(self, x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
+        rows, channels = x.shape[0], x.shape[-1]
+        apart = self.reshape(x, (rows, -1, groups, channels // groups))
+        centred = self.subtract(apart, self.mean(apart, (1, 3), keep=True))
+        square = self.mean(self.multiply(centred, centred), (1, 3), keep=True)
+        scaled = self.reshape(self.divide(centred, self.sqrt(self.add(square, self._number(eps)))), x.shape)
+        return self.add(self.multiply(scaled, weight), bias)
+
     def cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
         scores = self.log_softmax(logits)
         chosen = np.eye(logits.shape[-1], dtype=self.dtype)[targets]
@@ -181,8 +232,25 @@ class ReferenceOps:
         difference = self.subtract(x, targets)
         return self.sum(self.multiply(self.multiply(difference, difference), weights))
 
-    def correct(self, logits: Array, targets: Array, weights: Array) -> Array:
-        return ((value_of(logits).argmax(-1) == targets) * value_of(weights)).sum()
+    def correct(self, logits: Array, targets: Array, weights: Array, top: int = 1) -> Array:
+        order = np.argsort(-value_of(logits), axis=-1, kind="stable")[..., :top]
+        return ((order == targets[..., None]).any(-1) * value_of(weights)).sum()
 
     def _number(self, number: float) -> np.ndarray:
         return np.asarray(number, self.dtype)  # a bare float64 scalar array would widen float32 ones
+
+
+def padded(x: np.ndarray, padding: int, value: float) -> np.ndarray:
+    around = (padding, padding)
+    return np.pad(x, ((0, 0), around, around, (0, 0)), constant_values=value)
+
+
+def trimmed(x: np.ndarray, padding: int) -> np.ndarray:
+    return x[:, padding:x.shape[1] - padding, padding:x.shape[2] - padding]
+
+
+def windows(shape: Sequence[int], kernel: Sequence[int], stride: int) -> dict[tuple[int, int], tuple[slice, ...]]:
+    """For each place of a kernel, where in (rows, h, w, c) it meets the image, over all positions of the kernel."""
+    tall, wide = ((shape[1 + axis] - kernel[axis]) // stride * stride + 1 for axis in (0, 1))
+    return {(i, j): (slice(None), slice(i, i + tall, stride), slice(j, j + wide, stride))
+            for i in range(kernel[0]) for j in range(kernel[1])}

@@ -169,6 +169,46 @@ def make_dropout(rng: np.random.Generator) -> Case:
     return [normal(rng, *shape(rng, 3))], lambda ops, x: ops.dropout(x, rate, seed, "tag")
 
 
+def image(rng: np.random.Generator, channels: int) -> np.ndarray:
+    return normal(rng, *shape(rng, 3, 3), channels)
+
+
+@case
+def make_conv2d(rng: np.random.Generator) -> Case:
+    channels, filters, tall, wide = shape(rng, 4)
+    stride, padding = int(rng.integers(1, 4)), int(rng.integers(3))
+    inputs = [image(rng, channels), normal(rng, min(tall, 3), min(wide, 3), channels, filters)]
+    if rng.integers(2):
+        return [*inputs, normal(rng, filters)], lambda ops, x, w, b: ops.conv2d(x, w, b, stride, padding)
+    return inputs, lambda ops, x, w: ops.conv2d(x, w, stride=stride, padding=padding)
+
+
+@case
+def make_max_pool(rng: np.random.Generator) -> Case:
+    size, stride = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    padding = int(rng.integers(size // 2 + 1))
+    lengths = shape(rng, 4, 3)
+    apart = (rng.permutation(int(np.prod(lengths))) / 7).astype(np.float32).reshape(lengths)  # no two alike
+    return [apart], lambda ops, x: ops.max_pool(x, size, stride, padding)
+
+
+@case
+def make_batch_norm(rng: np.random.Generator) -> Case:
+    channels, training = int(rng.integers(1, 6)), bool(rng.integers(4))
+    momentum, eps = float(rng.choice([0.1, 0.3])), float(rng.choice([1e-5, 1e-3]))
+    x = image(rng, channels) if rng.integers(3) else normal(rng, int(rng.integers(5, 9)), channels)
+    mean, var = normal(rng, channels), positive(rng, channels)
+    inputs = [x * 2 + 1, normal(rng, channels), normal(rng, channels)]
+    return inputs, lambda ops, x, w, b: ops.batch_norm(x, w, b, ops.constant(mean), ops.constant(var), training, momentum, eps)
+
+
+@case
+def make_group_norm(rng: np.random.Generator) -> Case:
+    groups, channels = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    x = image(rng, groups * channels)
+    return [x, normal(rng, x.shape[-1]), normal(rng, x.shape[-1])], lambda ops, x, w, b: ops.group_norm(x, groups, w, b)
+
+
 def classes(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     a, b, c = shape(rng, 3, 2)
     return normal(rng, a, b, c) * 3, rng.integers(0, c, (a, b)), rng.integers(0, 2, (a, b)).astype(np.float32) + 0.5
@@ -183,7 +223,9 @@ def make_cross_entropy(rng: np.random.Generator) -> Case:
 @case
 def make_correct(rng: np.random.Generator) -> Case:
     logits, targets, weights = classes(rng)
-    return [logits], lambda ops, x: ops.correct(x, ops.constant(targets), ops.constant(weights))
+    logits[..., -1] = logits[..., 0]  # a tie
+    top = int(rng.integers(1, 4))
+    return [logits], lambda ops, x: ops.correct(x, ops.constant(targets), ops.constant(weights), top)
 
 
 @case

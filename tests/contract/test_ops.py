@@ -15,6 +15,7 @@ from tests.contract.op_cases import CASES
 
 SEEDS = st.integers(0, 2**32 - 1)
 TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
+STATISTICS = {"batch_norm"}  # all results but the first depend on the inputs without a gradient
 QUICK = settings(max_examples=6, deadline=None, derandomize=True)
 
 
@@ -64,6 +65,7 @@ def test_reference_gradient_is_the_slope(op: str) -> None:
         rng = np.random.default_rng(seed)
         arrays, function = CASES[op](rng)
         weights = cotangents(function, arrays, rng)
+        weights[1:] = [w * (op not in STATISTICS) for w in weights[1:]]
         _, gradients = differentiate("reference", function, arrays, "float64", cotangents=weights)
         direction = [rng.standard_normal(a.shape) for a in arrays]
 
