@@ -80,16 +80,24 @@ def find_facts(data: Any, cache_dir: Path) -> tuple[Path, Facts]:
     asked = json.dumps([VERSION, data.format, data.columns, data.shuffle_by, data.shuffle,
                         [[source.key, [[f.where, f.size, f.mtime_ns] for f in source.files]] for source in sources]])
     folder = cache_dir / f"table-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
-    try:
-        return folder, Facts.loads((folder / FACTS).read_text())
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    with locked(folder):
-        if (folder / FACTS).exists():
-            return folder, Facts.loads((folder / FACTS).read_text())
-        facts = look(data, sources, folder)
-        write_atomically(folder / FACTS, facts.dumps().encode())
+    facts = kept_facts(folder)
+    if facts is None:
+        with locked(folder):
+            facts = kept_facts(folder)  # by now another process may have made them
+            if facts is None:
+                facts = look(data, sources, folder)
+                write_atomically(folder / FACTS, facts.dumps().encode())
     return folder, facts
+
+
+def kept_facts(folder: Path) -> Facts | None:
+    """None where there are none, or where a file that is to be mapped is gone or has another length: mapped, it would end the process."""
+    try:
+        facts = Facts.loads((folder / FACTS).read_text())
+        mapped = [file for part in facts.parts if part.is_mapped for file in part.files]
+        return facts if all(Path(file.where).stat().st_size == file.size for file in mapped) else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def sources_of(data: Any) -> list[Files]:

@@ -18,11 +18,12 @@ import pyarrow as pa
 
 from elastic.data.columns import view
 from elastic.data.formats import Arrays, open_arrow, read_unit, reading
-from elastic.data.index import FACTS, Facts, find_facts
+from elastic.data.index import Facts, find_facts, kept_facts
 from elastic.data.order import Blocks, Mixture, Order, Rows, seed_of
 from elastic.errors import UserError
 
 KEPT_BLOCKS = 4  # decoded, at most: the one being fed, and some for a redone step or an evaluation
+KEPT_BYTES = 1 << 30  # of them together, where one is not larger by itself
 
 
 def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
@@ -39,8 +40,7 @@ def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
 
 def open_tables(info: Mapping[str, Any], data: Any, cache_dir: str | Path, seed: int) -> tuple[Table, Table | None]:
     """The training set, in its order, and the evaluation set if there is one."""
-    file = Path(info["folder"]) / FACTS
-    facts = Facts.loads(file.read_text()) if file.exists() else find_facts(data, Path(cache_dir))[1]
+    facts = kept_facts(Path(info["folder"])) or find_facts(data, Path(cache_dir))[1]
     if facts.key != info["key"]:
         raise UserError(f"data.path = {list(data.path)} holds other data on this machine than on the one that started the run; copy it there.")
     store, spans = Store(facts), spans_of(facts, data.eval_fraction)
@@ -105,7 +105,8 @@ class Store:
         self.facts, self.columns = facts, facts.columns
         self.places = [(part, number) for part in facts.parts for number in range(len(part.blocks))]
         self.first = np.concatenate([[0], np.cumsum([part.blocks[number][3] for part, number in self.places])]).astype(np.int64)
-        self.decoded = lru_cache(KEPT_BLOCKS)(self.decode)
+        largest = int(np.diff(self.first).max()) * sum(column.row_bytes for column in self.columns)
+        self.decoded = lru_cache(max(1, min(KEPT_BLOCKS, KEPT_BYTES // largest)))(self.decode)
         self.mapped = lru_cache(None)(self.map)
         self.readers = lru_cache(None)(map_file)
         self.num_read = 0  # blocks decoded so far

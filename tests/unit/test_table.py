@@ -139,6 +139,20 @@ def test_files_are_looked_at_once_and_again_when_they_change(tmp_path: Path, mon
     assert table.prepare(section(tmp_path / "moved.parquet", columns=("id",)), cache)["key"] != first["key"]
 
 
+@pytest.mark.parametrize("harm", ["gone", "short", "facts"])
+def test_a_damaged_cache_is_made_again(harm: str, tmp_path: Path) -> None:
+    data = section(write(tmp_path / "t.parquet", rows(100)), columns=("id",))
+    info = table.prepare(data, tmp_path / "cache")
+    part, facts = (Path(info["folder"]) / name for name in ("part-0.arrow", "facts.json"))
+    if harm == "gone":
+        part.unlink()
+    else:
+        file = part if harm == "short" else facts
+        file.write_bytes(file.read_bytes()[:-20])
+    training, _ = table.open_tables(info, data, tmp_path / "cache", 3)
+    assert sorted(epoch_of(training)["id"].tolist()) == list(range(100))
+
+
 def test_another_machine_makes_its_own_cache_and_must_hold_the_same_data(tmp_path: Path) -> None:
     file = write(tmp_path / "t.parquet", rows(100))
     info = table.prepare(section(file), tmp_path / "here")
