@@ -140,6 +140,7 @@ class Controller:
         self.inbox.gone.set()
         self.fleet.close()
         self.drain_inbox()
+        self.commits.settle()
         if outcome.status == "failed":
             self.books.event("run_failed", error=outcome.error)
         else:

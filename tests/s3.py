@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,7 @@ def serving() -> Iterator[Server]:
     """Skips with a reason where moto is not installed."""
     server = pytest.importorskip("moto.server", reason="moto with its server is not installed: pip install -e '.[dev]'").ThreadedMotoServer(
         ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server.start()
     try:
         yield Server(*server.get_host_and_port())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +57,7 @@ class Commits:
         self.failed: set[Key] = set()
         self.refused: set[str] = set()  # found bad while they were loaded
         self.error = ""  # why the last one does not count
+        self.clearing: threading.Thread | None = None
 
     def path(self, name: str) -> str:
         return join(self.location, name)
@@ -105,6 +107,7 @@ class Commits:
 
         BadCheckpoint where the files are not to be seen from here.
         """
+        self.settle()
         try:
             check_sizes(self.store, folder_of(manifest.step), manifest)
         except BadCheckpoint as error:
@@ -114,7 +117,17 @@ class Commits:
         self.newest = max(self.newest, manifest.step)
         self.pending = {key: parts for key, parts in self.pending.items() if key[1] > self.newest}
         self.refused.discard(folder_of(manifest.step))  # written again
-        self.clear(manifest.generation)
+        if self.store.files.renames:
+            self.clear(manifest.generation)
+        else:  # an object store takes its time
+            self.clearing = threading.Thread(target=self.clear, args=(manifest.generation,), name="clearing", daemon=True)
+            self.clearing.start()
+
+    def settle(self) -> None:
+        """Returns when nothing is being removed any more: what is about to go must not be taken for damaged."""
+        if self.clearing is not None:
+            self.clearing.join()
+            self.clearing = None
 
     def drop(self, part: Part) -> None:
         """Removes what a rank wrote of a checkpoint that will not be: on a full disk it would be in the way of the next."""
@@ -140,6 +153,7 @@ class Commits:
 
     def newest_good(self) -> tuple[str, int, list[tuple[str, str]]]:
         """(path, step, [(path, reason)] of the newer ones that are not whole); ("", 0, ...) if there is none."""
+        self.settle()
         name, rejected = newest_good(self.store, self.refused)
         bad = [(shown(self.path(n)), reason) for n, reason in rejected]
         return (self.path(name), int(name.removeprefix("step-")), bad) if name else ("", 0, bad)

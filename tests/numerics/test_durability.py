@@ -1,0 +1,248 @@
+"""What a run leaves on disk, and what it makes of it: fallbacks, last words, orphans, disks that fail. On threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic import inprocess as inprocess_fleet
+from elastic.checkpoint import store as stores
+from elastic.checkpoint.commits import Commits
+from elastic.checkpoint.faulty import FaultyFiles
+from elastic.checkpoint.manager import read_manifest, verify
+from elastic.checkpoint.remote import open_files
+from elastic.checkpoint.store import Store
+from elastic.observe.events import read_lines
+from tests.numerics import modules
+from tests.numerics.inprocess import Result, Run, fit, module_recipe
+
+pytest.importorskip("torch", reason="torch is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a saver's thread dies with its process
+
+STEPS = 60
+
+
+def recipe(**changes: Any) -> Any:
+    checkpoint = {"every_steps": 10, "keep": 9, **changes.pop("checkpoint", {})}
+    return module_recipe("Small", STEPS, checkpoint=checkpoint, **changes)
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    result = fit(tmp_path_factory.mktemp("one") / "run", recipe(elastic={"max_workers": 1}))
+    result.assert_sound(STEPS)
+    return result
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.parent.name for path in run_dir.glob("checkpoints/*/manifest.json"))
+
+
+def interrupted(run_dir: Path, at: int = 35, **changes: Any) -> Result:
+    result = fit(run_dir, recipe(**changes), hooks={at: lambda run: run.interrupt()})
+    assert result.outcome.status == "interrupted"
+    return result
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+# The fallback chain.
+
+
+def test_a_bad_checkpoint_is_reported_left_in_place_and_an_older_one_taken(oracle: Result, tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    newest, before, *_ = reversed(names(tmp_path))
+    flip(next((tmp_path / "checkpoints" / newest).glob("state-0002-*")))
+    flip(next((tmp_path / "checkpoints" / before).glob("state-0000-*")))
+    bad = {path: path.read_bytes() for name in (newest, before) for path in (tmp_path / "checkpoints" / name).iterdir()}
+    result = fit(tmp_path, recipe(elastic={"max_workers": 2}))
+    assert result.outcome.status == "done" and result.sha == oracle.sha and result.steps == oracle.steps
+    rejected = result.named("checkpoint_rejected")
+    assert [Path(e["path"]).name for e in rejected] == [newest, before]
+    assert all("does not have the hash" in e["reason"] for e in rejected)
+    loaded = result.named("loaded")
+    assert len(loaded) == 1 and Path(loaded[0]["path"]).name == names(tmp_path)[-7 + 2] or loaded[0]["bytes"] > 0
+    assert loaded[0]["step"] == result.named("rewound")[-1]["to"] < int(before.removeprefix("step-"))
+    later = {path: path.read_bytes() for path in bad if path.exists()}
+    assert all(later[path] == content or path.parent.name in {Path(e["path"]).name for e in result.named("checkpoint_committed")}
+               for path, content in bad.items() if path in later), "a bad checkpoint was touched by somebody who did not save it again"
+
+
+def test_with_every_checkpoint_bad_it_starts_anew(oracle: Result, tmp_path: Path) -> None:
+    interrupted(tmp_path)
+    for name in names(tmp_path):
+        flip(next((tmp_path / "checkpoints" / name).glob("state-0001-*")))
+    result = fit(tmp_path, recipe())
+    assert result.outcome.status == "done" and result.sha == oracle.sha and result.steps == oracle.steps
+    assert len(result.named("checkpoint_rejected")) == 4 and not result.named("loaded")
+
+
+def test_every_rank_loads_its_part(oracle: Result, tmp_path: Path) -> None:
+    interrupted(tmp_path, elastic={"max_workers": 1})
+    result = fit(tmp_path, recipe(elastic={"max_workers": 3}))
+    assert result.sha == oracle.sha
+    (loaded,) = result.named("loaded")
+    assert loaded["bytes"] > 0 and loaded["seconds"] >= 0 and loaded["path"].endswith(f"step-{loaded['step']:08d}")
+
+
+# Last words.
+
+
+def test_below_what_is_needed_one_survivor_saves_and_nothing_is_lost(oracle: Result, tmp_path: Path) -> None:
+    """One of three falls, another writes all of it down; then both fall as well, and three others go on from the very step."""
+    run = Run(tmp_path, recipe(elastic={"min_workers": 3, "max_workers": 3}), ["kill:2@26/backward"], capacity=3)
+    run.hooks[5] = lambda run: run.fleet.grow(1)
+    savers = []
+
+    def on_event(name: str) -> None:
+        state = run.controller.state
+        if name == "checkpoint_committed" and state.phase == "waiting" and not savers:
+            savers.append(state.saver)
+            for worker in list(state.ready):
+                run.controller.give_up_on(worker, "killed")
+            run.fleet.grow(3)
+
+    run.books.on_event = on_event
+    result = run.fit()
+    assert len(savers) == 1 and len(result.named("worker_lost")) == 3
+    result.assert_sound(STEPS)
+    assert result.sha == oracle.sha and not result.named("rewound")
+    (alone,) = [e for e in result.named("checkpoint_committed") if e["step"] % 10]
+    assert alone["step"] == result.named("loaded")[0]["step"] == 25
+    assert read_manifest(Store.open(tmp_path / "checkpoints"), f"step-{alone['step']:08d}").files[0].name.startswith("state-0000-of-0001-")
+
+
+def test_what_is_saved_already_is_not_saved_again(oracle: Result, tmp_path: Path) -> None:
+    run = Run(tmp_path, recipe(elastic={"min_workers": 2, "max_workers": 2}, checkpoint={"every_steps": 1}), ["kill:1@26/forward"], capacity=2)
+    run.hooks[5] = lambda run: run.fleet.grow(1)
+    run.books.on_event = lambda name: run.fleet.grow(2) if name == "waiting" else None
+    result = run.fit()
+    assert result.outcome.status == "done" and result.sha == oracle.sha
+    steps = [e["step"] for e in result.named("checkpoint_committed")]
+    assert steps == sorted(set(steps))
+
+
+class Deaf(Exception):
+    """The controller is gone, and nobody comes in its place."""
+
+
+def test_orphans_write_down_what_they_have_with_their_lines(oracle: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller falls silent at step 20; the workers go on, give up, and save. A later run goes on from there: no step twice, none lost."""
+    monkeypatch.setattr(inprocess_fleet, "ORPHAN_TIMEOUT_S", 0.3)
+    run = Run(tmp_path, recipe(elastic={"max_workers": 2}, checkpoint={"every_steps": 0}))
+
+    def fall(run: Run) -> None:
+        def deaf(*arguments: Any) -> int:
+            raise ConnectionError("the controller is gone")
+
+        run.fleet.closed = True  # who starts workers is gone with it
+        run.controller.hear = run.controller.deliver = deaf  # type: ignore[method-assign]
+        raise Deaf
+
+    run.hooks[12] = fall
+    look = modules.Rows.__getitem__
+    with monkeypatch.context() as patch:  # the run must not end before they notice
+        patch.setattr(modules.Rows, "__getitem__", lambda self, index: time.sleep(0.002) or look(self, index))
+        with pytest.raises(Deaf):
+            run.fit()
+        for thread in run.fleet.threads:
+            thread.join(20)
+            assert not thread.is_alive()
+    run.books.close()
+    run.controller.journal.close()
+    (name,) = names(tmp_path)
+    manifest = verify(Store.open(tmp_path / "checkpoints"), name)
+    known = max(f["step"] for f in read_lines(tmp_path / "metrics.jsonl"))
+    assert manifest.step >= known >= 12
+    carried = [f["step"] for f in manifest.extra["lines"]]
+    assert set(range(known + 1, manifest.step + 1)) <= set(carried)
+    result = fit(tmp_path, recipe(elastic={"max_workers": 3}))
+    assert result.outcome.status == "done" and result.steps == list(range(1, STEPS + 1))
+    assert result.sha == oracle.sha
+    assert result.named("loaded")[0]["step"] == manifest.step and not result.named("rewound")
+
+
+# Disks that fail.
+
+
+@pytest.mark.parametrize("how", ["error", "short", "full", "delay", "crash"])
+def test_a_disk_that_fails_in_the_middle_costs_one_checkpoint(how: str, oracle: Result, tmp_path: Path) -> None:
+    result = fit(tmp_path, recipe(), [f"disk:1@20/{how}"])
+    result.assert_sound(STEPS)
+    assert result.sha == oracle.sha
+    assert [e["fault"] for e in result.named("chaos")] == [f"disk:1@20/{how}"]
+    steps = [e["step"] for e in result.named("checkpoint_committed")]
+    if how == "delay":
+        assert steps == [10, 20, 30, 40, 50, 60] and not result.named("checkpoint_rejected")
+    elif how == "crash":
+        assert len(result.named("worker_lost")) == 1 and 60 in steps
+    else:
+        assert 20 not in steps and steps[-1] == 60
+        (rejected,) = result.named("checkpoint_rejected")
+        assert rejected["step"] == 20 and Path(rejected["path"]).name == "step-00000020" and "\n" not in rejected["reason"]
+        assert not list((tmp_path / "checkpoints").glob("step-00000020/*.safetensors")), "what is left of it is in the way"
+
+
+def test_a_full_disk_ends_a_run_with_one_sentence_and_older_checkpoints_stay(oracle: Result, tmp_path: Path,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    full = threading.Event()
+
+    class Filling(FaultyFiles):
+        def due(self, name: str) -> bool:
+            if full.is_set() and name == "write":
+                self.fired.clear()
+                self.mode, self.at = "full", 1
+            return super().due(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "open_files", lambda location: (lambda files, root: (Filling(files), root))(*open_files(location)))
+        result = fit(tmp_path, recipe(), hooks={25: lambda run: full.set()})
+    assert result.outcome.status == "failed"
+    assert result.steps == oracle.steps, "training went on to the end"
+    assert result.outcome.error == (f"OSError: The checkpoint of step {STEPS} could not be written to {tmp_path}/checkpoints (No space left on device); "
+                                    "make room or mend the storage, then resume the run.")
+    assert [e["step"] for e in result.named("checkpoint_committed")][:2] == [10, 20]
+    store = Store.open(tmp_path / "checkpoints")
+    assert names(tmp_path)[0] == "step-00000010" and all(verify(store, name) for name in names(tmp_path))
+    again = fit(tmp_path, recipe())
+    assert again.outcome.status == "done" and again.sha == oracle.sha
+
+
+def test_who_cannot_see_the_files_says_so_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers write where the controller does not look."""
+    run = Run(tmp_path, recipe())
+    run.controller.commits = Commits(str(tmp_path / "elsewhere"), 3, "")
+    result = run.fit()
+    assert result.outcome.status == "failed" and "put the run directory where all nodes share it" in result.outcome.error
+
+
+def test_a_checkpoint_that_is_due_while_one_is_written_is_skipped_by_all(oracle: Result, tmp_path: Path) -> None:
+    result = fit(tmp_path, recipe(checkpoint={"every_steps": 5, "busy": "skip", "keep": 99}), ["disk:1@20/delay"])
+    result.assert_sound(STEPS)
+    assert result.sha == oracle.sha
+    skipped, saved = ([e["step"] for e in result.named(f"checkpoint_{word}")] for word in ("skipped", "committed"))
+    assert skipped and not set(skipped) & set(saved) and saved[-1] == STEPS
+    assert sorted(skipped + saved) == list(range(5, STEPS + 1, 5))
+
+
+# Elsewhere.
+
+
+def test_checkpoints_on_s3(oracle: Result, tmp_path: Path, s3: Any) -> None:
+    location = s3.bucket("/runs/one")
+    first = fit(tmp_path, recipe(checkpoint={"path": location}), hooks={3: lambda run: run.interrupt()})
+    assert first.outcome.status == "interrupted" and not (tmp_path / "checkpoints").exists()
+    at = first.summary["steps"]
+    paths = [e["path"] for e in first.named("checkpoint_committed")]
+    assert all(path.startswith("s3://") and "test:test" not in path and "?" not in path for path in paths), paths
+    second = fit(tmp_path, recipe(checkpoint={"path": location}, elastic={"max_workers": 2}))
+    assert second.outcome.status == "done" and second.sha == oracle.sha and second.steps == oracle.steps
+    assert second.named("loaded")[0]["step"] == at and not second.named("rewound")
