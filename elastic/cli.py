@@ -128,7 +128,7 @@ def inspect(checkpoint: Location, diff: Annotated[str, typer.Option(metavar="OTH
     from elastic.checkpoint.find import find
     from elastic.checkpoint.manager import read_manifest
 
-    places = [find(path) for path in (checkpoint, diff) if path]
+    places = [find(path) for path in ([checkpoint, diff] if diff else [checkpoint])]
     manifests = [read_manifest(*place) for place in places]
     if diff:
         tables, verdict = door.diff_tables((manifests[0], manifests[1]), *door.differences(places[0], places[1]))

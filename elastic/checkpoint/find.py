@@ -24,7 +24,7 @@ def find(path: str | os.PathLike[str], refused: Container[str] = ()) -> tuple[St
     Good is one whose files are all there in full length.
     UserError where there is none, or where the storage cannot be reached.
     """
-    given = os.fspath(path).rstrip("/")
+    given = os.fspath(path).rstrip("/") or ("/" if path else ".")
     try:
         store, name = split(given)
         if store.size(f"{name}/{MANIFEST}") is not None:
@@ -40,7 +40,7 @@ def find(path: str | os.PathLike[str], refused: Container[str] = ()) -> tuple[St
         why = " ".join(str(error).split())
         raise UserError(f"{shown(given)} cannot be read ({why}); give a checkpoint's folder or a run's directory.") from error
     why = f": {rejected[0][1].rstrip('.')}" if rejected else ""
-    raise UserError(f"There is no good checkpoint at {shown(given) or '/'}{why}; give the folder of a checkpoint or of a run.")
+    raise UserError(f"There is no good checkpoint at {shown(given)}{why}; give the folder of a checkpoint or of a run.")
 
 
 def read_newest(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Manifest]:

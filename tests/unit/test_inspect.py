@@ -114,6 +114,8 @@ def test_whole_numbers_at_their_limits(kind: str) -> None:
 @pytest.mark.parametrize(("arguments", "says"), [
     (["absent"], "There is no good checkpoint at absent"),
     (["."], "There is no good checkpoint at ."),
+    ([""], "There is no good checkpoint at ."),
+    (["/"], "There is no good checkpoint at /;"),
     (["nonsense://x/y"], "'nonsense://x' cannot be opened"),
     (["good", "--diff", "absent"], "There is no good checkpoint at absent"),
     (["bad"], "does not have the hash"),
