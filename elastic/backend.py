@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 Array = Any  # an array of the framework at hand
 Buffer = Any  # a flat, 64-byte-aligned float32 array on the worker's device
 Batch = Mapping[str, Any]  # NumPy arrays, one per column, rows first
@@ -42,7 +44,25 @@ class Model(Protocol):
 
     def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
                 batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
-        """Sums and weights by name for evaluation, without dropout; always with "loss"."""
+        """Sums and weights by name for evaluation, without dropout; always with "loss".
+
+        In place of a sum there may be an array, one value a row, for the model's tally: see `Tally`.
+        """
+
+
+class Tally(Protocol):
+    """Figures that are no means over rows, as the area under a curve: computed from whole numbers, counted batch by batch.
+
+    A model that has some offers `tally()`, which gives a new one. Whole numbers below 2^53 add up the same in any order.
+    """
+
+    counts: np.ndarray  # float64, one-dimensional
+
+    def add(self, batch: Batch, found: Mapping[str, tuple[Any, float]]) -> None:
+        """Counts one batch; `found` is what `metrics` said of it, arrays as NumPy arrays."""
+
+    def figures(self, counts: np.ndarray, means: Mapping[str, float]) -> Mapping[str, float]:
+        """From the counts of all batches and the means of all metrics."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +111,8 @@ class Backend(Protocol):
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
         """Adds the gradient of one shard's loss sum to `into` (shaped views of a flat buffer, trainable names only)."""
 
-    def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
-        """Sums and weights of one evaluation shard."""
+    def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
+        """Sums and weights of one evaluation shard; what is no scalar comes as a NumPy array."""
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         """Applies `rule` in place to a flat range, block by block. `grad` may be overwritten."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from elastic.backend import Backend
 from elastic.checkpoint import manager
@@ -15,6 +16,7 @@ from elastic.checkpoint.hashing import OPTIMIZER
 from elastic.checkpoint.manifest import Manifest
 from elastic.data.loader import eval_batches
 from elastic.errors import BadCheckpoint, UserError
+from elastic.evaluation import figures, measure, tally_of
 from elastic.recipe import Recipe, loads
 from elastic.workload import EVAL_ROWS, create_backend, door, open_data, open_model, open_state, prepare
 
@@ -29,6 +31,7 @@ class Restored:
     manifest: Manifest
     info: Mapping[str, Any]  # the data's facts; empty for a data set of the user's
     backend: Backend
+    model: Any
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> Manifest:
@@ -43,13 +46,14 @@ def restore(path: str | os.PathLike[str], device: str = "auto") -> Restored:
     recipe = loads(manifest.recipe, locate=False)
     recipe = recipe.model_copy(update={"backend": recipe.backend.model_copy(update={"device": device, "compile": False})})
     info = manifest.extra.get("info") or prepare(recipe)
-    backend = create_backend(recipe, open_model(recipe, info))
+    model = open_model(recipe, info)
+    backend = create_backend(recipe, model)
     state = open_state(recipe, backend)
     try:
         state.load(arrays, manifest.step, without=OPTIMIZER)
     except (KeyError, ValueError) as error:
         raise BadCheckpoint(f"{path} holds other arrays than the model of its recipe: {error}.") from error
-    return Restored(recipe, manifest, info, backend)
+    return Restored(recipe, manifest, info, backend, model)
 
 
 def evaluate(path: str | os.PathLike[str]) -> dict[str, float]:
@@ -60,8 +64,10 @@ def evaluate(path: str | os.PathLike[str]) -> dict[str, float]:
     if dataset is None:
         raise UserError("The recipe sets nothing aside to evaluate on; set data.eval_fraction or data.eval_path.")
     rows = max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS)
-    found = [restored.backend.metrics(batch()) for batch in eval_batches(dataset, rows)]
-    return {name: math.fsum(part[name][0] for part in found) / math.fsum(part[name][1] for part in found) for name in sorted(found[0])}
+    tally = tally_of(restored.model)
+    found = [measure(restored.backend, tally, batch()) for batch in eval_batches(dataset, rows)]
+    tables = {name: np.array([part[name] for part in found]) for name in sorted(found[0])}
+    return figures(tables, tally, tally.counts if tally else np.zeros(0))
 
 
 def sample(path: str | os.PathLike[str], prompt: str = "", tokens: int = 300, temperature: float = 0.8, seed: int = 0) -> str:

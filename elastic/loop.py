@@ -16,12 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from elastic.backend import Backend, Buffer, UpdateRule
+from elastic.backend import Backend, Buffer, Tally, UpdateRule
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import Scratch, SubtreeSums, out_size, reduce, tree_sum
 from elastic.control import Control
 from elastic.errors import NonFiniteLoss
+from elastic.evaluation import figures, measure
 from elastic.mesh import shards_of
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Line, Save
 from elastic.schedule import learning_rate
@@ -74,6 +75,7 @@ class Work:
     evaluation: dict[str, float] = field(default_factory=dict)
     unwritten: deque[dict[str, Any]] = field(default_factory=deque)
     ledger: Any = None  # `elastic.data.ledger.Ledger`, where the recipe asks for one
+    tally: Callable[[], Tally | None] = lambda: None  # a new one for every evaluation
 
 
 def train(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> str:
@@ -315,16 +317,18 @@ def after(work: Work, generation: Generation, group: CollectiveGroup, injector: 
 
 def evaluate(work: Work, group: CollectiveGroup, step: int) -> dict[str, float]:
     """The mean of every metric over the evaluation set. A batch is computed whole by one member: the split changes no bit."""
-    batches = work.eval_batches
+    batches, tally = work.eval_batches, work.tally()
     parts: dict[str, np.ndarray] = {}
     for index in range(group.rank, len(batches), group.size):
         work.control.at(step, "evaluate", index)
-        for name, (total, weight) in work.backend.metrics(batches[index]()).items():
-            parts.setdefault(name, np.zeros((len(batches), 2)))[index] = total, weight
-    names = sorted(parts or work.backend.metrics(batches[0]()))  # a member without a batch still has to know the names
-    mine = np.concatenate([parts.get(name, np.zeros((len(batches), 2))).reshape(-1) for name in names])
+        for name, pair in measure(work.backend, tally, batches[index]()).items():
+            parts.setdefault(name, np.zeros((len(batches), 2)))[index] = pair
+    names = sorted(parts or measure(work.backend, work.tally(), batches[0]()))  # a member without a batch still has to know the names
+    tables = [parts.get(name, np.zeros((len(batches), 2))).reshape(-1) for name in names]
+    mine = np.concatenate([*tables, tally.counts if tally else np.zeros(0)])
     out = np.empty(group.size * len(mine))
     with work.control.collective(step, "evaluate"):
         group.all_gather(out, mine)
-    sums = out.reshape(group.size, len(names), len(batches), 2).sum(axis=0)
-    return {name: math.fsum(table[:, 0]) / math.fsum(table[:, 1]) for name, table in zip(names, sums, strict=True)}
+    sums = out.reshape(group.size, -1).sum(axis=0)
+    counted = 2 * len(names) * len(batches)
+    return figures(dict(zip(names, sums[:counted].reshape(len(names), len(batches), 2), strict=True)), tally, sums[counted:])

@@ -18,6 +18,7 @@ from elastic.data.ledger import Ledger, NotedLoader
 from elastic.data.loader import Prefetcher, eval_batches, load_batch
 from elastic.data.sampler import Sampler
 from elastic.errors import RecipeError, UserError
+from elastic.evaluation import tally_of
 from elastic.loop import Plan, Work
 from elastic.recipe import Recipe
 from elastic.state import FlatLayout, State
@@ -158,7 +159,8 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
                 recipe.optimizer.model_dump(), recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip")
     shard_size = recipe.data.batch_size // recipe.elastic.logical_shards
     evaluation = eval_batches(workload.evaluation, max(shard_size, EVAL_ROWS)) if workload.evaluation else []
-    return Work(plan, backend, open_state(recipe, backend), load, sampler.positions, evaluation, control, post, save, workload.unit, ledger=ledger)
+    return Work(plan, backend, open_state(recipe, backend), load, sampler.positions, evaluation, control, post, save, workload.unit, ledger=ledger,
+                tally=lambda: tally_of(workload.model))
 
 
 EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are

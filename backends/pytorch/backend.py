@@ -115,12 +115,13 @@ class TorchBackend:
         total, count = torch.stack((loss.detach().double(), as_scalar(weight, loss))).tolist()
         return ShardResult(total, count, {name: value.detach().cpu().numpy() for name, value in new.items()})
 
-    def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
+    def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         self._enter()
         columns = self._columns(batch, self.device)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
             found = self._model.metrics(self._ops, self._leaves, self._device_state(), columns)
-        return {name: (float(total), float(weight)) for name, (total, weight) in found.items()}
+        value = plain if hasattr(self._model, "tally") else float
+        return {name: (value(total), float(weight)) for name, (total, weight) in found.items()}
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """The scores of a model that offers `logits`, as float32 NumPy."""
@@ -200,6 +201,11 @@ class TorchBackend:
 
 def as_tensor(buffer: Buffer) -> torch.Tensor:
     return buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
+
+
+def plain(total: Any) -> Any:
+    """A number, or float64 NumPy where there are several."""
+    return total.double().cpu().numpy() if isinstance(total, torch.Tensor) and total.dim() else float(total)
 
 
 def as_scalar(weight: Any, like: torch.Tensor) -> torch.Tensor:

@@ -63,9 +63,9 @@ class ReferenceBackend:
                 view += gradient
         return ShardResult(float(loss.value), float(value_of(weight)), {name: np.asarray(value_of(v)) for name, v in new.items()})
 
-    def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
+    def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         found = self._model.metrics(self._ops, self._params, self._copied(), self._columns(batch))
-        return {name: (float(total), float(weight)) for name, (total, weight) in found.items()}
+        return {name: (np.asarray(total, np.float64) if np.ndim(total) else float(total), float(weight)) for name, (total, weight) in found.items()}
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """The scores of a model that offers `logits`."""

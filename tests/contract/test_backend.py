@@ -13,9 +13,9 @@ import pytest
 
 from elastic.backend import SLOTS, UpdateRule
 from elastic.errors import UserError
-from nlp.gpt import build
+from nlp.gpt import GPT, Config, build
 from tests.contract.frameworks import assert_close, load, names, settings
-from tests.contract.models import SMALL, VOCAB, gpt_rig, token_batch
+from tests.contract.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch
 
 BLOCK = 1024
 RULES = {
@@ -62,6 +62,28 @@ def test_gradients_are_added_to_what_is_there(name: str) -> None:
     assert np.array_equal(rig.param, before)
     assert result.weight == 3 * SMALL["context"]
     assert result.loss_sum == pytest.approx(rig.backend.metrics(token_batch())["loss"][0], rel=1e-6)
+
+
+class Counted(GPT):
+    """A GPT whose metrics hold one value a row as well, and which has a tally for them."""
+
+    def metrics(self, ops: Any, params: Any, state: Any, batch: Any) -> Any:
+        scores = self.logits(ops, params, ops.narrow(batch["tokens"], 1, 0, 4))
+        return {**super().metrics(ops, params, state, batch), "first": (ops.sum(ops.narrow(scores, 1, 0, 1), (1, 2)), 1.0)}
+
+    def tally(self) -> None:
+        return None
+
+
+@every_backend
+def test_values_of_rows_for_a_tally_come_as_arrays(name: str) -> None:
+    rig, batch = rig_of(name, Counted(Config(**SMALL), VOCAB)), token_batch()
+    total, weight = rig.backend.metrics(batch)["loss"]
+    assert type(total) is float and type(weight) is float
+    for rows in (3, 1):
+        first, _ = rig.backend.metrics({key: column[:rows] for key, column in batch.items()})["first"]
+        assert isinstance(first, np.ndarray) and first.dtype == np.float64
+        assert_close(first, np.asarray(rig.backend.logits(batch["tokens"][:rows, :4])[:, 0].sum(1)), 1e-5)
 
 
 @every_backend
