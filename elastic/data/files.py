@@ -16,6 +16,7 @@ from elastic.errors import RecipeError
 from elastic.recipe import resolve_paths
 
 MAGIC = "*["
+GCS_RETRY_S = 20  # its own default is a quarter of an hour before it says that nobody is there
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class File:
 
 def open_system(uri: str) -> tuple[fs.FileSystem, str]:
     """The storage behind a URI and the path in it. A bucket is connected to once."""
+    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in uri:
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
     if not uri.startswith("s3://"):
         return fs.FileSystem.from_uri(uri)
     parts = urlsplit(uri)
