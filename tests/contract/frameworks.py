@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-FOLDERS = {"reference": "reference", "torch": "pytorch"}
+FOLDERS = {"reference": "reference", "torch": "pytorch", "tensorflow": "tensorflow", "mxnet": "mxnet"}
 REQUIRED = [name for name in os.environ.get("ELASTIC_TEST_BACKENDS", "").split(",") if name]
 
 Run = Callable[[Callable[..., Any], Sequence[np.ndarray], str], tuple[list[np.ndarray], list[np.ndarray]]]
@@ -45,7 +45,7 @@ def differentiate(name: str, function: Callable[..., Any], arrays: Sequence[np.n
                   cotangents: Sequence[np.ndarray] = ()) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The outputs of `function(ops, *arrays)` and the gradients of their sum weighted with `cotangents`."""
     module = load(name, "ops")
-    run = {"reference": _reference, "torch": _torch}[name]
+    run = {"reference": _reference, "torch": _torch, "tensorflow": _tensorflow, "mxnet": _mxnet}[name]
     return run(module, ops, function, arrays, precision, cotangents)
 
 
@@ -85,6 +85,36 @@ def _torch(module: Any, ops: Any, function: Callable[..., Any], arrays: Sequence
         total.backward()
     grads = [np.zeros(a.shape, precision) if leaf.grad is None else leaf.grad.numpy() for a, leaf in zip(arrays, leaves)]
     return [out.detach().numpy() for out in outputs], grads
+
+
+def _mxnet(module: Any, ops: Any, function: Callable[..., Any], arrays: Sequence[np.ndarray], precision: str,
+           cotangents: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    from mxnet import autograd
+
+    ops = ops or module.MXNetOps(np.dtype(precision))
+    with module.shapes():
+        leaves = [module.to_array(a.astype(precision), ops.dtype) for a in arrays]
+        for leaf in leaves:
+            leaf.attach_grad()
+        with autograd.record():
+            outputs = _outputs(function(ops, *leaves))
+            total = sum((out * module.to_array(c, ops.dtype)).sum() for out, c in zip(outputs, cotangents))
+        total.backward()
+        return [out.asnumpy() for out in outputs], [leaf.grad.asnumpy() for leaf in leaves]
+
+
+def _tensorflow(module: Any, ops: Any, function: Callable[..., Any], arrays: Sequence[np.ndarray], precision: str,
+                cotangents: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    import tensorflow as tf
+
+    ops = ops or module.TensorFlowOps(precision)
+    leaves = [tf.constant(a.astype(precision)) for a in arrays]
+    with tf.GradientTape() as tape:
+        tape.watch(leaves)
+        outputs = _outputs(function(ops, *leaves))
+        total = tf.add_n([tf.reduce_sum(out * c.astype(precision)) for out, c in zip(outputs, cotangents)])
+    grads = tape.gradient(total, leaves, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    return [out.numpy() for out in outputs], [tf.convert_to_tensor(g).numpy() for g in grads]
 
 
 def assert_close(found: np.ndarray, wanted: np.ndarray, tolerance: float, what: str = "") -> None:
