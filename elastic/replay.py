@@ -5,21 +5,35 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from elastic.checkpoint.manager import committed
+from elastic.checkpoint.remote import join, shown
+from elastic.checkpoint.store import Store
 from elastic.errors import RunFailed, UserError
 from elastic.inference import check_checkpoint
 from elastic.observe.events import read_json
 from elastic.observe.verify import Verdict, verify
-from elastic.recipe import load_recipe
+from elastic.recipe import load_recipe, loads
 from elastic.trainer import Trainer
 
-UNDISTURBED = ("elastic.min_workers=1", "elastic.max_workers=1", "elastic.spares=0")
+UNDISTURBED = ("elastic.min_workers=1", "elastic.max_workers=1", "elastic.spares=0", 'checkpoint.path=""')
 
 
 def verify_run(run_dir: Path) -> Verdict:
     """Steps, generations, summary and every hash. UserError where there is no run."""
     if not (run_dir / "recipe.toml").exists():
         raise UserError(f"{run_dir} is no run directory: it has no recipe.toml; give the directory that `elastic train` named.")
-    return verify(run_dir, check_checkpoint)
+    location = loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False).checkpoint.path
+    return verify(run_dir, check_checkpoint, elsewhere(location) if location else None)
+
+
+def elsewhere(location: str) -> dict[str, str]:
+    """The checkpoints of a run that writes them to a place of their own, by the name to show."""
+    try:
+        names = [name for _, name in committed(Store.open(location))]
+    except OSError as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f'checkpoint.path = "{shown(location)}" cannot be read ({why}); mend the storage or its keys, then verify again.') from error
+    return {shown(join(location, name)): join(location, name) for name in names}
 
 
 def replay(run_dir: Path, address: str = "local") -> Verdict:

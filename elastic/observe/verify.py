@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from elastic.observe.metrics import Lines, build_summary, evaluations_of, steps_
 
 CLOCK_SKEW_S = 1.0  # between a worker's node, which dates steps, and the controller's, which dates events
 MAX_NAMED = 5  # of one kind of problem; the rest is counted
-CheckCheckpoint = Callable[[Path], Any]  # raises BadCheckpoint
+CheckCheckpoint = Callable[[Any], Any]  # raises BadCheckpoint
 
 
 @dataclass
@@ -27,9 +27,11 @@ class Verdict:
     facts: list[str] = field(default_factory=list)
 
 
-def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint) -> Verdict:
-    """Steps, generations, evaluations, summary, and every checkpoint that has a manifest."""
+def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint, checkpoints: Mapping[str, Any] | None = None) -> Verdict:
+    """Steps, generations, evaluations, summary, and every checkpoint that has a manifest: those in `run_dir`, or these, by name."""
     run_dir = Path(run_dir)
+    if checkpoints is None:
+        checkpoints = {f"checkpoints/{m.parent.name}": m.parent for m in sorted(run_dir.glob("checkpoints/*/manifest.json"))}
     verdict = Verdict()
     try:
         events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
@@ -45,7 +47,7 @@ def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint) -> Verdict:
         problems, facts = prove(run_dir, steps)
         verdict.problems += limited(problems)
         verdict.facts += facts
-    verdict.problems += checkpoint_problems(run_dir, check_checkpoint, verdict.facts)
+    verdict.problems += checkpoint_problems(checkpoints, check_checkpoint, verdict.facts)
     if summary is not None:
         verdict.problems += summary_problems(summary, events, metrics)
         verdict.facts.append("summary.json agrees with the lines")
@@ -125,15 +127,15 @@ def membership_problems(events: Lines, steps: Lines) -> list[str]:
     return problems
 
 
-def checkpoint_problems(run_dir: Path, check_checkpoint: CheckCheckpoint, facts: list[str]) -> list[str]:
+def checkpoint_problems(checkpoints: Mapping[str, Any], check_checkpoint: CheckCheckpoint, facts: list[str]) -> list[str]:
     """Every checkpoint with a manifest is whole. One without is absent, not wrong."""
     problems, good = [], 0
-    for manifest in sorted(run_dir.glob("checkpoints/*/manifest.json")):
+    for name, path in checkpoints.items():
         try:
-            check_checkpoint(manifest.parent)
+            check_checkpoint(path)
             good += 1
         except BadCheckpoint as error:
-            problems.append(f"{manifest.parent.relative_to(run_dir)}: {error}")
+            problems.append(f"{name}: {error}")
     facts.append(f"{good} whole checkpoints, every hash checked")
     return problems
 

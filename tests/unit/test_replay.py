@@ -1,0 +1,54 @@
+"""A run that writes its checkpoints to a place of its own: its proof looks there, its replay writes nothing there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from elastic.errors import UserError
+from elastic.recipe import dumps, load_recipe, parse
+from elastic.replay import UNDISTURBED, verify_run
+from tests.checkpoints import Arrays, saver, values
+
+
+def make_run(tmp_path: Path, location: str) -> Path:
+    """One step, one worker, and two checkpoints elsewhere."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    recipe = parse({"run": {"steps": 1}, "model": {"kind": "nlp.gpt"}, "data": {"format": "text", "path": str(tmp_path / "plays.txt"), "batch_size": 4},
+                    "checkpoint": {"path": location}}, locate=False)
+    (run_dir / "recipe.toml").write_text(dumps(recipe))
+    started = {"time": 1.0, "event": "generation_started", "generation": 1, "step": 0, "world_size": 1, "workers": [{"rank": 0}]}
+    (run_dir / "events.jsonl").write_text(json.dumps(started) + "\n")
+    line = {"step": 1, "loss": 1.0, "time": 2.0, "step_s": 1.0, "world_size": 1, "generation": 1, "samples": 4}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    return run_dir
+
+
+def test_every_hash_is_checked_where_the_checkpoints_are(tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    run_dir = make_run(tmp_path, str(away))
+    for step in (5, 6):
+        assert saver(str(away)).leave(Arrays(values(step), step), 1, {}, ())
+    verdict = verify_run(run_dir)
+    assert not verdict.problems and "2 whole checkpoints, every hash checked" in verdict.facts
+    file = next((away / "step-00000006").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert len(verify_run(run_dir).problems) == 1 and f"{away}/step-00000006: " in verify_run(run_dir).problems[0]
+
+
+def test_a_storage_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, "s3://KEY:SECRET@bucket/run?endpoint_override=http://127.0.0.1:9&region=us-east-1")
+    with pytest.raises(UserError, match='checkpoint.path = "s3://bucket/run" cannot be read') as error:
+        verify_run(run_dir)
+    assert "SECRET" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_replay_leaves_the_run_s_checkpoints_alone(tmp_path: Path) -> None:
+    (tmp_path / "plays.txt").write_text("to be or not to be")
+    run_dir = make_run(tmp_path, str(tmp_path / "away"))
+    assert load_recipe(run_dir / "recipe.toml", UNDISTURBED).checkpoint.path == ""
