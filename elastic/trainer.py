@@ -286,7 +286,7 @@ def interrupting(controller: Any) -> Iterator[None]:
             os._exit(130)
         asked.set()
         print("\nInterrupted: a last checkpoint is written; press Ctrl-C again to exit at once.", file=sys.stderr)
-        controller.interrupt.remote()
+        threading.Thread(target=ask, args=(controller, "interrupt"), daemon=True).start()  # it may be on its way back
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -355,6 +355,6 @@ def scale(run_dir: str | Path, workers: int) -> None:
         raise UserError(f"--workers {workers} is outside elastic.min_workers = {low} .. elastic.max_workers = {high} of this run.")
     with connected(live["address"], recipe):
         try:
-            ray.get(ray.get_actor(f"{live['run_id']}/controller", NAMESPACE).scale.remote(workers))
+            ask(ray.get_actor(f"{live['run_id']}/controller", NAMESPACE), "scale", workers)
         except ValueError as error:
             raise RunFailed(f"The run in {run_dir} has no controller any more; `elastic resume` it.") from error
