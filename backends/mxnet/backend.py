@@ -1,0 +1,214 @@
+"""`elastic.backend.Backend` on MXNet: parameters are arrays over the platform's flat buffers, without a copy.
+
+Kernels run in the calling thread (see `backends.mxnet`) and share scratch memory across threads, so one thread computes at a time
+in a process; workers that are processes never wait for one another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends.mxnet import optimizer, warn_if_late
+from backends.mxnet.ops import MXNetOps, mx, shapes, to_array
+from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
+from elastic.errors import UserError
+
+ALIGN_BYTES = 64
+KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare
+
+_computing = threading.RLock()
+_autograd = mx.autograd
+_library = mx.base._LIB
+_blas = ctypes.CDLL(str(Path(mx.__file__).parent / "libopenblas.so.0")) if (Path(mx.__file__).parent / "libopenblas.so.0").exists() else None
+
+
+def create(model: Model | Any, settings: Any) -> MXNetBackend:
+    """`settings` has device ("cpu", "auto"), precision ("float32", "float64" for tests), threads and compile. UserError."""
+    warn_if_late()
+    return MXNetBackend(adapt(model), settings)
+
+
+def adapt(model: Any) -> Any:
+    """A user's Gluon block as a model; others as they are. UserError where a block cannot serve."""
+    return model
+
+
+def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
+    """A user's block or data set; what it draws to begin with is a function of `seed`, so every worker builds the same."""
+    with seeded(seed):
+        return factory(**config)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, the generators of MXNet, NumPy and Python start from `seed`; afterwards those of NumPy and Python are as they were."""
+    with _computing:
+        numpy_state, python_state = np.random.get_state(), random.getstate()
+        mx.random.seed(seed & (1 << 31) - 1)
+        np.random.seed(seed & (1 << 32) - 1)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+@contextmanager
+def computing(threads: int) -> Iterator[None]:
+    """This thread's turn, with the thread count on which bits depend: OpenMP's is a thread's own setting, BLAS has one for all."""
+    with _computing:
+        _library.MXSetNumOMPThreads(threads)
+        if _blas is not None and _blas.openblas_get_num_threads() != threads:
+            _blas.openblas_set_num_threads(threads)
+        with shapes():
+            yield
+
+
+class MXNetBackend:
+    """One model on the CPU. Calls may come from any thread; processes may hold several backends."""
+
+    name = "mxnet"
+
+    def __init__(self, model: Any, settings: Any):
+        if settings.device not in ("cpu", "auto"):
+            raise UserError(f'backend.device = {settings.device!r} is not for the mxnet backend, which runs on "cpu"; '
+                            'write backend.name = "torch" for a GPU.')
+        if settings.precision not in ("float32", "float64"):
+            raise UserError(f'backend.precision = {settings.precision!r} must be "float32" with the mxnet backend.')
+        self.parameters: Mapping[str, Spec] = model.parameters
+        self.buffers: Mapping[str, Spec] = model.buffers
+        self._model = model
+        self._dtype = np.dtype(settings.precision)
+        self._ops = MXNetOps(self._dtype)
+        self._threads = int(settings.threads)
+        self._leaves: dict[str, Any] = {}
+        self._state: Mapping[str, np.ndarray] = {}
+        self._trainable: set[str] = set()
+        self._kept: OrderedDict[tuple[int, int, int], list[Any]] = OrderedDict()
+
+    def allocate(self, size: int) -> Buffer:
+        room = np.zeros(size * self._dtype.itemsize + ALIGN_BYTES, np.uint8)
+        start = -room.ctypes.data % ALIGN_BYTES
+        return room[start:start + size * self._dtype.itemsize].view(self._dtype)
+
+    def initial(self) -> Mapping[str, Any]:
+        return self._model.initial() if hasattr(self._model, "initial") else {}
+
+    def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
+        with computing(self._threads):
+            self._leaves = {name: as_array(params[name]).as_np_ndarray() for name in self.parameters}
+        self._state = {name: buffers[name] for name in self.buffers}
+        self._trainable = set()
+        self._kept.clear()
+
+    def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
+        with computing(self._threads):
+            self._aim(into)
+            columns, state = self._columns(batch), self._device_state()
+            with _autograd.record():
+                loss, weight, new = self._model.loss(self._ops, self._leaves, state, columns, seed)
+            total, count = number(loss), number(weight)
+            if self._backward(loss):
+                for name, view in into.items():
+                    leaf = self._leaves[name]
+                    if leaf._fresh_grad:
+                        view += leaf.grad.asnumpy()
+                        leaf._fresh_grad = False
+            elif count:
+                raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
+            return ShardResult(total, count, {name: as_numpy(value) for name, value in new.items()})
+
+    def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
+        # in predict mode the kernels of some layers rearrange their weights in place, here in the platform's own buffers
+        with computing(self._threads), _autograd.train_mode():
+            found = self._model.metrics(self._ops, self._leaves, self._device_state(), self._columns(batch))
+            value = plain if hasattr(self._model, "tally") else number
+            return {name: (value(total), number(weight)) for name, (total, weight) in found.items()}
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """The scores of a model that offers `logits`."""
+        with computing(self._threads), _autograd.train_mode():
+            return self._model.logits(self._ops, self._leaves, to_array(tokens, self._dtype)).asnumpy()
+
+    def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
+        with computing(self._threads):
+            kept = {name: self._blocks(slot, block) for name, slot in slots.items()}
+            for i, (values, slope) in enumerate(zip(self._blocks(param, block), blocks_of(grad, block))):
+                optimizer.apply(rule, values, slope, {name: blocks[i] for name, blocks in kept.items()})
+
+    def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
+        # NumPy sums in pairs, in one thread; its dot product would go to a BLAS with a thread count of its own
+        return np.array([np.square(grad[i:i + block], dtype=np.float64).sum() for i in range(0, len(grad), block)])
+
+    def compilations(self) -> int:
+        return 0
+
+    def _backward(self, loss: Any) -> bool:
+        """False where no trainable parameter stands behind the loss."""
+        try:
+            loss.backward()
+        except mx.MXNetError as error:
+            if "computational graph" not in str(error):
+                raise
+            return False
+        return True
+
+    def _aim(self, into: Mapping[str, Buffer]) -> None:
+        """Gives the leaves in `into` a gradient; the others are frozen."""
+        if into.keys() == self._trainable:
+            return
+        self._trainable = set(into)
+        self._leaves = {name: leaf.detach() for name, leaf in self._leaves.items()}
+        for name in into:
+            self._leaves[name].attach_grad()
+
+    def _device_state(self) -> dict[str, Any]:
+        """Copies, because a step may be redone."""
+        return {name: to_array(value, self._dtype) for name, value in self._state.items()}
+
+    def _columns(self, batch: Batch) -> dict[str, Any]:
+        return {name: to_array(column, self._dtype) for name, column in batch.items()}
+
+    def _blocks(self, buffer: Buffer, block: int) -> list[Any]:
+        # only of buffers that live as long as the model: a kept array holds its memory, so the address cannot pass to another
+        key = (buffer.__array_interface__["data"][0], len(buffer), block)
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = blocks_of(buffer, block)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return found
+
+
+def as_array(buffer: np.ndarray) -> Any:
+    """An MXNet array over the same memory."""
+    return mx.nd.from_dlpack(buffer.__dlpack__())
+
+
+def blocks_of(buffer: np.ndarray, block: int) -> list[Any]:
+    return [as_array(buffer[start:start + block]) for start in range(0, len(buffer), block)]
+
+
+def as_numpy(value: Any) -> Any:
+    return value.asnumpy() if hasattr(value, "asnumpy") else value
+
+
+def number(value: Any) -> float:
+    return float(as_numpy(value))
+
+
+def plain(value: Any) -> Any:
+    """A number, or float64 NumPy where there are several."""
+    value = as_numpy(value)
+    return np.asarray(value, np.float64) if np.ndim(value) else float(value)

@@ -1,0 +1,287 @@
+"""`elastic.ops.Ops` on MXNet's native kernels. The shapes are documented there.
+
+Calls must stand inside `shapes()`: without it MXNet takes a dim of length 0 and a shape () for "unknown".
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import backends.mxnet  # noqa: F401  (sets what MXNet reads when it loads)
+
+# isort: split
+import mxnet as mx
+
+from elastic import ops as neutral
+
+Array = Any  # mx.np.ndarray
+
+
+def shapes() -> Any:
+    """A context in which arrays may have the shape (), in the calling thread."""
+    return mx.util.np_shape(True)
+
+
+class MXNetOps:
+    """Kernels on the CPU. `dtype` is what constants of floating point become."""
+
+    name = "mxnet"
+
+    def __init__(self, dtype: Any = np.float32, np_space: Any = mx.np, npx_space: Any = mx.npx):
+        self.dtype = np.dtype(dtype)
+        self.np, self.npx = np_space, npx_space  # the kernels: MXNet's own, or a recorder in front of them
+
+    def constant(self, values: Any) -> Array:
+        return to_array(values, self.dtype)
+
+    def reshape(self, x: Array, shape: Sequence[int]) -> Array:
+        return self.np.reshape(x, tuple(shape))
+
+    def transpose(self, x: Array, axes: Sequence[int]) -> Array:
+        axes = tuple(axes)
+        return x if axes == tuple(range(len(axes))) else self.np.transpose(x, axes)
+
+    def concatenate(self, arrays: Sequence[Array], axis: int) -> Array:
+        return self.np.concatenate(tuple(arrays), axis)
+
+    def unbind(self, x: Array, axis: int) -> tuple[Array, ...]:
+        shape = list(x.shape)
+        length = shape.pop(axis)
+        return tuple(self.np.reshape(self.narrow(x, axis, i, 1), tuple(shape)) for i in range(length))
+
+    def narrow(self, x: Array, axis: int, start: int, length: int) -> Array:
+        if start == 0 and length == x.shape[axis]:
+            return x
+        begin, end = [None] * len(x.shape), [None] * len(x.shape)
+        begin[axis], end[axis] = start, start + length  # type: ignore[call-overload]
+        return self.npx.slice(x, begin=tuple(begin), end=tuple(end))
+
+    def gather(self, table: Array, indices: Array) -> Array:
+        rows, *rest = table.shape
+        width = math.prod(rest)
+        found = self.npx.embedding(indices, self._reshaped(table, (rows, width)), input_dim=rows, output_dim=width)
+        return self._reshaped(found, (*indices.shape, *rest))
+
+    def add(self, x: Array, y: Array) -> Array:
+        return self.np.add(x, y)
+
+    def subtract(self, x: Array, y: Array) -> Array:
+        return self.np.subtract(x, y)
+
+    def multiply(self, x: Array, y: Array) -> Array:
+        return self.np.multiply(x, y)
+
+    def divide(self, x: Array, y: Array) -> Array:
+        return self.np.divide(x, y)
+
+    def exp(self, x: Array) -> Array:
+        return self.np.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return self.np.log(x)
+
+    def sqrt(self, x: Array) -> Array:
+        return self.np.sqrt(x)
+
+    def sum(self, x: Array, axes: Sequence[int] | None = None, keep: bool = False) -> Array:
+        return self.np.sum(x, axis=None if axes is None else tuple(axes), keepdims=keep)
+
+    def mean(self, x: Array, axes: Sequence[int] | None = None, keep: bool = False) -> Array:
+        return self.np.mean(x, axis=None if axes is None else tuple(axes), keepdims=keep)
+
+    def contract(self, equation: str, x: Array, y: Array, bias: Array | None = None) -> Array:
+        plan = contraction_plan(equation)
+        sizes = dict(zip(plan.left + plan.right, (*x.shape, *y.shape)))
+
+        def flat(array: Array, order: tuple[int, ...], *groups: str) -> Array:
+            """The array with its dims in order, and each group of them as one."""
+            return self._reshaped(self.transpose(array, order), tuple(_numel(sizes, group) for group in groups))
+
+        if plan.batch:
+            a = flat(x, plan.left_order, plan.batch, plan.lead, plan.inner)
+            b = flat(y, plan.right_order, plan.batch, plan.trail, plan.inner)
+            out = self.npx.batch_dot(a, b, transpose_b=True)
+        else:
+            a = flat(x, plan.left_order, plan.lead, plan.inner)
+            b = flat(y, plan.right_order, plan.trail, plan.inner)
+            shift = () if bias is None or not plan.ends_with_trail else (self._reshaped(bias, (b.shape[0],)),)
+            out = self.npx.fully_connected(a, b, *shift, num_hidden=b.shape[0], no_bias=not shift, flatten=False)
+            bias = None if shift else bias
+        out = self._reshaped(out, tuple(sizes[i] for i in plan.batch + plan.lead + plan.trail))
+        out = self.transpose(out, plan.out_order)
+        return out if bias is None else self.np.add(out, bias)
+
+    def relu(self, x: Array) -> Array:
+        return self.npx.relu(x)
+
+    def gelu(self, x: Array) -> Array:
+        if self.dtype == np.float32:
+            return self.npx.leaky_relu(x, act_type="gelu")
+        # the constant in the slope of the library's erf is a float32: the true slope enters by a term whose value is 0
+        v = self.stopped(x)
+        below = self.np.multiply(self.np.add(self.npx.erf(self.np.multiply(v, math.sqrt(0.5))), 1.0), 0.5)
+        density = self.np.multiply(self.np.exp(self.np.multiply(self.np.multiply(v, v), -0.5)), 1 / math.sqrt(2 * math.pi))
+        slope = self.stopped(self.np.add(below, self.np.multiply(v, density)))
+        return self.np.add(self.stopped(self.np.multiply(v, below)), self.np.multiply(slope, self.np.subtract(x, v)))
+
+    def sigmoid(self, x: Array) -> Array:
+        return self.npx.sigmoid(x)
+
+    def tanh(self, x: Array) -> Array:
+        return self.np.tanh(x)
+
+    def softmax(self, x: Array, axis: int = -1) -> Array:
+        return self.npx.softmax(x, axis=axis)
+
+    def log_softmax(self, x: Array, axis: int = -1) -> Array:
+        return self.npx.log_softmax(x, axis=axis)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None = None, eps: float = 1e-5) -> Array:
+        if bias is None:
+            bias = self.constant(np.zeros(weight.shape))
+        return self.npx.layer_norm(x, weight, bias, axis=-1, eps=eps)
+
+    def rms_norm(self, x: Array, weight: Array, eps: float = 1e-6) -> Array:
+        square = self.np.mean(self.np.multiply(x, x), axis=-1, keepdims=True)
+        return self.np.multiply(self.np.divide(x, self.np.sqrt(self.np.add(square, eps))), weight)
+
+    def attention(self, query: Array, key: Array, value: Array, causal: bool, rate: float = 0.0, seed: Any = 0,
+                  tag: str = "") -> Array:
+        rows, time, heads, d_head = query.shape
+        turned = [self._reshaped(self.transpose(x, (0, 2, 1, 3)), (rows * heads, x.shape[1], x.shape[3])) for x in (query, key, value)]
+        scores = self.npx.batch_dot(self.np.multiply(turned[0], 1 / math.sqrt(d_head)), turned[1], transpose_b=True)
+        if causal:
+            lengths = self.constant(np.broadcast_to(np.arange(1, time + 1, dtype=np.int32), scores.shape[:-1]))
+            weights = self.npx.softmax(scores, lengths, axis=-1, use_length=True)
+        else:
+            weights = self.npx.softmax(scores, axis=-1)
+        if rate:
+            whole = (rows, heads, *weights.shape[1:])
+            weights = self._reshaped(self.dropout(self._reshaped(weights, whole), rate, seed, tag), weights.shape)
+        return self.transpose(self._reshaped(self.npx.batch_dot(weights, turned[2]), (rows, heads, time, d_head)), (0, 2, 1, 3))
+
+    def dropout(self, x: Array, rate: float, seed: Any, tag: str) -> Array:
+        if not neutral.dropout_levels(rate):
+            return x
+        return self.np.multiply(x, self.dropout_factors(x.shape, rate, seed, tag))
+
+    def dropout_factors(self, shape: tuple[int, ...], rate: float, seed: Any, tag: str) -> Array:
+        """What `dropout` multiplies by: 0, or the inverse of the share that is kept."""
+        return to_array(factors(shape, rate, seed, tag, self.dtype), self.dtype)
+
+    def conv2d(self, x: Array, weight: Array, bias: Array | None = None, stride: int = 1, padding: int = 0) -> Array:
+        tall, wide, _, filters = weight.shape
+        inputs = [self.channels_first(x), self.transpose(weight, (3, 2, 0, 1))] + ([] if bias is None else [bias])
+        return self.channels_last(self.npx.convolution(
+            *inputs, kernel=(tall, wide), stride=(stride, stride), pad=(padding, padding), num_filter=filters, no_bias=bias is None))
+
+    def max_pool(self, x: Array, size: int, stride: int, padding: int = 0) -> Array:
+        return self.channels_last(self.npx.pooling(
+            self.channels_first(x), kernel=(size, size), stride=(stride, stride), pad=(padding, padding), pool_type="max"))
+
+    def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool, momentum: float = 0.1,
+                   eps: float = 1e-5) -> tuple[Array, Array, Array]:
+        # the kernel would write to the running statistics: it gets others where it does, and with momentum 1 it leaves them alone
+        running = [self.constant(np.zeros(weight.shape)), self.constant(np.ones(weight.shape))] if training else [mean, var]
+        y = self.channels_last(self.npx.batch_norm(
+            self.channels_first(x), weight, bias, *running, eps=eps, momentum=1.0, fix_gamma=False, use_global_stats=not training, axis=1))
+        if not training:
+            return y, mean, var
+        x, axes = self.stopped(x), tuple(range(len(x.shape) - 1))
+        found = self.np.mean(x, axis=axes), self.np.var(x, axis=axes, ddof=1)
+        return y, *(self.np.add(self.np.multiply(old, 1 - momentum), self.np.multiply(new, momentum))
+                    for old, new in zip((mean, var), found))
+
+    def group_norm(self, x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
+        first = self.channels_first(x)
+        runs = self._reshaped(first, (x.shape[0], groups, math.prod(x.shape[1:]) // groups))
+        ones = np.ones(runs.shape[-1])
+        scaled = self.npx.layer_norm(runs, self.constant(ones), self.constant(0 * ones), axis=-1, eps=eps)
+        scaled = self.channels_last(self._reshaped(scaled, first.shape))
+        return self.np.add(self.np.multiply(scaled, weight), bias)
+
+    def channels_first(self, x: Array) -> Array:
+        """(rows, ..., c) -> (rows, c, ...), the only layout that MXNet's kernels for images know on a CPU."""
+        return self.transpose(x, (0, len(x.shape) - 1, *range(1, len(x.shape) - 1)))
+
+    def channels_last(self, x: Array) -> Array:
+        return self.transpose(x, (0, *range(2, len(x.shape)), 1))
+
+    def stopped(self, x: Array) -> Array:
+        """The same values, through which no gradient passes."""
+        return mx.nd.BlockGrad(x.as_nd_ndarray()).as_np_ndarray()
+
+    def cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
+        each = self.npx.pick(self.npx.log_softmax(logits, axis=-1), targets, axis=-1)
+        return self.np.negative(self.np.sum(self.np.multiply(each, weights)))
+
+    def binary_cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
+        # the two classes have the scores 0 and z: stable, and with the right slope at z = 0, where kernels of |z| have none
+        pair = self.np.concatenate((self._reshaped(self.np.multiply(logits, 0.0), (*logits.shape, 1)),
+                                    self._reshaped(logits, (*logits.shape, 1))), -1)
+        both = self._reshaped(targets, (*targets.shape, 1))
+        likely = self.np.concatenate((self.np.subtract(1.0, both), both), -1)
+        each = self.np.sum(self.np.multiply(self.npx.log_softmax(pair, axis=-1), likely), axis=-1)
+        return self.np.negative(self.np.sum(self.np.multiply(each, weights)))
+
+    def squared_error(self, x: Array, targets: Array, weights: Array) -> Array:
+        difference = self.np.subtract(x, targets)
+        return self.np.sum(self.np.multiply(self.np.multiply(difference, difference), weights))
+
+    def correct(self, logits: Array, targets: Array, weights: Array, top: int = 1) -> Array:
+        if top == 1:
+            return self.np.sum(self.np.multiply(self.np.equal(self.np.argmax(logits, axis=-1), targets), weights))
+        one, places = self.constant(1.0), self.constant(np.arange(logits.shape[-1]))
+        own = self.npx.pick(logits, targets, axis=-1, keepdims=True)
+        earlier = self.np.multiply(self.np.less(places, self._reshaped(targets, (*targets.shape, 1))), one)
+        higher = self.np.multiply(self.np.greater(logits, own), one)
+        rank = self.np.sum(self.np.add(higher, self.np.multiply(self.np.equal(logits, own), earlier)), axis=-1)
+        return self.np.sum(self.np.multiply(self.np.less(rank, top), weights))
+
+    def _reshaped(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return x if tuple(x.shape) == tuple(shape) else self.np.reshape(x, shape)
+
+
+def to_array(values: Any, dtype: np.dtype) -> Array:
+    """NumPy values as an array; floats take `dtype`, everything else int64 or int32 as it is."""
+    array = np.asarray(values)
+    if array.dtype.kind == "f":
+        array = array.astype(dtype, copy=False)
+    elif array.dtype != np.int32:
+        array = array.astype(np.int64, copy=False)
+    return mx.np.array(array, dtype=array.dtype)
+
+
+def factors(shape: Sequence[int], rate: float, seed: int, tag: str, dtype: np.dtype) -> np.ndarray:
+    scale = neutral.DROPOUT_LEVELS / (neutral.DROPOUT_LEVELS - neutral.dropout_levels(rate))
+    return neutral.keep_mask(shape, rate, seed, tag).astype(dtype) * dtype.type(scale)
+
+
+class Plan:
+    """An einsum of two arrays as one matrix product (or a batch of them): which letters play which part."""
+
+    def __init__(self, equation: str):
+        inputs, out = equation.replace(" ", "").split("->")
+        self.left, self.right = inputs.split(",")
+        both = [i for i in self.left if i in self.right]
+        self.batch = "".join(i for i in both if i in out)
+        self.inner = "".join(i for i in both if i not in out)
+        self.lead = "".join(i for i in self.left if i not in both)
+        self.trail = "".join(i for i in self.right if i not in both)
+        self.left_order = tuple(self.left.index(i) for i in self.batch + self.lead + self.inner)
+        self.right_order = tuple(self.right.index(i) for i in self.batch + self.trail + self.inner)
+        made = self.batch + self.lead + self.trail
+        self.out_order = tuple(made.index(i) for i in out)
+        self.ends_with_trail = out.endswith(self.trail)
+
+
+contraction_plan = functools.cache(Plan)
+
+
+def _numel(sizes: dict[str, int], letters: str) -> int:
+    return math.prod(sizes[letter] for letter in letters)
