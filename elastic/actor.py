@@ -16,7 +16,7 @@ import ray
 
 from elastic.chaos import CutShort, Fault, strike_process
 from elastic.errors import UserError
-from elastic.messages import Generation, Job
+from elastic.messages import Generation, Job, Save
 
 NAMESPACE = "elastic"
 RETRY_S = 0.2  # between tries to reach a controller that is away
@@ -136,8 +136,8 @@ class WorkerActor:
         self.worker.orphan()
         leave()
 
-    def assign(self, generation: Generation) -> None:
-        self.worker.orders.put(generation)
+    def assign(self, order: Generation | Save) -> None:
+        self.worker.orders.put(order)
 
     def abandon(self, generation: int) -> None:
         self.worker.control.abandon(generation)

@@ -23,7 +23,7 @@ from elastic import membership as m
 from elastic.actor import NAMESPACE, WorkerActor
 from elastic.chaos import Fault
 from elastic.errors import UserError
-from elastic.messages import Generation, Job, Ready
+from elastic.messages import Generation, Job, Ready, Save
 
 POLL_S = 0.5  # how often a pending placement group and draining nodes are looked at
 REPLACE_S = 0.5  # before another worker is started: its imports must not take the survivors' cores while they re-form
@@ -162,8 +162,8 @@ class RayFleet:
         if slot is not None and slot.actor is not None:
             getattr(slot.actor, method).remote(*arguments)
 
-    def assign(self, worker: str, generation: Generation) -> None:
-        self.tell(worker, "assign", generation)
+    def assign(self, worker: str, order: Generation | Save) -> None:
+        self.tell(worker, "assign", order)
 
     def abandon(self, worker: str, generation: int) -> None:
         self.tell(worker, "abandon", generation)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from elastic.chaos import Fault
-from elastic.messages import Generation, Ready
+from elastic.messages import Generation, Ready, Save
 
 
 class Fleet(Protocol):
@@ -15,7 +15,7 @@ class Fleet(Protocol):
     def want(self, workers: int, avoid: Sequence[str]) -> None:
         """Keep this many workers alive or asked for, none of them on a node of `avoid`."""
 
-    def assign(self, worker: str, generation: Generation) -> None: ...
+    def assign(self, worker: str, order: Generation | Save) -> None: ...
 
     def abandon(self, worker: str, generation: int) -> None: ...
 

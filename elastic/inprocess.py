@@ -19,7 +19,7 @@ from elastic.collective.local import Hub, Killed
 from elastic.collective.solo import SoloGroup
 from elastic.control import Control
 from elastic.errors import UserError
-from elastic.messages import Generation, Job, Ready
+from elastic.messages import Generation, Job, Ready, Save
 from elastic.outbox import Outbox
 from elastic.worker import Worker
 
@@ -162,8 +162,8 @@ class ThreadFleet:
         if found is not None:
             act(found)
 
-    def assign(self, worker: str, generation: Generation) -> None:
-        self.call(worker, lambda w: w.orders.put(generation))
+    def assign(self, worker: str, order: Generation | Save) -> None:
+        self.call(worker, lambda w: w.orders.put(order))
 
     def abandon(self, worker: str, generation: int) -> None:
         self.call(worker, lambda w: w.control.abandon(generation))

@@ -39,9 +39,15 @@ def snapshot(run: Run, names: list[str]) -> dict[str, bytes]:
         out |= {f"{name}/{key}": array.tobytes() for key, array in flat.items()}
         out[f"{name}/committed"] = bytes(str((work.state.committed, work.holds, work.ballot)), "utf-8")
     for path in sorted(run.run_dir.rglob("*")):
-        if path.is_file():
+        if path.is_file() and not is_leftover(path):
             out[str(path)] = path.read_bytes()
     return out
+
+
+def is_leftover(path: Path) -> bool:
+    """A part that no manifest names: it belongs to no checkpoint, and is cleared away with the next."""
+    manifest = path.parent / "manifest.json"
+    return ".safetensors" in path.name and not (manifest.exists() and path.name in manifest.read_text())
 
 
 @pytest.mark.parametrize("phase", ["forward", "reduction", "vote", "update", "checkpoint"])
@@ -49,7 +55,14 @@ def test_a_continued_worker_changes_not_a_byte(phase: str, oracle: Result, tmp_p
     run = Run(tmp_path, recipe(min_workers=3, hang_timeout_s=1.0), [f"stop:1@8/{phase}"], capacity=3)
     run.hooks[5] = lambda run: run.fleet.grow(2)  # no room for a replacement: the survivors will wait, warm
     waiting = threading.Event()
-    run.books.on_event = lambda name: waiting.set() if name == "waiting" else None
+
+    def on_event(name: str) -> None:
+        state = run.controller.state
+        words = state.last.values()
+        if name in ("waiting", "checkpoint_committed") and words and run.controller.commits.newest >= max(word.committed for word in words):
+            waiting.set()  # and whoever had to has written down what they have
+
+    run.books.on_event = on_event
     ended: list[Result] = []
     thread = threading.Thread(target=lambda: ended.append(run.fit()), daemon=True)
     thread.start()
@@ -77,3 +90,4 @@ def test_a_continued_worker_changes_not_a_byte(phase: str, oracle: Result, tmp_p
     result.assert_sound(STEPS)
     assert result.sha == oracle.sha
     assert "ghost" not in (tmp_path / "events.jsonl").read_text()
+    assert not [path for path in tmp_path.rglob("*.safetensors*") if is_leftover(path)]

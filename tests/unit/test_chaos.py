@@ -19,7 +19,8 @@ def test_a_fault_s_text(spec: str, kind: str, number: int, step: int, phase: str
 
 
 @pytest.mark.parametrize("spec", ["", "kill", "kill:1", "kill@5", "kill:x@5", "kill:1@", "kill:-1@5", "kill:1@5/", "kill:1@5/lunch", "scale:2@5/vote",
-                                  "corrupt:1@5", "kill:1@5 ", "explode:1@5", "controller:0@5", "disk:1@5", "disk:1@5/vote", "disk@5/full", "kill:1@5/full", "kill:1@5/Vote"])
+                                  "corrupt:1@5", "kill:1@5 ", "explode:1@5", "controller:0@5", "disk:1@5", "disk:1@5/vote",
+                                  "disk@5/full", "kill:1@5/full", "kill:1@5/Vote"])
 def test_what_is_no_fault_gets_one_sentence(spec: str) -> None:
     with pytest.raises(RecipeError) as error:
         parse(spec)
