@@ -89,8 +89,7 @@ def framework(name: str) -> Finding:
         last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         return Finding(name, f"does not import: {last}", False, f"reinstall it: pip install --force-reinstall -c constraints.txt {name}")
     told = json.loads(child.stdout.strip().splitlines()[-1])
-    later = "" if name == "torch" else "; not yet a backend here"
-    return Finding(name, f"{told['version']} on {', '.join(told['devices'])}{later}")
+    return Finding(name, f"{told['version']} on {', '.join(told['devices'])}")
 
 
 def gpu() -> Finding:

@@ -23,7 +23,8 @@ from elastic.loop import Plan, Work
 from elastic.recipe import Recipe
 from elastic.state import FlatLayout, State
 
-BACKENDS = {"torch": "backends.pytorch.backend", "reference": "backends.reference.backend"}
+BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
+            "mxnet": "backends.mxnet.backend", "reference": "backends.reference.backend"}
 
 
 def cache_dir() -> Path:

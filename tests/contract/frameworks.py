@@ -107,6 +107,7 @@ def _tensorflow(module: Any, ops: Any, function: Callable[..., Any], arrays: Seq
                 cotangents: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     import tensorflow as tf
 
+    load("tensorflow", "backend").start(1)
     ops = ops or module.TensorFlowOps(precision)
     leaves = [tf.constant(a.astype(precision)) for a in arrays]
     with tf.GradientTape() as tape:

@@ -1,0 +1,145 @@
+"""`elastic.backend.Backend` on TensorFlow: a shard's loss and its gradients are one traced function of the parameters.
+
+Parameters are tensors over the platform's flat buffers, without a copy (DLPack): what the platform writes there, the next
+call reads. They are handed to the traced function as arguments, so it holds no copy and never traces twice for them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from backends.tensorflow import optimizer
+from backends.tensorflow.ops import U64, TensorFlowOps, tf
+from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
+from elastic.errors import UserError
+
+ALIGN_BYTES = 64  # TensorFlow ends the process on DLPack memory that is aligned to less
+
+_start = threading.Lock()
+
+
+def create(model: Model, settings: Any) -> TensorFlowBackend:
+    """`settings` has device ("cpu", "auto"), precision ("float32", "float64"), threads and compile. UserError."""
+    return TensorFlowBackend(model, settings)
+
+
+def start(threads: int) -> None:
+    """Sets what TensorFlow fixes for a process at its first kernel. UserError where it has run already, with other threads."""
+    with _start:
+        config = tf.config.threading
+        if config.get_intra_op_parallelism_threads() != threads:
+            try:
+                config.set_intra_op_parallelism_threads(threads)
+                config.set_inter_op_parallelism_threads(1)  # a training step is a chain: its kernels share the threads
+                tf.config.set_visible_devices([], "GPU")
+            except RuntimeError as error:
+                raise UserError(f"backend.threads = {threads} cannot be had: TensorFlow has already computed in this process, with other "
+                                "threads; let nothing use it before the run begins.") from error
+        tf.config.experimental.enable_op_determinism()
+
+
+class TensorFlowBackend:
+    """One model on the CPU. Calls may come from any thread, one at a time; processes may hold several backends."""
+
+    name = "tensorflow"
+
+    def __init__(self, model: Any, settings: Any):
+        if settings.device not in ("cpu", "auto"):
+            raise UserError(f'backend.device = {settings.device!r} is not for the tensorflow backend, which runs on "cpu"; use "torch" on a GPU.')
+        if settings.precision not in ("float32", "float64"):
+            raise UserError(f"backend.precision = {settings.precision!r} must be float32 with the tensorflow backend.")
+        start(int(settings.threads))
+        self.parameters: Mapping[str, Spec] = model.parameters
+        self.buffers: Mapping[str, Spec] = model.buffers
+        self._model = model
+        self._dtype = np.dtype(settings.precision)
+        self._ops = TensorFlowOps(self._dtype)
+        self._jit = bool(settings.compile)
+        self._params: dict[str, Any] = {}
+        self._state: Mapping[str, np.ndarray] = {}
+        self._steps: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self._compilations = 0
+        self._metrics = self._traced(lambda params, state, batch: model.metrics(self._ops, params, state, batch))
+        self._logits = self._traced(lambda params, tokens: model.logits(self._ops, params, tokens))
+
+    def allocate(self, size: int) -> Buffer:
+        room = np.zeros(size * self._dtype.itemsize + ALIGN_BYTES, np.uint8)
+        first = -room.ctypes.data % ALIGN_BYTES
+        return room[first:first + size * self._dtype.itemsize].view(self._dtype)
+
+    def initial(self) -> Mapping[str, Any]:
+        return self._model.initial() if hasattr(self._model, "initial") else {}
+
+    def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
+        self._params = {name: tensor_over(params[name]) for name in self.parameters}
+        self._state = {name: buffers[name] for name in self.buffers}
+
+    def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
+        names = tuple(into)
+        if names not in self._steps:
+            self._steps[names] = self._traced(self._step_of(names))
+        loss, weight, new, slopes = self._steps[names](self._params, self._device_state(), self._columns(batch), tf.constant(np.uint64(seed & U64)))
+        for name, slope in zip(names, slopes, strict=True):
+            if slope is not None:
+                view = into[name]
+                view += np.asarray(slope)
+        return ShardResult(float(loss), float(weight), {name: value.numpy() for name, value in new.items()})
+
+    def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
+        found = self._metrics(self._params, self._device_state(), self._columns(batch))
+        return {name: (plain(total), float(weight)) for name, (total, weight) in found.items()}
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """The scores of a model that offers `logits`."""
+        return self._logits(self._params, tf.constant(np.asarray(tokens, np.int64))).numpy()
+
+    def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
+        optimizer.apply(rule, param, grad, slots)
+
+    def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
+        return optimizer.squared_norms(grad, block)
+
+    def compilations(self) -> int:
+        return self._compilations
+
+    def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            self._compilations += 1  # Python runs while tracing, never after
+            return function(*arguments)
+
+        return tf.function(counted, jit_compile=self._jit, autograph=False)
+
+    def _step_of(self, names: Sequence[str]) -> Callable[..., Any]:
+        def step(params: Mapping[str, Any], state: Mapping[str, Any], batch: Any, seed: Any) -> tuple[Any, Any, Any, list[Any]]:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch([params[name] for name in names])
+                loss, weight, new = self._model.loss(self._ops, params, state, batch, seed)
+            slopes = tape.gradient(loss, [params[name] for name in names])
+            if all(slope is None for slope in slopes):
+                raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
+            return (tf.cast(loss, tf.float64), tf.cast(weight, tf.float64), dict(new),
+                    [None if slope is None else tf.convert_to_tensor(slope) for slope in slopes])
+
+        return step
+
+    def _device_state(self) -> dict[str, Any]:
+        return {name: tf.constant(value) for name, value in self._state.items()}
+
+    def _columns(self, batch: Batch) -> dict[str, Any]:
+        kinds = {"f": self._dtype, "i": np.dtype(np.int64), "u": np.dtype(np.int64), "b": np.dtype(np.bool_)}
+        return {name: tf.constant(np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False)) for name, column in batch.items()}
+
+
+def tensor_over(view: np.ndarray) -> Any:
+    """A tensor that shares the memory of a view."""
+    assert view.ctypes.data % ALIGN_BYTES == 0, "parameters begin at multiples of 64 bytes"
+    return tf.experimental.dlpack.from_dlpack(view.__dlpack__())
+
+
+def plain(total: Any) -> Any:
+    """A number, or float64 NumPy where there are several."""
+    return np.asarray(total, np.float64) if len(np.shape(total)) else float(total)

@@ -1,0 +1,87 @@
+"""Optimizer steps and norms on flat NumPy ranges, in place.
+
+TensorFlow's own updates write to variables, and those copy a buffer that anybody else holds. These are elementwise NumPy loops of
+exactly rounded operations, so no cut of a range can show in the bits; a stretch at a time, so that its temporaries stay in the cache.
+Formulas: AdamW, Loshchilov and Hutter 2019, algorithm 2; Adam, Kingma and Ba 2015, algorithm 1; SGD, Sutskever et al. 2013 with
+v = momentum v + g; Adagrad, Duchi et al. 2011, diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from elastic.backend import UpdateRule
+from elastic.errors import UserError
+
+STRETCH = 8_192  # elements; 32 KB, and five arrays of it at a time
+
+Array = np.ndarray
+
+
+def apply(rule: UpdateRule, param: Array, grad: Array, slots: Mapping[str, Array]) -> None:
+    """One step in place; `grad` is overwritten. UserError names an unknown rule."""
+    steps = {"adamw": adam, "adam": adam, "sgd": sgd, "adagrad": adagrad}
+    if rule.name not in steps:
+        raise UserError(f"optimizer.name = {rule.name!r} is not one of {', '.join(steps)}.")
+    step, rooms = steps[rule.name], np.empty((2, min(STRETCH, len(param))), param.dtype)
+    for start in range(0, len(param), STRETCH):
+        cut = slice(start, start + STRETCH)
+        p, g = param[cut], grad[cut]
+        room = rooms[:, :len(p)]
+        if rule.scale != 1.0:
+            g *= rule.scale
+        if rule.name == "adamw":
+            p *= 1 - rule.lr * rule.weight_decay
+        elif rule.weight_decay:
+            g += np.multiply(p, rule.weight_decay, out=room[0])
+        step(rule, p, g, {name: slot[cut] for name, slot in slots.items()}, room)
+
+
+def adam(rule: UpdateRule, p: Array, g: Array, slots: Mapping[str, Array], room: Array) -> None:
+    mean, square = slots["exp_avg"], slots["exp_avg_sq"]
+    mean *= rule.beta1
+    mean += np.multiply(g, 1 - rule.beta1, out=room[0])
+    g *= g
+    g *= 1 - rule.beta2
+    square *= rule.beta2
+    square += g
+    root = np.sqrt(square, out=room[0])
+    root *= (1 - rule.beta2 ** rule.step) ** -0.5
+    root += rule.eps
+    change = np.divide(mean, root, out=room[1])
+    change *= rule.lr / (1 - rule.beta1 ** rule.step)
+    p -= change
+
+
+def sgd(rule: UpdateRule, p: Array, g: Array, slots: Mapping[str, Array], room: Array) -> None:
+    if rule.momentum:
+        momentum = slots["momentum"]
+        momentum *= rule.momentum
+        momentum += g
+        g = momentum
+    p -= np.multiply(g, rule.lr, out=room[0])
+
+
+def adagrad(rule: UpdateRule, p: Array, g: Array, slots: Mapping[str, Array], room: Array) -> None:
+    total = slots["sum"]
+    total += np.multiply(g, g, out=room[0])
+    root = np.sqrt(total, out=room[0])
+    root += rule.eps
+    g /= root
+    g *= rule.lr
+    p -= g
+
+
+def squared_norms(grad: Array, block: int) -> Array:
+    """float64 squared norm of each block, each by itself, in NumPy's pairwise order: a threaded BLAS has no say in it."""
+    wide = np.empty(min(block, len(grad)))
+    out = np.empty(-(-len(grad) // block))
+    for i in range(len(out)):
+        values = grad[i * block:(i + 1) * block]
+        square = wide[:len(values)]
+        square[:] = values
+        square *= square
+        out[i] = square.sum()
+    return out

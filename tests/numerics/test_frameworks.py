@@ -1,0 +1,59 @@
+"""Same bits (P1) on every framework: one, two, three workers and kills end in one state; and the losses are the reference's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.contract.frameworks import load
+from tests.numerics.inprocess import Result, fit, gpt_recipe
+
+STEPS = 12
+FRAMEWORKS = ["torch", "tensorflow", "mxnet"]
+DISTURBED = ("kill:1@3/vote", "kill:0@5/update", "scale:2@7", "kill:1@9/reduction")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to train on, tokenised into a folder of its own."""
+    folder = tmp_path_factory.mktemp("text")
+    random = np.random.default_rng(0)
+    file = folder / "text.txt"
+    file.write_text(" ".join(random.choice(["to", "be", "or", "not", "that", "is", "the", "question"], 1500)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield file
+
+
+def run(name: str, text: Path, folder: Path, workers: int, chaos: tuple[str, ...] = (), **changes: Any) -> Result:
+    recipe = gpt_recipe(text, STEPS, backend={"name": name}, elastic={"max_workers": workers}, optimizer={"clip_norm": 1.0}, **changes)
+    return fit(folder, recipe, chaos)
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_one_state_whatever_happens(name: str, text: Path, tmp_path: Path) -> None:
+    load(name, "backend")
+
+    def trained(workers: int, chaos: tuple[str, ...] = ()) -> Result:
+        return run(name, text, tmp_path / f"{workers}{len(chaos)}", workers, chaos, model={"dropout": 0.1})
+
+    one, disturbed = trained(1), trained(3, DISTURBED)
+    one.assert_sound(STEPS)
+    assert len(disturbed.named("worker_lost")) >= 2
+    for result in (trained(2), trained(3), disturbed):
+        result.assert_sound(STEPS)
+        assert result.sha == one.sha
+        assert [line.get("loss") for line in result.metrics] == [line.get("loss") for line in one.metrics]
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_the_losses_are_the_reference_s(name: str, text: Path, tmp_path: Path) -> None:
+    load(name, "backend")
+    found, wanted = (run(framework, text, tmp_path / framework, 1, model={"bias": True}) for framework in (name, "reference"))
+    losses = [[line["loss"] for line in result.metrics if "loss" in line] for result in (found, wanted)]
+    assert len(losses[0]) == STEPS and losses[1][-1] < losses[1][0] - 0.3
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    assert found.sha != wanted.sha
