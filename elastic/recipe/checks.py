@@ -10,7 +10,7 @@ from elastic.recipe.sections import LATER_KINDS, TABLES, Recipe
 STORAGES = ("file", "s3", "gs", "gcs", "hdfs")
 OWN_KIND = '"nlp.gpt", or "package.module:attribute" for your own'
 LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, what to write)
-    "backend.name": (("torch", "reference"), '"torch"'),
+    "backend.name": (("torch", "tensorflow", "reference"), '"torch"'),
     "data.format": ((None, "text", "csv", "parquet", "arrow"), '"text", "csv", "parquet" or "arrow", or data.kind = "package.module:attribute"'),
     "data.label": (("",), "nothing: leave it out"),
     "data.categorical": (((),), "nothing: leave it out"),
@@ -121,15 +121,16 @@ def check_numbers(recipe: Recipe) -> None:
         raise RecipeError(f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}; lower it.")
 
 
+CPU = {"device": ("auto", "cpu"), "precision": ("float32",)}
+SERVED = {"reference": {**CPU, "compile": (False,), "threads": (1,)}, "tensorflow": CPU, "mxnet": CPU}  # torch serves every value
+
+
 def check_backend(recipe: Recipe) -> None:
     backend = recipe.backend
-    if backend.name != "reference":
-        return
-    for key, value, served in (("device", backend.device, ("auto", "cpu")), ("precision", backend.precision, ("float32",)),
-                               ("compile", backend.compile, (False,)), ("threads", backend.threads, (1,))):
+    for key, served in SERVED.get(backend.name, {}).items():
+        value = getattr(backend, key)
         if value not in served:
-            raise RecipeError(f"backend.{key} = {shown(value)} is not for the NumPy reference backend; "
-                              f"write {shown(served[-1])}.")
+            raise RecipeError(f"backend.{key} = {shown(value)} is not for backend.name = {shown(backend.name)}; write {shown(served[-1])}.")
 
 
 def check_checkpoint(recipe: Recipe) -> None:
