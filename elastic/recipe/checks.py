@@ -10,7 +10,6 @@ from elastic.recipe.sections import LATER_KINDS, TABLES, Recipe
 STORAGES = ("file", "s3", "gs", "gcs", "hdfs")
 OWN_KIND = '"nlp.gpt", or "package.module:attribute" for your own'
 LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, what to write)
-    "backend.name": (("torch", "tensorflow", "reference"), '"torch"'),
     "data.format": ((None, "text", "csv", "parquet", "arrow"), '"text", "csv", "parquet" or "arrow", or data.kind = "package.module:attribute"'),
     "data.label": (("",), "nothing: leave it out"),
     "data.categorical": (((),), "nothing: leave it out"),

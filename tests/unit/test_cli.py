@@ -61,7 +61,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
     ("train r.toml --set model.wdith=3", "model.wdith"),
     ("train r.toml --set model.kind=no_such_module:Net", "no_such_module"),
     ("train r.toml --set optimizer.no_decay=nothing_like_it", "optimizer.no_decay"),
-    ("train r.toml --set backend.name=mxnet", "not yet"),
+    ("train r.toml --set backend.name=mxnet --set backend.device=cuda", "backend.device"),
     ("train r.toml --chaos kill:x", "--chaos"),
     ("train r.toml --run-dir used", "already in use"),
     ("train r.toml --run-dir plays.txt", "plays.txt"),

@@ -81,8 +81,6 @@ def test_a_recipe_cannot_be_changed(least: dict[str, Any]) -> None:
     ("model.kind=nlp.gtp", 'model.kind = "nlp.gtp" is no kind of model'),
     ("model.kind=no:colon:here", "model.kind = "),
     ("model.init=nowhere.safetensors", 'model.init = "nowhere.safetensors" does not exist'),
-    ("backend.name=mxnet", 'backend.name = "mxnet" is not yet supported; write "torch".'),
-    ("backend.name=tensorflow", "not yet"),
     ("backend.name=jax", 'must be one of "torch", "reference", "tensorflow", "mxnet"'),
     ("backend.device=tpu", 'must be one of "auto", "cpu", "cuda"'),
     ("backend.threads=0", "backend.threads = 0 cannot work"),
@@ -145,6 +143,10 @@ def test_several_keys_that_exclude_each_other(least: dict[str, Any]) -> None:
     assert "run.steps = 10 and run.epochs = 2 exclude each other" in refused(least, "run.steps=10", "run.epochs=2")
     assert "model of one framework" in refused(least, "model.kind=mine:Net", "backend.name=reference")
     assert 'backend.precision = "bfloat16"' in refused(least, "backend.name=reference", "backend.precision=bfloat16")
+    assert 'backend.device = "cuda" is not for backend.name = "tensorflow"; write "cpu".' in refused(
+        least, "backend.name=tensorflow", "backend.device=cuda")
+    assert 'backend.precision = "bfloat16" is not for backend.name = "mxnet"' in refused(
+        least, "backend.name=mxnet", "backend.precision=bfloat16")
     own = {"model": {"kind": "mine:Net"}, "data": {"kind": "mine:Rows"}}
     assert parse(own, ["data.options.size=3"]).data.options == {"size": 3}
     assert "has no meaning beside data.kind" in refused(own, "data.path=x")
