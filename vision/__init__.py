@@ -1,0 +1,1 @@
+"""Models of images, their data, metrics and recipes."""

@@ -1,0 +1,48 @@
+"""Random views of images: crops, mirror images, mixtures. Each is a pure function of (seed, epoch, index of the sample)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from elastic.data.permutation import keyed_words, mix, permute
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+WORDS = 4  # drawn for each sample: down, across, mirrored, mixture
+CROP, PARTNER = 2, 3  # what a key is for
+
+
+def draws(seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """(rows, WORDS) uint64, by SplitMix64 (Steele et al. 2014) from a key of each epoch."""
+    keys = {int(epoch): keyed_words(1, CROP, seed, int(epoch))[0] for epoch in np.unique(epochs)}
+    start = np.array([keys[int(epoch)] for epoch in epochs], np.uint64)
+    with np.errstate(over="ignore"):
+        own = mix(start + GOLDEN * (np.asarray(indices).astype(np.uint64) + np.uint64(1)))
+        return mix(own[:, None] + GOLDEN * np.arange(1, WORDS + 1, dtype=np.uint64))
+
+
+def crop_and_flip(images: np.ndarray, words: np.ndarray, crop: int, flip: bool) -> np.ndarray:
+    """(rows, h, w, c) moved by up to `crop` pixels in each direction, black where nothing comes after, half of them mirrored."""
+    rows, height, width, _ = images.shape
+    around = (crop, crop)
+    wide = np.pad(images, ((0, 0), around, around, (0, 0)))
+    down, across = ((words[:, i] % np.uint64(2 * crop + 1)).astype(np.int64) for i in (0, 1))
+    y, x = down[:, None] + np.arange(height), across[:, None] + np.arange(width)
+    if flip:
+        mirrored = (words[:, 2] >> np.uint64(63)).astype(bool)
+        x[mirrored] = x[mirrored, ::-1]
+    return wide[np.arange(rows)[:, None, None], y[:, :, None], x[:, None, :]]
+
+
+def partners(seed: int, epochs: np.ndarray, indices: np.ndarray, num_samples: int) -> np.ndarray:
+    """Which sample each is mixed with: in every epoch another permutation of all."""
+    out = np.empty(len(indices), np.int64)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        out[chosen] = permute(indices[chosen], num_samples, PARTNER, seed, int(epoch))
+    return out
+
+
+def proportions(words: np.ndarray, alpha: float) -> np.ndarray:
+    """(rows,) float32 from Beta(alpha, alpha), the first sample's part (Zhang et al. 2018, mixup)."""
+    generators = (np.random.Generator(np.random.Philox(key=int(word))) for word in words[:, 3])
+    return np.array([generator.beta(alpha, alpha) for generator in generators], np.float32)

@@ -1,0 +1,153 @@
+"""Labelled images as files hold them, one after the other: IDX (MNIST and its family), folders by class, Parquet with encoded bytes.
+
+Whatever an image has against being used is a `BadImage`, which names its file and row; what a file has, a `UserError`.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from gzip import decompress
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as t
+
+from elastic.data.columns import shown
+from elastic.data.files import File, describe, find
+from elastic.data.formats import batches, schema_of
+from elastic.errors import RecipeError, UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+UNSIGNED_BYTES = 8  # the third byte of an IDX file
+
+
+class BadImage(Exception):
+    """An image that cannot be used; its text says where it is and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`image` is uint8 (height, width, channels), or encoded bytes. `label` is a class's number or name."""
+
+    where: str
+    image: Any
+    label: int | str
+
+    def pixels(self) -> np.ndarray:
+        return self.image if isinstance(self.image, np.ndarray) else decode(self.image, self.where)
+
+
+def samples(key: str, data: Any, paths: Sequence[str]) -> Iterator[Sample]:
+    """All samples of the recipe's `[data]` at `paths`, in the order of the files and of the rows in them."""
+    files = find(key, paths)
+    if data.format == "idx":
+        yield from idx_samples(key, files)
+    elif data.format == "imagefolder":
+        yield from folder_samples(key, files)
+    else:
+        for file in files:
+            yield from table_samples(data, file)
+
+
+def decode(content: bytes, where: str) -> np.ndarray:
+    """uint8 (height, width, 1) of a grey image, else (height, width, 3)."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError(f"{where} is an encoded image, and Pillow, which decodes them, is not installed; "
+                        "install it with pip install pillow.") from error
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            found = np.asarray(opened.convert("L" if opened.mode in ("L", "1") else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{where} is no image that can be decoded ({describe(error)})") from error
+    return found.reshape(*found.shape[:2], -1)
+
+
+# IDX: two zero bytes, the type, the number of dims, each dim as a big-endian uint32, the values (LeCun's MNIST page).
+
+
+def idx_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
+    chosen = [file for file in files if "images" in PurePosixPath(file.where).name]
+    if not chosen:
+        raise RecipeError(f'{key}: {files[0].name} is not named as a file of images is; give one as "train-images-idx3-ubyte.gz", with '
+                          'its labels beside it.')
+    for file in chosen:
+        images, labels = read_idx(file, (3, 4)), read_idx(labels_of(key, file), (1,))
+        if len(images) != len(labels):
+            raise UserError(f"{key}: {file.name} holds {len(images)} images and its labels {len(labels)}; restore both files.")
+        images = images.reshape(*images.shape[:3], -1)
+        for row, label in enumerate(labels.tolist()):
+            yield Sample(f"row {row} of {file.name}", images[row], label)
+
+
+def labels_of(key: str, file: File) -> File:
+    folder, slash, name = file.where.rpartition("/")
+    own = name.replace("images", "labels").replace("idx3", "idx1").replace("idx4", "idx1")
+    try:
+        return find(key, [folder + slash + own])[0]
+    except RecipeError as error:
+        raise RecipeError(f"{key}: the labels of {file.name} are missing; put {own} beside it.") from error
+
+
+def read_idx(file: File, ranks: tuple[int, ...]) -> np.ndarray:
+    try:
+        with file.stream() as stream:
+            content = stream.read()
+        content = decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        raise UserError(f"data.path: the file {file.name} cannot be read ({describe(error)}); restore it.") from error
+    head = 4 + 4 * content[3] if len(content) > 3 else 4
+    if content[:3] != bytes([0, 0, UNSIGNED_BYTES]) or content[3] not in ranks or len(content) < head:
+        dims = " or ".join(map(str, ranks))
+        raise UserError(f"data.path: {file.name} is no IDX file of unsigned bytes with {dims} dims (it begins with {content[:4].hex(' ')}); "
+                        "give one of the MNIST family.")
+    shape = np.frombuffer(content, ">u4", content[3], 4).astype(np.int64)
+    if len(content) - head != shape.prod():
+        raise UserError(f"data.path: {file.name} holds {len(content) - head} bytes of values where its header tells of {shape.prod()}; restore it.")
+    return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
+
+
+# Folders, one for each class.
+
+
+def folder_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
+    chosen = [file for file in files if PurePosixPath(file.where).suffix.lower() in SUFFIXES]
+    if not chosen:
+        raise RecipeError(f"{key} holds no image ({', '.join(SUFFIXES)}); give a folder with one folder for each class.")
+    for file in chosen:
+        try:
+            with file.stream() as stream:
+                content = stream.read()
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{key}: the file {file.name} cannot be read ({describe(error)}); restore it or leave it out.") from error
+        yield Sample(file.name, content, PurePosixPath(file.where).parent.name)
+
+
+# Tables with a column of encoded images, or of structs with "bytes", as Hugging Face's data sets have it.
+
+
+def table_samples(data: Any, file: File) -> Iterator[Sample]:
+    schema = schema_of(data.format, file)
+    for name, value in (("image", data.image), ("label", data.label)):
+        if value not in schema.names:
+            raise UserError(f'data.{name} = "{value}" is no column of {file.name}; it has {shown(schema)}.')
+    kind = schema.field(data.image).type
+    inner = kind.field("bytes").type if t.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (t.is_binary(inner) or t.is_large_binary(inner)):
+        raise UserError(f'data.image: the column "{data.image}" of {file.name} is {kind}, which holds no bytes; name one with encoded images.')
+    row = 0
+    for batch in batches(data.format, file, {name: schema.field(name).type for name in (data.image, data.label)}):
+        for image, label in zip(batch.column(data.image), batch.column(data.label).to_pylist()):
+            where = f"row {row} of {file.name}"
+            content = image.as_py()
+            content = content["bytes"] if isinstance(content, dict) else content
+            if not isinstance(label, (int, str)):
+                raise UserError(f'data.label: the column "{data.label}" has {label!r} in {where}; it must hold whole numbers or texts.')
+            yield Sample(where, content or b"", label)
+            row += 1

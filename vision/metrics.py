@@ -1,0 +1,41 @@
+"""What a classifier of images is trained and judged by, as sums over rows that add up over shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Array = Any
+TOP = 5
+
+
+def loss_of(ops: Any, logits: Array, batch: Mapping[str, Array], smoothing: float) -> tuple[Array, Array]:
+    """The summed cross-entropy of (rows, classes) and the number of real rows.
+
+    A batch has "label" (rows,) and "row_weight" (rows,); where rows were mixed up, "label2" and "mix", the first label's part.
+    Smoothed, every class gets smoothing / classes of the target (Szegedy et al. 2016, section 7).
+    """
+    weights = batch["row_weight"]
+    if "mix" in batch:
+        first = ops.multiply(weights, batch["mix"])
+        second = ops.subtract(weights, first)
+        total = ops.add(ops.cross_entropy(logits, batch["label"], first), ops.cross_entropy(logits, batch["label2"], second))
+    else:
+        total = ops.cross_entropy(logits, batch["label"], weights)
+    if smoothing:
+        rows, num_classes = logits.shape
+        even = ops.multiply(ops.reshape(weights, (rows, 1)), ops.constant(np.full((1, num_classes), -smoothing / num_classes)))
+        total = ops.add(ops.multiply(total, ops.constant(1.0 - smoothing)), ops.sum(ops.multiply(ops.log_softmax(logits), even)))
+    return total, ops.sum(weights)
+
+
+def scores_of(ops: Any, logits: Array, batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
+    """loss (not smoothed), accuracy and, of more than five classes, top5: each a sum and the number of real rows."""
+    weights, labels = batch["row_weight"], batch["label"]
+    count = ops.sum(weights)
+    out = {"loss": (ops.cross_entropy(logits, labels, weights), count), "accuracy": (ops.correct(logits, labels, weights), count)}
+    if logits.shape[-1] > TOP:
+        out["top5"] = (ops.correct(logits, labels, weights, TOP), count)
+    return out

@@ -1,0 +1,101 @@
+"""Decoded images and their labels in two mapped files of plain values: PREFIX.pixels and PREFIX.labels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elastic.data.arrow import write_atomically
+from elastic.errors import UserError
+from vision.classes import Classes
+from vision.images import BadImage, samples
+
+CHUNK = 1024  # images looked at together
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a split holds. `digest` is of all pixels and labels."""
+
+    shape: tuple[int, ...]
+    rows: int
+    skipped: int
+    digest: str
+
+
+def write(key: str, data: Any, paths: Sequence[str], prefix: Path, classes: Classes, shape: tuple[int, ...] | None) -> Written:
+    """Reads and decodes all images at `paths`; they have `shape`, or the first one's. Ends the training set of `classes`.
+
+    UserError names the file and row of an image that is damaged or of another size, unless the recipe says that such are skipped.
+    """
+    target, labels, skipped, digest = path_of(prefix, "pixels"), list[int](), 0, hashlib.sha256()
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            for sample in samples(key, data, paths):
+                try:
+                    pixels = sample.pixels()
+                    shape = shape or pixels.shape
+                    if pixels.shape != shape:
+                        raise BadImage(f"{sample.where} is {sized(pixels.shape)} and the first image {sized(shape)}")
+                except BadImage as error:
+                    if not data.skip_bad:
+                        raise UserError(f"{key}: {error}; mend it, leave it out, or skip all such images by data.skip_bad = true.") from error
+                    skipped += 1
+                    continue
+                labels.append(classes.number(sample.label, sample.where))
+                content = pixels.tobytes()
+                file.write(content)
+                digest.update(content)
+        if not labels or not shape:
+            raise UserError(f"{key} gives no image ({skipped} skipped); give a path with some.")
+        numbers = np.array(labels, np.int64) if classes.count else classes.close()[labels]
+        os.replace(temporary, target)
+        write_atomically(path_of(prefix, "labels"), numbers.tobytes())
+    except OSError as error:
+        raise UserError(f"The image cache {target.parent} cannot be written ({error.strerror or error}); "
+                        "make it writable or free some space.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    digest.update(numbers.tobytes())
+    return Written(shape, len(labels), skipped, digest.hexdigest())
+
+
+def sized(shape: Sequence[int]) -> str:
+    return f"{shape[0]} x {shape[1]} with {shape[2]} channel{'s' * (shape[2] > 1)}"
+
+
+def path_of(prefix: Path, part: str) -> Path:
+    return prefix.with_name(f"{prefix.name}.{part}")
+
+
+class Store:
+    """Rows by number. UserError where the files are gone or have another length."""
+
+    def __init__(self, prefix: Path, shape: Sequence[int]):
+        size = int(np.prod(shape))
+        try:
+            self.labels = np.memmap(path_of(prefix, "labels"), np.int64, "r")
+            self.pixels = np.memmap(path_of(prefix, "pixels"), np.uint8, "r", shape=(len(self.labels), *shape))
+            whole = path_of(prefix, "pixels").stat().st_size == len(self.labels) * size
+        except (OSError, ValueError) as error:
+            raise UserError(f"The image files {prefix}.* cannot be read ({error}); delete their folder, it is made again.") from error
+        if not whole:
+            raise UserError(f"The image files {prefix}.* do not fit together; delete their folder, it is made again.")
+
+    def moments(self, rows: np.ndarray) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel's pixels, 0 to 1; from sums of whole numbers, so that no order shows."""
+        channels = self.pixels.shape[-1]
+        total, square, count = np.zeros(channels, np.int64), np.zeros(channels, np.int64), 0
+        for low in range(0, len(rows), CHUNK):
+            pixels = self.pixels[rows[low:low + CHUNK]].reshape(-1, channels).astype(np.int64)
+            total, square, count = total + pixels.sum(0), square + (pixels * pixels).sum(0), count + len(pixels)
+        mean = total / count
+        return (mean / 255).tolist(), (np.sqrt(np.maximum(square / count - mean * mean, 0)) / 255).tolist()
