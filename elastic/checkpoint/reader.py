@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from elastic.checkpoint.manifest import FileEntry, Manifest, Piece
 from elastic.checkpoint.part import hash_of
 from elastic.checkpoint.plan import byte_range, overlap
 from elastic.checkpoint.store import Store
-from elastic.errors import BadCheckpoint
+from elastic.errors import BadCheckpoint, GroupBroken
 
 WINDOW = 16 * 1024 * 1024  # bytes that one rank reads before all exchange what they have
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # start and count
@@ -123,6 +124,9 @@ def read_together(reader: Reader, group: Any, put: Put, at: Callable[[int], Any]
 
     Nobody passes a window of which a chunk is bad: its reader raises BadCheckpoint before the exchange, and breaks it.
     """
+    if group.size > 1:
+        with at(0):
+            agree(reader.manifest, group)
     places = [Places(entry) for entry in reader.manifest.files]
     for number, window in enumerate(windows(reader.manifest, group.size)):
         mine = read_blocks(reader, window[group.rank])
@@ -136,6 +140,15 @@ def read_together(reader: Reader, group: Any, put: Put, at: Callable[[int], Any]
         with at(number):
             group.all_gather(out, part)
         scatter(reader.manifest, window, [memoryview(row) for row in out.reshape(group.size, unit)], places, put)
+
+
+def agree(manifest: Manifest, group: Any) -> None:
+    """GroupBroken unless all have read the same manifest: by another one the others' bytes would mean other arrays."""
+    mine = np.frombuffer(hashlib.sha256(manifest.dumps().encode()).digest(), np.uint8).copy()
+    out = np.empty(len(mine) * group.size, np.uint8)
+    group.all_gather(out, mine)
+    if (out.reshape(group.size, -1) != mine).any():
+        raise GroupBroken("The members have read different manifests of one checkpoint: it was written anew meanwhile.")
 
 
 def read_blocks(reader: Reader, blocks: list[Block]) -> bytes:

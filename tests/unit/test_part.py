@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,15 @@ import pytest
 import xxhash
 
 from elastic.checkpoint import part, reader
+from elastic.checkpoint import saver as module
 from elastic.checkpoint.manager import committed
-from elastic.checkpoint.manifest import Piece
+from elastic.checkpoint.manifest import Manifest, Piece
 from elastic.checkpoint.part import Image
 from elastic.checkpoint.store import Store
 from elastic.collective.solo import SoloGroup
-from elastic.errors import NonFiniteLoss, UserError
+from elastic.errors import GroupBroken, NonFiniteLoss, UserError
 from elastic.messages import Part, Save
-from tests.checkpoints import Arrays, saver, values
+from tests.checkpoints import Arrays, restore, saver, values
 
 VALUES = np.arange(5000, dtype=np.float32)
 
@@ -133,3 +135,20 @@ def test_keys_in_a_uri_are_in_no_message() -> None:
     one.save(Arrays(values(5), 5), Save(1, 5), {})
     one.join()
     assert "could not be written to s3://bucket/run (" in told[0].error and "SECRET" not in told[0].error
+
+
+def test_a_checkpoint_written_anew_while_a_group_loads_it_is_not_mixed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two orphans commit the same step; the second comes between what two members read."""
+    saver(str(tmp_path)).leave(Arrays(values(5), 5), 1, {}, ())
+    real, seen = module.read_sound, []
+
+    def late(store: Store, name: str) -> Manifest:
+        found = real(store, name)
+        seen.append(found)
+        return replace(found, generation=1 + len(seen))
+
+    monkeypatch.setattr(module, "read_sound", late)
+    found = restore(str(tmp_path / "step-00000005"), 2)
+    assert all(isinstance(error, GroupBroken) and state.committed == -1 for state, error in found)
+    monkeypatch.undo()
+    assert all(state.committed == 5 for state, _ in restore(str(tmp_path / "step-00000005"), 2))
