@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,8 @@ class Image:
             try:
                 checked.result()
             except Exception:
-                store.remove(f"{folder}/{name}")
+                with suppress(OSError):  # no manifest will name it
+                    store.remove(f"{folder}/{name}")
                 raise
             return FileEntry(name, len(self.bytes), *hashed.result(), self.pieces)
 
