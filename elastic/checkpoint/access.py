@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import uuid
+from pathlib import Path
 
 from elastic.checkpoint.manager import committed
 from elastic.checkpoint.remote import shown
@@ -11,6 +13,8 @@ from elastic.checkpoint.store import Store
 from elastic.errors import UserError
 
 ACCESS_S = 30.0  # for a storage to take and give back a few bytes
+AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI")
 
 
 def check_access(location: str, is_new: bool) -> None:
@@ -42,15 +46,16 @@ def look(store: Store, is_new: bool) -> str:
     names = [name for _, name in committed(store)] if is_new else []
     probe = f"probe-{uuid.uuid4().hex}"
     store.write(f"{probe}/file", [b"probe"])
-    store.remove(f"{probe}/file")
-    if store.files.renames:
-        store.remove(probe)
+    store.remove(probe)
     return names[-1] if names else ""
 
 
 def remedy(location: str) -> str:
     if location.startswith("s3://"):
-        return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role), and region or endpoint_override in the URI"
+        given = "@" in location or "anonymous" in location or any(os.environ.get(key) for key in AWS_KEYS)
+        given = given or any((Path.home() / ".aws" / name).exists() for name in ("credentials", "config"))
+        missing = "" if given else "no credentials were found in the environment, so "
+        return f"{missing}set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a role), and region or endpoint_override in the URI"
     if location.startswith(("gs://", "gcs://")):
         return "set GOOGLE_APPLICATION_CREDENTIALS, and see that the bucket exists"
     return "write a path or URI that may be written to"

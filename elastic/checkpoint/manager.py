@@ -21,7 +21,7 @@ from elastic.checkpoint.part import hash_of, write_arrays
 from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.checkpoint.remote import parted
 from elastic.checkpoint.store import TEMPORARY, Store
-from elastic.errors import BadCheckpoint, RecipeError
+from elastic.errors import BadCheckpoint, RecipeError, UserError
 
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")
@@ -169,7 +169,7 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
             continue
         try:
             good.append((name, read_sound(store, name)))
-        except BadCheckpoint:
+        except (BadCheckpoint, UserError):
             continue
     kept = {name for name, _ in good[:keep]} | best_of(good, best)
     kept |= {name for name, manifest in good if keep_every and manifest.step % keep_every == 0}
@@ -216,7 +216,7 @@ def named_files(store: Store, folder: str) -> set[str] | None:
     """The files that belong to a committed checkpoint; None where its manifest is bad: it is kept for inspection as it is."""
     try:
         return {MANIFEST, *(entry.name for entry in read_manifest(store, folder).files)}
-    except BadCheckpoint:
+    except (BadCheckpoint, UserError):
         return None
 
 

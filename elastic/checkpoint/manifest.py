@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from elastic.errors import BadCheckpoint
+from elastic.errors import BadCheckpoint, UserError
 
 FORMAT = 2
 CHUNK = 4 * 1024 * 1024  # bytes: what is hashed, read and checked in one piece
@@ -104,7 +104,10 @@ def body_sha256(body: Mapping[str, Any]) -> str:
 
 
 def parse(text: str | bytes) -> Manifest:
-    """The manifest of a text. BadCheckpoint with one sentence for anything that is not exactly what `dumps` writes."""
+    """The manifest of a text. BadCheckpoint with one sentence for anything that is not exactly what `dumps` writes.
+
+    UserError for a whole one of a newer format.
+    """
     need(len(text) <= MAX_BYTES, f"the manifest has {len(text)} bytes, more than {MAX_BYTES}")
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -114,13 +117,15 @@ def parse(text: str | bytes) -> Manifest:
     need(isinstance(body, dict), "the manifest is not a JSON object")
     found = body.get("format")
     need(isinstance(found, int) and not isinstance(found, bool), f"the manifest's format {found!r} is not a number")
-    need(found <= FORMAT, f"the checkpoint has format {found}, newer than {FORMAT}, the newest that this version reads; install a newer version")
-    need(found == FORMAT, f"the checkpoint has format {found}, which this version does not know")
     try:
         same = body.get("sha256") == body_sha256(body) and text == render(body)
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"The manifest holds values that JSON has not ({str(error)[:80]}).") from error
+    if found > FORMAT and same:  # whole, and not for this version: to take an older one would throw its steps away
+        raise UserError(f"The checkpoint has format {found}, newer than {FORMAT}, the newest that this version reads; install the version of "
+                        "this package that wrote it.")
     need(same, "the manifest does not have the hash that it states")
+    need(found == FORMAT, f"the checkpoint has format {found}, which this version does not know")
     manifest = build(body)
     check_pieces(manifest)
     return manifest

@@ -12,6 +12,7 @@ from elastic.checkpoint.files import Files, LocalFiles, RemoteFiles
 from elastic.errors import UserError
 
 CONNECT_S, REQUEST_S, ATTEMPTS = 5.0, 30.0, 3  # S3's own defaults try for minutes before they say that nobody is there
+RETRY_S = 10.0  # of Google's storage
 S3_TEXTS = ("region", "scheme", "endpoint_override", "access_key", "secret_key", "session_token", "role_arn")
 S3_FLAGS = ("anonymous", "background_writes", "allow_bucket_creation", "allow_bucket_deletion", "force_virtual_addressing")
 KINDS = "a path, or a URI that begins with file://, s3://, gs:// or hdfs://"
@@ -24,10 +25,17 @@ def open_files(location: str | os.PathLike[str]) -> tuple[Files, str]:
     if scheme == "file":
         return LocalFiles(), os.path.abspath(unquote(urlsplit(location).path) if "://" in location else location)
     try:
-        filesystem, path = open_s3(location) if scheme == "s3" else fs.FileSystem.from_uri(location)
+        filesystem, path = open_s3(location) if scheme == "s3" else fs.FileSystem.from_uri(hurried(location))
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         raise UserError(f"{shown(location)!r} cannot be opened ({' '.join(str(error).split())[:200]}); give {KINDS}.") from error
     return RemoteFiles(filesystem), path.rstrip("/")
+
+
+def hurried(location: str) -> str:
+    """Google's storage is not to try for minutes either."""
+    if not location.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in location:
+        return location
+    return f"{location}{'&' if '?' in location else '?'}retry_limit_seconds={RETRY_S:g}"
 
 
 def open_s3(location: str) -> tuple[fs.FileSystem, str]:
