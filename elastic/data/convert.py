@@ -24,15 +24,20 @@ BATCH_BYTES = 32 << 20  # of a record batch: one is in memory while it is writte
 def convert(kind: str, files: Sequence[File], columns: Sequence[Column], types: dict[str, pa.DataType], target: Path) -> tuple[list[int], str]:
     """Writes all rows of `files` to `target`; the rows of each record batch, and a digest of all values.
 
-    Peak memory is two record batches. UserError for what a file has against it, a missing value above all.
+    UserError for what a file has against it, a missing value above all.
     """
+    return write(arrays_of(kind, files, columns, types), columns, target)
+
+
+def write(parts: Iterator[Arrays], columns: Sequence[Column], target: Path) -> tuple[list[int], str]:
+    """Writes `parts` one after the other, like `convert`. Peak memory is two record batches."""
     most = max(1, BATCH_BYTES // sum(column.row_bytes for column in columns))
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     schema, rows, digest = pa.schema([pa.field(c.name, stored_type(c), nullable=False) for c in columns]), [], xxhash.xxh3_128()
     try:
         with open(temporary, "xb") as raw:
             with pa.ipc.new_file(raw, schema) as writer:
-                for part in cut(arrays_of(kind, files, columns, types), most):
+                for part in cut(parts, most):
                     batch = pa.record_batch([stored(part[c.name], c) for c in columns], schema=schema)
                     for column in columns:
                         digest.update(np.ascontiguousarray(part[column.name]).view(np.uint8).reshape(-1).data)

@@ -35,6 +35,22 @@ class Contents:
     is_plain: bool = False  # its values can be used where they lie
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """How a CSV is written. `names` where it has no line of names; a line that begins with `comment` and has another number of
+    columns is left out."""
+
+    delimiter: str = ","
+    names: tuple[str, ...] = ()
+    comment: str = ""
+
+    def is_comment(self, row: pc.InvalidRow) -> str:
+        return "skip" if row.text.startswith(self.comment) else "error"
+
+
+PLAIN = Dialect()
+
+
 @contextmanager
 def reading(where: str, place: str = "") -> Iterator[None]:
     """What goes wrong inside is the file's fault."""
@@ -137,13 +153,15 @@ def arrow_unit(file: File, unit: int, first_row: int, rows: int, columns: Sequen
 # CSV.
 
 
-def csv_schema(file: File, chosen: dict[str, pa.DataType] | None = None) -> pa.Schema:
-    with reading(file.name), open_csv(file, chosen or {}) as reader:
+def csv_schema(file: File, dialect: Dialect = PLAIN) -> pa.Schema:
+    with reading(file.name), open_csv(file, {}, (), dialect) as reader:
         return reader.schema
 
 
-def open_csv(file: File, types: dict[str, pa.DataType], names: Sequence[str] = ()) -> pc.CSVStreamingReader:
-    return pc.open_csv(file.stream(), read_options=pc.ReadOptions(use_threads=False), parse_options=pc.ParseOptions(newlines_in_values=True),
+def open_csv(file: File, types: dict[str, pa.DataType], names: Sequence[str] = (), dialect: Dialect = PLAIN) -> pc.CSVStreamingReader:
+    return pc.open_csv(file.stream(), read_options=pc.ReadOptions(use_threads=False, column_names=list(dialect.names) or None),
+                       parse_options=pc.ParseOptions(newlines_in_values=True, delimiter=dialect.delimiter,
+                                                     invalid_row_handler=dialect.is_comment if dialect.comment else None),
                        convert_options=pc.ConvertOptions(column_types=types, include_columns=list(names)))
 
 
@@ -155,28 +173,28 @@ class TooNarrow(Exception):
         self.name = name
 
 
-def csv_batches(file: File, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+def csv_batches(file: File, types: dict[str, pa.DataType], dialect: Dialect = PLAIN) -> Iterator[pa.RecordBatch]:
     """All of a CSV file. `TooNarrow` names a column of whole numbers that turns out to hold others."""
     reader, rows = None, 0
     while True:
         try:
-            reader = reader or open_csv(file, types, list(types))
+            reader = reader or open_csv(file, types, list(types), dialect)
             batch = reader.read_next_batch()
         except StopIteration:
             return
         except OSError as error:
             raise UserError(f"data.path: the file {file.name} cannot be read ({describe(error)}); restore it or leave it out.") from error
         except pa.ArrowInvalid as error:
-            raise csv_fault(file, types, rows, error) from error
+            raise csv_fault(file, types, rows, error, dialect) from error
         rows += batch.num_rows
         yield batch
 
 
-def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Exception) -> Exception:
+def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Exception, dialect: Dialect) -> Exception:
     found = re.search(r"In CSV column #(\d+)", str(error))
     name = ""
     if found:
-        with reading(file.name), open_csv(file, {}) as again:
+        with reading(file.name), open_csv(file, {}, (), dialect) as again:
             name = again.schema.names[int(found[1])]
     if name and pa.types.is_integer(types[name]):
         return TooNarrow(name)
@@ -187,12 +205,12 @@ def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Excep
 # All formats.
 
 
-def schema_of(kind: str, file: File) -> pa.Schema:
+def schema_of(kind: str, file: File, dialect: Dialect = PLAIN) -> pa.Schema:
     """The columns alone. UserError if the file cannot serve."""
     if not file.size:
         raise UserError(f"data.path: the file {file.name} is empty; give one with rows or leave it out.")
     if kind == "csv":
-        return csv_schema(file)
+        return csv_schema(file, dialect)
     with reading(file.name), file.open() as raw:
         return pq.read_schema(raw) if kind == "parquet" else pa.ipc.open_file(raw).schema
 
@@ -210,10 +228,10 @@ def read_unit(kind: str, file: File, unit: int, first_row: int, rows: int, colum
     return read(file, unit, first_row, rows, columns)
 
 
-def batches(kind: str, file: File, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+def batches(kind: str, file: File, types: dict[str, pa.DataType], dialect: Dialect = PLAIN) -> Iterator[pa.RecordBatch]:
     """All of a file's rows in order, the columns of `types` only."""
     if kind == "csv":
-        yield from csv_batches(file, types)
+        yield from csv_batches(file, types, dialect)
         return
     with reading(file.name), file.open() as raw:
         if kind == "parquet":

@@ -5,18 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from elastic.errors import RecipeError
-from elastic.recipe.sections import LATER_KINDS, TABLES, Recipe
+from elastic.recipe.labelled import check_labelled
+from elastic.recipe.pictured import check_pictured
+from elastic.recipe.sections import MODEL_DEFAULTS, TABLES, Recipe
 
 STORAGES = ("file", "s3", "gs", "gcs", "hdfs")
-OWN_KIND = '"nlp.gpt", or "package.module:attribute" for your own'
+OWN_KIND = ", ".join(f'"{kind}"' for kind in MODEL_DEFAULTS) + ', or "package.module:attribute" for your own'
 LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, what to write)
-    "data.format": ((None, "text", "csv", "parquet", "arrow"), '"text", "csv", "parquet" or "arrow", or data.kind = "package.module:attribute"'),
-    "data.label": (("",), "nothing: leave it out"),
-    "data.categorical": (((),), "nothing: leave it out"),
-    "data.numeric": (((),), "nothing: leave it out"),
-    "data.image": (("",), "nothing: leave it out"),
-    "data.embedding_dim": ((None,), "nothing: leave it out"),
-    "data.oov": (("hash",), "nothing: leave it out"),
     "mesh.tensor": ((1,), "1"),
     "mesh.pipeline": ((1,), "1"),
     "mesh.expert": ((1,), "1"),
@@ -49,19 +44,16 @@ def check_later(recipe: Recipe) -> None:
         value = getattr(getattr(recipe, section), name)
         if value not in served:
             raise RecipeError(f"{key} = {shown(value)} is not yet supported; write {remedy}.")
-    if recipe.model.kind in LATER_KINDS:
-        raise RecipeError(f"model.kind = {shown(recipe.model.kind)} is not yet supported; write {OWN_KIND}.")
 
 
 def check_model(recipe: Recipe) -> None:
     kind, data = recipe.model.kind, recipe.data
-    if ":" not in kind and kind != "nlp.gpt":
+    if ":" not in kind and kind not in MODEL_DEFAULTS:
         raise RecipeError(f"model.kind = {shown(kind)} is no kind of model; write {OWN_KIND}.")
     if ":" in kind and recipe.backend.name == "reference":
         raise RecipeError(f'model.kind = {shown(kind)} is a model of one framework; write backend.name = "torch" for it.')
-    if kind == "nlp.gpt" and data.kind:
-        raise RecipeError(f'data.kind = {shown(data.kind)} does not feed model.kind = "nlp.gpt"; '
-                          'write data.format = "text" and data.path.')
+    if ":" not in kind and data.kind:
+        raise RecipeError(f'data.kind = {shown(data.kind)} does not feed model.kind = {shown(kind)}; write data.format and data.path.')
 
 
 def check_data(recipe: Recipe) -> None:
@@ -85,8 +77,8 @@ def check_tables(recipe: Recipe) -> None:
     data, run = recipe.data, recipe.run
     if data.text and data.format not in TABLES:
         raise RecipeError(f"data.text = {shown(data.text)} names a column, which only a table has; leave it out.")
-    if recipe.model.kind == "nlp.gpt" and data.is_table:
-        raise RecipeError('data.text is missing; model.kind = "nlp.gpt" reads a column of text: write its name.')
+    if recipe.model.kind.startswith("nlp.") and data.format in TABLES and not data.text:
+        raise RecipeError(f"data.text is missing; model.kind = {shown(recipe.model.kind)} reads a column of text: write its name.")
     if not data.is_table:
         for key, value, default in (("columns", data.columns, ()), ("weights", data.weights, ()), ("shuffle_by", data.shuffle_by, "auto")):
             if value != default:
@@ -142,7 +134,7 @@ def check_checkpoint(recipe: Recipe) -> None:
 
 def check(recipe: Recipe) -> None:
     """Everything that a single key cannot tell."""
-    for look in (check_later, check_data, check_tables, check_model, check_numbers, check_backend, check_checkpoint):
+    for look in (check_later, check_data, check_tables, check_labelled, check_pictured, check_model, check_numbers, check_backend, check_checkpoint):
         look(recipe)
 
 

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
+from pydantic import ConfigDict, Field, FiniteFloat
+
+from elastic.recipe.labelled import NAMES, TABLES, Section, Texts
+from elastic.recipe.pictured import Pictured
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "nlp.gpt": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0},
+    "nlp.bert": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "mask": 0.15},
+    "vision.resnet": {"blocks": [2, 2, 2, 2], "width": 64, "bottleneck": False, "stem": "large", "norm": "batch", "smoothing": 0.0},
+    "vision.vit": {"layers": 6, "heads": 4, "width": 128, "patch": 4, "mlp": 4, "dropout": 0.0, "smoothing": 0.0},
+    "recommender.dlrm": {"arch": "dlrm", "bottom": [64], "top": [64, 32], "layers": 2, "dropout": 0.0, "loss": "binary"},
 }
-LATER_KINDS = ("nlp.bert", "vision.resnet", "vision.vit", "recommender.dlrm")
 WEIGHTS = "a list of numbers above 0, one for each entry of data.path"
-TABLES = ("csv", "parquet", "arrow")
-NAMES = "a list of texts"
 PATTERNS = 'a list of name patterns, as ["*.bias", "ln_f.*"]'
-
-
-def listed(value: Any) -> Any:
-    """A single text stands for a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
-Texts = Annotated[tuple[Annotated[str, Field(strict=True, min_length=1)], ...], BeforeValidator(listed), Field(strict=False)]
 
 
 def at_least(low: int, default: Any = ..., extra: str = "") -> Any:
@@ -32,12 +28,6 @@ def at_least(low: int, default: Any = ..., extra: str = "") -> Any:
 def share(default: float, description: str = "a number of at least 0 and below 1") -> Any:
     """A number in [0, 1)."""
     return Field(default, ge=0.0, lt=1.0, description=description)
-
-
-class Section(BaseModel):
-    """Frozen, strict about types (an integer may stand for a float), closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
 class Run(Section):
@@ -53,7 +43,7 @@ class ModelSection(Section):
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
     kind: str = Field(pattern=r"^([A-Za-z_]\w*\.)*[A-Za-z_]\w*(:[A-Za-z_][\w.]*|\.[A-Za-z_]\w*)$",
-                      description='"nlp.gpt", or "package.module:attribute" for a model of your own')
+                      description=f'one of {", ".join(MODEL_DEFAULTS)}, or "package.module:attribute" for a model of your own')
     init: str = Field("", description="the path of a safetensors file or of a checkpoint")
     freeze: Texts = Field((), description=PATTERNS)
 
@@ -71,7 +61,7 @@ class Backend(Section):
     compile: bool = Field(False, description="true or false")
 
 
-class Data(Section):
+class Data(Pictured):
     format: Literal["text", "csv", "parquet", "arrow", "idx", "imagefolder"] | None = None
     path: Texts = Field((), description="a path, a URI, a glob, \"package:NAME/GLOB\" or a list of them")
     kind: str = Field("", pattern=r"^$|^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$",
@@ -87,18 +77,12 @@ class Data(Section):
     tokens: Literal["char", "byte", "bpe"] = "char"
     vocab_size: int = at_least(2, 1024, " (for tokens = \"bpe\")")
     ledger: bool = Field(False, description="true or false")
-    label: str = Field("", description="a column's name")
-    categorical: Texts = Field((), description=NAMES)
-    numeric: Texts = Field((), description=NAMES)
     text: str = Field("", description="a column's name")
-    image: str = Field("", description="a column's name")
-    embedding_dim: int | None = at_least(1, None)
-    oov: Literal["hash", "row", "error"] = "hash"
 
     @property
     def is_table(self) -> bool:
-        """Whether it feeds columns of numbers; a table whose text is read is text."""
-        return self.format in TABLES and not self.text
+        """Whether it feeds columns of numbers as they are; where text, images or labels are named, a domain reads it."""
+        return self.format in TABLES and not (self.text or self.image or self.label)
 
 
 class MeshSection(Section):

@@ -1,0 +1,111 @@
+"""Tables of labels, categories and numbers: the keys of `[data]` that declare their columns, and what must hold between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from elastic.errors import RecipeError
+
+NAMES = "a list of texts"
+TABLES = ("csv", "parquet", "arrow")
+
+
+def listed(value: Any) -> Any:
+    """A single text stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[tuple[Annotated[str, Field(strict=True, min_length=1)], ...], BeforeValidator(listed), Field(strict=False)]
+
+
+class Section(BaseModel):
+    """Frozen, strict about types (an integer may stand for a float), closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Labelled(Section):
+    """The part of `[data]` that recommenders read. The label is a number, or a text that `negative` and `positive` list."""
+
+    label: str = Field("", description="a column's name")
+    negative: Texts = Field((), description=f"{NAMES}: what the label column holds for 0")
+    positive: Texts = Field((), description=f"{NAMES}: what the label column holds for 1")
+    categorical: Texts = Field((), description=f"{NAMES}: columns whose values are names or numbers of things")
+    numeric: Texts = Field((), description=f"{NAMES}: columns of numbers")
+    log: Texts = Field((), description=f"{NAMES}: those of data.numeric of which the logarithm is taken, sign(x) log(1 + |x|)")
+    buckets: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="a table of column = number of rows, each at least 1: columns that are hashed instead of having a vocabulary")
+    embedding_dim: int | None = Field(None, ge=1, description="a whole number of at least 1")
+    min_count: int = Field(1, ge=1, description="a whole number of at least 1: how often a training row must hold a value that is to be known")
+    oov: Literal["hash", "row", "error"] = "hash"
+    nulls: Literal["error", "fill"] = "error"
+    names: Texts = Field((), description=f"{NAMES}: the columns of a CSV that has no line of names")
+    delimiter: str = Field(",", min_length=1, max_length=1, description='one character, as "\\t"')
+    comment: str = Field("", description="how the lines of a CSV begin that are to be left out")
+    split: Literal["end", "random", "column", "time"] = "end"
+    split_column: str = Field("", description="a column's name")
+    eval_values: Texts = Field((), description=f"{NAMES}: what data.split_column holds in rows to evaluate on")
+
+
+ONLY_HERE = ("negative", "positive", "categorical", "numeric", "log", "buckets", "embedding_dim", "min_count", "oov", "nulls", "names",
+             "delimiter", "comment", "split", "split_column", "eval_values")
+
+
+def shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(list(value)) if isinstance(value, (tuple, Mapping)) else str(value)
+
+
+def check_labelled(recipe: Any) -> None:
+    """`RecipeError` in one sentence."""
+    data, kind = recipe.data, recipe.model.kind
+    if not kind.startswith("recommender."):
+        for key in ONLY_HERE if kind.startswith("vision.") else ("label", *ONLY_HERE):
+            if getattr(data, key) != Labelled.model_fields[key].default:
+                raise RecipeError(f"data.{key} = {shown(getattr(data, key))} has a meaning only for the recommenders; leave it out, or write "
+                                  'model.kind = "recommender.dlrm".')
+        return
+    if data.format not in TABLES:
+        raise RecipeError(f"data.format = {shown(data.format)} does not feed model.kind = {shown(kind)}, which reads tables; write one of "
+                          f"{', '.join(map(shown, TABLES))}.")
+    if not data.label:
+        raise RecipeError(f"data.label is missing; model.kind = {shown(kind)} needs the name of the column to predict.")
+    if not data.categorical and not data.numeric:
+        raise RecipeError(f"data.categorical and data.numeric are missing; model.kind = {shown(kind)} needs at least one column to predict from.")
+    check_columns(data)
+    check_split(data)
+
+
+def check_columns(data: Any) -> None:
+    used = (data.label, *data.categorical, *data.numeric)
+    twice = next((name for name in used if used.count(name) > 1), None)
+    if twice:
+        raise RecipeError(f'the column "{twice}" stands twice among data.label, data.categorical and data.numeric; leave it in one of them.')
+    for key, part, whole in (("buckets", data.buckets, "categorical"), ("log", data.log, "numeric")):
+        for name in part:
+            if name not in getattr(data, whole):
+                raise RecipeError(f'data.{key} names the column "{name}", which is not in data.{whole}; add it there or leave it out.')
+    if bool(data.positive) != bool(data.negative):
+        given, lacks = ("positive", "negative") if data.positive else ("negative", "positive")
+        raise RecipeError(f"data.{given} = {shown(getattr(data, given))} needs data.{lacks} beside it: what the label column holds otherwise.")
+    for key in ("names", "delimiter", "comment"):
+        if data.format != "csv" and getattr(data, key) != Labelled.model_fields[key].default:
+            raise RecipeError(f"data.{key} = {shown(getattr(data, key))} has a meaning only for CSV; leave it out.")
+    missing = [name for name in (*used, *([data.split_column] if data.split_column else [])) if data.names and name not in data.names]
+    if missing:
+        raise RecipeError(f'the column "{missing[0]}" is not among data.names = {shown(data.names)}; add it there or mend its name.')
+
+
+def check_split(data: Any) -> None:
+    by_column = data.split in ("column", "time")
+    if data.eval_path and data.split != "end":
+        raise RecipeError(f"data.split = {shown(data.split)} and data.eval_path exclude each other; leave one of them out.")
+    if by_column and not data.split_column:
+        raise RecipeError(f"data.split_column is missing; data.split = {shown(data.split)} needs the column that tells the rows apart.")
+    if data.split_column and not by_column:
+        raise RecipeError(f'data.split_column = {shown(data.split_column)} needs data.split = "column" or "time".')
+    if bool(data.eval_values) != (data.split == "column"):
+        raise RecipeError(f"data.eval_values = {shown(data.eval_values)} belongs to data.split = \"column\": what that column holds in rows to "
+                          "evaluate on; write both or neither.")

@@ -1,0 +1,1 @@
+"""Recommenders: the models, their data and their figures."""

@@ -1,0 +1,223 @@
+"""Tables of labels, categories and numbers for recommenders: read once through pyarrow, memory-mapped afterwards.
+
+The data door of a recommender: `prepare` turns the recipe's `[data]` into plain facts (`info`), `open_dataset` turns the facts
+into a data set. The rows of all embedding tables lie one after the other: `sizes` says how many each column has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elastic.data.arrow import read_tokens, write_atomically, write_tokens
+from elastic.data.columns import Column
+from elastic.data.convert import locked, write
+from elastic.data.files import File, find
+from elastic.data.formats import Arrays
+from elastic.data.index import Facts, Part
+from elastic.data.permutation import permute
+from elastic.data.table import Store
+from elastic.errors import UserError
+from recommender.encode import CATEGORICAL, LABEL, NUMERIC, Encoder, hashed
+
+VERSION = 1
+UNIT = ""  # weights count rows
+EMBEDDING_DIM = 16
+HASHED_ROWS = 8  # of a vocabulary, for values outside it, where data.oov = "hash"
+SPLIT_SEED = 2718281828  # a random split is the same in every run
+PRIVATE = ("embedding_dim", "batch_size", "shuffle", "ledger", "options")  # keys of [data] that change nothing here
+
+
+def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -> dict[str, Any]:
+    """Facts that a model and `open_dataset` need, as plain values; reads the tables where `cache_dir` does not hold them yet.
+
+    Keys of the result: sizes (embedding rows of each categorical column), num_numeric, embedding_dim, num_rows, num_eval_rows,
+    train_file, folder, and key, the same for the same content and settings. UserError names file, column and row of what cannot serve.
+    """
+    is_binary = model_config.get("loss", "binary") == "binary"
+    sources = [(key, find(key, getattr(data, key.removeprefix("data.")))) for key in ("data.path", "data.eval_path")
+               if getattr(data, key.removeprefix("data."))]
+    settings = {key: value for key, value in data.model_dump().items() if key not in (*PRIVATE, "path", "eval_path")}
+    files = [[key, [[file.where, file.size, file.mtime_ns] for file in found]] for key, found in sources]
+    asked = json.dumps([VERSION, is_binary, settings, files])
+    folder = Path(cache_dir) / f"columns-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
+    facts = folder / "facts.json"
+    with locked(folder):
+        try:
+            known = json.loads(facts.read_text())
+        except (OSError, ValueError):
+            known = read(Encoder(data, is_binary), sources, folder, settings)
+            write_atomically(facts, json.dumps(known).encode())
+    return {**known, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder), "train_file": str(folder / "rows.arrow")}
+
+
+def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Samples:
+    """The "train" or the "eval" split, in the order of the files."""
+    return Samples(store_of(info), rows_of(info, split), info)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a column's codes become: row numbers of the model's table, or -1 for those that no training row holds often enough."""
+
+    name: str
+    rows: np.ndarray  # by code
+    size: int
+
+
+class Samples:
+    """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1 over the training
+    rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns."""
+
+    fills = True
+
+    def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any]):
+        self.store, self.rows, self.num_samples = store, rows, len(rows)
+        self.mean, self.scale = (np.array(info[key], np.float32) for key in ("mean", "scale"))
+        self.codes = read_tokens(Path(info["folder"]) / "codes.arrow") if info["sizes"] else np.zeros(0, np.int32)
+        self.first_code = np.array(info["first_codes"], np.int64)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Arrays:
+        rows = self.rows.start + indices if isinstance(self.rows, range) else self.rows[indices]
+        found = self.store.rows(np.asarray(rows, np.int64))
+        if NUMERIC in found:
+            found[NUMERIC] = np.nan_to_num((found[NUMERIC] - self.mean) * self.scale)
+        if CATEGORICAL in found:
+            found[CATEGORICAL] = self.codes[found[CATEGORICAL] + self.first_code]
+        return found
+
+
+def store_of(info: Mapping[str, Any]) -> Store:
+    """The rows of both splits as they were written."""
+    wide = ((NUMERIC, "float32", info["num_numeric"]), (CATEGORICAL, "int32", len(info["sizes"])))
+    columns = (Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]))
+    blocks = tuple((0, unit, 0, rows) for unit, rows in enumerate(info["blocks"]))
+    return Store(Facts("arrow", "", "rows", columns, (Part((File(str(Path(info["folder"]) / "rows.arrow"), 0, 0),), blocks, True),)))
+
+
+def rows_of(info: Mapping[str, Any], split: str) -> range | np.ndarray:
+    """Which rows a split has: a stretch, or a list on disk."""
+    kept = info["splits"][split]
+    return range(*kept) if kept else read_tokens(Path(info["folder"]) / f"{split}.arrow")
+
+
+def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The one pass; then what follows from which rows are trained on."""
+    data, counted = encoder.data, [0]
+
+    def encoded() -> Iterator[Arrays]:
+        for key, files in sources:
+            for part in encoder.encoded(files):
+                yield part
+                counted[-1] += len(part[LABEL])
+            if not counted[-1]:
+                raise UserError(f"{key}: {', '.join(file.name for file in files[:3])} has no rows; give a table with at least one.")
+            counted.append(0)
+
+    blocks, digest = write(encoded(), encoder.columns, folder / "rows.arrow")
+    splits = split_rows(data, counted, encoder.apart)
+    for name, rows in splits.items():
+        if not isinstance(rows, range):
+            write_tokens(folder / f"{name}.arrow", rows)
+    if not len(splits["train"]):
+        raise UserError(f'data.split = "{data.split}" leaves no row to train on; mend data.eval_fraction or data.eval_values.')
+    info = {"blocks": blocks, "num_numeric": len(data.numeric), "sizes": [0] * len(data.categorical), "folder": str(folder),
+            "splits": {name: [rows.start, rows.stop] if isinstance(rows, range) else None for name, rows in splits.items()},
+            "num_rows": len(splits["train"]), "num_eval_rows": len(splits["eval"])}
+    store = store_of(info)
+    mean, scale = moments(store, splits["train"], len(data.numeric))
+    parts = vocabularies(encoder, store, splits)
+    first, base = [], 0
+    for part in parts:
+        first.append(base)
+        base += len(part.rows)
+    if parts:
+        starts = np.cumsum([0, *(part.size for part in parts)])
+        codes = np.concatenate([part.rows + start for part, start in zip(parts, starts)]).astype(np.int32)
+        write_tokens(folder / "codes.arrow", codes)
+        digest += hashlib.sha256(codes.tobytes()).hexdigest()
+    said = json.dumps([VERSION, digest, settings, counted, [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
+    return {**info, "mean": mean, "scale": scale, "first_codes": first, "sizes": [part.size for part in parts],
+            "vocabulary": {name: len(codes.known) for name, codes in encoder.codes.items() if not codes.buckets},
+            "key": hashlib.sha256(said.encode()).hexdigest()[:32]}
+
+
+def split_rows(data: Any, counted: list[int], apart: list[np.ndarray]) -> dict[str, range | np.ndarray]:
+    """Rows to train and to evaluate on, counted over all files."""
+    size = counted[0]
+    if data.eval_path:
+        return {"train": range(size), "eval": range(size, size + counted[1])}
+    held = int(size * data.eval_fraction)
+    if data.split == "end":
+        return {"train": range(size - held), "eval": range(size - held, size)}
+    is_eval = np.zeros(size, bool)
+    if data.split == "random":
+        is_eval[permute(np.arange(held), size, SPLIT_SEED)] = True
+    elif data.split == "time":
+        is_eval[np.argsort(np.concatenate(apart), kind="stable")[size - held:]] = True
+    else:
+        is_eval = np.concatenate(apart)
+    return {"train": np.flatnonzero(~is_eval), "eval": np.flatnonzero(is_eval)}
+
+
+def stretches(store: Store, rows: range | np.ndarray, most: int = 1 << 18) -> Iterator[tuple[Arrays, int]]:
+    """The rows of a split, many at a time, and how many came before."""
+    for low in range(0, len(rows), most):
+        chosen = rows[low:low + most]
+        yield store.rows(np.asarray(chosen, np.int64)), low
+
+
+def moments(store: Store, rows: range | np.ndarray, columns: int) -> tuple[list[float], list[float]]:
+    """Mean and 1/deviation of every number over the rows that have it; float64 sums."""
+    count, total, square = np.zeros(columns), np.zeros(columns), np.zeros(columns)
+    for found, _ in stretches(store, rows) if columns else ():
+        values = found[NUMERIC].astype(np.float64)
+        count += (~np.isnan(values)).sum(0)
+        total, square = total + np.nansum(values, 0), square + np.nansum(values * values, 0)
+    count = np.maximum(count, 1)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(square / count - mean * mean, 0.0))
+    return mean.tolist(), np.where(deviation > 1e-6 * np.abs(mean), 1 / np.maximum(deviation, 1e-30), 1.0).tolist()
+
+
+def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> list[Vocabulary]:
+    """For every column, which of its codes have a row of their own, and where the others go, by data.oov."""
+    data, lengths = encoder.data, [len(codes) for codes in encoder.codes.values()]
+    counts = [np.zeros(length, np.int64) for length in lengths]
+    for found, _ in stretches(store, splits["train"]) if lengths else ():
+        for column, count in enumerate(counts):
+            count += np.bincount(found[CATEGORICAL][:, column], minlength=len(count))
+    parts = []
+    for column, (name, codes) in enumerate(encoder.codes.items()):
+        if codes.buckets:
+            parts.append(Vocabulary(name, np.arange(codes.buckets), codes.buckets))
+            continue
+        known = counts[column] >= data.min_count
+        rows, size = np.where(known, np.cumsum(known) - 1, -1), int(known.sum())
+        extra = {"hash": HASHED_ROWS, "row": 1, "error": 0}[data.oov]
+        for value, code in codes.known.items():
+            if not known[code] and extra:
+                rows[code] = size + hashed(value, extra)
+        if data.oov == "error" and not known.all():
+            refuse_unknown(encoder, store, column, known)
+        parts.append(Vocabulary(name, rows, size + extra))
+    return parts
+
+
+def refuse_unknown(encoder: Encoder, store: Store, column: int, known: np.ndarray) -> None:
+    """UserError names the first row with a value outside the vocabulary."""
+    data, name = encoder.data, encoder.data.categorical[column]
+    for found, before in stretches(store, range(int(store.first[-1]))):
+        wrong = np.flatnonzero(~known[found[CATEGORICAL][:, column]])
+        if len(wrong):
+            code, (where, row) = int(found[CATEGORICAL][wrong[0], column]), encoder.place(before + int(wrong[0]))
+            value = next(value for value, number in encoder.codes[name].known.items() if number == code)
+            held = "no training row holds" if data.min_count == 1 else f"fewer than data.min_count = {data.min_count} training rows hold"
+            raise UserError(f'data.oov = "error": the column "{name}" of {where} holds {value!r} in row {row} (counted from 0), which {held}; mend '
+                            'the row, or write data.oov = "row" or "hash".')

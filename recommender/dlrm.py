@@ -1,0 +1,243 @@
+"""Models for tables of categories and numbers. By `arch`:
+
+    dlrm   numbers through an MLP, embeddings of categories, dot products of every pair, an MLP on top (Naumov et al. 2019)
+    dcn    cross layers over numbers and embeddings, an MLP on top (Wang et al. 2021, DCN-V2, stacked)
+    mf     factorisation machine (Rendle 2010); with two categories and no numbers, matrix factorisation with biases
+    lr     logistic regression
+
+The model is a neutral function of named arrays; a framework enters through `ops`. A batch has "label" (rows,), "numeric" (rows,
+columns) and "categorical" (rows, columns), rows of one table of all columns; and "row_weight" (rows,), 0 for filler rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from elastic.backend import Spec, Tally
+from elastic.errors import RecipeError
+from recommender.metrics import Curve, Errors
+
+Array = Any
+ARCHS = ("dlrm", "dcn", "mf", "lr")
+LOSSES = ("binary", "squared")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The keys of `[model]`. `bottom` and `top` are widths of hidden layers; `layers` counts dcn's cross layers."""
+
+    arch: str = "dlrm"
+    bottom: Sequence[int] = (64,)
+    top: Sequence[int] = (64, 32)
+    layers: int = 2
+    dropout: float = 0.0
+    loss: str = "binary"
+
+    def __post_init__(self) -> None:
+        for key, choices in (("arch", ARCHS), ("loss", LOSSES)):
+            if getattr(self, key) not in choices:
+                raise RecipeError(f"model.{key} = {getattr(self, key)!r} must be one of {', '.join(choices)}.")
+        for key in ("bottom", "top"):
+            widths = getattr(self, key)
+            if not isinstance(widths, (list, tuple)) or not all(is_count(width) for width in widths):
+                raise RecipeError(f"model.{key} = {widths!r} must be a list of whole numbers of at least 1.")
+        if not is_count(self.layers):
+            raise RecipeError(f"model.layers = {self.layers!r} must be a whole number of at least 1.")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
+            raise RecipeError(f"model.dropout = {self.dropout!r} must be a number of at least 0 and below 1.")
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the data says: rows of each categorical column's embedding, the number of numeric columns, the embedding's width."""
+
+    sizes: tuple[int, ...]
+    num_numeric: int
+    width: int
+
+
+def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> Recommender:
+    """The model for a recipe's `[model]` keys and the data's facts. RecipeError names a bad key."""
+    known = [field.name for field in fields(Config)]
+    for key in config:
+        if key not in known:
+            raise RecipeError(f"model.{key} = {config[key]!r} is not a key of recommender.dlrm; its keys are {', '.join(known)}.")
+    columns = Columns(tuple(info["sizes"]), int(info["num_numeric"]), int(info["embedding_dim"]))
+    if config.get("arch", "dlrm") == "dlrm" and not columns.sizes:
+        raise RecipeError('data.categorical is missing; model.arch = "dlrm" needs at least one: add it, or write model.arch = "dcn" or "lr".')
+    return Recommender(Config(**config), columns)
+
+
+def specs(config: Config, columns: Columns) -> dict[str, Spec]:
+    """Every parameter by name. Dense layers start as He et al. 2015, embeddings at 1/sqrt(width)."""
+    out: dict[str, Spec] = {}
+    rows, numbers, width = sum(columns.sizes), columns.num_numeric, columns.width
+
+    def dense(name: str, num_in: int, num_out: int, gain: float = 2.0) -> int:
+        out[f"{name}.weight"] = Spec((num_in, num_out), ("d_in", "d_out"), "normal", math.sqrt(gain / num_in))
+        out[f"{name}.bias"] = Spec((num_out,), ("d_out",), "zeros")
+        return num_out
+
+    def mlp(name: str, num_in: int, widths: Sequence[int]) -> int:
+        for i, num_out in enumerate(widths):
+            num_in = dense(f"{name}{i}", num_in, num_out)
+        return num_in
+
+    if config.arch in ("mf", "lr"):
+        if rows:
+            out["linear.categorical"] = Spec((rows, 1), ("table_row", "one"), "zeros")
+        if numbers:
+            out["linear.numeric"] = Spec((numbers, 1), ("numeric", "one"), "zeros")
+        out["bias"] = Spec((1,), ("one",), "zeros")
+    if config.arch != "lr" and rows:
+        out["embedding"] = Spec((rows, width), ("table_row", "d_embedding"), "normal", 1 / math.sqrt(width))
+    if config.arch == "mf" and numbers:
+        out["factors"] = Spec((numbers, width), ("numeric", "d_embedding"), "normal", 1 / math.sqrt(width))
+    if config.arch == "dlrm":
+        if numbers:
+            mlp("bottom", numbers, (*config.bottom, width))
+        count = len(columns.sizes) + bool(numbers)
+        dense("out", mlp("top", (width if numbers else 0) + count * (count - 1) // 2 + (0 if count > 1 else width), config.top), 1, 1.0)
+    if config.arch == "dcn":
+        total = numbers + len(columns.sizes) * width
+        for i in range(config.layers):
+            dense(f"cross{i}", total, total, 1.0)
+        dense("out", mlp("top", total, config.top), 1, 1.0)
+    return out
+
+
+class Recommender:
+    """The model behind `elastic.backend.Model`. It has no buffers."""
+
+    def __init__(self, config: Config, columns: Columns):
+        self.config, self.columns = config, columns
+        self.parameters = specs(config, columns)
+        self.buffers: dict[str, Spec] = {}
+
+    def loss(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array], batch: Mapping[str, Array],
+             seed: int) -> tuple[Array, Array, Mapping[str, Array]]:
+        """The summed loss, the number of real rows, and no new buffers."""
+        return *self.loss_of(ops, self.scores(ops, params, batch, seed), batch), {}
+
+    def loss_of(self, ops: Any, scores: Array, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+        measure = ops.binary_cross_entropy if self.config.loss == "binary" else ops.squared_error
+        return measure(scores, batch["label"], batch["row_weight"]), ops.sum(batch["row_weight"])
+
+    def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
+                batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
+        """"loss" is the log-loss or the mean square error; with it the share of positives, or the mean absolute error."""
+        scores = self.scores(ops, params, batch, None)
+        total, weight = self.loss_of(ops, scores, batch)
+        if self.config.loss == "binary":
+            return {"loss": (total, weight), "score": (scores, weight),
+                    "base_rate": (ops.sum(ops.multiply(batch["label"], batch["row_weight"])), weight)}
+        off = ops.subtract(scores, batch["label"])
+        size = ops.add(ops.relu(off), ops.relu(ops.multiply(off, -1.0)))
+        return {"loss": (total, weight), "mae": (ops.sum(ops.multiply(size, batch["row_weight"])), weight)}
+
+    def tally(self) -> Tally:
+        return Curve() if self.config.loss == "binary" else Errors()
+
+    def scores(self, ops: Any, params: Mapping[str, Array], batch: Mapping[str, Array], seed: int | None) -> Array:
+        """(rows,): log-odds, or the value itself under the squared loss. `seed` None means no dropout."""
+        forward = {"dlrm": dlrm, "dcn": dcn, "mf": factorised, "lr": linear}[self.config.arch]
+        rows = batch["label"].shape[0]
+        return ops.reshape(forward(Pass(ops, params, batch, self.config, self.columns, rows, seed)), (rows,))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the parts of one forward pass share."""
+
+    ops: Any
+    params: Mapping[str, Array]
+    batch: Mapping[str, Array]
+    config: Config
+    columns: Columns
+    rows: int
+    seed: int | None
+
+    def dense(self, name: str, x: Array) -> Array:
+        return self.ops.contract("ni,io->no", x, self.params[f"{name}.weight"], self.params[f"{name}.bias"])
+
+    def mlp(self, name: str, x: Array, num_layers: int) -> Array:
+        for i in range(num_layers):
+            x = self.ops.relu(self.dense(f"{name}{i}", x))
+            if self.config.dropout and self.seed is not None:
+                x = self.ops.dropout(x, self.config.dropout, self.seed, f"{name}{i}")
+        return x
+
+    def embedded(self) -> Array:
+        """(rows, columns, width)."""
+        return self.ops.gather(self.params["embedding"], self.batch["categorical"])
+
+    def together(self, parts: Sequence[Array], axis: int) -> Array:
+        return parts[0] if len(parts) == 1 else self.ops.concatenate(parts, axis)
+
+
+def dlrm(p: Pass) -> Array:
+    ops, width = p.ops, p.columns.width
+    vectors, parts = [p.embedded()], []
+    if p.columns.num_numeric:
+        numbers = p.mlp("bottom", p.batch["numeric"], len(p.config.bottom) + 1)
+        vectors.insert(0, ops.reshape(numbers, (p.rows, 1, width)))
+        parts.append(numbers)
+    together = p.together(vectors, 1)
+    count = together.shape[1]
+    if count > 1:
+        parts.append(pairs(ops, together, p.rows, count))
+    elif not parts:
+        parts.append(ops.reshape(together, (p.rows, width)))
+    return p.dense("out", p.mlp("top", p.together(parts, 1), len(p.config.top)))
+
+
+def pairs(ops: Any, vectors: Array, rows: int, count: int) -> Array:
+    """(rows, count, width) -> (rows, count (count - 1) / 2): the dot product of every pair."""
+    dots = ops.reshape(ops.contract("nid,njd->nij", vectors, vectors), (rows, count * count))
+    first, second = np.tril_indices(count, -1)
+    places = ops.constant((first * count + second).astype(np.int64))
+    return ops.transpose(ops.gather(ops.transpose(dots, (1, 0)), places), (1, 0))
+
+
+def dcn(p: Pass) -> Array:
+    ops = p.ops
+    parts = [p.batch["numeric"]] if p.columns.num_numeric else []
+    if p.columns.sizes:
+        parts.append(ops.reshape(p.embedded(), (p.rows, len(p.columns.sizes) * p.columns.width)))
+    first = x = p.together(parts, 1)
+    for i in range(p.config.layers):
+        x = ops.add(ops.multiply(first, p.dense(f"cross{i}", x)), x)
+    return p.dense("out", p.mlp("top", x, len(p.config.top)))
+
+
+def linear(p: Pass) -> Array:
+    ops, out = p.ops, []
+    if p.columns.sizes:
+        out.append(ops.sum(ops.gather(p.params["linear.categorical"], p.batch["categorical"]), (1,)))
+    if p.columns.num_numeric:
+        out.append(ops.contract("ni,io->no", p.batch["numeric"], p.params["linear.numeric"]))
+    total = out[0] if len(out) == 1 else ops.add(*out)
+    return ops.add(total, p.params["bias"])
+
+
+def factorised(p: Pass) -> Array:
+    """The sum over pairs is half of (sum of all)^2 - sum of squares."""
+    ops, vectors = p.ops, []
+    if p.columns.sizes:
+        vectors.append(p.embedded())
+    if p.columns.num_numeric:
+        numbers = ops.reshape(p.batch["numeric"], (p.rows, p.columns.num_numeric, 1))
+        vectors.append(ops.multiply(numbers, p.params["factors"]))
+    x = p.together(vectors, 1)
+    total = ops.sum(x, (1,))
+    both = ops.subtract(ops.multiply(total, total), ops.sum(ops.multiply(x, x), (1,)))
+    return ops.add(linear(p), ops.multiply(ops.sum(both, (1,), keep=True), 0.5))

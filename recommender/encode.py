@@ -1,0 +1,193 @@
+"""Columns of a table as numbers, in one pass: the label as 0 and 1, categories as codes, numbers as float32.
+
+A code is a category's place in the order in which its column's values first appear, or its hash where the column has buckets.
+Which codes a model knows is decided afterwards, when it is known which rows it trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as t
+import xxhash
+
+from elastic.data.columns import Column, first_null, shown, view
+from elastic.data.files import File
+from elastic.data.formats import Arrays, Dialect, batches, schema_of
+from elastic.errors import UserError
+
+TEXT = pa.large_string()
+LABEL, NUMERIC, CATEGORICAL, SPLIT = "label", "numeric", "categorical", "split"  # the columns of what is written
+MISSING = "\0missing"  # a missing category is one of its own
+
+
+class Codes:
+    """A categorical column's values as numbers, growing batch by batch. `buckets` 0 is a vocabulary."""
+
+    def __init__(self, buckets: int = 0):
+        self.buckets = buckets
+        self.known: dict[str, int] = {}
+
+    def encode(self, array: pa.Array) -> np.ndarray:
+        """int32, of an array of texts without nulls."""
+        found = array.dictionary_encode()
+        values = found.dictionary.to_pylist()
+        codes = [hashed(v, self.buckets) for v in values] if self.buckets else [self.known.setdefault(v, len(self.known)) for v in values]
+        return np.array(codes, np.int32)[view(found.indices, Column("", "int32"))]
+
+    def __len__(self) -> int:
+        return self.buckets or len(self.known)
+
+
+def hashed(value: str, buckets: int) -> int:
+    """Which of `buckets` rows a value takes, the same everywhere: xxh3."""
+    return xxhash.xxh3_64_intdigest(value.encode()) % buckets
+
+
+class Encoder:
+    """The declared columns of the recipe's `[data]`. `is_binary`: labels must be 0 or 1."""
+
+    def __init__(self, data: Any, is_binary: bool):
+        self.data, self.is_binary = data, is_binary
+        self.dialect = Dialect(data.delimiter, data.names, data.comment) if data.format == "csv" else Dialect()
+        self.codes = {name: Codes(data.buckets.get(name, 0)) for name in data.categorical}
+        self.rows_of: list[tuple[str, int]] = []  # of each file, in order
+        self.apart: list[np.ndarray] = []  # of each batch: what data.split_column says
+
+    @property
+    def columns(self) -> list[Column]:
+        """What is written of every row."""
+        data = self.data
+        wide = ((NUMERIC, "float32", len(data.numeric)), (CATEGORICAL, "int32", len(data.categorical)))
+        return [Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2])]
+
+    def wanted(self, file: File) -> dict[str, pa.DataType]:
+        """The columns to read and their types. UserError names one that is missing or of no use."""
+        data = self.data
+        schema = schema_of(data.format, file, self.dialect)
+        texts = {*data.categorical, *([data.label] if data.positive else []), *([data.split_column] if data.split == "column" else [])}
+        out = {}
+        for name in dict.fromkeys((data.label, *data.categorical, *data.numeric, *([data.split_column] if data.split_column else []))):
+            if name not in schema.names:
+                raise UserError(f'data.{role(data, name)}: {file.name} has no column "{name}"; it has {shown(schema)}.')
+            kind = schema.field(name).type
+            kind = kind.value_type if t.is_dictionary(kind) else kind
+            number = t.is_boolean(kind) or t.is_integer(kind) or t.is_floating(kind) or t.is_decimal(kind)
+            timed = name == data.split_column and (t.is_timestamp(kind) or t.is_date(kind))
+            text = t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind)
+            if data.format != "csv" and not (number or timed or (text and name in texts)):
+                raise UserError(f'data.{role(data, name)}: the column "{name}" of {file.name} is {kind}, which is no '
+                                f'{"category" if name in texts else "number"}; convert it or leave it out.')
+            out[name] = TEXT if name in texts else pa.float64()
+        return out
+
+    def encoded(self, files: Sequence[File]) -> Iterator[Arrays]:
+        """All rows of `files`, batch by batch."""
+        for file in files:
+            types, row = self.wanted(file), 0
+            for batch in batches(self.data.format, file, types, self.dialect):
+                yield self.encode(batch, types, file.name, row)
+                row += batch.num_rows
+            self.rows_of.append((file.name, row))
+
+    def encode(self, batch: pa.RecordBatch, types: dict[str, pa.DataType], where: str, row: int) -> Arrays:
+        data = self.data
+
+        def column(name: str) -> pa.Array:
+            return texts(batch.column(name), data.format) if types[name] == TEXT else numbers(batch.column(name))
+
+        out = {LABEL: self.labels(column(data.label), where, row)}
+        if data.numeric:
+            out[NUMERIC] = np.stack([self.numbers(column(name), name, where, row) for name in data.numeric], 1)
+        if data.categorical:
+            out[CATEGORICAL] = np.stack([self.categories(column(name), name, where, row) for name in data.categorical], 1)
+        if data.split_column:
+            refuse(column(data.split_column), data.split_column, where, row)
+            self.apart.append(self.sides(column(data.split_column)))
+        return out
+
+    def labels(self, array: pa.Array, where: str, row: int) -> np.ndarray:
+        data = self.data
+        refuse(array, data.label, where, row)
+        if data.positive:
+            listed = pa.array([*data.negative, *data.positive], TEXT)
+            places = pc.index_in(array, listed)
+            remedy = "add it to data.negative or data.positive, or mend the row"
+            unlisted = first_null(places)
+            found = np.zeros(0) if unlisted is not None else view(places, Column("", "int32")) >= len(data.negative)
+        else:
+            found = view(array, Column("", "float64"))
+            wrong = np.flatnonzero(~np.isin(found, (0.0, 1.0)) if self.is_binary else ~np.isfinite(found))
+            unlisted = int(wrong[0]) if len(wrong) else None
+            remedy = ('it must be 0 or 1: mend the row, list what the column holds in data.negative and data.positive, or write '
+                      'model.loss = "squared"' if self.is_binary else "it must be a finite number: mend the row")
+        if unlisted is not None:
+            raise UserError(f'data.label: the column "{data.label}" of {where} holds {array[unlisted].as_py()!r} in row {row + unlisted} '
+                            f"(counted from 0); {remedy}.")
+        return found.astype(np.float32)
+
+    def numbers(self, array: pa.Array, name: str, where: str, row: int) -> np.ndarray:
+        """A missing one is NaN."""
+        if self.data.nulls == "error":
+            refuse(array, name, where, row)
+        found = view(array.fill_null(np.nan), Column("", "float64"))
+        endless = np.flatnonzero(np.isinf(found) if self.data.nulls == "fill" else ~np.isfinite(found))
+        if len(endless):
+            raise UserError(f'data.numeric: the column "{name}" of {where} holds {found[endless[0]]} in row {row + int(endless[0])} '
+                            "(counted from 0); it must be a finite number: mend the row or leave it out.")
+        return (np.sign(found) * np.log1p(np.abs(found)) if name in self.data.log else found).astype(np.float32)
+
+    def categories(self, array: pa.Array, name: str, where: str, row: int) -> np.ndarray:
+        if self.data.nulls == "error":
+            refuse(array, name, where, row)
+        return self.codes[name].encode(array.fill_null(MISSING))
+
+    def sides(self, array: pa.Array) -> np.ndarray:
+        """Of a split by column, whether a row is to be evaluated on; of one by time, the time."""
+        if self.data.split == "time":
+            return np.array(view(array, Column("", "float64")))
+        return np.array(pc.is_in(array, pa.array(self.data.eval_values, TEXT)).to_pylist(), bool)
+
+    def place(self, row: int) -> tuple[str, int]:
+        """The file of a row and its number there."""
+        for where, rows in self.rows_of:
+            if row < rows:
+                return where, row
+            row -= rows
+        raise IndexError(row)
+
+
+def role(data: Any, name: str) -> str:
+    return next(key for key in ("label", "categorical", "numeric", "split_column") if name == getattr(data, key) or
+                (key in ("categorical", "numeric") and name in getattr(data, key)))
+
+
+def texts(array: pa.Array, kind: str) -> pa.Array:
+    """Without surrounding spaces, which CSV puts anywhere; there, an empty text is a missing one."""
+    array = array.cast(TEXT)
+    if kind != "csv":
+        return array
+    array = pc.utf8_trim_whitespace(array)
+    return pc.if_else(pc.equal(array, ""), pa.scalar(None, TEXT), array)
+
+
+def numbers(array: pa.Array) -> pa.Array:
+    """As float64; a time as its whole number."""
+    kind = array.type.value_type if t.is_dictionary(array.type) else array.type
+    if t.is_date32(kind):
+        array = array.cast(pa.int32())
+    elif t.is_timestamp(kind) or t.is_date64(kind):
+        array = array.cast(pa.int64())
+    return array.cast(pa.float64(), safe=False)
+
+
+def refuse(array: pa.Array, name: str, where: str, row: int) -> None:
+    """UserError where a value is missing."""
+    place = first_null(array)
+    if place is not None:
+        raise UserError(f'data.path: the column "{name}" of {where} has no value in row {row + place} (counted from 0); fill it in, leave the '
+                        'row out, or, if it is no label, write data.nulls = "fill".')

@@ -1,0 +1,80 @@
+"""Figures of recommenders: the area under the ROC curve, normalised entropy, and rankings.
+
+Those of an evaluation must add up over batches and members: see `Curve`. Rankings are functions of whole lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+BINS = 1 << 16
+RANGE = 16.0  # of a score (a logit): what lies outside counts as the outermost bin
+
+
+class Curve:
+    """AUC from counts of scores by label, and normalised entropy (He et al. 2014, section 3). An `elastic.backend.Tally`.
+
+    Scores are rounded to bins of 2 * RANGE / BINS = 0.0005; pairs of a positive and a negative within one bin count one half, as ties
+    do. The result is within half the share of such pairs of the exact one: on real scores, within 1e-5.
+    """
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(2 * BINS)
+
+    def add(self, batch: Mapping[str, np.ndarray], found: Mapping[str, tuple[Any, float]]) -> None:
+        scores, real = found["score"][0], batch["row_weight"] > 0
+        places = np.clip((scores / (2 * RANGE) + 0.5) * BINS, 0, BINS - 1).astype(np.int64)
+        np.add.at(self.counts, places[real] + BINS * (batch["label"][real] > 0.5), 1.0)
+
+    def figures(self, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, float]:
+        return {"auc": area(counts[:BINS], counts[BINS:]), "normalized_entropy": normalized_entropy(means["loss"], means["base_rate"])}
+
+
+class Errors:
+    """The root mean square error beside the mean square, which is the loss. An `elastic.backend.Tally`."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(1)
+
+    def add(self, batch: Mapping[str, np.ndarray], found: Mapping[str, tuple[Any, float]]) -> None:
+        self.counts[0] += np.count_nonzero(batch["row_weight"])
+
+    def figures(self, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, float]:
+        return {"rmse": math.sqrt(means["loss"]), "rows": float(counts[0])}
+
+
+def area(negatives: np.ndarray, positives: np.ndarray) -> float:
+    """The share of (positive, negative) pairs in the right order, ties one half, from counts by rising score. 0.5 without a pair."""
+    pairs = float(negatives.sum()) * float(positives.sum())
+    if not pairs:
+        return 0.5
+    below = np.cumsum(negatives) - negatives
+    return float(np.dot(positives, below + 0.5 * negatives)) / pairs
+
+
+def normalized_entropy(loss: float, base_rate: float) -> float:
+    """Log-loss over that of always predicting the share of positives; below 1 is better than that. NaN-free: 1 where there is one class."""
+    if not 0.0 < base_rate < 1.0:
+        return 1.0
+    return loss / -(base_rate * math.log(base_rate) + (1 - base_rate) * math.log(1 - base_rate))
+
+
+def recall_at(k: int, scores: np.ndarray, relevant: np.ndarray) -> float:
+    """Mean over lists with anything relevant of the share of it among the `k` highest scores. Both (lists, items); relevant 0 or 1."""
+    top = np.argsort(-scores, 1, kind="stable")[:, :k]
+    total = (relevant > 0).sum(1)
+    found = (np.take_along_axis(relevant, top, 1) > 0).sum(1)[total > 0] / total[total > 0]
+    return float(found.mean()) if len(found) else 0.0
+
+
+def ndcg_at(k: int, scores: np.ndarray, gains: np.ndarray) -> float:
+    """Mean over lists with any gain of the discounted gain of the `k` highest scores, over the best possible (Jarvelin and Kekalainen 2002)."""
+    weights = 1 / np.log2(np.arange(2, 2 + min(k, scores.shape[1])))
+    top = np.argsort(-scores, 1, kind="stable")[:, :k]
+    reached = (np.take_along_axis(gains, top, 1) * weights).sum(1)
+    best = (-np.sort(-gains, 1)[:, :k] * weights).sum(1)
+    return float((reached[best > 0] / best[best > 0]).mean()) if (best > 0).any() else 0.0
