@@ -26,6 +26,8 @@ def status_lines(run_dir: str | Path, now_s: float | None = None) -> list[str]:
     ended = read_json(run_dir / "summary.json")
     lines = ended_lines(ended) if ended else live_lines(run_dir, events, metrics, time.time() if now_s is None else now_s)
     checkpoints = sorted(path.parent.name for path in run_dir.glob("checkpoints/*/manifest.json"))
+    if not (run_dir / "checkpoints").exists():  # they lie elsewhere: what the events say of them
+        checkpoints = sorted({e["path"].rpartition("/")[2] for e in events if e["event"] == "checkpoint_committed"})
     lines.append(f"checkpoints: {', '.join(checkpoints) or 'none'}")
     return [*lines, "latest events:", *(f"  step {event['step']}: {sentence(event)}" for event in events[-LATEST:])]
 

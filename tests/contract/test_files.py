@@ -163,7 +163,7 @@ def test_locations_are_joined_parted_and_shown_without_secrets(location: str, na
 def test_what_is_no_location_is_told_in_one_sentence(location: str) -> None:
     with pytest.raises(UserError) as error:
         open_files(location)
-    assert location in str(error.value) and "s3://" in str(error.value) and "\n" not in str(error.value)
+    assert shown(location) in str(error.value) and "s3://" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
