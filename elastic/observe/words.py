@@ -63,6 +63,8 @@ SENTENCES: dict[str, Callable[[Fields], str]] = {
     "checkpoint_committed": lambda e: f"checkpoint {e['path'].rsplit('/', 1)[-1]}: {size(e['bytes'])} in {duration(e['seconds'])}, "
                                       f"training stalled for {duration(e['stall_s'])}",
     "checkpoint_rejected": lambda e: f"checkpoint {e['path']} is not used: {e['reason']}",
+    "checkpoint_skipped": lambda e: "checkpoint left out: the one before is still being written",
+    "loaded": lambda e: f"loaded {e['path'].rsplit('/', 1)[-1]}: {size(e['bytes'])} in {duration(e['seconds'])}",
     "node_draining": lambda e: f"nodes will leave: {names(e['nodes'])}",
     "straggler": lambda e: f"straggler: {e.get('worker', '')}",
     "hang": lambda e: f"no sign of life from {e['worker']} (in {e.get('phase', 'a step')})",
