@@ -13,18 +13,20 @@ import numpy as np
 from safetensors.numpy import save
 
 from elastic.checkpoint.find import read_newest
-from elastic.checkpoint.hashing import PARAMETER
+from elastic.checkpoint.hashing import BUFFER, PARAMETER
 from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.store import TEMPORARY
 from elastic.errors import UserError
 from elastic.recipe import loads
 
 Arrays = Mapping[str, np.ndarray]
-Writer = Callable[[Arrays, Manifest, Path], None]
+Writer = Callable[[Arrays, Arrays, Manifest, Path], None]  # parameters and buffers by name
 
 
 def export(path: str, form: str, out: str) -> tuple[int, int]:
-    """Writes the parameters of a checkpoint (see `find`) to `out`, which must not exist yet and appears whole; returns its step and how many arrays.
+    """Writes the parameters of a checkpoint (see `find`) to `out`, which must not exist yet and appears whole; returns its step and how many.
+
+    A torch state dict has the model's buffers too, as `load_state_dict` asks for them.
 
     UserError for a form, a place or a model that cannot serve; BadCheckpoint before anything of a damaged one is written.
     """
@@ -33,11 +35,11 @@ def export(path: str, form: str, out: str) -> tuple[int, int]:
         raise UserError(f"--format {form} must be one of {', '.join(FORMS)}.")
     target = free(out)
     arrays, manifest = read_newest(path)
-    found = {key.removeprefix(PARAMETER): array for key, array in arrays.items() if key.startswith(PARAMETER)}
+    found, buffers = ({key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)} for prefix in (PARAMETER, BUFFER))
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(found, manifest, unfinished)
+        write(found, buffers, manifest, unfinished)
         os.rename(unfinished, free(out))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror or error}); name another place.") from error
@@ -62,19 +64,19 @@ def free(out: str) -> Path:
     return target
 
 
-def write_safetensors(arrays: Arrays, manifest: Manifest, path: Path) -> None:
+def write_safetensors(arrays: Arrays, buffers: Arrays, manifest: Manifest, path: Path) -> None:
     path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
-def write_torch(arrays: Arrays, manifest: Manifest, path: Path) -> None:
+def write_torch(arrays: Arrays, buffers: Arrays, manifest: Manifest, path: Path) -> None:
     try:
         framework = importlib.import_module("backends.pytorch.export")
     except ImportError as error:
         raise UserError(f"--format torch needs PyTorch ({error}); see `elastic doctor`, or take --format safetensors.") from error
-    framework.save_state_dict(arrays, path)
+    framework.save_state_dict({**arrays, **buffers}, path)
 
 
-def write_hugging_face(arrays: Arrays, manifest: Manifest, path: Path) -> None:
+def write_hugging_face(arrays: Arrays, buffers: Arrays, manifest: Manifest, path: Path) -> None:
     model = loads(manifest.recipe, locate=False).model
     if model.kind != "nlp.gpt":
         raise UserError(f'--format hf is for the model nlp.gpt, and this checkpoint is of "{model.kind}"; take --format safetensors or torch.')

@@ -18,6 +18,29 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 VOCAB = 50
 
 
+class Normed(torch.nn.Module):
+    """A user's own: its state dict has buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+
+
+def test_a_user_s_module_takes_its_state_dict(tmp_path: Path) -> None:
+    module, other = Normed(), Normed()
+    for tensor in module.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3)).abs() * 9)
+    parameters = dict(module.named_parameters())
+    arrays = {f"{'parameter' if name in parameters else 'buffer'}/{name}": value.detach().numpy() for name, value in module.state_dict().items()}
+    store = Store.open(tmp_path / "c")
+    commit(store, Manifest(4, 1, 16, 0, "", (write_part(store, 4, 1, "state", arrays),)))
+    assert export(tmp_path / "c", "torch", tmp_path / "w.pt") == 0
+    other.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
+    assert_same({name: value.numpy() for name, value in other.state_dict().items()}, {n: v.numpy() for n, v in module.state_dict().items()})
+    assert export(tmp_path / "c", "safetensors", tmp_path / "w.safetensors") == 0
+    assert sorted(load_file(tmp_path / "w.safetensors")) == sorted(parameters)
+
+
 def make(root: Path, bias: bool = True, kind: str = "nlp.gpt", step: int = 4) -> tuple[Path, dict[str, np.ndarray], Recipe]:
     """A checkpoint of a small GPT with random values everywhere; its parameters by name, and its recipe."""
     recipe = parse({"run": {"steps": 4}, "backend": {"name": "torch", "device": "cpu"},
