@@ -6,6 +6,7 @@ sentence that names the file and the place in it.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from elastic.data.files import File, describe
 from elastic.errors import UserError
 
 Arrays = dict[str, np.ndarray]
+LOOK_BYTES = 1 << 20  # of a CSV, before it is taken for one
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,11 @@ def arrow_unit(file: File, unit: int, first_row: int, rows: int, columns: Sequen
 
 
 def csv_schema(file: File, dialect: Dialect = PLAIN) -> pa.Schema:
-    with reading(file.name), open_csv(file, {}, (), dialect) as reader:
-        return reader.schema
+    with reading(file.name):
+        with file.stream() as raw:  # before Arrow, which prints a trace of its own for a bad row that is no text
+            codecs.getincrementaldecoder("utf-8")().decode(raw.read(LOOK_BYTES))
+        with open_csv(file, {}, (), dialect) as reader:
+            return reader.schema
 
 
 def open_csv(file: File, types: dict[str, pa.DataType], names: Sequence[str] = (), dialect: Dialect = PLAIN) -> pc.CSVStreamingReader:
