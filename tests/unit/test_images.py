@@ -1,0 +1,247 @@
+"""Images as data: every format, bad files in one sentence, and views that depend on seed, epoch and sample alone."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from elastic.errors import RecipeError, UserError
+from elastic.recipe import load_recipe
+from elastic.state import matches
+from tests.images import CLASSES, draw, idx_files, vision_recipe, write_idx
+from vision.data import open_dataset, prepare
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+
+
+def section(**changes: Any) -> Any:
+    """A recipe's `[data]` as the door sees it."""
+    base = {"format": "idx", "path": (), "eval_path": (), "eval_fraction": 0.0, "image": "", "label": "", "skip_bad": False, "crop": 0,
+            "flip": False, "mixup": 0.0}
+    given = {key: (value,) if key.endswith("path") and isinstance(value, str) else value for key, value in changes.items()}
+    return SimpleNamespace(**{**base, **given})
+
+
+def png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def everything(info: dict[str, Any], split: str = "train", epoch: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
+    dataset = open_dataset(info, split, seed)
+    rows = np.arange(dataset.num_samples)
+    return dataset.batch(rows, np.full(len(rows), epoch))
+
+
+def as_idx(folder: Path) -> Any:
+    return section(**idx_files(folder))
+
+
+def as_folder(folder: Path) -> Any:
+    for split, count, seed in (("train", 90, 0), ("test", 30, 1)):
+        for number, (image, label) in enumerate(zip(*draw(count, seed=seed))):
+            place = folder / split / "abc"[label]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number:03d}.png").write_bytes(png(image))
+    return section(format="imagefolder", path=str(folder / "train"), eval_path=str(folder / "test"))
+
+
+def as_table(folder: Path) -> Any:
+    for split, count, seed in (("train", 90, 0), ("test", 30, 1)):
+        images, labels = draw(count, seed=seed)
+        rows = [{"bytes": png(image), "path": None} for image in images]
+        pq.write_table(pa.table({"image": rows, "label": labels.astype(np.int64)}), folder / f"{split}.parquet", row_group_size=25)
+    return section(format="parquet", path=str(folder / "train.parquet"), eval_path=str(folder / "test.parquet"), image="image", label="label")
+
+
+@pytest.mark.parametrize("make", [as_idx, as_folder, as_table])
+def test_every_format_gives_the_same_images(make: Any, tmp_path: Path) -> None:
+    info = prepare(make(tmp_path), {}, tmp_path / "cache")
+    assert (info["shape"], info["num_classes"], info["num_samples"], info["num_eval_samples"]) == ([8, 8, 1], CLASSES, 90, 30)
+    assert info["classes"] == (["a", "b", "c"] if make is as_folder else [])
+    images, labels = draw(90)
+    assert info["mean"][0] == pytest.approx((images / 255).mean(), rel=1e-12) and info["std"][0] == pytest.approx((images / 255).std(), rel=1e-9)
+    for split, (pixels, numbers) in (("train", (images, labels)), ("eval", draw(30, seed=1))):
+        found = everything(info, split)
+        order = np.lexsort(found["image"].reshape(len(pixels), -1).T)
+        wanted = ((pixels / 255 - info["mean"][0]) / info["std"][0])[..., None]
+        other = np.lexsort(wanted.astype(np.float32).reshape(len(pixels), -1).T)
+        np.testing.assert_allclose(found["image"][order], wanted[other], atol=2e-6)
+        assert np.array_equal(found["label"][order], numbers[other])
+        assert found["image"].dtype == np.float32 and found["label"].dtype == np.int64
+
+
+def test_fashion_mnist_as_published(DATA: Path, tmp_path: Path) -> None:
+    """The mean and deviation of its training pixels, and its classes, are published."""
+    folder = DATA / "fashion-mnist"
+    info = prepare(section(path=f"{folder}/t10k-images-idx3-ubyte.gz", eval_fraction=0.2), {}, tmp_path)
+    assert info["mean"][0] == pytest.approx(0.286, abs=2e-3) and info["std"][0] == pytest.approx(0.353, abs=2e-3)
+    dataset = open_dataset(info, "train")
+    assert (dataset.num_samples, info["num_eval_samples"], info["num_classes"]) == (8000, 2000, 10)
+    rows = np.arange(10)
+    batch = dataset.batch(rows, 0 * rows)
+    raw = gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    assert batch["label"].tolist() == list(raw[8:18]) and batch["image"].shape == (10, 28, 28, 1)
+
+
+def test_views_depend_on_seed_epoch_and_sample_alone(tmp_path: Path) -> None:
+    data = as_idx(tmp_path)
+    data.crop, data.flip, data.mixup = 2, True, 0.4
+    dataset, again = (open_dataset(prepare(data, {}, tmp_path / "cache"), "train", 7) for _ in range(2))
+    rows, epochs = np.arange(90), np.arange(90) % 3
+    whole = dataset.batch(rows, epochs)
+    for i in (89, 3, 40):
+        alone = again.batch(rows[i:i + 1], epochs[i:i + 1])
+        assert all(np.array_equal(alone[key][0], whole[key][i]) for key in whole)
+    assert not np.array_equal(whole["image"], dataset.batch(rows, epochs + 1)["image"])
+    assert not np.array_equal(whole["image"], open_dataset(prepare(data, {}, tmp_path / "cache"), "train", 8).batch(rows, epochs)["image"])
+    plain = everything(prepare(as_idx(tmp_path), {}, tmp_path / "cache"), "eval")
+    varied = everything(prepare(data, {}, tmp_path / "cache"), "eval")
+    assert plain.keys() == varied.keys() and all(np.array_equal(plain[key], varied[key]) for key in plain)
+
+
+def test_crops_and_mirror_images_are_what_they_say(tmp_path: Path) -> None:
+    images = np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8).repeat(400, 0)
+    write_idx(tmp_path / "images", images)
+    write_idx(tmp_path / "labels", np.arange(400) % 2)
+    found = everything(info := prepare(section(path=str(tmp_path / "images"), crop=1, flip=True), {}, tmp_path / "cache"))["image"]
+    pixels = np.rint((found[..., 0] * info["std"][0] + info["mean"][0]) * 255).astype(int)
+    wide = np.pad(images[0], 1)
+    views = [wide[y:y + 8, x:x + 8][:, ::step] for y in range(3) for x in range(3) for step in (1, -1)]
+    seen = [next(n for n, view in enumerate(views) if np.array_equal(view, image)) for image in pixels]
+    counts = np.bincount(seen, minlength=18)
+    assert counts.min() > 0 and counts.max() < 60  # of 400 in 18 equally likely ways
+    np.testing.assert_allclose(np.bincount([n % 2 for n in seen]) / 400, 0.5, atol=0.1)
+
+
+def test_mixtures_are_sums_of_two(tmp_path: Path) -> None:
+    data = as_idx(tmp_path)
+    plain = everything(prepare(data, {}, tmp_path / "cache"))
+    data.mixup = 1.0
+    mixed = everything(prepare(data, {}, tmp_path / "cache"))
+    part = mixed["mix"][:, None, None, None]
+    others = (mixed["image"] - part * plain["image"]) / (1 - part)
+    near = [int(np.abs(plain["image"] - other).max((1, 2, 3)).argmin()) for other in others]
+    sure = mixed["mix"] < 0.9
+    assert np.array_equal(plain["label"][near][sure], mixed["label2"][sure]) and len(set(near)) > 80
+    assert mixed["mix"].min() >= 0 and mixed["mix"].max() <= 1 and mixed["mix"].std() == pytest.approx(12 ** -0.5, abs=0.06)  # Beta(1, 1)
+
+
+def test_a_part_of_each_class_is_held_out_of_folders(tmp_path: Path) -> None:
+    data = as_folder(tmp_path)
+    data.eval_path, data.eval_fraction = (), 0.2
+    info = prepare(data, {}, tmp_path / "cache")
+    parts = [everything(info, split)["label"] for split in ("train", "eval")]
+    assert [len(part) for part in parts] == [72, 18]
+    assert set(parts[1]) == set(range(CLASSES))
+    assert np.array_equal(np.bincount(np.concatenate(parts)), np.bincount(draw(90)[1]))
+
+
+def spoil(folder: Path, what: str) -> Any:
+    """Image data with one thing wrong."""
+    data = as_idx(folder)
+    path, labels = Path(data.path[0]), folder / "train-labels-idx1-ubyte.gz"
+    images, numbers = draw(90)
+    if what == "no labels":
+        labels.unlink()
+    elif what == "fewer labels":
+        write_idx(labels, numbers[:-1])
+    elif what == "cut":
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-5]))
+    elif what == "cut gzip":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif what == "no idx":
+        path.write_bytes(b"images")
+    elif what == "unknown class":
+        write_idx(folder / "t10k-labels-idx1-ubyte.gz", np.append(draw(29, seed=1)[1], 9))
+    elif what == "one class":
+        write_idx(labels, 0 * numbers)
+        data.eval_path = ()
+    elif what == "other size":
+        write_idx(folder / "t10k-images-idx3-ubyte.gz", images[:30, :6])
+    elif what == "another name":
+        data.path = (str(path.rename(folder / "pictures.gz")),)
+    return data
+
+
+@pytest.mark.parametrize(("what", "says"), [
+    ("no labels", "train-labels-idx1-ubyte.gz beside it"), ("fewer labels", "holds 90 images and its labels 89"),
+    ("cut", "holds 5755 bytes of values where its header tells of 5760"), ("cut gzip", "train-images.* cannot be read"),
+    ("no idx", "no IDX file of unsigned bytes with 3 or 4 dims"), ("unknown class", "row 29 of .*t10k-images.* is of class 9.*0 to 2"),
+    ("one class", "images of 1 class"), ("other size", "data.eval_path: row 0 of .* is 6 x 8 .* first image 8 x 8"),
+    ("another name", "pictures.gz is not named as a file of images is")])
+def test_bad_files_in_one_sentence(what: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises((RecipeError, UserError), match=says) as error:
+        prepare(spoil(tmp_path, what), {}, tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_images_are_named_or_skipped_and_counted(tmp_path: Path) -> None:
+    data = as_folder(tmp_path)
+    one, other = sorted((tmp_path / "train" / "b").iterdir())[:2]
+    one.write_bytes(one.read_bytes()[:60])
+    with pytest.raises(UserError, match=f"{one.name} is no image that can be decoded"):
+        prepare(data, {}, tmp_path / "cache")
+    one.write_bytes(b"")
+    other.write_bytes(png(draw(1, side=9)[0][0]))
+    data.skip_bad = True
+    info = prepare(data, {}, tmp_path / "cache")
+    assert (info["num_skipped"], info["num_samples"]) == (2, 88)
+
+
+def test_a_bad_row_of_a_table_is_named(tmp_path: Path) -> None:
+    data = as_table(tmp_path)
+    table = pq.read_table(data.path[0])
+    rows = table["image"].to_pylist()
+    rows[47] = {"bytes": b"not an image", "path": None}
+    pq.write_table(table.set_column(0, "image", pa.array(rows)), data.path[0])
+    with pytest.raises(UserError, match="row 47 of .*train.parquet is no image"):
+        prepare(data, {}, tmp_path / "cache")
+    data.image = "label"
+    with pytest.raises(UserError, match='"label" of .* is int64, which holds no bytes'):
+        prepare(data, {}, tmp_path / "cache")
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    info = prepare(as_idx(tmp_path), {}, tmp_path / "cache")
+    pixels = Path(info["train_file"]).with_suffix(".pixels")
+    pixels.write_bytes(pixels.read_bytes()[:-100])
+    with pytest.raises(UserError, match="delete their folder"):
+        open_dataset(info, "train")
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"data": {"format": "csv"}}, 'data.format = "csv" does not feed model.kind = "vision.vit", which reads images; write one of "idx"'),
+    ({"data": {"format": "parquet"}}, 'data.image = "" does not go with data.format = "parquet"; write the column\'s name.'),
+    ({"data": {"label": "y"}}, 'data.label = "y" does not go with data.format = "idx"; leave it out'),
+    ({"data": {"crop": -1}}, "data.crop = -1 cannot work"), ({"data": {"mixup": -0.5}}, "data.mixup = -0.5 cannot work"),
+    ({"data": {"weights": [1.0]}}, "data.weights = .* has a meaning only for tables of numbers"),
+    ({"data": {"kind": "mine:Set"}}, "exclude each other"),
+    ({"model": {"kind": "nlp.gpt"}}, 'data.format = "idx" holds images, which model.kind = "nlp.gpt" does not read'),
+    ({"model": {"kind": "nlp.gpt"}, "data": {"format": "text", "crop": 0}}, "data.flip = true has a meaning only for image models"),
+])
+def test_keys_that_do_not_go_together(changes: dict[str, dict[str, Any]], says: str, tmp_path: Path) -> None:
+    files = idx_files(tmp_path)
+    with pytest.raises(RecipeError, match=says) as error:
+        vision_recipe("vision.vit", files, **changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vision/fashion_resnet", "vision/fashion_vit"])
+def test_shipped_recipes_start_where_the_data_lies(name: str, DATA: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(DATA)
+    recipe = load_recipe(name)
+    model = importlib.import_module(recipe.model.kind).build(recipe.model.config, {"shape": [28, 28, 1], "num_classes": 10})
+    size = sum(int(np.prod(spec.shape)) for spec in model.parameters.values())
+    assert size < (100_000 if "resnet" in name else 300_000)
+    assert all(any(matches(key, [pattern]) for key in model.parameters) for pattern in recipe.optimizer.no_decay)
