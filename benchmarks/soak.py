@@ -171,7 +171,7 @@ class Soak:
         self.wait(lambda: self.step > 20, "the first steps")
         until = time.monotonic() + 60 * minutes
         while time.monotonic() < until:
-            quiet = time.monotonic() + self.chance.expovariate(1 / (2 * self.every_s))  # the other half comes from inside
+            quiet = time.monotonic() + self.chance.expovariate(1 / self.every_s)  # it takes time too, and others come from inside
             while time.monotonic() < min(quiet, until):
                 time.sleep(0.05)
                 self.look()
