@@ -1,0 +1,186 @@
+"""Recommenders against formulas written out row by row, all backends against the reference, same bits, and the Adult recipe's AUC."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastic.errors import RecipeError
+from elastic.recipe import Recipe, load_recipe, parse
+from recommender.dlrm import build
+from tests.contract.frameworks import assert_close, names
+from tests.contract.models import Rig, rig_of
+from tests.numerics.inprocess import Result, fit, merged
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+INFO = {"sizes": [5, 3, 7], "num_numeric": 4, "embedding_dim": 6}
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"arch": "dlrm", "bottom": [8], "top": [9, 5]}, {}), ({"arch": "dlrm", "top": [9]}, {"num_numeric": 0}),
+    ({"arch": "dcn", "top": [7], "layers": 3}, {}), ({"arch": "mf"}, {}), ({"arch": "mf", "loss": "squared"}, {"sizes": [5, 3], "num_numeric": 0}),
+    ({"arch": "lr"}, {}), ({"arch": "lr"}, {"sizes": []}), ({"arch": "dlrm", "top": []}, {"sizes": [9], "num_numeric": 0})]
+every_case = pytest.mark.parametrize(("config", "info"), CASES, ids=str)
+
+
+def rig(name: str, config: dict[str, Any], info: dict[str, Any], **changes: Any) -> Rig:
+    found = rig_of(name, build(config, {**INFO, **info}), **changes)
+    found.param += np.random.default_rng(5).standard_normal(len(found.param)).astype(np.float32) * np.float32(0.2)
+    return found
+
+
+def batch(info: dict[str, Any], loss: str = "binary", rows: int = 6, real: int = 5) -> dict[str, np.ndarray]:
+    facts, random = {**INFO, **info}, np.random.default_rng(1)
+    starts = np.cumsum([0, *facts["sizes"]])
+    out = {"label": random.integers(0, 2, rows).astype(np.float32) if loss == "binary" else random.normal(3, 1, rows).astype(np.float32),
+           "row_weight": (np.arange(rows) < real).astype(np.float32)}
+    if facts["num_numeric"]:
+        out["numeric"] = random.standard_normal((rows, facts["num_numeric"])).astype(np.float32)
+    if facts["sizes"]:
+        out["categorical"] = np.stack([start + random.integers(0, size, rows) for start, size in zip(starts, facts["sizes"])], 1).astype(np.int32)
+    return out
+
+
+def score(arch: str, p: dict[str, Any], numbers: Any, places: Any, num_layers: int) -> Any:
+    """One row's score by the papers' formulas. `numbers` and `places` may be empty."""
+    def dense(name: str, x: Any) -> Any:
+        return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def mlp(name: str, x: Any) -> Any:
+        for i in range(9):
+            x = torch.relu(dense(f"{name}{i}", x)) if f"{name}{i}.weight" in p else x
+        return x
+
+    if arch == "dlrm":
+        low = [mlp("bottom", numbers)] if len(numbers) else []
+        vectors = [*low, *(p["embedding"][i] for i in places)]
+        dots = [torch.dot(vectors[i], vectors[j])[None] for i in range(len(vectors)) for j in range(i)]
+        return dense("out", mlp("top", torch.cat([*low, *(dots or vectors)])))[0]
+    if arch == "dcn":
+        first = x = torch.cat([numbers, *(p["embedding"][i] for i in places)])
+        for i in range(num_layers):
+            x = first * dense(f"cross{i}", x) + x
+        return dense("out", mlp("top", x))[0]
+    total = p["bias"][0] + sum(p["linear.categorical"][i, 0] for i in places) + sum(n * p["linear.numeric"][i, 0] for i, n in enumerate(numbers))
+    if arch == "mf":
+        vectors = [*(p["embedding"][i] for i in places), *(n * p["factors"][i] for i, n in enumerate(numbers))]
+        total = total + sum(torch.dot(vectors[i], vectors[j]) for i in range(len(vectors)) for j in range(i))
+    return total
+
+
+@every_case
+def test_the_formulas_of_the_papers(config: dict[str, Any], info: dict[str, Any]) -> None:
+    mine, loss = rig("torch", config, info), config.get("loss", "binary")
+    rows = batch(info, loss)
+    flat, result = mine.gradient(rows)
+    p = {name: torch.tensor(np.array(view), dtype=torch.float64, requires_grad=True) for name, view in mine.layout.views(mine.param).items()}
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(5):
+        numbers = torch.tensor(rows["numeric"][i], dtype=torch.float64) if "numeric" in rows else torch.zeros(0, dtype=torch.float64)
+        found = score(config["arch"], p, numbers, rows["categorical"][i].tolist() if "categorical" in rows else [], config.get("layers", 0))
+        label = torch.tensor(float(rows["label"][i]), dtype=torch.float64)
+        squared = (found - label) ** 2
+        total = total + (squared if loss == "squared" else torch.nn.functional.binary_cross_entropy_with_logits(found, label))
+    total.backward()
+    assert result.weight == 5 and result.loss_sum == pytest.approx(total.item(), rel=1e-5)
+    for name, view in mine.by_name(flat).items():
+        assert_close(view, p[name].grad.numpy(), 1e-5, name)
+
+
+@pytest.mark.parametrize("name", names(without="reference"))
+@every_case
+def test_backends_agree_with_the_reference(name: str, config: dict[str, Any], info: dict[str, Any]) -> None:
+    config = {**config, "dropout": 0.2}
+    found, wanted = (rig(each, config, info) for each in (name, "reference"))
+    rows = batch(info, config.get("loss", "binary"))
+    (a, left), (b, right) = found.gradient(rows, seed=9), wanted.gradient(rows, seed=9)
+    assert left.loss_sum == pytest.approx(right.loss_sum, rel=1e-5) and left.weight == right.weight
+    assert_close(a, b, 2e-5)
+    mine, theirs = found.backend.metrics(rows), wanted.backend.metrics(rows)
+    assert mine.keys() == theirs.keys()
+    for key in theirs:
+        assert_close(np.asarray(mine[key][0]), np.asarray(theirs[key][0]), 2e-5, key)
+
+
+@pytest.mark.parametrize(("config", "words"), [
+    ({"arch": "svm"}, "model.arch"), ({"top": [0]}, "model.top"), ({"bottom": 3}, "model.bottom"), ({"layers": 0}, "model.layers"),
+    ({"dropout": 1.0}, "model.dropout"), ({"loss": "hinge"}, "model.loss"), ({"depth": 3}, "model.depth")])
+def test_bad_numbers_are_named(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        build(config, INFO)
+    with pytest.raises(RecipeError, match="data.categorical is missing"):
+        build({}, {**INFO, "sizes": []})
+
+
+def clicks(file: Path, size: int = 700) -> Path:
+    random = np.random.default_rng(0)
+    with open(file, "w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["click", "user", "item", "price"])
+        for _ in range(size):
+            user, item, price = random.integers(0, 20), random.integers(0, 30), random.normal()
+            writer.writerow([int(random.random() < 1 / (1 + np.exp(-(user % 3 - item % 2 + price)))), f"u{user}", f"i{item}", f"{price:.3f}"])
+    return file
+
+
+def clicks_recipe(file: Path, **changes: Any) -> Recipe:
+    base = {"run": {"epochs": 1, "eval_every": 10}, "model": {"kind": "recommender.dlrm", "bottom": [8], "top": [8]},
+            "data": {"format": "csv", "path": str(file), "label": "click", "categorical": ["user", "item"], "numeric": ["price"],
+                     "embedding_dim": 4, "batch_size": 32, "buckets": {"item": 16}},
+            "elastic": {"max_workers": 3, "logical_shards": 8, "hang_timeout_s": 5.0}, "checkpoint": {"every_steps": 8},
+            "optimizer": {"name": "adam", "lr": 1e-2}}
+    return parse(merged(base, changes))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_same_bits_for_any_workers_and_a_kill(tmp_path: Path) -> None:
+    file = clicks(tmp_path / "clicks.csv")
+
+    def run(name: str, workers: int, chaos: tuple[str, ...] = ()) -> Result:
+        result = fit(tmp_path / name, clicks_recipe(file, elastic={"min_workers": 1, "max_workers": workers}), chaos)
+        result.assert_sound(20)  # 630 rows, the last step has fillers
+        return result
+
+    one = run("one", 1)
+    figures = [line["eval"] for line in one.metrics if "eval" in line]
+    assert {"auc", "loss", "normalized_entropy", "base_rate"} == set(figures[-1]) and 0 < figures[-1]["auc"] < 1
+    for other in (run("two", 2), run("three", 3), run("killed", 3, ("kill:1@7/reduction",))):
+        assert other.sha == one.sha
+        assert [line["eval"] for line in other.metrics if "eval" in line] == figures
+
+
+@pytest.mark.slow
+def test_adult_in_one_pass(DATA: Path, tmp_path: Path) -> None:
+    """PERSIA publishes 0.8929. The AUC of the counts is that of scikit-learn on the same scores."""
+    recipe = load_recipe("recommender/adult_dlrm", [f"data.path={DATA}/adult/adult.data", f"data.eval_path={DATA}/adult/adult.test"])
+    recipe = recipe.model_copy(update={"elastic": recipe.elastic.model_copy(update={"max_workers": 1})})
+    result = fit(tmp_path, recipe)
+    result.assert_sound(-(-32_561 // 128))
+    found = result.metrics[-1]["eval"]
+    assert found["auc"] >= 0.89
+    assert found["base_rate"] == pytest.approx(3_846 / 16_281)
+    sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    labels, scores = scored(result)
+    assert found["auc"] == pytest.approx(sklearn.roc_auc_score(labels, scores), abs=1e-6)
+    assert found["loss"] == pytest.approx(sklearn.log_loss(labels, 1 / (1 + np.exp(-scores))), rel=1e-5)
+
+
+def scored(result: Result) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and scores of all rows to evaluate on, by the final checkpoint."""
+    from elastic.inference import restore
+    from elastic.workload import open_data
+
+    restored = restore(os.fspath(result.run.run_dir / "checkpoints" / f"step-{result.summary['steps']:08d}"))
+    dataset = open_data(restored.recipe, restored.info)[1]
+    assert dataset is not None
+    every = np.arange(dataset.num_samples)
+    rows = {**dataset.batch(every, every), "row_weight": np.ones(len(every), np.float32)}
+    return rows["label"], restored.backend.metrics(rows)["score"][0]
