@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.contract.frameworks import load, names
 from tests.images import idx_files, vision_recipe
 from tests.numerics.inprocess import Result, fit
 
@@ -23,18 +24,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield idx_files(folder)
 
 
-@pytest.fixture(scope="module", params=["vision.resnet", "vision.vit"])
+@pytest.fixture(scope="module", params=[(kind, name) for name in names() for kind in ("vision.resnet", "vision.vit")], ids=" ".join)
 def oracle(request: pytest.FixtureRequest, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Result:
     """One worker, nothing happens."""
-    result = fit(tmp_path_factory.mktemp("one") / "run", vision_recipe(request.param, files, STEPS, elastic={"max_workers": 1}))
+    kind, name = request.param
+    load(name, "backend")
+    result = fit(tmp_path_factory.mktemp("one") / "run", vision_recipe(kind, files, STEPS, backend={"name": name}, elastic={"max_workers": 1}))
     result.assert_sound(STEPS)
     return result
 
 
-@pytest.mark.parametrize(("workers", "chaos"), [(2, []), (3, []), (3, ["kill:1@5/reduction"]), (2, ["kill:0@7/update"])], ids=str)
+@pytest.mark.parametrize(("workers", "chaos"), [(2, []), (3, []), (3, ["kill:1@5/reduction", "kill:0@7/update"])], ids=str)
 def test_same_bits(workers: int, chaos: list[str], oracle: Result, files: dict[str, str], tmp_path: Path) -> None:
-    kind = oracle.run.recipe.model.kind
-    result = fit(tmp_path, vision_recipe(kind, files, STEPS, elastic={"max_workers": workers, "min_workers": 1}), chaos)
+    kind, backend = oracle.run.recipe.model.kind, {"name": oracle.run.recipe.backend.name}
+    result = fit(tmp_path, vision_recipe(kind, files, STEPS, backend=backend, elastic={"max_workers": workers}), chaos)
     result.assert_sound(STEPS)
     assert result.sha == oracle.sha
     assert [line.get("eval") for line in result.metrics] == [line.get("eval") for line in oracle.metrics]
