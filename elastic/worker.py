@@ -18,7 +18,7 @@ from elastic.checkpoint.remote import shown
 from elastic.checkpoint.saver import Saver
 from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
-from elastic.errors import BadCheckpoint, GroupBroken, NonFiniteLoss, UserError
+from elastic.errors import BadCheckpoint, ElasticError, GroupBroken, NonFiniteLoss, UserError
 from elastic.loop import Work, train
 from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing
 from elastic.recipe import loads
@@ -187,7 +187,7 @@ class Worker:
 
 def describe(error: BaseException) -> str:
     """One line: the platform's own errors speak for themselves, others are named."""
-    if isinstance(error, (UserError, NonFiniteLoss)):
+    if isinstance(error, ElasticError):
         return str(error)
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
