@@ -24,7 +24,7 @@ from elastic.checkpoint.reader import Reader, read_together
 from elastic.checkpoint.remote import shown
 from elastic.checkpoint.store import Store
 from elastic.collective.group import CollectiveGroup
-from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError
+from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError, RunFailed
 from elastic.messages import Part, Save
 from elastic.state import State, check_same
 
@@ -69,7 +69,7 @@ class Saver:
     def save(self, state: State, order: Save, evaluation: Mapping[str, float], tell: Callable[[int], None] = lambda done: None) -> None:
         """Returns once this rank's share is copied, or with `order.wait` once it is durable.
 
-        A write that fails is told to the controller, and raised only where it is waited for (OSError). `NonFiniteLoss` as soon
+        A write that fails is told to the controller, and raised only where it is waited for (RunFailed). `NonFiniteLoss` as soon
         as it is known that an earlier state was not finite.
         """
         started = time.perf_counter()
@@ -90,7 +90,7 @@ class Saver:
             self._join(tell)
             self._raise_lost()
             if self.error is not None:
-                raise OSError(self._sentence(order.step, self.error)) from self.error
+                raise RunFailed(self._sentence(order.step, self.error)) from self.error
 
     def _head(self, generation: int, step: int, evaluation: Mapping[str, float], **extra: Any) -> Manifest:
         finite = {name: value for name, value in evaluation.items() if math.isfinite(value)}

@@ -207,7 +207,7 @@ def test_a_full_disk_ends_a_run_with_one_sentence_and_older_checkpoints_stay(ora
         result = fit(tmp_path, recipe(), hooks={25: lambda run: full.set()})
     assert result.outcome.status == "failed"
     assert result.steps == oracle.steps, "training went on to the end"
-    assert result.outcome.error == (f"OSError: The checkpoint of step {STEPS} could not be written to {tmp_path}/checkpoints (No space "
+    assert result.outcome.error == (f"The checkpoint of step {STEPS} could not be written to {tmp_path}/checkpoints (No space "
                                     "left on device); make room or mend the storage, then resume the run.")
     assert [e["step"] for e in result.named("checkpoint_committed")][:2] == [10, 20]
     store = Store.open(tmp_path / "checkpoints")

@@ -16,7 +16,7 @@ from elastic.checkpoint.manager import committed, load, read_manifest
 from elastic.checkpoint.remote import open_files
 from elastic.checkpoint.saver import Saver
 from elastic.checkpoint.store import Store
-from elastic.errors import NonFiniteLoss
+from elastic.errors import NonFiniteLoss, RunFailed
 from elastic.messages import Part, Save
 from tests.checkpoints import Arrays, assert_same, saver, values, write_parts
 
@@ -109,7 +109,7 @@ def test_a_failure_is_told_and_raised_only_where_it_is_waited_for(mode: str, wor
     one.save(Arrays(values(50), 50), Save(1, 50, fault=mode), {})
     one.join()
     one.save(Arrays(values(60), 60), Save(1, 60), {})  # a checkpoint that was not written does not stop the training
-    with pytest.raises(OSError) as error:
+    with pytest.raises(RunFailed) as error:
         one.save(Arrays(values(70), 70), Save(1, 70, wait=True, fault=mode), {})
     sentence = f"The checkpoint of step 70 could not be written to {tmp_path} ({words}); make room or mend the storage, then resume the run."
     assert str(error.value) == posted[2].error == sentence
