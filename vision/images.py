@@ -38,8 +38,9 @@ class Sample:
     image: Any
     label: int | str
 
-    def pixels(self) -> np.ndarray:
-        return self.image if isinstance(self.image, np.ndarray) else decode(self.image, self.where)
+    def pixels(self, size: int = 0) -> np.ndarray:
+        """uint8 (height, width, channels). BadImage."""
+        return self.image if isinstance(self.image, np.ndarray) else decode(self.image, self.where, size)
 
 
 def samples(key: str, data: Any, paths: Sequence[str]) -> Iterator[Sample]:
@@ -54,16 +55,17 @@ def samples(key: str, data: Any, paths: Sequence[str]) -> Iterator[Sample]:
             yield from table_samples(data, file)
 
 
-def decode(content: bytes, where: str) -> np.ndarray:
-    """uint8 (height, width, 1) of a grey image, else (height, width, 3)."""
+def decode(content: bytes, where: str, size: int = 0) -> np.ndarray:
+    """uint8 (height, width, 1) of a grey image, else (height, width, 3); with `size`, the middle square scaled to that many pixels a side."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise UserError(f"{where} is an encoded image, and Pillow, which decodes them, is not installed; "
                         "install it with pip install pillow.") from error
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            found = np.asarray(opened.convert("L" if opened.mode in ("L", "1") else "RGB"))
+            plain = opened.convert("L" if opened.mode in ("L", "1") else "RGB")
+            found = np.asarray(ImageOps.fit(plain, (size, size), Image.Resampling.BILINEAR) if size else plain)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImage(f"{where} is no image that can be decoded ({describe(error)})") from error
     return found.reshape(*found.shape[:2], -1)

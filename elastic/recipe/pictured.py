@@ -11,13 +11,14 @@ from elastic.recipe.labelled import Labelled, shown
 
 FORMATS = ("idx", "imagefolder")
 IMAGE_TABLES = ("parquet", "arrow")
-ONLY_HERE = ("image", "crop", "flip", "mixup", "skip_bad")
+ONLY_HERE = ("image", "crop", "flip", "mixup", "skip_bad", "image_size")
 
 
 class Pictured(Labelled):
     """The part of `[data]` that image models read. Crops, mirror images and mixtures are for training alone."""
 
     image: str = Field("", description="a column's name")
+    image_size: int = Field(0, ge=0, description="a whole number of at least 0 (pixels of each side; 0: all images have one size already)")
     crop: int = Field(0, ge=0, description="a whole number of at least 0 (pixels by which an image is moved at most)")
     flip: bool = Field(False, description="true or false")
     mixup: FiniteFloat = Field(0.0, ge=0, description="a number of at least 0 (alpha of the Beta distribution; 0 is none)")
@@ -40,6 +41,8 @@ def check_pictured(recipe: Any) -> None:
     if data.format not in (*FORMATS, *IMAGE_TABLES):
         known = ", ".join(map(shown, (*FORMATS, *IMAGE_TABLES)))
         raise RecipeError(f"data.format = {shown(data.format)} does not feed model.kind = {shown(kind)}, which reads images; write one of {known}.")
+    if data.image_size and data.format == "idx":
+        raise RecipeError(f'data.image_size = {data.image_size} does not go with data.format = "idx", whose images have one size; leave it out.')
     for key in ("image", "label"):
         value = getattr(data, key)
         if bool(value) != (data.format in IMAGE_TABLES):

@@ -25,8 +25,8 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
 def section(**changes: Any) -> Any:
     """A recipe's `[data]` as the door sees it."""
-    base = {"format": "idx", "path": (), "eval_path": (), "eval_fraction": 0.0, "image": "", "label": "", "skip_bad": False, "crop": 0,
-            "flip": False, "mixup": 0.0}
+    base = {"format": "idx", "path": (), "eval_path": (), "eval_fraction": 0.0, "image": "", "label": "", "skip_bad": False, "image_size": 0,
+            "crop": 0, "flip": False, "mixup": 0.0}
     given = {key: (value,) if key.endswith("path") and isinstance(value, str) else value for key, value in changes.items()}
     return SimpleNamespace(**{**base, **given})
 
@@ -199,6 +199,24 @@ def test_damaged_images_are_named_or_skipped_and_counted(tmp_path: Path) -> None
     assert (info["num_skipped"], info["num_samples"]) == (2, 88)
 
 
+def test_images_of_all_sizes_are_brought_to_one(tmp_path: Path) -> None:
+    for name, value in (("dark", 40), ("light", 200)):
+        (tmp_path / name).mkdir()
+        for number in range(1, 6):
+            pixels = np.full((20 * number, 30, 3), value, np.uint8)
+            pixels[:, :3], pixels[:, -3:] = 255, 0
+            (tmp_path / name / f"{number}.png").write_bytes(png(pixels))
+    data = section(format="imagefolder", path=(str(tmp_path / "dark"), str(tmp_path / "light")))
+    with pytest.raises(UserError, match="2.png is 40 x 30 with 3 channels and the first image 20 x 30"):
+        prepare(data, {}, tmp_path / "cache")
+    data.image_size = 10
+    info = prepare(data, {}, tmp_path / "cache")
+    assert (info["shape"], info["num_samples"], info["classes"]) == ([10, 10, 3], 10, ["dark", "light"])
+    batch = everything(info)
+    middle = (batch["image"][:, 5, 5] * info["std"] + info["mean"]) * 255
+    np.testing.assert_allclose(middle, np.where(batch["label"] == 0, 40, 200)[:, None].repeat(3, 1), atol=0.1)
+
+
 def test_a_bad_row_of_a_table_is_named(tmp_path: Path) -> None:
     data = as_table(tmp_path)
     table = pq.read_table(data.path[0])
@@ -224,6 +242,7 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
     ({"data": {"format": "csv"}}, 'data.format = "csv" does not feed model.kind = "vision.vit", which reads images; write one of "idx"'),
     ({"data": {"format": "parquet"}}, 'data.image = "" does not go with data.format = "parquet"; write the column\'s name.'),
     ({"data": {"label": "y"}}, 'data.label = "y" does not go with data.format = "idx"; leave it out'),
+    ({"data": {"image_size": 28}}, 'data.image_size = 28 does not go with data.format = "idx"'),
     ({"data": {"crop": -1}}, "data.crop = -1 cannot work"), ({"data": {"mixup": -0.5}}, "data.mixup = -0.5 cannot work"),
     ({"data": {"weights": [1.0]}}, "data.weights = .* has a meaning only for tables of numbers"),
     ({"data": {"kind": "mine:Set"}}, "exclude each other"),
