@@ -6,8 +6,10 @@ call reads. They are handed to the traced function as arguments, so it holds no 
 
 from __future__ import annotations
 
+import random
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,45 @@ ALIGN_BYTES = 64  # TensorFlow ends the process on DLPack memory that is aligned
 
 _start = threading.Lock()
 
+# Starting values and a data set's draws come from process-wide generators: what one thread seeds and draws must not interleave
+# with another's.
+drawing = threading.RLock()
 
-def create(model: Model, settings: Any) -> TensorFlowBackend:
+
+def create(model: Model | Any, settings: Any) -> TensorFlowBackend:
     """`settings` has device ("cpu", "auto"), precision ("float32", "float64"), threads and compile. UserError."""
-    return TensorFlowBackend(model, settings)
+    return TensorFlowBackend(adapt(model), settings)
+
+
+def adapt(model: Model | Any) -> Any:
+    """A user's Keras model as a model; others as they are. UserError where it cannot serve."""
+    if isinstance(getattr(model, "parameters", None), Mapping):
+        return model
+    from backends.tensorflow.adapter import KerasModel, keras
+
+    if not isinstance(model, keras.Model):
+        raise UserError(f'model.kind gives {type(model).__name__}, which is no Keras model; backend.name = "tensorflow" trains those.')
+    return KerasModel(model)
+
+
+def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
+    """A user's model or data set; what it draws to begin with is a function of `seed`, so every worker builds the same."""
+    with seeded(seed):
+        return factory(**config)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, the generators of Python and NumPy, from which Keras draws starting values, start from `seed`; then they are as before."""
+    with drawing:
+        own, theirs = random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed(seed & (1 << 32) - 1)
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(theirs)
 
 
 def start(threads: int) -> None:
@@ -56,6 +93,7 @@ class TensorFlowBackend:
         self.parameters: Mapping[str, Spec] = model.parameters
         self.buffers: Mapping[str, Spec] = model.buffers
         self._model = model
+        self._columns = getattr(model, "tensors", self._neutral_columns)
         self._dtype = np.dtype(settings.precision)
         self._ops = TensorFlowOps(self._dtype)
         self._jit = bool(settings.compile)
@@ -119,7 +157,7 @@ class TensorFlowBackend:
                 tape.watch([params[name] for name in names])
                 loss, weight, new = self._model.loss(self._ops, params, state, batch, seed)
             slopes = tape.gradient(loss, [params[name] for name in names])
-            if all(slope is None for slope in slopes):
+            if all(slope is None for slope in slopes) and not (isinstance(weight, float) and weight == 0.0):  # a batch without rows
                 raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
             return (tf.cast(loss, tf.float64), tf.cast(weight, tf.float64), dict(new),
                     [None if slope is None else tf.convert_to_tensor(slope) for slope in slopes])
@@ -129,7 +167,7 @@ class TensorFlowBackend:
     def _device_state(self) -> dict[str, Any]:
         return {name: tf.constant(value) for name, value in self._state.items()}
 
-    def _columns(self, batch: Batch) -> dict[str, Any]:
+    def _neutral_columns(self, batch: Batch) -> dict[str, Any]:
         kinds = {"f": self._dtype, "i": np.dtype(np.int64), "u": np.dtype(np.int64), "b": np.dtype(np.bool_)}
         return {name: tf.constant(np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False)) for name, column in batch.items()}
 
