@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elastic.chaos import PHASES
+from elastic.chaos import DISK, PHASES
 from elastic.recipe import Recipe
 from tests.numerics.inprocess import Hook, Result, Run, module_recipe
 
@@ -48,6 +48,8 @@ def schedule(seed: int) -> Schedule:
     deeds = [("grow", draw.randint(max(out.capacity, 2), MOST + 2)), ("drain", f"node-{draw.randrange(MOST)}"), ("scale", draw.randint(1, MOST))]
     for step in draw.sample(range(1, STEPS), draw.randint(0, 3)):
         out.deeds[step] = draw.choice(deeds)
+    for _ in range(draw.choice([0, 0, 1, 2])):
+        out.chaos.append(f"disk:{draw.randrange(out.is_gentle, MOST)}@{draw.randint(1, STEPS)}/{draw.choice(DISK)}")
     if out.capacity < out.elastic["min_workers"]:
         out.capacity = out.elastic["min_workers"]
     return out

@@ -1,4 +1,4 @@
-"""A hundred random schedules of kills, stops, joins and leaves: every run ends well, and all end with the same bits."""
+"""A hundred random schedules of kills, stops, failing disks, joins and leaves: every run ends well, and all end with the same bits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tests.chaos.schedules import STEPS, Schedule, play, recipe_of, schedule
 from tests.numerics.inprocess import Result, fit
 
 pytest.importorskip("torch", reason="torch is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a saver's thread dies with its process
 
 SEEDS, AT_ONCE, TOGETHER = 100, 4, 10  # most of a run is waiting: for hangs to be found, for files to be durable
 
@@ -54,7 +55,7 @@ def test_the_schedules_are_as_wild_as_they_should_be() -> None:
     plans = [schedule(seed) for seed in range(SEEDS)]
     faults = [spec for plan in plans for spec in plan.chaos]
     assert plans[7] == schedule(7)
-    assert {spec.partition(":")[0] for spec in faults} == {"kill", "stop", "cont", "scale"}
-    assert len({spec.rpartition("/")[2] for spec in faults if "/" in spec}) == 7
+    assert {spec.partition(":")[0] for spec in faults} == {"kill", "stop", "cont", "scale", "disk"}
+    assert len({spec.rpartition("/")[2] for spec in faults if "/" in spec}) == 7 + 5
     assert {name for plan in plans for name, _ in plan.deeds.values()} == {"grow", "drain", "scale"}
     assert sum(len(plan.chaos) for plan in plans) > 300
