@@ -113,7 +113,8 @@ def check_numbers(recipe: Recipe) -> None:
 
 
 CPU = {"device": ("auto", "cpu"), "precision": ("float32",)}
-SERVED = {"reference": {**CPU, "compile": (False,), "threads": (1,)}, "tensorflow": CPU, "mxnet": CPU}  # torch serves every value
+SERVED: dict[str, dict[str, tuple[Any, ...]]] = {  # torch serves every value
+    "reference": {**CPU, "compile": (False,), "threads": (1,)}, "tensorflow": CPU, "mxnet": CPU}
 
 
 def check_backend(recipe: Recipe) -> None:
