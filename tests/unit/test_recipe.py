@@ -85,7 +85,7 @@ def test_a_recipe_cannot_be_changed(least: dict[str, Any]) -> None:
     ("backend.device=tpu", 'must be one of "auto", "cpu", "cuda"'),
     ("backend.threads=0", "backend.threads = 0 cannot work"),
     ("backend.compile=1", "backend.compile = 1 cannot work; it must be true or false."),
-    ("data.format=idx", 'data.format = "idx" is not yet supported'),
+    ("data.format=idx", 'data.format = "idx" holds images, which model.kind = "nlp.gpt" does not read'),
     ("data.format=parquet", "data.text is missing; model.kind = \"nlp.gpt\" reads a column of text"),
     ("data.format=pickle", "data.format"),
     ("data.path=nowhere.txt", 'data.path = "nowhere.txt" does not exist'),
