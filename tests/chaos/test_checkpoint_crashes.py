@@ -75,10 +75,12 @@ def crashing(monkeypatch: pytest.MonkeyPatch, location: str, kind: Callable[...,
 
 def attempt(location: str) -> None:
     """Step 100 is saved and committed; two older ones are there, of which one has to go and leftovers with it."""
+    commits = Commits(location, 1, "", 50)
     try:
-        save(location, 100, RANKS, generation=2, commits=Commits(location, 1, "", 50))
+        save(location, 100, RANKS, generation=2, commits=commits)
     except Crashed:
         return
+    commits.settle()
 
 
 @pytest.mark.parametrize("kind", [FaultyFiles, Torn])
@@ -128,7 +130,9 @@ def assert_whole(location: str, why: str) -> int:
 def assert_goes_on(location: str) -> None:
     """The next process saves the same step and a later one, and nothing of the crash is left."""
     for step in (100, 150):
-        found = save(location, step, 3, generation=3, commits=Commits(location, 1, "", step - 1))
+        commits = Commits(location, 1, "", step - 1)
+        found = save(location, step, 3, generation=3, commits=commits)
+        commits.settle()
         assert found is not None and not found.error
     store = Store.open(location)
     assert store.names() == ["step-00000150"]
