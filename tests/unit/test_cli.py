@@ -113,6 +113,7 @@ class FakeTrainer:
     """Ends as it is told to."""
 
     ending: Any = None
+    follows = False
 
     def __init__(self, recipe: Any, run_dir: Path | None = None, address: str = "local", chaos: tuple[str, ...] = ()):
         self.recipe, self.run_dir, self.address, self.chaos = recipe, run_dir, address, chaos

@@ -17,7 +17,7 @@ def make_run(tmp_path: Path, location: str) -> Path:
     """One step, one worker, and two checkpoints elsewhere."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    recipe = parse({"run": {"steps": 1}, "model": {"kind": "nlp.gpt"}, "data": {"format": "text", "path": str(tmp_path / "plays.txt"), "batch_size": 4},
+    recipe = parse({"run": {"steps": 1}, "model": {"kind": "nlp.gpt"}, "data": {"format": "text", "path": str(tmp_path / "plays.txt")},
                     "checkpoint": {"path": location}}, locate=False)
     (run_dir / "recipe.toml").write_text(dumps(recipe))
     started = {"time": 1.0, "event": "generation_started", "generation": 1, "step": 0, "world_size": 1, "workers": [{"rank": 0}]}
