@@ -246,3 +246,13 @@ def test_checkpoints_on_s3(oracle: Result, tmp_path: Path, s3: Any) -> None:
     second = fit(tmp_path, recipe(checkpoint={"path": location}, elastic={"max_workers": 2}))
     assert second.outcome.status == "done" and second.sha == oracle.sha and second.steps == oracle.steps
     assert second.named("loaded")[0]["step"] == at and not second.named("rewound")
+
+
+def test_a_checkpoint_of_another_model_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
+    interrupted(tmp_path, elastic={"max_workers": 2})
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    result = fit(tmp_path, recipe(elastic={"max_workers": 2}, optimizer={"name": "sgd", "momentum": 0.9}))
+    assert result.outcome.status == "failed"
+    assert "optimizer/exp_avg/" in result.outcome.error and "and " in result.outcome.error and "\n" not in result.outcome.error
+    assert "put [model] and optimizer.name back, or start a new run with model.init" in result.outcome.error
+    assert {path: path.read_bytes() for path in before} == before and not result.named("checkpoint_rejected")
