@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from backends.mxnet import optimizer, warn_if_late
+from backends.mxnet.graph import Graph, key_of
 from backends.mxnet.ops import MXNetOps, mx, shapes, to_array
 from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
@@ -94,6 +95,8 @@ class MXNetBackend:
         self._leaves: dict[str, Any] = {}
         self._state: Mapping[str, np.ndarray] = {}
         self._trainable: set[str] = set()
+        self._graphs: dict[Any, Graph] = {}
+        self._compilations = 0
         self._kept: OrderedDict[tuple[int, int, int], list[Any]] = OrderedDict()
 
     def allocate(self, size: int) -> Buffer:
@@ -116,7 +119,7 @@ class MXNetBackend:
             self._aim(into)
             columns, state = self._columns(batch), self._device_state()
             with _autograd.record():
-                loss, weight, new = self._model.loss(self._ops, self._leaves, state, columns, seed)
+                loss, weight, new = self._loss(state, columns, seed)
             total, count = number(loss), number(weight)
             if self._backward(loss):
                 for name, view in into.items():
@@ -151,7 +154,16 @@ class MXNetBackend:
         return np.array([np.square(grad[i:i + block], dtype=np.float64).sum() for i in range(0, len(grad), block)])
 
     def compilations(self) -> int:
-        return 0
+        return self._compilations
+
+    def _loss(self, state: Mapping[str, Any], columns: Mapping[str, Any], seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
+        """The loss in a graph recorded for these shapes; a user's block brings its own."""
+        key = key_of(self._trainable, state, columns)
+        if key not in self._graphs:
+            with _autograd.pause(train_mode=True):
+                self._graphs[key] = Graph(self._model, self._dtype, self._leaves, state, columns, seed)
+            self._compilations += 1
+        return self._graphs[key](self._leaves, state, columns, seed)
 
     def _backward(self, loss: Any) -> bool:
         """False where no trainable parameter stands behind the loss."""

@@ -50,9 +50,7 @@ class MXNetOps:
         return self.np.concatenate(tuple(arrays), axis)
 
     def unbind(self, x: Array, axis: int) -> tuple[Array, ...]:
-        shape = list(x.shape)
-        length = shape.pop(axis)
-        return tuple(self.np.reshape(self.narrow(x, axis, i, 1), tuple(shape)) for i in range(length))
+        return tuple(self.classic("SliceChannel", x, num_outputs=x.shape[axis], axis=axis, squeeze_axis=True))
 
     def narrow(self, x: Array, axis: int, start: int, length: int) -> Array:
         if start == 0 and length == x.shape[axis]:
@@ -107,9 +105,8 @@ class MXNetOps:
             b = flat(y, plan.right_order, plan.batch, plan.trail, plan.inner)
             out = self.npx.batch_dot(a, b, transpose_b=True)
         else:
-            a = flat(x, plan.left_order, plan.lead, plan.inner)
-            b = flat(y, plan.right_order, plan.trail, plan.inner)
-            shift = () if bias is None or not plan.ends_with_trail else (self._reshaped(bias, (b.shape[0],)),)
+            a, b = flat(x, plan.left_order, plan.lead, plan.inner), flat(y, plan.right_order, plan.trail, plan.inner)
+            shift = () if bias is None or plan.turned else (self._reshaped(bias, (b.shape[0],)),)
             out = self.npx.fully_connected(a, b, *shift, num_hidden=b.shape[0], no_bias=not shift, flatten=False)
             bias = None if shift else bias
         out = self._reshaped(out, tuple(sizes[i] for i in plan.batch + plan.lead + plan.trail))
@@ -188,14 +185,14 @@ class MXNetOps:
                    eps: float = 1e-5) -> tuple[Array, Array, Array]:
         # the kernel would write to the running statistics: it gets others where it does, and with momentum 1 it leaves them alone
         running = [self.constant(np.zeros(weight.shape)), self.constant(np.ones(weight.shape))] if training else [mean, var]
-        y = self.channels_last(self.npx.batch_norm(
-            self.channels_first(x), weight, bias, *running, eps=eps, momentum=1.0, fix_gamma=False, use_global_stats=not training, axis=1))
+        first = self.channels_first(x)
+        y = self.npx.batch_norm(first, weight, bias, *running, eps=eps, momentum=1.0, fix_gamma=False, use_global_stats=not training, axis=1)
         if not training:
-            return y, mean, var
-        x, axes = self.stopped(x), tuple(range(len(x.shape) - 1))
-        found = self.np.mean(x, axis=axes), self.np.var(x, axis=axes, ddof=1)
-        return y, *(self.np.add(self.np.multiply(old, 1 - momentum), self.np.multiply(new, momentum))
-                    for old, new in zip((mean, var), found))
+            return self.channels_last(y), mean, var
+        still, axes = self.stopped(first), (0, *range(2, len(x.shape)))
+        found = self.np.mean(still, axis=axes), self.np.var(still, axis=axes, ddof=1)
+        return self.channels_last(y), *(self.np.add(self.np.multiply(old, 1 - momentum), self.np.multiply(new, momentum))
+                                        for old, new in zip((mean, var), found))
 
     def group_norm(self, x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
         first = self.channels_first(x)
@@ -214,7 +211,12 @@ class MXNetOps:
 
     def stopped(self, x: Array) -> Array:
         """The same values, through which no gradient passes."""
-        return mx.nd.BlockGrad(x.as_nd_ndarray()).as_np_ndarray()
+        return self.classic("BlockGrad", x)[0]
+
+    def classic(self, name: str, x: Array, **keywords: Any) -> list[Array]:
+        """The outputs of a kernel that MXNet's newer name spaces lack."""
+        found = getattr(mx.nd, name)(x.as_nd_ndarray(), **keywords)
+        return [out.as_np_ndarray() for out in (found if isinstance(found, list) else [found])]
 
     def cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
         each = self.npx.pick(self.npx.log_softmax(logits, axis=-1), targets, axis=-1)
@@ -277,7 +279,7 @@ class Plan:
         self.right_order = tuple(self.right.index(i) for i in self.batch + self.trail + self.inner)
         made = self.batch + self.lead + self.trail
         self.out_order = tuple(made.index(i) for i in out)
-        self.ends_with_trail = out.endswith(self.trail)
+        self.turned = made != out
 
 
 contraction_plan = functools.cache(Plan)
