@@ -23,6 +23,7 @@ from elastic.data.text import read_column, read_text
 from elastic.errors import RecipeError, UserError
 from nlp import tokens as tokenizing
 from nlp.gpt import Config
+from nlp.masking import MaskedWindows
 
 VOCAB_SIZE = 1024  # of byte pairs, where the recipe says nothing
 UNIT = "tokens"  # what a batch's weight counts
@@ -33,8 +34,8 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
 
     `data` has format and text (the column, of tables), path and eval_path (files, folders, globs, URIs, "package:NAME/GLOB";
     eval_path may be empty), tokens, eval_fraction and perhaps vocab_size.
-    Keys of the result: vocab_size, tokenizer (its spec), context, num_tokens, num_eval_tokens, train_file,
-    eval_file, sources, key (the same for the same text, cut and tokens). RecipeError names the key, the file and the remedy.
+    Keys of the result: vocab_size, tokenizer (its spec), context, mask (0 for a model that reads on), num_tokens, num_eval_tokens,
+    train_file, eval_file, sources, key (the same for the same text, cut and tokens). RecipeError names the key, the file and the remedy.
     """
     context = model_config.get("context", Config.context)
     if isinstance(context, bool) or not isinstance(context, int) or context < 1:
@@ -47,19 +48,22 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     except (OSError, ValueError):
         known = tokenise(source, folder, facts)
     files = {"train_file": str(folder / "train.arrow"), "eval_file": str(folder / "eval.arrow")}
-    info = {**known, **files, "context": context, "sources": list(data.path), "key": source.key}
+    info = {**known, **files, "context": context, "mask": model_config.get("mask", 0.0), "sources": list(data.path), "key": source.key}
     check_lengths(data, info)
     return info
 
 
-def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> TokenWindows:
-    """The "train" split, its windows shifted anew every epoch, or the "eval" split, not shifted."""
+def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> TokenWindows | MaskedWindows:
+    """The "train" split, its windows shifted anew every epoch, or the "eval" split, not shifted; with `mask`, tokens hidden in them."""
     tokens = read_tokens(info[f"{split}_file"])
     expected = info["num_tokens" if split == "train" else "num_eval_tokens"]
     if len(tokens) != expected:
         raise UserError(f"The token file {info[f'{split}_file']} holds {len(tokens)} tokens instead of {expected}; "
                         "delete its folder, it is made again.")
-    return TokenWindows(tokens, info["context"], seed if split == "train" else None)
+    windows = TokenWindows(tokens, info["context"], seed if split == "train" else None)
+    if not info.get("mask"):
+        return windows
+    return MaskedWindows(windows, info["vocab_size"], info["mask"], seed if split == "train" else 0)
 
 
 def encode(info: Mapping[str, Any], text: str) -> list[int]:

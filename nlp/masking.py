@@ -1,0 +1,52 @@
+"""Tokens hidden for a model to guess (Devlin et al. 2019, section 3.1): which ones is a function of (seed, epoch, window) alone."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from elastic.data.permutation import keyed_words, mix
+from elastic.ops import GOLDEN
+
+HIDDEN, OTHER = 0.8, 0.1  # of the chosen tokens: replaced by the hidden token, by any other; the rest stays as it is
+KEY = 5  # apart from what else is drawn from a seed and an epoch
+
+
+class MaskedWindows:
+    """`windows` of tokens with the same number of tokens chosen in each: "tokens", "places" and "targets" as `nlp.bert` reads them.
+
+    `vocab_size` is also the number of the hidden token. Every epoch hides other tokens.
+    """
+
+    fills = True
+
+    def __init__(self, windows: Any, vocab_size: int, mask: float, seed: int):
+        self.windows, self.vocab_size, self.seed = windows, vocab_size, seed
+        self.num_samples, self.context = windows.num_samples, windows.context
+        self.num_chosen = max(1, round(mask * self.context))
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        tokens = self.windows.batch(indices, epochs)["tokens"][:, :self.context].astype(np.int64)
+        drawn = draws(self.seed, np.asarray(epochs), np.asarray(indices), self.context + 2 * self.num_chosen)
+        order, fate, other = np.split(drawn, [self.context, self.context + self.num_chosen], 1)
+        places = np.sort(np.argsort(order, 1, kind="stable")[:, :self.num_chosen], 1)
+        targets = np.take_along_axis(tokens, places, 1)
+        chance = (fate >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
+        replaced = np.where(chance < HIDDEN, self.vocab_size, np.where(chance < HIDDEN + OTHER, (other % np.uint64(self.vocab_size)).astype(np.int64), targets))
+        np.put_along_axis(tokens, places, replaced.astype(np.int64), 1)
+        return {"tokens": tokens, "places": places, "targets": targets}
+
+
+def draws(seed: int, epochs: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+    """(rows, count) uint64: SplitMix64 from a start that (seed, epoch, index) names."""
+    keys = np.array([epoch_key(seed, epoch) for epoch in epochs.tolist()], np.uint64)
+    step = np.uint64(GOLDEN)
+    start = mix(keys + indices.astype(np.uint64) * step)
+    return mix(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * step)
+
+
+@lru_cache(maxsize=1024)
+def epoch_key(seed: int, epoch: int) -> int:
+    return int(keyed_words(1, seed, epoch, KEY)[0])
