@@ -16,10 +16,10 @@ import numpy as np
 
 from elastic.data.arrow import write_atomically
 from elastic.data.convert import locked
-from elastic.data.files import find
 from elastic.errors import RecipeError, UserError
 from vision import augment
 from vision.classes import Classes
+from vision.images import sources
 from vision.store import Store, path_of, write
 
 VERSION = 1
@@ -37,7 +37,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     """
     paths = {split: getattr(data, name) for split, name in SPLITS.items() if getattr(data, name)}
     asked = [VERSION, data.format, data.image, data.label, data.skip_bad, data.image_size, data.eval_fraction, {
-        split: [[f.where, f.size, f.mtime_ns] for f in find(f"data.{SPLITS[split]}", path)] for split, path in paths.items()}]
+        split: [[f.where, f.size, f.mtime_ns] for f in sources(f"data.{SPLITS[split]}", data, path)] for split, path in paths.items()}]
     folder = Path(cache_dir) / f"images-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}"
     facts = folder / "facts.json"
     with locked(folder):

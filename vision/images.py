@@ -43,6 +43,12 @@ class Sample:
         return self.image if isinstance(self.image, np.ndarray) else decode(self.image, self.where, size)
 
 
+def sources(key: str, data: Any, paths: Sequence[str]) -> list[File]:
+    """Every file that is read for the recipe's `[data]` at `paths`, those of labels too."""
+    files = find(key, paths)
+    return files + [labels_of(key, file) for file in image_files(key, files)] if data.format == "idx" else files
+
+
 def samples(key: str, data: Any, paths: Sequence[str]) -> Iterator[Sample]:
     """All samples of the recipe's `[data]` at `paths`, in the order of the files and of the rows in them."""
     files = find(key, paths)
@@ -74,12 +80,16 @@ def decode(content: bytes, where: str, size: int = 0) -> np.ndarray:
 # IDX: two zero bytes, the type, the number of dims, each dim as a big-endian uint32, the values (LeCun's MNIST page).
 
 
-def idx_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
+def image_files(key: str, files: Sequence[File]) -> list[File]:
     chosen = [file for file in files if "images" in PurePosixPath(file.where).name]
     if not chosen:
         raise RecipeError(f'{key}: {files[0].name} is not named as a file of images is; give one as "train-images-idx3-ubyte.gz", with '
                           'its labels beside it.')
-    for file in chosen:
+    return chosen
+
+
+def idx_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
+    for file in image_files(key, files):
         images, labels = read_idx(file, (3, 4)), read_idx(labels_of(key, file), (1,))
         if len(images) != len(labels):
             raise UserError(f"{key}: {file.name} holds {len(images)} images and its labels {len(labels)}; restore both files.")

@@ -230,6 +230,16 @@ def test_a_bad_row_of_a_table_is_named(tmp_path: Path) -> None:
         prepare(data, {}, tmp_path / "cache")
 
 
+def test_new_labels_are_noticed(tmp_path: Path) -> None:
+    data = as_idx(tmp_path)
+    before = prepare(data, {}, tmp_path / "cache")
+    numbers = (draw(90)[1] + 1) % CLASSES
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", numbers)
+    info = prepare(data, {}, tmp_path / "cache")
+    assert np.array_equal(everything(info)["label"], numbers) and info["key"] != before["key"]
+    assert prepare(data, {}, tmp_path / "cache") == info
+
+
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
     info = prepare(as_idx(tmp_path), {}, tmp_path / "cache")
     pixels = Path(info["train_file"]).with_suffix(".pixels")
