@@ -34,8 +34,9 @@ class MaskedWindows:
         places = np.sort(np.argsort(order, 1, kind="stable")[:, :self.num_chosen], 1)
         targets = np.take_along_axis(tokens, places, 1)
         chance = (fate >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
-        replaced = np.where(chance < HIDDEN, self.vocab_size, np.where(chance < HIDDEN + OTHER, (other % np.uint64(self.vocab_size)).astype(np.int64), targets))
-        np.put_along_axis(tokens, places, replaced.astype(np.int64), 1)
+        other = (other % np.uint64(self.vocab_size)).astype(np.int64)
+        replaced = np.where(chance < HIDDEN, self.vocab_size, np.where(chance < HIDDEN + OTHER, other, targets))
+        np.put_along_axis(tokens, places, replaced, 1)
         return {"tokens": tokens, "places": places, "targets": targets}
 
 
