@@ -32,6 +32,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic"
 
 
+def framework(recipe: Recipe) -> Any:
+    """The door of the recipe's backend. UserError where it cannot be imported."""
+    try:
+        module = importlib.import_module(BACKENDS[recipe.backend.name])
+    except ImportError as error:
+        raise UserError(f"backend.name = {recipe.backend.name!r} cannot be imported ({error}); see `elastic doctor`.") from error
+    if hasattr(module, "before_models"):  # what must be set before a user's own model computes anything
+        module.before_models(recipe.backend)
+    return module
+
+
 def attribute(key: str, name: str) -> Any:
     """A user's "package.module:attribute"."""
     module_name, _, path = name.partition(":")
@@ -85,9 +96,9 @@ class Part:
 def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset | None, str]:
     """The training set, the evaluation set if there is one, and the unit that weights count ("tokens") or ""."""
     if recipe.data.kind:
-        framework, factory = importlib.import_module(BACKENDS[recipe.backend.name]), attribute("data.kind", recipe.data.kind)
-        seed, seeded = recipe.run.seed, framework.seeded
-        source = call_user("data.kind", lambda **keys: framework.construct(factory, keys, seed), recipe.data.options)
+        own, factory = framework(recipe), attribute("data.kind", recipe.data.kind)
+        seed, seeded = recipe.run.seed, own.seeded
+        source = call_user("data.kind", lambda **keys: own.construct(factory, keys, seed), recipe.data.options)
         whole = MapStyle(source)
         kept = whole.num_samples - int(whole.num_samples * recipe.data.eval_fraction)
         evaluation = MapStyle(Part(source, kept, whole.num_samples), seed, seeded) if kept < whole.num_samples else None
@@ -123,26 +134,22 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
     model, kind = recipe.model, recipe.model.kind
     if ":" not in kind:
         return importlib.import_module(kind).build(model.config, info)
-    construct = importlib.import_module(BACKENDS[recipe.backend.name]).construct
+    construct = framework(recipe).construct
     factory = attribute("model.kind", kind)
     return call_user("model.kind", lambda **keys: construct(factory, keys, recipe.run.seed), model.config)
 
 
 def check_model(recipe: Recipe, model: Any) -> None:
     """What patterns and starting weights say, against the model's own names and shapes. UserError before a worker starts."""
-    if callable(getattr(model, "parameters", None)):
-        model = importlib.import_module(BACKENDS[recipe.backend.name]).adapt(model)
+    if not isinstance(getattr(model, "parameters", None), Mapping):
+        model = framework(recipe).adapt(model)
     layout = FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
     read_start(recipe.model.init, layout.places)
 
 
 def create_backend(recipe: Recipe, model: Any) -> Backend:
     """The framework's backend on this process's device."""
-    try:
-        module = importlib.import_module(BACKENDS[recipe.backend.name])
-    except ImportError as error:
-        raise UserError(f"backend.name = {recipe.backend.name!r} cannot be imported ({error}); see `elastic doctor`.") from error
-    return module.create(model, recipe.backend)
+    return framework(recipe).create(model, recipe.backend)
 
 
 def open_state(recipe: Recipe, backend: Backend) -> State:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,14 @@ def adapt(model: Model | Any) -> Any:
     if not isinstance(model, keras.Model):
         raise UserError(f'model.kind gives {type(model).__name__}, which is no Keras model; backend.name = "tensorflow" trains those.')
     return KerasModel(model)
+
+
+def before_models(settings: Any) -> None:
+    """To be called before a user's code makes variables, with which TensorFlow starts. What cannot be had any more, `create` tells:
+    a process that only looks at a model need not compute like a worker.
+    """
+    with suppress(UserError):
+        start(int(settings.threads))
 
 
 def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:

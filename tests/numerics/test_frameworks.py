@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.contract.frameworks import load
-from tests.numerics.inprocess import Result, fit, gpt_recipe
+from tests.numerics.inprocess import Result, fit, gpt_recipe, module_recipe
 
 STEPS = 12
 FRAMEWORKS = ["torch", "tensorflow", "mxnet"]
@@ -57,3 +57,20 @@ def test_the_losses_are_the_reference_s(name: str, text: Path, tmp_path: Path) -
     assert len(losses[0]) == STEPS and losses[1][-1] < losses[1][0] - 0.3
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     assert found.sha != wanted.sha
+
+
+def test_a_keras_model_with_batch_norm_and_dropout(tmp_path: Path) -> None:
+    load("tensorflow", "backend")
+
+    def trained(workers: int, chaos: tuple[str, ...] = ()) -> Result:
+        module = "tests.numerics.keras_models"
+        recipe = module_recipe("net", STEPS, run={"eval_every": 6}, model={"kind": f"{module}:net", "width": 4}, backend={"name": "tensorflow"},
+                               data={"kind": f"{module}:Pairs", "eval_fraction": 0.2}, elastic={"max_workers": workers})
+        return fit(tmp_path / f"{workers}{len(chaos)}", recipe, chaos)
+
+    one, three = trained(1), trained(3, DISTURBED[:2])
+    for result in (one, three):
+        result.assert_sound(STEPS)
+        assert np.abs(result.arrays()["buffer/batch_normalization.moving_mean"]).max() > 1e-3
+    assert three.sha == one.sha
+    assert set(one.metrics[-1]["eval"]) == {"loss", "mae"}
