@@ -6,6 +6,7 @@ and commits checkpoints, so a worker of an older generation can change neither.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -68,7 +69,8 @@ class Controller:
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
         self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.is_continued else None
         if self.past:
-            self.commits.newest = self.commits.newest_good()[1]
+            with contextlib.suppress(OSError):  # it may answer again before it is needed
+                self.commits.newest = self.commits.newest_good()[1]
             self.lost, self.given_up, self.released = set(self.past.lost), set(self.past.lost), set(self.past.released)
             for path in self.past.refused:
                 self.commits.refuse(path)

@@ -110,9 +110,11 @@ def newest_good(store: Store, refused: Container[str] = (), look: Callable[[Stor
                 ) -> tuple[str | None, list[tuple[str, str]]]:
     """The newest checkpoint that is whole by its manifest and its files' sizes, and (name, reason) of the newer ones that are not.
 
-    Those stay where they are. Names in `refused` are passed over. `look=verify` reads every byte.
+    Those stay where they are. Names in `refused` are passed over. `look=verify` reads every byte. OSError where none is whole and
+    one could not be read: a storage that does not answer must not look like a run without checkpoints.
     """
     rejected: list[tuple[str, str]] = []
+    unread: OSError | None = None
     for _, name in reversed(committed(store)):
         if name in refused:
             continue
@@ -123,6 +125,9 @@ def newest_good(store: Store, refused: Container[str] = (), look: Callable[[Stor
             rejected.append((name, str(error)))
         except OSError as error:
             rejected.append((name, f"It cannot be read ({error})."))
+            unread = error
+    if unread is not None:
+        raise OSError(f"No checkpoint can be read ({rejected[0][0]}: {unread}); resume the run when the storage answers.") from unread
     return None, rejected
 
 

@@ -312,3 +312,15 @@ def test_starting_weights_that_cannot_be_read_are_one_sentence(store: Store, roo
     for path in (tmp_path / "none.safetensors", garbage, pickled, root / "step-00000050", tmp_path):
         with pytest.raises(RecipeError, match="model.init"):
             read_init(path)
+
+
+def test_a_storage_that_does_not_answer_is_not_one_without_checkpoints(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+
+    def look(store: Store, name: str) -> None:
+        raise OSError("no answer")
+
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "step-00000004" / "manifest.json").write_text("{}")
+    with pytest.raises(OSError, match=r"step-00000004.*no answer.*resume the run when the storage answers"):
+        newest_good(store, look=look)
