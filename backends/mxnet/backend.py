@@ -7,8 +7,6 @@ in a process; workers that are processes never wait for one another.
 from __future__ import annotations
 
 import ctypes
-import random
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from backends.mxnet import optimizer, warn_if_late
+from backends.mxnet import adapter, optimizer, warn_if_late
+from backends.mxnet.adapter import seeded
 from backends.mxnet.graph import Graph, key_of
 from backends.mxnet.ops import MXNetOps, mx, shapes, to_array
 from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
@@ -26,7 +25,6 @@ from elastic.errors import UserError
 ALIGN_BYTES = 64
 KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare
 
-_computing = threading.RLock()
 _autograd = mx.autograd
 _library = mx.base._LIB
 _blas = ctypes.CDLL(str(Path(mx.__file__).parent / "libopenblas.so.0")) if (Path(mx.__file__).parent / "libopenblas.so.0").exists() else None
@@ -40,6 +38,11 @@ def create(model: Model | Any, settings: Any) -> MXNetBackend:
 
 def adapt(model: Any) -> Any:
     """A user's Gluon block as a model; others as they are. UserError where a block cannot serve."""
+    if isinstance(model, mx.gluon.Block):
+        with adapter.computing:
+            return adapter.GluonModel(model)
+    if not isinstance(getattr(model, "parameters", None), Mapping):
+        raise UserError(f'model.kind gives a {type(model).__name__}, which is no Gluon block; backend.name = "mxnet" trains mxnet.gluon.Block.')
     return model
 
 
@@ -50,28 +53,13 @@ def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int)
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, the generators of MXNet, NumPy and Python start from `seed`; afterwards those of NumPy and Python are as they were."""
-    with _computing:
-        numpy_state, python_state = np.random.get_state(), random.getstate()
-        mx.random.seed(seed & (1 << 31) - 1)
-        np.random.seed(seed & (1 << 32) - 1)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
-
-
-@contextmanager
-def computing(threads: int) -> Iterator[None]:
+def computing(threads: int, numpy_shapes: bool = True) -> Iterator[None]:
     """This thread's turn, with the thread count on which bits depend: OpenMP's is a thread's own setting, BLAS has one for all."""
-    with _computing:
+    with adapter.computing:
         _library.MXSetNumOMPThreads(threads)
         if _blas is not None and _blas.openblas_get_num_threads() != threads:
             _blas.openblas_set_num_threads(threads)
-        with shapes():
+        with shapes(numpy_shapes):
             yield
 
 
@@ -91,7 +79,8 @@ class MXNetBackend:
         self._model = model
         self._dtype = np.dtype(settings.precision)
         self._ops = MXNetOps(self._dtype)
-        self._threads = int(settings.threads)
+        self._own = model if isinstance(model, adapter.GluonModel) else None
+        self._way = int(settings.threads), self._own is None or self._own.numpy  # how `computing` is entered
         self._leaves: dict[str, Any] = {}
         self._state: Mapping[str, np.ndarray] = {}
         self._trainable: set[str] = set()
@@ -108,14 +97,16 @@ class MXNetBackend:
         return self._model.initial() if hasattr(self._model, "initial") else {}
 
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
-        with computing(self._threads):
-            self._leaves = {name: as_array(params[name]).as_np_ndarray() for name in self.parameters}
+        with computing(*self._way):
+            self._leaves = {name: as_array(params[name]) for name in self.parameters}
+            if self._own is None or self._own.numpy:
+                self._leaves = {name: leaf.as_np_ndarray() for name, leaf in self._leaves.items()}
         self._state = {name: buffers[name] for name in self.buffers}
         self._trainable = set()
         self._kept.clear()
 
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
-        with computing(self._threads):
+        with computing(*self._way):
             self._aim(into)
             columns, state = self._columns(batch), self._device_state()
             with _autograd.record():
@@ -133,18 +124,18 @@ class MXNetBackend:
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
         # in predict mode the kernels of some layers rearrange their weights in place, here in the platform's own buffers
-        with computing(self._threads), _autograd.train_mode():
+        with computing(*self._way), _autograd.train_mode():  # a user's block switches back, on copies
             found = self._model.metrics(self._ops, self._leaves, self._device_state(), self._columns(batch))
             value = plain if hasattr(self._model, "tally") else number
             return {name: (value(total), number(weight)) for name, (total, weight) in found.items()}
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """The scores of a model that offers `logits`."""
-        with computing(self._threads), _autograd.train_mode():
+        with computing(*self._way), _autograd.train_mode():
             return self._model.logits(self._ops, self._leaves, to_array(tokens, self._dtype)).asnumpy()
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
-        with computing(self._threads):
+        with computing(*self._way):
             kept = {name: self._blocks(slot, block) for name, slot in slots.items()}
             for i, (values, slope) in enumerate(zip(self._blocks(param, block), blocks_of(grad, block))):
                 optimizer.apply(rule, values, slope, {name: blocks[i] for name, blocks in kept.items()})
@@ -158,6 +149,8 @@ class MXNetBackend:
 
     def _loss(self, state: Mapping[str, Any], columns: Mapping[str, Any], seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
         """The loss in a graph recorded for these shapes; a user's block brings its own."""
+        if self._own is not None:
+            return self._own.loss(None, self._leaves, state, columns, seed)
         key = key_of(self._trainable, state, columns)
         if key not in self._graphs:
             with _autograd.pause(train_mode=True):
@@ -186,10 +179,10 @@ class MXNetBackend:
 
     def _device_state(self) -> dict[str, Any]:
         """Copies, because a step may be redone."""
-        return {name: to_array(value, self._dtype) for name, value in self._state.items()}
+        return {name: self._own.array(value) if self._own else to_array(value, self._dtype) for name, value in self._state.items()}
 
-    def _columns(self, batch: Batch) -> dict[str, Any]:
-        return {name: to_array(column, self._dtype) for name, column in batch.items()}
+    def _columns(self, batch: Any) -> Any:
+        return self._own.arrays(batch) if self._own else {name: to_array(column, self._dtype) for name, column in batch.items()}
 
     def _blocks(self, buffer: Buffer, block: int) -> list[Any]:
         # only of buffers that live as long as the model: a kept array holds its memory, so the address cannot pass to another

@@ -22,9 +22,9 @@ from elastic import ops as neutral
 Array = Any  # mx.np.ndarray
 
 
-def shapes() -> Any:
-    """A context in which arrays may have the shape (), in the calling thread."""
-    return mx.util.np_shape(True)
+def shapes(active: bool = True) -> Any:
+    """A context in which arrays may have the shape (), in the calling thread; or in which they may not."""
+    return mx.util.np_shape(active)
 
 
 class MXNetOps:
@@ -184,7 +184,7 @@ class MXNetOps:
     def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool, momentum: float = 0.1,
                    eps: float = 1e-5) -> tuple[Array, Array, Array]:
         # the kernel would write to the running statistics: it gets others where it does, and with momentum 1 it leaves them alone
-        running = [self.constant(np.zeros(weight.shape)), self.constant(np.ones(weight.shape))] if training else [mean, var]
+        running = [self.constant(np.full(weight.shape, 0.5))] * 2 if training else [mean, var]
         first = self.channels_first(x)
         y = self.npx.batch_norm(first, weight, bias, *running, eps=eps, momentum=1.0, fix_gamma=False, use_global_stats=not training, axis=1)
         if not training:

@@ -1,0 +1,164 @@
+"""A user's own Gluon block as a model: named arrays and a call without side effects.
+
+The block is initialised, its shapes are known, and it has `loss(batch)` giving the mean loss over the batch (or one value a row) or
+(sum, weight); it may have `metrics(batch)` giving {name: (sum, weight)}. Parameters without a gradient, as the statistics of a batch
+norm, are its buffers: the block gets copies, which are handed back, so a step that is redone counts once. Hybridised or not.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from backends.mxnet.ops import mx
+from elastic.backend import Spec
+from elastic.errors import UserError
+
+computing = threading.RLock()  # MXNet's kernels and generators are the process's own: one thread at a time
+
+
+class GluonModel:
+    """`elastic.backend.Model` over a block; `ops` is not used. Shared parameters appear once, under their first name."""
+
+    def __init__(self, block: mx.gluon.Block):
+        self._block, self._kind = block, type(block).__name__
+        if not callable(getattr(block, "loss", None)):
+            raise UserError(f"model.kind: {self._kind} has no method loss(batch) that gives the mean loss or (sum, weight).")
+        self._named = named_parameters(block)
+        for name, parameter in self._named.items():
+            if parameter._data is None:
+                raise UserError(f"model.kind: parameter {name} of {self._kind} has no values yet; where the block is made, call its initialize(), "
+                                "and give every layer its input size (in_units, in_channels) or call the block once on an example.")
+        trained = [name for name, parameter in self._named.items() if parameter.grad_req != "null"]
+        if not trained:
+            raise UserError(f"model.kind: {self._kind} has no parameters to train.")
+        for name in trained:
+            if self._named[name].dtype not in (np.float32, "float32"):
+                raise UserError(f"model.kind: parameter {name} is {np.dtype(self._named[name].dtype)}; parameters must be float32.")
+        self.numpy = isinstance(self._named[trained[0]].data(), mx.np.ndarray)  # made under mx.npx.set_np()
+        self._given = {name: parameter.data().asnumpy() for name, parameter in self._named.items()}
+        self.parameters = {name: given_spec(self._given[name]) for name in trained}
+        self.buffers = {name: given_spec(value) for name, value in self._given.items() if name not in self.parameters}
+
+    def initial(self) -> Mapping[str, np.ndarray]:
+        """The values that the block was made with, parameters and buffers."""
+        return self._given
+
+    def array(self, values: Any) -> Any:
+        """A copy in the block's kind of array; float64 becomes float32, and what is no number stays as it is."""
+        values = np.asarray(values)
+        if values.dtype.kind not in "biuf":
+            return values
+        dtype = np.float32 if values.dtype == np.float64 else values.dtype
+        return (mx.np if self.numpy else mx.nd).array(values, dtype=dtype)
+
+    def arrays(self, batch: Any) -> Any:
+        """The batch as its data set made it, dict or tuple, with arrays for NumPy's."""
+        if isinstance(batch, Mapping):
+            return {name: self.arrays(value) for name, value in batch.items()}
+        if isinstance(batch, (tuple, list)):
+            return type(batch)(self.arrays(value) for value in batch)
+        return self.array(batch)
+
+    def loss(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any,
+             seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
+        """The loss sum, its weight and the new buffers, which are complete after the backward pass."""
+        rows = num_rows(batch)
+        if not rows:
+            return self.array(np.zeros(1)), 0.0, state
+        with seeded(seed), self._holding(params, state):
+            total, weight = self._sum(self._block.loss(batch), rows)
+        return total, weight, state
+
+    def metrics(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any],
+                batch: Any) -> Mapping[str, tuple[Any, Any]]:
+        """The block's own metrics and always "loss", in predict mode."""
+        rows = num_rows(batch)
+        if not rows:
+            return {"loss": (0.0, 0.0)}
+        copies = {name: value.copy() for name, value in params.items()}  # in predict mode kernels rearrange weights in place
+        with seeded(0), mx.autograd.predict_mode(), self._holding(copies, state):
+            out = {"loss": self._sum(self._block.loss(batch), rows)}
+            if hasattr(self._block, "metrics"):
+                out |= self._block.metrics(batch)
+        return out
+
+    @contextmanager
+    def _holding(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[None]:
+        """Inside, the block computes with these arrays. UserError where it does not leave them in their places."""
+        arrays = {**params, **state}
+        for name, parameter in self._named.items():
+            parameter._data = [arrays[name]]
+        try:
+            with mx.util.np_array(self.numpy):
+                yield
+        except mx.MXNetError as error:
+            raise UserError(f"model.kind: {self._kind} cannot be called ({in_one_line(error)}).") from error
+        for name, parameter in self._named.items():
+            if parameter._data is None or parameter._data[0] is not arrays[name]:
+                raise UserError(f"model.kind: {self._kind} gives its parameter {name} another shape or place while it runs; "
+                                "its parameters must stay as they were made.")
+        if named_parameters(self._block).keys() != self._named.keys():
+            raise UserError(f"model.kind: {self._kind} makes parameters while it runs; make all of them where it is built.")
+
+    def _sum(self, found: Any, rows: int) -> tuple[Any, Any]:
+        """(sum, weight) as they are; a mean times the number of rows; the sum of one value a row."""
+        if isinstance(found, tuple):
+            return found
+        if not isinstance(found, mx.nd.NDArray) or found.size not in (1, rows):
+            raise UserError(f"model.kind: loss(batch) of {self._kind} must give one number, one a row, or (sum, weight), not {describe(found)}.")
+        return found.sum() * (rows / found.size), float(rows)
+
+
+def named_parameters(block: mx.gluon.Block) -> dict[str, Any]:
+    """Parameters by their place in the block ("layers.0.weight"): the names of their own count what the process has made so far."""
+    out: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, parameter in block._collect_params_with_prefix().items():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            out[name] = parameter
+    return out
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, the generators of MXNet, NumPy and Python start from `seed`; afterwards those of NumPy and Python are as they were."""
+    with computing:
+        numpy_state, python_state = np.random.get_state(), random.getstate()
+        mx.random.seed(seed & (1 << 31) - 1)
+        np.random.seed(seed & (1 << 32) - 1)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+def in_one_line(error: Exception) -> str:
+    """What MXNet says of an error, without the stack of its own calls."""
+    told = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(told) if "Error" in line), told[-1] if told else type(error).__name__).rstrip(".")
+
+
+def given_spec(value: np.ndarray) -> Spec:
+    return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype))
+
+
+def describe(found: Any) -> str:
+    return f"an array of shape {tuple(found.shape)}" if isinstance(found, mx.nd.NDArray) else type(found).__name__
+
+
+def num_rows(batch: Any) -> int:
+    while not hasattr(batch, "shape"):
+        values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+        if not values:
+            raise UserError("data.kind: a batch has no columns.")
+        batch = values[0]
+    return int(batch.shape[0])
