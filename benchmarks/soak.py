@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
@@ -90,13 +89,15 @@ class Soak:
         self.pids: dict[str, int] = {}
         self.controller, self.step, self.stepped, self.step_s = 0, 0, 0.0, 0.05
         self.stopped: list[int] = []
-        self.driver = self.start("train", "recipe.toml", "--run-dir", str(self.run), *(a for spec in self.chaos for a in ("--chaos", spec)))
+        faults = [argument for spec in self.chaos for argument in ("--chaos", spec)]
+        self.driver = self.start("train", "recipe.toml", "--run-dir", str(self.run), *faults)
 
     def inside(self, workers: int) -> Iterator[str]:
         for number in range(1, 200):
             step, kind = int(number * 2 * self.every_s * STEPS_A_SECOND * self.chance.uniform(0.7, 1.3)), self.chance.choice(INSIDE)
             how = self.chance.choice(("error", "short", "full", "delay", "crash"))
-            yield {"scale": f"scale:{self.chance.randint(min(2, workers), workers)}@{step}", "disk": f"disk:{self.chance.randrange(workers)}@{step}/{how}",
+            yield {"scale": f"scale:{self.chance.randint(min(2, workers), workers)}@{step}",
+                   "disk": f"disk:{self.chance.randrange(workers)}@{step}/{how}",
                    "corrupt": f"corrupt@{step}"}[kind]
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
