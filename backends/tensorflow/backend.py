@@ -110,7 +110,6 @@ class TensorFlowBackend:
         self._steps: dict[tuple[str, ...], Callable[..., Any]] = {}
         self._compilations = 0
         self._metrics = self._traced(lambda params, state, batch: model.metrics(self._ops, params, state, batch))
-        self._logits = self._traced(lambda params, tokens: model.logits(self._ops, params, tokens))
 
     def allocate(self, size: int) -> Buffer:
         room = np.zeros(size * self._dtype.itemsize + ALIGN_BYTES, np.uint8)
@@ -140,8 +139,8 @@ class TensorFlowBackend:
         return {name: (plain(total), float(weight)) for name, (total, weight) in found.items()}
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """The scores of a model that offers `logits`."""
-        return self._logits(self._params, tf.constant(np.asarray(tokens, np.int64))).numpy()
+        """The scores of a model that offers `logits`. Not traced: a text that grows has another shape with every token."""
+        return self._model.logits(self._ops, self._params, tf.constant(np.asarray(tokens, np.int64))).numpy()
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         optimizer.apply(rule, param, grad, slots)

@@ -15,7 +15,7 @@ import numpy as np
 from elastic.backend import UpdateRule
 from elastic.errors import UserError
 
-STRETCH = 8_192  # elements; 32 KB, and five arrays of it at a time
+STRETCH = 65_536  # elements; 256 KB: shorter ones cost more in calls than they save in the cache
 
 Array = np.ndarray
 
@@ -28,34 +28,37 @@ def apply(rule: UpdateRule, param: Array, grad: Array, slots: Mapping[str, Array
     step, rooms = steps[rule.name], np.empty((2, min(STRETCH, len(param))), param.dtype)
     for start in range(0, len(param), STRETCH):
         cut = slice(start, start + STRETCH)
-        p, g = param[cut], grad[cut]
+        p, g, scale = param[cut], grad[cut], rule.scale
         room = rooms[:, :len(p)]
-        if rule.scale != 1.0:
-            g *= rule.scale
         if rule.name == "adamw":
             p *= 1 - rule.lr * rule.weight_decay
         elif rule.weight_decay:
+            g *= scale
             g += np.multiply(p, rule.weight_decay, out=room[0])
-        step(rule, p, g, {name: slot[cut] for name, slot in slots.items()}, room)
+            scale = 1.0
+        step(rule, p, g, scale, {name: slot[cut] for name, slot in slots.items()}, room)
 
 
-def adam(rule: UpdateRule, p: Array, g: Array, slots: Mapping[str, Array], room: Array) -> None:
+def adam(rule: UpdateRule, p: Array, g: Array, scale: float, slots: Mapping[str, Array], room: Array) -> None:
+    """The factors that are the same for all elements are drawn together, which saves passes."""
     mean, square = slots["exp_avg"], slots["exp_avg_sq"]
     mean *= rule.beta1
-    mean += np.multiply(g, 1 - rule.beta1, out=room[0])
+    mean += np.multiply(g, scale * (1 - rule.beta1), out=room[0])
+    g *= scale * (1 - rule.beta2) ** 0.5
     g *= g
-    g *= 1 - rule.beta2
     square *= rule.beta2
     square += g
+    unbias = (1 - rule.beta2 ** rule.step) ** 0.5
     root = np.sqrt(square, out=room[0])
-    root *= (1 - rule.beta2 ** rule.step) ** -0.5
-    root += rule.eps
+    root += rule.eps * unbias
     change = np.divide(mean, root, out=room[1])
-    change *= rule.lr / (1 - rule.beta1 ** rule.step)
+    change *= rule.lr * unbias / (1 - rule.beta1 ** rule.step)
     p -= change
 
 
-def sgd(rule: UpdateRule, p: Array, g: Array, slots: Mapping[str, Array], room: Array) -> None:
+def sgd(rule: UpdateRule, p: Array, g: Array, scale: float, slots: Mapping[str, Array], room: Array) -> None:
+    if scale != 1.0:
+        g *= scale
     if rule.momentum:
         momentum = slots["momentum"]
         momentum *= rule.momentum
@@ -64,7 +67,9 @@ def sgd(rule: UpdateRule, p: Array, g: Array, slots: Mapping[str, Array], room: 
     p -= np.multiply(g, rule.lr, out=room[0])
 
 
-def adagrad(rule: UpdateRule, p: Array, g: Array, slots: Mapping[str, Array], room: Array) -> None:
+def adagrad(rule: UpdateRule, p: Array, g: Array, scale: float, slots: Mapping[str, Array], room: Array) -> None:
+    if scale != 1.0:
+        g *= scale
     total = slots["sum"]
     total += np.multiply(g, g, out=room[0])
     root = np.sqrt(total, out=room[0])
