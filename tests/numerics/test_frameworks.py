@@ -74,3 +74,20 @@ def test_a_keras_model_with_batch_norm_and_dropout(tmp_path: Path) -> None:
         assert np.abs(result.arrays()["buffer/batch_normalization.moving_mean"]).max() > 1e-3
     assert three.sha == one.sha
     assert set(one.metrics[-1]["eval"]) == {"loss", "mae"}
+
+
+def test_a_gluon_block_with_batch_norm_and_dropout(tmp_path: Path) -> None:
+    load("mxnet", "backend")
+
+    def trained(workers: int, chaos: tuple[str, ...] = ()) -> Result:
+        module = "tests.numerics.gluon_models"
+        recipe = module_recipe("Net", STEPS, run={"eval_every": 6}, model={"kind": f"{module}:Net", "width": 4}, backend={"name": "mxnet"},
+                               data={"kind": f"{module}:Pairs", "eval_fraction": 0.2}, elastic={"max_workers": workers})
+        return fit(tmp_path / f"{workers}{len(chaos)}", recipe, chaos)
+
+    one, three = trained(1), trained(3, DISTURBED[:2])
+    for result in (one, three):
+        result.assert_sound(STEPS)
+        assert np.abs(result.arrays()["buffer/1.running_mean"]).max() > 1e-3
+    assert three.sha == one.sha
+    assert set(one.metrics[-1]["eval"]) == {"loss", "mae"}
