@@ -13,7 +13,7 @@ import pytest
 from elastic.errors import RecipeError
 from elastic.recipe import Recipe, load_recipe, parse
 from recommender.dlrm import build
-from tests.contract.frameworks import assert_close, names
+from tests.contract.frameworks import assert_close, load, names
 from tests.contract.models import Rig, rig_of
 from tests.numerics.inprocess import Result, fit, merged
 
@@ -116,7 +116,7 @@ def test_bad_numbers_are_named(config: dict[str, Any], words: str) -> None:
         build({}, {**INFO, "sizes": []})
 
 
-def clicks(file: Path, size: int = 700) -> Path:
+def clicks(file: Path, size: int = 350) -> Path:
     random = np.random.default_rng(0)
     with open(file, "w", newline="") as out:
         writer = csv.writer(out)
@@ -128,7 +128,7 @@ def clicks(file: Path, size: int = 700) -> Path:
 
 
 def clicks_recipe(file: Path, **changes: Any) -> Recipe:
-    base = {"run": {"epochs": 1, "eval_every": 10}, "model": {"kind": "recommender.dlrm", "bottom": [8], "top": [8]},
+    base = {"run": {"epochs": 1, "eval_every": 5}, "model": {"kind": "recommender.dlrm", "bottom": [8], "top": [8]},
             "data": {"format": "csv", "path": str(file), "label": "click", "categorical": ["user", "item"], "numeric": ["price"],
                      "embedding_dim": 4, "batch_size": 32, "buckets": {"item": 16}},
             "elastic": {"max_workers": 3, "logical_shards": 8, "hang_timeout_s": 5.0}, "checkpoint": {"every_steps": 8},
@@ -141,12 +141,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_same_bits_for_any_workers_and_a_kill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("framework", names(without="reference"))
+def test_same_bits_for_any_workers_and_a_kill(framework: str, tmp_path: Path) -> None:
+    load(framework, "backend")
     file = clicks(tmp_path / "clicks.csv")
 
     def run(name: str, workers: int, chaos: tuple[str, ...] = ()) -> Result:
-        result = fit(tmp_path / name, clicks_recipe(file, elastic={"min_workers": 1, "max_workers": workers}), chaos)
-        result.assert_sound(20)  # 630 rows, the last step has fillers
+        result = fit(tmp_path / name, clicks_recipe(file, backend={"name": framework}, elastic={"max_workers": workers}), chaos)
+        result.assert_sound(10)  # 315 rows, the last step has fillers
         return result
 
     one = run("one", 1)
