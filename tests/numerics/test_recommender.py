@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic import cli
 from elastic.errors import RecipeError
-from elastic.recipe import Recipe, load_recipe, parse
+from elastic.inference import evaluate, restore
+from elastic.recipe import Recipe, dumps, load_recipe, parse
+from elastic.workload import open_data
 from recommender.dlrm import build
 from tests.contract.frameworks import assert_close, load, names
 from tests.contract.models import Rig, rig_of
@@ -159,6 +162,33 @@ def test_same_bits_for_any_workers_and_a_kill(framework: str, tmp_path: Path) ->
         assert [line["eval"] for line in other.metrics if "eval" in line] == figures
 
 
+def test_a_checkpoint_gives_the_figures_of_its_run(tmp_path: Path) -> None:
+    """Under the squared loss too, where the label is any number."""
+    for loss, figures in (("binary", {"auc", "loss", "normalized_entropy", "base_rate"}), ("squared", {"loss", "mae", "rmse", "rows"})):
+        recipe = clicks_recipe(clicks(tmp_path / "clicks.csv"), model={"arch": "mf", "loss": loss}, elastic={"max_workers": 2})
+        result = fit(tmp_path / loss, recipe)
+        result.assert_sound(10)
+        found = result.metrics[-1]["eval"]
+        assert set(found) == figures and evaluate(tmp_path / loss / "checkpoints" / "step-00000010") == found
+    assert found["rows"] == 35 and found["rmse"] == pytest.approx(np.sqrt(found["loss"]))
+
+
+def test_the_command_refuses_bad_rows_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, recipe = clicks(tmp_path / "clicks.csv"), tmp_path / "recipe.toml"
+    recipe.write_text(dumps(clicks_recipe(file)))
+    assert cli.run(["train", str(recipe), "--check"]) == 0
+    good = file.read_text()
+    bad = [("3,u1,i1,0.5", [], "holds 3.0 in row 350"), ("1,u1,,0.5", [], 'the column "item" of'), ("1,u1,i1,", [], "no value in row 350"),
+           ("1,someone,i1,0.5", ["data.oov=error"], "holds 'someone' in row 350"), ("1,u1", [], "cannot be read"),
+           ("1,u1,i1,much", [], 'the column "price" of')]
+    for row, sets, words in bad:
+        file.write_text(good + row + "\n")
+        capsys.readouterr()
+        assert cli.run(["train", str(recipe), "--check", *(word for pair in sets for word in ("--set", pair))]) == 2
+        said = capsys.readouterr()
+        assert words in said.err and said.err.count("\n") == 1 and "Traceback" not in said.err + said.out
+
+
 @pytest.mark.slow
 def test_adult_in_one_pass(DATA: Path, tmp_path: Path) -> None:
     """PERSIA publishes 0.8929. The AUC of the counts is that of scikit-learn on the same scores."""
@@ -177,9 +207,6 @@ def test_adult_in_one_pass(DATA: Path, tmp_path: Path) -> None:
 
 def scored(result: Result) -> tuple[np.ndarray, np.ndarray]:
     """Labels and scores of all rows to evaluate on, by the final checkpoint."""
-    from elastic.inference import restore
-    from elastic.workload import open_data
-
     restored = restore(os.fspath(result.run.run_dir / "checkpoints" / f"step-{result.summary['steps']:08d}"))
     dataset = open_data(restored.recipe, restored.info)[1]
     assert dataset is not None
