@@ -140,7 +140,8 @@ class TensorFlowOps:
         return x * (keep * (neutral.DROPOUT_LEVELS / (neutral.DROPOUT_LEVELS - levels)))
 
     def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
-        out = tf.nn.conv2d(x, weight, stride, around(padding))
+        same = stride == 1 and tuple(weight.shape)[:2] == (2 * padding + 1, 2 * padding + 1)  # by kernels twice as fast at times
+        out = tf.nn.conv2d(x, weight, stride, "SAME" if same else around(padding) if padding else "VALID")
         return out if bias is None else tf.nn.bias_add(out, bias)
 
     def max_pool(self, x: Tensor, size: int, stride: int, padding: int = 0) -> Tensor:
