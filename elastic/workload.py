@@ -107,6 +107,8 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
         return *table.open_tables(info, recipe.data, cache_dir(), recipe.run.seed), ""
     domain = door(recipe.model.kind if ":" not in recipe.model.kind else "nlp.text", "data")
     facts = dict(info) if Path(info["train_file"]).exists() else prepare(recipe)  # another node, another cache
+    if facts.get("key") != info.get("key"):
+        raise UserError(f"data.path = {list(recipe.data.path)} holds other data on this machine than on the one that started the run; copy it there.")
     training = domain.open_dataset(facts, "train", recipe.run.seed)
     evaluation = domain.open_dataset(facts, "eval", recipe.run.seed)
     return training, evaluation if evaluation.num_samples else None, getattr(domain, "UNIT", "")

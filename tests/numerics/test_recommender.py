@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from elastic import cli
-from elastic.errors import RecipeError
+from elastic.errors import RecipeError, UserError
 from elastic.inference import evaluate, restore
 from elastic.recipe import Recipe, dumps, load_recipe, parse
-from elastic.workload import open_data
+from elastic.workload import open_data, prepare
 from recommender.dlrm import build
 from tests.contract.frameworks import assert_close, load, names
 from tests.contract.models import Rig, rig_of
@@ -171,6 +171,18 @@ def test_a_checkpoint_gives_the_figures_of_its_run(tmp_path: Path) -> None:
         found = result.metrics[-1]["eval"]
         assert set(found) == figures and evaluate(tmp_path / loss / "checkpoints" / "step-00000010") == found
     assert found["rows"] == 35 and found["rmse"] == pytest.approx(np.sqrt(found["loss"]))
+
+
+def test_another_machine_s_data_must_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = clicks_recipe(clicks(tmp_path / "clicks.csv"))
+    info = prepare(recipe)
+    Path(info["train_file"]).unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    assert open_data(recipe, info)[0].num_samples == 315
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "third"))
+    clicks(tmp_path / "clicks.csv", 349)
+    with pytest.raises(UserError, match="holds other data on this machine"):
+        open_data(recipe, info)
 
 
 def test_the_command_refuses_bad_rows_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
