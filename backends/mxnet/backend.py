@@ -125,7 +125,7 @@ class MXNetBackend:
     def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
         # in predict mode the kernels of some layers rearrange their weights in place, here in the platform's own buffers
         with computing(*self._way), _autograd.train_mode():  # a user's block switches back, on copies
-            found = self._model.metrics(self._ops, self._leaves, self._device_state(), self._columns(batch))
+            found = self._measured(self._device_state(), self._columns(batch))
             value = plain if hasattr(self._model, "tally") else number
             return {name: (value(total), number(weight)) for name, (total, weight) in found.items()}
 
@@ -147,14 +147,35 @@ class MXNetBackend:
     def compilations(self) -> int:
         return self._compilations
 
-    def _loss(self, state: Mapping[str, Any], columns: Mapping[str, Any], seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
-        """The loss in a graph recorded for these shapes; a user's block brings its own."""
+    def _loss(self, state: Mapping[str, Any], columns: Any, seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
         if self._own is not None:
             return self._own.loss(None, self._leaves, state, columns, seed)
-        key = key_of(self._trainable, state, columns)
+
+        def results(*arguments: Any) -> dict[str, Any]:
+            loss, weight, new = self._model.loss(*arguments)
+            return {"loss": loss, "weight": weight, **{f"new/{name}": value for name, value in new.items()}}
+
+        found = self._graph(results, frozenset(self._trainable), state, columns, seed)
+        return found["loss"], found["weight"], {name: found[f"new/{name}"] for name in self._state if f"new/{name}" in found}
+
+    def _measured(self, state: Mapping[str, Any], columns: Any) -> Mapping[str, tuple[Any, Any]]:
+        if self._own is not None:
+            return self._own.metrics(None, self._leaves, state, columns)
+
+        def results(*arguments: Any) -> dict[str, Any]:
+            pairs = self._model.metrics(*arguments[:-1])
+            return {f"{name}/{i}": value for name, pair in pairs.items() for i, value in enumerate(pair)}
+
+        found = self._graph(results, "metrics", state, columns, 0)
+        return {name.removesuffix("/0"): (total, found[name.removesuffix("0") + "1"]) for name, total in found.items() if name.endswith("/0")}
+
+    def _graph(self, function: Callable[..., dict[str, Any]], what: Any, state: Mapping[str, Any], columns: Mapping[str, Any],
+               seed: int) -> dict[str, Any]:
+        """Results of the graph that is recorded for these shapes."""
+        key = key_of(what, state, columns)
         if key not in self._graphs:
             with _autograd.pause(train_mode=True):
-                self._graphs[key] = Graph(self._model, self._dtype, self._leaves, state, columns, seed)
+                self._graphs[key] = Graph(function, self._dtype, self._leaves, state, columns, seed)
             self._compilations += 1
         return self._graphs[key](self._leaves, state, columns, seed)
 

@@ -1,4 +1,4 @@
-"""A model's loss as one graph of MXNet's, recorded once and run by its graph executor (what Gluon calls hybridising).
+"""A model's loss, or its metrics, as one graph of MXNet's, recorded once and run by its graph executor (what Gluon calls hybridising).
 
 The executor lets reshapes share memory and keeps its arrays from call to call. Recording runs the model once on real arrays and writes
 down the same calls on symbols beside them, so a model may ask every intermediate result for its shape.
@@ -42,11 +42,13 @@ class Space:
     def __init__(self, arrays: Any, symbols: Any):
         self.arrays, self.symbols = arrays, symbols
 
-    def __getattr__(self, name: str) -> Callable[..., Node]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         on_arrays, on_symbols = getattr(self.arrays, name), getattr(self.symbols, name)
 
-        def call(*args: Any, **keywords: Any) -> Node:
-            return Node(on_symbols(*(side(a, "symbol") for a in args), **keywords), on_arrays(*(side(a, "value") for a in args), **keywords))
+        def call(*args: Any, **keywords: Any) -> Any:
+            symbols = on_symbols(*(side(a, "symbol") for a in args), **keywords)
+            values = on_arrays(*(side(a, "value") for a in args), **keywords)
+            return [Node(*both) for both in zip(symbols, values)] if isinstance(values, list) else Node(symbols, values)
 
         setattr(self, name, call)
         return call
@@ -111,14 +113,14 @@ class RecordingOps(MXNetOps):
 
 
 class Graph:
-    """The loss, its weight and the new state of `model` for one set of shapes."""
+    """`function(ops, params, state, batch, seed)`, which gives results by name, for one set of shapes."""
 
-    def __init__(self, model: Any, dtype: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Mapping[str, Any], seed: int):
+    def __init__(self, function: Callable[..., Mapping[str, Any]], dtype: Any, params: Mapping[str, Any], state: Mapping[str, Any],
+                 batch: Mapping[str, Any], seed: int):
         ops = RecordingOps(dtype)
         entered = [{name: ops.enter(f"{kind}/{name}", value, _none) for name, value in arrays.items()}
                    for kind, arrays in (("params", params), ("state", state), ("batch", batch))]
-        loss, weight, new = model.loss(ops, *entered, Seed(seed))
-        found = {"loss": loss, "weight": weight, **{f"new/{name}": value for name, value in new.items()}}
+        found = function(ops, *entered, Seed(seed))
         self._plain = {name: value for name, value in found.items() if not isinstance(value, Node)}
         nodes = {name: value for name, value in found.items() if isinstance(value, Node)}
         self._outputs = list(nodes)
@@ -126,23 +128,20 @@ class Graph:
         symbols = [mx.sym.np.copy(node.symbol) if node.symbol.name in ops.inputs else node.symbol for node in nodes.values()]
         whole = mx.sym.Group(symbols, create_fn=mx.sym.np._Symbol)
         self._inputs = [(name, ops.inputs[name]) for name in whole.list_inputs()]
-        self.depends = {name.removeprefix("params/") for name, _ in self._inputs if name.startswith("params/")}
         self._run = mx.nd.CachedOp(whole, _OPTIONS)
 
-    def __call__(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Mapping[str, Any],
-                 seed: int) -> tuple[Any, Any, dict[str, Any]]:
-        """(loss, weight, new state), to be called while MXNet records for `backward`."""
+    def __call__(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """The results by name. The next call overwrites them."""
         given = {f"{kind}/{name}": value for kind, arrays in (("params", params), ("state", state), ("batch", batch))
                  for name, value in arrays.items()}
         outputs = self._run(*(given[name] if name in given else again(seed) for name, again in self._inputs))
-        found = {**self._plain, **dict(zip(self._outputs, outputs if isinstance(outputs, list) else [outputs]))}
-        return found["loss"], found["weight"], {name.removeprefix("new/"): value for name, value in found.items() if name.startswith("new/")}
+        return {**self._plain, **dict(zip(self._outputs, outputs if isinstance(outputs, list) else [outputs]))}
 
 
 def _none(seed: int) -> Any:
     raise AssertionError("parameters, state and batch are handed over by name")
 
 
-def key_of(trainable: set[str], state: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
+def key_of(what: Any, state: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
     """What a graph is good for."""
-    return (frozenset(trainable), *((name, tuple(array.shape), str(array.dtype)) for name, array in (*state.items(), *batch.items())))
+    return (what, *((name, tuple(array.shape), str(array.dtype)) for name, array in (*state.items(), *batch.items())))

@@ -183,14 +183,17 @@ class MXNetOps:
 
     def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool, momentum: float = 0.1,
                    eps: float = 1e-5) -> tuple[Array, Array, Array]:
-        # the kernel would write to the running statistics: it gets others where it does, and with momentum 1 it leaves them alone
-        running = [self.constant(np.full(weight.shape, 0.5))] * 2 if training else [mean, var]
-        first = self.channels_first(x)
-        y = self.npx.batch_norm(first, weight, bias, *running, eps=eps, momentum=1.0, fix_gamma=False, use_global_stats=not training, axis=1)
+        first, options = self.channels_first(x), {"eps": eps, "fix_gamma": False, "axis": 1}
         if not training:
+            y = self.npx.batch_norm(first, weight, bias, mean, var, use_global_stats=True, **options)
             return self.channels_last(y), mean, var
-        still, axes = self.stopped(first), (0, *range(2, len(x.shape)))
-        found = self.np.mean(still, axis=axes), self.np.var(still, axis=axes, ddof=1)
+        # the kernel would write to the running statistics: it gets others, and with momentum 1 it leaves them alone
+        running = [self.constant(np.full(weight.shape, 0.5))] * 2
+        y, batch_mean, inverse = self.npx.batch_norm(first, weight, bias, *running, momentum=1.0, output_mean_var=True, **options)
+        count = math.prod(x.shape[:-1])
+        inverse = self.stopped(inverse)  # 1 / sqrt(variance + eps)
+        batch_var = self.np.subtract(self.np.divide(1.0, self.np.multiply(inverse, inverse)), eps)
+        found = self.stopped(batch_mean), self.np.multiply(batch_var, count / (count - 1) if count > 1 else math.nan)
         return self.channels_last(y), *(self.np.add(self.np.multiply(old, 1 - momentum), self.np.multiply(new, momentum))
                                         for old, new in zip((mean, var), found))
 
