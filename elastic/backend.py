@@ -56,7 +56,9 @@ class Tally(Protocol):
     A model that has some offers `tally()`, which gives a new one. Whole numbers below 2^53 add up the same in any order.
     """
 
-    counts: np.ndarray  # float64, one-dimensional
+    @property
+    def counts(self) -> np.ndarray:
+        """float64, one-dimensional, always of the same length."""
 
     def add(self, batch: Batch, found: Mapping[str, tuple[Any, float]]) -> None:
         """Counts one batch; `found` is what `metrics` said of it, arrays as NumPy arrays."""

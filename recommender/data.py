@@ -24,11 +24,12 @@ from elastic.data.index import Facts, Part
 from elastic.data.permutation import permute
 from elastic.data.table import Store
 from elastic.errors import UserError
-from recommender.encode import CATEGORICAL, LABEL, NUMERIC, Encoder, hashed
+from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, hashed
 
 VERSION = 1
 UNIT = ""  # weights count rows
 EMBEDDING_DIM = 16
+MOST_LISTED = 1 << 22  # rows to evaluate on in lists: all of them are gathered at once
 HASHED_ROWS = 8  # of a vocabulary, for values outside it, where data.oov = "hash"
 SPLIT_SEED = 2718281828  # a random split is the same in every run
 PRIVATE = ("embedding_dim", "batch_size", "shuffle", "ledger", "options")  # keys of [data] that change nothing here
@@ -59,7 +60,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
 
 def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Samples:
     """The "train" or the "eval" split, in the order of the files."""
-    return Samples(store_of(info), rows_of(info, split), info)
+    return Samples(store_of(info), rows_of(info, split), info, split == "eval")
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,13 @@ class Vocabulary:
 
 class Samples:
     """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1 over the training
-    rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns."""
+    rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns. Rows to evaluate on in lists have "group"
+    and "row" (rows,), the list and the row's own number."""
 
     fills = True
 
-    def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any]):
-        self.store, self.rows, self.num_samples = store, rows, len(rows)
+    def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], is_eval: bool):
+        self.store, self.rows, self.num_samples, self.is_eval = store, rows, len(rows), is_eval
         self.mean, self.scale = (np.array(info[key], np.float32) for key in ("mean", "scale"))
         self.codes = read_tokens(Path(info["folder"]) / "codes.arrow") if info["sizes"] else np.zeros(0, np.int32)
         self.first_code = np.array(info["first_codes"], np.int64)
@@ -90,13 +92,16 @@ class Samples:
             found[NUMERIC] = np.nan_to_num((found[NUMERIC] - self.mean) * self.scale)
         if CATEGORICAL in found:
             found[CATEGORICAL] = self.codes[found[CATEGORICAL] + self.first_code]
+        if GROUP in found:
+            lists = found.pop(GROUP)
+            found |= {GROUP: lists, "row": np.asarray(indices, np.int64)} if self.is_eval else {}
         return found
 
 
 def store_of(info: Mapping[str, Any]) -> Store:
     """The rows of both splits as they were written."""
     wide = ((NUMERIC, "float32", info["num_numeric"]), (CATEGORICAL, "int32", len(info["sizes"])))
-    columns = (Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]))
+    columns = (Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]), *([Column(GROUP, "int32")] if info["top"] else []))
     blocks = tuple((0, unit, 0, rows) for unit, rows in enumerate(info["blocks"]))
     return Store(Facts("arrow", "", "rows", columns, (Part((File(str(Path(info["folder"]) / "rows.arrow"), 0, 0),), blocks, True),)))
 
@@ -127,7 +132,11 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
             write_tokens(folder / f"{name}.arrow", rows)
     if not len(splits["train"]):
         raise UserError(f'data.split = "{data.split}" leaves no row to train on; mend data.eval_fraction or data.eval_values.')
-    info = {"blocks": blocks, "num_numeric": len(data.numeric), "sizes": [0] * len(data.categorical), "folder": str(folder),
+    if data.group and len(splits["eval"]) > MOST_LISTED:
+        raise UserError(f'data.group = "{data.group}" is for at most {MOST_LISTED} rows to evaluate on, and there are {len(splits["eval"])}; '
+                        "evaluate on fewer, or leave it out.")
+    info = {"blocks": blocks, "top": data.top if data.group else 0,
+            "num_numeric": len(data.numeric), "sizes": [0] * len(data.categorical), "folder": str(folder),
             "splits": {name: [rows.start, rows.stop] if isinstance(rows, range) else None for name, rows in splits.items()},
             "num_rows": len(splits["train"]), "num_eval_rows": len(splits["eval"])}
     store = store_of(info)

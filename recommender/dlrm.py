@@ -20,7 +20,7 @@ import numpy as np
 
 from elastic.backend import Spec, Tally
 from elastic.errors import RecipeError
-from recommender.metrics import Curve, Errors
+from recommender.metrics import Curve, Errors, Lists
 
 Array = Any
 ARCHS = ("dlrm", "dcn", "mf", "lr")
@@ -74,7 +74,7 @@ def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> Recommender:
     columns = Columns(tuple(info["sizes"]), int(info["num_numeric"]), int(info["embedding_dim"]))
     if config.get("arch", "dlrm") == "dlrm" and not columns.sizes:
         raise RecipeError('data.categorical is missing; model.arch = "dlrm" needs at least one: add it, or write model.arch = "dcn" or "lr".')
-    return Recommender(Config(**config), columns)
+    return Recommender(Config(**config), columns, (int(info["num_eval_rows"]), int(info["top"])) if info.get("top") else None)
 
 
 def specs(config: Config, columns: Columns) -> dict[str, Spec]:
@@ -116,10 +116,10 @@ def specs(config: Config, columns: Columns) -> dict[str, Spec]:
 
 
 class Recommender:
-    """The model behind `elastic.backend.Model`. It has no buffers."""
+    """The model behind `elastic.backend.Model`. It has no buffers. `lists`: rows to evaluate on in lists, and how many of each count."""
 
-    def __init__(self, config: Config, columns: Columns):
-        self.config, self.columns = config, columns
+    def __init__(self, config: Config, columns: Columns, lists: tuple[int, int] | None = None):
+        self.config, self.columns, self.lists = config, columns, lists
         self.parameters = specs(config, columns)
         self.buffers: dict[str, Spec] = {}
 
@@ -142,10 +142,12 @@ class Recommender:
                     "base_rate": (ops.sum(ops.multiply(batch["label"], batch["row_weight"])), weight)}
         off = ops.subtract(scores, batch["label"])
         size = ops.add(ops.relu(off), ops.relu(ops.multiply(off, -1.0)))
-        return {"loss": (total, weight), "mae": (ops.sum(ops.multiply(size, batch["row_weight"])), weight)}
+        return {"loss": (total, weight), "score": (scores, weight), "mae": (ops.sum(ops.multiply(size, batch["row_weight"])), weight)}
 
     def tally(self) -> Tally:
-        return Curve() if self.config.loss == "binary" else Errors()
+        is_binary = self.config.loss == "binary"
+        tally = Curve() if is_binary else Errors()
+        return Lists(tally, *self.lists, is_binary) if self.lists else tally
 
     def scores(self, ops: Any, params: Mapping[str, Array], batch: Mapping[str, Array], seed: int | None) -> Array:
         """(rows,): log-odds, or the value itself under the squared loss. `seed` None means no dropout."""

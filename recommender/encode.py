@@ -21,7 +21,7 @@ from elastic.data.formats import Arrays, Dialect, batches, schema_of
 from elastic.errors import UserError
 
 TEXT = pa.large_string()
-LABEL, NUMERIC, CATEGORICAL, SPLIT = "label", "numeric", "categorical", "split"  # the columns of what is written
+LABEL, NUMERIC, CATEGORICAL, GROUP = "label", "numeric", "categorical", "group"  # the columns of what is written
 MISSING = "\0missing"  # a missing category is one of its own
 
 
@@ -55,6 +55,7 @@ class Encoder:
         self.data, self.is_binary = data, is_binary
         self.dialect = Dialect(data.delimiter, data.names, data.comment) if data.format == "csv" else Dialect()
         self.codes = {name: Codes(data.buckets.get(name, 0)) for name in data.categorical}
+        self.groups = Codes()
         self.rows_of: list[tuple[str, int]] = []  # of each file, in order
         self.apart: list[np.ndarray] = []  # of each batch: what data.split_column says
 
@@ -63,15 +64,15 @@ class Encoder:
         """What is written of every row."""
         data = self.data
         wide = ((NUMERIC, "float32", len(data.numeric)), (CATEGORICAL, "int32", len(data.categorical)))
-        return [Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2])]
+        return [Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]), *([Column(GROUP, "int32")] if data.group else [])]
 
     def wanted(self, file: File) -> dict[str, pa.DataType]:
         """The columns to read and their types. UserError names one that is missing or of no use."""
         data = self.data
         schema = schema_of(data.format, file, self.dialect)
-        texts = {*data.categorical, *([data.label] if data.positive else []), *([data.split_column] if data.split == "column" else [])}
+        texts = {*data.categorical, data.group, *([data.label] if data.positive else []), *([data.split_column] if data.split == "column" else [])}
         out = {}
-        for name in dict.fromkeys((data.label, *data.categorical, *data.numeric, *([data.split_column] if data.split_column else []))):
+        for name in dict.fromkeys((data.label, *data.categorical, *data.numeric, *filter(None, (data.split_column, data.group)))):
             if name not in schema.names:
                 raise UserError(f'data.{role(data, name)}: {file.name} has no column "{name}"; it has {shown(schema)}.')
             kind = schema.field(name).type
@@ -105,6 +106,9 @@ class Encoder:
             out[NUMERIC] = np.stack([self.numbers(column(name), name, where, row) for name in data.numeric], 1)
         if data.categorical:
             out[CATEGORICAL] = np.stack([self.categories(column(name), name, where, row) for name in data.categorical], 1)
+        if data.group:
+            refuse(column(data.group), data.group, where, row)
+            out[GROUP] = self.groups.encode(column(data.group))
         if data.split_column:
             refuse(column(data.split_column), data.split_column, where, row)
             self.apart.append(self.sides(column(data.split_column)))
@@ -162,7 +166,7 @@ class Encoder:
 
 
 def role(data: Any, name: str) -> str:
-    return next(key for key in ("label", "categorical", "numeric", "split_column") if name == getattr(data, key) or
+    return next(key for key in ("label", "categorical", "numeric", "split_column", "group") if name == getattr(data, key) or
                 (key in ("categorical", "numeric") and name in getattr(data, key)))
 
 

@@ -19,7 +19,7 @@ class Curve:
     """AUC from counts of scores by label, and normalised entropy (He et al. 2014, section 3). An `elastic.backend.Tally`.
 
     Scores are rounded to bins of 2 * RANGE / BINS = 0.0005; pairs of a positive and a negative within one bin count one half, as ties
-    do. The result is within half the share of such pairs of the exact one: on real scores, within 1e-5.
+    do. The result is within half the share of such pairs of the exact one: within 1e-6 on Adult's 16,281 test rows.
     """
 
     def __init__(self) -> None:
@@ -45,6 +45,41 @@ class Errors:
 
     def figures(self, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, float]:
         return {"rmse": math.sqrt(means["loss"]), "rows": float(counts[0])}
+
+
+class Lists:
+    """Recall and NDCG of the `top` highest scores of every list, beside the figures of another tally. An `elastic.backend.Tally`.
+
+    What it counts is every row's score, label and list at the row's own place: exact, and as long as the evaluation set.
+    """
+
+    def __init__(self, other: Curve | Errors, num_rows: int, top: int, recalls: bool):
+        self.other, self.top, self.recalls = other, top, recalls
+        self.rows = np.zeros((3, num_rows))
+
+    @property
+    def counts(self) -> np.ndarray:
+        return np.concatenate([self.rows.reshape(-1), self.other.counts])
+
+    def add(self, batch: Mapping[str, np.ndarray], found: Mapping[str, tuple[Any, float]]) -> None:
+        real = batch["row_weight"] > 0
+        for kept, values in zip(self.rows, (found["score"][0], batch["label"], batch["group"])):
+            kept[batch["row"][real]] = values[real]
+        self.other.add(batch, found)
+
+    def figures(self, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, float]:
+        scores, labels, lists = counts[:self.rows.size].reshape(self.rows.shape)
+        order = np.argsort(lists, kind="stable")
+        starts = np.flatnonzero(np.diff(lists[order], prepend=-1.0))
+        recalls, gains = [], []
+        for chosen in np.split(order, starts[1:]):
+            found, wanted = scores[None, chosen], labels[None, chosen]
+            if (wanted > 0).any():
+                recalls.append(recall_at(self.top, found, wanted))
+                gains.append(ndcg_at(self.top, found, wanted))
+        both = {f"recall_at_{self.top}": recalls, f"ndcg_at_{self.top}": gains}
+        ranked = {name: math.fsum(each) / max(len(each), 1) for name, each in both.items() if self.recalls or each is gains}
+        return {**ranked, **self.other.figures(counts[self.rows.size:], means)}
 
 
 def area(negatives: np.ndarray, positives: np.ndarray) -> float:

@@ -42,6 +42,8 @@ class Labelled(Section):
     min_count: int = Field(1, ge=1, description="a whole number of at least 1: how often a training row must hold a value that is to be known")
     oov: Literal["hash", "row", "error"] = "hash"
     nulls: Literal["error", "fill"] = "error"
+    group: str = Field("", description="the column that tells lists apart, as users")
+    top: int = Field(10, ge=1, description="a whole number of at least 1: how many of a list recall and NDCG look at")
     names: Texts = Field((), description=f"{NAMES}: the columns of a CSV that has no line of names")
     delimiter: str = Field(",", min_length=1, max_length=1, description='one character, as "\\t"')
     comment: str = Field("", description="how the lines of a CSV begin that are to be left out")
@@ -50,8 +52,8 @@ class Labelled(Section):
     eval_values: Texts = Field((), description=f"{NAMES}: what data.split_column holds in rows to evaluate on")
 
 
-ONLY_HERE = ("negative", "positive", "categorical", "numeric", "log", "buckets", "embedding_dim", "min_count", "oov", "nulls", "names",
-             "delimiter", "comment", "split", "split_column", "eval_values")
+ONLY_HERE = ("negative", "positive", "categorical", "numeric", "log", "buckets", "embedding_dim", "min_count", "oov", "nulls", "group", "top",
+             "names", "delimiter", "comment", "split", "split_column", "eval_values")
 
 
 def shown(value: Any) -> str:
@@ -93,7 +95,9 @@ def check_columns(data: Any) -> None:
     for key in ("names", "delimiter", "comment"):
         if data.format != "csv" and getattr(data, key) != Labelled.model_fields[key].default:
             raise RecipeError(f"data.{key} = {shown(getattr(data, key))} has a meaning only for CSV; leave it out.")
-    missing = [name for name in (*used, *([data.split_column] if data.split_column else [])) if data.names and name not in data.names]
+    if data.group and data.group in (data.label, *data.numeric):
+        raise RecipeError(f'data.group = "{data.group}" is the label or a number; it must be another column, which may be among data.categorical.')
+    missing = [name for name in (*used, *filter(None, (data.split_column, data.group))) if data.names and name not in data.names]
     if missing:
         raise RecipeError(f'the column "{missing[0]}" is not among data.names = {shown(data.names)}; add it there or mend its name.')
 

@@ -133,7 +133,7 @@ def clicks(file: Path, size: int = 350) -> Path:
 def clicks_recipe(file: Path, **changes: Any) -> Recipe:
     base = {"run": {"epochs": 1, "eval_every": 5}, "model": {"kind": "recommender.dlrm", "bottom": [8], "top": [8]},
             "data": {"format": "csv", "path": str(file), "label": "click", "categorical": ["user", "item"], "numeric": ["price"],
-                     "embedding_dim": 4, "batch_size": 32, "buckets": {"item": 16}},
+                     "embedding_dim": 4, "batch_size": 32, "buckets": {"item": 16}, "group": "user", "top": 2},
             "elastic": {"max_workers": 3, "logical_shards": 8, "hang_timeout_s": 5.0}, "checkpoint": {"every_steps": 8},
             "optimizer": {"name": "adam", "lr": 1e-2}}
     return parse(merged(base, changes))
@@ -156,7 +156,7 @@ def test_same_bits_for_any_workers_and_a_kill(framework: str, tmp_path: Path) ->
 
     one = run("one", 1)
     figures = [line["eval"] for line in one.metrics if "eval" in line]
-    assert {"auc", "loss", "normalized_entropy", "base_rate"} == set(figures[-1]) and 0 < figures[-1]["auc"] < 1
+    assert {"auc", "loss", "normalized_entropy", "base_rate", "recall_at_2", "ndcg_at_2"} == set(figures[-1]) and 0 < figures[-1]["auc"] < 1
     for other in (run("two", 2), run("three", 3), run("killed", 3, ("kill:1@7/reduction",))):
         assert other.sha == one.sha
         assert [line["eval"] for line in other.metrics if "eval" in line] == figures
@@ -165,6 +165,7 @@ def test_same_bits_for_any_workers_and_a_kill(framework: str, tmp_path: Path) ->
 def test_a_checkpoint_gives_the_figures_of_its_run(tmp_path: Path) -> None:
     """Under the squared loss too, where the label is any number."""
     for loss, figures in (("binary", {"auc", "loss", "normalized_entropy", "base_rate"}), ("squared", {"loss", "mae", "rmse", "rows"})):
+        figures |= {"ndcg_at_2", "recall_at_2"} if loss == "binary" else {"ndcg_at_2"}
         recipe = clicks_recipe(clicks(tmp_path / "clicks.csv"), model={"arch": "mf", "loss": loss}, elastic={"max_workers": 2})
         result = fit(tmp_path / loss, recipe)
         result.assert_sound(10)

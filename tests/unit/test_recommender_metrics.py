@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from recommender.metrics import BINS, Curve, Errors, area, ndcg_at, normalized_entropy, recall_at
+from recommender.metrics import BINS, Curve, Errors, Lists, area, ndcg_at, normalized_entropy, recall_at
 
 sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
 
@@ -73,3 +73,26 @@ def test_rankings(k: int) -> None:
     by_hand = [sum(relevant[u, i] for i in sorted(range(30), key=lambda i: -scores[u, i])[:k]) / relevant[u].sum() for u in np.flatnonzero(some)]
     assert recall_at(k, scores, relevant) == pytest.approx(math.fsum(by_hand) / len(by_hand))
     assert recall_at(k, scores, np.zeros_like(relevant)) == ndcg_at(k, scores, np.zeros_like(gains)) == 0.0
+
+
+def test_lists_of_an_evaluation() -> None:
+    """Rows of a list lie anywhere, in batches of several members; ours against scikit-learn's and a set of names."""
+    random = np.random.default_rng(4)
+    lists, labels, scores = random.integers(0, 12, 200), (random.random(200) < 0.3).astype(float), random.standard_normal(200)
+    lists[lists == 5] = 4  # a list that is not there
+    labels[lists == 7] = 0  # one with nothing relevant
+    members = [Lists(Curve(), 200, 3, True) for _ in range(2)]
+    for number, rows in enumerate(np.array_split(random.permutation(200), 9)):
+        rows = np.concatenate([rows, [0]])  # a filler
+        batch = {"row": rows, "group": lists[rows], "label": labels[rows], "row_weight": (np.arange(len(rows)) < len(rows) - 1).astype(float)}
+        members[number % 2].add(batch, {"score": (scores[rows], 1.0)})
+    found = members[0].figures(members[0].counts + members[1].counts, {"loss": 0.5, "base_rate": 0.3})
+    assert set(found) == {"recall_at_3", "ndcg_at_3", "auc", "normalized_entropy"}
+    gains, recalls = [], []
+    for name in sorted(set(lists.tolist()) - {7}):
+        own = np.flatnonzero(lists == name)
+        gains.append(sklearn.ndcg_score(labels[None, own], scores[None, own], k=3))
+        best, relevant = set(sorted(own.tolist(), key=lambda row: -scores[row])[:3]), {row for row in own.tolist() if labels[row]}
+        recalls.append(len(best & relevant) / len(relevant))
+    assert found["ndcg_at_3"] == pytest.approx(np.mean(gains)) and found["recall_at_3"] == pytest.approx(np.mean(recalls))
+    assert found["auc"] == pytest.approx(sklearn.roc_auc_score(labels, scores), abs=1e-3)
