@@ -1,0 +1,91 @@
+"""Our step against the same model written natively, in one process with one thread, turn by turn.
+
+    python -m benchmarks.native [--backend tensorflow|mxnet] [--steps 100] [--rows 12]
+
+A GPT of nanoGPT's CPU size (0.8 M parameters, context 64). Ours is what a lone worker computes of a step: gradients of one shard
+into the flat buffer and AdamW over its blocks. The peer is a Keras model with Keras' AdamW in one `tf.function`, or a hybridised
+Gluon block with Gluon's trainer (Adam: it has no AdamW).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.kit import results
+from elastic.backend import UpdateRule
+from elastic.state import BLOCK, State
+from nlp import gpt
+
+MODEL = {"layers": 4, "heads": 4, "width": 128, "context": 64}
+VOCAB = 65
+PEERS = {"tensorflow": ("Keras", "keras_gpt", 1.05), "mxnet": ("Gluon", "gluon_gpt", 1.15)}  # name, module, limit
+
+
+def ours(name: str, batch: dict[str, np.ndarray]) -> Callable[[], float]:
+    create = importlib.import_module(f"backends.{name}.backend").create
+    settings = SimpleNamespace(device="cpu", precision="float32", threads=1, compile=False)
+    backend = create(gpt.build(MODEL, {"vocab_size": VOCAB}), settings)
+    state = State(backend, "adamw")
+    state.start(0)
+    end = state.layout.trainable
+    gradient, steps = backend.allocate(state.layout.gradient), [0]
+    views = state.layout.views(gradient, state.layout.trainable_names)
+
+    def step() -> float:
+        steps[0] += 1
+        gradient[:] = 0
+        found = backend.gradients(batch, steps[0], views)
+        rule = UpdateRule("adamw", 1e-3, 0.1, 1 / found.weight, steps[0], 0.9, 0.99, 1e-8, 0.9)
+        backend.update(rule, state.param[:end], gradient[:end], state.slots, BLOCK)
+        return found.loss_sum / found.weight
+
+    return step
+
+
+def timed(step: Callable[[], float], times: list[tuple[float, float]]) -> None:
+    wall, spent = time.perf_counter(), time.process_time()
+    step()
+    times.append((time.perf_counter() - wall, time.process_time() - spent))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=PEERS, default="tensorflow")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=12)
+    arguments = parser.parse_args()
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (arguments.rows, MODEL["context"] + 1))
+    peer, module, limit = PEERS[arguments.backend]
+    mine = ours(arguments.backend, {"tokens": tokens, "row_weight": np.ones(arguments.rows, np.float32)})
+    stepper = importlib.import_module(f"benchmarks.peers.{module}").stepper  # after ours, which sets the framework's threads
+
+    steps: dict[str, Callable[[], float]] = {peer: stepper(MODEL, VOCAB, tokens), "ours": mine}
+    for step in steps.values():
+        first = step()
+        assert step() < first, "a step on the same rows must lower the loss"
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for _ in range(arguments.steps):
+        for name, step in steps.items():
+            timed(step, times[name])
+    middle = {name: [statistics.median(column) * 1e3 for column in zip(*taken)] for name, taken in times.items()}
+    ratio: list[Any] = [mine / theirs for mine, theirs in zip(middle["ours"], middle[peer], strict=True)]
+    rows = [[name, *(f"{value:.1f}" for value in values)] for name, values in middle.items()]
+    table = results.table(["one step, median", "wall, ms", "processor, ms"], [*rows, ["ratio", *(f"{value:.3f}" for value in ratio)]])
+    verdict = f"Goal: at most {limit} of the native processor time; {'reached' if ratio[1] <= limit else 'missed'}."
+    setting = (f"A GPT of 0.8 M parameters on {arguments.backend}, {arguments.rows} rows of {MODEL['context']} tokens, one process, one thread, "
+               "turn by turn.")
+    results.write("native", "Our step against the same model written natively", [setting, table, verdict],
+                  "" if arguments.backend == "tensorflow" else arguments.backend)
+
+
+if __name__ == "__main__":
+    main()
