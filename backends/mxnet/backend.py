@@ -116,7 +116,7 @@ class MXNetBackend:
                 for name, view in into.items():
                     leaf = self._leaves[name]
                     if leaf._fresh_grad:
-                        view += leaf.grad.asnumpy()
+                        view += np.from_dlpack(Lent(leaf.grad))
                         leaf._fresh_grad = False
             elif count:
                 raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
@@ -220,6 +220,19 @@ class MXNetBackend:
 def as_array(buffer: np.ndarray) -> Any:
     """An MXNet array over the same memory."""
     return mx.nd.from_dlpack(buffer.__dlpack__())
+
+
+class Lent:
+    """An MXNet array as NumPy takes it without a copy. It must be in C order, as gradients are; MXNet refuses others."""
+
+    def __init__(self, array: Any):
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.to_dlpack_for_read()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)  # the CPU
 
 
 def blocks_of(buffer: np.ndarray, block: int) -> list[Any]:
