@@ -14,7 +14,6 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable
-from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 

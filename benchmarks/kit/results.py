@@ -35,14 +35,14 @@ def versions() -> str:
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version}" for name, version in found.items())])
 
 
-def write(name: str, title: str, sections: Sequence[str]) -> Path:
-    """Prints the sections and writes results/NAME.md."""
+def write(name: str, title: str, sections: Sequence[str], variant: str = "") -> Path:
+    """Prints the sections and writes results/NAME.md, or results/NAME_VARIANT.md."""
     command = " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
     header = (f"# {title}\n\n{time.strftime('%Y-%m-%d')} · {os.cpu_count()} cores, {processor()} · {versions()}\n"
               f"load average at the end: {os.getloadavg()[0]:.1f}\n\n    {command}\n")
     text = "\n\n".join([header.rstrip(), *sections]) + "\n"
     print("\n" + text)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.md"
+    path = RESULTS / (f"{name}_{variant}.md" if variant else f"{name}.md")
     path.write_text(text)
     return path
