@@ -129,7 +129,7 @@ def test_scale_and_status_of_a_live_run(here: Path) -> None:
                 break
         assert "1 worker" in elastic(here, "status", "run").stdout
         assert_one_sentence(elastic(here, "scale", "run", "--workers", "9"), 2, "--workers 9", "elastic.max_workers = 2")
-        assert_one_sentence(elastic(here, "resume", "run"), 2, "alive")
+        assert_one_sentence(elastic(here, "resume", "run", "--set", "optimizer.lr=1"), 2, "is alive")
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=120)
