@@ -111,8 +111,6 @@ class Controller:
         self.inbox.put((worker, parse(spec)))
         self.inbox.wait()
 
-    # The loop.
-
     def run(self) -> m.Finish:
         try:
             outcome = self.work()
