@@ -60,10 +60,11 @@ class RayFleet:
         self.wanted, self.closed = 0, threading.Event()
         self.avoid: tuple[str, ...] = ()
         self.watcher = threading.Thread(target=self.watch_drains, daemon=True)
-        self.watcher.start()
 
     def want(self, workers: int, avoid: Sequence[str]) -> None:
         with self.lock:
+            if self.watcher.ident is None:  # not before somebody takes what it has to say
+                self.watcher.start()
             self.wanted, self.avoid = workers, tuple(avoid)
             self.first = self.first or workers
             pending = [s for s in self.slots.values() if not s.is_placed]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +56,7 @@ class Controller:
                  generation: int = 0, journal: Journal | None = None):
         self.job, self.settings, self.fleet, self.books = job, settings, fleet, books
         self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed, settings.keep_every)
-        self.inbox = Inbox()
+        self.inbox, self.hearing = Inbox(), threading.Lock()
         self.chaos, self.stopped = list(job.chaos), dict[int, Ready]()
         self.losses, self.pulses = policy.Losses(), dict[str, Pulse]()
         self.started: dict[str, float] = {}
@@ -69,11 +70,11 @@ class Controller:
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
         self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.is_continued else None
         if self.past:
-            with contextlib.suppress(OSError):  # it may answer again before it is needed
-                self.commits.newest = self.commits.newest_good()[1]
             self.lost, self.given_up, self.released = set(self.past.lost), set(self.past.lost), set(self.past.released)
             for path in self.past.refused:
                 self.commits.refuse(path)
+            with contextlib.suppress(OSError):  # it may answer again before it is needed
+                self.commits.newest = self.commits.newest_good()[1]
             self.chaos = [spec for spec in self.chaos if spec not in self.past.spent]
 
     def opened(self, rewound_from: int = -1) -> None:
@@ -102,7 +103,8 @@ class Controller:
 
         ConnectionError where it ends before that. Of a batch that is delivered again only what is new is taken.
         """
-        self.deliver(worker, self.inbox.fresh(worker, messages, number))
+        with self.hearing:  # a batch and its repetition may come at once
+            self.deliver(worker, self.inbox.fresh(worker, messages, number))
         self.inbox.wait()
         return FENCED if worker in self.given_up else self.books.written
 
@@ -241,8 +243,6 @@ class Controller:
         self.restart_at = now + policy.restart_delay_s(self.losses)
         if policy.gives_up(self.losses, max(len(group), self.target)):
             self.inbox.put(m.GiveUp(f"Worker after worker is lost without a step between them, the last by: {event.cause}"))
-
-    # Time.
 
     def check(self) -> None:
         """What only time can tell: hangs, workers that never get ready, restarts that were put off."""

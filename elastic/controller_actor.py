@@ -66,9 +66,11 @@ class ControllerActor:
 
     def scale(self, workers: int) -> None:
         self.controller.post(m.ScaleTo(workers))
+        self.controller.inbox.wait()
 
     def interrupt(self) -> None:
         self.controller.post(m.Interrupt())
+        self.controller.inbox.wait()
 
     def end(self) -> None:
         """Gives up a run that has not ended, and returns when its workers are gone."""

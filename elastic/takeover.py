@@ -26,9 +26,11 @@ def take_over(controller: Controller, past: Past) -> None:
     controller.pulses = {w: Pulse(0, "start", 0, False, now, now) for w in state.group if w in state.ready}
     controller.started = dict.fromkeys(state.starting, now)
     alive = set(controller.fleet.adopt(past.known))
-    repeat(controller, past)
     for worker in sorted(alive & (past.lost | past.released)):
-        controller.fleet.kill(worker)
+        controller.fleet.kill(worker)  # first: it holds a place that may be asked for again
+    repeat(controller, past)
+    if controller.outcome is not None:
+        return
     for worker in sorted(alive - past.known):
         controller.advance(m.Starting(worker))
     for worker in sorted((set(controller.state.ready) | controller.state.starting) - alive):
