@@ -154,9 +154,10 @@ class Processes:
         self.seats: dict[int, Seat] = {}
         self.processes: dict[int, Any] = {}
         self.pipes: dict[int, Any] = {}
+        self.listeners: dict[int, threading.Thread] = {}  # each alone reaps its process: of two that do, one may find nothing and call it alive
 
     def _ensure(self, member: int) -> None:
-        if member in self.processes and self.processes[member].is_alive():
+        if member in self.processes and self.listeners[member].is_alive():
             return
         context = multiprocessing.get_context("spawn")
         self.pipes[member], theirs = context.Pipe()
@@ -164,8 +165,9 @@ class Processes:
         self.processes[member].start()
         theirs.close()
         self.seats[member] = Seat()
-        threading.Thread(target=self._listen, args=(self.pipes[member], self.seats[member], self.processes[member]),
-                         daemon=True).start()
+        self.listeners[member] = threading.Thread(target=self._listen, daemon=True,
+                                                  args=(self.pipes[member], self.seats[member], self.processes[member]))
+        self.listeners[member].start()
 
     @staticmethod
     def _listen(pipe: Any, seat: Seat, process: Any) -> None:
@@ -187,7 +189,7 @@ class Processes:
 
     def kill(self, member: int) -> None:
         self._signal(member, signal.SIGKILL)
-        self.processes[member].join(WAIT_S)
+        self.listeners[member].join(WAIT_S)
 
     def stop(self, member: int) -> None:
         self._signal(member, signal.SIGSTOP)
@@ -199,7 +201,8 @@ class Processes:
         self.pipes[member].send(("abandon", name))
 
     def close(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-        for process in self.processes.values():
-            process.join(WAIT_S)
+        for member, listener in self.listeners.items():
+            if listener.is_alive():
+                self._signal(member, signal.SIGKILL)
+        for listener in self.listeners.values():
+            listener.join(WAIT_S)
