@@ -107,9 +107,12 @@ def test_a_killed_driver_leaves_a_run_that_resumes(here: Path) -> None:
         if "checkpoint step-00000040" in line:
             break
     family = psutil.Process(process.pid).children(recursive=True)
+    agents = [member for member in family if "Agent" in " ".join(member.cmdline())]  # Ray's own, which notice after a minute
     process.kill()
     process.wait()
-    psutil.wait_procs(family, timeout=60)
+    for agent in agents:
+        agent.kill()
+    assert not psutil.wait_procs(family, timeout=60)[1], "with its driver a local run ends"
     resumed = elastic(here, "resume", "run", "--set", "run.steps=120")
     assert resumed.returncode == 0, resumed.stderr
     events = [json.loads(line) for line in (here / "run" / "events.jsonl").read_text().splitlines()]
