@@ -49,6 +49,10 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | N
     full = {name: dict(part) if isinstance(part, Mapping) else part for name, part in tree.items()}
     for override in overrides:
         _override(full, override)
+    given = {override.partition("=")[0].strip() for override in overrides}
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):  # an override of one takes the recipe's other away
+        if f"run.{key}" in given and f"run.{other}" not in given and isinstance(full.get("run"), dict):
+            full["run"].pop(other, None)
     if full.get("mesh") == "auto":
         raise RecipeError('mesh = "auto" is not yet supported; write a [mesh] section or leave it out.')
     for name in ("model", "data"):

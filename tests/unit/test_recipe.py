@@ -202,6 +202,13 @@ def test_a_text_needs_no_quotes(least: dict[str, Any], text: str, value: str) ->
     assert parse(least, [text]).run.name == value
 
 
+def test_an_override_of_steps_takes_the_place_of_epochs(least: dict[str, Any]) -> None:
+    tree = {**least, "run": {"epochs": 5}}
+    assert (parse(tree, ["run.steps=7"]).run.steps, parse(tree, ["run.steps=7"]).run.epochs) == (7, None)
+    assert (parse({**least, "run": {"steps": 5}}, ["run.epochs=2"]).run.epochs, parse(tree, ["run.seed=1"]).run.epochs) == (2, 5)
+    assert tree["run"] == {"epochs": 5}, "the caller's own tree stays as it is"
+
+
 def test_numbers_in_overrides(least: dict[str, Any]) -> None:
     recipe = parse(least, ["optimizer.lr=3e-4", "run.seed=1_000", "model.dropout=0", 'optimizer.no_decay=["*ln*"]', "model.freeze=wte"])
     assert (recipe.optimizer.lr, recipe.run.seed, recipe.optimizer.no_decay, recipe.model.freeze) == (3e-4, 1000, ("*ln*",), ("wte",))
