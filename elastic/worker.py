@@ -70,7 +70,7 @@ class Worker:
         recipe = loads(self.job.recipe, locate=False)
         workload = Workload.open(recipe, self.job.info)
         self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, self.job.info,
-                           self.post_part, self.crash)
+                           self.post_part, self.crash, mb_s=recipe.checkpoint.write_mb_s)
         self.work: Work = build_work(recipe, workload, self.control, self.rim.post, self.save)
         self.work.restore, self.work.is_busy = self.restore, self.saver.is_busy
         warm_up(self.work)

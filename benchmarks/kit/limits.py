@@ -5,14 +5,16 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 import xxhash
 
-from benchmarks.kit.steploop import make_arrays, report
+from benchmarks.kit.steploop import QUIET_STEPS, Durable, Step, make_arrays, report, steps_beside
 
 PIECE = 16 * 1024 * 1024
 
@@ -36,12 +38,26 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def beside(path: Path, data: memoryview, step: Step) -> float:
+    """A step beside a bare write, against one without."""
+    durable, quiet = Durable(), [step() for _ in range(QUIET_STEPS)]
+
+    def work() -> None:
+        write(path, data, os.O_DIRECT)
+        durable.set()
+
+    threading.Thread(target=work, daemon=True).start()
+    return steps_beside(durable, step, quiet)["beside"]
+
+
 def main(folder: str, rounds: str, scale: str, result: str) -> None:
+    torch.set_num_threads(1)
     size = sum(array.nbytes for array in make_arrays(float(scale)).values())
     size += -size % mmap.PAGESIZE  # what goes past the page cache has whole pages
     source = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     kept, path = np.frombuffer(mmap.mmap(-1, size), np.uint8), Path(folder) / "raw"
-    found: dict[str, list[float]] = {"copy": [], "raw write": [], "raw write, direct": [], "hash": []}
+    found: dict[str, list[float]] = {"copy": [], "raw write": [], "raw write, direct": [], "hash": [], "beside": []}
+    step = Step()
     for _ in range(int(rounds) + 1):
         found["copy"].append(timed(lambda: copy(source, kept)))
         found["hash"].append(timed(lambda: xxhash.xxh3_128_digest(kept)))
@@ -49,6 +65,9 @@ def main(folder: str, rounds: str, scale: str, result: str) -> None:
             path.unlink(missing_ok=True)
             os.sync()
             found[name].append(timed(lambda flags=flags: write(path, memoryview(kept), flags)))  # type: ignore[misc]
+        path.unlink(missing_ok=True)
+        os.sync()
+        found["beside"].append(beside(path, memoryview(kept), step))
     path.unlink()
     report({name: values[1:] for name, values in found.items()} | {"bytes": [size]}, result)  # the first finds cold caches, as with the others
 

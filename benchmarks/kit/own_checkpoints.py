@@ -38,12 +38,12 @@ class Memory:
 
 
 class Own:
-    def __init__(self, arrays: dict[str, np.ndarray], folder: Path):
+    def __init__(self, arrays: dict[str, np.ndarray], folder: Path, mb_s: float):
         prefix = "parameter/"
         specs = {name.removeprefix(prefix): Spec(array.shape) for name, array in arrays.items() if name.startswith(prefix)}
         self.state = State(Memory(specs), "adamw")  # type: ignore[arg-type]
         self.state.load(arrays, 0)
-        self.saver = Saver("worker-0", str(folder), f'[model]\nwidth = {WIDTH}\n', 1, 0, {}, self.take)
+        self.saver = Saver("worker-0", str(folder), f'[model]\nwidth = {WIDTH}\n', 1, 0, {}, self.take, mb_s=mb_s)
         self.durable = Durable()
 
     def save(self, path: Path, step: int) -> Durable:
@@ -62,7 +62,8 @@ class Own:
 
 def main(name: str, folder: str, saves: str, scale: str, result: str) -> None:
     torch.set_num_threads(1)
-    own = Own(make_arrays(float(scale)), Path(folder))
+    pace = name.partition("at ")[2].partition(" MB/s")[0]
+    own = Own(make_arrays(float(scale)), Path(folder), float(pace or 0))
     report(measure(own, own.state.arrays(), Path(folder), int(saves)), result)
     own.saver.join()
 

@@ -106,15 +106,18 @@ def one_save(contestant: Contestant, path: Path, number: int, step: Step) -> dic
     quiet = [step() for _ in range(QUIET_STEPS)]
     started = time.perf_counter()
     durable = contestant.save(path, number)
-    found, beside = {"stall": time.perf_counter() - started}, []
-    while not durable.event.is_set():
-        beside.append(step())
+    found = {"stall": time.perf_counter() - started} | steps_beside(durable, step, quiet)
     if durable.error:
         raise RuntimeError(durable.error)
-    found["total"] = durable.at - started
-    if len(beside) > 2:
-        found["beside"] = statistics.mean(beside[:-1]) / statistics.mean(quiet)  # the last ran on when all was over
-    return found
+    return found | {"total": durable.at - started}
+
+
+def steps_beside(durable: Durable, step: Step, quiet: list[float]) -> dict[str, float]:
+    """Steps until it is durable, the mean of one against the mean of `quiet` ones."""
+    beside = []
+    while not durable.event.is_set():
+        beside.append(step())
+    return {"beside": statistics.mean(beside[:-1]) / statistics.mean(quiet)} if len(beside) > 2 else {}  # the last ran on when all was over
 
 
 def digest(arrays: dict[str, np.ndarray]) -> str:

@@ -32,12 +32,16 @@ JOIN_S = 0.1  # between two words of how far a write is that everybody waits for
 
 
 class Saver:
-    """Writes at most one part at a time; a second save waits for the first. `post` takes the `Part` of each that is durable, or failed."""
+    """Writes at most one part at a time; a second save waits for the first. `post` takes the `Part` of each that is durable, or failed.
+
+    `mb_s`: megabytes a second at most, while nobody waits for the write; 0: as fast as the storage takes them.
+    """
 
     def __init__(self, worker: str, location: str, recipe: str, batch_size: int, seed: int, info: Mapping[str, Any],
-                 post: Callable[[Any], None], crash: Callable[[], None] = lambda: os._exit(1), chunk_bytes: int = CHUNK):
+                 post: Callable[[Any], None], crash: Callable[[], None] = lambda: os._exit(1), chunk_bytes: int = CHUNK, mb_s: float = 0.0):
         self.worker, self.location, self.recipe, self.info, self.post = worker, location, recipe, dict(info), post
-        self.batch_size, self.seed, self.crash, self.chunk_bytes = batch_size, seed, crash, chunk_bytes
+        self.batch_size, self.seed, self.crash, self.chunk_bytes, self.mb_s = batch_size, seed, crash, chunk_bytes, mb_s
+        self.hurry = threading.Event()  # somebody waits for the write
         self.thread: threading.Thread | None = None
         self.image: Image | None = None
         self.error: Exception | None = None
@@ -84,6 +88,7 @@ class Saver:
         stall_s = time.perf_counter() - started
         head = self._head(order.generation, order.step, evaluation) if order.rank == 0 else None
         self.writing, self.error, self.done = True, None, 0
+        self.hurry.clear()
         self.thread = threading.Thread(target=self._write, args=(self.image, order, head, stall_s, started), name="saver", daemon=True)
         self.thread.start()
         if order.wait:
@@ -98,6 +103,13 @@ class Saver:
                         {"info": self.info, **extra})
 
     def _write(self, image: Image, order: Save, head: Manifest | None, stall_s: float, started: float) -> None:
+        begun = time.monotonic()
+
+        def note(done: int) -> None:
+            self.done = done
+            if self.mb_s:
+                self.hurry.wait(max(0.0, begun + done / (self.mb_s * 1e6) - time.monotonic()))
+
         def part(file: str, error: str = "") -> Part:
             return Part(self.worker, order.generation, order.step, file, stall_s, time.perf_counter() - started, order.rank,
                         order.world_size, head.dumps() if head else "", error)
@@ -105,16 +117,13 @@ class Saver:
         try:
             store = self._store(order)
             name = part_name(order.rank, order.world_size, order.generation)
-            entry = image.write(store, folder_of(order.step), name, self.chunk_bytes, self._note, lambda: check_finite(image, order.step))
+            entry = image.write(store, folder_of(order.step), name, self.chunk_bytes, note, lambda: check_finite(image, order.step))
             self.post(part(json.dumps(asdict(entry))))
         except Exception as error:
             self.error = error
             self.post(part("", self._sentence(order.step, error)))
         finally:
             self.writing = False
-
-    def _note(self, done: int) -> None:
-        self.done = done
 
     def _store(self, order: Save) -> Store:
         store = Store.open(self.location)
@@ -129,6 +138,7 @@ class Saver:
                 "make room or mend the storage, then resume the run.")
 
     def _join(self, tell: Callable[[int], None]) -> None:
+        self.hurry.set()
         while self.thread is not None and self.thread.is_alive():
             self.thread.join(JOIN_S)
             tell(self.done)

@@ -126,6 +126,7 @@ class Checkpoint(Section):
     keep: int = at_least(1, 3)
     keep_every: int = at_least(0, 0, " (steps; the checkpoints of its multiples are kept for ever; 0 is none)")
     busy: Literal["wait", "skip"] = Field("wait", description='"wait" or "skip": what a checkpoint does that is due while one is written')
+    write_mb_s: FiniteFloat = Field(0.0, ge=0, description="a number above 0 (megabytes a second of each worker), or 0 for no limit")
     best: str = Field("eval.loss", pattern=r"^$|^eval\.\w+$", description='"eval.loss", another "eval.NAME", or "" for none')
     path: str = Field("", description='"" for the run directory, a path, or a URI such as s3://BUCKET/PATH')
 

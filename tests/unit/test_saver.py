@@ -39,6 +39,17 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return opened
 
 
+def test_a_write_keeps_to_its_pace_until_somebody_waits_for_it(tmp_path: Path) -> None:
+    posted: list[Any] = []
+    one = saver(str(tmp_path), post=posted.append, mb_s=1e-6)  # the ten kilobytes would take hours
+    one.save(Arrays(values(50), 50), Save(1, 50), {})
+    assert one.thread is not None
+    one.thread.join(0.5)
+    assert one.is_busy() and not posted
+    one.save(Arrays(values(60), 60), Save(1, 60, wait=True), {})
+    assert [(part.step, part.error) for part in posted] == [(50, ""), (60, "")]
+
+
 def test_training_goes_on_while_it_is_written_and_what_is_written_is_the_state_of_the_step(tmp_path: Path, gate: threading.Event) -> None:
     posted: list[Any] = []
     one, state = saver(str(tmp_path), "w0", posted.append), Arrays(values(50), 50)
