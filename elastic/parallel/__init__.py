@@ -1,0 +1,1 @@
+"""How work is spread over a mesh of workers: what it costs, and what it needs."""

@@ -1,0 +1,98 @@
+"""What a model computes and keeps, against what PyTorch really saves for its backward pass, and against formulas by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastic.parallel.meter import measure
+from nlp import bert, gpt
+from recommender import dlrm
+from tests.contract.frameworks import load
+from tests.contract.models import rig_of
+from vision import resnet, vit
+
+torch = pytest.importorskip("torch", reason="what is kept is compared with what PyTorch keeps")
+ROWS = 6
+
+
+def text(model: Any) -> dict[str, np.ndarray]:
+    return {"tokens": np.random.default_rng(0).integers(0, 31, (ROWS, model.config.context + 1)), "row_weight": np.ones(ROWS, np.float32)}
+
+
+def hidden(model: Any) -> dict[str, np.ndarray]:
+    draw, context = np.random.default_rng(0), model.config.context
+    return {"tokens": draw.integers(0, 31, (ROWS, context)), "places": draw.integers(0, context, (ROWS, 5)), "targets": draw.integers(0, 31, (ROWS, 5)),
+            "row_weight": np.ones(ROWS, np.float32)}
+
+
+def images(model: Any) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {"image": draw.random((ROWS, *model.shape), np.float32), "label": draw.integers(0, 10, ROWS), "row_weight": np.ones(ROWS, np.float32)}
+
+
+def clicks(model: Any) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {"categorical": draw.integers(0, 20, (ROWS, 3)), "numeric": draw.random((ROWS, 4), np.float32), "label": draw.integers(0, 2, ROWS).astype(np.float32),
+            "row_weight": np.ones(ROWS, np.float32)}
+
+
+LANGUAGE = {"layers": 2, "heads": 2, "width": 32, "context": 16}
+TABLE = {"sizes": (10, 5, 5), "num_numeric": 4, "embedding_dim": 8}
+PICTURES = {"shape": (8, 8, 1), "num_classes": 10}
+CASES = {
+    "gpt": (lambda: gpt.build(LANGUAGE, {"vocab_size": 31}), text),
+    "gpt with dropout and biases": (lambda: gpt.build({**LANGUAGE, "dropout": 0.1, "bias": True}, {"vocab_size": 31}), text),
+    "bert": (lambda: bert.build(LANGUAGE, {"vocab_size": 31}), hidden),
+    "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 32, "patch": 2, "mlp": 2}, PICTURES), images),
+    "resnet": (lambda: resnet.build({"blocks": [1, 1], "width": 8, "stem": "small"}, PICTURES), images),
+    "resnet, group norm": (lambda: resnet.build({"blocks": [1, 1], "width": 8, "stem": "large", "norm": "group"}, PICTURES), images),
+    "dlrm": (lambda: dlrm.build({"arch": "dlrm"}, TABLE), clicks),
+    "dcn": (lambda: dlrm.build({"arch": "dcn"}, TABLE), clicks),
+}
+
+
+def saved_bytes(model: Any, batch: dict[str, np.ndarray]) -> int:
+    """Of every storage that PyTorch's graph holds on to, but for parameters, batch and constants, which are there before the loss is."""
+    rig, held = rig_of("torch", model), dict[int, int]()
+    before = {leaf.untyped_storage().data_ptr() for leaf in rig.backend._leaves.values()}
+    columns = load("torch", "backend").neutral_columns(batch, rig.backend.device)
+    before |= {column.untyped_storage().data_ptr() for column in columns.values()}
+
+    def note(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in before:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _, _ = model.loss(rig.backend._ops, rig.backend._leaves, rig.backend._device_state(), columns, 3)
+    assert loss.requires_grad  # alive, and all that it holds with it, until here
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_kept_is_what_pytorch_keeps(case: str) -> None:
+    build, batch_of = CASES[case]
+    model = build()
+    batch = batch_of(model)
+    found, real = measure(model, batch).kept_bytes, saved_bytes(model, batch)
+    assert abs(found / real - 1) < 0.05, (found, real)
+
+
+def test_the_work_of_a_gpt_is_the_formula() -> None:
+    """6 operations a parameter and token, the position table left out, and 12 * layers * width * context for attention (Chowdhery et al. 2022)."""
+    model = gpt.build({"layers": 3, "heads": 4, "width": 64, "context": 32}, {"vocab_size": 101})
+    batch = {"tokens": np.zeros((2, 33), np.int64), "row_weight": np.ones(2, np.float32)}
+    products = 3 * 12 * 64 * 64 + 101 * 64
+    assert measure(model, batch).flops == 2 * 32 * (6 * products + 12 * 3 * 64 * 32)
+
+
+def test_a_convolution_by_hand() -> None:
+    """The first one needs no gradient of the images."""
+    model = resnet.build({"blocks": [1], "width": 4, "stem": "small"}, {"shape": (6, 6, 3), "num_classes": 2})
+    batch = {"image": np.zeros((5, 6, 6, 3), np.float32), "label": np.zeros(5, np.int64), "row_weight": np.ones(5, np.float32)}
+    stem, block, head = 5 * 36 * 9 * 3 * 4, 2 * 5 * 36 * 9 * 4 * 4, 5 * 4 * 2
+    assert measure(model, batch).flops == 2 * (2 * stem + 3 * block + 3 * head)
