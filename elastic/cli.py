@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DONE, BAD_USAGE, FAILED, INTERRUPTED = 0, 2, 3, 130
 EXIT = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
 WIDE = 10_000  # columns
-LATER = {"submit": "Ray job submission", "ui": "a page that follows a run", "plan": "what a cluster would make of a recipe"}
+LATER = {"submit": "Ray job submission", "ui": "a page that follows a run"}
 
 app = typer.Typer(name="elastic", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Elastic training on Ray: workers come and go, the result stays the same to the bit.")
@@ -32,13 +32,14 @@ app = typer.Typer(name="elastic", add_completion=False, pretty_exceptions_enable
 Sets = Annotated[list[str], typer.Option("--set", metavar="section.key=value", help="Overrides a key of the recipe; may be repeated.")]
 Address = Annotated[str, typer.Option(metavar="local|auto|ADDR", help="Which Ray: a new one here, the one here, or one elsewhere.")]
 Chaos = Annotated[list[str], typer.Option(metavar="SPEC", help="A fault, as kill:1@50/backward; may be repeated.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped name such as nlp/gpt_shakespeare.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")]
 Location = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder or manifest, or a run's directory; a path or URI.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's directory for its newest.")]
 
 
 @app.command()
-def train(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped name such as nlp/gpt_shakespeare.")],
+def train(recipe: Recipe,
           set_: Sets = [], run_dir: Annotated[Path | None, typer.Option(metavar="DIR")] = None,  # noqa: B006 - typer copies it
           address: Address = "local", chaos: Chaos = [],  # noqa: B006
           check: Annotated[bool, typer.Option("--check", help="Validates recipe, data and memory, then exits.")] = False) -> int:
@@ -152,6 +153,29 @@ def export(checkpoint: Location, format_: Annotated[str, typer.Option("--format"
 
     step, number = door.export(checkpoint, format_, out)
     say(f"{number} arrays of step {step} written to {out}")
+    return DONE
+
+
+@app.command()
+def plan(recipe: Recipe, set_: Sets = [],  # noqa: B006
+         nodes: Annotated[int, typer.Option(min=0, help="Nodes of the cluster; none: this machine.")] = 0,
+         gpus_per_node: Annotated[int, typer.Option(min=0, help="Workers on each of them.")] = 0,
+         memory_gb: Annotated[float, typer.Option(min=0, help="Memory of a worker.")] = 0.0,
+         tflops: Annotated[float, typer.Option(min=0, help="What a worker computes, in 10^12 operations a second; none: a trial here.")] = 0.0,
+         intra_gbps: Annotated[float, typer.Option(min=0, help="Gigabits a second of a worker within its node; none: a copy here.")] = 0.0,
+         inter_gbps: Annotated[float, typer.Option(min=0.001, help="Gigabits a second of a node.")] = 10.0) -> int:
+    """A step's seconds, memory and traffic on every number of workers, and which to take."""
+    from elastic.forecast import sentences, table
+    from elastic.preview import cluster_of, measured
+    from elastic.recipe import load_recipe
+    from elastic.trainer import Trainer
+
+    resolved = load_recipe(recipe, set_)
+    task = measured(resolved, Trainer(resolved).check(), tflops * 1e12)
+    cluster = cluster_of(nodes, gpus_per_node or resolved.elastic.max_workers, memory_gb, intra_gbps, inter_gbps)
+    Console(highlight=False, width=WIDE).print(table(task, cluster))
+    for line in sentences(resolved, task, cluster):
+        say(line)
     return DONE
 
 

@@ -77,7 +77,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
     ("ui used --port 80", "not yet"),
     ("inspect used", "no good checkpoint at used"),
     ("export used --format torch --out x", "no good checkpoint at used"),
-    ("plan r.toml --nodes 3", "not yet"),
+    ("ui runs/x --port 3", "not yet"),
 ])
 def test_a_mistake_is_one_sentence_and_exit_code_2(recipe: str, tmp_path: Path, arguments: str, says: str,
                                                    capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,8 @@ def text(model: Any) -> dict[str, np.ndarray]:
 
 def hidden(model: Any) -> dict[str, np.ndarray]:
     draw, context = np.random.default_rng(0), model.config.context
-    return {"tokens": draw.integers(0, 31, (ROWS, context)), "places": draw.integers(0, context, (ROWS, 5)), "targets": draw.integers(0, 31, (ROWS, 5)),
-            "row_weight": np.ones(ROWS, np.float32)}
+    return {"tokens": draw.integers(0, 31, (ROWS, context)), "places": draw.integers(0, context, (ROWS, 5)),
+            "targets": draw.integers(0, 31, (ROWS, 5)), "row_weight": np.ones(ROWS, np.float32)}
 
 
 def images(model: Any) -> dict[str, np.ndarray]:
@@ -35,8 +35,8 @@ def images(model: Any) -> dict[str, np.ndarray]:
 
 def clicks(model: Any) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
-    return {"categorical": draw.integers(0, 20, (ROWS, 3)), "numeric": draw.random((ROWS, 4), np.float32), "label": draw.integers(0, 2, ROWS).astype(np.float32),
-            "row_weight": np.ones(ROWS, np.float32)}
+    return {"categorical": draw.integers(0, 20, (ROWS, 3)), "numeric": draw.random((ROWS, 4), np.float32),
+            "label": draw.integers(0, 2, ROWS).astype(np.float32), "row_weight": np.ones(ROWS, np.float32)}
 
 
 LANGUAGE = {"layers": 2, "heads": 2, "width": 32, "context": 16}
