@@ -1,19 +1,21 @@
 """Our step against the same model written natively, in one process with one thread, turn by turn.
 
-    python -m benchmarks.native [--backend tensorflow|mxnet] [--steps 100] [--rows 12]
+    python -m benchmarks.native [--backend torch tensorflow mxnet] [--steps 100] [--rows 12]
 
 A GPT of nanoGPT's CPU size (0.8 M parameters, context 64). Ours is what a lone worker computes of a step: gradients of one shard
-into the flat buffer and AdamW over its blocks. The peer is a Keras model with Keras' AdamW in one `tf.function`, or a hybridised
-Gluon block with Gluon's trainer (Adam: it has no AdamW).
+into the flat buffer and AdamW over its blocks. The peer is an nn.Module with torch's fused AdamW in a plain loop, a Keras model with
+Keras' AdamW in one `tf.function`, or a hybridised Gluon block with Gluon's trainer (Adam: it has no AdamW).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,11 +28,12 @@ from nlp import gpt
 
 MODEL = {"layers": 4, "heads": 4, "width": 128, "context": 64}
 VOCAB = 65
-PEERS = {"tensorflow": ("Keras", "keras_gpt", 1.05), "mxnet": ("Gluon", "gluon_gpt", 1.15)}  # name, module, limit
+PEERS = {"torch": ("torch", "torch_gpt", 1.05), "tensorflow": ("Keras", "keras_gpt", 1.05), "mxnet": ("Gluon", "gluon_gpt", 1.15)}
+FOLDERS = {"torch": "pytorch"}  # of backends, where it is not the name
 
 
 def ours(name: str, batch: dict[str, np.ndarray]) -> Callable[[], float]:
-    create = importlib.import_module(f"backends.{name}.backend").create
+    create = importlib.import_module(f"backends.{FOLDERS.get(name, name)}.backend").create
     settings = SimpleNamespace(device="cpu", precision="float32", threads=1, compile=False)
     backend = create(gpt.build(MODEL, {"vocab_size": VOCAB}), settings)
     state = State(backend, "adamw")
@@ -56,15 +59,11 @@ def timed(step: Callable[[], float], times: list[tuple[float, float]]) -> None:
     times.append((time.perf_counter() - wall, time.process_time() - spent))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=PEERS, default="tensorflow")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=12)
-    arguments = parser.parse_args()
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (arguments.rows, MODEL["context"] + 1))
-    peer, module, limit = PEERS[arguments.backend]
-    mine = ours(arguments.backend, {"tokens": tokens, "row_weight": np.ones(arguments.rows, np.float32)})
+def measure(name: str, num_steps: int, rows: int) -> str:
+    """The section on one backend. For a process of its own: a framework's threads and settings are the whole process's."""
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, MODEL["context"] + 1))
+    peer, module, limit = PEERS[name]
+    mine = ours(name, {"tokens": tokens, "row_weight": np.ones(rows, np.float32)})
     stepper = importlib.import_module(f"benchmarks.peers.{module}").stepper  # after ours, which sets the framework's threads
 
     steps: dict[str, Callable[[], float]] = {peer: stepper(MODEL, VOCAB, tokens), "ours": mine}
@@ -72,18 +71,30 @@ def main() -> None:
         first = step()
         assert step() < first, "a step on the same rows must lower the loss"
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for _ in range(arguments.steps):
-        for name, step in steps.items():
-            timed(step, times[name])
-    middle = {name: [statistics.median(column) * 1e3 for column in zip(*taken)] for name, taken in times.items()}
+    for _ in range(num_steps):
+        for side, step in steps.items():
+            timed(step, times[side])
+    middle = {side: [statistics.median(column) * 1e3 for column in zip(*taken)] for side, taken in times.items()}
     ratio: list[Any] = [mine / theirs for mine, theirs in zip(middle["ours"], middle[peer], strict=True)]
-    rows = [[name, *(f"{value:.1f}" for value in values)] for name, values in middle.items()]
-    table = results.table(["one step, median", "wall, ms", "processor, ms"], [*rows, ["ratio", *(f"{value:.3f}" for value in ratio)]])
+    lines = [[side, *(f"{value:.1f}" for value in values)] for side, values in middle.items()]
+    table = results.table(["one step, median", "wall, ms", "processor, ms"], [*lines, ["ratio", *(f"{value:.3f}" for value in ratio)]])
     verdict = f"Goal: at most {limit} of the native processor time; {'reached' if ratio[1] <= limit else 'missed'}."
-    setting = (f"A GPT of 0.8 M parameters on {arguments.backend}, {arguments.rows} rows of {MODEL['context']} tokens, one process, one thread, "
+    return "\n\n".join([f"## {name}", table, verdict])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=list(PEERS), nargs="+", default=list(PEERS))
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=12)
+    arguments = parser.parse_args()
+    sections = []
+    for name in arguments.backend:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            sections.append(apart.submit(measure, name, arguments.steps, arguments.rows).result())
+    setting = (f"A GPT of 0.8 M parameters, {arguments.rows} rows of {MODEL['context']} tokens, one process a framework, one thread, "
                "turn by turn.")
-    results.write("native", "Our step against the same model written natively", [setting, table, verdict],
-                  "" if arguments.backend == "tensorflow" else arguments.backend)
+    results.write("native", "Our step against the same model written natively", [setting, *sections])
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-PACKAGES = ("torch", "ray", "torchft", "numpy")
+PACKAGES = ("torch", "tensorflow-cpu", "mxnet", "ray", "torchft", "numpy")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -31,18 +32,21 @@ def processor() -> str:
 
 
 def versions() -> str:
-    found = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version}" for name, version in found.items())])
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
-def write(name: str, title: str, sections: Sequence[str], variant: str = "") -> Path:
-    """Prints the sections and writes results/NAME.md, or results/NAME_VARIANT.md."""
+def write(name: str, title: str, sections: Sequence[str]) -> Path:
+    """Prints the sections and writes results/NAME.md."""
     command = " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
     header = (f"# {title}\n\n{time.strftime('%Y-%m-%d')} · {os.cpu_count()} cores, {processor()} · {versions()}\n"
               f"load average at the end: {os.getloadavg()[0]:.1f}\n\n    {command}\n")
     text = "\n\n".join([header.rstrip(), *sections]) + "\n"
     print("\n" + text)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / (f"{name}_{variant}.md" if variant else f"{name}.md")
+    path = RESULTS / f"{name}.md"
     path.write_text(text)
     return path
