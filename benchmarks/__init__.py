@@ -3,5 +3,7 @@
     overhead   the steady step against a bare torch loop and Ray Train's DDP
     recovery   the pause after a kill against Ray Train's elastic mode and torchft
     resize     a node's arrival against Ray Train's elastic mode
+    native     our step against the same model written natively, for each framework
+    gpu        a GPT of 124 M parameters on one GPU against a plain torch loop; Python, torch and NumPy are enough
     nanogpt    the loss and the minutes of nanoGPT's CPU setting
 """

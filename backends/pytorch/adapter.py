@@ -174,4 +174,10 @@ def columns(batch: Any, device: torch.device) -> Any:
     array = np.asarray(batch)
     if array.dtype.kind not in "biuf":
         return array
-    return torch.tensor(array, dtype=torch.float32 if array.dtype == np.float64 else None, device=device)
+    return placed(array, device, torch.float32 if array.dtype == np.float64 else None)
+
+
+def placed(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A copy on the device. Through pinned memory, so that the host need not wait until a GPU is done with all that it was given."""
+    copy = torch.tensor(array, dtype=dtype)
+    return copy.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else copy

@@ -132,6 +132,8 @@ class TorchBackend:
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         self._enter()
+        if self.device.type == "cuda":  # its kernels have no tail that depends on the cut, and thousands of blocks take longer to name than to update
+            block = len(param)
         with torch.no_grad():
             optimizer.apply(rule, self._blocks(param, block), as_tensor(grad).split(block),
                             {name: self._blocks(slot, block) for name, slot in slots.items()})
@@ -171,11 +173,11 @@ class TorchBackend:
         if not self._compiled or isinstance(self._model, adapter.ModuleModel):
             return seed
         wrapped = (seed & (1 << 64) - 1) - (1 << 64 if seed >> 63 & 1 else 0)
-        return torch.tensor(wrapped, dtype=torch.int64, device=self.device)  # a Python number would recompile every step
+        return torch.full((), wrapped, dtype=torch.int64, device=self.device)  # a Python number would recompile every step
 
     def _device_state(self) -> dict[str, torch.Tensor]:
         """Copies, because a user's module may write to its buffers and the step may be redone."""
-        return {name: torch.tensor(value, device=self.device) for name, value in self._state.items()}
+        return {name: adapter.placed(value, self.device) for name, value in self._state.items()}
 
     def _aim(self, into: Mapping[str, Buffer]) -> None:
         """Makes the leaves' gradients accumulate in `into`; leaves that are not in it are frozen."""
@@ -211,7 +213,7 @@ def plain(total: Any) -> Any:
 def as_scalar(weight: Any, like: torch.Tensor) -> torch.Tensor:
     if isinstance(weight, torch.Tensor):
         return weight.detach().double().reshape(())
-    return torch.tensor(float(weight), dtype=torch.float64, device=like.device)
+    return torch.full((), float(weight), dtype=torch.float64, device=like.device)
 
 
 def address(buffer: Buffer) -> int:
@@ -221,5 +223,5 @@ def address(buffer: Buffer) -> int:
 def neutral_columns(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     """NumPy columns as tensors: integers as int64, floats as float32."""
     kinds = {"f": np.float32, "i": np.int64, "u": np.int64, "b": np.bool_}
-    return {name: torch.tensor(np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False), device=device)
+    return {name: adapter.placed(np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False), device)
             for name, column in batch.items()}

@@ -18,12 +18,15 @@ Blocks = tuple[torch.Tensor, ...]
 
 
 def apply(rule: UpdateRule, params: Blocks, grads: Blocks, slots: Mapping[str, Blocks]) -> None:
-    """One step in place. The kernels unscale the gradient as they go and may write it back."""
+    """One step in place. The kernels unscale the gradient as they go and may write it back.
+
+    Numbers go to a device by `torch.full`: a GPU's host waits with `torch.tensor` until all is done that it was given before.
+    """
     device = params[0].device
-    unscale = None if rule.scale == 1.0 else torch.tensor(1.0 / rule.scale, dtype=torch.float32, device=device)
+    unscale = None if rule.scale == 1.0 else torch.full((), 1.0 / rule.scale, dtype=torch.float32, device=device)
     if rule.name in ("adam", "adamw"):
         kernel = torch._fused_adamw_ if rule.name == "adamw" else torch._fused_adam_
-        steps = [torch.tensor(float(rule.step), device=device)] * len(params)
+        steps = [torch.full((), float(rule.step), dtype=torch.float32, device=device)] * len(params)
         kernel(params, grads, slots["exp_avg"], slots["exp_avg_sq"], [], steps, lr=rule.lr, beta1=rule.beta1, beta2=rule.beta2,
                weight_decay=rule.weight_decay, eps=rule.eps, amsgrad=False, maximize=False, grad_scale=unscale)
     elif rule.name == "sgd":

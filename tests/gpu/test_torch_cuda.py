@@ -11,9 +11,14 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA GPU here", allow_module_level=True)
 
+from backends.pytorch.backend import create  # noqa: E402
+from benchmarks.gpu import Batches, ours  # noqa: E402
 from elastic.backend import SLOTS, UpdateRule  # noqa: E402
-from tests.contract.frameworks import assert_close  # noqa: E402
-from tests.contract.models import gpt_rig, rig_of, token_batch  # noqa: E402
+from elastic.collective import nccl  # noqa: E402
+from elastic.state import State  # noqa: E402
+from nlp.gpt import build  # noqa: E402
+from tests.contract.frameworks import assert_close, settings  # noqa: E402
+from tests.contract.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 BLOCK = 1024
@@ -102,3 +107,20 @@ def test_a_user_s_module() -> None:
     assert torch.equal(one, two) and one.abs().sum() > 0
     assert first.weight == 6.0 and first.loss_sum == again.loss_sum
     assert int(first.buffers["layers.1.num_batches_tracked"]) == 1
+
+
+def trained(compiled: bool) -> State:
+    backend = create(build(SMALL, {"vocab_size": VOCAB}), settings(device="cuda", precision="bfloat16", compile=compiled))
+    state = State(backend, "adamw")
+    state.start(3)
+    ours(state, Batches(4, SMALL["context"], VOCAB), torch.device("cuda"))(5)
+    return state
+
+
+@pytest.mark.skipif(not nccl.usable(), reason="torch was built without NCCL")
+@pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "compiled"])
+def test_the_loop_over_nccl_repeats_to_the_bit(compiled: bool) -> None:
+    one, again = trained(compiled), trained(compiled)
+    assert one.committed == again.committed == 5 and one.param.device.type == "cuda"
+    for name, array in one.arrays().items():
+        assert np.array_equal(array, again.arrays()[name]), name

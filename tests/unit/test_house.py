@@ -22,9 +22,6 @@ RIM = {
     "tensorflow": ("backends/tensorflow/",), "keras": ("backends/tensorflow/",), "mxnet": ("backends/mxnet/",),
 }
 WORKSHOP = ("tests/", "benchmarks/", "examples/")  # free to import any framework
-GPU_ROOMS = ("elastic/backend.py", "elastic/state.py", "elastic/collective/", "elastic/parallel/", "elastic/loop.py",
-             "elastic/mesh.py", "elastic/chaos.py", "backends/pytorch/", "nlp/gpt.py")
-NOT_ON_GPU = {"ray", "pydantic", "pyarrow"}
 
 
 @dataclass(frozen=True)
@@ -133,12 +130,6 @@ def test_a_framework_is_imported_in_its_rim_only() -> None:
     outside = [f"{name}:{i.line} imports {i.root}" for name in files() if not name.startswith(WORKSHOP)
                for i in imports(name) if i.root in RIM and not name.startswith(RIM[i.root])]
     assert not outside
-
-
-def test_what_runs_on_the_gpu_machine_needs_no_cluster_libraries() -> None:
-    heavy = [f"{name}:{i.line} imports {i.root}" for name in files() if name.startswith(GPU_ROOMS)
-             for i in imports(name) if i.top and i.root in NOT_ON_GPU]
-    assert not heavy
 
 
 def graph() -> dict[str, set[str]]:
