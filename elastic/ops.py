@@ -8,9 +8,11 @@ own error on shapes that do not fit. Batch columns arrive as integer (int64) or 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from elastic.errors import UserError
 
 Array = Any
 
@@ -19,6 +21,19 @@ MIX1 = 0xBF58476D1CE4E5B9
 MIX2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
 DROPOUT_LEVELS = 65_536  # a dropout rate is rounded to this many levels: four decisions come out of one 64-bit number
+
+
+class Kernels:
+    """What the implementations inherit: a kernel that a framework lacks is one sentence to whoever wrote the model."""
+
+    name: str
+
+    if not TYPE_CHECKING:  # for whom a missing kernel is an error already
+
+        def __getattr__(self, kernel: str) -> Any:
+            if kernel.startswith("_"):
+                raise AttributeError(kernel)
+            raise UserError(f"model.kind calls ops.{kernel}, which the {self.name} backend lacks; elastic/ops.py lists what there is.")
 
 
 class Ops(Protocol):

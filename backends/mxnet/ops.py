@@ -27,7 +27,7 @@ def shapes(active: bool = True) -> Any:
     return mx.util.np_shape(active)
 
 
-class MXNetOps:
+class MXNetOps(neutral.Kernels):
     """Kernels on the CPU. `dtype` is what constants of floating point become."""
 
     name = "mxnet"
@@ -216,8 +216,11 @@ class MXNetOps:
 
     def group_norm(self, x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
         first = self.channels_first(x)
-        runs = self._reshaped(first, (x.shape[0] * groups, math.prod(x.shape[1:]) // groups))
-        scaled = self.channels_last(self._reshaped(self.standardised(runs, eps), first.shape))
+        runs = self._reshaped(first, (x.shape[0], groups, math.prod(x.shape[1:]) // groups))
+        ones = np.ones(runs.shape[-1])
+        # not `standardised`: within a graph the kernel of batch norms refuses what a convolution gave, reshaped
+        scaled = self.npx.layer_norm(runs, self.constant(ones), self.constant(0 * ones), axis=-1, eps=eps)
+        scaled = self.channels_last(self._reshaped(scaled, first.shape))
         return self.np.add(self.np.multiply(scaled, weight), bias)
 
     def channels_first(self, x: Array) -> Array:

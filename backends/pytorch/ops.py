@@ -16,7 +16,7 @@ from elastic import ops as neutral
 Tensor = torch.Tensor
 
 
-class TorchOps:
+class TorchOps(neutral.Kernels):
     """Kernels on one device. `dtype` is what constants of floating point become."""
 
     name = "torch"

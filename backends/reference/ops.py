@@ -16,7 +16,7 @@ Array = Any  # a Variable or a NumPy array
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
-class ReferenceOps:
+class ReferenceOps(neutral.Kernels):
     """Kernels in one precision."""
 
     name = "reference"

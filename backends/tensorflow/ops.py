@@ -24,7 +24,7 @@ Tensor = Any  # tf.Tensor
 U64 = (1 << 64) - 1
 
 
-class TensorFlowOps:
+class TensorFlowOps(neutral.Kernels):
     """Kernels on the CPU. `dtype` is what constants of floating point become."""
 
     name = "tensorflow"

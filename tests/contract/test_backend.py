@@ -252,3 +252,16 @@ def test_every_thread_computes_with_the_recipe_s_thread_count() -> None:
     assert [*seen, torch.get_num_threads()] == [2, 2]
     gpt_rig("torch").gradient(token_batch())
     assert torch.get_num_threads() == 1
+
+
+class Twisted(GPT):
+    """Calls what no framework has."""
+
+    def loss(self, ops: Any, params: Any, state: Any, batch: Any, seed: int) -> Any:
+        return ops.twist(params["wte"]), 1.0, {}
+
+
+@every_backend
+def test_a_kernel_that_a_framework_lacks_is_one_sentence(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^model.kind calls ops.twist, which the {name} backend lacks[^\n]*$"):
+        rig_of(name, Twisted(Config(**SMALL), VOCAB)).gradient(token_batch())

@@ -160,6 +160,14 @@ class Late(Own):
         return self.late(self.line(x))
 
 
+class Reshaping(Own):
+    """Gives a parameter another shape once it is called."""
+
+    def call(self, x: Any) -> Any:
+        self.line.kernel.assign(np.zeros((3, 3), np.float32))
+        return self.line(x)
+
+
 class Vector(Own):
     def batch_loss(self, batch: Any) -> Any:
         return self(batch["x"])
@@ -169,7 +177,7 @@ class Vector(Own):
     (lambda: keras.Sequential([keras.layers.Dense(2)]), "is not built"), (lambda: net(loss=None), "has no loss"),
     (lambda: object(), "no Keras model"), (Late, "makes parameters while it runs"),
     (Growing, r"Growing cannot be called \(ValueError: You cannot add new elements of state[^\n]*\)"), (Vector, "shape"),
-    (lambda: net(metrics=["auc"]), "no mean over rows")])
+    (Reshaping, r"^model.kind: Reshaping cannot be called \(ValueError: [^\n]*shape[^\n]*\)"), (lambda: net(metrics=["auc"]), "no mean over rows")])
 def test_models_that_cannot_be_trained_are_named(make: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         rig = rig_of("tensorflow", made(make))

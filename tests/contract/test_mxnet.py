@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic.backend import Spec
 from elastic.errors import UserError
 from tests.contract.frameworks import assert_close, load
 from tests.contract.models import gpt_rig, rig_of, token_batch
@@ -266,3 +267,24 @@ def test_a_late_import_is_told() -> None:
     env = {name: value for name, value in os.environ.items() if name != "MXNET_ENGINE_TYPE"}
     child = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120, env=env)
     assert child.returncode == 0, child.stderr
+
+
+class Patches:
+    """A convolution, and a norm over the channels of each place."""
+
+    parameters = {"filters": Spec((2, 2, 3, 12), scale=0.5), "norm": Spec((12,), init="ones"), "shift": Spec((12,), scale=0.5)}
+    buffers: dict[str, Spec] = {}
+
+    def loss(self, ops: Any, params: Any, state: Any, batch: Any, seed: int) -> Any:
+        found = ops.layer_norm(ops.conv2d(batch["image"], params["filters"], stride=2), params["norm"], params["shift"])
+        return ops.sum(ops.multiply(found, ops.gelu(found))), 1.0, {}
+
+
+@pytest.mark.parametrize("size", [2, 6, 10])  # places: 5, 45, 125
+def test_a_norm_behind_a_convolution_is_the_reference_s(size: int) -> None:
+    """The kernel of the norm is that of batch norms, which knows the layouts of convolutions."""
+    found, wanted = (rig_of(name, Patches()) for name in ("mxnet", "reference"))
+    images = {"image": np.random.default_rng(0).standard_normal((5, size, size, 3)).astype(np.float32)}
+    (a, left), (b, right) = found.gradient(images), wanted.gradient(images)
+    assert left.loss_sum == pytest.approx(right.loss_sum, rel=1e-5)
+    assert_close(a, b, 1e-5)
