@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from elastic.backend import Batch, Model, Spec
+from elastic.ops import Kernels
 
 FLOAT = 4  # bytes
 INDEX = 8
@@ -54,7 +55,7 @@ def parameters_of(specs: Mapping[str, Spec]) -> int:
     return sum(math.prod(spec.shape) for spec in specs.values())
 
 
-class MeterOps:
+class MeterOps(Kernels):
     """Counts while the model runs."""
 
     name = "meter"
