@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -9,44 +10,45 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import UserError
+from elastic.messages import Begin
 from elastic.observe.events import JsonLines, read_lines
 from elastic.observe.ledger import LedgerFiles
-from elastic.observe.metrics import steps_of
+from elastic.observe.metrics import evaluations_of, steps_of
 
 RECENT = 50  # steps whose median is an ordinary one
 FEED = 20_000  # lines kept for a driver that polls several times a second
+NEW = Begin()  # a run that has no past
 
 
 class Books:
     """The only writer of the run directory's logs. Every line is flushed at once."""
 
-    def __init__(self, run_dir: Path, written: int = 0, evaluated: int = 0, generation: int = 0):
-        self.events = JsonLines(run_dir / "events.jsonl")
-        if not self.events.claim():
-            raise UserError(f"The run in {run_dir} is alive: another controller writes there.")
+    def __init__(self, run_dir: Path, written: int = 0, evaluated: int = 0, generation: int = 0, events: JsonLines | None = None):
+        self.events = events or claimed(run_dir)
         self.metrics, self.ledger = JsonLines(run_dir / "metrics.jsonl"), LedgerFiles(run_dir, written)
         self.written, self.evaluated = written, evaluated
         self.generation = generation
         self.feed: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FEED)  # the latest lines, numbered, for the driver
         self.fed, self.is_behind = 0, False
+        self.told: set[str] = set()  # the events there were in this run
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.last_commit = 0.0
         self.stepped = 0  # generation of the last step
         self.pause: dict[str, Any] | None = None
 
     @classmethod
-    def take_over(cls, run_dir: Path) -> Books:
-        """The books of a controller that was killed, from its files alone."""
-        metrics, events = read_lines(run_dir / "metrics.jsonl"), read_lines(run_dir / "events.jsonl")
-        steps = steps_of(metrics)
-        evaluated = max((fields["step"] for fields in metrics if "eval" in fields), default=0)
-        books = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in events), default=0))
+    def take_over(cls, run_dir: Path, begin: Begin = NEW, events: JsonLines | None = None) -> Books:
+        """The books of a controller that was killed, from its files alone; `begin`: what they held before its run."""
+        metrics, told = read_lines(run_dir / "metrics.jsonl"), read_lines(run_dir / "events.jsonl")
+        steps, evaluated = steps_of(metrics), max((fields["step"] for fields in evaluations_of(metrics)), default=0)
+        books = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in told), default=0), events)
         if steps:
             books.last_commit, books.stepped = steps[-1]["time"], steps[-1]["generation"]
         books.recent.extend(s["step_s"] for s in steps[-RECENT:])
-        for fields in in_order(events, metrics)[-FEED:]:
+        for fields in in_order(told[begin.events:], since(begin, metrics))[-FEED:]:
             books.feed.append((books.fed, fields))
             books.fed += 1
+        books.told = {fields["event"] for fields in told[begin.events:]}
         return books
 
     def event(self, name: str, step: int | None = None, generation: int | None = None, **fields: Any) -> None:
@@ -54,6 +56,7 @@ class Books:
         line = {"time": time.time(), "event": name, "generation": self.generation if generation is None else generation,
                 "step": self.written if step is None else step, **fields}
         self._write(self.events, line)
+        self.told.add(name)
 
     def metric(self, generation: int, fields: dict[str, Any]) -> None:
         """A worker's line. A step that is on disk already is dropped: a new rank 0 repeats what may have been lost."""
@@ -127,10 +130,35 @@ class Books:
             self.event("resized", pause_s=pause_s, **{"from": pause["before"], "to": pause["after"]})
 
 
+def claimed(run_dir: Path, wait_s: float = 0.0) -> JsonLines:
+    """events.jsonl, with this process as its only writer. Nothing else of the run may be touched before.
+
+    UserError where another one is, still after `wait_s`.
+    """
+    events = JsonLines(run_dir / "events.jsonl")
+    if not events.claim(wait_s):
+        raise UserError(f"The run in {run_dir} is alive: another controller writes there.")
+    return events
+
+
+def since(begin: Begin, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines that came after `begin`. Those before may have been cut back since, too."""
+    start = max((n + 1 for n, fields in enumerate(metrics) if fields.get("generation", math.inf) <= begin.generation), default=0)
+    while start < len(metrics) and "eval" in metrics[start] and metrics[start]["step"] <= begin.evaluated:
+        start += 1
+    return metrics[start:]
+
+
 def in_order(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of both files by time; an evaluation follows its step."""
-    timed, time_s = [(fields["time"], fields) for fields in events], 0.0
+    """The lines of both files by time, each file's in its own order; a generation's steps follow its start, an evaluation its step."""
+    timed, time_s, started = [], 0.0, dict[int, float]()
+    for fields in events:
+        time_s = max(time_s, fields["time"])
+        timed.append((time_s, fields))
+        if fields["event"] == "generation_started":
+            started[fields["generation"]] = time_s
+    time_s = 0.0
     for fields in metrics:
-        time_s = fields.get("time", time_s)
+        time_s = max(time_s, fields.get("time", 0.0), started.get(fields.get("generation", 0), 0.0))
         timed.append((time_s, fields))
     return [fields for _, fields in sorted(timed, key=lambda pair: pair[0])]

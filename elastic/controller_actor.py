@@ -14,15 +14,16 @@ import ray
 
 from elastic import membership as m
 from elastic.actor import NAMESPACE
-from elastic.books import Books
+from elastic.books import Books, claimed
 from elastic.cluster import RayFleet
 from elastic.controller import Controller, Settings
 from elastic.journal import Journal
-from elastic.messages import Job
+from elastic.messages import Begin, Job
 from elastic.observe.report import write_report
 
 __all__ = ["NAMESPACE", "ControllerActor"]
 
+CLAIM_S = 100.0  # for the lock of a controller that fell: on a shared directory it may last as long as the server's lease, 90 s by default
 LINGER_S = 60.0  # how long the controller of a finished run waits for a driver
 ABSENT_S = 5.0  # without a poll for so long, there is no driver
 POLL_S = 0.2  # how long a poll waits for the end of the run before it returns what is new
@@ -31,14 +32,15 @@ POLL_S = 0.2  # how long a poll waits for the end of the run before it returns w
 class ControllerActor:
     """Wraps `Controller`: its loop in a thread, its doors as actor methods."""
 
-    def __init__(self, job: Job, settings: Settings, fleet: dict[str, Any], begin: dict[str, Any]):
+    def __init__(self, job: Job, settings: Settings, fleet: dict[str, Any], begin: Begin):
         run_dir = Path(job.run_dir)
+        events = claimed(run_dir, CLAIM_S)
         journal = Journal(run_dir / "journal.jsonl", job.run_id)  # Ray starts a killed controller anew, with the same arguments
-        began = begin.get("generation", 0)
-        self.books = Books.take_over(run_dir) if journal.is_continued else Books(run_dir, begin.get("written", 0), begin.get("evaluated", 0), began)
+        self.books = (Books.take_over(run_dir, begin, events) if journal.is_continued
+                      else Books(run_dir, begin.written, begin.evaluated, begin.generation, events))
         self.fleet = RayFleet(job, lambda event: self.controller.post(event), **fleet)
-        self.controller = Controller(job, settings, self.fleet, self.books, begin.get("written", 0), began, journal)
-        self.controller.opened(begin.get("rewound_from", -1))
+        self.controller = Controller(job, settings, self.fleet, self.books, begin.written, begin.generation, journal)
+        self.controller.opened(begin.rewound_from)
         self.error = ""
         self.done, self.polled = threading.Event(), time.monotonic()
         threading.Thread(target=self.run, name="controller", daemon=True).start()

@@ -139,3 +139,15 @@ class Job:
     sys_path: tuple[str, ...] = ()
     chaos: tuple[str, ...] = ()
     num_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Begin:
+    """What a run's directory holds when it is resumed; the defaults are a new run's."""
+
+    written: int = 0  # steps whose lines stay
+    evaluated: int = 0
+    generation: int = 0  # the last one
+    events: int = 0  # lines of events.jsonl
+    rewound_from: int = -1  # the last step there was
+    data: str = ""  # key of the data that it trained on

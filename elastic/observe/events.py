@@ -6,26 +6,30 @@ import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from elastic.errors import UserError
 
+LOOK_S = 0.05  # between two tries for a lock
+GLANCE_S = 0.2  # who looks whether a lock is free has it for an instant: nobody is refused for that
+
 
 class JsonLines:
-    """Appends to one file. A torn last line, left by a process that died while writing, is cut off first."""
+    """Appends to one file. A torn last line, left by a process that died while writing, is cut off before the first is written, not
+    earlier: until `claim` it may be another's, who is about to end it."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._file = self._open()
-
-    def _open(self) -> Any:
-        cut_torn(self.path)
-        return open(self.path, "a", encoding="utf-8")
+        self.path, self._is_whole = Path(path), False
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
 
     def append(self, fields: Mapping[str, Any]) -> None:
         """Writes one line and hands it to the operating system."""
+        if not self._is_whole:
+            cut_torn(self.path)
+            self._is_whole = True
         self._file.write(line(fields))
         self._file.flush()
 
@@ -33,15 +37,15 @@ class JsonLines:
         """Drops the lines of later steps; the file is replaced whole or not at all."""
         self._file.close()
         rewrite(self.path, lambda fields: fields.get("step", 0) <= step)
-        self._file = self._open()
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
 
     def sync(self) -> None:
         """Returns when every line is on the disk itself."""
         os.fsync(self._file.fileno())
 
-    def claim(self) -> bool:
-        """Makes this process the file's only writer, for as long as it lives; False if another one is."""
-        return _locked(self._file)
+    def claim(self, wait_s: float = 0.0) -> bool:
+        """Makes this process the file's only writer, for as long as it lives; False if another one still is after `wait_s`."""
+        return locked(self._file, wait_s)
 
     def close(self) -> None:
         self._file.close()
@@ -50,18 +54,30 @@ class JsonLines:
 def has_writer(path: str | Path) -> bool:
     """Whether a living process has claimed the file."""
     try:
-        with open(path, "rb") as file:
-            return not _locked(file)
+        with open(path, "r+b") as file:
+            return not locked(file, GLANCE_S)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened for writing ({error.strerror}); only who may write there may go on with its run.") from error
 
 
-def _locked(file: Any) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def locked(file: Any, wait_s: float = 0.0) -> bool:
+    """Takes the operating system's lock of an open file, which ends with the file or the process; False if another still has it after `wait_s`.
+
+    The file must be open for writing: NFS locks no other. UserError where the file system keeps no locks.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(LOOK_S)
+        except OSError as error:
+            raise UserError(f"{file.name} cannot be locked ({error.strerror}); put the run directory on a file system that keeps locks.") from error
 
 
 def line(fields: Mapping[str, Any]) -> str:
@@ -143,12 +159,3 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-
-
-def cut_back(run_dir: Path, step: int) -> int:
-    """Cuts metrics.jsonl back to `step`, as a resume does; returns the last step that was there."""
-    path = run_dir / "metrics.jsonl"
-    last = max((fields["step"] for fields in iterate(path)), default=0)
-    if path.exists() and last > step:
-        rewrite(path, lambda fields: fields["step"] <= step)
-    return last

@@ -121,6 +121,20 @@ def test_a_killed_driver_leaves_a_run_that_resumes(here: Path) -> None:
     assert elastic(here, "verify", "run").returncode == 0
 
 
+def test_of_two_resumes_at_once_one_goes_on_and_the_other_changes_nothing(here: Path) -> None:
+    assert elastic(here, "train", "r.toml", "--run-dir", "run").returncode == 0
+    both = [subprocess.Popen([*ELASTIC, "resume", "run", "--set", "run.steps=700"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(2)]
+    said = [process.communicate(timeout=240)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    (refused,) = [err for process, err in zip(both, said) if process.returncode == 2]
+    assert "is alive" in refused and len(refused.strip().splitlines()) == 1, refused
+    assert summary(here / "run")["steps"] == 700
+    events = [json.loads(line)["event"] for line in (here / "run" / "events.jsonl").read_text().splitlines()]
+    assert (events.count("run_started"), events.count("rewound"), events.count("run_finished")) == (2, 1, 2)
+    assert elastic(here, "verify", "run").returncode == 0
+
+
 def test_scale_and_status_of_a_live_run(here: Path) -> None:
     process = subprocess.Popen([*ELASTIC, "train", "r.toml", "--run-dir", "run", *SLOW], cwd=here, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from elastic import trainer as door
+from elastic.books import Books
 from elastic.errors import RecipeError, UserError
+from elastic.follow import Result
+from elastic.observe.events import JsonLines, read_lines
 from elastic.recipe import Recipe, dumps
+from elastic.rundir import held
 from elastic.trainer import Trainer
 from tests.numerics.inprocess import fit, gpt_recipe, module_recipe
 
@@ -97,3 +106,109 @@ def test_a_resumed_run_finds_its_data_elsewhere_but_takes_no_other(plays: Path, 
     moved.write_text(moved.read_text().replace("not", "nor"))
     with pytest.raises(RecipeError, match="data.path = .*moved.txt.* holds other data than this run began with"):
         Trainer.resume(run_dir, [f"data.path={moved}"]).check()
+
+
+# Of those who would start a run in one directory, one does.
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from elastic.rundir import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What controllers would be started with: there is no Ray. A callable put first is called when one would be connected to."""
+    found: list[Any] = []
+
+    @contextmanager
+    def connected(*arguments: Any) -> Any:
+        for act in [act for act in found if callable(act)]:
+            found.remove(act)
+            act()
+        yield "here:1"
+
+    monkeypatch.setattr(door, "connected", connected)
+    monkeypatch.setattr(door, "start_controller", lambda job, recipe, begin: found.append(begin))
+    monkeypatch.setattr(door, "see_out", lambda controller, run_id, run_dir, telling: Result("done", {}, run_dir))
+    return found
+
+
+def cut_off(run_dir: Path) -> Path:
+    """A run without a checkpoint that was killed as a whole."""
+    began(run_dir, module_recipe("Small", 4))
+    metrics, events = JsonLines(run_dir / "metrics.jsonl"), JsonLines(run_dir / "events.jsonl")
+    for step in (1, 2):
+        metrics.append({"step": step, "loss": 1.0, "generation": 3})
+    events.append({"event": "run_started", "generation": 3, "step": 0, "time": 1.0})
+    (run_dir / "journal.jsonl").write_text("{}\n")
+    (run_dir / "summary.json").write_text("{}")
+    return run_dir
+
+
+def content(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file() and path.name != "driver.lock"}
+
+
+def test_the_second_of_two_starts_is_refused_and_changes_nothing(started: list[Any], tmp_path: Path) -> None:
+    run_dir = cut_off(tmp_path / "run")
+    early, before = Trainer.resume(run_dir), content(run_dir)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    for start in (early.fit, lambda: Trainer.resume(run_dir)):
+        with pytest.raises(UserError, match="is alive, or is being started; stop it first, or look with `elastic status") as caught:
+            start()
+        assert str(caught.value).count(". ") == 0
+    assert content(run_dir) == before and not started
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    early.fit()  # the lock fell with its holder
+    assert len(started) == 1 and not read_lines(run_dir / "metrics.jsonl") and not (run_dir / "summary.json").exists()
+
+
+def test_a_run_whose_driver_is_gone_is_not_started_again(started: list[Any], tmp_path: Path) -> None:
+    run_dir = cut_off(tmp_path / "run")
+    trainer, before = Trainer.resume(run_dir), content(run_dir)
+    controller = Books(run_dir)
+    with pytest.raises(UserError, match="is alive"):
+        trainer.fit()
+    assert content(run_dir) == before and not started
+    controller.close()
+    trainer.fit()
+    assert len(started) == 1
+
+
+def test_a_run_that_went_on_since_it_was_looked_at_goes_on_from_there(started: list[Any], tmp_path: Path) -> None:
+    run_dir = cut_off(tmp_path / "run")
+    trainer = Trainer.resume(run_dir)
+    started.append(lambda: JsonLines(run_dir / "events.jsonl").append({"event": "generation_started", "generation": 8, "step": 2}))
+    trainer.fit()
+    assert [(begin.generation, begin.events, begin.rewound_from, begin.written) for begin in started] == [(8, 2, 2, 0)]
+
+
+def test_a_run_that_became_another_since_it_was_looked_at_is_left_alone(started: list[Any], tmp_path: Path) -> None:
+    run_dir = cut_off(tmp_path / "run")
+    trainer = Trainer.resume(run_dir)
+    started.append(lambda: (run_dir / "recipe.toml").write_text(dumps(module_recipe("Small", 9))))
+    with pytest.raises(UserError, match="resumed by somebody else meanwhile, with another recipe"):
+        trainer.fit()
+    assert len(read_lines(run_dir / "metrics.jsonl")) == 2 and not started
+
+
+def test_two_new_runs_in_one_directory_are_one(started: list[Any], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    started.append(lambda: began(run_dir, module_recipe("Small", 9)))
+    with pytest.raises(UserError, match="is already in use"):
+        Trainer(module_recipe("Small", 4), run_dir).fit()
+    assert (run_dir / "recipe.toml").read_text() == dumps(module_recipe("Small", 9)) and not started
+
+
+def test_a_start_that_was_killed_at_once_has_left_nothing(started: list[Any], tmp_path: Path) -> None:
+    with held(tmp_path / "run"):
+        pass
+    Trainer(module_recipe("Small", 4), tmp_path / "run").fit()
+    assert len(started) == 1
