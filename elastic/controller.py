@@ -6,7 +6,6 @@ and commits checkpoints, so a worker of an older generation can change neither.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -31,7 +30,7 @@ from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Save,
 from elastic.observe.events import read_lines, replace_text
 from elastic.observe.metrics import build_summary
 from elastic.policy import Bounds, Pulse
-from elastic.takeover import take_over
+from elastic.takeover import recall, take_over
 
 TICK_S = 0.1  # how often hangs and pending starts are looked at
 FENCED = -1
@@ -70,18 +69,13 @@ class Controller:
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
         self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.is_continued else None
         if self.past:
-            self.lost, self.given_up, self.released = set(self.past.lost), set(self.past.lost), set(self.past.released)
-            for path in self.past.refused:
-                self.commits.refuse(path)
-            with contextlib.suppress(OSError):  # it may answer again before it is needed
-                self.commits.newest = self.commits.newest_good()[1]
-            self.chaos = [spec for spec in self.chaos if spec not in self.past.spent]
+            recall(self, self.past)
 
     def opened(self, rewound_from: int = -1) -> None:
-        """The first lines of a run, or of its resumption; one that is taken over has them."""
-        if self.past:
+        """The first lines of a run, or of its resumption, as far as a controller before this one has not written them."""
+        if "run_started" in self.books.told:
             return
-        if rewound_from >= 0:
+        if rewound_from >= 0 and "rewound" not in self.books.told:
             self.books.event("rewound", **{"from": rewound_from, "to": self.books.written})
         self.books.event("run_started", run=self.job.run_id, num_steps=self.job.num_steps, pid=os.getpid())
 
@@ -143,10 +137,11 @@ class Controller:
         self.fleet.close()
         self.drain_inbox()
         self.commits.settle()
-        if outcome.status == "failed":
-            self.books.event("run_failed", error=outcome.error)
-        else:
-            self.books.event("run_finished", status=outcome.status)
+        if not self.books.told & {"run_failed", "run_finished"}:  # else by a controller that fell right after
+            if outcome.status == "failed":
+                self.books.event("run_failed", error=outcome.error)
+            else:
+                self.books.event("run_finished", status=outcome.status)
         word = outcome.standing
         summary = build_summary(read_lines(self.books.events.path), read_lines(self.books.metrics.path), outcome.status,
                                 word.parameters_sha256 if word else "", word.state_sha256 if word else "", outcome.error)
@@ -299,21 +294,22 @@ class Controller:
             self.books.event(found.event, found.step, found.generation, **found.fields)
 
     def take_fault(self, worker: str, fault: Fault) -> None:
+        """What may be done twice is done before it is written off, and what may not be, after: a controller may fall between."""
         if fault.spec not in self.chaos:
             return  # said again, by who did not hear that the controller knew
         self.chaos.remove(fault.spec)
-        self.journal.spent(fault.spec)
-        self.books.event("chaos", fault=fault.spec, worker=worker)
-        if fault.kind == "scale":
-            self.advance(m.ScaleTo(fault.number))
-        elif fault.kind == "stop":
+        if fault.kind == "stop":
             self.stopped[fault.number] = self.live[worker]
-        elif fault.kind == "controller":
+        elif fault.kind == "scale":
+            self.advance(m.ScaleTo(fault.number))
+        elif fault.kind == "cont":
+            self.fleet.inject(fault, self.stopped.get(fault.number))
+        self.journal.spent(fault.spec, self.stopped[fault.number] if fault.kind == "stop" else None)
+        self.books.event("chaos", fault=fault.spec, worker=worker)
+        if fault.kind == "controller":
             self.fleet.kill_controller()
         elif fault.kind == "corrupt":
             self.commits.flip_a_byte()
-        elif fault.kind == "cont":
-            self.fleet.inject(fault, self.stopped.get(fault.number))
 
     # Actions.
 

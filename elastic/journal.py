@@ -13,7 +13,7 @@ from typing import Any
 
 from elastic import membership as m
 from elastic import messages
-from elastic.messages import Generation, Standing
+from elastic.messages import Generation, Ready, Standing
 from elastic.observe.events import JsonLines, read_lines
 from elastic.policy import Bounds
 
@@ -66,8 +66,9 @@ class Journal:
         self.append({"published": encode(generation)})
         self.sync()
 
-    def spent(self, spec: str) -> None:
-        self.append({"spent": spec})
+    def spent(self, spec: str, stopped: Ready | None = None) -> None:
+        """A fault has fired; `stopped`: whom it has stopped, for the one that is to continue it."""
+        self.append({"spent": spec, "stopped": encode(stopped)})
         self.sync()
 
     def sync(self) -> None:
@@ -84,7 +85,7 @@ class Past:
     state: m.State
     actions: list[Any]  # since the last group was formed, that included: some of them may not have been carried out
     published: Generation | None = None
-    spent: list[str] = field(default_factory=list)
+    spent: dict[str, Ready | None] = field(default_factory=dict)  # faults that have fired, with whom they have stopped
     known: set[str] = field(default_factory=set)  # every worker there ever was
     lost: set[str] = field(default_factory=set)
     released: set[str] = field(default_factory=set)
@@ -99,7 +100,7 @@ def replay(records: Sequence[Mapping[str, Any]], bounds: Bounds, generation: int
         if "published" in record:
             past.published = decode(record["published"])
         elif "spent" in record:
-            past.spent.append(record["spent"])
+            past.spent[record["spent"]] = decode(record["stopped"])
         else:
             take(past, decode(record["event"]))
     return past
@@ -107,7 +108,7 @@ def replay(records: Sequence[Mapping[str, Any]], bounds: Bounds, generation: int
 
 def take(past: Past, event: Any) -> None:
     past.state, actions = m.advance(past.state, event)
-    if isinstance(event, (m.Starting, messages.Ready, m.Lost)):
+    if isinstance(event, (m.Starting, Ready, m.Lost)):
         past.known.add(event.worker)
     if isinstance(event, m.Lost):
         past.lost.add(event.worker)

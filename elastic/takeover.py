@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from elastic import membership as m
+from elastic.chaos import parse
 from elastic.journal import Past
 from elastic.policy import Pulse
 
@@ -15,6 +17,17 @@ if TYPE_CHECKING:
     from elastic.controller import Controller
 
 GONE = "its process was gone when the controller came back"
+
+
+def recall(controller: Controller, past: Past) -> None:
+    """What a controller knows of its predecessor's time before it looks at anything."""
+    controller.lost, controller.given_up, controller.released = set(past.lost), set(past.lost), set(past.released)
+    for path in past.refused:
+        controller.commits.refuse(path)
+    with contextlib.suppress(OSError):  # it may answer again before it is needed
+        controller.commits.newest = controller.commits.newest_good()[1]
+    controller.chaos = [spec for spec in controller.chaos if spec not in past.spent]
+    controller.stopped = {parse(spec).number: ready for spec, ready in past.spent.items() if ready}
 
 
 def take_over(controller: Controller, past: Past) -> None:

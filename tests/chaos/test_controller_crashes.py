@@ -26,7 +26,8 @@ class Crash(BaseException):
 
 
 class Clock:
-    """Counts the points at which a controller may fall: before and after every record, and before every action."""
+    """Counts the points at which a controller may fall: before and after every record and the lines that must be there once, and before
+    every action."""
 
     def __init__(self, fatal: int = 0):
         self.points, self.fatal = 0, fatal
@@ -49,6 +50,18 @@ class FragileJournal(Journal):
         clock.point()
 
 
+class FragileBooks(Books):
+    clock: Clock
+
+    def event(self, name: str, *where: Any, **fields: Any) -> None:
+        points = [self.clock.point] if name in ("run_started", "run_finished", "chaos") else []
+        for point in points:
+            point()
+        super().event(name, *where, **fields)
+        for point in points:
+            point()
+
+
 class FragileController(Controller):
     clock: Clock
 
@@ -65,8 +78,11 @@ class FragileRun(Run):
         self.clock, self.crashes = Clock(fatal), 0
         super().__init__(run_dir, **options)
 
-    def build(self, books: Books) -> Controller:
-        self.books = books
+    def build(self, books: Any) -> Controller:
+        if not isinstance(books, FragileBooks):
+            books.close()
+            books = FragileBooks(self.run_dir)
+        self.books, books.clock = books, self.clock
         journal = FragileJournal(self.run_dir / "journal.jsonl", self.job.run_id, self.clock)
         controller = FragileController(self.job, self.settings, self.fleet, books, 0, 0, journal)
         controller.clock = self.clock
@@ -76,12 +92,13 @@ class FragileRun(Run):
     def work(self, found: list[Any]) -> None:
         while not found:
             try:
+                self.controller.opened()
                 found.append(self.controller.run())
             except Crash:
                 self.crashes += 1
                 self.controller.journal.close()
                 self.books.close()  # as the end of its process would
-                self.controller = self.build(Books.take_over(self.run_dir))
+                self.controller = self.build(FragileBooks.take_over(self.run_dir))
             except BaseException as error:
                 found.append(error)
 
@@ -127,6 +144,8 @@ def test_killed_at_every_point(text: Path, tmp_path: Path) -> None:
         assert len(lost) == 1, f"at point {fatal} a survivor did not survive: {lost}"
         assert not result.named("rewound")
         assert len(result.named("controller_restarted")) == run.crashes
+        assert len(result.named("run_started")) == len(result.named("run_finished")) == 1, f"after a fall at point {fatal}"
+        assert 1 in result.summary["world_sizes"], f"the scaling was lost by a fall at point {fatal}"
         phases |= {e["phase"] for e in result.named("controller_restarted")}
         crashes += run.crashes
     assert crashes > 0.9 * first.clock.points
@@ -137,7 +156,7 @@ def test_a_controller_that_always_falls_is_always_followed(text: Path, tmp_path:
     """Each controller falls a little later than the one before: the run ends, by what each of them added to the journal."""
 
     class Stubborn(FragileRun):
-        def build(self, books: Books) -> Controller:
+        def build(self, books: Any) -> Controller:
             self.clock = Clock(fatal=4 + self.crashes)
             return super().build(books)
 

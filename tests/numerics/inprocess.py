@@ -61,7 +61,6 @@ class Run:
         self.job, self.settings = job, settings
         self.fleet = ThreadFleet(job, capacity or elastic.max_workers + elastic.spares, nodes)
         self.controller = self.build(WatchedBooks(run_dir, *begin))
-        self.controller.opened()
 
     def build(self, books: WatchedBooks) -> Controller:
         self.books = books
@@ -89,6 +88,7 @@ class Run:
 
         def work() -> None:
             try:
+                self.controller.opened()
                 found.append(self.controller.run())
             except BaseException as error:
                 found.append(error)

@@ -1,0 +1,112 @@
+"""What a controller that falls leaves to the next: faults, the last checkpoint, the first and the last line. Stepped by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic import membership as m
+from elastic.books import Books
+from elastic.chaos import parse
+from elastic.controller import Controller
+from elastic.messages import Standing
+from tests.rig import SETTINGS, Rig, save
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path)
+
+
+class Fallen(BaseException):
+    """The controller's process is gone."""
+
+
+def successor(rig: Rig) -> Controller:
+    """Who comes after a controller that fell."""
+    rig.books.close()
+    rig.controller.journal.close()
+    return Controller(rig.controller.job, SETTINGS, rig.fleet, Books.take_over(rig.run_dir))
+
+
+def test_a_continuation_finds_whom_a_controller_before_has_stopped(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, chaos=("stop:1@5", "cont:1@9"))
+    rig.start("a", "b", "c")
+    rig.controller.take_fault("b", parse("stop:1@5"))
+    stopped = rig.controller.live["b"]
+    rig.controller.give_up_on("b", "hangs")
+    again = successor(rig)
+    assert again.chaos == ["cont:1@9"]
+    again.take_fault("a", parse("cont:1@9"))
+    assert rig.fleet.of("inject") == [(parse("cont:1@9"), stopped)]
+
+
+@pytest.mark.parametrize("spec", ["scale:1@5", "cont:1@5"])
+def test_a_fault_that_may_come_twice_is_not_lost_with_a_controller(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(tmp_path, chaos=(spec,))
+    rig.start("a", "b")
+
+    def fall(*arguments: Any) -> None:
+        raise Fallen
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.controller.journal, "spent", fall)
+        with pytest.raises(Fallen):
+            rig.controller.take_fault("a", parse(spec))
+    again = successor(rig)
+    assert again.past is not None and (again.past.state.target == 1 or rig.fleet.of("inject")) and again.chaos == [spec]
+
+
+def done(rig: Rig, generation: int, step: int) -> None:
+    rig.say(Standing("a", generation, "done", step, state_sha256="s"))
+
+
+def test_a_last_checkpoint_that_fell_with_controllers_is_saved_once_more_however_often(rig: Rig) -> None:
+    rig.start("a")
+    rig.steps(1, 2)
+    for generation in (1, 2, 3):
+        done(rig, generation, 2)
+        assert rig.controller.outcome is None and rig.assigned()[0].number == generation + 1
+    rig.say(save(rig, 2, generation=4))
+    done(rig, 4, 2)
+    assert rig.controller.outcome is not None and rig.controller.outcome.status == "done"
+    assert not rig.events("step_failed")
+
+
+def test_but_not_for_ever(rig: Rig) -> None:
+    rig.start("a")
+    rig.steps(1, 2)
+    for generation in range(1, 30):
+        if rig.controller.outcome is None:
+            done(rig, generation, 2)
+    assert rig.controller.outcome is not None and rig.controller.outcome.status == "failed" and generation > 9
+    assert "The checkpoint of step 2 was not committed." in rig.controller.outcome.error
+
+
+def test_a_disk_that_does_not_take_the_last_checkpoint_ends_the_run_with_what_it_says(rig: Rig) -> None:
+    rig.start("a")
+    rig.steps(1, 2)
+    sentence = "The checkpoint of step 2 could not be written to /there (No space left on device); make room, then resume the run."
+    for generation in (1, 2):
+        assert rig.controller.outcome is None
+        rig.say(replace(save(rig, 2, generation), error=sentence))
+        done(rig, generation, 2)
+    assert rig.controller.outcome is not None and (rig.controller.outcome.status, rig.controller.outcome.error) == ("failed", sentence)
+
+
+def test_first_and_last_line_are_written_by_whoever_comes_to_it_and_once(rig: Rig) -> None:
+    again = successor(rig)  # it fell before it had written any
+    again.opened(7)
+    assert [(e["from"], e["to"]) for e in rig.events("rewound")] == [(7, 0)] and len(rig.events("run_started")) == 1
+    rig.controller, rig.books = again, again.books
+    once_more = successor(rig)
+    once_more.opened(7)
+    once_more.state = rig.controller.past.state  # type: ignore[union-attr]
+    once_more.close(m.Finish("done"))
+    rig.controller, rig.books = once_more, once_more.books
+    last = successor(rig)  # it fell after its last line
+    last.close(m.Finish("done"))
+    assert [len(rig.events(name)) for name in ("rewound", "run_started", "run_finished", "run_failed")] == [1, 1, 1, 0]
