@@ -56,6 +56,7 @@ class Commits:
         self.pending: dict[Key, dict[int, Part]] = {}
         self.failed: set[Key] = set()
         self.refused: set[str] = set()  # found bad while they were loaded
+        self.known: dict[str, Manifest] = {}  # those there are, by name
         self.error = ""  # why the last one does not count
         self.clearing: threading.Thread | None = None
 
@@ -114,6 +115,7 @@ class Commits:
             raise BadCheckpoint(f"{str(error).rstrip('.')} where the controller looks, in {shown(self.location)}; a worker has written it, so "
                                 "put the run directory where all nodes share it.") from error
         commit(self.store, manifest)
+        self.known[folder_of(manifest.step)] = manifest
         self.newest = max(self.newest, manifest.step)
         self.pending = {key: parts for key, parts in self.pending.items() if key[1] > self.newest}
         self.refused.discard(folder_of(manifest.step))  # written again
@@ -139,10 +141,17 @@ class Commits:
     def clear(self, live_generation: int) -> None:
         """Removes what is not to be kept. What resists stays until the next commit: the checkpoint counts all the same."""
         try:
-            prune(self.store, self.keep, self.best or None, self.keep_every, self.refused)
-            clean(self.store, live_generation)
+            for name in prune(self.store, self.keep, self.best or None, self.keep_every, self.refused, self.read):
+                self.known.pop(name, None)
+            clean(self.store, live_generation, self.read)
         except OSError as error:
             log.warning("Old checkpoints in %s could not be removed: %s", shown(self.location), error)
+
+    def read(self, store: Store, name: str) -> Manifest:
+        """A checkpoint's manifest, read once: on an object store each is a call, and each commit looks at all that are kept."""
+        if name not in self.known:
+            self.known[name] = read_manifest(store, name)
+        return self.known[name]
 
     def refuse(self, path: str) -> bool:
         """Never to be chosen again in this run: it was found bad while it was loaded. Whether that is news."""

@@ -26,6 +26,7 @@ from elastic.errors import BadCheckpoint, RecipeError, UserError
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")
 GENERATION = re.compile(r"-g(\d{6,})\.")
+Read = Callable[[Store, str], Manifest]  # as `read_manifest`
 SMALLER_IS_BETTER = ("loss", "perplexity", "error", "mae", "mse", "rmse")
 
 
@@ -162,7 +163,8 @@ def split(path: str | os.PathLike[str]) -> tuple[Store, str]:
     return Store.open(parent), name
 
 
-def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0, refused: Container[str] = ()) -> list[str]:
+def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0, refused: Container[str] = (),
+          read: Read = read_manifest) -> list[str]:
     """Removes all but the newest `keep` checkpoints, the one with the best `best` ("eval.loss"), and those whose step is a multiple of
     `keep_every` (0: none); returns what is gone.
 
@@ -173,7 +175,9 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
         if name in refused:
             continue
         try:
-            good.append((name, read_sound(store, name)))
+            manifest = read(store, name)
+            check_sizes(store, name, manifest)
+            good.append((name, manifest))
         except (BadCheckpoint, UserError):
             continue
     kept = {name for name, _ in good[:keep]} | best_of(good, best)
@@ -195,7 +199,7 @@ def best_of(checkpoints: list[tuple[str, Manifest]], best: str | None) -> set[st
     return {choose(rated, key=lambda pair: pair[0])[1]}
 
 
-def clean(store: Store, live_generation: int) -> list[str]:
+def clean(store: Store, live_generation: int, read: Read = read_manifest) -> list[str]:
     """Removes what crashes left behind and returns it: files that no manifest names, in checkpoints at or below the newest
     committed one, written by generations before the live one. Called by the one who commits, and not during a commit."""
     newest = max((step for step, _ in committed(store)), default=-1)
@@ -205,7 +209,7 @@ def clean(store: Store, live_generation: int) -> list[str]:
         if not match or int(match[1]) > newest:
             continue
         files = store.names(folder)
-        named = named_files(store, folder) if MANIFEST in files else set()
+        named = named_files(store, folder, read) if MANIFEST in files else set()
         if named is None:
             continue
         left = [file for file in files if file not in named and is_older(file, live_generation)]
@@ -217,10 +221,10 @@ def clean(store: Store, live_generation: int) -> list[str]:
     return gone
 
 
-def named_files(store: Store, folder: str) -> set[str] | None:
+def named_files(store: Store, folder: str, read: Read) -> set[str] | None:
     """The files that belong to a committed checkpoint; None where its manifest is bad: it is kept for inspection as it is."""
     try:
-        return {MANIFEST, *(entry.name for entry in read_manifest(store, folder).files)}
+        return {MANIFEST, *(entry.name for entry in read(store, folder).files)}
     except (BadCheckpoint, UserError):
         return None
 

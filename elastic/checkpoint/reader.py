@@ -14,7 +14,7 @@ import numpy as np
 from elastic.checkpoint.manifest import FileEntry, Manifest, Piece
 from elastic.checkpoint.part import hash_of
 from elastic.checkpoint.plan import byte_range, overlap
-from elastic.checkpoint.store import Store
+from elastic.checkpoint.store import Store, patiently
 from elastic.errors import BadCheckpoint, GroupBroken
 
 WINDOW = 16 * 1024 * 1024  # bytes that one rank reads before all exchange what they have
@@ -30,12 +30,12 @@ class Reader:
         self.bytes = 0
 
     def chunks(self, entry: FileEntry, low: int, high: int) -> bytes:
-        """The bytes of chunks low..high-1 of a file. BadCheckpoint where one does not have its hash, or cannot be read."""
+        """The bytes of chunks low..high-1 of a file. BadCheckpoint where one does not have its hash, or cannot be read in several tries."""
         size = self.manifest.chunk_bytes
         begins, ends = low * size, min(high * size, entry.bytes)
         where = f"{self.name}/{entry.name}"
         try:
-            content = self.store.read_range(where, begins, ends)
+            content = patiently(lambda: self.store.read_range(where, begins, ends))
         except OSError as error:
             raise BadCheckpoint(f"{where} cannot be read ({' '.join(str(error).split())[:200]}).") from error
         self.bytes += len(content)

@@ -22,7 +22,7 @@ from elastic.checkpoint.part import Image, part_name
 from elastic.checkpoint.plan import shares
 from elastic.checkpoint.reader import Reader, read_together
 from elastic.checkpoint.remote import shown
-from elastic.checkpoint.store import Store
+from elastic.checkpoint.store import Store, patiently
 from elastic.collective.group import CollectiveGroup
 from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError, RunFailed
 from elastic.messages import Part, Save
@@ -184,7 +184,7 @@ class Saver:
         """
         try:
             store, name = split(path)
-            manifest = read_sound(store, name)
+            manifest = patiently(lambda: read_sound(store, name))
         except OSError as error:
             raise BadCheckpoint(f"{shown(path)} cannot be read ({' '.join(str(error).split())[:200]}).") from error
         pieces = [piece for entry in manifest.files for piece in entry.pieces]

@@ -8,15 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import uuid
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from elastic.checkpoint.files import Files
 from elastic.checkpoint.remote import open_files
 from elastic.errors import BadCheckpoint
 
 TEMPORARY = ".tmp"
+T = TypeVar("T")
+AGAIN_S = (0.5, 1.0, 2.0, 4.0)  # before the next try to read from a storage that may only be away for a moment
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` gives, tried again while the storage does not answer. What is not there is not waited for."""
+    for wait_s in AGAIN_S:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(wait_s)
+    return read()
 
 
 class Store:

@@ -256,6 +256,27 @@ def test_a_commit_counts_though_old_ones_cannot_be_removed(store: Store, root: P
     assert [path.name for path in root.iterdir()] == ["step-00000150"]
 
 
+def test_a_commit_reads_no_manifest_twice(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its own nor those of the run that went before, of which only the first commit knows nothing."""
+    save(store, 10)
+    commits, reads = Commits(str(root), 3, ""), list[str]()
+    read = commits.store.files.read
+    monkeypatch.setattr(commits.store.files, "read", lambda path, low, high: reads.append(Path(path).parent.name) or read(path, low, high))
+    for step in range(20, 70, 10):
+        commits.commit(written(store, step))
+    assert reads == ["step-00000010"]
+    assert [path.name for path in sorted(root.iterdir())] == sorted(commits.known) == [f"step-{step:08d}" for step in (40, 50, 60)]
+
+
+def test_a_manifest_that_is_known_does_not_make_up_for_files_that_are_gone(store: Store, root: Path) -> None:
+    commits = Commits(str(root), 2, "")
+    for step in (10, 20):
+        commits.commit(written(store, step))
+    next((root / "step-00000020").glob("*.safetensors")).unlink()
+    commits.commit(written(store, 30))
+    assert [path.name for path in sorted(root.iterdir())] == ["step-00000010", "step-00000020", "step-00000030"]
+
+
 def test_broken_checkpoints_do_not_push_good_ones_out(store: Store, root: Path) -> None:
     for step in (10, 20, 30):
         save(store, step)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from elastic.checkpoint import store as stores
 from elastic.checkpoint.manager import load, read_manifest, read_parameters, split, verify
 from elastic.checkpoint.part import write_arrays
 from elastic.checkpoint.reader import Reader, read_arrays, windows
 from elastic.checkpoint.remote import join
+from elastic.checkpoint.store import Store
 from elastic.errors import BadCheckpoint, RecipeError
 from tests.checkpoints import CHUNK, Arrays, assert_same, restore, save, saver, values
 
@@ -158,3 +161,36 @@ def test_absurd_sizes_allocate_nothing(tmp_path: Path) -> None:
             look()
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
+
+
+class Away:
+    """A storage that fails the first `times` reads of each file, and how often it was asked for which."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int, error: type[OSError] = OSError):
+        self.asked, read = Counter[str](), Store.read_range
+
+        def fail(store: Store, name: str, low: int, high: int) -> bytes:
+            self.asked[name] += 1
+            if self.asked[name] <= times:
+                raise error(5, "Input/output error")
+            return read(store, name, low, high)
+
+        monkeypatch.setattr(Store, "read_range", fail)
+        monkeypatch.setattr(stores, "AGAIN_S", (0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+def test_a_storage_that_is_away_for_a_moment_costs_no_checkpoint(loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(str(tmp_path), 50, 2)
+    Away(monkeypatch, 3)
+    for state, _ in restore(str(tmp_path / "step-00000050"), loaders):
+        assert_same(state.arrays, values(50))
+
+
+@pytest.mark.parametrize(("error", "times"), [(OSError, 4), (FileNotFoundError, 1)])
+def test_one_that_stays_away_does_and_what_is_not_there_is_not_waited_for(error: type[OSError], times: int, tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    save(str(tmp_path), 50, 1)
+    away = Away(monkeypatch, 99, error)
+    ((_, raised),) = restore(str(tmp_path / "step-00000050"), 1)
+    assert isinstance(raised, BadCheckpoint) and "cannot be read" in str(raised) and list(away.asked.values()) == [times]
