@@ -99,8 +99,8 @@ def test_everything_at_once_and_resumed(bits: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_driver_alone_is_killed_and_another_follows(bits: str, tmp_path: Path) -> None:
-    """On a cluster the run lives on without its driver; `resume` and `status` find it, and `--set` cannot change it."""
+def test_the_driver_alone_is_killed_and_others_follow(bits: str, tmp_path: Path) -> None:
+    """On a cluster the run lives on without its driver; `resume` and `status` find it, and `--set` cannot change it. Two follow to the end."""
     (tmp_path / "r.toml").write_text(dumps(recipe(2, **CHANGES)))
     run = tmp_path / "run"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
@@ -113,8 +113,9 @@ def test_the_driver_alone_is_killed_and_another_follows(bits: str, tmp_path: Pat
         assert process.returncode == 2 and "is alive" in refused and "Traceback" not in refused
         status, _ = start(tmp_path, "status", str(run)).communicate(timeout=LIMIT_S)
         assert status.startswith("running")
-        out, _ = (process := start(tmp_path, "resume", str(run))).communicate(timeout=LIMIT_S)
-        assert process.returncode == 0 and "is alive: following it" in out and "done: " in out, out
+        for process in [start(tmp_path, "resume", str(run)) for _ in range(2)]:
+            out, _ = process.communicate(timeout=LIMIT_S)
+            assert process.returncode == 0 and "is alive: following it" in out and "done: " in out, out
         lines = assert_ended_well(run, bits)
         assert len([e for e in lines if e["event"] == "run_started"]) == 1, "it was followed, not started anew"
         assert not [e for e in lines if e["event"] in ("worker_lost", "rewound")]
