@@ -89,6 +89,9 @@ class FragileRun(Run):
         self.fleet.controller = controller
         return controller
 
+    def opened(self) -> None:
+        """Not yet: it may fall there, too."""
+
     def work(self, found: list[Any]) -> None:
         while not found:
             try:

@@ -61,6 +61,7 @@ class Run:
         self.job, self.settings = job, settings
         self.fleet = ThreadFleet(job, capacity or elastic.max_workers + elastic.spares, nodes)
         self.controller = self.build(WatchedBooks(run_dir, *begin))
+        self.opened()
 
     def build(self, books: WatchedBooks) -> Controller:
         self.books = books
@@ -68,6 +69,9 @@ class Run:
         controller = Controller(self.job, self.settings, self.fleet, books, books.written)
         self.fleet.controller = controller
         return controller
+
+    def opened(self) -> None:
+        self.controller.opened()
 
     def open(self) -> tuple[int, int, int]:
         """A fresh run directory, or the place at which a run that has ended goes on: (written, evaluated, generation)."""
@@ -88,7 +92,6 @@ class Run:
 
         def work() -> None:
             try:
-                self.controller.opened()
                 found.append(self.controller.run())
             except BaseException as error:
                 found.append(error)
