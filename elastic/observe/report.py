@@ -19,6 +19,8 @@ MAX_RATES = 300  # of throughput: single steps are mostly noise
 COLOURS = {"worker_lost": "#d62728", "hang": "#d62728", "run_failed": "#d62728", "checkpoint_rejected": "#d62728", "rewound": "#ff7f0e",
            "worker_joined": "#2ca02c", "recovered": "#2ca02c", "resized": "#2ca02c", "healed": "#17becf", "chaos": "#9467bd",
            "checkpoint_committed": "#7f7f7f", "generation_started": "#1f77b4"}
+ACTIONS = {"forward": "#1f77b4", "backward": "#2ca02c", "backward_input": "#2ca02c", "backward_weight": "#9467bd"}
+MESSAGE = "#7f7f7f"
 DISTURBING = ("worker_lost", "worker_joined", "resized", "rewound", "hang", "run_failed")
 STYLE = """body{font-family:system-ui,sans-serif;max-width:1200px;margin:24px auto;padding:0 16px;color:#222}
 table{border-collapse:collapse;font-size:14px}td{padding:3px 18px 3px 0;vertical-align:top}td:first-child{color:#777}
@@ -125,3 +127,22 @@ def add_events(chart: go.Figure, clock: Clock, events: Lines) -> None:
     chart.update_layout(shapes=[{"type": "line", "xref": "x", "yref": "paper", "x0": clock.at(e["time"]), "x1": clock.at(e["time"]),
                                  "y0": 0, "y1": 1, "line": {"color": COLOURS[e["event"]], "width": 1, "dash": "dot"}, "opacity": 0.5}
                                 for e in events if e["event"] in DISTURBING])
+
+
+def gantt(rows: Lines, title: str) -> go.Figure:
+    """A pipeline's timeline, a bar an action, the first stage on top. A row: stage, kind, micro_batch, chunk, start, end (seconds)."""
+    chart = go.Figure()
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        some = [row for row in rows if row["kind"] == kind]
+        where = [f"{kind} of micro-batch {row['micro_batch']}, chunk {row['chunk']}, on stage {row['stage']}" for row in some]
+        chart.add_trace(go.Bar(
+            y=[f"stage {row['stage']}" for row in some], base=[row["start"] for row in some], x=[row["end"] - row["start"] for row in some],
+            orientation="h", name=kind, text=[row["micro_batch"] for row in some], textposition="inside", insidetextanchor="middle",
+            marker={"color": ACTIONS.get(kind, MESSAGE), "opacity": [1 / (1 + row["chunk"] / 2) for row in some]},
+            customdata=where, hovertemplate="%{customdata}: %{base:.4g} s, takes %{x:.4g} s<extra></extra>"))
+    stages = [f"stage {stage}" for stage in sorted({row["stage"] for row in rows})]
+    chart.update_layout(template="plotly_white", title=title, barmode="overlay", bargap=0.15, height=160 + 40 * len(stages),
+                        legend={"orientation": "h", "y": -0.25})
+    chart.update_yaxes(categoryorder="array", categoryarray=stages[::-1])
+    chart.update_xaxes(title_text="seconds")
+    return chart

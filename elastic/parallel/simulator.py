@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from elastic.parallel.actions import Action, Schedule, in_flight
 from elastic.parallel.checker import happenings
@@ -57,6 +58,10 @@ class Timeline:
     seconds: float
     bubble: float
     peaks: tuple[int, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The spans as plain values, as `observe.report.gantt` draws them."""
+        return [{"stage": span.stage, **asdict(span.action), "start": span.start, "end": span.end} for span in self.spans]
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:

@@ -17,10 +17,12 @@ from elastic.errors import BadCheckpoint, UserError
 from elastic.observe.events import JsonLines, read_lines
 from elastic.observe.metrics import build_summary, goodput, sessions, world_sizes
 from elastic.observe.progress import Pace, Progress
-from elastic.observe.report import write_report
+from elastic.observe.report import gantt, write_report
 from elastic.observe.status import status_lines
 from elastic.observe.verify import verify
 from elastic.observe.words import SENTENCES, duration, sentence, size
+from elastic.parallel.schedules import build
+from elastic.parallel.simulator import Costs, simulate
 
 START = 1_000_000.0
 Lines = list[dict[str, Any]]
@@ -192,6 +194,20 @@ def test_the_report_opens_offline_and_marks_every_event(run_dir: Path) -> None:
 
 def test_a_report_of_a_run_without_a_line(tmp_path: Path) -> None:
     assert "running" in write_report(tmp_path).read_text()
+
+
+def test_a_pipelines_picture_has_a_bar_for_every_action_where_it_happens() -> None:
+    timeline = simulate(build("interleaved", 2, 4, 2), Costs.equal(2, 1.0, 1.0, 1.0, 0.25))
+    chart = gantt(timeline.rows(), "interleaved")
+    bars = {(stage, bar.name, where, begin, begin + length) for bar in chart.data
+            for stage, where, begin, length in zip(bar.y, bar.customdata, bar.base, bar.x, strict=True)}
+    assert bars == {(f"stage {s.stage}", s.action.kind,
+                     f"{s.action.kind} of micro-batch {s.action.micro_batch}, chunk {s.action.chunk}, on stage {s.stage}", s.start, s.end)
+                    for s in timeline.spans}
+    assert len(bars) == sum(len(actions) for actions in timeline.schedule.actions)
+    assert chart.layout.yaxis.categoryarray == ("stage 1", "stage 0")
+    page = chart.to_html(include_plotlyjs=True)
+    assert 'src="http' not in page and "forward of micro-batch 3, chunk 1, on stage 1" in page
 
 
 # The check.
