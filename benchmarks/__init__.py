@@ -5,5 +5,6 @@
     resize     a node's arrival against Ray Train's elastic mode
     native     our step against the same model written natively, for each framework
     gpu        a GPT of 124 M parameters on one GPU against a plain torch loop; Python, torch and NumPy are enough
+    schedules  a pipeline's step against its simulation
     nanogpt    the loss and the minutes of nanoGPT's CPU setting
 """
