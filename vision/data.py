@@ -22,7 +22,7 @@ from vision.classes import Classes
 from vision.images import sources
 from vision.store import Store, path_of, write
 
-VERSION = 1
+VERSION = 2
 SPLITS = {"train": "path", "eval": "eval_path"}
 
 
@@ -30,13 +30,13 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     """Facts that a model and `open_dataset` need, as plain values; reads the images where `cache_dir` does not hold them yet.
 
     `data` has format ("idx", "imagefolder", or a table's), path and eval_path (the latter may be empty), eval_fraction, image and
-    label (columns, of tables), skip_bad, image_size, crop, flip and mixup. Keys of the result: shape (height, width, channels), num_classes,
-    classes (their names, if they have any), num_samples, num_eval_samples, num_skipped, mean and std (of each channel's
-    training pixels, 0 to 1), train_file, eval_file, crop, flip, mixup, spread, eval_fraction, key (the same for the same images).
+    label (columns, of tables), skip_bad, image_size, channels, crop, flip and mixup. Keys of the result: shape (height, width,
+    channels), num_classes, classes (their names, if they have any), num_samples, num_eval_samples, num_skipped, mean and std (of each
+    channel's training pixels, 0 to 1), train_file, eval_file, crop, flip, mixup, spread, eval_fraction, key (the same for the same images).
     RecipeError or UserError names file and row of what cannot serve.
     """
     paths = {split: getattr(data, name) for split, name in SPLITS.items() if getattr(data, name)}
-    asked = [VERSION, data.format, data.image, data.label, data.skip_bad, data.image_size, data.eval_fraction, {
+    asked = [VERSION, data.format, data.image, data.label, data.skip_bad, data.image_size, data.channels, data.eval_fraction, {
         split: [[f.where, f.size, f.mtime_ns] for f in sources(f"data.{SPLITS[split]}", data, path)] for split, path in paths.items()}]
     folder = Path(cache_dir) / f"images-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}"
     facts = folder / "facts.json"

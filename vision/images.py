@@ -24,6 +24,7 @@ from elastic.errors import RecipeError, UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 UNSIGNED_BYTES = 8  # the third byte of an IDX file
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
 
 
 class BadImage(Exception):
@@ -38,9 +39,9 @@ class Sample:
     image: Any
     label: int | str
 
-    def pixels(self, size: int = 0) -> np.ndarray:
+    def pixels(self, size: int = 0, channels: int = 0) -> np.ndarray:
         """uint8 (height, width, channels). BadImage."""
-        return self.image if isinstance(self.image, np.ndarray) else decode(self.image, self.where, size)
+        return self.image if isinstance(self.image, np.ndarray) else decode(self.image, self.where, size, channels)
 
 
 def sources(key: str, data: Any, paths: Sequence[str]) -> list[File]:
@@ -61,17 +62,24 @@ def samples(key: str, data: Any, paths: Sequence[str]) -> Iterator[Sample]:
             yield from table_samples(data, file)
 
 
-def decode(content: bytes, where: str, size: int = 0) -> np.ndarray:
-    """uint8 (height, width, 1) of a grey image, else (height, width, 3); with `size`, the middle square scaled to that many pixels a side."""
+def decode(content: bytes, where: str, size: int = 0, channels: int = 0) -> np.ndarray:
+    """uint8 (height, width, 1) of a grey image, else (height, width, 3), or what `channels` says; transparency is left out. With `size`, the
+    middle square scaled to that many pixels a side. Of 16 bits the upper 8 are kept."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise UserError(f"{where} is an encoded image, and Pillow, which decodes them, is not installed; "
                         "install it with pip install pillow.") from error
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            plain = opened.convert("L" if opened.mode in ("L", "1") else "RGB")
+            wide = opened.mode.startswith("I;16")  # whose conversion makes white of all above 255
+            if opened.mode in ("I", "F"):
+                raise BadImage(f"{where} holds numbers of 32 bits, which tell of no white; convert it to 8 or 16 bits")
+            eight = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)) if wide else opened
+            plain = eight.convert(MODES[channels or (1 if eight.mode in ("L", "LA", "1") else 3)])
             found = np.asarray(ImageOps.fit(plain, (size, size), Image.Resampling.BILINEAR) if size else plain)
+    except UnidentifiedImageError as error:  # its own words name an object in memory
+        raise BadImage(f"{where} is no image of a known format" if content else f"{where} has no bytes") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImage(f"{where} is no image that can be decoded ({describe(error)})") from error
     return found.reshape(*found.shape[:2], -1)

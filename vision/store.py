@@ -41,14 +41,14 @@ def write(key: str, data: Any, paths: Sequence[str], prefix: Path, classes: Clas
         with open(temporary, "xb") as file:
             for sample in samples(key, data, paths):
                 try:
-                    pixels = sample.pixels(data.image_size)
+                    pixels = sample.pixels(data.image_size, data.channels)
                     shape = shape or pixels.shape
                     if pixels.shape != shape:
                         raise BadImage(f"{sample.where} is {sized(pixels.shape)} and the first image {sized(shape)}")
                 except BadImage as error:
                     if not data.skip_bad:
                         raise UserError(f"{key}: {error}; mend it, leave it out, or skip all such images by data.skip_bad = true "
-                                        "(data.image_size brings all to one size).") from error
+                                        "(data.image_size brings all to one size, data.channels all to grey or to colour).") from error
                     skipped += 1
                     continue
                 labels.append(classes.number(sample.label, sample.where))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat
 
@@ -11,7 +11,7 @@ from elastic.recipe.labelled import Labelled, shown
 
 FORMATS = ("idx", "imagefolder")
 IMAGE_TABLES = ("parquet", "arrow")
-ONLY_HERE = ("image", "crop", "flip", "mixup", "skip_bad", "image_size")
+ONLY_HERE = ("image", "crop", "flip", "mixup", "skip_bad", "image_size", "channels")
 
 
 class Pictured(Labelled):
@@ -19,6 +19,7 @@ class Pictured(Labelled):
 
     image: str = Field("", description="a column's name")
     image_size: int = Field(0, ge=0, description="a whole number of at least 0 (pixels of each side; 0: all images have one size already)")
+    channels: Literal[0, 1, 3] = Field(0, description="1 (all images are made grey), 3 (all in colour) or 0 (all have the same already)")
     crop: int = Field(0, ge=0, description="a whole number of at least 0 (pixels by which an image is moved at most)")
     flip: bool = Field(False, description="true or false")
     mixup: FiniteFloat = Field(0.0, ge=0, description="a number of at least 0 (alpha of the Beta distribution; 0 is none)")
@@ -41,8 +42,9 @@ def check_pictured(recipe: Any) -> None:
     if data.format not in (*FORMATS, *IMAGE_TABLES):
         known = ", ".join(map(shown, (*FORMATS, *IMAGE_TABLES)))
         raise RecipeError(f"data.format = {shown(data.format)} does not feed model.kind = {shown(kind)}, which reads images; write one of {known}.")
-    if data.image_size and data.format == "idx":
-        raise RecipeError(f'data.image_size = {data.image_size} does not go with data.format = "idx", whose images have one size; leave it out.')
+    for key in ("image_size", "channels"):
+        if getattr(data, key) and data.format == "idx":
+            raise RecipeError(f'data.{key} = {getattr(data, key)} does not go with data.format = "idx", whose images are alike; leave it out.')
     for key in ("image", "label"):
         value = getattr(data, key)
         if bool(value) != (data.format in IMAGE_TABLES):

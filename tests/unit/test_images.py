@@ -19,6 +19,7 @@ from elastic.recipe import load_recipe
 from elastic.state import matches
 from tests.images import CLASSES, draw, idx_files, vision_recipe, write_idx
 from vision.data import open_dataset, prepare
+from vision.images import BadImage, decode
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -26,7 +27,7 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 def section(**changes: Any) -> Any:
     """A recipe's `[data]` as the door sees it."""
     base = {"format": "idx", "path": (), "eval_path": (), "eval_fraction": 0.0, "image": "", "label": "", "skip_bad": False, "image_size": 0,
-            "crop": 0, "flip": False, "mixup": 0.0}
+            "channels": 0, "crop": 0, "flip": False, "mixup": 0.0}
     given = {key: (value,) if key.endswith("path") and isinstance(value, str) else value for key, value in changes.items()}
     return SimpleNamespace(**{**base, **given})
 
@@ -192,6 +193,10 @@ def test_damaged_images_are_named_or_skipped_and_counted(tmp_path: Path) -> None
     one.write_bytes(one.read_bytes()[:60])
     with pytest.raises(UserError, match=f"{one.name} is no image that can be decoded"):
         prepare(data, {}, tmp_path / "cache")
+    for content, words in ((b"", "has no bytes"), (b"hello", "is no image of a known format")):
+        one.write_bytes(content)
+        with pytest.raises(UserError, match=f"{one.name} {words};"):
+            prepare(data, {}, tmp_path / "cache")
     one.write_bytes(b"")
     other.write_bytes(png(draw(1, side=9)[0][0]))
     data.skip_bad = True
@@ -215,6 +220,44 @@ def test_images_of_all_sizes_are_brought_to_one(tmp_path: Path) -> None:
     batch = everything(info)
     middle = (batch["image"][:, 5, 5] * info["std"] + info["mean"]) * 255
     np.testing.assert_allclose(middle, np.where(batch["label"] == 0, 40, 200)[:, None].repeat(3, 1), atol=0.1)
+
+
+def encoded(image: Any, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_images_of_16_bits_keep_their_upper_8(dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 1 << 16, (5, 7)).astype(np.uint16)
+    kind = "TIFF" if dtype == ">u2" else "PNG"
+    image = Image.fromarray(values) if kind == "PNG" else Image.frombytes("I;16B", (7, 5), values.astype(dtype).tobytes())
+    assert np.array_equal(decode(encoded(image, kind), "x")[..., 0], values // 256)
+    assert np.array_equal(decode(encoded(image, kind), "x", channels=3), (values // 256)[..., None].repeat(3, -1))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_images_of_32_bits_are_refused(dtype: Any) -> None:
+    with pytest.raises(BadImage, match="x holds numbers of 32 bits"):
+        decode(encoded(Image.fromarray(np.ones((4, 4), dtype)), "TIFF"), "x")
+
+
+def test_grey_and_coloured_images_are_brought_to_one_kind(tmp_path: Path) -> None:
+    grey, colour = np.full((8, 8), 90, np.uint8), np.full((8, 8, 3), (200, 100, 0), np.uint8)
+    veiled = Image.merge("LA", (Image.fromarray(grey), Image.new("L", (8, 8), 7)))
+    for name, content in (("a/1", png(grey)), ("b/1", png(colour)), ("b/2", encoded(veiled))):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / f"{name}.png").write_bytes(content)
+    data = section(format="imagefolder", path=str(tmp_path / "in"))
+    with pytest.raises(UserError, match="3 channels and the first image 8 x 8 with 1 channel; .*data.channels all to grey or to colour"):
+        prepare(data, {}, tmp_path / "cache")
+    luma = round(200 * 0.299 + 100 * 0.587)  # ITU-R 601-2
+    for channels, wanted in ((3, [[90] * 3, [200, 100, 0], [90] * 3]), (1, [[90], [luma], [90]])):
+        data.channels = channels
+        info = prepare(data, {}, tmp_path / "cache")
+        found = (everything(info)["image"][:, 0, 0] * info["std"] + info["mean"]) * 255
+        np.testing.assert_allclose(found, wanted, atol=0.6)
 
 
 def test_a_bad_row_of_a_table_is_named(tmp_path: Path) -> None:
@@ -253,6 +296,8 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
     ({"data": {"format": "parquet"}}, 'data.image = "" does not go with data.format = "parquet"; write the column\'s name.'),
     ({"data": {"label": "y"}}, 'data.label = "y" does not go with data.format = "idx"; leave it out'),
     ({"data": {"image_size": 28}}, 'data.image_size = 28 does not go with data.format = "idx"'),
+    ({"data": {"channels": 3}}, 'data.channels = 3 does not go with data.format = "idx"'),
+    ({"data": {"channels": 2}}, "data.channels = 2 cannot work"),
     ({"data": {"crop": -1}}, "data.crop = -1 cannot work"), ({"data": {"mixup": -0.5}}, "data.mixup = -0.5 cannot work"),
     ({"data": {"weights": [1.0]}}, "data.weights = .* has a meaning only for tables of numbers"),
     ({"data": {"kind": "mine:Set"}}, "exclude each other"),
