@@ -27,6 +27,7 @@ class Curve:
 
     def add(self, batch: Mapping[str, np.ndarray], found: Mapping[str, tuple[Any, float]]) -> None:
         scores, real = found["score"][0], batch["row_weight"] > 0
+        scores = np.nan_to_num(scores, nan=0.0, posinf=RANGE, neginf=-RANGE)  # of a model that diverges, which the loss tells
         places = np.clip((scores / (2 * RANGE) + 0.5) * BINS, 0, BINS - 1).astype(np.int64)
         np.add.at(self.counts, places[real] + BINS * (batch["label"][real] > 0.5), 1.0)
 
@@ -100,16 +101,24 @@ def normalized_entropy(loss: float, base_rate: float) -> float:
 
 def recall_at(k: int, scores: np.ndarray, relevant: np.ndarray) -> float:
     """Mean over lists with anything relevant of the share of it among the `k` highest scores. Both (lists, items); relevant 0 or 1."""
-    top = np.argsort(-scores, 1, kind="stable")[:, :k]
-    total = (relevant > 0).sum(1)
-    found = (np.take_along_axis(relevant, top, 1) > 0).sum(1)[total > 0] / total[total > 0]
-    return float(found.mean()) if len(found) else 0.0
+    found, total = (placed(scores, np.arange(scores.shape[1]) < k) * (relevant > 0)).sum(1), (relevant > 0).sum(1)
+    return float((found[total > 0] / total[total > 0]).mean()) if total.any() else 0.0
 
 
 def ndcg_at(k: int, scores: np.ndarray, gains: np.ndarray) -> float:
     """Mean over lists with any gain of the discounted gain of the `k` highest scores, over the best possible (Jarvelin and Kekalainen 2002)."""
-    weights = 1 / np.log2(np.arange(2, 2 + min(k, scores.shape[1])))
-    top = np.argsort(-scores, 1, kind="stable")[:, :k]
-    reached = (np.take_along_axis(gains, top, 1) * weights).sum(1)
-    best = (-np.sort(-gains, 1)[:, :k] * weights).sum(1)
+    places = np.arange(scores.shape[1])
+    weights = (places < k) / np.log2(places + 2)
+    reached = (placed(scores, weights) * gains).sum(1)
+    best = (-np.sort(-gains, 1) * weights).sum(1)
     return float((reached[best > 0] / best[best > 0]).mean()) if (best > 0).any() else 0.0
+
+
+def placed(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(lists, items): the weight of the place that each item takes by falling score. Equal scores share the mean of theirs (McSherry and
+    Najork 2008): else the order of the rows would tell, and many a table has what is relevant first."""
+    out = np.empty(scores.shape)
+    for own, row in zip(scores, out):
+        _, group, sizes = np.unique(-own, return_inverse=True, return_counts=True)
+        row[:] = (np.add.reduceat(weights.astype(np.float64), np.cumsum(sizes) - sizes) / sizes)[group]
+    return out

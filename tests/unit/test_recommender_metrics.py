@@ -75,6 +75,26 @@ def test_rankings(k: int) -> None:
     assert recall_at(k, scores, np.zeros_like(relevant)) == ndcg_at(k, scores, np.zeros_like(gains)) == 0.0
 
 
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_equal_scores_do_not_rank_by_row(k: int) -> None:
+    """Of rounded scores many are equal, and what is relevant comes first, as in tables that list it before what was drawn beside it."""
+    random = np.random.default_rng(6)
+    gains = -np.sort(-random.integers(0, 3, (20, 12)), 1).astype(float)
+    scores = np.round(random.standard_normal((20, 12)))
+    scores[0] = 0.0
+    assert ndcg_at(k, scores, gains) == pytest.approx(sklearn.ndcg_score(gains, scores, k=k), rel=1e-9)
+    relevant = (gains > 0).astype(int)
+    shuffled = [recall_at(k, (scores + random.random(scores.shape) * 0.1), relevant) for _ in range(2000)]
+    assert recall_at(k, scores, relevant) == pytest.approx(np.mean(shuffled), abs=4 * np.std(shuffled) / 2000 ** 0.5 + 1e-12)
+
+
+def test_scores_that_are_no_numbers() -> None:
+    """A model may diverge in the step before an evaluation: the run ends by its loss, not by a count."""
+    tally = Curve()
+    tally.add({"label": np.array([1.0, 0.0, 1.0]), "row_weight": np.ones(3)}, {"score": (np.array([np.nan, -np.inf, np.inf]), 3.0)})
+    assert tally.counts.sum() == 3 and tally.counts[BINS // 2 + BINS] == tally.counts[0] == tally.counts[-1] == 1
+
+
 def test_lists_of_an_evaluation() -> None:
     """Rows of a list lie anywhere, in batches of several members; ours against scikit-learn's and a set of names."""
     random = np.random.default_rng(4)
