@@ -6,6 +6,7 @@ Whatever an image has against being used is a `BadImage`, which names its file a
 from __future__ import annotations
 
 import io
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as t
 
-from elastic.data.columns import shown
+from elastic.data.columns import field_of
 from elastic.data.files import File, describe, find
 from elastic.data.formats import batches, schema_of
 from elastic.errors import RecipeError, UserError
@@ -101,7 +102,7 @@ def idx_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
         images, labels = read_idx(file, (3, 4)), read_idx(labels_of(key, file), (1,))
         if len(images) != len(labels):
             raise UserError(f"{key}: {file.name} holds {len(images)} images and its labels {len(labels)}; restore both files.")
-        images = images.reshape(*images.shape[:3], -1)
+        images = images.reshape(*images.shape[:3], math.prod(images.shape[3:]))
         for row, label in enumerate(labels.tolist()):
             yield Sample(f"row {row} of {file.name}", images[row], label)
 
@@ -155,8 +156,7 @@ def folder_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
 def table_samples(data: Any, file: File) -> Iterator[Sample]:
     schema = schema_of(data.format, file)
     for name, value in (("image", data.image), ("label", data.label)):
-        if value not in schema.names:
-            raise UserError(f'data.{name} = "{value}" is no column of {file.name}; it has {shown(schema)}.')
+        field_of(f"data.{name}", file.name, schema, value)
     kind = schema.field(data.image).type
     inner = kind.field("bytes").type if t.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if not (t.is_binary(inner) or t.is_large_binary(inner)):

@@ -40,22 +40,30 @@ def column_of(field: pa.Field) -> Column | None:
     return None
 
 
+def field_of(key: str, where: str, schema: pa.Schema, name: str) -> pa.Field:
+    """The column of this name. UserError if there is none, or more than one."""
+    places = schema.get_all_field_indices(name)
+    if not places:
+        raise UserError(f'{key}: {where} has no column "{name}"; it has {shown(schema)}.')
+    if len(places) > 1:
+        raise UserError(f'{key}: {where} has two columns named "{name}"; rename one of them.')
+    return schema.field(places[0])
+
+
 def choose(key: str, where: str, schema: pa.Schema, wanted: Sequence[str]) -> list[Column]:
     """The columns of a file that are asked for, or all of numbers if none is. UserError names the column and the remedy."""
     known = [column for field in schema if (column := column_of(field))]
-    if len(set(schema.names)) < len(schema.names):
-        twice = next(name for name in schema.names if schema.names.count(name) > 1)
-        raise UserError(f'{key}: {where} has two columns named "{twice}"; rename one of them.')
     if not wanted:
+        for column in known:
+            field_of(key, where, schema, column.name)
         if not known:
             raise UserError(f"{key}: {where} has no column of numbers ({shown(schema)}); convert the columns to train on.")
         return known
     by_name = {column.name: column for column in known}
     for name in wanted:
-        if name not in schema.names:
-            raise UserError(f'data.columns: {where} has no column "{name}"; it has {shown(schema)}.')
+        kind = field_of("data.columns", where, schema, name).type
         if name not in by_name:
-            raise UserError(f'data.columns: the column "{name}" of {where} is {schema.field(name).type}, which is no number nor a list of '
+            raise UserError(f'data.columns: the column "{name}" of {where} is {kind}, which is no number nor a list of '
                             "fixed length of numbers; convert it or leave it out.")
     return [by_name[name] for name in wanted]
 
@@ -72,7 +80,7 @@ def check_same(key: str, first: str, schema: pa.Schema, where: str, other: pa.Sc
     for name in columns:
         if name not in other.names:
             raise UserError(f'{key}: {where} has no column "{name}", which {first} has; leave the file out or write it anew.')
-        was, now = schema.field(name).type, other.field(name).type
+        was, now = schema.field(name).type, field_of(key, where, other, name).type
         if was != now:
             raise UserError(f'{key}: the column "{name}" is {now} in {where} and {was} in {first}; write the file anew with one type.')
     extra = [field.name for field in other if column_of(field) and field.name not in schema.names]

@@ -146,7 +146,7 @@ def all_contents(kind: str, files: Sequence[File], names: Sequence[str]) -> list
 def guessed_alike(guessed: pa.Schema, schema: pa.Schema) -> pa.Schema:
     """A CSV's guess, numbers of another kind taken for those of the first file."""
     def alike(field: pa.Field) -> pa.Field:
-        was = schema.field(field.name) if field.name in schema.names else field
+        was = schema.field(field.name) if schema.names.count(field.name) == 1 else field
         both = column_of(was) and (column_of(field) or pa.types.is_null(field.type))
         return was if both else field
 

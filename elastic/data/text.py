@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.types as t
 
-from elastic.data.columns import refuse_nulls, shown
+from elastic.data.columns import field_of, refuse_nulls
 from elastic.data.files import File, describe
-from elastic.data.formats import batches, schema_of
+from elastic.data.formats import batches, reading, schema_of
 from elastic.errors import RecipeError, UserError
 
 
@@ -32,15 +32,15 @@ def read_text(key: str, file: File) -> str:
 def read_column(kind: str, file: File, column: str) -> Iterator[str]:
     """The texts of one column of a CSV, Parquet or Arrow file. UserError names the file, and the row of a missing one."""
     schema = schema_of(kind, file)
-    if column not in schema.names:
-        raise UserError(f'data.text = "{column}" is no column of {file.name}; it has {shown(schema)}.')
-    kept = schema.field(column).type
+    kept = field_of("data.text", file.name, schema, column).type
     if kind != "csv" and not is_text(kept):
         raise UserError(f'data.text: the column "{column}" of {file.name} is {kept}, which is no text; name one of text.')
     row = 0
     for batch in batches(kind, file, {column: pa.large_string()}):
         refuse_nulls(batch.column(column), column, file.name, row)
-        yield from batch.column(column).cast(pa.large_string()).to_pylist()
+        with reading(file.name):  # a column of texts may hold bytes that are none
+            found = batch.column(column).cast(pa.large_string()).to_pylist()
+        yield from found
         row += batch.num_rows
 
 

@@ -340,6 +340,12 @@ def test_columns_that_are_no_numbers(format: str, tmp_path: Path) -> None:
     assert f'{file} has no column "ix"; it has id: int64' in refused(section(file, columns=("ix",)), tmp_path)
     write(file, rows(10).select(["word"]))
     assert f"{file} has no column of numbers (word: string)" in refused(section(file), tmp_path)
+    twice = tmp_path / "twice.csv"
+    twice.write_text("a,b,,,a\n1,2,,,3\n")
+    assert f'{twice} has two columns named "a"' in refused(section(twice), tmp_path)
+    assert opened(section(twice, columns=("b",)), tmp_path)[1].num_samples == 1
+    twice.with_name("zwice.csv").write_text("b,b\n1,2\n")
+    assert 'zwice.csv has two columns named "b"' in refused(section(tmp_path / "*wice.csv", columns=("b",)), tmp_path)
 
 
 def test_a_list_without_a_fixed_length_is_no_column(tmp_path: Path) -> None:

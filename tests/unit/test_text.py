@@ -215,7 +215,7 @@ def test_a_column_of_a_table_is_text(suffix: str, tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("\n".join(texts))
     plain = data.prepare(section([str(tmp_path / "plain.txt")]), {"context": 8}, tmp_path / "cache")
     assert info["key"] == plain["key"] and info["num_tokens"] == plain["num_tokens"]
-    for column, says in (("boody", 'data.text = "boody" is no column of'), ("id", 'the column "id" of')):
+    for column, says in (("boody", 'has no column "boody"; it has'), ("id", 'the column "id" of')):
         if (suffix, column) != ("csv", "id"):  # all that a CSV holds is text
             with pytest.raises(UserError, match=says):
                 data.prepare(section([str(files[0])], format=suffix, text=column), {"context": 8}, tmp_path)
@@ -225,6 +225,14 @@ def test_a_missing_text_names_file_and_row(tmp_path: Path) -> None:
     file = write(tmp_path / "t.parquet", pa.table({"body": ["a", "b", None]}), 2)
     with pytest.raises(UserError, match=f'the column "body" of {file} has no value in row 2'):
         data.prepare(section([str(file)], format="parquet", text="body"), {"context": 1}, tmp_path)
+
+
+def test_bytes_that_are_no_text_and_a_column_that_stands_twice(tmp_path: Path) -> None:
+    table = pa.table({"body": pa.array([b"a", b"\xff"]).view(pa.string())})
+    for broken, says in ((table, "t.arrow cannot be read .'utf-8' codec"), (table.append_column("body", table["body"]), 'two columns named "body"')):
+        file = write(tmp_path / "t.arrow", broken, 2)
+        with pytest.raises(UserError, match=says):
+            data.prepare(section([str(file)], format="arrow", text="body"), {"context": 1}, tmp_path)
 
 
 def test_text_behind_a_uri(tmp_path: Path) -> None:
