@@ -26,9 +26,10 @@ from elastic.data.table import Store
 from elastic.errors import UserError
 from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, hashed
 
-VERSION = 1
+VERSION = 2
 UNIT = ""  # weights count rows
 EMBEDDING_DIM = 16
+MOST_ROWS = (1 << 31) - 1  # of embeddings: their numbers are int32
 MOST_LISTED = 1 << 22  # rows to evaluate on in lists: all of them are gathered at once
 HASHED_ROWS = 8  # of a vocabulary, for values outside it, where data.oov = "hash"
 SPLIT_SEED = 2718281828  # a random split is the same in every run
@@ -148,6 +149,9 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
         base += len(part.rows)
     if parts:
         starts = np.cumsum([0, *(part.size for part in parts)])
+        if starts[-1] > MOST_ROWS:
+            raise UserError(f"data.categorical needs {starts[-1]} rows of embeddings, and {MOST_ROWS} can be told apart; "
+                            "hash the largest column into fewer by data.buckets.")
         codes = np.concatenate([part.rows + start for part, start in zip(parts, starts)]).astype(np.int32)
         write_tokens(folder / "codes.arrow", codes)
         digest += hashlib.sha256(codes.tobytes()).hexdigest()
@@ -197,15 +201,15 @@ def moments(store: Store, rows: range | np.ndarray, columns: int) -> tuple[list[
 
 def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> list[Vocabulary]:
     """For every column, which of its codes have a row of their own, and where the others go, by data.oov."""
-    data, lengths = encoder.data, [len(codes) for codes in encoder.codes.values()]
-    counts = [np.zeros(length, np.int64) for length in lengths]
-    for found, _ in stretches(store, splits["train"]) if lengths else ():
-        for column, count in enumerate(counts):
+    data = encoder.data
+    counts = {column: np.zeros(len(codes), np.int64) for column, codes in enumerate(encoder.codes.values()) if not codes.buckets}
+    for found, _ in stretches(store, splits["train"]) if counts else ():
+        for column, count in counts.items():
             count += np.bincount(found[CATEGORICAL][:, column], minlength=len(count))
     parts = []
     for column, (name, codes) in enumerate(encoder.codes.items()):
         if codes.buckets:
-            parts.append(Vocabulary(name, np.arange(codes.buckets), codes.buckets))
+            parts.append(Vocabulary(name, np.arange(codes.buckets, dtype=np.int32), codes.buckets))
             continue
         known = counts[column] >= data.min_count
         rows, size = np.where(known, np.cumsum(known) - 1, -1), int(known.sum())

@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.types as t
 import xxhash
 
-from elastic.data.columns import Column, first_null, shown, view
+from elastic.data.columns import Column, field_of, first_null, view
 from elastic.data.files import File
-from elastic.data.formats import Arrays, Dialect, batches, schema_of
+from elastic.data.formats import Arrays, Dialect, batches, reading, schema_of
 from elastic.errors import UserError
 
 TEXT = pa.large_string()
 LABEL, NUMERIC, CATEGORICAL, GROUP = "label", "numeric", "categorical", "group"  # the columns of what is written
+FINITE = "a finite number below 3.4e38, as float32 holds it"
 MISSING = "\0missing"  # a missing category is one of its own
 
 
@@ -73,17 +74,18 @@ class Encoder:
         texts = {*data.categorical, data.group, *([data.label] if data.positive else []), *([data.split_column] if data.split == "column" else [])}
         out = {}
         for name in dict.fromkeys((data.label, *data.categorical, *data.numeric, *filter(None, (data.split_column, data.group)))):
-            if name not in schema.names:
-                raise UserError(f'data.{role(data, name)}: {file.name} has no column "{name}"; it has {shown(schema)}.')
-            kind = schema.field(name).type
+            kind = field_of(f"data.{role(data, name)}", file.name, schema, name).type
             kind = kind.value_type if t.is_dictionary(kind) else kind
             number = t.is_boolean(kind) or t.is_integer(kind) or t.is_floating(kind) or t.is_decimal(kind)
-            timed = name == data.split_column and (t.is_timestamp(kind) or t.is_date(kind))
+            timed = data.split == "time" and name == data.split_column and (t.is_timestamp(kind) or t.is_date(kind))
             text = t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind)
             if data.format != "csv" and not (number or timed or (text and name in texts)):
                 raise UserError(f'data.{role(data, name)}: the column "{name}" of {file.name} is {kind}, which is no '
                                 f'{"category" if name in texts else "number"}; convert it or leave it out.')
-            out[name] = TEXT if name in texts else pa.float64()
+            if data.format == "csv" and text and name in (data.label, data.split_column) and name not in texts:
+                remedy = "list them in data.negative and data.positive" if name == data.label else "write times as 2030-12-31 23:59:59, or as numbers"
+                raise UserError(f'data.{role(data, name)}: the column "{name}" of {file.name} holds texts; {remedy}, or mend the rows that are none.')
+            out[name] = TEXT if name in texts else kind if timed or t.is_boolean(kind) else pa.float64()
         return out
 
     def encoded(self, files: Sequence[File]) -> Iterator[Arrays]:
@@ -99,7 +101,8 @@ class Encoder:
         data = self.data
 
         def column(name: str) -> pa.Array:
-            return texts(batch.column(name), data.format) if types[name] == TEXT else numbers(batch.column(name))
+            with reading(where):  # a column of texts may hold bytes that are none
+                return texts(batch.column(name), data.format) if types[name] == TEXT else numbers(batch.column(name))
 
         out = {LABEL: self.labels(column(data.label), where, row)}
         if data.numeric:
@@ -125,10 +128,10 @@ class Encoder:
             found = np.zeros(0) if unlisted is not None else view(places, Column("", "int32")) >= len(data.negative)
         else:
             found = view(array, Column("", "float64"))
-            wrong = np.flatnonzero(~np.isin(found, (0.0, 1.0)) if self.is_binary else ~np.isfinite(found))
+            wrong = np.flatnonzero(~np.isin(found, (0.0, 1.0)) if self.is_binary else ~np.isfinite(narrow(found)))
             unlisted = int(wrong[0]) if len(wrong) else None
             remedy = ('it must be 0 or 1: mend the row, list what the column holds in data.negative and data.positive, or write '
-                      'model.loss = "squared"' if self.is_binary else "it must be a finite number: mend the row")
+                      'model.loss = "squared"' if self.is_binary else f"it must be {FINITE}: mend the row")
         if unlisted is not None:
             raise UserError(f'data.label: the column "{data.label}" of {where} holds {array[unlisted].as_py()!r} in row {row + unlisted} '
                             f"(counted from 0); {remedy}.")
@@ -139,11 +142,12 @@ class Encoder:
         if self.data.nulls == "error":
             refuse(array, name, where, row)
         found = view(array.fill_null(np.nan), Column("", "float64"))
-        endless = np.flatnonzero(np.isinf(found) if self.data.nulls == "fill" else ~np.isfinite(found))
+        out = narrow(np.sign(found) * np.log1p(np.abs(found)) if name in self.data.log else found)
+        endless = np.flatnonzero(np.isinf(out) if self.data.nulls == "fill" else ~np.isfinite(out))
         if len(endless):
             raise UserError(f'data.numeric: the column "{name}" of {where} holds {found[endless[0]]} in row {row + int(endless[0])} '
-                            "(counted from 0); it must be a finite number: mend the row or leave it out.")
-        return (np.sign(found) * np.log1p(np.abs(found)) if name in self.data.log else found).astype(np.float32)
+                            f"(counted from 0); it must be {FINITE}: mend the row or leave it out.")
+        return out
 
     def categories(self, array: pa.Array, name: str, where: str, row: int) -> np.ndarray:
         if self.data.nulls == "error":
@@ -173,6 +177,7 @@ def role(data: Any, name: str) -> str:
 def texts(array: pa.Array, kind: str) -> pa.Array:
     """Without surrounding spaces, which CSV puts anywhere; there, an empty text is a missing one."""
     array = array.cast(TEXT)
+    array.validate(full=True)
     if kind != "csv":
         return array
     array = pc.utf8_trim_whitespace(array)
@@ -180,13 +185,17 @@ def texts(array: pa.Array, kind: str) -> pa.Array:
 
 
 def numbers(array: pa.Array) -> pa.Array:
-    """As float64; a time as its whole number."""
+    """As float64; a time in microseconds, whatever the unit of its file."""
     kind = array.type.value_type if t.is_dictionary(array.type) else array.type
-    if t.is_date32(kind):
-        array = array.cast(pa.int32())
-    elif t.is_timestamp(kind) or t.is_date64(kind):
-        array = array.cast(pa.int64())
+    if t.is_timestamp(kind) or t.is_date(kind):
+        array = array.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
     return array.cast(pa.float64(), safe=False)
+
+
+def narrow(found: np.ndarray) -> np.ndarray:
+    """As float32; infinite where that is too small."""
+    with np.errstate(over="ignore"):
+        return found.astype(np.float32)
 
 
 def refuse(array: pa.Array, name: str, where: str, row: int) -> None:

@@ -36,8 +36,8 @@ class Labelled(Section):
     categorical: Texts = Field((), description=f"{NAMES}: columns whose values are names or numbers of things")
     numeric: Texts = Field((), description=f"{NAMES}: columns of numbers")
     log: Texts = Field((), description=f"{NAMES}: those of data.numeric of which the logarithm is taken, sign(x) log(1 + |x|)")
-    buckets: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        {}, description="a table of column = number of rows, each at least 1: columns that are hashed instead of having a vocabulary")
+    buckets: dict[str, Annotated[int, Field(ge=1, lt=2**31)]] = Field(
+        {}, description="a table of column = number of rows, each from 1 to 2^31 - 1: columns that are hashed instead of having a vocabulary")
     embedding_dim: int | None = Field(None, ge=1, description="a whole number of at least 1")
     min_count: int = Field(1, ge=1, description="a whole number of at least 1: how often a training row must hold a value that is to be known")
     oov: Literal["hash", "row", "error"] = "hash"
@@ -92,6 +92,9 @@ def check_columns(data: Any) -> None:
     if bool(data.positive) != bool(data.negative):
         given, lacks = ("positive", "negative") if data.positive else ("negative", "positive")
         raise RecipeError(f"data.{given} = {shown(getattr(data, given))} needs data.{lacks} beside it: what the label column holds otherwise.")
+    both = [value for value in data.negative if value in data.positive]
+    if both:
+        raise RecipeError(f'"{both[0]}" stands in data.negative and in data.positive; leave it in one of them.')
     for key in ("names", "delimiter", "comment"):
         if data.format != "csv" and getattr(data, key) != Labelled.model_fields[key].default:
             raise RecipeError(f"data.{key} = {shown(getattr(data, key))} has a meaning only for CSV; leave it out.")
@@ -110,6 +113,10 @@ def check_split(data: Any) -> None:
         raise RecipeError(f"data.split_column is missing; data.split = {shown(data.split)} needs the column that tells the rows apart.")
     if data.split_column and not by_column:
         raise RecipeError(f'data.split_column = {shown(data.split_column)} needs data.split = "column" or "time".')
+    read = ("a text", (data.label, *data.numeric)) if data.split == "column" else ("a time", (data.label, *data.categorical, data.group))
+    if by_column and data.split_column in read[1]:
+        raise RecipeError(f'data.split_column = "{data.split_column}" is {read[0]} under data.split = "{data.split}", and the label, a number, a '
+                          "category or the group besides; write another column.")
     if bool(data.eval_values) != (data.split == "column"):
         raise RecipeError(f"data.eval_values = {shown(data.eval_values)} belongs to data.split = \"column\": what that column holds in rows to "
                           "evaluate on; write both or neither.")

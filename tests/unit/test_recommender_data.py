@@ -143,6 +143,25 @@ def test_values_outside_the_vocabulary(tmp_path: Path) -> None:
     assert info["sizes"][0] == 4 and training["categorical"][-1, 0] == 3 and set(training["categorical"][:-1, 0]) == {0, 1, 2}
 
 
+def test_times_of_any_unit_are_one(tmp_path: Path) -> None:
+    """The same days as dates, in seconds with a zone and in nanoseconds, a file each; then as CSV writes them."""
+    days = np.random.default_rng(3).permutation(40)
+    since = np.datetime64("1969-12-20") + days
+    table, kinds = rows(40), [pa.date32(), pa.timestamp("s", "Europe/Paris"), pa.timestamp("ns"), pa.date64()]
+    wanted = np.flatnonzero(days >= 32)
+    for n, kind in enumerate(kinds):
+        chosen = range(10 * n, 10 * n + 10)
+        columns = {name: [table[row][place] for row in chosen] for place, name in enumerate(HEADER[:5])}
+        columns["time"] = pa.array(since[chosen].astype("datetime64[us]")).cast(kind)
+        pq.write_table(pa.table(columns), tmp_path / f"{n}.parquet")
+    lines = [[*row[:5], f"{day} 12:30:00"] for row, day in zip(table, since)]
+    for path in (tmp_path / "*.parquet", write(tmp_path / "t.csv", lines)):
+        data = section(path, format="csv" if path.suffix == ".csv" else "parquet", split="time", split_column="time")
+        _, _, evaluation = opened(data, tmp_path / "cache")
+        np.testing.assert_array_equal(evaluation["label"], [table[row][0] for row in wanted])
+        assert len(np.unique(evaluation["numeric"][:, 1])) == len(wanted)
+
+
 def test_hashed_columns(tmp_path: Path) -> None:
     table = rows(400)
     info, training, evaluation = opened(section(write(tmp_path / "t.csv", table), buckets={"shop": 16}), tmp_path / "cache")
@@ -170,7 +189,9 @@ def test_logarithms_and_missing_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("column", "value", "words"), [
     (0, 2, r"holds 2.0 in row 7 \(counted from 0\); it must be 0 or 1"), (0, "", r'"label" of .*t.csv has no value in row 7 '),
-    (3, "inf", r'"price" of .*t.csv holds inf in row 7 '), (3, "dear", r'the column "price" of .*t.csv, after row 0, cannot be read')])
+    (3, "inf", r'"price" of .*t.csv holds inf in row 7 '),
+    (3, "-4e38", r'"price" of .*t.csv holds -4e\+38 in row 7 .*a finite number below 3.4e38'),
+    (0, "yes", r'"label" of .*t.csv holds texts; list'), (3, "dear", r'the column "price" of .*t.csv, after row 0, cannot be read')])
 def test_bad_rows_are_named(column: int, value: Any, words: str, tmp_path: Path) -> None:
     table = rows(30)
     table[7][column] = value
@@ -179,6 +200,37 @@ def test_bad_rows_are_named(column: int, value: Any, words: str, tmp_path: Path)
     assert "\n" not in str(caught.value)
     if value == 2:
         assert opened(section(tmp_path / "t.csv"), tmp_path / "cache", "squared")[1]["label"][7] == 2.0
+
+
+def test_labels_and_numbers_may_be_true_and_false(tmp_path: Path) -> None:
+    table = rows(40)
+    words = [["true" if row[0] else "false", *row[1:3], "True" if row[3] > 0 else "False", *row[4:]] for row in table]
+    _, training, _ = opened(section(write(tmp_path / "t.csv", words), eval_fraction=0.0), tmp_path / "cache")
+    assert np.array_equal(training["label"], [row[0] for row in table])
+    assert np.array_equal(training["numeric"][:, 0] > 0, [row[3] > 0 for row in table])
+
+
+def test_a_label_beyond_float32_is_named(tmp_path: Path) -> None:
+    table = rows(30)
+    table[7][0] = 1e39
+    with pytest.raises(UserError, match=r'"label" of .*t.csv holds 1e\+39 in row 7 .*a finite number below'):
+        prepare(section(write(tmp_path / "t.csv", table)), {"loss": "squared"}, tmp_path / "cache")
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    colours = pa.array([b"red", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"label": [0, 1], "colour": colours, "shop": [1, 2], "price": [0.5, 1.0], "weight": [1.0, 2.0]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t.parquet cannot be read .*Invalid UTF8"):
+        prepare(section(tmp_path / "t.parquet"), {}, tmp_path / "cache")
+
+
+def test_a_column_that_stands_twice(tmp_path: Path) -> None:
+    """Of those that are read; others may."""
+    (tmp_path / "t.csv").write_text("label,colour,shop,price,weight,,\n" + "0,a,1,2,3,,\n1,b,2,3,4,,\n" * 5)
+    assert len(opened(section(tmp_path / "t.csv"), tmp_path / "cache")[1]["label"]) == 8
+    (tmp_path / "t.csv").write_text("label,colour,shop,price,weight,colour\n" + "0,a,1,2,3,b\n" * 5)
+    with pytest.raises(UserError, match='data.categorical: .*t.csv has two columns named "colour"; rename one of them'):
+        prepare(section(tmp_path / "t.csv"), {}, tmp_path / "cache")
 
 
 def test_bad_declarations_are_named(tmp_path: Path) -> None:
@@ -196,7 +248,11 @@ def test_bad_declarations_are_named(tmp_path: Path) -> None:
             ({"numeric": ["price", "price"]}, '"price" stands twice'), ({"buckets": {"size": 3}}, 'data.buckets names the column "size"'),
             ({"log": ["shop"]}, 'data.log names the column "shop"'), ({"positive": ["1"]}, "needs data.negative"),
             ({"split": "column"}, "data.split_column is missing"), ({"split_column": "time"}, 'needs data.split = "column"'),
-            ({"eval_values": ["x"]}, "data.eval_values"), ({"eval_path": str(file), "split": "random"}, "exclude each other"),
+            ({"eval_values": ["x"]}, "data.eval_values"),
+            ({"split": "column", "split_column": "price", "eval_values": ["1"]}, 'data.split_column = "price" is a text under data.split'),
+            ({"split": "time", "split_column": "shop"}, 'data.split_column = "shop" is a time under data.split'),
+            ({"positive": ["yes", "y"], "negative": ["no", "y"]}, '"y" stands in data.negative and in data.positive'),
+            ({"buckets": {"shop": 1 << 31}}, "from 1 to 2\\^31 - 1"), ({"eval_path": str(file), "split": "random"}, "exclude each other"),
             ({"names": ["label"]}, "is not among data.names"), ({"min_count": 0}, "data.min_count"), ({"columns": ["price"]}, "data.columns")):
         with pytest.raises(RecipeError, match=words):
             section(file, **changes)
