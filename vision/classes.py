@@ -7,6 +7,7 @@ import numpy as np
 from elastic.errors import UserError
 
 Label = int | str
+MOST = 1 << 20
 
 
 class Classes:
@@ -39,5 +40,8 @@ class Classes:
         self.names = sorted(label for label in found if isinstance(label, str))
         final = [label if isinstance(label, int) else self.names.index(label) for label in found]
         self.count = max(final, default=-1) + 1
+        if self.count > MOST:
+            raise UserError(f"The largest class is {self.count - 1}, of {len(found)} different ones, and classes are counted from 0, at most "
+                            f"{MOST} of them; number them anew, or write them as texts.")
         self.numbers = dict(zip(found, final))
         return np.array(final, np.int64)

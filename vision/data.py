@@ -20,7 +20,7 @@ from elastic.errors import RecipeError, UserError
 from vision import augment
 from vision.classes import Classes
 from vision.images import sources
-from vision.store import Store, path_of, write
+from vision.store import Store, path_of, sized, write
 
 VERSION = 2
 SPLITS = {"train": "path", "eval": "eval_path"}
@@ -46,6 +46,8 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
         except (OSError, ValueError):
             known = look(data, paths, folder)
             write_atomically(facts, json.dumps(known).encode())
+    if data.crop >= min(known["shape"][:2]):
+        raise RecipeError(f"data.crop = {data.crop} moves images of {sized(known['shape'])} out of sight; write less than {min(known['shape'][:2])}.")
     files = {f"{split}_file": str(path_of(folder / (split if split in paths else "train"), "labels")) for split in SPLITS}
     return {**known, **files, "crop": data.crop, "flip": data.flip, "mixup": data.mixup, "own_eval": "eval" in paths,
             "spread": data.format == "imagefolder", "eval_fraction": data.eval_fraction}

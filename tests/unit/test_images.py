@@ -170,6 +170,11 @@ def spoil(folder: Path, what: str) -> Any:
         data.eval_path = ()
     elif what == "other size":
         write_idx(folder / "t10k-images-idx3-ubyte.gz", images[:30, :6])
+    elif what == "no row":
+        write_idx(path, images[:0])
+        write_idx(labels, numbers[:0])
+    elif what == "crop":
+        data.crop = 8
     elif what == "another name":
         data.path = (str(path.rename(folder / "pictures.gz")),)
     return data
@@ -180,6 +185,7 @@ def spoil(folder: Path, what: str) -> Any:
     ("cut", "holds 5755 bytes of values where its header tells of 5760"), ("cut gzip", "train-images.* cannot be read"),
     ("no idx", "no IDX file of unsigned bytes with 3 or 4 dims"), ("unknown class", "row 29 of .*t10k-images.* is of class 9.*0 to 2"),
     ("one class", "images of 1 class"), ("other size", "data.eval_path: row 0 of .* is 6 x 8 .* first image 8 x 8"),
+    ("no row", "data.path gives no image"), ("crop", "data.crop = 8 moves images of 8 x 8 .* out of sight; write less than 8"),
     ("another name", "pictures.gz is not named as a file of images is")])
 def test_bad_files_in_one_sentence(what: str, says: str, tmp_path: Path) -> None:
     with pytest.raises((RecipeError, UserError), match=says) as error:
@@ -281,6 +287,13 @@ def test_new_labels_are_noticed(tmp_path: Path) -> None:
     info = prepare(data, {}, tmp_path / "cache")
     assert np.array_equal(everything(info)["label"], numbers) and info["key"] != before["key"]
     assert prepare(data, {}, tmp_path / "cache") == info
+
+
+@pytest.mark.parametrize("label", [10**12, 2**64 - 1])
+def test_classes_that_are_ids_are_named(label: int, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(draw(1)[0][0])] * 3, "label": pa.array([0, 1, label], pa.uint64())}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=f"largest class is {label}, of 3 different ones"):
+        prepare(section(format="parquet", path=str(tmp_path / "t.parquet"), image="image", label="label"), {}, tmp_path / "cache")
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
