@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.backend import Spec
-from elastic.errors import RecipeError
+from elastic.errors import RecipeError, UserError
 from vision import config as checks
 from vision.metrics import loss_of, scores_of
 
@@ -177,6 +177,9 @@ class ResNet:
             x = ops.conv2d(x, params[weight], stride=conv.stride, padding=conv.kernel // 2)
             if config.norm == "group":
                 return ops.group_norm(x, config.groups, params[scale], params[shift])
+            if training and math.prod(x.shape[:-1]) == 1:  # the variance of one value: NaN in some frameworks, an error in others
+                raise UserError(f'model.norm = "batch" needs several values of each channel, and "{conv.name}" gets one, of one row a logical shard '
+                                'with 1 x 1 pixels; write model.norm = "group", fewer elastic.logical_shards or a larger data.batch_size.')
             mean, var = f"{conv.name}.norm.mean", f"{conv.name}.norm.var"
             y, new[mean], new[var] = ops.batch_norm(x, params[scale], params[shift], state[mean], state[var], training, config.momentum)
             return y

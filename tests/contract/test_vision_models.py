@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.errors import RecipeError
+from elastic.errors import RecipeError, UserError
 from tests.contract.frameworks import assert_close, load, names
 from tests.contract.models import Rig, rig_of
 from vision import resnet, vit
@@ -41,6 +41,17 @@ def image_batch(rows: int = 6, mixed: bool = False) -> dict[str, np.ndarray]:
     batch = {"image": rng.standard_normal((rows, 8, 8, 2)).astype(np.float32), "label": labels[0],
              "row_weight": (np.arange(rows) < rows - 1).astype(np.float32)}
     return {**batch, "label2": labels[1], "mix": rng.uniform(0, 1, rows).astype(np.float32)} if mixed else batch
+
+
+@pytest.mark.parametrize("name", names())
+def test_one_value_a_channel_is_refused(name: str) -> None:
+    load(name, "backend")
+    found = rig_of(name, resnet.build({"blocks": [1], "width": 4, "stem": "large"}, {"shape": [4, 4, 2], "num_classes": 7}))
+    batch = {key: value[:, :4, :4] if key == "image" else value for key, value in image_batch(1).items()}
+    batch["row_weight"] = np.ones(1, np.float32)
+    with pytest.raises(UserError, match='model.norm = "batch" needs several values of each channel, and "s0.b0.conv1" gets one'):
+        found.gradient(batch, 1)
+    assert np.isfinite(found.gradient({key: np.concatenate([value] * 2) for key, value in batch.items()}, 1)[1].loss_sum)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
