@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")
 GENERATION = re.compile(r"-g(\d{6,})\.")
 Read = Callable[[Store, str], Manifest]  # as `read_manifest`
-SMALLER_IS_BETTER = ("loss", "perplexity", "error", "mae", "mse", "rmse")
+SMALLER_IS_BETTER = ("loss", "perplexity", "entropy", "error", "mae", "mse", "rmse")
 
 
 def folder_of(step: int) -> str:

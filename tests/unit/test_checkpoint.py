@@ -213,9 +213,10 @@ def test_leftovers_go_only_when_nobody_can_want_them(store: Store, root: Path) -
 def test_the_newest_and_the_best_are_kept(store: Store, root: Path) -> None:
     losses = {10: 2.0, 20: 1.5, 30: 1.6, 40: 1.5, 50: 1.7, 60: 1.8, 70: 1.9}
     for step, loss in losses.items():
-        save(store, step, eval={"loss": loss, "accuracy": loss})
+        save(store, step, eval={"loss": loss, "normalized_entropy": loss, "accuracy": loss})
     assert prune(store, 2, "eval.loss") == [f"step-{step:08d}" for step in (50, 40, 30, 10)]
     assert [path.name for path in sorted(root.iterdir())] == [f"step-{step:08d}" for step in (20, 60, 70)]
+    assert prune(store, 2, "eval.normalized_entropy") == []
     assert prune(store, 1, "eval.accuracy") == ["step-00000060", "step-00000020"]
     assert prune(store, 3, None) == []
     assert_is(store, "step-00000070", 70)
