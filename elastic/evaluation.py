@@ -20,8 +20,9 @@ def measure(backend: Backend, tally: Tally | None, batch: Batch) -> dict[str, tu
 
 
 def figures(tables: Mapping[str, np.ndarray], tally: Tally | None, counts: np.ndarray) -> dict[str, float]:
-    """`tables`: by name, (batches, 2), the sum and weight of every batch. `counts`: the tallies of all members, added."""
-    means = {name: math.fsum(table[:, 0]) / math.fsum(table[:, 1]) for name, table in tables.items()}
+    """`tables`: by name, (batches, 2), the sum and weight of every batch; NaN where the weights are 0. `counts`: all members' tallies, added."""
+    totals = {name: (math.fsum(table[:, 0]), math.fsum(table[:, 1])) for name, table in tables.items()}
+    means = {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
     return means if tally is None else {**means, **tally.figures(counts, means)}
 
 

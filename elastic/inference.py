@@ -66,7 +66,8 @@ def evaluate(path: str | os.PathLike[str]) -> dict[str, float]:
     rows = max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS)
     tally = tally_of(restored.model)
     found = [measure(restored.backend, tally, batch()) for batch in eval_batches(dataset, rows)]
-    tables = {name: np.array([part[name] for part in found]) for name in sorted(found[0])}
+    names = sorted({name for part in found for name in part})  # a user's module need not give every figure of every batch
+    tables = {name: np.array([part.get(name, (0.0, 0.0)) for part in found]) for name in names}
     return figures(tables, tally, tally.counts if tally else np.zeros(0))
 
 

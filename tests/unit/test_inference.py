@@ -12,6 +12,7 @@ from elastic import inference, workload
 from elastic.checkpoint.commits import Commits
 from elastic.checkpoint.saver import Saver
 from elastic.errors import BadCheckpoint, UserError
+from elastic.evaluation import figures
 from elastic.messages import Part, Save
 from elastic.recipe import Recipe, dumps, parse
 
@@ -22,6 +23,12 @@ def recipe(plays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reci
     return parse({"run": {"steps": 4, "seed": 7}, "backend": {"name": "reference"},
                   "model": {"kind": "nlp.gpt", "layers": 1, "heads": 2, "width": 16, "context": 8},
                   "data": {"format": "text", "path": str(plays), "batch_size": 4}})
+
+
+def test_a_figure_without_weight_is_no_number() -> None:
+    """As a share of rows of a kind that the evaluation set has none of."""
+    found = figures({"loss": np.array([[3.0, 2.0], [5.0, 2.0]]), "recall": np.zeros((2, 2))}, None, np.zeros(0))
+    assert found["loss"] == 2.0 and math.isnan(found["recall"])
 
 
 def save(recipe: Recipe, root: Path, step: int) -> Path:
