@@ -95,7 +95,7 @@ class Soak:
     def inside(self, workers: int) -> Iterator[str]:
         for number in range(1, 200):
             step, kind = int(number * 2 * self.every_s * STEPS_A_SECOND * self.chance.uniform(0.7, 1.3)), self.chance.choice(INSIDE)
-            how = self.chance.choice(("error", "short", "full", "delay", "crash"))
+            how = self.chance.choice(("error", "short", "full", "delay"))  # a crash may end the last copy: kills are from outside
             yield {"scale": f"scale:{self.chance.randint(min(2, workers), workers)}@{step}",
                    "disk": f"disk:{self.chance.randrange(workers)}@{step}/{how}",
                    "corrupt": f"corrupt@{step}"}[kind]
@@ -117,8 +117,8 @@ class Soak:
                 kind = line["fault"].partition(":")[0].partition("@")[0]
                 tally = self.tallies.setdefault(kind, Tally())
                 tally.injected, tally.survived = tally.injected + 1, tally.survived + 1  # the run has to end well for that
-            elif line["event"] == "run_failed":
-                raise SystemExit(f"the run failed: {line['error']}")
+            elif line["event"] in ("run_failed", "rewound"):
+                raise SystemExit(f"steps were lost, or the run: {line}; see {self.folder}")
         for line in self.metrics.read():
             if "eval" not in line and line["step"] > self.step:
                 self.step, self.stepped, self.step_s = line["step"], line["time"], line["step_s"]
