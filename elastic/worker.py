@@ -21,6 +21,7 @@ from elastic.control import Control
 from elastic.errors import BadCheckpoint, ElasticError, GroupBroken, NonFiniteLoss, UserError
 from elastic.loop import Work, train
 from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing
+from elastic.own import place_of
 from elastic.recipe import loads
 from elastic.workload import Workload, build_work
 
@@ -186,11 +187,11 @@ class Worker:
 
 
 def describe(error: BaseException) -> str:
-    """One line: the platform's own errors speak for themselves, others are named."""
+    """One line: the platform's own errors speak for themselves, others are named, with the user's line behind them."""
     if isinstance(error, ElasticError):
         return str(error)
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__) + place_of(error)
 
 
 def warm_up(work: Work) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from backends.mxnet.ops import mx
 from elastic.backend import Spec
 from elastic.errors import UserError
+from elastic.own import described, pair, pairs, rebuilt
 
 computing = threading.RLock()  # MXNet's kernels and generators are the process's own: one thread at a time
 
@@ -62,7 +63,7 @@ class GluonModel:
         if isinstance(batch, Mapping):
             return {name: self.arrays(value) for name, value in batch.items()}
         if isinstance(batch, (tuple, list)):
-            return type(batch)(self.arrays(value) for value in batch)
+            return rebuilt(batch, self.arrays)
         return self.array(batch)
 
     def loss(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any,
@@ -85,7 +86,7 @@ class GluonModel:
         with seeded(0), mx.autograd.predict_mode(), self._holding(copies, state):
             out = {"loss": self._sum(self._block.loss(batch), rows)}
             if hasattr(self._block, "metrics"):
-                out |= self._block.metrics(batch)
+                out |= pairs(self._block.metrics(batch), "metrics(batch)")
         return out
 
     @contextmanager
@@ -109,9 +110,9 @@ class GluonModel:
     def _sum(self, found: Any, rows: int) -> tuple[Any, Any]:
         """(sum, weight) as they are; a mean times the number of rows; the sum of one value a row."""
         if isinstance(found, tuple):
-            return found
+            return pair(found, "loss(batch)")
         if not isinstance(found, mx.nd.NDArray) or found.size not in (1, rows):
-            raise UserError(f"model.kind: loss(batch) of {self._kind} must give one number, one a row, or (sum, weight), not {describe(found)}.")
+            raise UserError(f"model.kind: loss(batch) of {self._kind} must give one number, one a row, or (sum, weight), not {described(found)}.")
         return found.sum() * (rows / found.size), float(rows)
 
 
@@ -149,10 +150,6 @@ def in_one_line(error: Exception) -> str:
 
 def given_spec(value: np.ndarray) -> Spec:
     return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype))
-
-
-def describe(found: Any) -> str:
-    return f"an array of shape {tuple(found.shape)}" if isinstance(found, mx.nd.NDArray) else type(found).__name__
 
 
 def num_rows(batch: Any) -> int:

@@ -18,6 +18,7 @@ import torch
 
 from elastic.backend import Spec
 from elastic.errors import UserError
+from elastic.own import described, pair, pairs, rebuilt
 
 # Random draws in a module or a data set come from the process-wide generators. What one thread seeds and draws must not
 # interleave with another's: the training and the loading ahead of one worker, and the workers that are threads of one process.
@@ -77,7 +78,7 @@ class ModuleModel:
         with seeded(0):
             out = {"loss": as_sum(self._evaluate("loss", params, state, batch)[0], rows)}
             if hasattr(self._caller.module, "metrics"):
-                out |= self._evaluate("metrics", params, state, batch)[0]
+                out |= pairs(self._evaluate("metrics", params, state, batch)[0], "metrics(batch)")
         return out
 
     def _switch(self, training: bool) -> None:
@@ -145,15 +146,10 @@ def given_spec(value: np.ndarray) -> Spec:
 def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     """(sum, weight) as they are; a mean times the number of rows."""
     if isinstance(found, tuple):
-        total, weight = found
-        return total, weight
+        return pair(found, "loss(batch)")
     if not isinstance(found, torch.Tensor) or found.numel() != 1:
-        raise UserError(f"model.kind: loss(batch) must give one number or (sum, weight), not {describe(found)}.")
+        raise UserError(f"model.kind: loss(batch) must give one number or (sum, weight), not {described(found)}.")
     return found.reshape(()) * rows, float(rows)
-
-
-def describe(found: Any) -> str:
-    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
 
 
 def num_rows(batch: Any) -> int:
@@ -170,7 +166,7 @@ def columns(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {name: columns(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(columns(value, device) for value in batch)
+        return rebuilt(batch, lambda value: columns(value, device))
     array = np.asarray(batch)
     if array.dtype.kind not in "biuf":
         return array

@@ -23,6 +23,7 @@ import keras
 from elastic.backend import Spec
 from elastic.errors import UserError
 from elastic.ops import GOLDEN, tag_key
+from elastic.own import pair, pairs, rebuilt
 
 SEED = "seed_generator_state"  # Keras' name for the state of a layer's own generator
 
@@ -78,7 +79,7 @@ class KerasModel:
         with self._scope(params, state, 0) as scope:
             out = {"loss": self._loss(batch, False)}
             if hasattr(self._model, "batch_metrics"):
-                out |= self._model.batch_metrics(batch)
+                out |= pairs(self._model.batch_metrics(batch), "batch_metrics(batch)")
             if compiled is not None:
                 out |= {metric.name: (scope.get_current_value(metric.total), scope.get_current_value(metric.count))
                         for metric in compiled.metrics}
@@ -183,7 +184,7 @@ def parts(batch: Any) -> tuple[Any, Any, Any]:
 def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     """(sum, weight) as they are; a mean times the number of rows."""
     if isinstance(found, tuple):
-        return found
+        return pair(found, "batch_loss(batch)")
     found = tf.convert_to_tensor(found)
     if found.shape.num_elements() != 1:
         raise UserError(f"model.kind: batch_loss(batch) must give one number or (sum, weight), not a tensor of shape {tuple(found.shape)}.")
@@ -204,7 +205,7 @@ def columns(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {name: columns(value) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return tuple(columns(value) for value in batch)
+        return rebuilt(batch, columns)
     array = np.asarray(batch)
     return tf.constant(array.astype(np.float32) if array.dtype == np.float64 else array)
 

@@ -234,3 +234,19 @@ def test_nobody_else_draws_between_a_module_s_forward_and_its_end() -> None:
     rig_of("torch", Slow()).gradient(batch())
     thread.join(10)
     assert left == [True] and not thread.is_alive()
+
+
+class Triple(Net):
+    def loss(self, batch: Any) -> Any:
+        return F.mse_loss(self(batch["x"]), batch["y"]), 1.0, "more"
+
+    def metrics(self, batch: Any) -> Any:
+        return {"close": self(batch["x"])}
+
+
+def test_what_is_no_sum_and_weight_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"loss\(batch\) must give \(sum, weight\), one number each, not \(an array of shape \(\), float, str\)"):
+        rig_of("torch", Triple()).gradient(batch())
+    Triple.loss = Net.loss  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"metrics\(batch\)\['close'\] must give \(sum, weight\)"):
+        rig_of("torch", Triple()).backend.metrics(batch())

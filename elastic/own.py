@@ -1,0 +1,51 @@
+"""What a user's own code gives back or raises, told in one sentence instead of a framework's words."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic.errors import UserError
+
+OURS = tuple(str(Path(__file__).resolve().parents[1] / folder) + "/" for folder in ("elastic", "backends"))
+
+
+def pair(found: Any, what: str) -> tuple[Any, Any]:
+    """(sum, weight) of one number each. UserError, which begins with `what` gave it, where it is anything else."""
+    if not isinstance(found, tuple) or len(found) != 2 or not all(map(is_number, found)):
+        raise UserError(f"model.kind: {what} must give (sum, weight), one number each, not {described(found)}.")
+    return found
+
+
+def pairs(found: Any, what: str) -> dict[str, tuple[Any, Any]]:
+    """{name: (sum, weight)}."""
+    if not isinstance(found, Mapping):
+        raise UserError(f"model.kind: {what} must give a dict of (sum, weight) by name, not {described(found)}.")
+    return {str(name): pair(value, f"{what}[{name!r}]") for name, value in found.items()}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or all(length == 1 for length in getattr(value, "shape", (0,)))
+
+
+def described(found: Any) -> str:
+    if isinstance(found, tuple):
+        return f"({', '.join(map(described, found))})"
+    shape = getattr(found, "shape", None)
+    return type(found).__name__ if shape is None else f"an array of shape {tuple(shape)}"
+
+
+def rebuilt(batch: Sequence[Any], convert: Callable[[Any], Any]) -> Any:
+    """A list or tuple of the same kind, a named one too, of converted entries."""
+    entries = [convert(entry) for entry in batch]
+    return type(batch)(*entries) if hasattr(batch, "_fields") else type(batch)(entries)  # type: ignore[call-arg]
+
+
+def place_of(error: BaseException) -> str:
+    """" (file.py, line 12, in loss)": the user's own line behind an error; "" where there is none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*OURS, "<")) and "-packages/" not in frame.filename and "/lib/python" not in frame.filename:
+            return f" ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})"
+    return ""
