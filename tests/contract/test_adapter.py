@@ -240,6 +240,8 @@ class Triple(Net):
     def loss(self, batch: Any) -> Any:
         return F.mse_loss(self(batch["x"]), batch["y"]), 1.0, "more"
 
+
+class Bare(Net):
     def metrics(self, batch: Any) -> Any:
         return {"close": self(batch["x"])}
 
@@ -247,6 +249,5 @@ class Triple(Net):
 def test_what_is_no_sum_and_weight_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"loss\(batch\) must give \(sum, weight\), one number each, not \(an array of shape \(\), float, str\)"):
         rig_of("torch", Triple()).gradient(batch())
-    Triple.loss = Net.loss  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"metrics\(batch\)\['close'\] must give \(sum, weight\)"):
-        rig_of("torch", Triple()).backend.metrics(batch())
+        rig_of("torch", Bare()).backend.metrics(batch())
