@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from elastic.state import initial_values
-from nlp import gpt
+from nlp import bert, gpt
+from recommender import dlrm
 from tests.contract.frameworks import differentiate, load, names
 from vision import resnet, vit
 
@@ -22,13 +23,26 @@ def tokens(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"tokens": rng.integers(0, 11, (ROWS, 9)), "row_weight": np.ones(ROWS)}
 
 
+def hidden(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    places = np.sort(np.argsort(rng.random((ROWS, 8)), 1)[:, :3], 1)
+    return {"tokens": rng.integers(0, 12, (ROWS, 8)), "places": places, "targets": rng.integers(0, 11, (ROWS, 3)), "row_weight": np.ones(ROWS)}
+
+
+def clicks(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"categorical": np.cumsum([0, 5, 3]) + rng.integers(0, (5, 3, 7), (ROWS, 3)), "numeric": rng.standard_normal((ROWS, 4)),
+            "label": rng.integers(0, 2, ROWS).astype(np.float64), "row_weight": np.ones(ROWS)}
+
+
 def images(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"image": rng.standard_normal((ROWS, 8, 8, 2)), "label": rng.integers(0, 4, ROWS), "row_weight": np.ones(ROWS)}
 
 
+CLICKS = {"sizes": [5, 3, 7], "num_numeric": 4, "embedding_dim": 6}
 IMAGES = {"shape": [8, 8, 2], "num_classes": 4}
 MODELS: dict[str, tuple[Any, Batch]] = {
     "nlp.gpt": (gpt.build({"layers": 2, "heads": 2, "width": 8, "context": 8, "bias": True, "dropout": 0.1}, {"vocab_size": 11}), tokens),
+    "nlp.bert": (bert.build({"layers": 2, "heads": 2, "width": 8, "context": 8, "dropout": 0.1}, {"vocab_size": 11}), hidden),
+    "recommender.dlrm": (dlrm.build({"bottom": [8], "top": [9, 5], "dropout": 0.1}, CLICKS), clicks),
     "vision.resnet": (resnet.build({"blocks": [1, 1], "width": 4, "stem": "large"}, IMAGES), images),
     "vision.vit": (vit.build({"layers": 2, "heads": 2, "width": 8, "patch": 4, "dropout": 0.1}, IMAGES), images),
 }
@@ -98,9 +112,10 @@ def test_float32(name: str, kind: str) -> None:
     np.testing.assert_allclose(found.losses, wanted.losses, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "kernel"), [("nlp.gpt", "gelu"), ("vision.resnet", "batch_norm"), ("vision.vit", "mean")])
+@pytest.mark.parametrize(("kind", "kernel"), [("nlp.gpt", "gelu"), ("nlp.bert", "layer_norm"), ("recommender.dlrm", "binary_cross_entropy"),
+                                               ("vision.resnet", "batch_norm"), ("vision.vit", "mean")])
 def test_a_wrong_kernel_is_caught(kind: str, kernel: str) -> None:
-    """The usual mistakes: gelu's tanh form, the biased variance in the running one, a mean that is off by a part in a million."""
+    """The usual mistakes: gelu's tanh form, another epsilon, the biased variance in the running one, results off by a part in a million."""
     ops = load("torch", "ops").TorchOps("cpu", __import__("torch").float64)
     right = getattr(ops, kernel)
 
@@ -109,7 +124,7 @@ def test_a_wrong_kernel_is_caught(kind: str, kernel: str) -> None:
         return y, mean, var * 0.999
 
     wrong = {"gelu": lambda x: __import__("torch").nn.functional.gelu(x, approximate="tanh"), "batch_norm": biased,
-             "mean": lambda *arguments: right(*arguments) * 1.000001}[kernel]
-    setattr(ops, kernel, wrong)
+             "layer_norm": lambda x, weight, bias, eps: right(x, weight, bias, 1e-5)}
+    setattr(ops, kernel, wrong.get(kernel, lambda *arguments: right(*arguments) * 1.000001))
     with pytest.raises(AssertionError):
         assert_parity("torch", kind, ops)
