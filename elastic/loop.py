@@ -37,7 +37,7 @@ class Plan:
     num_shards: int
     seed: int
     exact: bool
-    optimizer: Mapping[str, Any]  # name, lr, min_lr, warmup_steps, schedule, weight_decay, beta1, beta2, eps, momentum, clip_norm
+    optimizer: Mapping[str, Any]  # the keys of `[optimizer]`, the rates scaled to the batch
     eval_every: int = 0
     checkpoint_every: int = 0
     skip_busy: bool = False  # a checkpoint that is due while one is being written is left out
@@ -261,8 +261,7 @@ def commit(work: Work, ballot: Ballot) -> None:
         if not math.isfinite(norm):
             raise NonFiniteLoss(f"The gradient's norm is {norm} at step {ballot.step}; lower optimizer.lr or mend the data.")
         scale *= min(1.0, options["clip_norm"] / max(norm, 1e-30))
-    lr = learning_rate(ballot.step, kind=options["schedule"], lr=options["lr"], min_lr=options["min_lr"],
-                       warmup_steps=options["warmup_steps"], num_steps=plan.num_steps)
+    lr = learning_rate(ballot.step, plan.num_steps, options)
     state.committed = -1
     for low, high, decay in ((0, layout.decay, options["weight_decay"]), (layout.decay, layout.trainable, 0.0)):
         if low < high:

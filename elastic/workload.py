@@ -21,6 +21,7 @@ from elastic.errors import RecipeError, UserError
 from elastic.evaluation import tally_of
 from elastic.loop import Plan, Work
 from elastic.recipe import Recipe
+from elastic.schedule import scaled
 from elastic.state import FlatLayout, State
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
@@ -165,8 +166,9 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     ledger = Ledger(sampler) if recipe.data.ledger else None
     load = NotedLoader(workload.training, sampler, ledger) if ledger else Prefetcher(
         lambda step, shard: load_batch(workload.training, sampler, step, shard))
-    plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact",
-                recipe.optimizer.model_dump(), recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip")
+    optimizer = scaled(recipe.optimizer.model_dump(), recipe.data.batch_size)
+    plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact", optimizer,
+                recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip")
     shard_size = recipe.data.batch_size // recipe.elastic.logical_shards
     evaluation = eval_batches(workload.evaluation, max(shard_size, EVAL_ROWS)) if workload.evaluation else []
     return Work(plan, backend, open_state(recipe, backend), load, sampler.positions, evaluation, control, post, save, workload.unit, ledger=ledger,

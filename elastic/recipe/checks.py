@@ -112,6 +112,27 @@ def check_numbers(recipe: Recipe) -> None:
         raise RecipeError(f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}; lower it.")
 
 
+ONE_CYCLE = ("pct_start", "div_factor", "final_div_factor")
+BY_SCHEDULE = {"milestones": "step", "gamma": "step", **dict.fromkeys(ONE_CYCLE, "one-cycle")}
+
+
+def check_schedule(recipe: Recipe) -> None:
+    """The keys that one schedule alone reads."""
+    optimizer, rising = recipe.optimizer, recipe.optimizer.milestones
+    for key, schedule in BY_SCHEDULE.items():
+        value = getattr(optimizer, key)
+        if optimizer.schedule != schedule and value != type(optimizer).model_fields[key].default:
+            raise RecipeError(f"optimizer.{key} = {shown(value)} has a meaning only under optimizer.schedule = {shown(schedule)}; leave it out.")
+    if optimizer.schedule == "step" and not rising:
+        raise RecipeError('optimizer.milestones is missing; optimizer.schedule = "step" needs the steps after which the rate falls, as [1000, 1500].')
+    if any(low >= high for low, high in zip(rising, rising[1:])):
+        raise RecipeError(f"optimizer.milestones = {shown(rising)} must rise from each to the next; sort it and leave doubles out.")
+    for key in ("warmup_steps", "min_lr"):
+        if optimizer.schedule == "one-cycle" and getattr(optimizer, key):
+            raise RecipeError(f'optimizer.{key} = {getattr(optimizer, key)} has no meaning under optimizer.schedule = "one-cycle"; '
+                              f"leave it out, and set {', '.join(ONE_CYCLE)}.")
+
+
 CPU = {"device": ("auto", "cpu"), "precision": ("float32",)}
 SERVED: dict[str, dict[str, tuple[Any, ...]]] = {  # torch serves every value
     "reference": {**CPU, "compile": (False,), "threads": (1,)}, "tensorflow": CPU, "mxnet": CPU}
@@ -135,7 +156,8 @@ def check_checkpoint(recipe: Recipe) -> None:
 
 def check(recipe: Recipe) -> None:
     """Everything that a single key cannot tell."""
-    for look in (check_later, check_data, check_tables, check_labelled, check_pictured, check_model, check_numbers, check_backend, check_checkpoint):
+    for look in (check_later, check_data, check_tables, check_labelled, check_pictured, check_model, check_numbers, check_schedule, check_backend,
+                 check_checkpoint):
         look(recipe)
 
 

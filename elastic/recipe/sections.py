@@ -16,6 +16,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "vision.vit": {"layers": 6, "heads": 4, "width": 128, "patch": 4, "mlp": 4, "dropout": 0.0, "smoothing": 0.0},
     "recommender.dlrm": {"arch": "dlrm", "bottom": [64], "top": [64, 32], "layers": 2, "dropout": 0.0, "loss": "binary"},
 }
+Rising = tuple[Annotated[int, Field(ge=1, strict=True)], ...]
 WEIGHTS = "a list of numbers above 0, one for each entry of data.path"
 PATTERNS = 'a list of name patterns, as ["*.bias", "ln_f.*"]'
 
@@ -112,8 +113,14 @@ class Optimizer(Section):
     eps: FiniteFloat = Field(1e-8, gt=0, description="a number above 0")
     momentum: float = share(0.9)
     weight_decay: FiniteFloat = Field(0.0, ge=0, description="a number of at least 0")
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    base_batch: int = at_least(0, 0, ": the batch size that lr and min_lr are meant for, to whose multiple they are scaled; 0 for no scaling")
+    schedule: Literal["constant", "cosine", "linear", "step", "one-cycle"] = "constant"
     warmup_steps: int = at_least(0, 0)
+    milestones: Rising = Field((), strict=False, description="a list of rising whole numbers of at least 1: the steps after which the rate falls")
+    gamma: FiniteFloat = Field(0.1, gt=0, le=1, description="a number above 0 and at most 1: what the rate is multiplied by at each milestone")
+    pct_start: float = share(0.3, "a number of at least 0 and below 1: the share of the run over which the rate rises")
+    div_factor: FiniteFloat = Field(25.0, ge=1, description="a number of at least 1: lr over the rate at the start")
+    final_div_factor: FiniteFloat = Field(1e4, ge=1, description="a number of at least 1: the rate at the start over that at the end")
     min_lr: FiniteFloat = Field(0.0, ge=0, description="a number from 0 to optimizer.lr")
     clip_norm: FiniteFloat = Field(0.0, ge=0, description="a number above 0, or 0 for none")
     no_decay: Texts = Field((), description=PATTERNS)

@@ -20,7 +20,8 @@ DEFAULTS = {
     "elastic": {"min_workers": 1, "max_workers": 2, "logical_shards": 4, "reduction": "exact", "hang_timeout_s": 30.0,
                 "start_timeout_s": 600.0, "orphan_timeout_s": 300.0, "spares": 0},
     "optimizer": {"name": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.0,
-                  "schedule": "constant", "warmup_steps": 0, "min_lr": 0.0, "clip_norm": 0.0, "no_decay": (), "sharded": False, "twin": True},
+                  "schedule": "constant", "warmup_steps": 0, "min_lr": 0.0, "clip_norm": 0.0, "no_decay": (), "sharded": False, "twin": True,
+                  "base_batch": 0, "milestones": (), "gamma": 0.1, "pct_start": 0.3, "div_factor": 25.0, "final_div_factor": 1e4},
     "checkpoint": {"every_steps": 200, "keep": 3, "keep_every": 0, "busy": "wait", "write_mb_s": 0.0, "best": "eval.loss", "path": ""},
     "embedding": {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0},
 }
@@ -122,6 +123,12 @@ def test_a_recipe_cannot_be_changed(least: dict[str, Any]) -> None:
     ("optimizer.min_lr=1.0", "optimizer.min_lr = 1.0 is above optimizer.lr = 0.001"),
     ("optimizer.beta2=1.0", "optimizer.beta2 = 1.0 cannot work"),
     ("optimizer.sharded=true", "optimizer.sharded = true is not yet supported; write false."),
+    ("optimizer.schedule=step", "optimizer.milestones is missing"),
+    ("optimizer.schedule=steps", '"constant", "cosine", "linear", "step", "one-cycle"'),
+    ("optimizer.milestones=[100]", 'optimizer.milestones = [100] has a meaning only under optimizer.schedule = "step"'),
+    ("optimizer.gamma=0.5", "optimizer.gamma = 0.5 has a meaning only"),
+    ("optimizer.div_factor=10", 'has a meaning only under optimizer.schedule = "one-cycle"'),
+    ("optimizer.base_batch=-1", "optimizer.base_batch = -1 cannot work"),
     ("checkpoint.keep=0", "checkpoint.keep = 0 cannot work"),
     ("checkpoint.path=ftp://host/run", "checkpoint.path"),
     ("checkpoint.path=s3://", "checkpoint.path"),
@@ -151,6 +158,17 @@ def test_several_keys_that_exclude_each_other(least: dict[str, Any]) -> None:
     assert parse(own, ["data.options.size=3"]).data.options == {"size": 3}
     assert "has no meaning beside data.kind" in refused(own, "data.path=x")
     assert "does not feed" in refused(own, "model.kind=nlp.gpt")
+
+
+def test_keys_of_schedules(least: dict[str, Any]) -> None:
+    recipe = parse(least, ["optimizer.schedule=step", "optimizer.milestones=[100, 150]", "optimizer.gamma=0.2", "optimizer.warmup_steps=5"])
+    assert recipe.optimizer.milestones == (100, 150) and loads(dumps(recipe)) == recipe
+    for value in ("[150, 100]", "[100, 100]"):
+        assert "must rise from each to the next" in refused(least, "optimizer.schedule=step", f"optimizer.milestones={value}")
+    for value in ("[0]", "[1.5]", "7"):
+        assert "optimizer.milestones = " in refused(least, "optimizer.schedule=step", f"optimizer.milestones={value}")
+    for key in ("warmup_steps=5", "min_lr=0.0001"):
+        assert "has no meaning under optimizer.schedule = \"one-cycle\"" in refused(least, "optimizer.schedule=one-cycle", f"optimizer.{key}")
 
 
 def test_keys_of_tables(tmp_path: Path) -> None:
