@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from elastic.backend import Backend, Buffer, Tally, UpdateRule
+from elastic.backend import SLOTS, Backend, Buffer, Tally, UpdateRule
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import Scratch, SubtreeSums, out_size, reduce, tree_sum
@@ -267,9 +267,10 @@ def commit(work: Work, ballot: Ballot) -> None:
         if low < high:
             rule = UpdateRule(options["name"], lr, decay, scale, ballot.step, options["beta1"], options["beta2"], options["eps"],
                               options["momentum"])
-            slots = {name: buffer[low:high] for name, buffer in state.slots.items()}
+            slots = {name: state.slots[name][low:high] for name in SLOTS[rule.name]}
             work.backend.update(rule, state.param[low:high], gradient[low:high], slots, BLOCK)
     state.apply_statistics(gradient, weight)
+    state.average(options["ema"], ballot.step)
     state.committed = ballot.step
 
 
@@ -304,7 +305,8 @@ def after(work: Work, generation: Generation, group: CollectiveGroup, injector: 
         return
     last = step == plan.num_steps
     if work.eval_batches and step > evaluated and (last or (plan.eval_every and step % plan.eval_every == 0)):
-        work.evaluation = evaluate(work, group, step)
+        with work.state.averaged():
+            work.evaluation = evaluate(work, group, step)
         write_down(work, generation, group, {"step": step, "eval": work.evaluation})
     if plan.checkpoint_every and step > checkpointed and step % plan.checkpoint_every == 0 and not last:
         if not (busy and plan.skip_busy):

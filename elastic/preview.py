@@ -53,7 +53,7 @@ def task_of(recipe: Recipe, model: Any) -> Task:
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
     layout = FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
-    return Task(layout.size, layout.trainable, layout.gradient, len(SLOTS[recipe.optimizer.name]), recipe.elastic.logical_shards,
+    return Task(layout.size, layout.trainable, layout.gradient, len(SLOTS[recipe.optimizer.name]) + (recipe.optimizer.ema > 0), recipe.elastic.logical_shards,
                 recipe.elastic.reduction == "exact", 0, 0.0, 0.0, recipe.backend.threads)
 
 

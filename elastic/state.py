@@ -1,16 +1,17 @@
 """The training state: named arrays as views into flat buffers of fixed blocks, and how a worker gets it from a peer.
 
 Parameters lie in three segments, [decay | no decay | frozen], each starting at a block. Optimizer slots cover the trainable
-segments only. The gradient buffer is as long as the trainable segments and ends with room for the model's own buffers
-(batch-norm statistics), which are summed over shards by the same reduction. Blocks never move: reduction, optimizer and
-norms work block by block, so bits do not depend on how many workers share the work.
+segments only, and so do the parameters' moving averages, if kept. The gradient buffer is as long as the trainable segments and
+ends with room for the model's own buffers (batch-norm statistics), which are summed over shards by the same reduction. Blocks never
+move: reduction, optimizer and norms work block by block, so bits do not depend on how many workers share the work.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from elastic.errors import RecipeError
 
 BLOCK = 65_536  # elements; 256 KB: small enough that a model of a few million parameters balances over four owners
 NAMED = 3  # arrays that a message names; the rest is counted
+AVERAGE = "ema"  # beside the optimizer's slots, with the layout of one
 ALIGN = 16  # elements; 64 bytes: vector loops and MKL see the same alignment wherever an array lies
 
 
@@ -133,14 +135,15 @@ def to_numpy(view: Buffer) -> np.ndarray:
 
 
 class State:
-    """Parameters, optimizer slots, model buffers and the count of committed steps of one worker."""
+    """Parameters, optimizer slots, averages, model buffers and the count of committed steps of one worker."""
 
-    def __init__(self, backend: Backend, optimizer: str, freeze: Sequence[str] = (), no_decay: Sequence[str] = ()):
+    def __init__(self, backend: Backend, optimizer: str, freeze: Sequence[str] = (), no_decay: Sequence[str] = (), averages: bool = False):
         self.backend = backend
         self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay)
         self.param = backend.allocate(self.layout.size)
-        self.slots = {slot: backend.allocate(self.layout.trainable) for slot in SLOTS[optimizer]}
+        self.slots = {slot: backend.allocate(self.layout.trainable) for slot in (*SLOTS[optimizer], *([AVERAGE] if averages else []))}
         self.buffers = {name: np.zeros(spec.shape, spec.dtype) for name, spec in backend.buffers.items()}
+        self.averaged_buffers = {name: np.zeros_like(values) for name, values in self.buffers.items()} if averages else {}
         self.committed = -1
         backend.bind(self.layout.views(self.param), self.buffers)
         self.views = self._views()
@@ -150,15 +153,17 @@ class State:
         given = self.backend.initial()
         values = initial_values(self.backend.parameters, seed, given) | dict(init or {})
         buffers = initial_values(self.backend.buffers, seed, given)
-        shapes = {name: self.layout.places[name].shape for name in self.layout.trainable_names}
-        zeros = {f"optimizer/{slot}/{name}": np.broadcast_to(0.0, shape) for slot in self.slots for name, shape in shapes.items()}
-        self.load({f"parameter/{n}": v for n, v in values.items()} | zeros | {f"buffer/{n}": v for n, v in buffers.items()}, 0)
+        begun = {f"optimizer/{slot}/{name}": values[name] if slot == AVERAGE else np.broadcast_to(0.0, self.layout.places[name].shape)
+                 for slot in self.slots for name in self.layout.trainable_names}
+        begun |= {f"optimizer/{AVERAGE}/{name}": buffers[name] for name in self.averaged_buffers}
+        self.load({f"parameter/{n}": v for n, v in values.items()} | begun | {f"buffer/{n}": v for n, v in buffers.items()}, 0)
 
     def _views(self) -> dict[str, Buffer]:
         """Everything by name, on its device: parameter/NAME, optimizer/SLOT/NAME, buffer/NAME."""
         out = {f"parameter/{n}": v for n, v in self.layout.views(self.param).items()}
         for slot, buffer in self.slots.items():
             out |= {f"optimizer/{slot}/{n}": v for n, v in self.layout.views(buffer, self.layout.trainable_names).items()}
+        out |= {f"optimizer/{AVERAGE}/{n}": v for n, v in self.averaged_buffers.items()}  # no parameter and buffer share a name
         return out | {f"buffer/{n}": v for n, v in self.buffers.items()}
 
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -198,7 +203,7 @@ class State:
         """Every member of `group` takes the root's state; returns the bytes that each of the others received."""
         if group.rank != root:
             self.committed = -1
-        moved = [self.param, *self.slots.values(), *(b.reshape(-1) for b in self.buffers.values())]
+        moved = [self.param, *self.slots.values(), *(b.reshape(-1) for b in (*self.buffers.values(), *self.averaged_buffers.values()))]
         for buffer in moved:
             group.broadcast(buffer, root)
         self.committed = committed
@@ -209,8 +214,7 @@ class State:
         for name, view in shaped(gradient, self.layout.statistics).items():
             kind = np.int64 if self.buffers[name].dtype.kind in "iu" else np.float64  # a large count has no room in a float
             old, now = (np.asarray(a, kind) for a in (self.buffers[name], new[name]))
-            change = np.subtract(now, old, out=np.zeros_like(old), where=now != old)  # equal infinities have not changed
-            value = (change * weight).astype(np.float32)
+            value = (change(old, now) * weight).astype(np.float32)
             view += view.new_tensor(value) if hasattr(view, "new_tensor") else value
 
     def apply_statistics(self, gradient: Buffer, weight: float) -> None:
@@ -222,3 +226,37 @@ class State:
                 buffer += np.rint(mean).astype(buffer.dtype)
             else:
                 buffer[...] = (buffer + (np.rint(mean) if buffer.dtype.kind == "b" else mean)).astype(buffer.dtype)
+
+    def average(self, decay: float, step: int) -> None:
+        """Moves the averages, if kept, towards the parameters and buffers after `step`: by 1 - `decay`, and by more in the beginning, so that
+        what the parameters started from soon stops to matter. Elementwise, block by block: no cut can show in the bits.
+        """
+        if AVERAGE not in self.slots:
+            return
+        share = 1.0 - min(decay, (1 + step) / (10 + step))
+        for low in range(0, self.layout.trainable, BLOCK):
+            mean = self.slots[AVERAGE][low:low + BLOCK]
+            mean += (self.param[low:low + BLOCK] - mean) * share
+        for name, mean in self.averaged_buffers.items():
+            if mean.dtype.kind == "f":
+                mean += (change(mean, self.buffers[name]) * share).astype(mean.dtype)
+            else:
+                mean[...] = self.buffers[name]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model's parameters and buffers are their averages, where they are kept."""
+        if AVERAGE not in self.slots:
+            yield
+            return
+        views = self.layout.views(self.param)
+        self.backend.bind(views | self.layout.views(self.slots[AVERAGE], self.layout.trainable_names), self.averaged_buffers)
+        try:
+            yield
+        finally:
+            self.backend.bind(views, self.buffers)
+
+
+def change(old: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """now - old, where equal infinities have not changed."""
+    return np.subtract(now, old, out=np.zeros_like(old), where=now != old)

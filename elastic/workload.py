@@ -156,7 +156,7 @@ def create_backend(recipe: Recipe, model: Any) -> Backend:
 
 
 def open_state(recipe: Recipe, backend: Backend) -> State:
-    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay)
+    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0)
 
 
 def build_work(recipe: Recipe, workload: Workload, control: Control, post: Callable[[Any], None], save: Callable[..., None]) -> Work:

@@ -7,10 +7,8 @@ from collections.abc import Container
 
 import numpy as np
 
-from elastic.checkpoint.hashing import OPTIMIZER
-from elastic.checkpoint.manager import MANIFEST, newest_good, read_sound, split
+from elastic.checkpoint.manager import MANIFEST, newest_good, read_sound, read_weights, split
 from elastic.checkpoint.manifest import Manifest
-from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.checkpoint.remote import join, shown
 from elastic.checkpoint.store import Store
 from elastic.errors import BadCheckpoint, UserError
@@ -44,7 +42,10 @@ def find(path: str | os.PathLike[str], refused: Container[str] = ()) -> tuple[St
 
 
 def read_newest(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Manifest]:
-    """Parameters and buffers of a checkpoint; of a run's newest whose bytes turn out good. BadCheckpoint, UserError if there is none."""
+    """Parameters and buffers of a checkpoint, or their averages; of a run's newest whose bytes turn out good.
+
+    BadCheckpoint, UserError if there is none.
+    """
     bad: dict[str, BadCheckpoint] = {}
     while True:
         try:
@@ -55,8 +56,7 @@ def read_newest(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Ma
             raise bad[name]
         try:
             manifest = read_sound(store, name)
-            names = [piece.name for entry in manifest.files for piece in entry.pieces if not piece.name.startswith(OPTIMIZER)]
-            return read_arrays(Reader(store, name, manifest), dict.fromkeys(names)), manifest
+            return read_weights(store, name, manifest), manifest
         except BadCheckpoint as error:
             bad[name] = error
 

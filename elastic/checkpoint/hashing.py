@@ -1,8 +1,8 @@
 """The two hashes by which runs are compared, over arrays named as in a checkpoint: parameter/NAME, optimizer/SLOT/NAME, buffer/NAME.
 
 Each array is one line of JSON, [name, dtype, shape], and then its C-order little-endian bytes. `parameters_sha256` takes the
-parameters, by NAME alone and in sorted order. `state_sha256` goes on from there with "optimizer/SLOT/NAME" in sorted order, with
-"buffer/NAME" in sorted order, and ends with the line ["cursor", CURSOR].
+parameters, by NAME alone and in sorted order. `state_sha256` goes on from there with "optimizer/SLOT/NAME" in sorted order (moving
+averages are the slot "ema"), with "buffer/NAME" in sorted order, and ends with the line ["cursor", CURSOR].
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+AVERAGE = "optimizer/ema/"  # moving averages, of parameters and buffers
 PARAMETER, OPTIMIZER, BUFFER = "parameter/", "optimizer/", "buffer/"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from elastic.checkpoint import safetensors
-from elastic.checkpoint.hashing import PARAMETER
+from elastic.checkpoint.hashing import AVERAGE, OPTIMIZER, PARAMETER
 from elastic.checkpoint.manifest import CHUNK, MAX_BYTES, FileEntry, Manifest, parse
 from elastic.checkpoint.part import hash_of, write_arrays
 from elastic.checkpoint.reader import Reader, read_arrays
@@ -147,12 +147,13 @@ def load(store: Store, name: str) -> tuple[dict[str, np.ndarray], Manifest]:
     return arrays, manifest
 
 
-def read_parameters(store: Store, name: str, manifest: Manifest | None = None) -> dict[str, np.ndarray]:
-    """The parameters alone, by their names in the model: of the files only the bytes that hold them are read."""
-    manifest = manifest or read_sound(store, name)
-    names = {piece.name for entry in manifest.files for piece in entry.pieces if piece.name.startswith(PARAMETER)}
-    found = read_arrays(Reader(store, name, manifest), dict.fromkeys(sorted(names)))
-    return {name.removeprefix(PARAMETER): array for name, array in found.items()}
+def read_weights(store: Store, name: str, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Parameters and buffers by name, or the averages of those of which a checkpoint keeps some: only the bytes that hold them are read."""
+    names = dict.fromkeys(piece.name for entry in manifest.files for piece in entry.pieces)
+    average = {name: AVERAGE + name.partition("/")[2] for name in names if not name.startswith(OPTIMIZER)}
+    chosen = {name: mean if mean in names else name for name, mean in average.items()}
+    found = read_arrays(Reader(store, name, manifest), dict.fromkeys(chosen.values()))
+    return {name: found[source] for name, source in chosen.items()}
 
 
 def split(path: str | os.PathLike[str]) -> tuple[Store, str]:
@@ -253,7 +254,9 @@ def read_init(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     path = Path(path)
     try:
         if path.is_dir() or path.name == MANIFEST:
-            return read_parameters(*split(path))
+            store, name = split(path)
+            found = read_weights(store, name, read_sound(store, name))
+            return {name.removeprefix(PARAMETER): array for name, array in found.items() if name.startswith(PARAMETER)}
         return safetensors.decode(path.read_bytes(), str(path))
     except OSError as error:
         raise RecipeError(f"model.init = {str(path)!r} cannot be read ({error.strerror}); give a safetensors file or a checkpoint.") from error

@@ -161,7 +161,8 @@ def check(recipe: Recipe) -> None:
         look(recipe)
 
 
-FIXED = ("run.seed", "model.*", "data.*", "elastic.logical_shards", "optimizer.name")  # what the state and the order of the data follow from
+# what the state and the order of the data follow from
+FIXED = ("run.seed", "model.*", "data.*", "elastic.logical_shards", "optimizer.name", "optimizer.ema")
 FREE = ("model.init", "data.path", "data.eval_path")  # where things lie; whether the data is the same is seen from its content
 
 

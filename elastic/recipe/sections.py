@@ -124,6 +124,8 @@ class Optimizer(Section):
     min_lr: FiniteFloat = Field(0.0, ge=0, description="a number from 0 to optimizer.lr")
     clip_norm: FiniteFloat = Field(0.0, ge=0, description="a number above 0, or 0 for none")
     no_decay: Texts = Field((), description=PATTERNS)
+    ema: float = share(0.0, "a number of at least 0 and below 1, as 0.999: the decay of moving averages of the parameters, which evaluations, "
+                            "`elastic evaluate`, sample and export then use in their place; 0 for none")
     sharded: bool = Field(False, description="true or false")
     twin: bool = Field(True, description="true or false")
 

@@ -21,7 +21,7 @@ from elastic.state import State
 
 SHARDS, STEPS = 4, 6
 OPTIMIZER = {"name": "sgd", "lr": 1.0, "min_lr": 0.0, "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.9,
-             "eps": 1e-8, "momentum": 0.0, "clip_norm": 0.0}
+             "eps": 1e-8, "momentum": 0.0, "clip_norm": 0.0, "ema": 0.0}
 
 
 class Backend:

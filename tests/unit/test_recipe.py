@@ -21,7 +21,7 @@ DEFAULTS = {
                 "start_timeout_s": 600.0, "orphan_timeout_s": 300.0, "spares": 0},
     "optimizer": {"name": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.0,
                   "schedule": "constant", "warmup_steps": 0, "min_lr": 0.0, "clip_norm": 0.0, "no_decay": (), "sharded": False, "twin": True,
-                  "base_batch": 0, "milestones": (), "gamma": 0.1, "pct_start": 0.3, "div_factor": 25.0, "final_div_factor": 1e4},
+                  "ema": 0.0, "base_batch": 0, "milestones": (), "gamma": 0.1, "pct_start": 0.3, "div_factor": 25.0, "final_div_factor": 1e4},
     "checkpoint": {"every_steps": 200, "keep": 3, "keep_every": 0, "busy": "wait", "write_mb_s": 0.0, "best": "eval.loss", "path": ""},
     "embedding": {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0},
 }

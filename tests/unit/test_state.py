@@ -137,9 +137,9 @@ def test_a_state_starts_and_is_bound_to_the_model() -> None:
 # From worker to worker.
 
 
-def scrambled(state: State, seed: int) -> State:
+def scrambled(state: State, seed: int, without: tuple[str, ...] = ()) -> State:
     random = np.random.default_rng(seed)
-    for array in state.arrays().values():
+    for array in (array for name, array in state.arrays().items() if not name.startswith(without)):
         array[...] = random.integers(-100, 100, array.shape)
     return state
 
@@ -181,8 +181,9 @@ def run_members(size: int, body: Callable[[Any], Any]) -> list[Any]:
     return [results[r] for r in range(size)]
 
 
-def test_heal_gives_every_member_the_root_s_state() -> None:
-    states = [scrambled(started(), seed) for seed in range(3)]
+@pytest.mark.parametrize("averages", [False, True])
+def test_heal_gives_every_member_the_root_s_state(averages: bool) -> None:
+    states = [scrambled(started(averages=averages), seed) for seed in range(3)]
     states[0].committed = states[1].committed = -1
     wanted = {name: array.copy() for name, array in states[2].arrays().items()}
     moved = run_members(3, lambda group: states[group.rank].heal(group, 2, 9))
@@ -190,7 +191,7 @@ def test_heal_gives_every_member_the_root_s_state() -> None:
     for state in states:
         for name, array in state.arrays().items():
             assert np.array_equal(array, wanted[name]) and array.dtype == wanted[name].dtype, name
-    assert set(moved) == {states[0].param.nbytes * 3 + sum(b.nbytes for b in states[0].buffers.values())}
+    assert set(moved) == {states[0].param.nbytes * (3 + averages) + sum(b.nbytes for b in states[0].buffers.values()) * (1 + averages)}
 
 
 def test_a_heal_that_breaks_off_leaves_the_state_torn() -> None:
@@ -200,6 +201,22 @@ def test_a_heal_that_breaks_off_leaves_the_state_torn() -> None:
     with pytest.raises(Exception, match="lost rank 0"):
         state.heal(group, 0, 9)
     assert state.committed == -1
+
+
+def test_averages_follow_parameters_and_buffers() -> None:
+    state = started(averages=True)
+    arrays, means = state.arrays(), {name: array for name, array in state.arrays().items() if name.startswith("optimizer/ema/")}
+    sources = {name: f"{'buffer' if name.partition('/ema/')[2] in state.buffers else 'parameter'}/{name.partition('/ema/')[2]}" for name in means}
+    assert set(sources.values()) == {name for name in arrays if not name.startswith("optimizer/")}
+    wanted = {name: arrays[source].astype(np.float64) for name, source in sources.items()}
+    assert all(np.array_equal(means[name], wanted[name]) for name in means)
+    for step, decay in ((1, 2 / 11), (2, 3 / 12), (3, 4 / 13), (9000, 0.999)):
+        scrambled(state, step, without=("optimizer/", "buffer/mask"))
+        state.average(0.999, step)
+        for name, source in sources.items():
+            blend = arrays[source].dtype.kind == "f" and source != "buffer/mask"
+            wanted[name] = decay * wanted[name] + (1 - decay) * arrays[source] if blend else arrays[source].copy()
+            np.testing.assert_allclose(means[name], wanted[name], rtol=1e-5, atol=1e-4, err_msg=name)  # of values up to 100
 
 
 # Statistics: what the model itself changes.

@@ -81,7 +81,8 @@ def began(run_dir: Path, recipe: Recipe) -> Path:
 
 @pytest.mark.parametrize("change", ["run.seed=1", "model.width=7", "model.freeze=[\"*.bias\"]", "model.kind=tests.numerics.modules:Net",
                                     "data.batch_size=32", "data.shuffle=false", "data.eval_fraction=0.5", "data.options={size = 50}",
-                                    "data.kind=tests.numerics.modules:Augmented", "elastic.logical_shards=4", "optimizer.name=sgd"])
+                                    "data.kind=tests.numerics.modules:Augmented", "elastic.logical_shards=4", "optimizer.name=sgd",
+                                    "optimizer.ema=0.9"])
 def test_a_resumed_run_stays_the_run_it_was(change: str, tmp_path: Path) -> None:
     run_dir, key = began(tmp_path / "run", module_recipe("Small", 4)), change.partition("=")[0]
     with pytest.raises(RecipeError, match=f"^{key} = .* is not what this run began with, .*; leave it as it was") as caught:
