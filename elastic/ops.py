@@ -7,7 +7,7 @@ own error on shapes that do not fit. Batch columns arrive as integer (int64) or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -132,6 +132,12 @@ class Ops(Protocol):
 
     def dropout(self, x: Array, rate: float, seed: int, tag: str) -> Array:
         """Zeroes elements and scales the rest; which ones is a pure function of (shape, rate, seed, tag), see `keep_mask`."""
+
+    def recompute(self, function: Callable[..., Array], *arrays: Array) -> Array:
+        """function(*arrays), of which no result but the last is kept: the others are computed again for the gradient.
+
+        A gradient reaches `arrays` alone, not what else `function` may read.
+        """
 
     # images: (rows, height, width, channels), the channels last in every framework
     def conv2d(self, x: Array, weight: Array, bias: Array | None = None, stride: int = 1, padding: int = 0) -> Array:

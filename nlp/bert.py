@@ -15,6 +15,7 @@ import numpy as np
 
 from elastic.backend import Spec
 from elastic.errors import RecipeError
+from elastic.layers import one_layer, smoothed
 
 Array = Any
 EPS = 1e-12  # of the norms, as in the original
@@ -22,7 +23,7 @@ EPS = 1e-12  # of the norms, as in the original
 
 @dataclass(frozen=True)
 class Config:
-    """The keys of `[model]`. `mask` is the share of tokens to predict; at least one a row is."""
+    """The keys of `[model]`. `mask` is the share of tokens to predict; at least one a row is. `recompute` as in `nlp.gpt`."""
 
     layers: int = 4
     heads: int = 4
@@ -30,6 +31,8 @@ class Config:
     context: int = 64
     dropout: float = 0.0
     mask: float = 0.15
+    smoothing: float = 0.0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for key in ("layers", "heads", "width", "context"):
@@ -38,10 +41,14 @@ class Config:
                 raise RecipeError(f"model.{key} = {value!r} must be a whole number of at least 1.")
         if self.width % self.heads:
             raise RecipeError(f"model.width = {self.width} must be a multiple of model.heads = {self.heads}.")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
-            raise RecipeError(f"model.dropout = {self.dropout!r} must be a number of at least 0 and below 1.")
+        for key in ("dropout", "smoothing"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+                raise RecipeError(f"model.{key} = {value!r} must be a number of at least 0 and below 1.")
         if isinstance(self.mask, bool) or not isinstance(self.mask, (int, float)) or not 0.0 < self.mask < 1.0:
             raise RecipeError(f"model.mask = {self.mask!r} must be a number above 0 and below 1.")
+        if not isinstance(self.recompute, bool):
+            raise RecipeError(f"model.recompute = {self.recompute!r} must be true or false.")
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> BERT:
@@ -92,11 +99,12 @@ class BERT:
              seed: int) -> tuple[Array, Array, Mapping[str, Array]]:
         """The summed loss of hidden tokens, their number in real rows, and no new buffers."""
         scores, weights = forward(ops, params, batch, self.config, seed)
-        return ops.cross_entropy(scores, batch["targets"], weights), ops.sum(weights), {}
+        total = ops.cross_entropy(scores, batch["targets"], weights)
+        return smoothed(ops, total, scores, weights, self.config.smoothing), ops.sum(weights), {}
 
     def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
                 batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
-        """"loss" and "accuracy" on hidden tokens, without dropout."""
+        """"loss" and "accuracy" on hidden tokens, without dropout and smoothing."""
         scores, weights = forward(ops, params, batch, self.config, None)
         count = ops.sum(weights)
         return {"loss": (ops.cross_entropy(scores, batch["targets"], weights), count),
@@ -121,18 +129,20 @@ def encode(ops: Any, params: Mapping[str, Array], tokens: Array, config: Config,
     def drop(x: Array, tag: str) -> Array:
         return ops.dropout(x, rate, seed, tag) if rate else x
 
-    def norm(name: str, x: Array) -> Array:
-        return ops.layer_norm(x, params[f"{name}.weight"], params[f"{name}.bias"], EPS)
+    def norm(p: Mapping[str, Array], name: str, x: Array) -> Array:
+        return ops.layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"], EPS)
 
-    def dense(equation: str, name: str, x: Array) -> Array:
-        return ops.contract(equation, x, params[f"{name}.weight"], params[f"{name}.bias"])
+    def dense(p: Mapping[str, Array], equation: str, name: str, x: Array) -> Array:
+        return ops.contract(equation, x, p[f"{name}.weight"], p[f"{name}.bias"])
 
-    x = drop(norm("ln_e", ops.add(ops.gather(params["wte"], tokens), params["wpe"])), "embedding")
-    for i in range(config.layers):
-        h = f"h{i}"
-        query, key, value = ops.unbind(dense("btd,dqhe->btqhe", f"{h}.attn.qkv", x), 2)
+    def layer(p: Mapping[str, Array], x: Array, h: str) -> Array:
+        query, key, value = ops.unbind(dense(p, "btd,dqhe->btqhe", f"{h}.attn.qkv", x), 2)
         mixed = ops.attention(query, key, value, False, rate, 0 if seed is None else seed, f"{h}.attn.weights")
-        x = norm(f"{h}.ln1", ops.add(x, drop(dense("bthe,hed->btd", f"{h}.attn.out", mixed), f"{h}.attn")))
-        inner = ops.gelu(dense("btd,df->btf", f"{h}.mlp.up", x))
-        x = norm(f"{h}.ln2", ops.add(x, drop(dense("btf,fd->btd", f"{h}.mlp.down", inner), f"{h}.mlp")))
+        x = norm(p, f"{h}.ln1", ops.add(x, drop(dense(p, "bthe,hed->btd", f"{h}.attn.out", mixed), f"{h}.attn")))
+        inner = ops.gelu(dense(p, "btd,df->btf", f"{h}.mlp.up", x))
+        return norm(p, f"{h}.ln2", ops.add(x, drop(dense(p, "btf,fd->btd", f"{h}.mlp.down", inner), f"{h}.mlp")))
+
+    x = drop(norm(params, "ln_e", ops.add(ops.gather(params["wte"], tokens), params["wpe"])), "embedding")
+    for i in range(config.layers):
+        x = one_layer(ops, layer, params, f"h{i}", x, config.recompute and seed is not None)
     return x

@@ -15,13 +15,16 @@ import numpy as np
 
 from elastic.backend import Spec
 from elastic.errors import RecipeError
+from elastic.layers import one_layer, smoothed
 
 Array = Any
 
 
 @dataclass(frozen=True)
 class Config:
-    """The keys of `[model]`. `bias` adds biases to the projections and norms; nanoGPT trains small models without."""
+    """The keys of `[model]`. `bias` adds biases to the projections and norms; nanoGPT trains small models without. `recompute` keeps what
+    comes between layers alone and computes the rest again for the gradient (Chen et al. 2016).
+    """
 
     layers: int = 4
     heads: int = 4
@@ -29,6 +32,8 @@ class Config:
     context: int = 64
     dropout: float = 0.0
     bias: bool = False
+    smoothing: float = 0.0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for key in ("layers", "heads", "width", "context"):
@@ -37,10 +42,13 @@ class Config:
                 raise RecipeError(f"model.{key} = {value!r} must be a whole number of at least 1.")
         if self.width % self.heads:
             raise RecipeError(f"model.width = {self.width} must be a multiple of model.heads = {self.heads}.")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
-            raise RecipeError(f"model.dropout = {self.dropout!r} must be a number of at least 0 and below 1.")
-        if not isinstance(self.bias, bool):
-            raise RecipeError(f"model.bias = {self.bias!r} must be true or false.")
+        for key in ("dropout", "smoothing"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+                raise RecipeError(f"model.{key} = {value!r} must be a number of at least 0 and below 1.")
+        for key in ("bias", "recompute"):
+            if not isinstance(getattr(self, key), bool):
+                raise RecipeError(f"model.{key} = {getattr(self, key)!r} must be true or false.")
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> GPT:
@@ -99,7 +107,7 @@ class GPT:
 
     def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
                 batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
-        """{"loss": (sum over tokens, number of real tokens)} without dropout."""
+        """{"loss": (sum over tokens, number of real tokens)} without dropout and smoothing."""
         return {"loss": token_loss(ops, params, batch, self.config, None)}
 
     def logits(self, ops: Any, params: Mapping[str, Array], tokens: Array) -> Array:
@@ -113,7 +121,8 @@ def token_loss(ops: Any, params: Mapping[str, Array], batch: Mapping[str, Array]
     rows, time = tokens.shape[0], tokens.shape[1] - 1
     logits = forward(ops, params, ops.narrow(tokens, 1, 0, time), config, seed)
     weights = ops.multiply(ops.reshape(batch["row_weight"], (rows, 1)), ops.constant(np.ones((1, time))))
-    return ops.cross_entropy(logits, ops.narrow(tokens, 1, 1, time), weights), ops.sum(weights)
+    total = ops.cross_entropy(logits, ops.narrow(tokens, 1, 1, time), weights)
+    return smoothed(ops, total, logits, weights, 0.0 if seed is None else config.smoothing), ops.sum(weights)
 
 
 def forward(ops: Any, params: Mapping[str, Array], tokens: Array, config: Config, seed: int | None) -> Array:
@@ -123,24 +132,26 @@ def forward(ops: Any, params: Mapping[str, Array], tokens: Array, config: Config
     def drop(x: Array, tag: str) -> Array:
         return ops.dropout(x, rate, seed, tag) if rate else x
 
-    def norm(name: str, x: Array) -> Array:
-        return ops.layer_norm(x, params[f"{name}.weight"], params.get(f"{name}.bias"))
+    def norm(p: Mapping[str, Array], name: str, x: Array) -> Array:
+        return ops.layer_norm(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
 
-    def dense(equation: str, name: str, x: Array) -> Array:
-        return ops.contract(equation, x, params[f"{name}.weight"], params.get(f"{name}.bias"))
+    def dense(p: Mapping[str, Array], equation: str, name: str, x: Array) -> Array:
+        return ops.contract(equation, x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+
+    def layer(p: Mapping[str, Array], x: Array, h: str) -> Array:
+        query, key, value = ops.unbind(dense(p, "btd,dqhe->btqhe", f"{h}.attn.qkv", norm(p, f"{h}.ln1", x)), 2)
+        mixed = ops.attention(query, key, value, True, rate, 0 if seed is None else seed, f"{h}.attn.weights")
+        x = ops.add(x, drop(dense(p, "bthe,hed->btd", f"{h}.attn.out", mixed), f"{h}.attn"))
+        hidden = ops.gelu(dense(p, "btd,df->btf", f"{h}.mlp.up", norm(p, f"{h}.ln2", x)))
+        return ops.add(x, drop(dense(p, "btf,fd->btd", f"{h}.mlp.down", hidden), f"{h}.mlp"))
 
     time, positions = tokens.shape[1], params["wpe"]
     if time < config.context:
         positions = ops.narrow(positions, 0, 0, time)
     x = drop(ops.add(ops.gather(params["wte"], tokens), positions), "embedding")
     for i in range(config.layers):
-        h = f"h{i}"
-        query, key, value = ops.unbind(dense("btd,dqhe->btqhe", f"{h}.attn.qkv", norm(f"{h}.ln1", x)), 2)
-        mixed = ops.attention(query, key, value, True, rate, 0 if seed is None else seed, f"{h}.attn.weights")
-        x = ops.add(x, drop(dense("bthe,hed->btd", f"{h}.attn.out", mixed), f"{h}.attn"))
-        hidden = ops.gelu(dense("btd,df->btf", f"{h}.mlp.up", norm(f"{h}.ln2", x)))
-        x = ops.add(x, drop(dense("btf,fd->btd", f"{h}.mlp.down", hidden), f"{h}.mlp"))
-    return ops.contract("btd,vd->btv", norm("ln_f", x), params["wte"])
+        x = one_layer(ops, layer, params, f"h{i}", x, config.recompute and seed is not None)
+    return ops.contract("btd,vd->btv", norm(params, "ln_f", x), params["wte"])
 
 
 def generate(logits_of: Callable[[np.ndarray], np.ndarray], prompt: list[int], num_tokens: int, context: int,

@@ -23,6 +23,12 @@ def share(config: Any, *keys: str) -> None:
             raise RecipeError(f"model.{key} = {value!r} must be a number of at least 0 and below 1.")
 
 
+def flag(config: Any, *keys: str) -> None:
+    for key in keys:
+        if not isinstance(getattr(config, key), bool):
+            raise RecipeError(f"model.{key} = {getattr(config, key)!r} must be true or false.")
+
+
 def one_of(config: Any, key: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, key)
     if value not in choices:

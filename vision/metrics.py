@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from elastic.layers import smoothed
 
 Array = Any
 TOP = 5
@@ -15,7 +15,6 @@ def loss_of(ops: Any, logits: Array, batch: Mapping[str, Array], smoothing: floa
     """The summed cross-entropy of (rows, classes) and the number of real rows.
 
     A batch has "label" (rows,) and "row_weight" (rows,); where rows were mixed up, "label2" and "mix", the first label's part.
-    Smoothed, every class gets smoothing / classes of the target (Szegedy et al. 2016, section 7).
     """
     weights = batch["row_weight"]
     if "mix" in batch:
@@ -24,11 +23,7 @@ def loss_of(ops: Any, logits: Array, batch: Mapping[str, Array], smoothing: floa
         total = ops.add(ops.cross_entropy(logits, batch["label"], first), ops.cross_entropy(logits, batch["label2"], second))
     else:
         total = ops.cross_entropy(logits, batch["label"], weights)
-    if smoothing:
-        rows, num_classes = logits.shape
-        even = ops.multiply(ops.reshape(weights, (rows, 1)), ops.constant(np.full((1, num_classes), -smoothing / num_classes)))
-        total = ops.add(ops.multiply(total, ops.constant(1.0 - smoothing)), ops.sum(ops.multiply(ops.log_softmax(logits), even)))
-    return total, ops.sum(weights)
+    return smoothed(ops, total, logits, weights, smoothing), ops.sum(weights)
 
 
 def scores_of(ops: Any, logits: Array, batch: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:

@@ -50,8 +50,7 @@ class Config:
         checks.share(self, "momentum", "smoothing")
         checks.one_of(self, "stem", ("large", "small"))
         checks.one_of(self, "norm", ("batch", "group"))
-        if not isinstance(self.bottleneck, bool):
-            raise RecipeError(f"model.bottleneck = {self.bottleneck!r} must be true or false.")
+        checks.flag(self, "bottleneck")
         if self.norm == "group" and self.width % self.groups:
             raise RecipeError(f"model.width = {self.width} must be a multiple of model.groups = {self.groups}.")
 

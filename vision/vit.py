@@ -12,6 +12,7 @@ from typing import Any
 
 from elastic.backend import Spec
 from elastic.errors import RecipeError
+from elastic.layers import one_layer
 from vision import config as checks
 from vision.metrics import loss_of, scores_of
 
@@ -20,7 +21,9 @@ Array = Any
 
 @dataclass(frozen=True)
 class Config:
-    """The keys of `[model]`. `patch` is the side of a patch in pixels, `mlp` the hidden width in multiples of `width`."""
+    """The keys of `[model]`. `patch` is the side of a patch in pixels, `mlp` the hidden width in multiples of `width`. `recompute`
+    keeps what comes between layers alone and computes the rest again for the gradient (Chen et al. 2016).
+    """
 
     layers: int = 6
     heads: int = 4
@@ -29,10 +32,12 @@ class Config:
     mlp: int = 4
     dropout: float = 0.0
     smoothing: float = 0.0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         checks.whole(self, "layers", "heads", "width", "patch", "mlp")
         checks.share(self, "dropout", "smoothing")
+        checks.flag(self, "recompute")
         if self.width % self.heads:
             raise RecipeError(f"model.width = {self.width} must be a multiple of model.heads = {self.heads}.")
 
@@ -105,20 +110,22 @@ def forward(ops: Any, params: Mapping[str, Array], images: Array, config: Config
     def drop(x: Array, tag: str) -> Array:
         return ops.dropout(x, rate, seed, tag) if rate else x
 
-    def norm(name: str, x: Array) -> Array:
-        return ops.layer_norm(x, params[f"{name}.weight"], params[f"{name}.bias"])
+    def norm(p: Mapping[str, Array], name: str, x: Array) -> Array:
+        return ops.layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"])
 
-    def dense(equation: str, name: str, x: Array) -> Array:
-        return ops.contract(equation, x, params[f"{name}.weight"], params[f"{name}.bias"])
+    def dense(p: Mapping[str, Array], equation: str, name: str, x: Array) -> Array:
+        return ops.contract(equation, x, p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def layer(p: Mapping[str, Array], x: Array, h: str) -> Array:
+        query, key, value = ops.unbind(dense(p, "btd,dqhe->btqhe", f"{h}.attn.qkv", norm(p, f"{h}.ln1", x)), 2)
+        mixed = ops.attention(query, key, value, False, rate, 0 if seed is None else seed, f"{h}.attn.weights")
+        x = ops.add(x, drop(dense(p, "bthe,hed->btd", f"{h}.attn.out", mixed), f"{h}.attn"))
+        hidden = ops.gelu(dense(p, "btd,df->btf", f"{h}.mlp.up", norm(p, f"{h}.ln2", x)))
+        return ops.add(x, drop(dense(p, "btf,fd->btd", f"{h}.mlp.down", hidden), f"{h}.mlp"))
 
     patches = ops.conv2d(images, params["patch.weight"], params["patch.bias"], config.patch)
     x = ops.reshape(patches, (images.shape[0], -1, config.width))
     x = drop(ops.add(x, params["position"]), "embedding")
     for i in range(config.layers):
-        h = f"h{i}"
-        query, key, value = ops.unbind(dense("btd,dqhe->btqhe", f"{h}.attn.qkv", norm(f"{h}.ln1", x)), 2)
-        mixed = ops.attention(query, key, value, False, rate, 0 if seed is None else seed, f"{h}.attn.weights")
-        x = ops.add(x, drop(dense("bthe,hed->btd", f"{h}.attn.out", mixed), f"{h}.attn"))
-        hidden = ops.gelu(dense("btd,df->btf", f"{h}.mlp.up", norm(f"{h}.ln2", x)))
-        x = ops.add(x, drop(dense("btf,fd->btd", f"{h}.mlp.down", hidden), f"{h}.mlp"))
-    return dense("bd,dk->bk", "head", ops.mean(norm("ln_f", x), (1,)))
+        x = one_layer(ops, layer, params, f"h{i}", x, config.recompute and seed is not None)
+    return dense(params, "bd,dk->bk", "head", ops.mean(norm(params, "ln_f", x), (1,)))

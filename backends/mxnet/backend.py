@@ -7,6 +7,7 @@ in a process; workers that are processes never wait for one another.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import numpy as np
 
 from backends.mxnet import adapter, optimizer, warn_if_late
 from backends.mxnet.adapter import seeded
-from backends.mxnet.graph import Graph, key_of
+from backends.mxnet.graph import Graph, Unrecordable, key_of
 from backends.mxnet.ops import MXNetOps, mx, shapes, to_array
 from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
@@ -84,7 +85,7 @@ class MXNetBackend:
         self._leaves: dict[str, Any] = {}
         self._state: Mapping[str, np.ndarray] = {}
         self._trainable: set[str] = set()
-        self._graphs: dict[Any, Graph] = {}
+        self._graphs: dict[Any, Callable[..., dict[str, Any]]] = {}
         self._compilations = 0
         self._kept: OrderedDict[tuple[int, int, int], list[Any]] = OrderedDict()
 
@@ -171,11 +172,14 @@ class MXNetBackend:
 
     def _graph(self, function: Callable[..., dict[str, Any]], what: Any, state: Mapping[str, Any], columns: Mapping[str, Any],
                seed: int) -> dict[str, Any]:
-        """Results of the graph that is recorded for these shapes."""
+        """Results of the graph that is recorded for these shapes, or of one kernel after the other where a model cannot be recorded."""
         key = key_of(what, state, columns)
         if key not in self._graphs:
-            with _autograd.pause(train_mode=True):
-                self._graphs[key] = Graph(function, self._dtype, self._leaves, state, columns, seed)
+            try:
+                with _autograd.pause(train_mode=True):
+                    self._graphs[key] = Graph(function, self._dtype, self._leaves, state, columns, seed)
+            except Unrecordable:
+                self._graphs[key] = functools.partial(function, self._ops)
             self._compilations += 1
         return self._graphs[key](self._leaves, state, columns, seed)
 

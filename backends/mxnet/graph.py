@@ -60,6 +60,10 @@ def side(argument: Any, which: str) -> Any:
     return tuple(side(a, which) for a in argument) if isinstance(argument, tuple) else argument
 
 
+class Unrecordable(Exception):
+    """A model asks for what a graph does not offer."""
+
+
 class RecordingOps(MXNetOps):
     """Ops on nodes. What enters the graph is written down in `inputs`: a name and a function of the seed that gives the array."""
 
@@ -79,6 +83,9 @@ class RecordingOps(MXNetOps):
         if key not in self.constants:
             self.constants[key] = self.enter(f"constant{len(self.inputs)}", array, lambda seed: array)
         return self.constants[key]
+
+    def recompute(self, function: Callable[..., Any], *arrays: Node) -> Node:
+        raise Unrecordable("a graph keeps every result for its gradient")
 
     def dropout_factors(self, shape: tuple[int, ...], rate: float, seed: Any, tag: str) -> Node:
         def again(seed: int) -> Any:

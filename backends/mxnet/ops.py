@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -188,6 +188,15 @@ class MXNetOps(neutral.Kernels):
         """What `dropout` multiplies by: 0, or the inverse of the share that is kept."""
         return to_array(factors(shape, rate, seed, tag, self.dtype), self.dtype)
 
+    def recompute(self, function: Callable[..., Array], *arrays: Array) -> Array:
+        # the library's loop over gradients ends at the first array that wants none: those that surely want one come first
+        order = sorted(range(len(arrays)), key=lambda i: arrays[i].grad is None)
+
+        def ordered(*given: Array) -> Array:
+            return function(*(array for _, array in sorted(zip(order, given), key=lambda pair: pair[0])))
+
+        return Recomputed(ordered)(*(arrays[i] for i in order))
+
     def conv2d(self, x: Array, weight: Array, bias: Array | None = None, stride: int = 1, padding: int = 0) -> Array:
         tall, wide, _, filters = weight.shape
         inputs = [self.channels_first(x), self.transpose(weight, (3, 2, 0, 1))] + ([] if bias is None else [bias])
@@ -268,6 +277,27 @@ class MXNetOps(neutral.Kernels):
 
     def _reshaped(self, x: Array, shape: tuple[int, ...]) -> Array:
         return x if tuple(x.shape) == tuple(shape) else self.np.reshape(x, shape)
+
+
+class Recomputed(mx.autograd.Function):
+    """A function of arrays that keeps nothing but these, and runs a second time for its gradient."""
+
+    def __init__(self, function: Callable[..., Array]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arrays: Array) -> Array:
+        self.arrays = arrays
+        return self.function(*arrays)
+
+    def backward(self, slope: Any) -> tuple[Any, ...]:
+        leaves = [array.detach() for array in self.arrays]
+        for leaf in leaves:
+            leaf.attach_grad()
+        with mx.autograd.record():
+            out = self.function(*leaves)
+        out.backward(slope.as_np_ndarray())
+        return tuple(leaf.grad.as_nd_ndarray() for leaf in leaves)
 
 
 def to_array(values: Any, dtype: np.dtype) -> Array:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from elastic import ops as neutral
 
@@ -133,11 +134,17 @@ class TorchOps(neutral.Kernels):
         levels = neutral.dropout_levels(rate)
         if not levels:
             return x
-        if x.device.type == "cpu" and not isinstance(seed, Tensor):
-            keep = torch.from_numpy(neutral.keep_mask(x.shape, rate, seed, tag))
-        else:
+        if x.device.type != "cpu":
             keep = keep_mask(x.shape, levels, seed, tag, x.device)
+        elif isinstance(seed, Tensor):
+            keep = opaque_mask(x.shape, rate, seed, tag)
+        else:
+            keep = torch.from_numpy(neutral.keep_mask(x.shape, rate, seed, tag))
         return x * keep * (neutral.DROPOUT_LEVELS / (neutral.DROPOUT_LEVELS - levels))
+
+    def recompute(self, function: Callable[..., Tensor], *arrays: Tensor) -> Tensor:
+        # what is random here is a function of the seed: the generators need not be brought back
+        return checkpoint(function, *arrays, use_reentrant=False, preserve_rng_state=False)
 
     def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
         # turned this way, an image with its channels last is what PyTorch calls channels_last: no copy, and its fastest kernels
@@ -231,3 +238,16 @@ def keep_mask(shape: torch.Size, levels: int, seed: int | Tensor, tag: str, devi
     numbers = torch.arange(1, -(-size // 4) + 1, dtype=torch.int64, device=device) * _signed(neutral.GOLDEN) + start
     parts = _mixed(numbers).view(torch.int16)[:size]
     return (parts >= levels - neutral.DROPOUT_LEVELS // 2).view(shape)
+
+
+@torch.library.custom_op("elastic::keep_mask", mutates_args=(), schema="(int[] shape, float rate, Tensor seed, str tag) -> Tensor")
+def opaque_mask(shape: Sequence[int], rate: float, seed: Tensor, tag: str) -> Tensor:
+    """`elastic.ops.keep_mask` as one kernel for compiled code: of its int64 arithmetic torch 2.13's compiler makes CPU loops that give other
+    bits, and write outside of their memory, where the last dim is no multiple of its vectors.
+    """
+    return torch.from_numpy(neutral.keep_mask(shape, rate, int(seed), tag))
+
+
+@opaque_mask.register_fake
+def _(shape: Sequence[int], rate: float, seed: Tensor, tag: str) -> Tensor:
+    return torch.empty(shape, dtype=torch.bool)

@@ -139,6 +139,9 @@ class TensorFlowOps(neutral.Kernels):
         keep = tf.cast(keep_mask(tuple(x.shape), levels, seed, tag), x.dtype)
         return x * (keep * (neutral.DROPOUT_LEVELS / (neutral.DROPOUT_LEVELS - levels)))
 
+    def recompute(self, function: Callable[..., Tensor], *arrays: Tensor) -> Tensor:
+        return tf.recompute_grad(function)(*arrays)
+
     def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
         same = stride == 1 and tuple(weight.shape)[:2] == (2 * padding + 1, 2 * padding + 1)  # by kernels twice as fast at times
         out = tf.nn.conv2d(x, weight, stride, "SAME" if same else around(padding) if padding else "VALID")

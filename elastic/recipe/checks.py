@@ -163,7 +163,7 @@ def check(recipe: Recipe) -> None:
 
 # what the state and the order of the data follow from
 FIXED = ("run.seed", "model.*", "data.*", "elastic.logical_shards", "optimizer.name", "optimizer.ema")
-FREE = ("model.init", "data.path", "data.eval_path")  # where things lie; whether the data is the same is seen from its content
+FREE = ("model.init", "model.recompute", "data.path", "data.eval_path")  # how it is computed, where things lie; data is known by its content
 
 
 def check_resumed(before: Recipe, after: Recipe) -> None:

@@ -10,10 +10,11 @@ from elastic.recipe.labelled import NAMES, TABLES, Section, Texts
 from elastic.recipe.pictured import Pictured
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "nlp.gpt": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0},
-    "nlp.bert": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "mask": 0.15},
+    "nlp.gpt": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "smoothing": 0.0, "recompute": False},
+    "nlp.bert": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "mask": 0.15, "smoothing": 0.0,
+                 "recompute": False},
     "vision.resnet": {"blocks": [2, 2, 2, 2], "width": 64, "bottleneck": False, "stem": "large", "norm": "batch", "smoothing": 0.0},
-    "vision.vit": {"layers": 6, "heads": 4, "width": 128, "patch": 4, "mlp": 4, "dropout": 0.0, "smoothing": 0.0},
+    "vision.vit": {"layers": 6, "heads": 4, "width": 128, "patch": 4, "mlp": 4, "dropout": 0.0, "smoothing": 0.0, "recompute": False},
     "recommender.dlrm": {"arch": "dlrm", "bottom": [64], "top": [64, 32], "layers": 2, "dropout": 0.0, "loss": "binary"},
 }
 Rising = tuple[Annotated[int, Field(ge=1, strict=True)], ...]

@@ -169,6 +169,13 @@ def make_dropout(rng: np.random.Generator) -> Case:
     return [normal(rng, *shape(rng, 3))], lambda ops, x: ops.dropout(x, rate, seed, "tag")
 
 
+@case
+def make_recompute(rng: np.random.Generator) -> Case:
+    a, b, c = shape(rng, 3)
+    inputs = [normal(rng, a, b), normal(rng, b, c), normal(rng, c)]
+    return inputs, lambda ops, x, w, v: ops.recompute(lambda x, w, v: ops.tanh(ops.contract("ab,bc->ac", x, w, v)), x, w, v)
+
+
 def image(rng: np.random.Generator, channels: int) -> np.ndarray:
     return normal(rng, *shape(rng, 3, 3), channels)
 

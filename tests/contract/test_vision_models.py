@@ -130,7 +130,7 @@ def test_same_numbers_as_a_plain_network() -> None:
     (resnet, {"norm": "layer"}, "model.norm"), (resnet, {"norm": "group", "width": 12}, "model.width = 12 must be a multiple"),
     (resnet, {"smoothing": 1.0}, "model.smoothing"), (resnet, {"bottleneck": 1}, "model.bottleneck"), (resnet, {"depth": 18}, "model.depth"),
     (vit, {"patch": 3}, "model.patch = 3 must divide"), (vit, {"heads": 3}, "model.heads = 3"), (vit, {"dropout": -0.1}, "model.dropout"),
-    (vit, {"blocks": 2}, "model.blocks = 2 is not a key of vision.vit")])
+    (vit, {"recompute": "yes"}, "model.recompute"), (vit, {"blocks": 2}, "model.blocks = 2 is not a key of vision.vit")])
 def test_bad_keys_are_named(module: Any, config: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         module.build(config, INFO)

@@ -136,7 +136,8 @@ def test_how_tokens_are_hidden() -> None:
 
 
 @pytest.mark.parametrize(("config", "words"), [({"mask": 0.0}, "model.mask"), ({"heads": 3}, "model.heads"), ({"layers": 0}, "model.layers"),
-                                               ({"dropout": 1}, "model.dropout"), ({"bias": True}, "model.bias")])
+                                               ({"dropout": 1}, "model.dropout"), ({"bias": True}, "model.bias"),
+                                               ({"recompute": 1}, "model.recompute"), ({"smoothing": 1.0}, "model.smoothing")])
 def test_bad_numbers_are_named(config: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         build(config, {"vocab_size": VOCAB})
