@@ -53,8 +53,9 @@ def task_of(recipe: Recipe, model: Any) -> Task:
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
     layout = FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
-    return Task(layout.size, layout.trainable, layout.gradient, len(SLOTS[recipe.optimizer.name]) + (recipe.optimizer.ema > 0), recipe.elastic.logical_shards,
-                recipe.elastic.reduction == "exact", 0, 0.0, 0.0, recipe.backend.threads)
+    num_slots = len(SLOTS[recipe.optimizer.name]) + (recipe.optimizer.ema > 0)
+    return Task(layout.size, layout.trainable, layout.gradient, num_slots, recipe.elastic.logical_shards, recipe.elastic.reduction == "exact",
+                0, 0.0, 0.0, recipe.backend.threads)
 
 
 def measured(recipe: Recipe, info: Mapping[str, Any], flops_s: float = 0.0) -> Task:
@@ -67,7 +68,7 @@ def measured(recipe: Recipe, info: Mapping[str, Any], flops_s: float = 0.0) -> T
     task, batch = task_of(recipe, work.model), load_batch(work.training, work.sampler, 1, 0)
     if isinstance(getattr(work.model, "parameters", None), Mapping):
         found = meter.measure(work.model, batch)
-        task = replace(task, kept_bytes=found.kept_bytes, shard_s=found.flops / flops_s if flops_s else 0.0)
+        task = replace(task, kept_bytes=found.kept_bytes + found.again_bytes, shard_s=found.flops / flops_s if flops_s else 0.0)
     elif flops_s:
         raise UserError(f"--tflops {flops_s / 1e12:g} says nothing of model.kind = {recipe.model.kind!r}, whose operations nobody counts; "
                         "leave it out.")

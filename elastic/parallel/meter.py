@@ -8,7 +8,7 @@ backward pass still needs after the forward pass, parameters and batch left out,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Measure:
-    """One shard's training pass: `flops` forward and backward, `kept_bytes` alive when the backward pass begins."""
+    """One shard's training pass: `flops` forward and backward, `kept_bytes` alive when the backward pass begins, and `again_bytes` of the
+    largest stretch that it computes again.
+    """
 
     flops: int
     kept_bytes: int
+    again_bytes: int = 0
 
 
 def measure(model: Model, batch: Batch, frozen: Sequence[str] = ()) -> Measure:
@@ -48,7 +51,7 @@ def measure(model: Model, batch: Batch, frozen: Sequence[str] = ()) -> Measure:
     state = {name: Shape(spec.shape, False, owned=False) for name, spec in model.buffers.items()}
     columns = {name: Shape(np.shape(column), False, owned=False) for name, column in batch.items()}
     model.loss(ops, params, state, columns, 0)
-    return Measure(ops.flops, ops.kept_bytes)
+    return Measure(ops.flops, ops.kept_bytes, ops.again_bytes)
 
 
 def parameters_of(specs: Mapping[str, Spec]) -> int:
@@ -61,7 +64,7 @@ class MeterOps(Kernels):
     name = "meter"
 
     def __init__(self) -> None:
-        self.flops = 0
+        self.flops = self.forward = self.again_bytes = 0
         self._kept: dict[int, Shape] = {}
 
     @property
@@ -81,6 +84,7 @@ class MeterOps(Kernels):
 
     def _product(self, flops: int, x: Shape, y: Shape) -> None:
         """A product of two arrays: itself, and one more for the gradient of each factor."""
+        self.forward += flops
         self.flops += flops * (1 + x.grad + y.grad)
         if y.grad:
             self._keep(x)
@@ -207,7 +211,8 @@ class MeterOps(Kernels):
     def attention(self, query: Shape, key: Shape, value: Shape, causal: bool, rate: float = 0.0, seed: int = 0, tag: str = "") -> Shape:
         """Two products for each query and key, hidden or not. The scores are kept only where weights are dropped."""
         rows, time, heads, d_head = query.shape
-        self.flops += 3 * 4 * rows * heads * time * key.shape[1] * d_head
+        flops = 4 * rows * heads * time * key.shape[1] * d_head
+        self.forward, self.flops = self.forward + flops, self.flops + 3 * flops
         scores = (rows, heads, time, key.shape[1])
         out = self._new(query.shape, query, key, value)
         self._keep(query, key, value)
@@ -222,6 +227,14 @@ class MeterOps(Kernels):
         if rate and x.grad:
             self._keep(Shape(x.shape, False, itemsize=1))
         return self._new(x.shape, x)
+
+    def recompute(self, function: Callable[..., Shape], *arrays: Shape) -> Shape:
+        before, forward, self._kept = self._kept, self.forward, {}
+        out = function(*arrays)
+        self.flops += self.forward - forward
+        self.again_bytes, self._kept = max(self.again_bytes, self.kept_bytes), before
+        self._keep(*arrays)
+        return out
 
     def conv2d(self, x: Shape, weight: Shape, bias: Shape | None = None, stride: int = 1, padding: int = 0) -> Shape:
         rows, height, width, _ = x.shape

@@ -45,6 +45,7 @@ PICTURES = {"shape": (8, 8, 1), "num_classes": 10}
 CASES = {
     "gpt": (lambda: gpt.build(LANGUAGE, {"vocab_size": 31}), text),
     "gpt with dropout and biases": (lambda: gpt.build({**LANGUAGE, "dropout": 0.1, "bias": True}, {"vocab_size": 31}), text),
+    "gpt computed again": (lambda: gpt.build({**LANGUAGE, "recompute": True, "dropout": 0.1}, {"vocab_size": 31}), text),
     "bert": (lambda: bert.build(LANGUAGE, {"vocab_size": 31}), hidden),
     "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 32, "patch": 2, "mlp": 2}, PICTURES), images),
     "resnet": (lambda: resnet.build({"blocks": [1, 1], "width": 8, "stem": "small"}, PICTURES), images),
@@ -88,6 +89,17 @@ def test_the_work_of_a_gpt_is_the_formula() -> None:
     batch = {"tokens": np.zeros((2, 33), np.int64), "row_weight": np.ones(2, np.float32)}
     products = 3 * 12 * 64 * 64 + 101 * 64
     assert measure(model, batch).flops == 2 * 32 * (6 * products + 12 * 3 * 64 * 32)
+
+
+def test_what_is_computed_again_costs_a_forward_pass_and_keeps_little() -> None:
+    def of(recompute: bool) -> Any:
+        model = gpt.build({"layers": 3, "heads": 4, "width": 64, "context": 32, "recompute": recompute}, {"vocab_size": 101})
+        return measure(model, {"tokens": np.zeros((2, 33), np.int64), "row_weight": np.ones(2, np.float32)})
+
+    plain, again = of(False), of(True)
+    layers = 3 * 2 * 32 * (2 * 12 * 64 * 64 + 4 * 64 * 32)
+    assert again.flops - plain.flops == layers
+    assert again.kept_bytes + 3 * again.again_bytes > plain.kept_bytes > again.kept_bytes + again.again_bytes
 
 
 def test_a_convolution_by_hand() -> None:
