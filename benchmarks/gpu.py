@@ -43,7 +43,7 @@ GOAL = 0.97  # of the plain loop's tokens a second
 WARM_STEPS = 3  # of each, before anything counts: they compile
 SAME = 0.02  # how far the two losses may lie apart, relatively, after the warm steps
 OPTIMIZER = {"name": "adamw", "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.1, "beta1": 0.9,
-             "beta2": 0.99, "eps": 1e-8, "momentum": 0.9, "clip_norm": 0.0}
+             "beta2": 0.99, "eps": 1e-8, "momentum": 0.9, "clip_norm": 0.0, "ema": 0.0}
 # dense bfloat16, from NVIDIA's data sheets; the first name that is part of the device's counts
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
