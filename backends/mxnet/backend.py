@@ -177,7 +177,7 @@ class MXNetBackend:
         if key not in self._graphs:
             try:
                 with _autograd.pause(train_mode=True):
-                    self._graphs[key] = Graph(function, self._dtype, self._leaves, state, columns, seed)
+                    self._graphs[key] = Graph(function, self._ops, self._leaves, state, columns, seed)
             except Unrecordable:
                 self._graphs[key] = functools.partial(function, self._ops)
             self._compilations += 1
@@ -198,6 +198,7 @@ class MXNetBackend:
         if into.keys() == self._trainable:
             return
         self._trainable = set(into)
+        self._ops.apart = len(into) < len(self.parameters)
         self._leaves = {name: leaf.detach() for name, leaf in self._leaves.items()}
         for name in into:
             self._leaves[name].attach_grad()

@@ -67,8 +67,8 @@ class Unrecordable(Exception):
 class RecordingOps(MXNetOps):
     """Ops on nodes. What enters the graph is written down in `inputs`: a name and a function of the seed that gives the array."""
 
-    def __init__(self, dtype: Any):
-        super().__init__(dtype, Space(mx.np, mx.sym.np), Space(mx.npx, mx.sym.npx))
+    def __init__(self, ops: MXNetOps):
+        super().__init__(ops.dtype, Space(mx.np, mx.sym.np), Space(mx.npx, mx.sym.npx), ops.apart)
         self.inputs: dict[str, Callable[[int], Any]] = {}
         self.constants: dict[tuple[Any, ...], Node] = {}
 
@@ -120,11 +120,11 @@ class RecordingOps(MXNetOps):
 
 
 class Graph:
-    """`function(ops, params, state, batch, seed)`, which gives results by name, for one set of shapes."""
+    """`function(ops, params, state, batch, seed)`, which gives results by name, for one set of shapes; recorded with ops like these."""
 
-    def __init__(self, function: Callable[..., Mapping[str, Any]], dtype: Any, params: Mapping[str, Any], state: Mapping[str, Any],
+    def __init__(self, function: Callable[..., Mapping[str, Any]], like: MXNetOps, params: Mapping[str, Any], state: Mapping[str, Any],
                  batch: Mapping[str, Any], seed: int):
-        ops = RecordingOps(dtype)
+        ops = RecordingOps(like)
         entered = [{name: ops.enter(f"{kind}/{name}", value, _none) for name, value in arrays.items()}
                    for kind, arrays in (("params", params), ("state", state), ("batch", batch))]
         found = function(ops, *entered, Seed(seed))

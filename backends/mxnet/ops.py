@@ -28,12 +28,14 @@ def shapes(active: bool = True) -> Any:
 
 
 class MXNetOps(neutral.Kernels):
-    """Kernels on the CPU. `dtype` is what constants of floating point become."""
+    """Kernels on the CPU. `dtype` is what constants of floating point become; `apart`: biases are added by a kernel of their own, for the
+    product's gives them no gradient where its weight wants none.
+    """
 
     name = "mxnet"
 
-    def __init__(self, dtype: Any = np.float32, np_space: Any = mx.np, npx_space: Any = mx.npx):
-        self.dtype = np.dtype(dtype)
+    def __init__(self, dtype: Any = np.float32, np_space: Any = mx.np, npx_space: Any = mx.npx, apart: bool = False):
+        self.dtype, self.apart = np.dtype(dtype), apart
         self.np, self.npx = np_space, npx_space  # the kernels: MXNet's own, or a recorder in front of them
 
     def constant(self, values: Any) -> Array:
@@ -107,7 +109,7 @@ class MXNetOps(neutral.Kernels):
             out = self.npx.batch_dot(a, b, transpose_b=True)
         else:
             a, b = flat(x, plan.left_order, plan.lead, plan.inner), flat(y, plan.right_order, plan.trail, plan.inner)
-            shift = () if bias is None or plan.turned else (self._reshaped(bias, (b.shape[0],)),)
+            shift = () if bias is None or plan.turned or self.apart else (self._reshaped(bias, (b.shape[0],)),)
             out = self.npx.fully_connected(a, b, *shift, num_hidden=b.shape[0], no_bias=not shift, flatten=False)
             bias = None if shift else bias
         out = self._reshaped(out, tuple(sizes[i] for i in plan.batch + plan.lead + plan.trail))

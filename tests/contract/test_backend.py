@@ -98,6 +98,16 @@ def test_frozen_parameters_get_no_gradient(name: str) -> None:
 
 
 @every_backend
+def test_a_bias_learns_beside_a_frozen_weight(name: str) -> None:
+    whole = gpt_rig(name, config={"bias": True})
+    part = gpt_rig(name, freeze=("*.weight",), config={"bias": True})
+    wanted, found = (rig.by_name(rig.gradient(token_batch())[0]) for rig in (whole, part))
+    for key in ("h0.attn.qkv.bias", "h1.attn.out.bias", "h0.mlp.up.bias", "h1.mlp.down.bias", "ln_f.bias"):
+        assert np.linalg.norm(np.asarray(wanted[key])) > 1e-3
+        assert_close(found[key], wanted[key], 1e-5, key)
+
+
+@every_backend
 def test_filler_rows_count_for_nothing(name: str) -> None:
     rig = gpt_rig(name)
     filled, short = token_batch(4, real=2), {k: v[:2] for k, v in token_batch(4).items()}
