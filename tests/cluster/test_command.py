@@ -78,9 +78,7 @@ def test_train_verify_replay_evaluate_sample(here: Path) -> None:
 
 
 def test_interrupted_then_resumed_ends_with_the_same_bits(here: Path) -> None:
-    whole = elastic(here, "train", "r.toml", "--run-dir", "whole", "--set", "elastic.max_workers=1", "--set", "run.steps=1500")
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen([*ELASTIC, "train", "r.toml", "--run-dir", "run", "--set", "run.steps=1500"], cwd=here, stdout=subprocess.PIPE,
+    process = subprocess.Popen([*ELASTIC, "train", "r.toml", "--run-dir", "run", *SLOW], cwd=here, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     for line in process.stdout:
         if "checkpoint step-" in line:
@@ -92,10 +90,13 @@ def test_interrupted_then_resumed_ends_with_the_same_bits(here: Path) -> None:
     stopped = summary(here / "run")
     assert stopped["status"] == "interrupted"
     assert (here / "run" / "checkpoints" / f"step-{stopped['steps']:08d}" / "manifest.json").exists()
-    resumed = elastic(here, "resume", "run")
+    length = f"run.steps={stopped['steps'] + 50}"
+    resumed = elastic(here, "resume", "run", "--set", length)
     assert resumed.returncode == 0, resumed.stderr
+    whole = elastic(here, "train", "r.toml", "--run-dir", "whole", "--set", "elastic.max_workers=1", "--set", length, "--set", "run.eval_every=0")
+    assert whole.returncode == 0, whole.stderr
     assert summary(here / "run")["state_sha256"] == summary(here / "whole")["state_sha256"]
-    assert summary(here / "run")["steps"] == 1500
+    assert summary(here / "run")["steps"] == stopped["steps"] + 50
     assert elastic(here, "verify", "run").returncode == 0
 
 
