@@ -8,13 +8,13 @@ backward pass still needs after the forward pass, parameters and batch left out,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from elastic.backend import Batch, Model, Spec
+from elastic.backend import Batch, Model
 from elastic.ops import Kernels
 
 FLOAT = 4  # bytes
@@ -44,18 +44,14 @@ class Measure:
     again_bytes: int = 0
 
 
-def measure(model: Model, batch: Batch, frozen: Sequence[str] = ()) -> Measure:
+def measure(model: Model, batch: Batch) -> Measure:
     """Of a neutral model on a batch like this one."""
     ops = MeterOps()
-    params = {name: Shape(spec.shape, name not in frozen, owned=False) for name, spec in model.parameters.items()}
+    params = {name: Shape(spec.shape, True, owned=False) for name, spec in model.parameters.items()}
     state = {name: Shape(spec.shape, False, owned=False) for name, spec in model.buffers.items()}
     columns = {name: Shape(np.shape(column), False, owned=False) for name, column in batch.items()}
     model.loss(ops, params, state, columns, 0)
     return Measure(ops.flops, ops.kept_bytes, ops.again_bytes)
-
-
-def parameters_of(specs: Mapping[str, Spec]) -> int:
-    return sum(math.prod(spec.shape) for spec in specs.values())
 
 
 class MeterOps(Kernels):
