@@ -6,7 +6,7 @@ tensor on a GPU. Both slice, reshape and add in place with the same syntax, whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,32 @@ class Model(Protocol):
 
         In place of a sum there may be an array, one value a row, for the model's tally: see `Tally`.
         """
+
+
+class Chain(Model, Protocol):
+    """A model in pieces, one after the other: what can be laid out on a mesh. `elastic.layers.Chained` makes a `Model` of it.
+
+    `layout` names the axis along which each dim may be split, {"heads": "tensor", "d_ff": "tensor"}; the model puts `ops.enter` and
+    `ops.leave` around what is split. Where no axis has more than one worker they do nothing.
+    """
+
+    layout: Mapping[str, str]
+    pieces: Sequence[str]
+
+    def names(self, piece: str) -> Sequence[str]:
+        """The parameters that a piece reads. Two pieces may read the same one (a head tied to the embedding)."""
+
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
+        """One piece: from what the piece before made (None for the first) to one floating-point array with the rows first.
+
+        `seed` None means evaluation: no dropout.
+        """
+
+    def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
+        """The loss's sum and weight, of what the last piece made."""
+
+    def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
+        """What `metrics` gives, of what the last piece made."""
 
 
 class Tally(Protocol):
@@ -121,6 +147,40 @@ class Backend(Protocol):
 
     def squared_norms(self, grad: Buffer, block: int) -> Any:
         """The squared norm of every block of `grad`, float64 NumPy, computed block by block."""
+
+    # Of a model that is a `Chain`, on a mesh.
+
+    def connect(self, axes: Mapping[str, Any]) -> None:
+        """From now on, until the next call, dims are split over these axes: `elastic.parallel.axis.Axis` by dim. Once a generation.
+
+        The model's parameters are already the parts that this worker holds; `parameters` has their shapes.
+        """
+
+    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
+                ) -> Buffer | ShardResult:
+        """Runs pieces of the model on one micro-batch and keeps what their backward pass needs under `key`.
+
+        `inputs`: what the pieces before made, flat, to be read as `shape`; None where `pieces` begins the model. The result, flat, or
+        where `pieces` ends the model the loss. It is not written to again, and neither is `inputs` before the backward pass.
+        """
+
+    def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
+        """Adds the gradients of the pieces' parameters to `into` and returns that of `inputs`, flat; None where there were none.
+
+        `gradient` is that of the result, flat; None where the result was the loss. What was kept under `key` is let go.
+        """
+
+    def backward_input(self, key: Any, gradient: Buffer | None) -> Buffer | None:
+        """The first half of `backward`: the gradient of `inputs`, the same bits. `backward_weight` follows."""
+
+    def backward_weight(self, key: Any, into: Mapping[str, Buffer]) -> None:
+        """The second half of `backward`; the same bits."""
+
+    def forget(self) -> None:
+        """Lets go of all that is kept: a step was cut off."""
+
+    def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
+        """Pieces for evaluation: a flat buffer, or where `pieces` ends the model what `metrics` gives."""
 
     def compilations(self) -> int:
         """How many traces or compilations this process has done so far."""

@@ -1,10 +1,21 @@
-"""The mesh: how many workers along each axis, and which logical shards are whose."""
+"""The mesh: how many workers along each axis, who sits where, and which logical shards are whose."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 AXES = ("data", "pipeline", "tensor", "expert")
+ORDER = ("data", "pipeline", "expert", "tensor")  # of the axes in a rank, slowest first: a replica is a run of ranks, so is a tensor group
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A worker's place along each axis."""
+
+    data: int = 0
+    pipeline: int = 0
+    expert: int = 0
+    tensor: int = 0
 
 
 @dataclass(frozen=True)
@@ -24,11 +35,37 @@ class Mesh:
     @property
     def replica_size(self) -> int:
         """Workers that together hold one copy of the model."""
-        return self.pipeline * self.tensor
+        return self.pipeline * self.expert * self.tensor
 
     @property
     def world_size(self) -> int:
         return self.data * self.replica_size
+
+    def seat(self, rank: int) -> Seat:
+        """Where a rank sits."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is not in a mesh of {self.world_size}.")
+        places = {}
+        for axis in reversed(ORDER):
+            rank, places[axis] = divmod(rank, getattr(self, axis))
+        return Seat(**places)
+
+    def rank(self, seat: Seat) -> int:
+        """Who sits there."""
+        rank = 0
+        for axis in ORDER:
+            rank = rank * getattr(self, axis) + getattr(seat, axis)
+        return rank
+
+    def line(self, rank: int, axis: str) -> tuple[int, ...]:
+        """The ranks along one axis through `rank`, in order."""
+        seat = self.seat(rank)
+        return tuple(self.rank(replace(seat, **{axis: i})) for i in range(getattr(self, axis)))
+
+    def replica(self, rank: int) -> tuple[int, ...]:
+        """The ranks that share `rank`'s copy of the model, in order."""
+        low = rank - rank % self.replica_size
+        return tuple(range(low, low + self.replica_size))
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)

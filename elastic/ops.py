@@ -60,8 +60,11 @@ class Ops(Protocol):
     def narrow(self, x: Array, axis: int, start: int, length: int) -> Array:
         """`length` places of `axis` from `start`."""
 
-    def gather(self, table: Array, indices: Array) -> Array:
-        """Rows of `table` (rows, ...) at integer `indices` (any shape): shape indices.shape + table.shape[1:]. An embedding."""
+    def gather(self, table: Array, indices: Array, dim: str = "") -> Array:
+        """Rows of `table` (rows, ...) at integer `indices` (any shape): shape indices.shape + table.shape[1:]. An embedding.
+
+        Where `dim`, that of the rows, is split, `table` is this worker's span of them and `indices` count all; every worker gets all rows asked for.
+        """
 
     # arithmetic, with NumPy's broadcasting; numbers are allowed for one argument
     def add(self, x: Array, y: Array) -> Array:
@@ -164,11 +167,38 @@ class Ops(Protocol):
     def group_norm(self, x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
         """(rows, ..., c) normalised per row and run of c / groups channels, times weight plus bias (c,). Wu and He 2018."""
 
+    # Where a dim is split over an axis of the mesh (`elastic.parallel.axis`): the collectives, forward and backward. A dim that
+    # is not split, or not known, has degree 1, and these return `x` as it is. Sums are in rank order.
+
+    def degree(self, dim: str) -> int:
+        """In how many parts `dim` is split."""
+
+    def part(self, dim: str) -> int:
+        """Which of them is this worker's."""
+
+    def enter(self, x: Array, dim: str) -> Array:
+        """`x`, the same on all workers, on its way into what is split along `dim`; the gradients that come back are summed. (...) -> (...)"""
+
+    def leave(self, x: Array, dim: str) -> Array:
+        """The sum over the axis of what each worker's part along `dim` gave, the same on all; the gradient passes as it is. (...) -> (...)"""
+
+    def collect(self, x: Array, dim: str) -> Array:
+        """The workers' parts of the last dim, side by side, the same on all; each part gets its own stretch of the gradient."""
+
+    def exchange(self, x: Array, dim: str) -> Array:
+        """x (parts, ...): slice i goes to the worker of part i, slice i of the result has come from it. So do the gradients, back."""
+
+    def attach(self, x: Array, penalty: Array) -> Array:
+        """`x`, with which the scalar `penalty` is added to the loss's gradient, though not to the loss: a term that a piece in the middle
+        of a model has to say. (...), () -> (...)
+        """
+
     # losses: sums, never means, so that shards of any size add up
-    def cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
+    def cross_entropy(self, logits: Array, targets: Array, weights: Array, dim: str = "") -> Array:
         """Weighted sum of -log softmax(logits)[targets]: logits (..., classes), targets (...) integer, weights (...) -> ().
 
-        Gradient for logits alone.
+        Gradient for logits alone. Where `dim`, that of the classes, is split, `logits` are this worker's span of them: nothing but one
+        maximum, one sum and one logit a place is exchanged (Shoeybi et al. 2019, section 3).
         """
 
     def binary_cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:

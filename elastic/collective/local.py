@@ -85,6 +85,8 @@ class World:
 class LocalGroup(Member):
     """`ranks` are the members' ranks in their generation; `rank` is this one's place among them."""
 
+    sums_in_order = True  # `all_reduce` adds in rank order
+
     def __init__(self, world: World, ranks: tuple[int, ...], rank: int, abandoned: threading.Event | None = None):
         super().__init__(rank, len(ranks), abandoned)
         self._world, self._ranks, self._me = world, ranks, ranks[rank]

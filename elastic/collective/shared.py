@@ -30,6 +30,8 @@ LITTLE = 16 * 1024  # elements up to which every member sums everything by itsel
 class SharedGroup(Member):
     """Made by `form`. Buffers are NumPy arrays or CPU tensors; those from `allocate` are reduced where they lie."""
 
+    sums_in_order = True  # `all_reduce` adds in rank order
+
     def __init__(self, segment: Segment, peers: Sequence[Peer | None], store: StoreClient, rank: int, abandoned: threading.Event,
                  timeout_s: float):
         super().__init__(rank, len(peers), abandoned)

@@ -10,6 +10,8 @@ from elastic.collective.member import Member
 
 
 class SoloGroup(Member):
+    sums_in_order = True  # `all_reduce` adds in rank order
+
     def __init__(self, abandoned: threading.Event | None = None):
         super().__init__(0, 1, abandoned)
 

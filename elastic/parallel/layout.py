@@ -1,0 +1,186 @@
+"""How a model lies on a mesh: which pieces a stage runs, which box of each array a worker holds. Pure functions of names and numbers.
+
+A dim that the layout maps to an axis is split along it, as evenly as it goes; a parameter's dims name its axes. Pieces of the model
+go to the stages of the pipeline, each a contiguous stretch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from elastic.backend import Spec
+from elastic.errors import RecipeError
+from elastic.mesh import AXES, Mesh, Seat
+from elastic.parallel.axis import span
+
+UNEVEN = ("vocab", "table_row")  # dims whose parts may differ by one: nothing but memory depends on them
+SPLITTING = ("tensor", "expert")  # axes along which a dim can be split
+
+
+@dataclass(frozen=True)
+class Box:
+    """The part of an array that a worker holds: of `shape`, `count` places from `start` on."""
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    count: tuple[int, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.count
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Parameters that several seats of a replica hold, and whose gradient is the sum of what each of them finds."""
+
+    seats: tuple[Seat, ...]  # of replica 0
+    names: tuple[str, ...]
+
+
+class Layout:
+    """One model on one mesh. RecipeError where it does not fit."""
+
+    def __init__(self, model: Any, mesh: Mesh, dims: Mapping[str, str] | None = None, costs: Mapping[str, float] | None = None,
+                 num_chunks: int = 1):
+        """`dims`: dim -> axis in place of the model's own; `costs`: of each piece, in any unit, to balance the stages; else they count alike."""
+        self.mesh, self.num_chunks = mesh, num_chunks
+        self.parameters: Mapping[str, Spec] = model.parameters
+        is_chain = hasattr(model, "pieces") and hasattr(model, "layout")
+        for axis in ("pipeline", "tensor", "expert"):
+            if getattr(mesh, axis) > 1 and not is_chain:
+                raise RecipeError(f"mesh.{axis} = {getattr(mesh, axis)} needs a model in pieces with named dims, and model.kind is none; write "
+                                  f"mesh.{axis} = 1, or offer what elastic.backend.Chain asks for.")
+        own = dict(model.layout) if is_chain else {}
+        if dims:
+            check_dims(dims, self.parameters)
+        self.dims = {dim: axis for dim, axis in (dims or own).items() if getattr(mesh, axis) > 1}
+        self._check_divides(model)
+        depths = mesh.pipeline * num_chunks
+        if is_chain:
+            if len(model.pieces) < depths:
+                raise RecipeError(f"mesh.pipeline = {mesh.pipeline}" + (f" with mesh.chunks = {num_chunks}" if num_chunks > 1 else "") +
+                                  f" needs {depths} pieces, and the model has {len(model.pieces)} ({', '.join(model.pieces[:4])}, ...); write "
+                                  f"mesh.pipeline = {max(1, len(model.pieces) // num_chunks)} or less.")
+            weights = [1.0 if costs is None else costs[piece] for piece in model.pieces]
+            self.depths = tuple(tuple(model.pieces[low:high]) for low, high in balanced(weights, depths))
+            reads = {piece: tuple(model.names(piece)) for piece in model.pieces}
+            self._held = [tuple(dict.fromkeys(name for piece in pieces for name in reads[piece])) for pieces in self.depths]
+        else:
+            self.depths = ((),)
+            self._held = [tuple(self.parameters)]
+
+    def _check_divides(self, model: Any) -> None:
+        for name, spec in self.parameters.items():
+            for dim, length in zip(spec.dims, spec.shape, strict=False):
+                axis = self.dims.get(dim)
+                if axis and dim not in UNEVEN and length % getattr(self.mesh, axis):
+                    size = getattr(self.mesh, axis)
+                    fits = [n for n in range(1, length + 1) if length % n == 0]
+                    raise RecipeError(f"mesh.{axis} = {size} does not divide {dim} = {length} of {name}; write one of "
+                                      f"{', '.join(map(str, fits[:6]))}.")
+        for axis in SPLITTING:
+            if getattr(self.mesh, axis) > 1 and not any(self.dims.get(dim) == axis for spec in self.parameters.values() for dim in spec.dims):
+                raise RecipeError(f"mesh.{axis} = {getattr(self.mesh, axis)} splits nothing: no dim of the model is laid out on it; write mesh.{axis} = 1.")
+
+    def stage_depths(self, stage: int) -> tuple[int, ...]:
+        """The depths whose chunks a stage runs."""
+        return tuple(stage + chunk * self.mesh.pipeline for chunk in range(self.num_chunks))
+
+    def held(self, stage: int) -> tuple[str, ...]:
+        """The parameters of a stage, in the model's order."""
+        mine = {name for depth in self.stage_depths(stage) for name in self._held[depth]}
+        return tuple(name for name in self.parameters if name in mine)
+
+    def read_at(self, depth: int) -> tuple[str, ...]:
+        """The parameters that the chunk at a depth reads."""
+        return self._held[depth]
+
+    @cached_property
+    def stages_of(self) -> dict[str, tuple[int, ...]]:
+        """The stages that hold each parameter."""
+        return {name: tuple(stage for stage in range(self.mesh.pipeline) if name in set(self.held(stage))) for name in self.parameters}
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """The axes along which a parameter is split."""
+        return tuple(dict.fromkeys(self.dims[dim] for dim in self.parameters[name].dims if dim in self.dims))
+
+    def box(self, name: str, seat: Seat) -> Box:
+        """The part of a parameter that the worker on `seat` holds, if its stage holds it."""
+        spec = self.parameters[name]
+        start, count = [0] * len(spec.shape), list(spec.shape)
+        for i, dim in enumerate(spec.dims):
+            axis = self.dims.get(dim)
+            if axis:
+                start[i], count[i] = span(spec.shape[i], getattr(self.mesh, axis), getattr(seat, axis))
+        return Box(tuple(spec.shape), tuple(start), tuple(count))
+
+    def boxes(self, seat: Seat) -> dict[str, Box]:
+        """By name, of all that a seat holds, in the model's order."""
+        return {name: self.box(name, seat) for name in self.held(seat.pipeline)}
+
+    def specs(self, seat: Seat) -> dict[str, Spec]:
+        """The parameters of a seat with the shapes that it holds."""
+        return {name: replace(self.parameters[name], shape=box.count) for name, box in self.boxes(seat).items()}
+
+    def keepers(self, name: str) -> tuple[Seat, ...]:
+        """The seats of replica 0 of which each holds a part of the parameter, and together all of it once: who counts it in a norm, and saves it."""
+        axes = self.axes(name)
+        return tuple(Seat(0, self.stages_of[name][0], expert, tensor)
+                     for expert in range(self.mesh.expert if "expert" in axes else 1)
+                     for tensor in range(self.mesh.tensor if "tensor" in axes else 1))
+
+    def is_keeper(self, name: str, seat: Seat) -> bool:
+        return replace(seat, data=0) in self.keepers(name)
+
+    def shared(self, seat: Seat) -> tuple[Shared, ...]:
+        """The parameters of a seat whose gradients must be summed over a replica, by who holds them.
+
+        Tied parameters over their stages; what is not split over the expert axis, where every worker has other rows, over that.
+        """
+        found: dict[tuple[Seat, ...], list[str]] = {}
+        for name in self.held(seat.pipeline):
+            experts = (seat.expert,) if "expert" in self.axes(name) else range(self.mesh.expert)
+            seats = tuple(Seat(0, stage, expert, seat.tensor) for stage in self.stages_of[name] for expert in experts)
+            if len(seats) > 1:
+                found.setdefault(seats, []).append(name)
+        return tuple(Shared(seats, tuple(names)) for seats, names in found.items())
+
+
+def check_dims(dims: Mapping[str, str], parameters: Mapping[str, Spec]) -> None:
+    """RecipeError for a layout that names what there is not."""
+    known = list(dict.fromkeys(dim for spec in parameters.values() for dim in spec.dims))
+    for dim, axis in dims.items():
+        if dim not in known:
+            raise RecipeError(f"mesh.layout.{dim} = \"{axis}\" names no dim of the model; its dims are {', '.join(known)}.")
+        if axis not in SPLITTING:
+            what = "is an axis along which nothing is split" if axis in AXES else "is no axis of the mesh"
+            raise RecipeError(f"mesh.layout.{dim} = \"{axis}\" {what}; write one of {', '.join(SPLITTING)}.")
+
+
+def balanced(weights: Sequence[float], parts: int) -> list[tuple[int, int]]:
+    """Cuts a row into contiguous stretches, none empty, whose heaviest is as light as possible; of equals the one with the earliest cuts."""
+    total = [0.0]
+    for weight in weights:
+        total.append(total[-1] + weight)
+    size = len(weights)
+    best = {(size, 0): 0.0}
+    cut: dict[tuple[int, int], int] = {}
+    for left in range(1, parts + 1):
+        for low in range(size - left, -1, -1):
+            most, where = math.inf, -1
+            for high in range(low + 1, size - left + 2):
+                heavy = max(total[high] - total[low], best.get((high, left - 1), math.inf))
+                if heavy < most:
+                    most, where = heavy, high
+            best[low, left], cut[low, left] = most, where
+    spans, low = [], 0
+    for left in range(parts, 0, -1):
+        high = cut[low, left]
+        spans.append((low, high))
+        low = high
+    return spans
