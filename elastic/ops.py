@@ -7,7 +7,7 @@ own error on shapes that do not fit. Batch columns arrive as integer (int64) or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,9 +24,30 @@ DROPOUT_LEVELS = 65_536  # a dropout rate is rounded to this many levels: four d
 
 
 class Kernels:
-    """What the implementations inherit: a kernel that a framework lacks is one sentence to whoever wrote the model."""
+    """What the implementations inherit: a kernel that a framework lacks is one sentence to whoever wrote the model, and the collectives
+    between workers do nothing while nothing is split. `_enter` and so on are each framework's own, on a flat or shaped array of its kind.
+    """
 
     name: str
+    axes: Mapping[str, Any] = {}  # `elastic.parallel.axis.Axis` by dim, of this generation
+
+    def degree(self, dim: str) -> int:
+        return self.axes[dim].size if dim in self.axes else 1
+
+    def part(self, dim: str) -> int:
+        return self.axes[dim].rank if dim in self.axes else 0
+
+    def enter(self, x: Array, dim: str) -> Array:
+        return x if self.degree(dim) == 1 else self._enter(x, dim)
+
+    def leave(self, x: Array, dim: str) -> Array:
+        return x if self.degree(dim) == 1 else self._leave(x, dim)
+
+    def collect(self, x: Array, dim: str) -> Array:
+        return x if self.degree(dim) == 1 else self._collect(x, dim)
+
+    def exchange(self, x: Array, dim: str) -> Array:
+        return x if self.degree(dim) == 1 else self._exchange(x, dim)
 
     if not TYPE_CHECKING:  # for whom a missing kernel is an error already
 

@@ -85,7 +85,8 @@ class Layout:
                                       f"{', '.join(map(str, fits[:6]))}.")
         for axis in SPLITTING:
             if getattr(self.mesh, axis) > 1 and not any(self.dims.get(dim) == axis for spec in self.parameters.values() for dim in spec.dims):
-                raise RecipeError(f"mesh.{axis} = {getattr(self.mesh, axis)} splits nothing: no dim of the model is laid out on it; write mesh.{axis} = 1.")
+                raise RecipeError(f"mesh.{axis} = {getattr(self.mesh, axis)} splits nothing: no dim of the model is laid out on it; "
+                                  f"write mesh.{axis} = 1.")
 
     def stage_depths(self, stage: int) -> tuple[int, ...]:
         """The depths whose chunks a stage runs."""
