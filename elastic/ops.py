@@ -31,6 +31,12 @@ class Kernels:
     name: str
     axes: Mapping[str, Any] = {}  # `elastic.parallel.axis.Axis` by dim, of this generation
 
+    if TYPE_CHECKING:
+        _enter: Callable[[Array, str], Array]
+        _leave: Callable[[Array, str], Array]
+        _collect: Callable[[Array, str], Array]
+        _exchange: Callable[[Array, str], Array]
+
     def degree(self, dim: str) -> int:
         return self.axes[dim].size if dim in self.axes else 1
 
