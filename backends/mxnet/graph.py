@@ -72,7 +72,7 @@ class RecordingOps(MXNetOps):
         self.inputs: dict[str, Callable[[int], Any]] = {}
         self.constants: dict[tuple[Any, ...], Node] = {}
 
-    def enter(self, name: str, value: Any, again: Callable[[int], Any]) -> Node:
+    def admit(self, name: str, value: Any, again: Callable[[int], Any]) -> Node:
         self.inputs[name] = again
         return Node(mx.sym.var(name).as_np_ndarray(), value)
 
@@ -81,7 +81,7 @@ class RecordingOps(MXNetOps):
         raw = array.asnumpy()
         key = (raw.shape, raw.dtype.str, raw.tobytes())
         if key not in self.constants:
-            self.constants[key] = self.enter(f"constant{len(self.inputs)}", array, lambda seed: array)
+            self.constants[key] = self.admit(f"constant{len(self.inputs)}", array, lambda seed: array)
         return self.constants[key]
 
     def recompute(self, function: Callable[..., Any], *arrays: Node) -> Node:
@@ -93,7 +93,7 @@ class RecordingOps(MXNetOps):
 
         if not isinstance(seed, Seed):
             raise TypeError(f"dropout {tag!r} must get the seed that the model was called with, not {seed!r}")
-        return self.enter(f"dropout{len(self.inputs)}", again(seed.first), again)
+        return self.admit(f"dropout{len(self.inputs)}", again(seed.first), again)
 
     def classic(self, name: str, x: Node, **keywords: Any) -> list[Any]:
         symbols = getattr(mx.sym, name)(x.symbol.as_nd_ndarray(), **keywords)
@@ -125,7 +125,7 @@ class Graph:
     def __init__(self, function: Callable[..., Mapping[str, Any]], like: MXNetOps, params: Mapping[str, Any], state: Mapping[str, Any],
                  batch: Mapping[str, Any], seed: int):
         ops = RecordingOps(like)
-        entered = [{name: ops.enter(f"{kind}/{name}", value, _none) for name, value in arrays.items()}
+        entered = [{name: ops.admit(f"{kind}/{name}", value, _none) for name, value in arrays.items()}
                    for kind, arrays in (("params", params), ("state", state), ("batch", batch))]
         found = function(ops, *entered, Seed(seed))
         self._plain = {name: value for name, value in found.items() if not isinstance(value, Node)}
