@@ -34,7 +34,7 @@ class Kernels:
     if TYPE_CHECKING:
         _enter: Callable[[Array, str], Array]
         _leave: Callable[[Array, str], Array]
-        _collect: Callable[[Array, str], Array]
+        _collect: Callable[[Array, str, int], Array]
         _exchange: Callable[[Array, str], Array]
 
     def degree(self, dim: str) -> int:
@@ -49,8 +49,8 @@ class Kernels:
     def leave(self, x: Array, dim: str) -> Array:
         return x if self.degree(dim) == 1 else self._leave(x, dim)
 
-    def collect(self, x: Array, dim: str) -> Array:
-        return x if self.degree(dim) == 1 else self._collect(x, dim)
+    def collect(self, x: Array, dim: str, length: int = 0) -> Array:
+        return x if self.degree(dim) == 1 else self._collect(x, dim, length or x.shape[-1] * self.degree(dim))
 
     def exchange(self, x: Array, dim: str) -> Array:
         return x if self.degree(dim) == 1 else self._exchange(x, dim)
@@ -87,10 +87,11 @@ class Ops(Protocol):
     def narrow(self, x: Array, axis: int, start: int, length: int) -> Array:
         """`length` places of `axis` from `start`."""
 
-    def gather(self, table: Array, indices: Array, dim: str = "") -> Array:
+    def gather(self, table: Array, indices: Array, dim: str = "", length: int = 0) -> Array:
         """Rows of `table` (rows, ...) at integer `indices` (any shape): shape indices.shape + table.shape[1:]. An embedding.
 
-        Where `dim`, that of the rows, is split, `table` is this worker's span of them and `indices` count all; every worker gets all rows asked for.
+        Where `dim`, that of the rows, is split, `table` is this worker's span of the `length` rows that there are (`Axis.span`: parts may
+        differ by one, so the part alone does not tell) and `indices` count all; every worker gets all rows asked for.
         """
 
     # arithmetic, with NumPy's broadcasting; numbers are allowed for one argument
@@ -209,8 +210,11 @@ class Ops(Protocol):
     def leave(self, x: Array, dim: str) -> Array:
         """The sum over the axis of what each worker's part along `dim` gave, the same on all; the gradient passes as it is. (...) -> (...)"""
 
-    def collect(self, x: Array, dim: str) -> Array:
-        """The workers' parts of the last dim, side by side, the same on all; each part gets its own stretch of the gradient."""
+    def collect(self, x: Array, dim: str, length: int = 0) -> Array:
+        """The workers' parts of the last dim, side by side, the same on all; each part gets its own stretch of the gradient.
+
+        `length` is that of the whole, needed where the parts are the spans of a dim that does not divide.
+        """
 
     def exchange(self, x: Array, dim: str) -> Array:
         """x (parts, ...): slice i goes to the worker of part i, slice i of the result has come from it. So do the gradients, back."""
@@ -221,11 +225,11 @@ class Ops(Protocol):
         """
 
     # losses: sums, never means, so that shards of any size add up
-    def cross_entropy(self, logits: Array, targets: Array, weights: Array, dim: str = "") -> Array:
+    def cross_entropy(self, logits: Array, targets: Array, weights: Array, dim: str = "", length: int = 0) -> Array:
         """Weighted sum of -log softmax(logits)[targets]: logits (..., classes), targets (...) integer, weights (...) -> ().
 
-        Gradient for logits alone. Where `dim`, that of the classes, is split, `logits` are this worker's span of them: nothing but one
-        maximum, one sum and one logit a place is exchanged (Shoeybi et al. 2019, section 3).
+        Gradient for logits alone. Where `dim`, that of the classes, is split, `logits` are this worker's span of the `length` that there
+        are: nothing but one maximum, one sum and one logit a place is exchanged (Shoeybi et al. 2019, section 3).
         """
 
     def binary_cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
