@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from backends.pytorch import collectives
 from elastic import ops as neutral
 
 Tensor = torch.Tensor
@@ -45,7 +46,12 @@ class TorchOps(neutral.Kernels):
     def narrow(self, x: Tensor, axis: int, start: int, length: int) -> Tensor:
         return x.narrow(axis, start, length)
 
-    def gather(self, table: Tensor, indices: Tensor) -> Tensor:
+    def gather(self, table: Tensor, indices: Tensor, dim: str = "", length: int = 0) -> Tensor:
+        if self.degree(dim) > 1:
+            start, count = self.axes[dim].span(length)
+            mine = indices - start
+            foreign = ((mine < 0) | (mine >= count)).view(indices.shape + (1,) * (table.dim() - 1))
+            return self.leave(self.gather(table, mine.clamp(0, count - 1)).masked_fill(foreign, 0.0), dim)
         if table.dim() == 2:
             return F.embedding(indices, table)
         rows = F.embedding(indices, table.reshape(table.shape[0], -1))
@@ -163,7 +169,26 @@ class TorchOps(neutral.Kernels):
     def group_norm(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
         return channels_last(F.group_norm(channels_first(x), groups, weight, bias, eps))
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def _enter(self, x: Tensor, dim: str) -> Tensor:
+        return collectives.Enter.apply(x, self.axes[dim])
+
+    def _leave(self, x: Tensor, dim: str) -> Tensor:
+        return collectives.Leave.apply(x, self.axes[dim])
+
+    def _collect(self, x: Tensor, dim: str, length: int) -> Tensor:
+        return collectives.Collect.apply(x, self.axes[dim], length)
+
+    def _exchange(self, x: Tensor, dim: str) -> Tensor:
+        return collectives.Exchange.apply(x, self.axes[dim])
+
+    def attach(self, x: Tensor, penalty: Tensor) -> Tensor:
+        return collectives.Attach.apply(x, penalty)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor, dim: str = "", length: int = 0) -> Tensor:
+        if self.degree(dim) > 1:
+            wide = logits.float() if logits.dtype in collectives.NARROW else logits
+            return collectives.CrossEntropy.apply(wide.reshape(-1, wide.shape[-1]), targets.reshape(-1), weights.reshape(-1),
+                                                  self.axes[dim], length)
         each = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
         return (each * weights.reshape(-1)).sum()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,15 @@ def create(model: Model, settings: Any) -> ReferenceBackend:
     return ReferenceBackend(model, settings)
 
 
+@dataclass
+class Run:
+    """What a backward pass needs of pieces that have run."""
+
+    start: Variable | None
+    leaves: Mapping[str, Variable]
+    result: Variable
+
+
 class ReferenceBackend:
     """One model in NumPy."""
 
@@ -40,6 +50,7 @@ class ReferenceBackend:
         self._ops = ReferenceOps(self._dtype)
         self._params: Mapping[str, np.ndarray] = {}
         self._state: Mapping[str, np.ndarray] = {}
+        self._kept: dict[Any, Run] = {}
 
     def allocate(self, size: int) -> Buffer:
         room = np.zeros(size * self._dtype.itemsize + ALIGN_BYTES, np.uint8)
@@ -64,8 +75,7 @@ class ReferenceBackend:
         return ShardResult(float(loss.value), float(value_of(weight)), {name: np.asarray(value_of(v)) for name, v in new.items()})
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
-        found = self._model.metrics(self._ops, self._params, self._copied(), self._columns(batch))
-        return {name: (np.asarray(total, np.float64) if np.ndim(total) else float(total), float(weight)) for name, (total, weight) in found.items()}
+        return tallied(self._model.metrics(self._ops, self._params, self._copied(), self._columns(batch)))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """The scores of a model that offers `logits`."""
@@ -79,6 +89,50 @@ class ReferenceBackend:
         wide = (grad[cut].astype(np.float64) for cut in cuts(len(grad), block))
         return np.array([np.dot(values, values) for values in wide])
 
+    def connect(self, axes: Mapping[str, Any]) -> None:
+        self._ops.axes = dict(axes)
+
+    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
+                ) -> Buffer | ShardResult:
+        names = dict.fromkeys(name for piece in pieces for name in self._model.names(piece))
+        leaves = {name: Variable(self._params[name]) for name in names}
+        start = None if inputs is None else Variable(inputs.reshape(tuple(shape)))
+        x: Any = start
+        columns, weight = self._columns(batch), None
+        for piece in pieces:
+            x = self._model.run(self._ops, {**self._params, **leaves}, piece, x, columns, seed)
+        if pieces[-1] == self._model.pieces[-1]:
+            x, weight = self._model.score(self._ops, x, columns, seed)
+        self._kept[key] = Run(start, leaves, x)
+        return x.value.reshape(-1) if weight is None else ShardResult(float(x.value), float(value_of(weight)), {})
+
+    def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
+        found = self.backward_input(key, gradient)
+        self.backward_weight(key, into)
+        return found
+
+    def backward_input(self, key: Any, gradient: Buffer | None) -> Buffer | None:
+        """All of the work: an oracle may do too much at a time."""
+        run = self._kept[key]
+        backward(run.result, None if gradient is None else gradient.reshape(run.result.shape))
+        if run.start is None:
+            return None
+        return np.zeros(run.start.value.size, self._dtype) if run.start.gradient is None else run.start.gradient.reshape(-1)
+
+    def backward_weight(self, key: Any, into: Mapping[str, Buffer]) -> None:
+        for name, leaf in self._kept.pop(key).leaves.items():
+            if name in into and leaf.gradient is not None:
+                into[name][...] += leaf.gradient
+
+    def forget(self) -> None:
+        self._kept.clear()
+
+    def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
+        x, columns = None if inputs is None else inputs.reshape(tuple(shape)), self._columns(batch)
+        for piece in pieces:
+            x = self._model.run(self._ops, self._params, piece, x, columns, None)
+        return tallied(self._model.measure(self._ops, x, columns)) if pieces[-1] == self._model.pieces[-1] else np.ascontiguousarray(x).reshape(-1)
+
     def compilations(self) -> int:
         return 0
 
@@ -89,6 +143,11 @@ class ReferenceBackend:
         return {name: np.asarray(column).astype(np.int64 if np.asarray(column).dtype.kind in "iu" else
                                                 self._dtype if np.asarray(column).dtype.kind == "f" else bool)
                 for name, column in batch.items()}
+
+
+def tallied(found: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, float]]:
+    """Sums and weights as numbers; what is no scalar as float64."""
+    return {name: (np.asarray(total, np.float64) if np.ndim(total) else float(total), float(weight)) for name, (total, weight) in found.items()}
 
 
 def cuts(size: int, block: int) -> Iterator[slice]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from backends.reference.tape import record, value_of
 from elastic import ops as neutral
+from elastic.parallel.axis import span
 
 Array = Any  # a Variable or a NumPy array
 
@@ -57,15 +58,22 @@ class ReferenceOps(neutral.Kernels):
 
         return record(value[tuple(where)], (x,), pull)
 
-    def gather(self, table: Array, indices: Array) -> Array:
+    def gather(self, table: Array, indices: Array, dim: str = "", length: int = 0) -> Array:
         value = value_of(table)
+        own, start = np.ones(indices.shape, bool), 0
+        if self.degree(dim) > 1:
+            start, count = self.axes[dim].span(length)
+            own = (indices >= start) & (indices < start + count)
+        rows = indices[own] - start
+        found = np.zeros(indices.shape + value.shape[1:], value.dtype)
+        found[own] = value[rows]
 
         def pull(g: np.ndarray) -> tuple[np.ndarray]:
             whole = np.zeros_like(value)
-            np.add.at(whole, indices, g)
+            np.add.at(whole, rows, g[own])
             return (whole,)
 
-        return record(value[indices], (table,), pull)
+        return self.leave(record(found, (table,), pull), dim)
 
     def add(self, x: Array, y: Array) -> Array:
         return record(value_of(x) + value_of(y), (x, y), lambda g: (g, g))
@@ -169,6 +177,27 @@ class ReferenceOps(neutral.Kernels):
     def recompute(self, function: Callable[..., Array], *arrays: Array) -> Array:
         return function(*arrays)  # an oracle may keep everything
 
+    def _enter(self, x: Array, dim: str) -> Array:
+        return record(value_of(x), (x,), lambda g: (summed(g, self.axes[dim]),))
+
+    def _leave(self, x: Array, dim: str) -> Array:
+        return record(summed(value_of(x), self.axes[dim]), (x,), lambda g: (g,))
+
+    def _collect(self, x: Array, dim: str, length: int) -> Array:
+        axis, value = self.axes[dim], value_of(x)
+        start, count = axis.span(length)
+        widest = -(-length // axis.size)  # all must give as much
+        mine = np.zeros((*value.shape[:-1], widest), value.dtype)
+        mine[..., :count] = value
+        parts = [part.reshape(mine.shape)[..., :span(length, axis.size, r)[1]] for r, part in enumerate(axis.gather(mine.reshape(-1)))]
+        return record(np.concatenate(parts, -1), (x,), lambda g: (g[..., start:start + count],))
+
+    def _exchange(self, x: Array, dim: str) -> Array:
+        return record(swapped(value_of(x), self.axes[dim]), (x,), lambda g: (swapped(g, self.axes[dim]),))
+
+    def attach(self, x: Array, penalty: Array) -> Array:
+        return record(value_of(x), (x, penalty), lambda g: (g, np.ones_like(value_of(penalty))))
+
     def conv2d(self, x: Array, weight: Array, bias: Array | None = None, stride: int = 1, padding: int = 0) -> Array:
         a, w = padded(value_of(x), padding, 0.0), value_of(weight)
         where = windows(a.shape, w.shape[:2], stride)
@@ -220,11 +249,25 @@ class ReferenceOps(neutral.Kernels):
         scaled = self.reshape(self.divide(centred, self.sqrt(self.add(square, self._number(eps)))), x.shape)
         return self.add(self.multiply(scaled, weight), bias)
 
-    def cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
+    def cross_entropy(self, logits: Array, targets: Array, weights: Array, dim: str = "", length: int = 0) -> Array:
+        if self.degree(dim) > 1:
+            return self._split_cross_entropy(logits, targets, weights, self.axes[dim], length)
         scores = self.log_softmax(logits)
         chosen = np.eye(logits.shape[-1], dtype=self.dtype)[targets]
         each = self.sum(self.multiply(scores, chosen), (-1,))
         return self.multiply(self.sum(self.multiply(each, weights)), self._number(-1.0))
+
+    def _split_cross_entropy(self, logits: Array, targets: Array, weights: Array, axis: Any, length: int) -> Array:
+        start, count = axis.span(length)
+        value, classes = value_of(logits), np.arange(start, start + count)
+        highest = axis.max(value.max(axis=-1, initial=-np.inf).reshape(-1)).reshape(*targets.shape, 1)
+        shifted = np.exp(value - highest)
+        chosen = targets[..., None] == classes
+        mine = np.stack((shifted.sum(axis=-1), np.where(chosen, value, 0).sum(axis=-1)))
+        total, logit = axis.sum(mine.reshape(-1)).reshape(mine.shape)
+        each = np.log(total) + highest[..., 0] - logit
+        slope = value_of(weights)[..., None] * (shifted / total[..., None] - chosen)
+        return record((each * value_of(weights)).sum(), (logits,), lambda g: (g * slope,))
 
     def binary_cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
         z, y, w = value_of(logits), value_of(targets), value_of(weights)
@@ -241,6 +284,21 @@ class ReferenceOps(neutral.Kernels):
 
     def _number(self, number: float) -> np.ndarray:
         return np.asarray(number, self.dtype)  # a bare float64 scalar array would widen float32 ones
+
+
+def flat(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x).reshape(-1)
+
+
+def summed(x: np.ndarray, axis: Any) -> np.ndarray:
+    """The sum over an axis, of x's shape."""
+    return axis.sum(flat(x)).reshape(x.shape)
+
+
+def swapped(x: np.ndarray, axis: Any) -> np.ndarray:
+    """Slice i of x (parts, ...) to place i, and in its stead what came from there."""
+    counts = [x[0].size] * axis.size
+    return axis.exchange(flat(x), counts, counts).reshape(x.shape)
 
 
 def padded(x: np.ndarray, padding: int, value: float) -> np.ndarray:

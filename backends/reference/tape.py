@@ -41,10 +41,10 @@ def record(value: Any, parents: tuple[Any, ...], pull: Pull) -> Any:
     return value
 
 
-def backward(result: Variable) -> None:
-    """Adds d result / d leaf to the `gradient` of every variable behind `result`, a scalar."""
+def backward(result: Variable, gradient: np.ndarray | None = None) -> None:
+    """Adds d result / d leaf, weighted with `gradient` (1 where there is none), to the `gradient` of every variable behind `result`."""
     order = topological(result)
-    result.gradient = np.ones_like(result.value)
+    result.gradient = np.ones_like(result.value) if gradient is None else gradient
     for variable in reversed(order):
         if variable.pull is None or variable.gradient is None:
             continue

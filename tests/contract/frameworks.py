@@ -41,6 +41,17 @@ def settings(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"device": "cpu", "precision": "float32", "threads": 1, "compile": False} | changes)
 
 
+def ops_of(name: str, precision: str) -> Any:
+    """A framework's kernels on the CPU."""
+    module = load(name, "ops")
+    if name == "torch":
+        import torch
+
+        return module.TorchOps("cpu", getattr(torch, precision))
+    kind = {"reference": "ReferenceOps", "tensorflow": "TensorFlowOps", "mxnet": "MXNetOps"}[name]
+    return getattr(module, kind)(np.dtype(precision))
+
+
 def differentiate(name: str, function: Callable[..., Any], arrays: Sequence[np.ndarray], precision: str, ops: Any = None,
                   cotangents: Sequence[np.ndarray] = ()) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The outputs of `function(ops, *arrays)` and the gradients of their sum weighted with `cotangents`."""
