@@ -104,7 +104,7 @@ class CutShort:
         self._group, self._strike = group, strike
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("all_gather", "all_reduce", "reduce_tree"):
+        if name not in ("all_gather", "all_reduce", "reduce_tree", "reduce_kept"):
             return getattr(self._group, name)
         call = getattr(self._group, name)  # AttributeError where the group has no such call
         return lambda *arguments: self._struck(call, arguments)

@@ -214,8 +214,6 @@ def check_pieces(manifest: Manifest) -> None:
     need(len(set(names)) == len(names), "the manifest names a file twice")
     arrays: dict[str, list[Piece]] = {}
     for file in manifest.files:
-        own = [piece.name for piece in file.pieces]
-        need(len(set(own)) == len(own), f"the file {file.name} names an array twice")
         for piece in file.pieces:
             arrays.setdefault(piece.name, []).append(piece)
     for name, pieces in arrays.items():

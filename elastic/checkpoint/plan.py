@@ -44,6 +44,25 @@ def box(name: str, dtype: str, shape: Sequence[int], axis: int | None, low: int,
     return Piece(name, dtype, tuple(shape), tuple(start), tuple(count))
 
 
+def runs_of(shape: Sequence[int], low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Elements low..high-1 of an array in C order as boxes (start, count), in order, each one run of elements.
+
+    A matrix has at most three: the end of a row, whole rows, the beginning of one.
+    """
+    if low >= high:
+        return []
+    if not shape:
+        return [((), ())]
+    row = math.prod(shape[1:])
+    first, last = -(-low // row), high // row  # whole rows
+    if first > last:  # within a row
+        return [((low // row, *start), (1, *count)) for start, count in runs_of(shape[1:], low % row, high - low // row * row)]
+    head = [((first - 1, *start), (1, *count)) for start, count in runs_of(shape[1:], low % row, row)] if low % row else []
+    rest = (0,) * (len(shape) - 1)
+    whole = [((first, *rest), (last - first, *shape[1:]))] if first < last else []
+    return head + whole + [((last, *start), (1, *count)) for start, count in runs_of(shape[1:], 0, high % row)]
+
+
 def overlap(one: Piece, other: Piece) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
     """Where two boxes of one array meet: as slices of the first and of the second; None where they do not."""
     mine, theirs = [], []

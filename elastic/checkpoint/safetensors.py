@@ -22,13 +22,17 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def lay_out(boxes: Iterable[Piece]) -> tuple[bytes, tuple[Piece, ...]]:
-    """The file's first bytes, and the boxes in the order of the file, each with its offset."""
-    ordered = sorted(boxes, key=lambda piece: (-ITEM_BYTES.get(piece.dtype, 0), piece.name))
+    """The file's first bytes, and the boxes in the order of the file, each with its offset.
+
+    A second box of an array is named ARRAY#START in the header: only the manifest says that they belong together.
+    """
+    ordered = sorted(boxes, key=lambda piece: (-ITEM_BYTES.get(piece.dtype, 0), piece.name, piece.start))
     header, offset, placed = {}, 0, []
     for piece in ordered:
         if piece.dtype not in CODES:
             raise ValueError(f"the array {piece.name} has dtype {piece.dtype}, which a checkpoint cannot hold.")
-        header[piece.name] = {"dtype": CODES[piece.dtype], "shape": list(piece.count), "data_offsets": [offset, offset + piece.bytes]}
+        key = piece.name if piece.name not in header else f"{piece.name}#{','.join(map(str, piece.start))}"
+        header[key] = {"dtype": CODES[piece.dtype], "shape": list(piece.count), "data_offsets": [offset, offset + piece.bytes]}
         placed.append(replace(piece, offset=offset))
         offset += piece.bytes
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -2,6 +2,7 @@
 
     group      the contract
     reduction  the canonical tree over logical shards; the sum along it across a group
+    keepers    sums of which each member gets a stretch
     solo       a group of one
     local      threads of one process, for tests
     store      where processes meet

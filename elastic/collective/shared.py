@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from elastic.collective.group import SLICE_S, Buffer
+from elastic.collective.keepers import wanted
 from elastic.collective.member import Member
 from elastic.collective.reduction import Node, all_nodes, fold, part_size
 from elastic.collective.segment import GONE, POSTS, Peer, Segment
@@ -179,34 +180,44 @@ class SharedGroup(Member):
             for part in parts[1:]:
                 buffer += part
             return
-        self._reduce([buffer], in_rank_order(self.size), [1] * self.size, buffer, buffer.shape[0], 16)
+        self._reduce([buffer], in_rank_order(self.size), [1] * self.size, equal_cuts(buffer.shape[0], 16, self.size), range(self.size), buffer)
 
     def reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int, block: int) -> Buffer:
         """The sum over all shards along the canonical tree: what `reduction.reduce` does, by reading the peers' sums in place."""
+        return self._reduce_tree(sums, num_shards, equal_cuts(numel, block, self.size), range(self.size), out)
+
+    def reduce_kept(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool) -> Buffer:
+        """What `keepers.reduce_kept` does, by reading in place."""
+        return self._reduce_tree(sums, num_shards, cuts, wanted(self.rank, self.size, twin), out)
+
+    def _reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, cuts: Sequence[int], ranks: Sequence[int],
+                     out: Buffer) -> Buffer:
         owned, program = tree_program(self.size, num_shards)
         if owned[self.rank] != [node for node, _ in sums]:
             raise ValueError(f"rank {self.rank} of {self.size} has the sums {[n for n, _ in sums]}, not {owned[self.rank]}.")
-        self._reduce([flat(buffer) for _, buffer in sums], program, [len(nodes) for nodes in owned], flat(out), numel, block)
+        self._reduce([flat(buffer) for _, buffer in sums], program, [len(nodes) for nodes in owned], cuts, ranks, flat(out))
         return out
 
-    def _reduce(self, mine: Sequence[np.ndarray], program: Sequence[tuple[int, int]], num_terms: Sequence[int], out: np.ndarray,
-                numel: int, block: int) -> None:
-        """Each member adds up its slice of everybody's terms; then everyone copies all slices."""
+    def _reduce(self, mine: Sequence[np.ndarray], program: Sequence[tuple[int, int]], num_terms: Sequence[int], cuts: Sequence[int],
+                ranks: Sequence[int], out: np.ndarray) -> None:
+        """Each member adds up its slice (cuts[rank]..cuts[rank + 1]) of everybody's terms, then copies the slices of `ranks`, in this order."""
+        numel, dtype = cuts[-1], out.dtype
         placed = [self._placed(index, term[:numel]) for index, term in enumerate(mine)]
         found = self._meet(np.array([self._segment.offset(term) for term in placed], np.int64))
-        part, dtype = part_size(numel, block, self.size), out.dtype
-        low, high = (min(numel, r * part) for r in (self.rank, self.rank + 1))
+        low, high = cuts[self.rank], cuts[self.rank + 1]
         terms = [self._views[rank][at:at + numel * dtype.itemsize].view(dtype)[low:high]
                  for rank in range(self.size) for at in found[rank].view(np.int64).tolist()]
         if len(terms) != sum(num_terms):
             raise self._break("does not agree on what is summed")
-        result = self._keep(("result", dtype), part, dtype)
-        add_up(terms, program, result[:high - low], self._spare)
+        result = self._keep(("result", dtype), high - low, dtype)
+        add_up(terms, program, result, self._spare)
         # Whoever comes to this meeting has read everybody's terms; whoever comes to the next call's first has copied the results.
-        for rank, at in enumerate(self._meet(np.array([self._segment.offset(result)], np.int64))):
-            low, high = (min(numel, r * part) for r in (rank, rank + 1))
-            start = int(at.view(np.int64)[0])
-            out[low:high] = self._views[rank][start:start + (high - low) * dtype.itemsize].view(dtype)
+        results = self._meet(np.array([self._segment.offset(result)], np.int64))
+        used = 0
+        for rank in ranks:
+            start, size = int(results[rank].view(np.int64)[0]), cuts[rank + 1] - cuts[rank]
+            out[used:used + size] = self._views[rank][start:start + size * dtype.itemsize].view(dtype)
+            used += size
 
     def _placed(self, index: int, term: np.ndarray) -> np.ndarray:
         """`term` inside this member's segment: itself, or a copy."""
@@ -254,6 +265,12 @@ def flat(buffer: Buffer) -> np.ndarray:
 def pieces(length: int, most: int) -> list[tuple[int, int]]:
     """At least one, so that an empty call is a meeting too."""
     return [(low, min(low + most, length)) for low in range(0, max(length, 1), most)]
+
+
+def equal_cuts(numel: int, block: int, size: int) -> list[int]:
+    """Equal parts in whole blocks."""
+    part = part_size(numel, block, size)
+    return [min(numel, rank * part) for rank in range(size + 1)]
 
 
 def in_rank_order(size: int) -> list[tuple[int, int]]:

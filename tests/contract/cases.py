@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.collective import reduction
+from elastic.collective import keepers, reduction
 from elastic.collective.local import LocalGroup, die
 from elastic.collective.reduction import Scratch, SubtreeSums, out_size
 from elastic.errors import GroupBroken
@@ -94,6 +94,29 @@ def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, blo
             sums.end(shard)
         found.append(reduction.reduce(group, sums.nodes(), num_shards, out, numel, block, scratch, chunk)[:numel].tobytes())
         free += [buffer for _, buffer in sums.nodes()]
+    return found
+
+
+def kept_sum(group: Any, keep: dict[str, Any], num_shards: int, cuts: list[int], twin: bool, chunk: int, steps: int) -> list[tuple[bytes, bytes]]:
+    """The same sum, of which this member keeps two stretches; then all put their own together."""
+    allocate = getattr(group, "allocate", lambda n: np.zeros(n, np.float32))
+    numel = cuts[-1]
+    out, whole, scratch = allocate(numel), np.zeros(numel, np.float32), Scratch(lambda n: np.zeros(n, np.float32))
+    found = []
+    for step in range(steps):
+        run = shards_of(group.rank, group.size, num_shards)
+        sums = SubtreeSums(run, num_shards, lambda: allocate(numel), lambda _: None)
+        for shard in run:
+            buffer = sums.begin(shard)
+            buffer += leaf(step, shard, numel)
+            sums.end(shard)
+        mine = keepers.reduce_kept(group, sums.nodes(), num_shards, out, cuts, twin, scratch, chunk)
+        count = sum(cuts[r + 1] - cuts[r] for r in keepers.wanted(group.rank, group.size, twin))
+        low, high = cuts[group.rank], cuts[group.rank + 1]
+        whole[low:high] = mine[:high - low]
+        kept = mine[:count].tobytes()
+        keepers.gather_owned(group, whole, cuts, scratch, chunk)
+        found.append((kept, whole.tobytes()))
     return found
 
 

@@ -111,18 +111,30 @@ def test_many_calls_in_a_row(world: Any, size: int) -> None:
     assert len(set(run_all(world, size, "many_calls", 50))) == 1
 
 
+def tree(leaves: list[np.ndarray]) -> np.ndarray:
+    if len(leaves) == 1:
+        return leaves[0]
+    left = 2 ** (math.ceil(math.log2(len(leaves))) - 1)
+    return tree(leaves[:left]) + tree(leaves[left:])
+
+
 @pytest.mark.parametrize(("num_shards", "size"), [(8, 2), (8, 3), (5, 4), (2, 3)])
 def test_exact_sum(world: Any, num_shards: int, size: int) -> None:
-    def tree(leaves: list[np.ndarray]) -> np.ndarray:
-        if len(leaves) == 1:
-            return leaves[0]
-        left = 2 ** (math.ceil(math.log2(len(leaves))) - 1)
-        return tree(leaves[:left]) + tree(leaves[left:])
-
     numel, block, steps = 1000, 64, 3
     expected = [tree([leaf(step, shard, numel) for shard in range(num_shards)]).tobytes() for step in range(steps)]
     for result in run_all(world, size, "exact_sum", num_shards, numel, block, 512, steps):
         assert result == expected
+
+
+@pytest.mark.parametrize("twin", [True, False])
+@pytest.mark.parametrize(("num_shards", "cuts"), [(8, [0, 512, 1000]), (8, [0, 384, 704, 1000]), (5, [0, 64, 64, 900, 900])])
+def test_exact_sum_of_what_is_kept(world: Any, num_shards: int, cuts: list[int], twin: bool) -> None:
+    size, steps = len(cuts) - 1, 3
+    expected = [tree([leaf(step, shard, cuts[-1]) for shard in range(num_shards)]) for step in range(steps)]
+    for rank, result in enumerate(run_all(world, size, "kept_sum", num_shards, cuts, twin, 256, steps)):
+        for whole, (kept, gathered) in zip(expected, result, strict=True):
+            parts = [whole[cuts[r]:cuts[r + 1]].tobytes() for r in ([rank, (rank - 1) % size] if twin else [rank])]
+            assert (kept, gathered) == (b"".join(parts), whole.tobytes())
 
 
 @pytest.mark.parametrize("call", ["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "barrier",

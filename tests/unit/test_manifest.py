@@ -104,7 +104,7 @@ ATTACKS = [
     (lambda b: b["files"][0]["pieces"][0].update(dtype=[]), "unknown dtype"),
     (lambda b: b["files"][0]["pieces"][1].update(start=[1, 0]), "overlap"),
     (lambda b: b["files"][0]["pieces"][1].update(count=[1, 3]), "do not make up"),
-    (lambda b: b["files"][0]["pieces"].append(b["files"][0]["pieces"][0] | {"offset": 200}), "an array twice"),
+    (lambda b: b["files"][0]["pieces"].append(b["files"][0]["pieces"][0] | {"offset": 200}), "do not make up the whole array"),
     (lambda b: b["files"][0]["pieces"].append("w"), "keys"),
 ]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.checkpoint.manifest import ITEM_BYTES, Piece
-from elastic.checkpoint.plan import byte_range, overlap, shares
+from elastic.checkpoint.plan import byte_range, overlap, runs_of, shares
 from elastic.checkpoint.safetensors import lay_out
 
 shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
@@ -94,3 +94,19 @@ def test_where_two_boxes_meet(sides: list) -> None:
     assert sorted(numbers[where(one)][inside].reshape(-1)) == sorted(numbers[where(other)][there].reshape(-1)) == both
     low, high = byte_range(one, inside)
     assert set(both) <= set(numbers[where(one)].reshape(-1)[(low - 40) // 4:(high - 40) // 4])
+
+
+@given(shapes, st.integers(0, 1300), st.integers(0, 1300))
+@settings(max_examples=400, deadline=None)
+def test_a_stretch_of_elements_is_a_few_boxes(shape: tuple[int, ...], low: int, high: int) -> None:
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    low, high = min(low, numbers.size), min(high, numbers.size)
+    boxes = runs_of(shape, low, high)
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+    found = []
+    for start, count in boxes:
+        piece = Piece("a", "float32", shape, start, count)
+        assert piece.run is not None and all(count)
+        found += numbers[where(piece)].reshape(-1).tolist()
+        assert found[-1] - found[-math.prod(count)] == math.prod(count) - 1
+    assert found == list(range(low, high))
