@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from backends.pytorch import adapter, optimizer, warn_if_late
 from backends.pytorch.adapter import seeded
 from backends.pytorch.ops import TorchOps
+from backends.pytorch.pieces import Run
 from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
 
@@ -79,6 +80,8 @@ class TorchBackend:
         self._compilations = 0
         self._compiled = bool(settings.compile)
         self._loss = self._compile(model) if self._compiled else model.loss
+        self._splits = False
+        self._runs: dict[Any, Run] = {}
         torch.use_deterministic_algorithms(True)
         # a debugging aid of deterministic mode that costs a pass over every new tensor
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -103,15 +106,18 @@ class TorchBackend:
         self._enter()
         self._aim(into)
         columns = self._columns(batch, self.device)
-        with self._drawing:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-                loss, weight, new = self._loss(self._ops, self._leaves, self._device_state(), columns, self._seed(seed))
-            if loss.requires_grad:
-                loss.backward()
+        try:
+            with self._drawing:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+                    function = self._model.loss if self._splits else self._loss
+                    loss, weight, new = function(self._ops, self._leaves, self._device_state(), columns, self._seed(seed))
+                if loss.requires_grad:
+                    loss.backward()
+        finally:
+            for name in into:
+                self._leaves[name].grad = None  # a gradient buffer ends with its generation
         if not loss.requires_grad and float(weight):
             raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
-        for name in into:
-            self._leaves[name].grad = None  # a gradient buffer ends with its generation
         total, count = torch.stack((loss.detach().double(), as_scalar(weight, loss))).tolist()
         return ShardResult(total, count, {name: value.detach().cpu().numpy() for name, value in new.items()})
 
@@ -119,9 +125,7 @@ class TorchBackend:
         self._enter()
         columns = self._columns(batch, self.device)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            found = self._model.metrics(self._ops, self._leaves, self._device_state(), columns)
-        value = plain if hasattr(self._model, "tally") else float
-        return {name: (value(total), float(weight)) for name, (total, weight) in found.items()}
+            return self._tallied(self._model.metrics(self._ops, self._leaves, self._device_state(), columns))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """The scores of a model that offers `logits`, as float32 NumPy."""
@@ -142,6 +146,65 @@ class TorchBackend:
         self._enter()
         with torch.no_grad():
             return optimizer.squared_norms(as_tensor(grad).split(block))
+
+    def connect(self, axes: Mapping[str, Any]) -> None:
+        """Where a dim is split, the model runs as it is written: a compiled function cannot hold the collectives."""
+        self._ops.axes = dict(axes)
+        self._splits = any(axis.size > 1 for axis in axes.values())
+
+    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
+                ) -> Buffer | ShardResult:
+        self._enter()
+        self._train(set(self.parameters))
+        start = None if inputs is None else as_tensor(inputs).detach().view(tuple(shape)).requires_grad_()
+        columns, recomputed = self._columns(batch, self.device), self._ops.recomputed
+        names = dict.fromkeys(name for piece in pieces for name in self._model.names(piece))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            x, weight = self._through(pieces, start, columns, seed), None
+            if pieces[-1] == self._model.pieces[-1]:
+                x, weight = self._model.score(self._ops, x, columns, seed)
+        self._runs[key] = Run(x, start, {name: self._leaves[name] for name in names}, self._ops.recomputed > recomputed)
+        if weight is None:
+            return as_buffer(x)
+        total, count = torch.stack((x.detach().double(), as_scalar(weight, x))).tolist()
+        return ShardResult(total, count, {})
+
+    def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
+        self._enter()
+        run = self._runs.pop(key)
+        found = run.backward(shaped_like(run.result, gradient), tensors(into))
+        return None if found is None else as_buffer(found)
+
+    def backward_input(self, key: Any, gradient: Buffer | None) -> Buffer | None:
+        self._enter()
+        run = self._runs[key]
+        found = run.backward_input(shaped_like(run.result, gradient))
+        return None if found is None else as_buffer(found)
+
+    def backward_weight(self, key: Any, into: Mapping[str, Buffer]) -> None:
+        self._enter()
+        self._runs.pop(key).backward_weight(tensors(into))
+
+    def forget(self) -> None:
+        self._runs.clear()
+
+    def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
+        self._enter()
+        start, columns = None if inputs is None else as_tensor(inputs).view(tuple(shape)), self._columns(batch, self.device)
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            x = self._through(pieces, start, columns, None)
+            if pieces[-1] != self._model.pieces[-1]:
+                return as_buffer(x)
+            return self._tallied(self._model.measure(self._ops, x, columns))
+
+    def _through(self, pieces: Sequence[str], x: Any, columns: Mapping[str, torch.Tensor], seed: int | None) -> Any:
+        for piece in pieces:
+            x = self._model.run(self._ops, self._leaves, piece, x, columns, seed)
+        return x
+
+    def _tallied(self, found: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, float]]:
+        value = plain if hasattr(self._model, "tally") else float
+        return {name: (value(total), float(weight)) for name, (total, weight) in found.items()}
 
     def compilations(self) -> int:
         return self._compilations
@@ -170,7 +233,7 @@ class TorchBackend:
             _thread.count = self._threads
 
     def _seed(self, seed: int) -> int | torch.Tensor:
-        if not self._compiled or isinstance(self._model, adapter.ModuleModel):
+        if not self._compiled or self._splits or isinstance(self._model, adapter.ModuleModel):
             return seed
         wrapped = (seed & (1 << 64) - 1) - (1 << 64 if seed >> 63 & 1 else 0)
         return torch.full((), wrapped, dtype=torch.int64, device=self.device)  # a Python number would recompile every step
@@ -181,13 +244,16 @@ class TorchBackend:
 
     def _aim(self, into: Mapping[str, Buffer]) -> None:
         """Makes the leaves' gradients accumulate in `into`; leaves that are not in it are frozen."""
-        if into.keys() != self._trainable:
-            self._trainable = set(into)
-            for name, leaf in self._leaves.items():
-                leaf.grad = None
-                leaf.requires_grad_(name in into)
+        self._train(set(into))
         for name, view in into.items():
             self._leaves[name].grad = as_tensor(view)
+
+    def _train(self, names: set[str]) -> None:
+        if names != self._trainable:
+            self._trainable = names
+            for name, leaf in self._leaves.items():
+                leaf.grad = None
+                leaf.requires_grad_(name in names)
 
     def _blocks(self, buffer: Buffer, block: int) -> tuple[torch.Tensor, ...]:
         # only of buffers that live as long as the model: a kept tensor holds its memory, so the address cannot pass to another
@@ -203,6 +269,20 @@ class TorchBackend:
 
 def as_tensor(buffer: Buffer) -> torch.Tensor:
     return buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
+
+
+def as_buffer(x: torch.Tensor) -> Buffer:
+    """A tensor as a flat float32 buffer, where it lies if that is possible."""
+    flat = x.detach().float().reshape(-1)
+    return flat.numpy() if flat.device.type == "cpu" else flat
+
+
+def tensors(into: Mapping[str, Buffer]) -> dict[str, torch.Tensor]:
+    return {name: as_tensor(view) for name, view in into.items()}
+
+
+def shaped_like(result: torch.Tensor, gradient: Buffer | None) -> torch.Tensor | None:
+    return None if gradient is None else as_tensor(gradient).view(result.shape).to(result.dtype)
 
 
 def plain(total: Any) -> Any:

@@ -26,6 +26,7 @@ class TorchOps(neutral.Kernels):
     def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         self.device = torch.device(device)
         self.dtype = dtype
+        self.recomputed = 0  # calls of `recompute` so far
 
     def constant(self, values: Any) -> Tensor:
         tensor = torch.as_tensor(np.asarray(values), device=self.device)
@@ -149,6 +150,8 @@ class TorchOps(neutral.Kernels):
         return x * keep * (neutral.DROPOUT_LEVELS / (neutral.DROPOUT_LEVELS - levels))
 
     def recompute(self, function: Callable[..., Tensor], *arrays: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.recomputed += 1
         # what is random here is a function of the seed: the generators need not be brought back
         return checkpoint(function, *arrays, use_reentrant=False, preserve_rng_state=False)
 
