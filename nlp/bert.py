@@ -15,7 +15,7 @@ import numpy as np
 
 from elastic.backend import Spec
 from elastic.errors import RecipeError
-from elastic.layers import one_layer, smoothed
+from elastic.layers import Chained, Layers, cross_entropy, embedded, one_layer, smoothed
 
 Array = Any
 EPS = 1e-12  # of the norms, as in the original
@@ -87,62 +87,56 @@ def specs(config: Config, num_tokens: int) -> dict[str, Spec]:
     return out
 
 
-class BERT:
-    """The model behind `elastic.backend.Model`. It has no buffers. `num_tokens` counts the one for hidden tokens too."""
+class BERT(Chained):
+    """The model behind `elastic.backend.Chain`. `num_tokens` counts the one for hidden tokens too.
+
+    What travels between its pieces is (rows, context, d_model), at the end logits (rows, hidden, vocab).
+    """
+
+    layout = {"heads": "tensor", "d_ff": "tensor", "vocab": "tensor"}
 
     def __init__(self, config: Config, num_tokens: int):
-        self.config = config
+        self.config, self.num_tokens = config, num_tokens
         self.parameters = specs(config, num_tokens)
-        self.buffers: dict[str, Spec] = {}
+        self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
 
-    def loss(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array], batch: Mapping[str, Array],
-             seed: int) -> tuple[Array, Array, Mapping[str, Array]]:
-        """The summed loss of hidden tokens, their number in real rows, and no new buffers."""
-        scores, weights = forward(ops, params, batch, self.config, seed)
-        total = ops.cross_entropy(scores, batch["targets"], weights)
-        return smoothed(ops, total, scores, weights, self.config.smoothing), ops.sum(weights), {}
+    def names(self, piece: str) -> tuple[str, ...]:
+        """The embedding is the head's last product as well."""
+        own = {"embed": ("wte", "wpe", "ln_e."), "head": ("wte", "head.", "ln_h.", "vocab.")}.get(piece, (f"{piece}.",))
+        return tuple(name for name in self.parameters if name.startswith(own))
 
-    def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
-                batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
-        """"loss" and "accuracy" on hidden tokens, without dropout and smoothing."""
-        scores, weights = forward(ops, params, batch, self.config, None)
-        count = ops.sum(weights)
-        return {"loss": (ops.cross_entropy(scores, batch["targets"], weights), count),
-                "accuracy": (ops.correct(scores, batch["targets"], weights), count)}
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
+        layers = Layers(ops, False, self.config.dropout, seed, EPS)
+        if piece == "embed":
+            x = ops.add(embedded(ops, params["wte"], batch["tokens"], "vocab", self.num_tokens), params["wpe"])
+            return layers.drop(layers.norm(params, "ln_e", x), "embedding")
+        if piece == "head":
+            return self.head(ops, params, layers, x, batch["places"])
+        return one_layer(ops, layers.post, params, piece, x, self.config.recompute and seed is not None)
 
+    def head(self, ops: Any, params: Mapping[str, Array], layers: Layers, encoded: Array, places: Array) -> Array:
+        rows, context = places.shape[0], self.config.context
+        flat = ops.add(places, ops.constant(np.arange(rows, dtype=np.int64)[:, None] * context))
+        x = ops.gather(ops.reshape(encoded, (rows * context, self.config.width)), flat)
+        x = layers.norm(params, "ln_h", ops.gelu(ops.contract("bnd,de->bne", x, params["head.weight"], params["head.bias"])))
+        return ops.contract("bnd,vd->bnv", ops.enter(x, "vocab"), params["wte"], params["vocab.bias"])
 
-def forward(ops: Any, params: Mapping[str, Array], batch: Mapping[str, Array], config: Config, seed: int | None) -> tuple[Array, Array]:
-    """(rows, hidden, vocab) logits at the hidden places and their weights (rows, hidden). `seed` None means no dropout."""
-    rows, hidden = batch["places"].shape
-    encoded = ops.reshape(encode(ops, params, batch["tokens"], config, seed), (rows * config.context, config.width))
-    flat = ops.add(batch["places"], ops.constant(np.arange(rows, dtype=np.int64)[:, None] * config.context))
-    x = ops.gelu(ops.contract("bnd,de->bne", ops.gather(encoded, flat), params["head.weight"], params["head.bias"]))
-    x = ops.layer_norm(x, params["ln_h.weight"], params["ln_h.bias"], EPS)
-    scores = ops.contract("bnd,vd->bnv", x, params["wte"], params["vocab.bias"])
-    return scores, ops.multiply(ops.reshape(batch["row_weight"], (rows, 1)), ops.constant(np.ones((1, hidden))))
+    def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
+        """The summed loss of hidden tokens and their number in real rows."""
+        weights, smoothing = self.weights(ops, batch), self.config.smoothing
+        total = cross_entropy(ops, x, batch["targets"], weights, "vocab", self.num_tokens)
+        if smoothing:
+            total = smoothed(ops, total, ops.collect(x, "vocab", self.num_tokens), weights, smoothing)
+        return total, ops.sum(weights)
 
+    def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
+        """"loss" and "accuracy" on hidden tokens, without smoothing."""
+        weights = self.weights(ops, batch)
+        count, whole = ops.sum(weights), ops.collect(x, "vocab", self.num_tokens)
+        return {"loss": (ops.cross_entropy(whole, batch["targets"], weights), count),
+                "accuracy": (ops.correct(whole, batch["targets"], weights), count)}
 
-def encode(ops: Any, params: Mapping[str, Array], tokens: Array, config: Config, seed: int | None) -> Array:
-    """(rows, context) tokens -> (rows, context, width)."""
-    rate = 0.0 if seed is None else config.dropout
-
-    def drop(x: Array, tag: str) -> Array:
-        return ops.dropout(x, rate, seed, tag) if rate else x
-
-    def norm(p: Mapping[str, Array], name: str, x: Array) -> Array:
-        return ops.layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"], EPS)
-
-    def dense(p: Mapping[str, Array], equation: str, name: str, x: Array) -> Array:
-        return ops.contract(equation, x, p[f"{name}.weight"], p[f"{name}.bias"])
-
-    def layer(p: Mapping[str, Array], x: Array, h: str) -> Array:
-        query, key, value = ops.unbind(dense(p, "btd,dqhe->btqhe", f"{h}.attn.qkv", x), 2)
-        mixed = ops.attention(query, key, value, False, rate, 0 if seed is None else seed, f"{h}.attn.weights")
-        x = norm(p, f"{h}.ln1", ops.add(x, drop(dense(p, "bthe,hed->btd", f"{h}.attn.out", mixed), f"{h}.attn")))
-        inner = ops.gelu(dense(p, "btd,df->btf", f"{h}.mlp.up", x))
-        return norm(p, f"{h}.ln2", ops.add(x, drop(dense(p, "btf,fd->btd", f"{h}.mlp.down", inner), f"{h}.mlp")))
-
-    x = drop(norm(params, "ln_e", ops.add(ops.gather(params["wte"], tokens), params["wpe"])), "embedding")
-    for i in range(config.layers):
-        x = one_layer(ops, layer, params, f"h{i}", x, config.recompute and seed is not None)
-    return x
+    def weights(self, ops: Any, batch: Mapping[str, Array]) -> Array:
+        """(rows, hidden): those of the rows."""
+        rows, hidden = batch["places"].shape
+        return ops.multiply(ops.reshape(batch["row_weight"], (rows, 1)), ops.constant(np.ones((1, hidden))))

@@ -15,7 +15,7 @@ import numpy as np
 
 from elastic.backend import Spec
 from elastic.errors import RecipeError
-from elastic.layers import one_layer, smoothed
+from elastic.layers import Chained, Layers, cross_entropy, embedded, one_layer, smoothed
 
 Array = Any
 
@@ -90,68 +90,61 @@ def specs(config: Config, vocab_size: int) -> dict[str, Spec]:
     return out
 
 
-class GPT:
-    """The model behind `elastic.backend.Model`. It has no buffers."""
+class GPT(Chained):
+    """The model behind `elastic.backend.Chain`. What travels between its pieces is (rows, time, d_model), at the end logits."""
+
+    layout = {"heads": "tensor", "d_ff": "tensor", "vocab": "tensor"}
 
     def __init__(self, config: Config, vocab_size: int):
         self.config = config
         self.vocab_size = vocab_size
         self.parameters = specs(config, vocab_size)
-        self.buffers: dict[str, Spec] = {}
+        self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
 
-    def loss(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array], batch: Mapping[str, Array],
-             seed: int) -> tuple[Array, Array, Mapping[str, Array]]:
-        """The summed token loss, the number of real tokens, and no new buffers."""
-        total, weight = token_loss(ops, params, batch, self.config, seed)
-        return total, weight, {}
+    def names(self, piece: str) -> tuple[str, ...]:
+        """The embedding is the head as well."""
+        own = {"embed": ("wte", "wpe"), "head": ("wte", "ln_f.")}.get(piece, (f"{piece}.",))
+        return tuple(name for name in self.parameters if name.startswith(own))
 
-    def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
-                batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
-        """{"loss": (sum over tokens, number of real tokens)} without dropout and smoothing."""
-        return {"loss": token_loss(ops, params, batch, self.config, None)}
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
+        if piece == "embed":
+            tokens = batch["tokens"]
+            return self.embed(ops, params, ops.narrow(tokens, 1, 0, tokens.shape[1] - 1), seed)
+        layers = self.layers(ops, seed)
+        if piece == "head":
+            return ops.contract("btd,vd->btv", ops.enter(layers.norm(params, "ln_f", x), "vocab"), params["wte"])
+        return one_layer(ops, layers.pre, params, piece, x, self.config.recompute and seed is not None)
+
+    def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
+        """The summed token loss and the number of real tokens."""
+        return self.token_loss(ops, x, batch, self.config.smoothing)
+
+    def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
+        """{"loss": (sum over tokens, number of real tokens)} without smoothing."""
+        return {"loss": self.token_loss(ops, x, batch, 0.0)}
 
     def logits(self, ops: Any, params: Mapping[str, Array], tokens: Array) -> Array:
         """(rows, time) integers, time at most `context` -> (rows, time, vocab): scores of each next token."""
-        return forward(ops, params, tokens, self.config, None)
+        x = self.through(ops, params, self.embed(ops, params, tokens, None), {}, None, 1)
+        return ops.collect(x, "vocab", self.vocab_size)
 
+    def layers(self, ops: Any, seed: int | None) -> Layers:
+        return Layers(ops, True, self.config.dropout, seed)
 
-def token_loss(ops: Any, params: Mapping[str, Array], batch: Mapping[str, Array], config: Config,
-               seed: int | None) -> tuple[Array, Array]:
-    tokens = batch["tokens"]
-    rows, time = tokens.shape[0], tokens.shape[1] - 1
-    logits = forward(ops, params, ops.narrow(tokens, 1, 0, time), config, seed)
-    weights = ops.multiply(ops.reshape(batch["row_weight"], (rows, 1)), ops.constant(np.ones((1, time))))
-    total = ops.cross_entropy(logits, ops.narrow(tokens, 1, 1, time), weights)
-    return smoothed(ops, total, logits, weights, 0.0 if seed is None else config.smoothing), ops.sum(weights)
+    def embed(self, ops: Any, params: Mapping[str, Array], tokens: Array, seed: int | None) -> Array:
+        time, positions = tokens.shape[1], params["wpe"]
+        if time < self.config.context:
+            positions = ops.narrow(positions, 0, 0, time)
+        x = ops.add(embedded(ops, params["wte"], tokens, "vocab", self.vocab_size), positions)
+        return self.layers(ops, seed).drop(x, "embedding")
 
-
-def forward(ops: Any, params: Mapping[str, Array], tokens: Array, config: Config, seed: int | None) -> Array:
-    """(rows, time) tokens -> (rows, time, vocab) logits. `seed` None means no dropout."""
-    rate = 0.0 if seed is None else config.dropout
-
-    def drop(x: Array, tag: str) -> Array:
-        return ops.dropout(x, rate, seed, tag) if rate else x
-
-    def norm(p: Mapping[str, Array], name: str, x: Array) -> Array:
-        return ops.layer_norm(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
-
-    def dense(p: Mapping[str, Array], equation: str, name: str, x: Array) -> Array:
-        return ops.contract(equation, x, p[f"{name}.weight"], p.get(f"{name}.bias"))
-
-    def layer(p: Mapping[str, Array], x: Array, h: str) -> Array:
-        query, key, value = ops.unbind(dense(p, "btd,dqhe->btqhe", f"{h}.attn.qkv", norm(p, f"{h}.ln1", x)), 2)
-        mixed = ops.attention(query, key, value, True, rate, 0 if seed is None else seed, f"{h}.attn.weights")
-        x = ops.add(x, drop(dense(p, "bthe,hed->btd", f"{h}.attn.out", mixed), f"{h}.attn"))
-        hidden = ops.gelu(dense(p, "btd,df->btf", f"{h}.mlp.up", norm(p, f"{h}.ln2", x)))
-        return ops.add(x, drop(dense(p, "btf,fd->btd", f"{h}.mlp.down", hidden), f"{h}.mlp"))
-
-    time, positions = tokens.shape[1], params["wpe"]
-    if time < config.context:
-        positions = ops.narrow(positions, 0, 0, time)
-    x = drop(ops.add(ops.gather(params["wte"], tokens), positions), "embedding")
-    for i in range(config.layers):
-        x = one_layer(ops, layer, params, f"h{i}", x, config.recompute and seed is not None)
-    return ops.contract("btd,vd->btv", norm(params, "ln_f", x), params["wte"])
+    def token_loss(self, ops: Any, logits: Array, batch: Mapping[str, Array], smoothing: float) -> tuple[Array, Array]:
+        rows, time = logits.shape[:2]
+        weights = ops.multiply(ops.reshape(batch["row_weight"], (rows, 1)), ops.constant(np.ones((1, time))))
+        total = cross_entropy(ops, logits, ops.narrow(batch["tokens"], 1, 1, time), weights, "vocab", self.vocab_size)
+        if smoothing:
+            total = smoothed(ops, total, ops.collect(logits, "vocab", self.vocab_size), weights, smoothing)
+        return total, ops.sum(weights)
 
 
 def generate(logits_of: Callable[[np.ndarray], np.ndarray], prompt: list[int], num_tokens: int, context: int,

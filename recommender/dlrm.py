@@ -20,6 +20,7 @@ import numpy as np
 
 from elastic.backend import Spec, Tally
 from elastic.errors import RecipeError
+from elastic.layers import Chained, dense_from, dense_into, embedded, part_tag
 from recommender.metrics import Curve, Errors, Lists
 
 Array = Any
@@ -82,14 +83,14 @@ def specs(config: Config, columns: Columns) -> dict[str, Spec]:
     out: dict[str, Spec] = {}
     rows, numbers, width = sum(columns.sizes), columns.num_numeric, columns.width
 
-    def dense(name: str, num_in: int, num_out: int, gain: float = 2.0) -> int:
-        out[f"{name}.weight"] = Spec((num_in, num_out), ("d_in", "d_out"), "normal", math.sqrt(gain / num_in))
-        out[f"{name}.bias"] = Spec((num_out,), ("d_out",), "zeros")
+    def dense(name: str, num_in: int, num_out: int, gain: float = 2.0, dims: tuple[str, str] = ("d_in", "d_out")) -> int:
+        out[f"{name}.weight"] = Spec((num_in, num_out), dims, "normal", math.sqrt(gain / num_in))
+        out[f"{name}.bias"] = Spec((num_out,), dims[1:], "zeros")
         return num_out
 
-    def mlp(name: str, num_in: int, widths: Sequence[int]) -> int:
-        for i, num_out in enumerate(widths):
-            num_in = dense(f"{name}{i}", num_in, num_out)
+    def mlp(num_in: int, names: Sequence[str], widths: Sequence[int]) -> int:
+        for (name, (reads, makes)), num_out in zip(paired(names).items(), widths, strict=True):
+            num_in = dense(name, num_in, num_out, 1.0 if name == "out" else 2.0, (reads or "d_in", makes or "d_out"))
         return num_in
 
     if config.arch in ("mf", "lr"):
@@ -104,56 +105,86 @@ def specs(config: Config, columns: Columns) -> dict[str, Spec]:
         out["factors"] = Spec((numbers, width), ("numeric", "d_embedding"), "normal", 1 / math.sqrt(width))
     if config.arch == "dlrm":
         if numbers:
-            mlp("bottom", numbers, (*config.bottom, width))
+            mlp(numbers, bottom_layers(config), (*config.bottom, width))
         count = len(columns.sizes) + bool(numbers)
-        dense("out", mlp("top", (width if numbers else 0) + count * (count - 1) // 2 + (0 if count > 1 else width), config.top), 1, 1.0)
+        mlp((width if numbers else 0) + count * (count - 1) // 2 + (0 if count > 1 else width), top_layers(config), (*config.top, 1))
     if config.arch == "dcn":
         total = numbers + len(columns.sizes) * width
         for i in range(config.layers):
             dense(f"cross{i}", total, total, 1.0)
-        dense("out", mlp("top", total, config.top), 1, 1.0)
+        mlp(total, top_layers(config), (*config.top, 1))
     return out
 
 
-class Recommender:
-    """The model behind `elastic.backend.Model`. It has no buffers. `lists`: rows to evaluate on in lists, and how many of each count."""
+def bottom_layers(config: Config) -> list[str]:
+    return [f"bottom{i}" for i in range(len(config.bottom) + 1)]
+
+
+def top_layers(config: Config) -> list[str]:
+    return [*(f"top{i}" for i in range(len(config.top))), "out"]
+
+
+def paired(layers: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Of dense layers one after the other, the dim by which each one's input may be split and that of its result, "" where it is whole.
+
+    Two and two split what lies between them, a dim called as the first (Shoeybi et al. 2019, section 3); an odd last one stays whole.
+    """
+    out = dict.fromkeys(layers, ("", ""))
+    for first, second in zip(layers[::2], layers[1::2], strict=False):
+        out[first], out[second] = ("", first), (first, "")
+    return out
+
+
+class Recommender(Chained):
+    """The model behind `elastic.backend.Chain`. `lists`: rows to evaluate on in lists, and how many of each count.
+
+    What travels between its pieces is (rows, width): of the layer before, or all that the layers on top read; at the end scores (rows,),
+    log-odds, or under the squared loss the value itself.
+    """
 
     def __init__(self, config: Config, columns: Columns, lists: tuple[int, int] | None = None):
         self.config, self.columns, self.lists = config, columns, lists
         self.parameters = specs(config, columns)
-        self.buffers: dict[str, Spec] = {}
+        self.pieces = ("interact", *(top_layers(config) if config.arch in ("dlrm", "dcn") else ()))
+        splits = ("table_row", *paired(bottom_layers(config)), *paired(top_layers(config)))
+        self.layout = {dim: "tensor" for spec in self.parameters.values() for dim in spec.dims if dim in splits}
 
-    def loss(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array], batch: Mapping[str, Array],
-             seed: int) -> tuple[Array, Array, Mapping[str, Array]]:
-        """The summed loss, the number of real rows, and no new buffers."""
-        return *self.loss_of(ops, self.scores(ops, params, batch, seed), batch), {}
+    def names(self, piece: str) -> tuple[str, ...]:
+        others = tuple(f"{name}." for name in self.pieces[1:])
+        return tuple(name for name in self.parameters
+                     if (not name.startswith(others) if piece == "interact" else name.startswith(f"{piece}.")))
+
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
+        rows = batch["label"].shape[0]
+        p = Pass(ops, params, batch, self.config, self.columns, rows, seed)
+        if piece == "interact":
+            x = {"dlrm": dlrm, "dcn": dcn, "mf": factorised, "lr": linear}[self.config.arch](p)
+        else:
+            x = p.dense(piece, x) if piece == "out" else p.layer(piece, x)
+        return ops.reshape(x, (rows,)) if piece == self.pieces[-1] else x
+
+    def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
+        """The summed loss and the number of real rows."""
+        return self.loss_of(ops, x, batch)
 
     def loss_of(self, ops: Any, scores: Array, batch: Mapping[str, Array]) -> tuple[Array, Array]:
         measure = ops.binary_cross_entropy if self.config.loss == "binary" else ops.squared_error
         return measure(scores, batch["label"], batch["row_weight"]), ops.sum(batch["row_weight"])
 
-    def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
-                batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
+    def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
         """"loss" is the log-loss or the mean square error; with it the share of positives, or the mean absolute error."""
-        scores = self.scores(ops, params, batch, None)
-        total, weight = self.loss_of(ops, scores, batch)
+        total, weight = self.loss_of(ops, x, batch)
         if self.config.loss == "binary":
-            return {"loss": (total, weight), "score": (scores, weight),
+            return {"loss": (total, weight), "score": (x, weight),
                     "base_rate": (ops.sum(ops.multiply(batch["label"], batch["row_weight"])), weight)}
-        off = ops.subtract(scores, batch["label"])
+        off = ops.subtract(x, batch["label"])
         size = ops.add(ops.relu(off), ops.relu(ops.multiply(off, -1.0)))
-        return {"loss": (total, weight), "score": (scores, weight), "mae": (ops.sum(ops.multiply(size, batch["row_weight"])), weight)}
+        return {"loss": (total, weight), "score": (x, weight), "mae": (ops.sum(ops.multiply(size, batch["row_weight"])), weight)}
 
     def tally(self) -> Tally:
         is_binary = self.config.loss == "binary"
         tally = Curve() if is_binary else Errors()
         return Lists(tally, *self.lists, is_binary) if self.lists else tally
-
-    def scores(self, ops: Any, params: Mapping[str, Array], batch: Mapping[str, Array], seed: int | None) -> Array:
-        """(rows,): log-odds, or the value itself under the squared loss. `seed` None means no dropout."""
-        forward = {"dlrm": dlrm, "dcn": dcn, "mf": factorised, "lr": linear}[self.config.arch]
-        rows = batch["label"].shape[0]
-        return ops.reshape(forward(Pass(ops, params, batch, self.config, self.columns, rows, seed)), (rows,))
 
 
 @dataclass(frozen=True)
@@ -168,19 +199,25 @@ class Pass:
     rows: int
     seed: int | None
 
-    def dense(self, name: str, x: Array) -> Array:
-        return self.ops.contract("ni,io->no", x, self.params[f"{name}.weight"], self.params[f"{name}.bias"])
+    @property
+    def splits(self) -> dict[str, tuple[str, str]]:
+        return paired(bottom_layers(self.config)) | paired(top_layers(self.config))
 
-    def mlp(self, name: str, x: Array, num_layers: int) -> Array:
-        for i in range(num_layers):
-            x = self.ops.relu(self.dense(f"{name}{i}", x))
-            if self.config.dropout and self.seed is not None:
-                x = self.ops.dropout(x, self.config.dropout, self.seed, f"{name}{i}")
+    def dense(self, name: str, x: Array) -> Array:
+        reads, makes = self.splits.get(name, ("", ""))
+        if reads:
+            return dense_from(self.ops, self.params, "ni,io->no", name, x, reads)
+        return dense_into(self.ops, self.params, "ni,io->no", name, x, makes)
+
+    def layer(self, name: str, x: Array) -> Array:
+        x = self.ops.relu(self.dense(name, x))
+        if self.config.dropout and self.seed is not None:
+            x = self.ops.dropout(x, self.config.dropout, self.seed, part_tag(self.ops, name, self.splits[name][1]))
         return x
 
-    def embedded(self) -> Array:
-        """(rows, columns, width)."""
-        return self.ops.gather(self.params["embedding"], self.batch["categorical"])
+    def rows_of(self, table: str) -> Array:
+        """(rows, columns, width) of the batch's categories."""
+        return embedded(self.ops, self.params[table], self.batch["categorical"], "table_row", sum(self.columns.sizes))
 
     def together(self, parts: Sequence[Array], axis: int) -> Array:
         return parts[0] if len(parts) == 1 else self.ops.concatenate(parts, axis)
@@ -188,9 +225,11 @@ class Pass:
 
 def dlrm(p: Pass) -> Array:
     ops, width = p.ops, p.columns.width
-    vectors, parts = [p.embedded()], []
+    vectors, parts = [p.rows_of("embedding")], []
     if p.columns.num_numeric:
-        numbers = p.mlp("bottom", p.batch["numeric"], len(p.config.bottom) + 1)
+        numbers = p.batch["numeric"]
+        for name in bottom_layers(p.config):
+            numbers = p.layer(name, numbers)
         vectors.insert(0, ops.reshape(numbers, (p.rows, 1, width)))
         parts.append(numbers)
     together = p.together(vectors, 1)
@@ -199,7 +238,7 @@ def dlrm(p: Pass) -> Array:
         parts.append(pairs(ops, together, p.rows, count))
     elif not parts:
         parts.append(ops.reshape(together, (p.rows, width)))
-    return p.dense("out", p.mlp("top", p.together(parts, 1), len(p.config.top)))
+    return p.together(parts, 1)
 
 
 def pairs(ops: Any, vectors: Array, rows: int, count: int) -> Array:
@@ -214,17 +253,17 @@ def dcn(p: Pass) -> Array:
     ops = p.ops
     parts = [p.batch["numeric"]] if p.columns.num_numeric else []
     if p.columns.sizes:
-        parts.append(ops.reshape(p.embedded(), (p.rows, len(p.columns.sizes) * p.columns.width)))
+        parts.append(ops.reshape(p.rows_of("embedding"), (p.rows, len(p.columns.sizes) * p.columns.width)))
     first = x = p.together(parts, 1)
     for i in range(p.config.layers):
         x = ops.add(ops.multiply(first, p.dense(f"cross{i}", x)), x)
-    return p.dense("out", p.mlp("top", x, len(p.config.top)))
+    return x
 
 
 def linear(p: Pass) -> Array:
     ops, out = p.ops, []
     if p.columns.sizes:
-        out.append(ops.sum(ops.gather(p.params["linear.categorical"], p.batch["categorical"]), (1,)))
+        out.append(ops.sum(p.rows_of("linear.categorical"), (1,)))
     if p.columns.num_numeric:
         out.append(ops.contract("ni,io->no", p.batch["numeric"], p.params["linear.numeric"]))
     total = out[0] if len(out) == 1 else ops.add(*out)
@@ -235,7 +274,7 @@ def factorised(p: Pass) -> Array:
     """The sum over pairs is half of (sum of all)^2 - sum of squares."""
     ops, vectors = p.ops, []
     if p.columns.sizes:
-        vectors.append(p.embedded())
+        vectors.append(p.rows_of("embedding"))
     if p.columns.num_numeric:
         numbers = ops.reshape(p.batch["numeric"], (p.rows, p.columns.num_numeric, 1))
         vectors.append(ops.multiply(numbers, p.params["factors"]))

@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic.backend import Spec
 from elastic.errors import RecipeError
-from elastic.layers import one_layer
+from elastic.layers import Chained, Layers, one_layer
 from vision import config as checks
 from vision.metrics import loss_of, scores_of
 
@@ -84,48 +84,35 @@ def specs(config: Config, shape: tuple[int, ...], num_classes: int) -> dict[str,
     return out
 
 
-class ViT:
-    """The model behind `elastic.backend.Model`. It has no buffers."""
+class ViT(Chained):
+    """The model behind `elastic.backend.Chain`. What travels between its pieces is (rows, places, d_model), at the end logits."""
+
+    layout = {"heads": "tensor", "d_ff": "tensor"}
 
     def __init__(self, config: Config, shape: tuple[int, ...], num_classes: int):
         self.config, self.shape, self.num_classes = config, shape, num_classes
         self.parameters = specs(config, shape, num_classes)
-        self.buffers: dict[str, Spec] = {}
+        self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
 
-    def loss(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array], batch: Mapping[str, Array],
-             seed: int) -> tuple[Array, Array, Mapping[str, Array]]:
-        """The summed loss, the number of real rows, and no new buffers."""
-        return *loss_of(ops, forward(ops, params, batch["image"], self.config, seed), batch, self.config.smoothing), {}
+    def names(self, piece: str) -> tuple[str, ...]:
+        own = {"embed": ("patch.", "position"), "head": ("ln_f.", "head.")}.get(piece, (f"{piece}.",))
+        return tuple(name for name in self.parameters if name.startswith(own))
 
-    def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
-                batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
-        """loss, accuracy and top5, without dropout."""
-        return scores_of(ops, forward(ops, params, batch["image"], self.config, None), batch)
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
+        layers = Layers(ops, False, self.config.dropout, seed)
+        if piece == "embed":
+            images = batch["image"]
+            patches = ops.conv2d(images, params["patch.weight"], params["patch.bias"], self.config.patch)
+            x = ops.reshape(patches, (images.shape[0], -1, self.config.width))
+            return layers.drop(ops.add(x, params["position"]), "embedding")
+        if piece == "head":
+            return ops.contract("bd,dk->bk", ops.mean(layers.norm(params, "ln_f", x), (1,)), params["head.weight"], params["head.bias"])
+        return one_layer(ops, layers.pre, params, piece, x, self.config.recompute and seed is not None)
 
+    def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
+        """The summed loss and the number of real rows."""
+        return loss_of(ops, x, batch, self.config.smoothing)
 
-def forward(ops: Any, params: Mapping[str, Array], images: Array, config: Config, seed: int | None) -> Array:
-    """(rows, height, width, channels) -> (rows, classes) logits. `seed` None means no dropout."""
-    rate = 0.0 if seed is None else config.dropout
-
-    def drop(x: Array, tag: str) -> Array:
-        return ops.dropout(x, rate, seed, tag) if rate else x
-
-    def norm(p: Mapping[str, Array], name: str, x: Array) -> Array:
-        return ops.layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"])
-
-    def dense(p: Mapping[str, Array], equation: str, name: str, x: Array) -> Array:
-        return ops.contract(equation, x, p[f"{name}.weight"], p[f"{name}.bias"])
-
-    def layer(p: Mapping[str, Array], x: Array, h: str) -> Array:
-        query, key, value = ops.unbind(dense(p, "btd,dqhe->btqhe", f"{h}.attn.qkv", norm(p, f"{h}.ln1", x)), 2)
-        mixed = ops.attention(query, key, value, False, rate, 0 if seed is None else seed, f"{h}.attn.weights")
-        x = ops.add(x, drop(dense(p, "bthe,hed->btd", f"{h}.attn.out", mixed), f"{h}.attn"))
-        hidden = ops.gelu(dense(p, "btd,df->btf", f"{h}.mlp.up", norm(p, f"{h}.ln2", x)))
-        return ops.add(x, drop(dense(p, "btf,fd->btd", f"{h}.mlp.down", hidden), f"{h}.mlp"))
-
-    patches = ops.conv2d(images, params["patch.weight"], params["patch.bias"], config.patch)
-    x = ops.reshape(patches, (images.shape[0], -1, config.width))
-    x = drop(ops.add(x, params["position"]), "embedding")
-    for i in range(config.layers):
-        x = one_layer(ops, layer, params, f"h{i}", x, config.recompute and seed is not None)
-    return dense(params, "bd,dk->bk", "head", ops.mean(norm(params, "ln_f", x), (1,)))
+    def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
+        """loss, accuracy and top5."""
+        return scores_of(ops, x, batch)

@@ -112,7 +112,7 @@ def test_bert_s_smoothed_labels_are_torch_s() -> None:
     found = rig("torch", "nlp.bert", dropout=0.0, smoothing=0.3)
     found.param *= 9.0
     tensors = {key: torch.tensor(np.array(value)) for key, value in (found.layout.views(found.param) | HIDDEN).items()}
-    scores, _ = bert.forward(TorchOps(), tensors, tensors, bert.Config(**MODELS["nlp.bert"][1]), None)
+    scores = bert.build(*MODELS["nlp.bert"][1:3]).through(TorchOps(), tensors, None, tensors, None)
     wanted, plain = (torch_s_loss(scores, HIDDEN["targets"], smoothing) for smoothing in (0.3, 0.0))
     assert abs(wanted / plain - 1) > 0.01
     assert found.gradient(HIDDEN)[1].loss_sum == pytest.approx(wanted, rel=1e-5)
