@@ -8,7 +8,6 @@ norm, are its buffers: the block gets copies, which are handed back, so a step t
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from backends.mxnet.ops import mx
+from backends.mxnet.turn import turn
 from elastic.backend import Spec
 from elastic.errors import UserError
 from elastic.own import described, pair, pairs, rebuilt
-
-computing = threading.RLock()  # MXNet's kernels and generators are the process's own: one thread at a time
 
 
 class GluonModel:
@@ -130,7 +128,7 @@ def named_parameters(block: mx.gluon.Block) -> dict[str, Any]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, the generators of MXNet, NumPy and Python start from `seed`; afterwards those of NumPy and Python are as they were."""
-    with computing:
+    with turn:
         numpy_state, python_state = np.random.get_state(), random.getstate()
         mx.random.seed(seed & (1 << 31) - 1)
         np.random.seed(seed & (1 << 32) - 1)

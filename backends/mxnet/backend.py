@@ -6,20 +6,21 @@ in a process; workers that are processes never wait for one another.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from backends.mxnet import adapter, optimizer, warn_if_late
 from backends.mxnet.adapter import seeded
-from backends.mxnet.graph import Graph, Unrecordable, key_of
-from backends.mxnet.ops import MXNetOps, mx, shapes, to_array
+from backends.mxnet.graph import Graph, key_of
+from backends.mxnet.ops import MXNetOps, mx, to_array
+from backends.mxnet.recording import Unrecordable
+from backends.mxnet.turn import computing, turn
+from backends.mxnet.values import add_fresh, as_array, as_numpy, blocks_of, flat, flattened, number, paired, plain, taken
 from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
 
@@ -27,8 +28,6 @@ ALIGN_BYTES = 64
 KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare
 
 _autograd = mx.autograd
-_library = mx.base._LIB
-_blas = ctypes.CDLL(str(Path(mx.__file__).parent / "libopenblas.so.0")) if (Path(mx.__file__).parent / "libopenblas.so.0").exists() else None
 
 
 def create(model: Model | Any, settings: Any) -> MXNetBackend:
@@ -40,7 +39,7 @@ def create(model: Model | Any, settings: Any) -> MXNetBackend:
 def adapt(model: Any) -> Any:
     """A user's Gluon block as a model; others as they are. UserError where a block cannot serve."""
     if isinstance(model, mx.gluon.Block):
-        with adapter.computing:
+        with turn:
             return adapter.GluonModel(model)
     if not isinstance(getattr(model, "parameters", None), Mapping):
         raise UserError(f'model.kind gives a {type(model).__name__}, which is no Gluon block; backend.name = "mxnet" trains mxnet.gluon.Block.')
@@ -53,15 +52,14 @@ def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int)
         return factory(**config)
 
 
-@contextmanager
-def computing(threads: int, numpy_shapes: bool = True) -> Iterator[None]:
-    """This thread's turn, with the thread count on which bits depend: OpenMP's is a thread's own setting, BLAS has one for all."""
-    with adapter.computing:
-        _library.MXSetNumOMPThreads(threads)
-        if _blas is not None and _blas.openblas_get_num_threads() != threads:
-            _blas.openblas_set_num_threads(threads)
-        with shapes(numpy_shapes):
-            yield
+@dataclass
+class Pass:
+    """What a micro-batch's backward pass needs. `gradients` are those of the parameters, by name, between its two halves."""
+
+    result: Any
+    inputs: Any
+    leaves: Mapping[str, Any]
+    gradients: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class MXNetBackend:
@@ -88,6 +86,7 @@ class MXNetBackend:
         self._graphs: dict[Any, Callable[..., dict[str, Any]]] = {}
         self._compilations = 0
         self._kept: OrderedDict[tuple[int, int, int], list[Any]] = OrderedDict()
+        self._passes: dict[Any, Pass] = {}
 
     def allocate(self, size: int) -> Buffer:
         room = np.zeros(size * self._dtype.itemsize + ALIGN_BYTES, np.uint8)
@@ -113,12 +112,8 @@ class MXNetBackend:
             with _autograd.record():
                 loss, weight, new = self._loss(state, columns, seed)
             total, count = number(loss), number(weight)
-            if self._backward(loss):
-                for name, view in into.items():
-                    leaf = self._leaves[name]
-                    if leaf._fresh_grad:
-                        view += np.from_dlpack(Lent(leaf.grad))
-                        leaf._fresh_grad = False
+            if self._differentiated(loss):
+                add_fresh(self._leaves, into)
             elif count:
                 raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
             return ShardResult(total, count, {name: as_numpy(value) for name, value in new.items()})
@@ -126,9 +121,7 @@ class MXNetBackend:
     def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
         # in predict mode the kernels of some layers rearrange their weights in place, here in the platform's own buffers
         with computing(*self._way), _autograd.train_mode():  # a user's block switches back, on copies
-            found = self._measured(self._device_state(), self._columns(batch))
-            value = plain if hasattr(self._model, "tally") else number
-            return {name: (value(total), number(weight)) for name, (total, weight) in found.items()}
+            return self._told(self._measured(self._device_state(), self._columns(batch)))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """The scores of a model that offers `logits`."""
@@ -144,6 +137,52 @@ class MXNetBackend:
     def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
         # NumPy sums in pairs, in one thread; its dot product would go to a BLAS with a thread count of its own
         return np.array([np.square(grad[i:i + block], dtype=np.float64).sum() for i in range(0, len(grad), block)])
+
+    def connect(self, axes: Mapping[str, Any]) -> None:
+        self._ops.axes = dict(axes)
+
+    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
+                ) -> Buffer | ShardResult:
+        with computing(*self._way):
+            self._aim(self._leaves)  # frozen ones too: it is told only in `backward` what learns
+            entering = self._entering(inputs, shape)
+            for leaf in entering.values():
+                leaf.attach_grad()
+            columns = self._columns(batch)
+            with _autograd.record():
+                found = self._through(pieces, entering, columns, seed)
+            self._passes[key] = Pass(found.get("loss", found.get("out")), entering.get("inputs"), self._leaves)
+            return ShardResult(number(found["loss"]), number(found["weight"]), {}) if "loss" in found else flat(found["out"])
+
+    def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
+        with computing(*self._way):
+            done = self._passes.pop(key)
+            slope = self._back(done, gradient)
+            add_fresh(done.leaves, into)
+            return slope
+
+    def backward_input(self, key: Any, gradient: Buffer | None) -> Buffer | None:
+        # the whole pass: MXNet would compute most of this half again for the other one
+        with computing(*self._way):
+            done = self._passes[key]
+            slope = self._back(done, gradient)
+            done.gradients = {name: taken(leaf) for name, leaf in done.leaves.items() if leaf._fresh_grad}
+            return slope
+
+    def backward_weight(self, key: Any, into: Mapping[str, Buffer]) -> None:
+        for name, gradient in self._passes.pop(key).gradients.items():
+            if name in into:
+                view = into[name]
+                view += gradient
+
+    def forget(self) -> None:
+        self._passes.clear()
+        self._ops.lost = None
+
+    def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
+        with computing(*self._way), _autograd.train_mode():
+            found = self._through(pieces, self._entering(inputs, shape), self._columns(batch), None)
+            return flat(found["out"]) if "out" in found else self._told(paired(found))
 
     def compilations(self) -> int:
         return self._compilations
@@ -164,16 +203,41 @@ class MXNetBackend:
             return self._own.metrics(None, self._leaves, state, columns)
 
         def results(*arguments: Any) -> dict[str, Any]:
-            pairs = self._model.metrics(*arguments[:-1])
-            return {f"{name}/{i}": value for name, pair in pairs.items() for i, value in enumerate(pair)}
+            return flattened(self._model.metrics(*arguments[:-1]))
 
-        found = self._graph(results, "metrics", state, columns, 0)
-        return {name.removesuffix("/0"): (total, found[name.removesuffix("0") + "1"]) for name, total in found.items() if name.endswith("/0")}
+        return paired(self._graph(results, "metrics", state, columns, 0))
+
+    def _told(self, found: Mapping[str, tuple[Any, Any]]) -> Mapping[str, tuple[Any, float]]:
+        value = plain if hasattr(self._model, "tally") else number
+        return {name: (value(total), number(weight)) for name, (total, weight) in found.items()}
+
+    def _entering(self, inputs: Buffer | None, shape: Sequence[int]) -> dict[str, Any]:
+        return {} if inputs is None else {"inputs": as_array(inputs.reshape(tuple(shape))).as_np_ndarray()}
+
+    def _through(self, pieces: Sequence[str], entering: Mapping[str, Any], columns: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+        """What pieces of the model make, as "out"; or the loss, or for evaluation (`seed` None) the metrics, where they end it."""
+        def results(ops: Any, params: Mapping[str, Any], entering: Mapping[str, Any], batch: Mapping[str, Any], handed: Any) -> dict[str, Any]:
+            x = entering.get("inputs")
+            for piece in pieces:
+                x = self._model.run(ops, params, piece, x, batch, None if seed is None else handed)
+            if pieces[-1] != self._model.pieces[-1]:
+                return {"out": x}
+            if seed is None:
+                return flattened(self._model.measure(ops, x, batch))
+            return dict(zip(("loss", "weight"), self._model.score(ops, x, batch, handed)))
+
+        return self._graph(results, (*pieces, seed is None), entering, columns, seed or 0)
+
+    def _back(self, done: Pass, gradient: Buffer | None) -> Buffer | None:
+        """The gradient of the inputs; those of the parameters are where `add_fresh` finds them."""
+        slope = None if gradient is None else as_array(gradient.reshape(done.result.shape)).as_np_ndarray()
+        self._differentiated(done.result, slope)
+        return None if done.inputs is None else flat(done.inputs.grad)
 
     def _graph(self, function: Callable[..., dict[str, Any]], what: Any, state: Mapping[str, Any], columns: Mapping[str, Any],
                seed: int) -> dict[str, Any]:
         """Results of the graph that is recorded for these shapes, or of one kernel after the other where a model cannot be recorded."""
-        key = key_of(what, state, columns)
+        key = key_of(what, self._ops, state, columns)
         if key not in self._graphs:
             try:
                 with _autograd.pause(train_mode=True):
@@ -183,14 +247,16 @@ class MXNetBackend:
             self._compilations += 1
         return self._graphs[key](self._leaves, state, columns, seed)
 
-    def _backward(self, loss: Any) -> bool:
-        """False where no trainable parameter stands behind the loss."""
+    def _differentiated(self, result: Any, slope: Any = None) -> bool:
+        """A backward pass; False where no trainable parameter stands behind the result."""
         try:
-            loss.backward()
+            result.backward(slope)
         except mx.MXNetError as error:
             if "computational graph" not in str(error):
                 raise
             return False
+        finally:
+            self._ops.raise_lost()
         return True
 
     def _aim(self, into: Mapping[str, Buffer]) -> None:
@@ -220,39 +286,3 @@ class MXNetBackend:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return found
-
-
-def as_array(buffer: np.ndarray) -> Any:
-    """An MXNet array over the same memory."""
-    return mx.nd.from_dlpack(buffer.__dlpack__())
-
-
-class Lent:
-    """An MXNet array as NumPy takes it without a copy. It must be in C order, as gradients are; MXNet refuses others."""
-
-    def __init__(self, array: Any):
-        self._array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._array.to_dlpack_for_read()
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)  # the CPU
-
-
-def blocks_of(buffer: np.ndarray, block: int) -> list[Any]:
-    return [as_array(buffer[start:start + block]) for start in range(0, len(buffer), block)]
-
-
-def as_numpy(value: Any) -> Any:
-    return value.asnumpy() if hasattr(value, "asnumpy") else value
-
-
-def number(value: Any) -> float:
-    return float(as_numpy(value))
-
-
-def plain(value: Any) -> Any:
-    """A number, or float64 NumPy where there are several."""
-    value = as_numpy(value)
-    return np.asarray(value, np.float64) if np.ndim(value) else float(value)

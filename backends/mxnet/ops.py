@@ -17,6 +17,7 @@ import backends.mxnet  # noqa: F401  (sets what MXNet reads when it loads)
 # isort: split
 import mxnet as mx
 
+from backends.mxnet.across import AcrossOps
 from elastic import ops as neutral
 
 Array = Any  # mx.np.ndarray
@@ -27,7 +28,7 @@ def shapes(active: bool = True) -> Any:
     return mx.util.np_shape(active)
 
 
-class MXNetOps(neutral.Kernels):
+class MXNetOps(AcrossOps):
     """Kernels on the CPU. `dtype` is what constants of floating point become; `apart`: biases are added by a kernel of their own, for the
     product's gives them no gradient where its weight wants none.
     """
@@ -62,11 +63,23 @@ class MXNetOps(neutral.Kernels):
         begin[axis], end[axis] = start, start + length  # type: ignore[call-overload]
         return self.npx.slice(x, begin=tuple(begin), end=tuple(end))
 
-    def gather(self, table: Array, indices: Array) -> Array:
+    def gather(self, table: Array, indices: Array, dim: str = "", length: int = 0) -> Array:
         rows, *rest = table.shape
         width = math.prod(rest)
+        split = self.degree(dim) > 1
+        inside = None
+        if split:
+            indices, inside = self.local(indices, *self.span(dim, rows, length))
         found = self.npx.embedding(indices, self._reshaped(table, (rows, width)), input_dim=rows, output_dim=width)
+        if split:
+            found = self.leave(self.np.multiply(found, self._reshaped(inside, (*indices.shape, 1))), dim)
         return self._reshaped(found, (*indices.shape, *rest))
+
+    def local(self, indices: Array, start: int, count: int) -> tuple[Array, Array]:
+        """Indices of a whole dim as those of the part that begins at `start`, and which of them lie in it: 1 or 0. Others are any index of it."""
+        moved = self.np.subtract(indices, start)
+        within = self.np.clip(moved, 0, count - 1)
+        return within, self.np.multiply(self.np.equal(within, moved), self.constant(1.0))
 
     def add(self, x: Array, y: Array) -> Array:
         return self.np.add(x, y)
@@ -250,9 +263,27 @@ class MXNetOps(neutral.Kernels):
         found = getattr(mx.nd, name)(x.as_nd_ndarray(), **keywords)
         return [out.as_np_ndarray() for out in (found if isinstance(found, list) else [found])]
 
-    def cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
+    def attach(self, x: Array, penalty: Array) -> Array:
+        # this kernel's gradient is 1, whatever comes back
+        said = self.classic("make_loss", penalty)[0]
+        return self.np.add(x, self.np.multiply(said, 0.0))
+
+    def cross_entropy(self, logits: Array, targets: Array, weights: Array, dim: str = "", length: int = 0) -> Array:
+        if self.degree(dim) > 1:
+            return self.split_cross_entropy(logits, targets, weights, dim, length)
         each = self.npx.pick(self.npx.log_softmax(logits, axis=-1), targets, axis=-1)
         return self.np.negative(self.np.sum(self.np.multiply(each, weights)))
+
+    def split_cross_entropy(self, logits: Array, targets: Array, weights: Array, dim: str, length: int) -> Array:
+        """log of the sum of exp(z) over all workers, less the target's z, which one of them has; z are the logits less their maximum."""
+        peak = self.across("peak", self.stopped(self.np.max(logits, axis=-1)), dim)
+        lowered = self.np.subtract(logits, self._reshaped(peak, (*peak.shape, 1)))
+        within, inside = self.local(targets, *self.span(dim, logits.shape[-1], length))
+        own = self.np.multiply(self.npx.pick(lowered, within, axis=-1), inside)
+        both = self.leave(self.np.concatenate([self._reshaped(part, (1, *targets.shape)) for part in (
+            self.np.sum(self.np.exp(lowered), axis=-1), own)], 0), dim)
+        every, target = self.unbind(both, 0)
+        return self.np.sum(self.np.multiply(self.np.subtract(self.np.log(every), target), weights))
 
     def binary_cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
         # the two classes have the scores 0 and z: stable, and with the right slope at z = 0, where kernels of |z| have none

@@ -1,0 +1,115 @@
+"""What passes between workers inside a model: collectives as kernels, with what their gradients do on the way back.
+
+The data goes through NumPy, copied both ways: kernels keep arrays in orders of their own, and bits depend on where operands lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+
+from backends.mxnet.turn import turn
+from elastic import ops as neutral
+from elastic.parallel.axis import span
+
+Array = Any  # mx.np.ndarray
+Move = Callable[[Any, np.ndarray, int], np.ndarray]  # over an axis, of a dim of this length in all
+
+
+def total(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
+    return axis.sum(x.reshape(-1)).reshape(x.shape)
+
+
+def largest(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
+    return axis.max(x.reshape(-1)).reshape(x.shape)
+
+
+def swapped(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
+    counts = [x.size // axis.size] * axis.size
+    return axis.exchange(x.reshape(-1), counts, counts).reshape(x.shape)
+
+
+def side_by_side(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
+    """Parts of the last dim, the shorter ones filled up on their way."""
+    lead, width = x.shape[:-1], -(-length // axis.size)
+    filled = np.zeros((*lead, width), x.dtype)
+    filled[..., :x.shape[-1]] = x
+    parts = axis.gather(filled.reshape(-1))
+    return np.concatenate([part.reshape(*lead, width)[..., :span(length, axis.size, r)[1]] for r, part in enumerate(parts)], axis=-1)
+
+
+def own_stretch(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
+    start, count = axis.span(length)
+    return np.ascontiguousarray(x[..., start:start + count])
+
+
+# by kind: forward, and what becomes of the gradient; None: it stays as it is
+MOVES: dict[str, tuple[Move | None, Move | None]] = {
+    "enter": (None, total), "leave": (total, None), "collect": (side_by_side, own_stretch), "exchange": (swapped, swapped), "peak": (largest, None)}
+
+
+class AcrossOps(neutral.Kernels):
+    """The kernels between workers; a recorder overrides `across` alone."""
+
+    lost: BaseException | None = None  # what went wrong on a way back, where MXNet's own code stands between it and the caller
+
+    def across(self, kind: str, x: Array, dim: str, length: int = 0) -> Array:
+        if kind == "peak":  # has no gradient
+            return self.moved(MOVES[kind][0], x, dim, length)
+        return Across(self, kind, dim, length)(x)
+
+    def moved(self, move: Move | None, x: Array, dim: str, length: int) -> Array:
+        """A new array. The lock of this process's kernels is free while others are waited for."""
+        if move is None:
+            return x.detach()
+        values = x.asnumpy()
+        with turn.aside():
+            found = move(self.axes[dim], values, length)
+        return mx.np.array(found, dtype=found.dtype)
+
+    def raise_lost(self) -> None:
+        """After a backward pass: raises what was lost in it."""
+        lost, self.lost = self.lost, None
+        if lost is not None:
+            raise lost
+
+    def _enter(self, x: Array, dim: str) -> Array:
+        return self.across("enter", x, dim)
+
+    def _leave(self, x: Array, dim: str) -> Array:
+        return self.across("leave", x, dim)
+
+    def _collect(self, x: Array, dim: str, length: int) -> Array:
+        return self.across("collect", x, dim, length)
+
+    def _exchange(self, x: Array, dim: str) -> Array:
+        return self.across("exchange", x, dim)
+
+    def span(self, dim: str, own: int, length: int) -> tuple[int, int]:
+        """(start, count) of this worker's part of a dim, `own` long."""
+        return span(length or own * self.degree(dim), self.degree(dim), self.part(dim))
+
+
+class Across(mx.autograd.Function):
+    """One collective. Axes are looked up when it runs: each generation has its own."""
+
+    def __init__(self, ops: AcrossOps, kind: str, dim: str, length: int):
+        super().__init__()
+        self.ops, self.kind, self.dim, self.length = ops, kind, dim, length
+
+    def forward(self, x: Array) -> Array:
+        self.shape = x.shape
+        return self.ops.moved(MOVES[self.kind][0], x, self.dim, self.length)
+
+    def backward(self, slope: Any) -> Any:
+        """Raises nothing: MXNet would print it and leave its state as it is. The rest of the pass is cheap beside a new generation."""
+        slope = slope.as_np_ndarray()
+        try:
+            if self.ops.lost is None:
+                return self.ops.moved(MOVES[self.kind][1], slope, self.dim, self.length).as_nd_ndarray()
+        except BaseException as error:  # noqa: BLE001  (raised again by `raise_lost`)
+            self.ops.lost = error
+        return mx.np.zeros(self.shape, dtype=slope.dtype).as_nd_ndarray()
