@@ -129,7 +129,8 @@ class RecordingOps(MXNetOps):
         raw = array.asnumpy()
         key = (raw.shape, raw.dtype.str, raw.tobytes())
         if key not in self.constants:
-            self.constants[key] = self.admit(f"constant{len(self.inputs)}", array, lambda seed: array)
+            # another handle each time: a backward pass forgets what MXNet knew of a handle, though other passes may still need it
+            self.constants[key] = self.admit(f"constant{len(self.inputs)}", array, lambda seed: array.detach())
         return self.constants[key]
 
     def recompute(self, function: Callable[..., Any], *arrays: Node) -> Node:
