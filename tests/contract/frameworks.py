@@ -103,7 +103,7 @@ def _mxnet(module: Any, ops: Any, function: Callable[..., Any], arrays: Sequence
     from mxnet import autograd
 
     ops = ops or module.MXNetOps(np.dtype(precision))
-    with module.shapes():
+    with load("mxnet", "backend").computing(1):  # as the backend does: one thread at a time
         leaves = [module.to_array(a.astype(precision), ops.dtype) for a in arrays]
         for leaf in leaves:
             leaf.attach_grad()
@@ -111,6 +111,7 @@ def _mxnet(module: Any, ops: Any, function: Callable[..., Any], arrays: Sequence
             outputs = _outputs(function(ops, *leaves))
             total = sum((out * module.to_array(c, ops.dtype)).sum() for out, c in zip(outputs, cotangents))
         total.backward()
+        ops.raise_lost()
         return [out.asnumpy() for out in outputs], [leaf.grad.asnumpy() for leaf in leaves]
 
 
