@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import UserError
-from elastic.messages import Begin
+from elastic.messages import Axes, Begin, shape
 from elastic.observe.events import JsonLines, read_lines
 from elastic.observe.ledger import LedgerFiles
 from elastic.observe.metrics import evaluations_of, steps_of
@@ -110,13 +110,16 @@ class Books:
         found = [(n, line) for n, line in self.feed.copy() if n >= number]
         return [line for _, line in found], found[-1][0] + 1 if found else number
 
-    def interrupted(self, generation: int, cause: str, before: int, after: int, steps_lost: int) -> None:
+    def interrupted(self, generation: int, cause: str, before: int, after: int, steps_lost: int, was: Axes = (0, 1, 1, 1),
+                    mesh: Axes = (0, 1, 1, 1)) -> None:
         """A generation was formed after another: its first commit ends the pause that is measured from the last one."""
         since = self.pause["since"] if self.pause else self.last_commit
         lost = steps_lost + (self.pause["steps_lost"] if self.pause else 0)
         first = self.pause["before"] if self.pause else before
+        was = self.pause["was"] if self.pause else was
         causes = (*self.pause["causes"], cause) if self.pause else (cause,)
-        self.pause = {"generation": generation, "since": since, "causes": causes, "before": first, "after": after, "steps_lost": lost}
+        self.pause = {"generation": generation, "since": since, "causes": causes, "before": first, "after": after, "steps_lost": lost,
+                      "was": was, "mesh": mesh}
 
     def _resume(self, time_s: float) -> None:
         """pause_s is the time between the two commits beyond one ordinary step."""
@@ -124,10 +127,12 @@ class Books:
         assert pause is not None
         step_s = statistics.median(self.recent) if self.recent else 0.0
         pause_s = max(0.0, time_s - pause["since"] - step_s)
+        is_other = pause["was"][1:] != pause["mesh"][1:]
+        more: dict[str, Any] = {"mesh": shape(pause["mesh"], pause["after"]).as_dict()} if is_other else {}
         if any(cause not in ("resize", "drain") for cause in pause["causes"]):
-            self.event("recovered", pause_s=pause_s, steps_lost=pause["steps_lost"])
-        if pause["before"] != pause["after"]:
-            self.event("resized", pause_s=pause_s, **{"from": pause["before"], "to": pause["after"]})
+            self.event("recovered", pause_s=pause_s, steps_lost=pause["steps_lost"], **more)
+        if pause["before"] != pause["after"] or is_other:
+            self.event("resized", pause_s=pause_s, **{"from": pause["before"], "to": pause["after"]}, **more)
 
 
 def claimed(run_dir: Path, wait_s: float = 0.0) -> JsonLines:

@@ -26,7 +26,7 @@ from elastic.confirm import confirmed
 from elastic.fleet import Fleet
 from elastic.inbox import Inbox
 from elastic.journal import Journal, replay
-from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Save, Standing
+from elastic.messages import Axes, Generation, Job, Line, Part, Progress, Ready, Save, Standing, shape
 from elastic.observe.events import read_lines, replace_text
 from elastic.observe.metrics import build_summary
 from elastic.policy import Bounds, Pulse
@@ -339,32 +339,35 @@ class Controller:
 
     def do_savealone(self, action: m.SaveAlone) -> None:
         if action.step > self.commits.newest:
-            self.fleet.assign(action.worker, Save(action.generation, action.step))
+            self.fleet.assign(action.worker, Save(action.generation, action.step, action.rank, action.world_size))
 
     def do_form(self, action: m.Form) -> None:
         """Publishes a generation: on disk first, then to its members."""
         generation = self.completed(action.generation)
         if action.before or self.books.last_commit:
             lost = max(0, self.books.written - generation.committed)
-            self.books.interrupted(generation.number, action.cause, action.before, len(generation.members), lost)
+            self.books.interrupted(generation.number, action.cause, action.before, len(generation.members), lost, action.was, generation.mesh)
         if generation.committed < self.books.written:
             self.rewind(generation.committed)
         generation = replace(generation, written=self.books.written, evaluated=self.books.evaluated,
                              checkpointed=self.commits.newest, chaos=tuple(self.chaos))
         self.journal.published(generation)
-        self.announce_generation(generation)
+        self.announce_generation(generation, action.was)
         now = time.monotonic()
         self.pulses = {w: Pulse(generation.committed, "start", 0, False, now, now) for w in generation.members}
         for worker in generation.members:
             self.fleet.assign(worker, generation)
 
-    def announce_generation(self, generation: Generation) -> None:
+    def announce_generation(self, generation: Generation, was: Axes) -> None:
         self.books.generation = generation.number
         members = [self.live[w] for w in generation.members]
         self.books.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
-                         mesh={"data": len(members), "pipeline": 1, "tensor": 1, "expert": 1},
+                         mesh=generation.shape.as_dict(),
                          workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid, "compilations": r.compilations}
                                   for i, r in enumerate(members)])
+        if generation.relaid:
+            meshes: dict[str, Any] = {"from": shape(was).as_dict(), "to": generation.shape.as_dict()}
+            self.books.event("relaid", generation.committed, **meshes)
 
     def completed(self, generation: Generation) -> Generation:
         """With the transport, and a start from the newest good checkpoint (or the recipe) where no member has any state."""

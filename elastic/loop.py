@@ -120,24 +120,23 @@ def begin(work: Work, generation: Generation, group: CollectiveGroup, injector: 
     work.gradient, work.holds = None, -1
     if generation.load not in ("", "recipe"):
         work.restore(generation, group)
-    if generation.healed:
+    if generation.healers:
         heal(work, generation, group, injector)
 
 
 def heal(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> None:
-    """The source sends its state to the members that have none; the others go on to the first collective and wait there."""
+    """Each source sends its state to the members of its seat that have none; the others go on to the first collective and wait there."""
     injector.at(generation.committed + 1, "heal")
-    taking_part = [generation.source, *generation.healed]
-    if group.rank not in taking_part:
-        return
-    started = time.perf_counter()
-    with work.control.collective(generation.committed, "heal"):
-        pair = group.subgroup(taking_part)
-        moved = work.state.heal(pair, 0, generation.committed)
-    if group.rank == generation.source:
-        work.post(Line(generation.number, "events", {
-            "event": "healed", "step": generation.committed, "from": generation.members[generation.source],
-            "to": [generation.members[r] for r in generation.healed], "bytes": moved, "seconds": time.perf_counter() - started}))
+    for source, healed in generation.healers:
+        if group.rank not in (source, *healed):
+            continue
+        started = time.perf_counter()
+        with work.control.collective(generation.committed, "heal"):
+            moved = work.state.heal(group.subgroup([source, *healed]), 0, generation.committed)
+        if group.rank == source:
+            work.post(Line(generation.number, "events", {
+                "event": "healed", "step": generation.committed, "from": generation.members[source],
+                "to": [generation.members[r] for r in healed], "bytes": moved, "seconds": time.perf_counter() - started}))
 
 
 class Buffers:

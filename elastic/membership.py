@@ -5,119 +5,36 @@
     running -- a resize, a drain, an interrupt -------------> stopping     (RequestStop: leave together after a vote)
     regrouping, stopping -- every survivor stands by -------> running (the next generation), waiting, or finished
 
-The rule of recovery is in `rejoin`: if any survivor saw a vote complete, its step counts for all; whoever holds that step's
-gradients applies them, whoever does not is healed. If none did, all redo the step from untouched state.
+It counts in replicas: a group lies on one of the meshes that the bounds allow, the first whose replica is complete. What counts of the
+state, who sits where and who heals whom is `recovery`'s to say.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Ready, Standing
-from elastic.policy import MAX_FRUITLESS, Bounds, world_size
-
-
-# Events beside `Ready` and `Standing`.
-@dataclass(frozen=True)
-class Starting:
-    """A worker process is being started: a place for it was found."""
-
-    worker: str
-    node: str = ""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A worker's process is gone, or it was given up. `raised`: by an error of its own code, which is then the cause."""
-
-    worker: str
-    cause: str
-    raised: bool = False
-
-
-@dataclass(frozen=True)
-class ScaleTo:
-    workers: int
-
-
-@dataclass(frozen=True)
-class Drain:
-    """These nodes will go away: their workers leave at the next step boundary."""
-
-    nodes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Interrupt:
-    """Checkpoint at the next step boundary, then end."""
-
-
-@dataclass(frozen=True)
-class GiveUp:
-    """A policy says that it is no use."""
-
-    error: str
-
-
-# Actions.
-@dataclass(frozen=True)
-class Want:
-    """Keep this many worker processes alive or asked for."""
-
-    workers: int
-
-
-@dataclass(frozen=True)
-class Abandon:
-    worker: str
-    generation: int
-
-
-@dataclass(frozen=True)
-class RequestStop:
-    worker: str
-    generation: int
-    code: int
-
-
-@dataclass(frozen=True)
-class Form:
-    """Start this generation; the carrier fills in what only it knows (transport, what is on disk)."""
-
-    generation: Generation
-    cause: str
-    before: int  # world size of the generation before
-
-
-@dataclass(frozen=True)
-class Release:
-    worker: str
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Too few workers: the survivors stay warm."""
-
-    ready: int
-    needed: int
-
-
-@dataclass(frozen=True)
-class SaveAlone:
-    """This worker is to write down all that it has, if no checkpoint has it: the run cannot go on without others."""
-
-    worker: str
-    generation: int
-    step: int
-
-
-@dataclass(frozen=True)
-class Finish:
-    status: str  # "done" | "failed" | "interrupted"
-    error: str = ""
-    standing: Standing | None = None
+from elastic.messages import STOP, STOP_AND_SAVE, Axes, Ready, Standing
+from elastic.moves import (
+    Abandon,
+    Drain,
+    Finish,
+    Form,
+    GiveUp,
+    Interrupt,
+    Lost,
+    Release,
+    RequestStop,
+    SaveAlone,
+    ScaleTo,
+    Starting,
+    Wait,
+    Want,
+)
+from elastic.policy import MAX_FRUITLESS, Bounds, choose, fewest, world_size
+from elastic.recovery import Whole, covers, find_whole, rejoin, seat
 
 
 @dataclass(frozen=True)
@@ -129,16 +46,17 @@ class State:
     generation: int = 0
     target: int = 0
     group: tuple[str, ...] = ()
+    mesh: Axes = (0, 1, 1, 1)  # of the group
     ready: Mapping[str, Ready] = field(default_factory=dict)
     starting: frozenset[str] = frozenset()
     standing: Mapping[str, Standing] = field(default_factory=dict)
     leaving: frozenset[str] = frozenset()
-    last: Mapping[str, Standing] = field(default_factory=dict)  # the word of those who stood when a group could not form
+    last: Mapping[str, Standing] = field(default_factory=dict)  # the word of those who stood and are in no group since
     ending: bool = False
     failure: tuple[int, int, str] = (0, -1, "")  # generation, step and error of the last failed step
     cause: str = "start"
     told: int = -1  # how many were ready when a wait was last spoken of
-    saver: str = ""  # who was asked to save alone during this wait
+    savers: tuple[str, ...] = ()  # who was asked to save alone during this wait
     drained: frozenset[str] = frozenset()  # nodes that will go away
     reached: int = -1  # where the last generation started
     barren: int = 0  # generations in a row that started there
@@ -172,8 +90,11 @@ def on_starting(state: State, event: Starting) -> tuple[State, tuple[Any, ...]]:
 
 
 def on_ready(state: State, event: Ready) -> tuple[State, tuple[Any, ...]]:
-    leaving = state.leaving | ({event.worker} if event.node in state.drained else set())
-    return replace(state, starting=state.starting - {event.worker}, ready={**state.ready, event.worker: event}, leaving=leaving), ()
+    state = replace(state, starting=state.starting - {event.worker}, ready={**state.ready, event.worker: event})
+    if event.node not in state.drained:
+        return state, ()
+    state = replace(state, leaving=state.leaving | {event.worker})
+    return state, (Want(wanted(state.bounds, state.target, len(state.leaving))),)
 
 
 def on_lost(state: State, event: Lost) -> tuple[State, tuple[Any, ...]]:
@@ -210,8 +131,11 @@ def failed_step(word: Standing) -> int:
 
 
 def on_scale(state: State, event: ScaleTo) -> tuple[State, tuple[Any, ...]]:
-    target = max(state.bounds.min_workers, min(event.workers, state.bounds.max_workers))
-    return replace(state, target=target), (Want(wanted(state.bounds, target, len(state.leaving))),)
+    bounds = state.bounds
+    if event.degrees:
+        bounds = replace(bounds, meshes=(event.degrees, *(mesh for mesh in bounds.meshes if mesh != event.degrees)))
+    target = max(fewest(bounds), min(event.workers, bounds.max_workers))
+    return replace(state, bounds=bounds, target=target), (Want(wanted(bounds, target, len(state.leaving))),)
 
 
 def on_drain(state: State, event: Drain) -> tuple[State, tuple[Any, ...]]:
@@ -225,7 +149,7 @@ def on_interrupt(state: State, event: Interrupt) -> tuple[State, tuple[Any, ...]
         return state, ()
     state = replace(state, ending=True)
     if state.phase == "waiting":  # survivors with steps that no checkpoint has form once more, to save them
-        return (state, ()) if any(s.committed >= 0 for s in state.last.values()) else finish(state, Finish("interrupted"))
+        return (state, ()) if find_whole(state.last, state.group) else finish(state, Finish("interrupted"))
     return state, tuple(RequestStop(w, state.generation, STOP_AND_SAVE) for w in state.group)
 
 
@@ -257,11 +181,19 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
         return form(state) if is_time else (state, ())
     if all(w in state.standing for w in survivors):
         return depart(state, survivors)
-    if state.phase == "running" and not state.ending and wants_resize(state):
+    mesh = resized(state) if state.phase == "running" and not state.ending else None
+    if mesh:
         cause = "drain" if state.leaving & set(state.group) else "resize"
-        code = STOP_AND_SAVE if state.leaving.issuperset(survivors) else STOP  # those who stay get the state from the checkpoint
+        code = STOP if hands_over(state, survivors, mesh) else STOP_AND_SAVE
         return replace(state, phase="stopping", cause=cause), tuple(RequestStop(w, state.generation, code) for w in survivors)
     return state, ()
+
+
+def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
+    """Whether those who stay have the whole state, and a place each for its parts; else the next group gets it from a checkpoint."""
+    size = math.prod(state.mesh[1:])
+    staying = [state.group.index(w) % size for w in survivors if w not in state.leaving]
+    return covers(staying, state.mesh[1:]) and math.prod(mesh) >= size
 
 
 def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
@@ -298,75 +230,82 @@ def usable(state: State) -> list[str]:
     survivors = sorted((w for w in state.group if w in state.ready), key=lambda w: -words[w].committed if w in words else 0)
     everybody = survivors + [w for w in state.ready if w not in state.group]
     staying = [w for w in everybody if w not in state.leaving]
-    furthest = max((words[w].committed for w in survivors if w in words), default=-1)
-    whole = [w for w in survivors if w not in words or words[w].committed == furthest >= 0]
-    is_free = not whole or any(w in whole for w in staying) or state.phase == "running" or is_saved(state, "stopped")
-    return staying if staying and is_free else everybody
+    if not staying or state.phase == "running" or is_saved(state, "stopped"):
+        return staying or everybody
+    whole = find_whole(words, survivors)
+    still = whole and find_whole({w: words[w] for w in staying if w in words}, survivors)
+    return everybody if whole and not (still and still.step == whole.step) else staying
 
 
-def wants_resize(state: State) -> bool:
+def resized(state: State) -> Axes | None:
+    """The mesh for which a running group is to stop; None if it is right as it is."""
     candidates = usable(state)
-    size = world_size(len(candidates), state.target, state.bounds)
+    mesh = choose(len(candidates), state.target, state.bounds)
     if state.leaving & set(state.group) and not state.leaving.issuperset(candidates):
-        return size > 0
+        return mesh
+    if mesh is None or mesh == state.mesh:
+        return None
+    size = math.prod(mesh)
     is_all = size == world_size(state.target, state.target, state.bounds)  # nobody who is still starting is needed
-    return 0 < size < len(state.group) or (size > len(state.group) and (is_all or not state.starting))
+    return mesh if size <= len(state.group) or is_all or not state.starting else None
 
 
 def form(state: State) -> tuple[State, tuple[Any, ...]]:
     """The next generation from whoever is usable, or a wait for more."""
     words = {**state.last, **state.standing}
     candidates = usable(state)
-    bounds = replace(state.bounds, min_workers=1) if state.ending else state.bounds
-    size = world_size(len(candidates), state.target, bounds)
+    here = {w: words[w] for w in candidates if w in words}
+    mesh, whole = next_mesh(state, candidates, here)
     leavers = [w for w in state.ready if w in state.leaving and w not in candidates]
     leaving = state.leaving & set(candidates)
-    want = [Want(wanted(state.bounds, state.target, len(leaving)))] if leavers else []  # first: nobody is to replace a leaver twice
-    gone = (*want, *(Release(w) for w in leavers))
+    want = Want(wanted(state.bounds, state.target, len(leaving)))
+    gone = (*([want] if leavers else []), *(Release(w) for w in leavers))  # first: nobody is to replace a leaver twice
     ready = {w: r for w, r in state.ready.items() if w not in leavers}
     state = replace(state, ready=ready, leaving=leaving, standing={}, last={w: s for w, s in words.items() if w in ready})
-    if not size and state.ending:
+    if mesh is None and state.ending:
         return finish(state, Finish("interrupted"))
-    if not size:
+    if mesh is None:
         told = len(candidates)
-        waiting: tuple[Any, ...] = () if told == state.told else (Wait(told, state.bounds.min_workers),)
-        furthest = max(state.last.values(), key=lambda s: s.committed, default=None)
-        if furthest and furthest.committed > 0 and furthest.worker != state.saver:
-            waiting += (SaveAlone(furthest.worker, state.generation, furthest.committed),)
-            state = replace(state, saver=furthest.worker)
-        return replace(state, phase="waiting", told=told), gone + waiting
-    members, extra = tuple(candidates[:size]), candidates[size:]
-    surplus = extra[state.bounds.spares:]
-    generation = rejoin(state, members)
+        waiting = () if told == state.told else (Wait(told, fewest(state.bounds)),)
+        state, saves = save_alone(state)
+        return replace(state, phase="waiting", told=told), (*gone, *waiting, *saves)
+    members = seat(candidates, mesh, whole, {w: r.node for w, r in ready.items()})
+    extra = [w for w in candidates if w not in members]
+    surplus = extra[max(0, want.workers - len(members)):]
+    generation = rejoin(state.generation + 1, members, ready[members[0]].endpoint, mesh, whole)
     is_barren = generation.committed == state.reached and not any(s.rejected for s in words.values())
     barren = state.barren + 1 if is_barren else 0
     if barren > MAX_FRUITLESS + len(members):
         why = next((s.error for s in words.values() if s.error), state.cause)
         return finish(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
-    action = Form(generation, state.cause, len(state.group))
-    state = replace(state, phase="running", generation=generation.number, group=members, last={}, told=-1, saver="", cause="resize",
-                    reached=generation.committed, barren=barren,
+    action = Form(generation, state.cause, len(state.group), state.mesh)
+    idle = {w: replace(s, holds=-1, ballot=None) for w, s in here.items()
+            if w in extra and w not in surplus and s.committed <= generation.committed}
+    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle, told=-1, savers=(),
+                    cause="resize", reached=generation.committed, barren=barren,
                     ready={w: r for w, r in ready.items() if w not in surplus})
     stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
     return state, (*gone, *(Release(w) for w in surplus), action, *stops)
 
 
-def rejoin(state: State, members: tuple[str, ...]) -> Generation:
-    """Where everybody starts: the furthest committed step, its vote for those who hold its gradients, a heal for the rest."""
-    words = {w: state.last[w] for w in members if w in state.last}
-    number = state.generation + 1
-    endpoint = state.ready[members[0]].endpoint
-    committed = max((s.committed for s in words.values()), default=-1)
-    if committed < 0:
-        return Generation(number, members, endpoint, "", committed=-1)
-    ballot: Ballot | None = next((s.ballot for s in words.values() if s.ballot and s.ballot.step == committed), None)
-    source = next(r for r, w in enumerate(members) if w in words and words[w].committed == committed)
+def next_mesh(state: State, candidates: list[str], words: Mapping[str, Standing]) -> tuple[Axes | None, Whole | None]:
+    """What the next group lies on, and the state that it starts from.
 
-    def behind(worker: str) -> bool:
-        word = words.get(worker)
-        if word is None or word.committed < 0:
-            return True
-        return word.committed < committed and not (ballot and word.committed == committed - 1 and word.holds == committed)
+    A mesh that has no place for all parts of a state that is nowhere else has to wait until a group that has one has saved it.
+    """
+    bounds = replace(state.bounds, min_workers=1) if state.ending else state.bounds
+    mesh = choose(len(candidates), state.target, bounds)
+    whole = find_whole(words, state.group, mesh[1:] if mesh else (1, 1, 1))
+    if mesh and whole and math.prod(mesh) < math.prod(whole.degrees) and not is_saved(state, "stopped"):
+        mesh = (1, *whole.degrees)
+    return mesh, whole
 
-    healed = tuple(r for r, w in enumerate(members) if behind(w))
-    return Generation(number, members, endpoint, "", committed, ballot, source if healed else -1, healed)
+
+def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
+    """Too few are left: one of each seat writes down what it has, once."""
+    whole = find_whole(state.last, state.group, at_step=True)
+    savers = tuple(whole.copy()) if whole and whole.step > 0 else ()
+    if not whole or not savers or savers == state.savers:
+        return state, ()
+    orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers)) for rank, w in enumerate(savers))
+    return replace(state, savers=savers), orders

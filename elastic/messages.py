@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from elastic.mesh import Mesh
+
 GO, STOP, STOP_AND_SAVE = 0, 1, 2  # the stop request that rides in the vote; the largest wins
 
 
@@ -23,23 +25,52 @@ class Ballot:
     busy: bool = False  # somebody still writes the checkpoint before
 
 
+Axes = tuple[int, int, int, int]  # a mesh as plain values: data, pipeline, tensor, expert; data 0 is as many as there are members
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What the member at `rank` has when a generation starts: the state of one seat (a rank within a replica) of `mesh`; -1: nothing."""
+
+    rank: int
+    mesh: Axes
+    seat: int
+
+
 @dataclass(frozen=True)
 class Generation:
-    """One membership of the group, and where everybody starts."""
+    """One membership of the group, and where everybody starts.
+
+    When it begins, every member gets the state of its own seat at step `committed`. Who has the gradients of that step commits them first,
+    under the seat that it had. Then, with `healers`, each source gives its state to those it heals, which sit where it sits in other replicas
+    (and may have held another seat before); with `relaid`, everything moves from the old seats to the new ones. Of two members that
+    hold the same, the lower rank sends. What a member had stays whole, and is what it stands by with, until all have what they need.
+    """
 
     number: int
-    members: tuple[str, ...]  # worker ids in rank order
+    members: tuple[str, ...]  # worker ids in the mesh's rank order
     endpoint: str  # host:port of the store at which the group meets
     transport: str  # "gloo" | "shared" | "nccl" | "local"
     committed: int  # steps that count when the generation starts
     ballot: Ballot | None = None  # for members that hold the last step's gradients but did not see its vote
-    source: int = -1  # rank that gives its state to `healed`; -1: nobody needs any
-    healed: tuple[int, ...] = ()
+    healers: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (a source's rank, those it heals), for each seat where somebody needs state
     load: str = ""  # "": keep what you have; "recipe": start anew; else the checkpoint that every member loads
     written: int = 0  # steps already in metrics.jsonl
     evaluated: int = 0  # last step whose evaluation is on disk
     checkpointed: int = 0  # last step whose checkpoint is committed
     chaos: tuple[str, ...] = ()  # faults that have not fired yet
+    mesh: Axes = (0, 1, 1, 1)
+    relaid: tuple[Holder, ...] = ()  # one for each member, where the mesh is another than the one that they hold; then `healers` is empty
+
+    @property
+    def shape(self) -> Mesh:
+        return shape(self.mesh, len(self.members))
+
+
+def shape(mesh: Axes, members: int = 1) -> Mesh:
+    """The mesh of plain values, of which `members` lie on it where it does not say how many replicas there are."""
+    data, pipeline, tensor, expert = mesh
+    return Mesh(data or max(1, members // (pipeline * tensor * expert)), pipeline, tensor, expert)
 
 
 @dataclass(frozen=True)
@@ -60,6 +91,7 @@ class Standing:
 
     `reason`: "broken" (a peer is gone), "stopped" (the vote said so), "done", or "failed" (an error of the step itself).
     `committed` is -1 where the state is missing or torn. `holds` is the step whose reduced gradients it has, else -1.
+    State and gradients are those of `seat` (a rank within a replica) of `mesh`; a seat of -1 is nobody's: nothing of it is of use.
     """
 
     worker: str
@@ -75,6 +107,8 @@ class Standing:
     parameters_sha256: str = ""
     compilations: int = 0
     lines: tuple[dict[str, Any], ...] = ()  # of metrics.jsonl, that may not be on disk yet: rank 0 may have died with them
+    mesh: Axes = (0, 1, 1, 1)
+    seat: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +135,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Save:
-    """An order to write a checkpoint: one rank's share of it. The controller gives it to one survivor as the whole of a group of one."""
+    """An order to write a checkpoint: one rank's share of it. The controller gives it to one replica's survivors where too few are left to go on."""
 
     generation: int
     step: int

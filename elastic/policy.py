@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from elastic.recipe import Recipe
 
 BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the n-th start after failures without a step between them
 MAX_FRUITLESS = 8  # starts in a row that failed without a single committed step between them
 MAX_SAME_ERROR = 3  # starts in a row that ended in the same error: the next would as well
 NODE_LOSSES, NODE_WINDOW_S, NODE_BAN_S = 3, 120.0, 600.0  # a node that loses this many workers in the window is left out
+
+
+Degrees = tuple[int, int, int]  # pipeline, tensor, expert
 
 
 @dataclass(frozen=True)
@@ -19,15 +28,47 @@ class Bounds:
     max_workers: int
     logical_shards: int
     spares: int = 0
+    meshes: tuple[Degrees, ...] = ((1, 1, 1),)  # of a replica, the preferred ones first
+
+
+def bounds_of(recipe: Recipe) -> Bounds:
+    """A recipe's bounds. Where its mesh cannot be filled, one of fewer workers in a replica serves, if there are min_workers for it."""
+    elastic, mesh = recipe.elastic, recipe.mesh
+    return Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares,
+                  legal((mesh.pipeline, mesh.tensor, mesh.expert)))
+
+
+def choose(available: int, target: int, bounds: Bounds) -> tuple[int, int, int, int] | None:
+    """The mesh (data, pipeline, tensor, expert) to train on: as many whole replicas of the first degrees that fit at all; None if too few.
+
+    No replica that would not lower ceil(L / replicas) is used.
+    """
+    for degrees in bounds.meshes:
+        size = math.prod(degrees)
+        least = max(1, -(-bounds.min_workers // size))
+        most = min(min(available, target, bounds.max_workers) // size, bounds.logical_shards)
+        if most >= least:
+            slowest = -(-bounds.logical_shards // most)
+            return max(least, -(-bounds.logical_shards // slowest)), *degrees
+    return None
 
 
 def world_size(available: int, target: int, bounds: Bounds) -> int:
-    """How many of the available workers to use; 0 if too few. No worker that would not lower ceil(L / W) is used."""
-    most = min(available, target, bounds.max_workers, bounds.logical_shards)
-    if most < bounds.min_workers:
-        return 0
-    slowest = -(-bounds.logical_shards // most)
-    return max(bounds.min_workers, -(-bounds.logical_shards // slowest))
+    """How many of the available workers to use; 0 if too few."""
+    mesh = choose(available, target, bounds)
+    return math.prod(mesh) if mesh else 0
+
+
+def fewest(bounds: Bounds) -> int:
+    """Workers without which nothing can be trained."""
+    least = [(max(1, -(-bounds.min_workers // size)), size) for size in map(math.prod, bounds.meshes)]
+    return min((n * size for n, size in least if n <= bounds.logical_shards), default=bounds.min_workers)
+
+
+def legal(degrees: Degrees) -> tuple[Degrees, ...]:
+    """The recipe's degrees, then those to fall back to while a replica is not complete: what divides them, the largest replica first."""
+    pipelines, tensors, experts = ([n for n in range(1, degree + 1) if degree % n == 0] for degree in degrees)
+    return tuple(sorted(itertools.product(pipelines, tensors, experts), key=lambda mesh: (-math.prod(mesh), tuple(-n for n in mesh))))
 
 
 @dataclass(frozen=True)

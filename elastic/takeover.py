@@ -69,9 +69,9 @@ def again(controller: Controller, action: m.Form, past: Past) -> None:
         return
     books = controller.books
     if books.stepped < generation.number and (action.before or books.last_commit):
-        books.interrupted(generation.number, action.cause, action.before, len(generation.members), 0)
+        books.interrupted(generation.number, action.cause, action.before, len(generation.members), 0, action.was, generation.mesh)
     if books.generation < generation.number:
-        controller.announce_generation(generation)
+        controller.announce_generation(generation, action.was)
     tell(controller, generation, (w for w in generation.members if w in controller.state.ready and w not in controller.state.standing))
 
 

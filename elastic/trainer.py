@@ -27,7 +27,7 @@ from elastic.errors import RecipeError, RunFailed, UserError
 from elastic.follow import Callback, Result, Telling, ask, result_of, see_out
 from elastic.messages import Begin, Job
 from elastic.observe.events import JsonLines, replace_text
-from elastic.policy import Bounds
+from elastic.policy import bounds_of
 from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
 from elastic.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
 
@@ -204,8 +204,8 @@ def answers(address: str) -> None:
 
 def start_controller(job: Job, recipe: Recipe, begin: Begin) -> Any:
     elastic = recipe.elastic
-    settings = Settings(Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares), elastic.hang_timeout_s,
-                        elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best, recipe.checkpoint.keep_every)
+    settings = Settings(bounds_of(recipe), elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best,
+                        recipe.checkpoint.keep_every)
     device = recipe.backend.device
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"

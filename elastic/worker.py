@@ -126,7 +126,7 @@ class Worker:
         group: CollectiveGroup | None = None
         self.control.enter(generation.number, generation.written)
         self.work.unwritten.clear()  # a generation is published when its past is on disk
-        hashes: Mapping[str, str] = {}
+        hashes: Mapping[str, Any] = {}
         reason, error, fatal, rejected = "broken", "", False, ""
         try:
             self.load(generation)
@@ -156,6 +156,7 @@ class Worker:
             return
         state = self.work.state
         self.work.gradient, self.work.holds, self.work.ballot = None, -1, None
+        state.committed = -1  # what it had does not count any more
         if generation.load == "recipe":
             state.start(self.recipe.run.seed, self.saver.initial(self.recipe.model.init, state))
 

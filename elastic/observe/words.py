@@ -9,7 +9,7 @@ Fields = dict[str, Any]
 GOOD, BAD, PLAIN = "green", "red", "cyan"
 TONE = {"worker_lost": BAD, "hang": BAD, "run_failed": BAD, "checkpoint_rejected": BAD, "step_failed": BAD, "rewound": "yellow",
         "waiting": "yellow", "node_draining": "yellow", "straggler": "yellow", "chaos": "magenta", "recovered": GOOD,
-        "resized": GOOD, "run_finished": GOOD, "worker_joined": GOOD}
+        "resized": GOOD, "relaid": GOOD, "run_finished": GOOD, "worker_joined": GOOD}
 
 
 def duration(seconds: float) -> str:
@@ -51,12 +51,18 @@ def _lost(e: Fields) -> str:
     return f"worker lost ({whose}): {e['cause']}{seen}"
 
 
+def lying(mesh: Fields) -> str:
+    """A mesh by its axes longer than 1."""
+    return " x ".join(f"{axis} {length}" for axis, length in mesh.items() if length > 1) or "one worker"
+
+
 SENTENCES: dict[str, Callable[[Fields], str]] = {
     "run_started": lambda e: "run started",
     "generation_started": lambda e: f"generation {e['generation']}: {count(e['world_size'], 'worker')} from step {e['step'] + 1}",
     "worker_lost": _lost,
     "worker_joined": lambda e: f"worker joined: {e['worker']} is warm on node {e['node'][:8]}",
     "healed": lambda e: f"healed {names(e['to'])} from {e['from']}: {size(e['bytes'])} in {duration(e['seconds'])}",
+    "relaid": lambda e: f"the state moves from {lying(e['from'])} to {lying(e['to'])}",
     "resized": lambda e: f"resized from {e['from']} to {count(e['to'], 'worker')}, pause {duration(e['pause_s'])}",
     "recovered": lambda e: f"recovered: pause {duration(e['pause_s'])}, {count(e['steps_lost'], 'step')} lost",
     "rewound": lambda e: f"rewound from step {e['from']} to step {e['to']}",

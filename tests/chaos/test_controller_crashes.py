@@ -12,7 +12,7 @@ import pytest
 from elastic.books import Books
 from elastic.controller import Controller
 from elastic.journal import Journal, decode, encode, replay
-from elastic.messages import Ballot, Generation, Standing
+from elastic.messages import Ballot, Generation, Holder, Standing
 from elastic.observe.events import read_lines
 from elastic.policy import Bounds
 from tests.numerics.inprocess import LIMIT_S, Result, Run, gpt_recipe
@@ -172,7 +172,9 @@ def test_a_controller_that_always_falls_is_always_followed(text: Path, tmp_path:
 
 def test_a_journal_says_what_was_said(tmp_path: Path) -> None:
     ballot = Ballot(3, (0.1, float(2**-40)), (1.0, 2.0), 1)
-    messages = [Standing("a", 2, "broken", 2, 3, ballot, error='x "y"\n'), Generation(4, ("a", "b"), "h:1", "gloo", 3, ballot, 0, (1,))]
+    messages = [Standing("a", 2, "broken", 2, 3, ballot, error='x "y"\n', mesh=(1, 1, 2, 1), seat=1),
+                Generation(4, ("a", "b"), "h:1", "gloo", 3, ballot, ((0, (1,)),), mesh=(2, 1, 1, 1)),
+                Generation(5, ("a", "b"), "h:1", "gloo", 3, mesh=(2, 1, 1, 1), relaid=(Holder(0, (0, 1, 2, 1), 0), Holder(1, (0, 1, 2, 1), 1)))]
     assert [decode(encode(message)) for message in messages] == messages
     path = tmp_path / "journal.jsonl"
     journal = Journal(path, "run-1")

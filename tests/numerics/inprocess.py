@@ -20,7 +20,7 @@ from elastic.messages import Job
 from elastic.observe.events import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.observe.verify import verify
-from elastic.policy import Bounds
+from elastic.policy import bounds_of
 from elastic.recipe import Recipe, dumps, parse
 
 LIMIT_S = 120.0  # a run that takes longer hangs
@@ -55,8 +55,7 @@ class Run:
         elastic = recipe.elastic
         self.checkpoints = recipe.checkpoint.path or str(run_dir / "checkpoints")
         job = Job(f"run-{time.time_ns():x}", dumps(recipe), workload.prepare(recipe), str(run_dir), self.checkpoints, (), tuple(chaos))
-        bounds = Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares)
-        settings = Settings(bounds, elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best,
+        settings = Settings(bounds_of(recipe), elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best,
                             recipe.checkpoint.keep_every)
         self.job, self.settings = job, settings
         self.fleet = ThreadFleet(job, capacity or elastic.max_workers + elastic.spares, nodes)

@@ -194,7 +194,7 @@ def test_a_joiner_is_healed_and_the_others_do_not_wait_for_it() -> None:
         member.work.plan = Plan(**{**member.work.plan.__dict__, "num_steps": STEPS + 2})
     members[2].work.state.committed = -1
     members[2].work.state.param[:] = 7.0
-    assert run_all(members, generation_of(3, number=2, committed=STEPS, source=1, healed=(2,))) == ["done"] * 3
+    assert run_all(members, generation_of(3, number=2, committed=STEPS, healers=((1, (2,)),))) == ["done"] * 3
     assert {m.w for m in members} == {np.float32(expected(STEPS + 2))}
     healed = [m.fields for member in members for m in member.posted if m.fields.get("event") == "healed"]
     assert [(f["from"], f["to"], f["step"]) for f in healed] == [("w1", ["w2"], STEPS)]

@@ -89,7 +89,7 @@ def test_too_few_wait_and_go_on() -> None:
     assert only(machine.stand("b", "broken", 5), m.Wait) == m.Wait(1, 2)
     assert machine.state.phase == "waiting"
     form = only(machine.ready("c"), m.Form)
-    assert (form.generation.members, form.generation.committed, form.generation.source, form.generation.healed) == (("b", "c"), 5, 0, (1,))
+    assert (form.generation.members, form.generation.committed, form.generation.healers) == (("b", "c"), 5, ((0, (1,)),))
 
 
 # Losses.
@@ -100,7 +100,7 @@ def test_a_loss_abandons_the_rest_and_forms_anew_when_all_stand() -> None:
     assert machine.feed(m.Lost("b", "killed")) == [m.Abandon("a", 1), m.Abandon("c", 1)]
     assert machine.stand("c", "broken", 9) == []
     form = only(machine.stand("a", "broken", 9), m.Form)
-    assert (form.generation.members, form.generation.committed, form.generation.healed) == (("a", "c"), 9, ())
+    assert (form.generation.members, form.generation.committed, form.generation.healers) == (("a", "c"), 9, ())
     assert (form.before, form.cause) == (3, "killed")
 
 
@@ -138,7 +138,7 @@ def test_who_stood_and_then_fell_is_no_source() -> None:
     machine.feed(m.Lost("a", "killed"))
     machine.stand("b", "broken", 9)
     form = only(machine.ready("c"), m.Form)
-    assert (form.generation.members, form.generation.committed, form.generation.source) == (("b", "c"), 9, 0)
+    assert (form.generation.members, form.generation.committed, form.generation.healers) == (("b", "c"), 9, ((0, (1,)),))
 
 
 def test_an_older_generation_s_word_changes_nothing() -> None:
@@ -175,8 +175,8 @@ def test_where_everybody_starts(words: dict[str, tuple[int, int, int | None]], c
     ranks = {name: rank for rank, name in enumerate(generation.members)}
     assert set(ranks) == set(words)
     assert generation.committed == committed
-    assert {generation.members[r] for r in generation.healed} == set(healed)
-    assert (generation.members[generation.source] if generation.source >= 0 else -1) == source
+    expected = [(source, set(healed))] if healed else []
+    assert [(generation.members[s], {generation.members[r] for r in to}) for s, to in generation.healers] == expected
     if any(at == committed - 1 and holds == committed for at, holds, _ in words.values()) and committed not in (-1, 8) and not healed:
         assert generation.ballot == ballot(committed)
 
@@ -187,7 +187,7 @@ def test_survivors_come_before_joiners_and_the_furthest_first() -> None:
     machine.stand("b", "broken", 8, holds=9)
     generation = only(machine.stand("c", "broken", 9, ballot=ballot(9)), m.Form).generation
     assert generation.members == ("c", "b")  # with room for one only, a committed step must not be left behind
-    assert (generation.committed, generation.healed) == (9, ())
+    assert (generation.committed, generation.healers) == (9, ())
 
 
 # Resizes.
@@ -200,7 +200,7 @@ def test_a_joiner_is_let_in_at_a_step_boundary() -> None:
     assert machine.feed(m.Starting("d"), Ready("d", "n", 1, "d:1")) == []
     machine.stand("a", "stopped", 7)
     form = only(machine.stand("b", "stopped", 7), m.Form)
-    assert (form.generation.members, form.generation.source, form.generation.healed) == (("a", "b", "c", "d"), 0, (2, 3))
+    assert (form.generation.members, form.generation.healers) == (("a", "b", "c", "d"), ((0, (2, 3)),))
     assert form.cause == "resize"
 
 
@@ -239,7 +239,7 @@ def test_spares_stand_beside_the_group_and_step_in() -> None:
     assert machine.state.phase == "running" and machine.state.group == ("a", "b")
     machine.feed(m.Lost("a", "killed"))
     form = only(machine.stand("b", "broken", 3), m.Form)
-    assert (form.generation.members, form.generation.healed) == (("b", "c"), (1,))
+    assert (form.generation.members, form.generation.healers) == (("b", "c"), ((0, (1,)),))
 
 
 def test_surplus_beyond_the_spares_goes() -> None:
@@ -292,7 +292,7 @@ def test_nobody_leaves_with_the_only_copy() -> None:
     machine.feed(m.Starting("c"), Ready("c", "n", 1, "c:1"))
     actions = machine.stand("b", "broken", 5)
     form = only(actions, m.Form)
-    assert (form.generation.members, form.generation.committed, form.generation.healed) == (("b", "c"), 5, (1,))
+    assert (form.generation.members, form.generation.committed, form.generation.healers) == (("b", "c"), 5, ((0, (1,)),))
     assert actions[-2:] == [m.RequestStop("b", 2, STOP), m.RequestStop("c", 2, STOP)]  # one step, for the state to be handed over
     machine.stand("b", "stopped", 6)
     actions = machine.stand("c", "stopped", 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from elastic import membership as m
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Ready, Standing
-from elastic.policy import Bounds
+from elastic.policy import Bounds, Degrees, fewest, legal
 
 END = 60  # steps of the run
 
@@ -26,7 +27,10 @@ class Worker:
     committed: int = -1
     holds: int = -1
     ballot: Ballot | None = None
+    degrees: Degrees = (1, 1, 1)  # what it holds: the state of one seat of a replica of these
+    seat: int = -1
     is_healing: bool = False
+    moves_to: tuple[Degrees, int] | None = None  # where its state is being laid anew
     is_told: bool = False  # to abandon its generation
     stop: int = 0
     last: Standing | None = None
@@ -35,11 +39,15 @@ class Worker:
 class World:
     """Plays the workers, and checks every action of the machine."""
 
-    def __init__(self, draw: random.Random):
+    def __init__(self, draw: random.Random, degrees: Degrees):
         self.draw = draw
-        least = draw.randint(1, 3)
-        self.bounds = Bounds(least, draw.randint(least, 6), draw.choice([4, 6, 8]), draw.randint(0, 2))
-        self.bounds = replace(self.bounds, max_workers=min(self.bounds.max_workers, self.bounds.logical_shards))
+        size, least = math.prod(degrees), draw.randint(1, 3)
+        if size > 1:
+            least = draw.choice([1, size, 2 * size])
+        most = draw.randint(least, 6) if size == 1 else draw.choice([n for n in (size, 2 * size, 3 * size) if n >= least])
+        self.bounds = Bounds(least, most, draw.choice([4, 6, 8]), draw.randint(0, 2), draw.choice([legal(degrees), (degrees,)]))
+        self.bounds = replace(self.bounds, max_workers=min(self.bounds.max_workers, self.bounds.logical_shards * size))
+        self.saving: dict[tuple[int, int, int], set[int]] = {}
         self.workers: dict[str, Worker] = {}
         self.names = iter(f"w{i}" for i in range(10_000))
         self.saved, self.generation, self.group = 0, 0, ()
@@ -71,8 +79,12 @@ class World:
         worker = self.workers[action.worker]
         assert worker.at == 0 and worker.committed == action.step > 0 and action.generation == self.generation
         assert action.step == max(w.committed for name, w in self.workers.items() if name in self.group)
-        if self.draw.random() < 0.5:
-            self.saved = max(self.saved, action.step)
+        assert (worker.seat, math.prod(worker.degrees)) == (action.rank, action.world_size)
+        if self.draw.random() < 0.7:
+            parts = self.saving.setdefault((action.generation, action.step, action.world_size), set())
+            parts.add(action.rank)
+            if len(parts) == action.world_size:
+                self.saved = max(self.saved, action.step)
 
     def on_abandon(self, action: m.Abandon) -> None:
         assert action.generation == self.generation and action.worker in self.group
@@ -98,36 +110,70 @@ class World:
         generation = action.generation
         members = [self.workers[name] for name in generation.members]  # all of them live
         assert generation.number == self.generation + 1
-        assert len(set(generation.members)) == len(members)
-        least = 1 if self.is_ending else self.bounds.min_workers  # to save what they have, few are enough
-        assert least <= len(members) <= min(self.bounds.max_workers, self.bounds.logical_shards)
+        assert len(set(generation.members)) == len(members) == generation.shape.world_size
         assert all(w.is_ready for w in members)
         assert all(w.at == 0 for w in self.workers.values()), "somebody is still in the loop of an older generation"
         furthest = max((self.workers[w].committed for w in self.group if w in self.workers), default=-1)
+        is_there = self.is_whole(furthest)
+        least = 1 if self.is_ending else fewest(self.state.bounds)  # to save what they have, few are enough
+        assert len(members) >= least and 1 <= generation.shape.data <= self.bounds.logical_shards
+        assert len(members) <= self.bounds.max_workers
+        assert generation.mesh[1:] in self.state.bounds.meshes
         self.generation, self.group = generation.number, generation.members
         if generation.committed < 0:
-            assert furthest < 0 or furthest == self.saved, "a copy of the state was left behind"
+            assert not is_there or furthest == self.saved, "a copy of the state was left behind"
+            assert not generation.healers and not generation.relaid
             generation = replace(generation, committed=self.saved)
+            for worker in self.workers.values():  # what others have is of a past that is given up
+                worker.committed = -1
         else:
             assert generation.committed == furthest
         for rank, worker in enumerate(members):
             self.enter(worker, generation, rank, action.generation.committed < 0)
+        if generation.relaid:
+            degrees = generation.relaid[0].mesh[1:]
+            assert degrees != generation.mesh[1:] and not generation.healers and len(generation.relaid) == len(members)
+            assert {holder.seat for holder in generation.relaid} >= set(range(math.prod(degrees))), "a part comes from nowhere"
+
+    def is_whole(self, step: int) -> bool:
+        """Whether the living have every seat of one mesh at this step."""
+        ballot = any(w.ballot and w.ballot.step == w.committed == step for name, w in self.workers.items() if name in self.group)
+        held: dict[Degrees, set[int]] = {}
+        for name, worker in self.workers.items():
+            if worker.committed == step or (name in self.group and ballot and worker.committed == step - 1 and worker.holds == step):
+                held.setdefault(worker.degrees, set()).add(worker.seat)
+        return step >= 0 and any(len(seats - {-1}) == math.prod(degrees) for degrees, seats in held.items())
 
     def enter(self, worker: Worker, generation: Generation, rank: int, is_load: bool) -> None:
         """As the loop's `begin` does, up to the heal."""
         worker.at, worker.is_told, worker.stop = generation.number, False, 0
+        mine = generation.mesh[1:], rank % math.prod(generation.mesh[1:])
         if is_load:
             worker.committed, worker.ballot = generation.committed, None
+            worker.degrees, worker.seat = mine
         elif worker.committed == generation.committed - 1 and worker.holds == generation.committed and generation.ballot:
             assert generation.ballot.step == generation.committed
             worker.committed = generation.committed
-        worker.is_healing = rank in generation.healed
         worker.holds = -1
+        if generation.relaid:
+            holder = generation.relaid[rank]
+            assert holder.rank == rank
+            if holder.seat >= 0:
+                assert (worker.degrees, worker.seat, worker.committed) == (holder.mesh[1:], holder.seat, generation.committed)
+            else:
+                worker.committed = -1
+            worker.moves_to = mine
+            return
+        healers = {r: source for source, healed in generation.healers for r in healed}
+        worker.is_healing = rank in healers
         if worker.is_healing:
-            assert rank != generation.source >= 0
+            assert healers[rank] not in healers
+            assert healers[rank] % math.prod(mine[0]) == mine[1], "healed by one that holds another seat"
             worker.committed = -1
+            worker.degrees, worker.seat = mine
         else:
             assert worker.committed == generation.committed, "a member starts from another step, and nobody heals it"
+            assert (worker.degrees, worker.seat) == mine, "a member starts with another seat's state"
 
     # The workers' side.
 
@@ -140,6 +186,7 @@ class World:
         done = max(w.committed for _, w in present)
         for _, worker in present:
             worker.committed, worker.is_healing = done, False
+            self.move(worker)
         if done == END:
             self.finish(present)
             return
@@ -160,6 +207,11 @@ class World:
             for name, _ in present:
                 self.stand(name, "stopped")
 
+    def move(self, worker: Worker) -> None:
+        if worker.moves_to:
+            worker.degrees, worker.seat = worker.moves_to
+            worker.moves_to = None
+
     def finish(self, present: list[tuple[str, Worker]]) -> None:
         if not self.is_calm and self.draw.random() < 0.3:
             lost = self.draw.randrange(len(present))
@@ -174,14 +226,16 @@ class World:
     def stand(self, name: str, reason: str, **more: Any) -> None:
         worker = self.workers[name]
         committed = -1 if worker.is_healing else worker.committed
-        worker.last = Standing(name, worker.at, reason, committed, worker.holds, worker.ballot, state_sha256=str(committed), **more)
+        worker.moves_to = None  # what it had is whole until all have moved
+        worker.last = Standing(name, worker.at, reason, committed, worker.holds, worker.ballot, state_sha256=str(committed),
+                               mesh=(0, *worker.degrees), seat=worker.seat, **more)
         worker.at, worker.committed, worker.is_healing = 0, committed, False
         self.feed(worker.last)
 
     def start(self) -> None:
         if len(self.workers) < self.wanted:
             name = next(self.names)
-            self.workers[name] = Worker(node=f"node-{self.draw.randrange(4)}")
+            self.workers[name] = Worker(node="node-new" if self.is_calm else f"node-{self.draw.randrange(4)}")
             self.feed(m.Starting(name))
 
     def ready(self) -> None:
@@ -220,7 +274,8 @@ class World:
                 assert self.state == before
 
     def scale(self) -> None:
-        self.feed(m.ScaleTo(self.draw.randint(0, 7)))
+        other = self.draw.choice([None, *self.bounds.meshes])
+        self.feed(m.ScaleTo(self.draw.randint(0, 7), other))
 
     def drain(self) -> None:
         self.feed(m.Drain((f"node-{self.draw.randrange(4)}",)))
@@ -235,17 +290,38 @@ DEEDS = [World.step] * 6 + [World.start, World.ready, World.notice] * 3 + [World
                                                                           World.interrupt]
 
 
-@settings(max_examples=150, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 250))
-def test_any_order_of_events(seed: int, length: int) -> None:
-    world = World(random.Random(seed))
+def play(seed: int, length: int, degrees: Degrees) -> None:
+    world = World(random.Random(seed), degrees)
     for _ in range(length):
         if world.ended is None:
             world.draw.choice(DEEDS)(world)
     world.is_calm = True
+    for _ in range(20):  # nobody falls any more, all that are wanted come
+        for deed in (World.start, World.ready, World.notice):
+            deed(world)
+    for deed in [World.step, World.notice] * 4:  # at most: a step to stop at, to hand over to those who stay, to stop again
+        if world.ended is None:
+            deed(world)
+    if world.ended is None and not world.is_ending:
+        bounds, target = world.state.bounds, world.state.target
+        fewest_of = {mesh: -(-bounds.min_workers // math.prod(mesh)) for mesh in bounds.meshes}  # replicas
+        preferred = next(mesh for mesh, n in fewest_of.items() if target >= math.prod(mesh) * n and bounds.logical_shards >= n)
+        assert world.state.mesh[1:] == preferred, f"not on the preferred mesh: {world.state}"
     for _ in range(10 * END):  # once nothing bad happens any more, the run ends well
         for deed in (World.start, World.ready, World.notice, World.step):
             if world.ended is None:
                 deed(world)
     assert world.ended is not None, f"the run hangs: {world.state}"
     assert world.ended.status in ("done", "interrupted") or "without a step" in world.ended.error, world.ended
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 250))
+def test_any_order_of_events(seed: int, length: int) -> None:
+    play(seed, length, (1, 1, 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 250), degrees=st.sampled_from([(1, 2, 1), (2, 1, 1), (2, 2, 1)]))
+def test_any_order_of_events_where_a_replica_is_several_workers(seed: int, length: int, degrees: Degrees) -> None:
+    play(seed, length, degrees)
