@@ -290,7 +290,7 @@ DEEDS = [World.step] * 6 + [World.start, World.ready, World.notice] * 3 + [World
                                                                           World.interrupt]
 
 
-def play(seed: int, length: int, degrees: Degrees) -> None:
+def assert_ends_well(seed: int, length: int, degrees: Degrees) -> None:
     world = World(random.Random(seed), degrees)
     for _ in range(length):
         if world.ended is None:
@@ -318,10 +318,10 @@ def play(seed: int, length: int, degrees: Degrees) -> None:
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 250))
 def test_any_order_of_events(seed: int, length: int) -> None:
-    play(seed, length, (1, 1, 1))
+    assert_ends_well(seed, length, (1, 1, 1))
 
 
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 250), degrees=st.sampled_from([(1, 2, 1), (2, 1, 1), (2, 2, 1)]))
 def test_any_order_of_events_where_a_replica_is_several_workers(seed: int, length: int, degrees: Degrees) -> None:
-    play(seed, length, degrees)
+    assert_ends_well(seed, length, degrees)
