@@ -173,14 +173,27 @@ class SharedGroup(Member):
                 out[low:high] += part
 
     def all_reduce(self, buffer: Buffer) -> None:
-        buffer = flat(buffer)
-        if buffer.shape[0] <= LITTLE:
-            parts = [theirs.view(buffer.dtype) for theirs in self._meet(buffer)]
-            buffer[:] = parts[0]
-            for part in parts[1:]:
-                buffer += part
-            return
-        self._reduce([buffer], in_rank_order(self.size), [1] * self.size, equal_cuts(buffer.shape[0], 16, self.size), range(self.size), buffer)
+        self._sum(flat(buffer), flat(buffer))
+
+    def summed(self, x: Buffer) -> np.ndarray:
+        """What `all_reduce` gives, in a new array."""
+        x = flat(x)
+        out = np.empty_like(x)
+        self._sum(x, out)
+        return out
+
+    def _sum(self, x: np.ndarray, out: np.ndarray) -> None:
+        """`out` may be `x`. Two members read as much, and meet once less, where each adds up all that does not lie in its segment already."""
+        if self.size == 1:
+            out[:] = x
+        elif x.shape[0] <= LITTLE or (self.size == 2 and self._segment.offset(x) is None):
+            for low, high in pieces(x.shape[0], STAGE // x.itemsize):
+                first, *rest = (theirs.view(x.dtype) for theirs in self._meet(x[low:high]))
+                total = out[low:high]
+                for i, part in enumerate(rest):
+                    np.add(total if i else first, part, out=total)
+        else:
+            self._reduce([x], in_rank_order(self.size), [1] * self.size, equal_cuts(x.shape[0], 16, self.size), range(self.size), out)
 
     def reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int, block: int) -> Buffer:
         """The sum over all shards along the canonical tree: what `reduction.reduce` does, by reading the peers' sums in place."""

@@ -14,6 +14,7 @@ from elastic.collective.local import LocalGroup, die
 from elastic.collective.reduction import Scratch, SubtreeSums, out_size
 from elastic.errors import GroupBroken
 from elastic.mesh import shards_of
+from elastic.parallel.axis import Axis
 
 NUM = 13  # odd, and no multiple of any group's size
 
@@ -34,6 +35,7 @@ def every_call(group: Any, keep: dict[str, Any], dtype: str) -> dict[str, np.nda
     mine = values(rank, NUM, dtype)
     found["all_reduce"] = mine.copy()
     group.all_reduce(found["all_reduce"])
+    found["sum over an axis"] = Axis("tensor", group).sum(mine)
     found["all_gather"] = np.zeros(NUM * size, dtype)
     group.all_gather(found["all_gather"], mine)
     found["reduce_scatter"] = np.zeros(NUM, dtype)
@@ -68,6 +70,8 @@ def many_calls(group: Any, keep: dict[str, Any], rounds: int) -> float:
         group.all_gather(votes, np.full(4, float(turn * group.size + group.rank)))
         assert votes[::4].tolist() == [float(turn * group.size + r) for r in range(group.size)]
         wide = np.full(20_000 + turn, 1.0, np.float32)
+        found = Axis("tensor", group).sum(wide)
+        assert (wide == 1.0).all() and (found == group.size).all()
         group.all_reduce(wide)
         assert (wide == group.size).all()
         group.broadcast(wide[:turn + 1], turn % group.size)

@@ -63,10 +63,11 @@ class Tiny:
     width, d_ff, rows, time = 8, 12, 2, 3
     buffers: dict[str, Spec] = {}
 
-    def __init__(self, rate: float = 0.0, recompute: bool = False):
-        self.rate, self.recompute = rate, recompute
+    def __init__(self, rate: float = 0.0, recompute: bool = False, shares: bool = False):
+        """`shares`: both layers read the first one's parameters."""
+        self.rate, self.recompute, self.shares = rate, recompute, shares
         self.parameters = {"wte": Spec((VOCAB, self.width), ("vocab", "d_model"), scale=0.5)}
-        for h in ("h0", "h1"):
+        for h in ("h0",) if shares else ("h0", "h1"):
             self.parameters |= {
                 f"{h}.norm": Spec((self.width,), ("d_model",), "ones"),
                 f"{h}.up": Spec((self.width, self.d_ff), ("d_model", "d_ff"), scale=0.3),
@@ -84,7 +85,8 @@ class Tiny:
         return {"tokens": tokens, "row_weight": np.float32([1.0, 0.5])}
 
     def names(self, piece: str) -> tuple[str, ...]:
-        return tuple(n for n in self.parameters if n.startswith(f"{piece}.")) or ("wte",)
+        layer = "h0" if piece == "h1" and self.shares else piece
+        return tuple(n for n in self.parameters if n.startswith(f"{layer}.")) or ("wte",)
 
     def run(self, ops: Any, params: Any, piece: str, x: Any, batch: Any, seed: int | None) -> Any:
         if piece == "embed":

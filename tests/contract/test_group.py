@@ -85,7 +85,7 @@ def test_every_call_against_numpy(world: Any, size: int, dtype: str) -> None:
     parts = [values(rank, NUM, dtype) for rank in range(size)]
     total = sum(values(rank, NUM * size, dtype) for rank in range(size))
     for rank, found in enumerate(results):
-        expected = {"all_reduce": sum(parts), "all_gather": np.concatenate(parts),
+        expected = {"all_reduce": sum(parts), "sum over an axis": sum(parts), "all_gather": np.concatenate(parts),
                     "reduce_scatter": total[rank * NUM:(rank + 1) * NUM], "all_to_all": expected_all_to_all(rank, size, dtype)}
         expected |= {f"broadcast {root}": parts[root] for root in range(size)}
         if size > 1 and rank in (0, size - 1):

@@ -22,7 +22,7 @@ from tests.contract.threads import together
 every_backend = pytest.mark.parametrize("name", names())
 CUTS = [((0, 4),), ((0, 1), (1, 4)), ((0, 2), (2, 4)), ((0, 3), (3, 4)), ((0, 1), (1, 2), (2, 3), (3, 4))]
 EXACT = ("reference", "torch")  # cut or whole, they compute the same things one after the other
-MODELS = {"plain": Tiny(), "dropout": Tiny(0.3), "recompute": Tiny(0.3, recompute=True)}
+MODELS = {"plain": Tiny(), "dropout": Tiny(0.3), "recompute": Tiny(0.3, recompute=True), "shared": Tiny(shares=True)}
 
 
 def tolerance(name: str) -> float:
@@ -225,3 +225,51 @@ def test_a_split_model_is_the_undivided_one(name: str, kind: str) -> None:
         for gradients in found:
             for key, gradient in gradients.items():
                 assert_close(gradient, whole.by_name(wanted)[key][boxes[key]], tolerance(name), key)
+
+
+@pytest.mark.parametrize(("kind", "early"), [("plain", 4), ("recompute", 8), ("shared", 8)])
+def test_torch_leaves_the_weights_to_the_second_half(kind: str, early: int) -> None:
+    """Two layers have four products forward, for which there are four of inputs and four of weights, unless they cannot be told apart."""
+    rig, model = tiny_rig("torch", MODELS[kind]), Tiny()
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += function.name() == "aten::mm"
+            return function(*args, **(kwargs or {}))
+
+    x = np.ones(int(np.prod(model.shape)), np.float32)
+    rig.backend.forward(0, pieces((1, 3)), x, model.shape, model.batch(0), 0)
+    with Products() as first:
+        rig.backend.backward_input(0, x)
+    with Products() as second:
+        rig.backend.backward_weight(0, rig.by_name(rig.backend.allocate(rig.layout.trainable)))
+    again = 2 if kind == "recompute" else 0  # the products without a bias of its layers
+    assert (first.count - again, second.count) == (early, 8 - early)
+
+
+def test_torch_compiles_nothing_that_is_split_or_in_pieces() -> None:
+    model = Tiny(0.3)
+    layout = Layout(model, Mesh(1, tensor=2))
+
+    def work(rank: int, group: Any) -> Any:
+        part = copy.copy(model)
+        part.parameters = layout.specs(layout.mesh.seat(rank))
+        found = []
+        for compiled in (False, True):
+            rig = tiny_rig("torch", part, compile=compiled)
+            rig.backend.connect({dim: Axis(axis, group) for dim, axis in layout.dims.items()})
+            flat, _ = undivided(rig, [5])
+            line = Line(rig, CUTS[2])
+            line.forward(5)
+            line.backward(5)
+            assert rig.backend.compilations() == 0
+            found += [flat, line.flat]
+        return found
+
+    load("torch", "backend")
+    for found in together(2, work):
+        assert np.linalg.norm(found[0]) > 0.1
+        assert all(np.array_equal(found[0], other) for other in found[1:])
