@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic.errors import GroupBroken
 from elastic.mesh import Mesh
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout
@@ -181,17 +182,49 @@ def test_what_is_forgotten_is_let_go(name: str) -> None:
     rig, model = tiny_rig(name), Tiny()
     for end in ("forget", "backward"):
         inputs = rig.backend.allocate(int(np.prod(model.shape)))
-        memory = weakref.ref(inputs.base)
+        memory = [weakref.ref(inputs.base)]
         gradient = rig.backend.forward("key", pieces((1, 3)), inputs, model.shape, model.batch(0), 0) * 1
         if end == "forget":
             rig.backend.forget()
             with pytest.raises(KeyError):
                 rig.backend.backward("key", gradient, {})
         else:
-            rig.backend.backward("key", gradient, rig.by_name(rig.backend.allocate(rig.layout.trainable)))
+            flat = rig.backend.allocate(rig.layout.trainable)
+            memory.append(weakref.ref(flat.base))  # a gradient buffer ends with its generation
+            rig.backend.backward("key", gradient, rig.by_name(flat))
+            del flat
         del inputs
         gc.collect()
-        assert memory() is None
+        assert [ref() for ref in memory] == [None] * len(memory)
+
+
+@pytest.mark.parametrize("when", ["at once", "in the backward pass"])
+@every_backend
+def test_a_lost_worker_is_a_broken_group(name: str, when: str) -> None:
+    """What the collectives raise comes through the framework as it is."""
+    model = Tiny()
+    tiny_rig(name)
+    layout = Layout(model, Mesh(1, tensor=2))
+
+    def work(rank: int, group: Any) -> Any:
+        part = copy.copy(model)
+        part.parameters = layout.specs(layout.mesh.seat(rank))
+        rig = tiny_rig(name, part)
+        rig.backend.connect({dim: Axis(axis, group) for dim, axis in layout.dims.items()})
+        line = Line(rig, CUTS[0])
+        if when == "in the backward pass":
+            line.forward(5)
+        if rank == 1:
+            group.abandon()
+            return
+        steps = {"at once": (lambda: line.forward(5), lambda: rig.backend.gradients(model.batch(5), 5, line.into)),
+                 "in the backward pass": (lambda: line.backward(5),)}
+        for step in steps[when]:
+            with pytest.raises(GroupBroken, match="lost rank 1"):
+                step()
+        rig.backend.forget()
+
+    together(2, work)
 
 
 @pytest.mark.parametrize("kind", MODELS)
