@@ -16,6 +16,7 @@ import numpy as np
 
 from backends.tensorflow import optimizer
 from backends.tensorflow.ops import U64, TensorFlowOps, tf
+from backends.tensorflow.pieces import Pieces, plain
 from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
 
@@ -87,7 +88,7 @@ def start(threads: int) -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-class TensorFlowBackend:
+class TensorFlowBackend(Pieces):
     """One model on the CPU. Calls may come from any thread, one at a time; processes may hold several backends."""
 
     name = "tensorflow"
@@ -98,9 +99,9 @@ class TensorFlowBackend:
         if settings.precision not in ("float32", "float64"):
             raise UserError(f"backend.precision = {settings.precision!r} must be float32 with the tensorflow backend.")
         start(int(settings.threads))
+        super().__init__(model)
         self.parameters: Mapping[str, Spec] = model.parameters
         self.buffers: Mapping[str, Spec] = model.buffers
-        self._model = model
         self._columns = getattr(model, "tensors", self._neutral_columns)
         self._dtype = np.dtype(settings.precision)
         self._ops = TensorFlowOps(self._dtype)
@@ -109,7 +110,7 @@ class TensorFlowBackend:
         self._state: Mapping[str, np.ndarray] = {}
         self._steps: dict[tuple[str, ...], Callable[..., Any]] = {}
         self._compilations = 0
-        self._metrics = self._traced(lambda params, state, batch: model.metrics(self._ops, params, state, batch))
+        self._metrics = self._traced(self._measured)
 
     def allocate(self, size: int) -> Buffer:
         room = np.zeros(size * self._dtype.itemsize + ALIGN_BYTES, np.uint8)
@@ -125,9 +126,13 @@ class TensorFlowBackend:
 
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
         names = tuple(into)
-        if names not in self._steps:
-            self._steps[names] = self._traced(self._step_of(names))
-        loss, weight, new, slopes = self._steps[names](self._params, self._device_state(), self._columns(batch), tf.constant(np.uint64(seed & U64)))
+        arguments = self._params, self._device_state(), self._columns(batch), tf.constant(np.uint64(seed & U64))
+        if self.is_split:
+            loss, weight, new, slopes = self._call(("gradients", names), self._step_of(names), arguments)
+        else:
+            if names not in self._steps:
+                self._steps[names] = self._traced(self._step_of(names))
+            loss, weight, new, slopes = self._steps[names](*arguments)
         for name, slope in zip(names, slopes, strict=True):
             if slope is not None:
                 view = into[name]
@@ -135,7 +140,8 @@ class TensorFlowBackend:
         return ShardResult(float(loss), float(weight), {name: value.numpy() for name, value in new.items()})
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
-        found = self._metrics(self._params, self._device_state(), self._columns(batch))
+        arguments = self._params, self._device_state(), self._columns(batch)
+        found = self._call(("metrics",), self._measured, arguments) if self.is_split else self._metrics(*arguments)
         return {name: (plain(total), float(weight)) for name, (total, weight) in found.items()}
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -157,6 +163,9 @@ class TensorFlowBackend:
             return function(*arguments)
 
         return tf.function(counted, jit_compile=self._jit, autograph=False)
+
+    def _measured(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> Mapping[str, tuple[Any, Any]]:
+        return self._model.metrics(self._ops, params, state, batch)
 
     def _step_of(self, names: Sequence[str]) -> Callable[..., Any]:
         def step(params: Mapping[str, Any], state: Mapping[str, Any], batch: Any, seed: Any) -> tuple[Any, Any, Any, list[Any]]:
@@ -183,8 +192,3 @@ def tensor_over(view: np.ndarray) -> Any:
     """A tensor that shares the memory of a view."""
     assert view.ctypes.data % ALIGN_BYTES == 0, "parameters begin at multiples of 64 bytes"
     return tf.experimental.dlpack.from_dlpack(view.__dlpack__())
-
-
-def plain(total: Any) -> Any:
-    """A number, or float64 NumPy where there are several."""
-    return np.asarray(total, np.float64) if len(np.shape(total)) else float(total)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-import backends.tensorflow  # noqa: F401  (sets what TensorFlow reads when it loads)
+from backends.tensorflow.split import SplitKernels
 
 # isort: split
 import tensorflow as tf
@@ -24,7 +24,7 @@ Tensor = Any  # tf.Tensor
 U64 = (1 << 64) - 1
 
 
-class TensorFlowOps(neutral.Kernels):
+class TensorFlowOps(SplitKernels):
     """Kernels on the CPU. `dtype` is what constants of floating point become."""
 
     name = "tensorflow"
@@ -53,8 +53,10 @@ class TensorFlowOps(neutral.Kernels):
         begin[axis], size[axis] = start, length
         return tf.slice(x, begin, size)
 
-    def gather(self, table: Tensor, indices: Tensor) -> Tensor:
-        return tf.gather(table, indices)
+    def gather(self, table: Tensor, indices: Tensor, dim: str = "", length: int = 0) -> Tensor:
+        if self.degree(dim) == 1:
+            return tf.gather(table, indices)
+        return self.leave(self._rows(table, indices, dim, length), dim)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
@@ -174,11 +176,13 @@ class TensorFlowOps(neutral.Kernels):
         apart = tf.reshape(x, (rows, math.prod(tuple(x.shape)[1:-1]), groups, channels // groups))
         return tf.reshape(normalised(apart, (1, 3), eps), x.shape) * weight + bias
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor, dim: str = "", length: int = 0) -> Tensor:
+        logits, targets, weights = tf.reshape(logits, (-1, logits.shape[-1])), tf.reshape(targets, (-1,)), tf.stop_gradient(tf.reshape(weights, (-1,)))
+        if self.degree(dim) > 1:
+            return self._split_cross_entropy(logits, targets, weights, dim, length)
         # the public function takes a detour of four kernels where op determinism is on, for the sake of a GPU's
-        each, _ = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=tf.reshape(logits, (-1, logits.shape[-1])),
-                                                                 labels=tf.reshape(targets, (-1,)))
-        return tf.reduce_sum(each * tf.stop_gradient(tf.reshape(weights, (-1,))))
+        each, _ = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits, labels=targets)
+        return tf.reduce_sum(each * weights)
 
     def binary_cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         each = tf.nn.sigmoid_cross_entropy_with_logits(tf.stop_gradient(targets), logits)
