@@ -177,7 +177,8 @@ class TensorFlowOps(SplitKernels):
         return tf.reshape(normalised(apart, (1, 3), eps), x.shape) * weight + bias
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor, dim: str = "", length: int = 0) -> Tensor:
-        logits, targets, weights = tf.reshape(logits, (-1, logits.shape[-1])), tf.reshape(targets, (-1,)), tf.stop_gradient(tf.reshape(weights, (-1,)))
+        logits, targets = tf.reshape(logits, (-1, logits.shape[-1])), tf.reshape(targets, (-1,))
+        weights = tf.stop_gradient(tf.reshape(weights, (-1,)))
         if self.degree(dim) > 1:
             return self._split_cross_entropy(logits, targets, weights, dim, length)
         # the public function takes a detour of four kernels where op determinism is on, for the sake of a GPU's

@@ -80,7 +80,7 @@ def test_parts_agree_with_the_undivided_kernel(name: str, op: str) -> None:
 
 
 @pytest.mark.parametrize("op", CASES)
-@pytest.mark.parametrize("name", ("reference", "torch", "mxnet"))
+@every_framework
 def test_a_dropped_collective_is_seen(name: str, op: str) -> None:
     split_ops(name)
     for dropped in range(assert_parts_agree(name, op, 2, seed=1)):
