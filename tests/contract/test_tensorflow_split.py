@@ -149,7 +149,7 @@ def test_a_lost_peer_is_a_broken_group_and_the_next_generation_works() -> None:
 
     def broken(rank: int, group: Any) -> None:
         axis = (Dying if rank else Axis)("tensor", group)
-        rigs[rank].backend.connect({dim: axis for dim in Tiny.layout})
+        rigs[rank].backend.connect(dict.fromkeys(Tiny.layout, axis))
         with pytest.raises(GroupBroken):
             rigs[rank].gradient(model.batch(5), 5)
 
