@@ -147,6 +147,20 @@ class Ops(Protocol):
     def log_softmax(self, x: Array, axis: int = -1) -> Array:
         """log of `softmax`, without overflow, (...) -> (...)."""
 
+    # choices: integers, without a gradient
+    def one_hot(self, indices: Array, num: int) -> Array:
+        """1.0 at each index and 0.0 elsewhere: integers (...) -> (..., num). No gradient."""
+
+    def top_k(self, x: Array, k: int) -> Array:
+        """The places of the `k` highest of the last dim, the highest first, of equals the earlier: (..., n) -> (..., k). No gradient."""
+
+    def queue(self, chosen: Array, num: int, capacity: int) -> tuple[Array, Array]:
+        """Rows stand in `num` queues of `capacity` places, integers `chosen` (rows, k) say in which; first all first choices, by row.
+
+        For each choice its place, queue * capacity + position, or num * capacity where the queue is full, (rows, k); for each place
+        the row that stands there, or `rows` where none does, (num * capacity,). No gradient.
+        """
+
     # blocks of networks
     def layer_norm(self, x: Array, weight: Array, bias: Array | None = None, eps: float = 1e-5) -> Array:
         """(..., d) -> (..., d), normalised over the last dim; weight and bias (d,). Ba et al. 2016."""

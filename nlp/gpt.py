@@ -16,6 +16,7 @@ import numpy as np
 from elastic.backend import Spec
 from elastic.errors import RecipeError
 from elastic.layers import Chained, Layers, cross_entropy, embedded, one_layer, smoothed
+from nlp.experts import Experts
 
 Array = Any
 
@@ -23,7 +24,8 @@ Array = Any
 @dataclass(frozen=True)
 class Config:
     """The keys of `[model]`. `bias` adds biases to the projections and norms; nanoGPT trains small models without. `recompute` keeps what
-    comes between layers alone and computes the rest again for the gradient (Chen et al. 2016).
+    comes between layers alone and computes the rest again for the gradient (Chen et al. 2016). With `experts`, every `expert_every`th
+    layer has that many MLPs instead of one; for the other keys see `nlp.experts`.
     """
 
     layers: int = 4
@@ -34,12 +36,17 @@ class Config:
     bias: bool = False
     smoothing: float = 0.0
     recompute: bool = False
+    experts: int = 0
+    expert_every: int = 2
+    top: int = 1
+    capacity: float = 1.25
+    balance: float = 0.01
 
     def __post_init__(self) -> None:
-        for key in ("layers", "heads", "width", "context"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RecipeError(f"model.{key} = {value!r} must be a whole number of at least 1.")
+        for key in ("layers", "heads", "width", "context", "experts", "expert_every", "top"):
+            value, least = getattr(self, key), 0 if key == "experts" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise RecipeError(f"model.{key} = {value!r} must be a whole number of at least {least}.")
         if self.width % self.heads:
             raise RecipeError(f"model.width = {self.width} must be a multiple of model.heads = {self.heads}.")
         for key in ("dropout", "smoothing"):
@@ -49,6 +56,20 @@ class Config:
         for key in ("bias", "recompute"):
             if not isinstance(getattr(self, key), bool):
                 raise RecipeError(f"model.{key} = {getattr(self, key)!r} must be true or false.")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        for key, least in (("capacity", "above 0"), ("balance", "of at least 0")):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (key == "capacity" and not value):
+                raise RecipeError(f"model.{key} = {value!r} must be a number {least}.")
+        if self.top > 2 or self.experts and self.top > self.experts:
+            raise RecipeError(f"model.top = {self.top} must be 1 or 2, and no more than model.experts = {self.experts}.")
+        if self.experts and self.expert_every > self.layers:
+            raise RecipeError(f"model.expert_every = {self.expert_every} must be at most model.layers = {self.layers}, or no layer has experts.")
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts > 0 and layer % self.expert_every == self.expert_every - 1
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> GPT:
@@ -84,8 +105,14 @@ def specs(config: Config, vocab_size: int) -> dict[str, Spec]:
         dense(f"h{i}.attn.qkv", (width, 3, heads, d_head), ("d_model", "qkv", "heads", "d_head"), 1)
         dense(f"h{i}.attn.out", (heads, d_head, width), ("heads", "d_head", "d_model"), 2, residual)
         norm(f"h{i}.ln2")
-        dense(f"h{i}.mlp.up", (width, 4 * width), ("d_model", "d_ff"), 1)
-        dense(f"h{i}.mlp.down", (4 * width, width), ("d_ff", "d_model"), 1, residual)
+        if config.has_experts(i):
+            num, wide = config.experts, 4 * width
+            out[f"h{i}.moe.gate.weight"] = Spec((width, num), ("d_model", "experts"))
+            out[f"h{i}.moe.up.weight"] = Spec((num, width, wide), ("expert", "d_model", "d_ff_expert"))
+            out[f"h{i}.moe.down.weight"] = Spec((num, wide, width), ("expert", "d_ff_expert", "d_model"), "normal", residual)
+        else:
+            dense(f"h{i}.mlp.up", (width, 4 * width), ("d_model", "d_ff"), 1)
+            dense(f"h{i}.mlp.down", (4 * width, width), ("d_ff", "d_model"), 1, residual)
     norm("ln_f")
     return out
 
@@ -93,10 +120,11 @@ def specs(config: Config, vocab_size: int) -> dict[str, Spec]:
 class GPT(Chained):
     """The model behind `elastic.backend.Chain`. What travels between its pieces is (rows, time, d_model), at the end logits."""
 
-    layout = {"heads": "tensor", "d_ff": "tensor", "vocab": "tensor"}
-
     def __init__(self, config: Config, vocab_size: int):
         self.config = config
+        self.layout = {"heads": "tensor", "d_ff": "tensor", "vocab": "tensor"}
+        if config.experts:
+            self.layout |= {"expert": "expert", "d_ff_expert": "tensor"}
         self.vocab_size = vocab_size
         self.parameters = specs(config, vocab_size)
         self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
@@ -110,7 +138,7 @@ class GPT(Chained):
         if piece == "embed":
             tokens = batch["tokens"]
             return self.embed(ops, params, ops.narrow(tokens, 1, 0, tokens.shape[1] - 1), seed)
-        layers = self.layers(ops, seed)
+        layers = self.layers(ops, seed, batch)
         if piece == "head":
             return ops.contract("btd,vd->btv", ops.enter(layers.norm(params, "ln_f", x), "vocab"), params["wte"])
         return one_layer(ops, layers.pre, params, piece, x, self.config.recompute and seed is not None)
@@ -128,15 +156,19 @@ class GPT(Chained):
         x = self.through(ops, params, self.embed(ops, params, tokens, None), {}, None, 1)
         return ops.collect(x, "vocab", self.vocab_size)
 
-    def layers(self, ops: Any, seed: int | None) -> Layers:
-        return Layers(ops, True, self.config.dropout, seed)
+    def layers(self, ops: Any, seed: int | None, batch: Mapping[str, Array]) -> Layers:
+        config = self.config
+        if not config.experts:
+            return Layers(ops, True, config.dropout, seed)
+        return Experts(ops, True, config.dropout, seed, top=config.top, capacity=config.capacity, balance=config.balance,
+                       weights=None if seed is None else batch["row_weight"])
 
     def embed(self, ops: Any, params: Mapping[str, Array], tokens: Array, seed: int | None) -> Array:
         time, positions = tokens.shape[1], params["wpe"]
         if time < self.config.context:
             positions = ops.narrow(positions, 0, 0, time)
         x = ops.add(embedded(ops, params["wte"], tokens, "vocab", self.vocab_size), positions)
-        return self.layers(ops, seed).drop(x, "embedding")
+        return Layers(ops, True, self.config.dropout, seed).drop(x, "embedding")
 
     def token_loss(self, ops: Any, logits: Array, batch: Mapping[str, Array], smoothing: float) -> tuple[Array, Array]:
         rows, time = logits.shape[:2]

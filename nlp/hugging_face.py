@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from elastic.errors import UserError
 from nlp.gpt import Config
 
 NORM_EPS = 1e-5  # of ops.layer_norm
@@ -23,6 +24,8 @@ BLOCK = {"ln1": "ln_1", "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj", "l
 def write(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray], folder: Path) -> None:
     """`model` has the keys of `[model]`; `folder` is made, with config.json and model.safetensors."""
     config = Config(**model)
+    if config.experts:
+        raise UserError(f"model.experts = {config.experts} has no place in Hugging Face's GPT-2; export it as safetensors.")
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings(config, len(arrays["wte"])), indent=2) + "\n", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(save(tensors(config, arrays), {"format": "pt"}))

@@ -18,6 +18,7 @@ import backends.mxnet  # noqa: F401  (sets what MXNet reads when it loads)
 import mxnet as mx
 
 from backends.mxnet.across import AcrossOps
+from backends.mxnet.choices import ChoiceOps
 from elastic import ops as neutral
 
 Array = Any  # mx.np.ndarray
@@ -28,7 +29,7 @@ def shapes(active: bool = True) -> Any:
     return mx.util.np_shape(active)
 
 
-class MXNetOps(AcrossOps):
+class MXNetOps(AcrossOps, ChoiceOps):
     """Kernels on the CPU. `dtype` is what constants of floating point become; `apart`: biases are added by a kernel of their own, for the
     product's gives them no gradient where its weight wants none.
     """

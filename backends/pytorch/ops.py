@@ -119,6 +119,22 @@ class TorchOps(neutral.Kernels):
     def log_softmax(self, x: Tensor, axis: int = -1) -> Tensor:
         return x.log_softmax(axis)
 
+    def one_hot(self, indices: Tensor, num: int) -> Tensor:
+        return F.one_hot(indices, num).to(self.dtype)
+
+    def top_k(self, x: Tensor, k: int) -> Tensor:
+        return x.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+    def queue(self, chosen: Tensor, num: int, capacity: int) -> tuple[Tensor, Tensor]:
+        (rows, choices), full = chosen.shape, num * capacity
+        queues = chosen.t().reshape(-1)
+        hot = F.one_hot(queues, num)
+        position = (hot.cumsum(0) * hot).sum(1) - 1
+        places = torch.where(position < capacity, queues * capacity + position, full)
+        row = torch.arange(rows, device=chosen.device).repeat(choices)
+        sources = torch.full((full + 1,), rows, device=chosen.device).scatter(0, places, row)  # those without a place fall behind the last
+        return places.view(choices, rows).t(), sources[:full]
+
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
 

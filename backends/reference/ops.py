@@ -150,6 +150,24 @@ class ReferenceOps(neutral.Kernels):
         out = shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
         return record(out, (x,), lambda g: (g - np.exp(out) * g.sum(axis=axis, keepdims=True),))
 
+    def one_hot(self, indices: Array, num: int) -> Array:
+        return np.eye(num, dtype=self.dtype)[indices]
+
+    def top_k(self, x: Array, k: int) -> Array:
+        return np.argsort(-value_of(x), axis=-1, kind="stable")[..., :k]
+
+    def queue(self, chosen: Array, num: int, capacity: int) -> tuple[Array, Array]:
+        rows = chosen.shape[0]
+        length, places, sources = [0] * num, np.full(chosen.shape, num * capacity), np.full(num * capacity, rows)
+        for choice in range(chosen.shape[1]):
+            for row in range(rows):
+                queue = chosen[row, choice]
+                if length[queue] < capacity:
+                    places[row, choice] = queue * capacity + length[queue]
+                    sources[places[row, choice]] = row
+                length[queue] += 1
+        return places, sources
+
     def layer_norm(self, x: Array, weight: Array, bias: Array | None = None, eps: float = 1e-5) -> Array:
         centred = self.subtract(x, self.mean(x, (-1,), keep=True))
         out = self.rms_norm(centred, weight, eps)  # the root mean square of what is centred is its deviation

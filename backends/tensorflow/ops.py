@@ -118,6 +118,23 @@ class TensorFlowOps(SplitKernels):
     def log_softmax(self, x: Tensor, axis: int = -1) -> Tensor:
         return tf.nn.log_softmax(x, axis)
 
+    def one_hot(self, indices: Tensor, num: int) -> Tensor:
+        return tf.one_hot(indices, num, dtype=self.dtype)
+
+    def top_k(self, x: Tensor, k: int) -> Tensor:
+        return tf.cast(tf.math.top_k(tf.stop_gradient(x), k).indices, tf.int64)
+
+    def queue(self, chosen: Tensor, num: int, capacity: int) -> tuple[Tensor, Tensor]:
+        (rows, choices), full = chosen.shape, num * capacity
+        queues = tf.reshape(tf.transpose(chosen), (-1,))
+        hot = tf.one_hot(queues, num, dtype=tf.int64)
+        position = tf.reduce_sum(tf.cumsum(hot) * hot, 1) - 1
+        places = tf.where(position < capacity, queues * capacity + position, full)
+        row = tf.tile(tf.range(rows, dtype=tf.int64), (choices,))
+        # those without a place fall behind the last
+        sources = tf.tensor_scatter_nd_update(tf.fill((full + 1,), tf.constant(rows, tf.int64)), places[:, None], row)
+        return tf.transpose(tf.reshape(places, (choices, rows))), sources[:full]
+
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
         out = normalised(x, (-1,), eps) * weight
         return out if bias is None else out + bias

@@ -184,6 +184,18 @@ class MeterOps(Kernels):
         self._product(2 * math.prod(lengths.values()), x, y)
         return self._new([lengths[letter] for letter in out], x, y, bias)
 
+    def attach(self, x: Shape, penalty: Shape) -> Shape:
+        return self._view(x, x.shape)
+
+    def one_hot(self, indices: Shape, num: int) -> Shape:
+        return Shape((*indices.shape, num), False)
+
+    def top_k(self, x: Shape, k: int) -> Shape:
+        return Shape((*x.shape[:-1], k), False, itemsize=INDEX)
+
+    def queue(self, chosen: Shape, num: int, capacity: int) -> tuple[Shape, Shape]:
+        return Shape(chosen.shape, False, itemsize=INDEX), Shape((num * capacity,), False, itemsize=INDEX)
+
     def _normed(self, x: Shape, num_statistics: int, *parameters: Any) -> Shape:
         """The input, and the statistics by which it was normalised."""
         out = self._new(x.shape, x, *parameters)

@@ -10,7 +10,8 @@ from elastic.recipe.labelled import NAMES, TABLES, Section, Texts
 from elastic.recipe.pictured import Pictured
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "nlp.gpt": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "smoothing": 0.0, "recompute": False},
+    "nlp.gpt": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "smoothing": 0.0, "recompute": False, "experts": 0,
+                "expert_every": 2, "top": 1, "capacity": 1.25, "balance": 0.01},
     "nlp.bert": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "mask": 0.15, "smoothing": 0.0,
                  "recompute": False},
     "vision.resnet": {"blocks": [2, 2, 2, 2], "width": 64, "bottleneck": False, "stem": "large", "norm": "batch", "smoothing": 0.0},

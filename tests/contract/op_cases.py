@@ -127,7 +127,7 @@ def make_gather(rng: np.random.Generator) -> Case:
 @case
 def make_contract(rng: np.random.Generator) -> Case:
     equations = ["btd,df->btf", "btd,dqhe->btqhe", "bthe,hed->btd", "btd,vd->btv", "bqhe,bkhe->bhqk", "bhqk,bkhe->bqhe",
-                 "bt,bt->b", "b,d->bd", "db,df->bf", "bd,d->b"]
+                 "bt,bt->b", "b,d->bd", "db,df->bf", "bd,d->b", "btd,bdf->btf"]
     equation = equations[int(rng.integers(len(equations)))]
     left, right, out = equation.replace("->", ",").split(",")
     sizes = dict(zip("btdfqhevk", shape(rng, 9)))
@@ -138,6 +138,35 @@ def make_contract(rng: np.random.Generator) -> Case:
             bias = normal(rng, *(sizes[i] for i in trail))
             return [*inputs, bias], lambda ops, x, y, z: ops.contract(equation, x, y, z)
     return inputs, lambda ops, x, y: ops.contract(equation, x, y)
+
+
+@case
+def make_one_hot(rng: np.random.Generator) -> Case:
+    num, indices = int(rng.integers(1, 6)), shape(rng, 2)
+    places = rng.integers(0, num, indices)
+    return [normal(rng, *indices, num)], lambda ops, x: ops.multiply(x, ops.one_hot(ops.constant(places), num))
+
+
+@case
+def make_top_k(rng: np.random.Generator) -> Case:
+    """As what is chosen with them: a table's rows."""
+    lengths = shape(rng, 3)
+    scores = rng.integers(0, 3, lengths) + normal(rng, 1) * 0  # many are equal
+    k = int(rng.integers(1, lengths[-1] + 1))
+    return [normal(rng, lengths[-1], 2)], lambda ops, t: ops.gather(t, ops.top_k(ops.constant(scores), k))
+
+
+@case
+def make_queue(rng: np.random.Generator) -> Case:
+    """As what stands in its places, and what the rows find there again."""
+    rows, num, capacity = (int(n) for n in rng.integers(1, 6, 3))
+    chosen = rng.permuted(np.tile(np.arange(num), (rows, 1)), axis=1)[:, :int(rng.integers(1, num + 1))]
+
+    def function(ops: Any, x: Any, y: Any) -> Any:
+        places, sources = ops.queue(ops.constant(chosen), num, capacity)
+        return ops.gather(x, sources), ops.gather(y, places)
+
+    return [normal(rng, rows + 1, 2), normal(rng, num * capacity + 1, 2)], function
 
 
 @case

@@ -94,9 +94,13 @@ class Broken:
 
         def wrong(*args: Any, **keywords: Any) -> Any:
             found = kernel(*args, **keywords)
-            return tuple(x * 1.0001 for x in found) if isinstance(found, tuple) else found * 1.0001
+            return tuple(map(spoilt, found)) if isinstance(found, tuple) else spoilt(found)
 
         return wrong
+
+
+def spoilt(x: Any) -> Any:
+    return x * 1.0001 if x.is_floating_point() else x.flip(0)
 
 
 @pytest.mark.parametrize("op", CASES)
