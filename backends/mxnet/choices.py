@@ -17,6 +17,8 @@ class ChoiceOps(neutral.Kernels):
     np: Any
     npx: Any
     dtype: Any
+    constant: Any
+    stopped: Any
 
     def one_hot(self, indices: Array, num: int) -> Array:
         return self.npx.one_hot(indices, num, dtype=self.dtype.name)

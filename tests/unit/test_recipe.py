@@ -47,7 +47,8 @@ def test_defaults_are_the_contract(least: dict[str, Any]) -> None:
     recipe = parse(least)
     for section, keys in DEFAULTS.items():
         assert getattr(recipe, section).model_dump() == keys
-    assert recipe.model.config == {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "smoothing": 0.0, "recompute": False}
+    assert recipe.model.config == {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "smoothing": 0.0, "recompute": False,
+                                   "experts": 0, "expert_every": 2, "top": 1, "capacity": 1.25, "balance": 0.01}
     assert (recipe.data.batch_size, recipe.data.eval_fraction, recipe.data.shuffle, recipe.data.tokens) == (12, 0.1, True, "char")
 
 
