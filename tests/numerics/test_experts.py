@@ -15,6 +15,7 @@ from nlp import gpt
 from nlp.experts import Experts
 from tests.contract.frameworks import assert_close, differentiate, load, names
 from tests.contract.models import rig_of
+from tests.contract.test_split_ops import split_ops
 
 ROWS, TIME, WIDTH, WIDE = 3, 5, 4, 6
 
@@ -95,7 +96,7 @@ def test_tokens_go_through_their_experts(name: str, top: int) -> None:
 @pytest.mark.parametrize("name", names())
 def test_the_balance_is_the_formula_s(name: str) -> None:
     """In the gradient alone: that of balance * experts * sum of f P * tokens, of which filler rows are none."""
-    load(name, "ops")
+    split_ops(name)
     rng, num, real = np.random.default_rng(1), 3, np.array([1.0, 0.0, 1.0])
     values = arrays(rng, num)
 
@@ -119,7 +120,7 @@ def test_the_balance_is_the_formula_s(name: str) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", names("reference"))
 def test_a_model_with_experts_is_the_reference_s(name: str, recompute: bool) -> None:
-    load(name, "backend")
+    split_ops(name)
     config = {"layers": 2, "heads": 2, "width": 8, "context": 6, "experts": 3, "top": 2, "balance": 0.1, "capacity": 1.0, "recompute": recompute}
     batch = {"tokens": np.random.default_rng(2).integers(0, 11, (3, 7)), "row_weight": np.float32([1, 1, 0])}
     found, wanted = (rig_of(which, gpt.build(config, {"vocab_size": 11})) for which in (name, "reference"))

@@ -16,7 +16,7 @@ from elastic.parallel.layout import Box, Layout
 from nlp import bert, gpt
 from recommender import dlrm
 from tests.contract.frameworks import differentiate, names, ops_of
-from tests.contract.test_split_ops import Watched
+from tests.contract.test_split_ops import Watched, split_ops
 from tests.contract.threads import together
 from tests.numerics.test_parity import CLICKS, IMAGES, LR, ROWS, clicks, hidden, images, start, tokens
 from vision import vit
@@ -109,11 +109,6 @@ def assert_parity(name: str, kind: str, mesh: Mesh, dropped: tuple[str, int] | N
             assert np.linalg.norm(part.gradients[key] - wanted.gradients[key][where(box)]) <= 1e-9 * scale, key
             np.testing.assert_allclose(part.params[key], wanted.params[key][where(box)], rtol=0, atol=1e-8, err_msg=key)
     return parts[0].calls
-
-
-def split_ops(name: str) -> None:
-    if not hasattr(ops_of(name, "float64"), "_enter"):
-        pytest.skip(f"the {name} backend has no kernels between workers yet")
 
 
 @pytest.mark.parametrize(("kind", "mesh"), CASES, ids=[f"{kind}-tensor{mesh.tensor}-expert{mesh.expert}" for kind, mesh in CASES])
