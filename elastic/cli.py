@@ -33,6 +33,7 @@ Sets = Annotated[list[str], typer.Option("--set", metavar="section.key=value", h
 Address = Annotated[str, typer.Option(metavar="local|auto|ADDR", help="Which Ray: a new one here, the one here, or one elsewhere.")]
 Chaos = Annotated[list[str], typer.Option(metavar="SPEC", help="A fault, as kill:1@50/backward; may be repeated.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped name such as nlp/gpt_shakespeare.")]
+Degree = Annotated[int | None, typer.Option(min=1, help="Workers along this axis of the mesh; as the recipe says, where it is not given.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")]
 Location = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder or manifest, or a run's directory; a path or URI.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's directory for its newest.")]
@@ -62,12 +63,15 @@ def resume(run_dir: RunDir, set_: Sets = [], address: Address = "local", chaos: 
 
 
 @app.command()
-def scale(run_dir: RunDir, workers: Annotated[int, typer.Option(help="How many workers the run should have.")]) -> int:
-    """Grows or shrinks a live run."""
+def scale(run_dir: RunDir, workers: Annotated[int, typer.Option(help="How many workers the run should have.")],
+          tensor: Degree = None, pipeline: Degree = None, expert: Degree = None) -> int:
+    """Grows or shrinks a live run, or lays it on another mesh."""
     from elastic import trainer
 
-    trainer.scale(run_dir, workers)
-    say(f"asked for {workers} workers; `elastic status {run_dir}` shows when they train")
+    degrees = {axis: degree for axis, degree in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert)) if degree}
+    trainer.scale(run_dir, workers, **degrees)
+    lying = ", ".join(f"{axis} {degree}" for axis, degree in degrees.items())
+    say(f"asked for {workers} workers{' with ' + lying if lying else ''}; `elastic status {run_dir}` shows when they train")
     return DONE
 
 

@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from elastic.messages import Generation, Job, Ready, Save
 
 POLL_S = 0.5  # how often a pending placement group and draining nodes are looked at
 REPLACE_S = 0.5  # before another worker is started: its imports must not take the survivors' cores while they re-form
+NEAR_S = 2.0  # for a place on the node of a worker's tensor group; then it comes from anywhere
 NODE_LABEL = "ray.io/node-id"
 
 
@@ -36,6 +38,7 @@ class Slot:
 
     name: str
     avoid: tuple[str, ...] = ()
+    near: str = ""  # the node to look for a place on first
     actor: Any = None
     node: str = ""
     delay_s: float = 0.0
@@ -61,7 +64,7 @@ class RayFleet:
         self.avoid: tuple[str, ...] = ()
         self.watcher = threading.Thread(target=self.watch_drains, daemon=True)
 
-    def want(self, workers: int, avoid: Sequence[str]) -> None:
+    def want(self, workers: int, avoid: Sequence[str], near: Sequence[str] = ()) -> None:
         with self.lock:
             if self.watcher.ident is None:  # not before somebody takes what it has to say
                 self.watcher.start()
@@ -70,9 +73,10 @@ class RayFleet:
             pending = [s for s in self.slots.values() if not s.is_placed]
             for slot in pending[:max(0, len(self.slots) - workers)]:
                 self.forget(slot.name)
+            places = iter([node for node in near if node not in avoid])
             while not self.closed.is_set() and len(self.slots) < workers:
                 number = next(self.numbers)
-                slot = Slot(f"worker-{number}", self.avoid, delay_s=REPLACE_S if number >= self.first else 0.0)
+                slot = Slot(f"worker-{number}", self.avoid, next(places, ""), delay_s=REPLACE_S if number >= self.first else 0.0)
                 self.slots[slot.name] = slot
                 self.start(slot)
 
@@ -109,8 +113,11 @@ class RayFleet:
         try:
             place = self.place(slot)
             if not slot.is_placed:
+                asked = time.monotonic()
                 while not place.wait(POLL_S) and not slot.let_go.is_set():
-                    continue
+                    if slot.near and time.monotonic() - asked > NEAR_S:  # no room there: another one, anywhere
+                        self.forget(slot.name)
+                        self.want(self.wanted, self.avoid)
                 with self.lock:
                     if slot.let_go.is_set():
                         return
@@ -132,7 +139,8 @@ class RayFleet:
         name = f"{self.job.run_id}/{slot.name}"
         if slot.is_placed:
             return ray.util.get_placement_group(name)
-        selector = [{NODE_LABEL: f"!in({','.join(slot.avoid)})"}] if slot.avoid else None
+        where = f"in({slot.near})" if slot.near else f"!in({','.join(slot.avoid)})" if slot.avoid else ""
+        selector = [{NODE_LABEL: where}] if where else None
         resources = {"CPU": 1.0, "GPU": 1.0} if self.device == "cuda" else {"CPU": 1.0}
         return placement_group([resources], lifetime="detached", name=name, bundle_label_selector=selector)
 

@@ -30,6 +30,7 @@ from elastic.messages import Axes, Generation, Job, Line, Part, Progress, Ready,
 from elastic.observe.events import read_lines, replace_text
 from elastic.observe.metrics import build_summary
 from elastic.policy import Bounds, Pulse
+from elastic.recovery import gaps
 from elastic.takeover import recall, take_over
 
 TICK_S = 0.1  # how often hangs and pending starts are looked at
@@ -270,7 +271,8 @@ class Controller:
 
     def want(self) -> None:
         nodes = [r.node for r in self.live.values()]
-        self.fleet.want(self.target, policy.banned_nodes(self.losses, time.monotonic(), nodes))
+        near = gaps([*nodes, *(self.nodes.get(w, "") for w in self.started)], self.state.bounds.meshes[0][1])
+        self.fleet.want(self.target, policy.banned_nodes(self.losses, time.monotonic(), nodes), near)
 
     def take_pulse(self, word: Progress) -> None:
         now, old = time.monotonic(), self.pulses.get(word.worker)

@@ -20,6 +20,7 @@ from elastic.controller import Controller, Settings
 from elastic.journal import Journal
 from elastic.messages import Begin, Job
 from elastic.observe.report import write_report
+from elastic.policy import Degrees
 
 __all__ = ["NAMESPACE", "ControllerActor"]
 
@@ -66,8 +67,8 @@ class ControllerActor:
     def announce(self, worker: str, spec: str) -> None:
         self.controller.announce(worker, spec)
 
-    def scale(self, workers: int) -> None:
-        self.controller.post(m.ScaleTo(workers))
+    def scale(self, workers: int, degrees: Degrees | None = None) -> None:
+        self.controller.post(m.ScaleTo(workers, degrees))
         self.controller.inbox.wait()
 
     def interrupt(self) -> None:

@@ -12,8 +12,8 @@ from elastic.messages import Generation, Ready, Save
 class Fleet(Protocol):
     """The workers' processes. Calls return at once; what comes of them arrives as events."""
 
-    def want(self, workers: int, avoid: Sequence[str]) -> None:
-        """Keep this many workers alive or asked for, none of them on a node of `avoid`."""
+    def want(self, workers: int, avoid: Sequence[str], near: Sequence[str] = ()) -> None:
+        """Keep this many workers alive or asked for, none of them on a node of `avoid`; the first new ones on those of `near`, if there is room."""
 
     def assign(self, worker: str, order: Generation | Save) -> None: ...
 

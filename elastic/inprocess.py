@@ -103,7 +103,7 @@ class ThreadFleet:
         self.wanted, self.closed = 0, False
         self.lock = threading.RLock()
 
-    def want(self, workers: int, avoid: Sequence[str]) -> None:
+    def want(self, workers: int, avoid: Sequence[str], near: Sequence[str] = ()) -> None:
         self.wanted = workers
         self.fill(avoid)
 

@@ -121,6 +121,12 @@ def side_by_side(line: Sequence[Sequence[str]], nodes: Mapping[str, str]) -> lis
     return together + list(zip(*(sorted(column, key=lambda w: order[nodes.get(w)]) for column in left), strict=True))
 
 
+def gaps(nodes: Iterable[str], tensor: int) -> tuple[str, ...]:
+    """Nodes on which workers are missing for a tensor group, once for each; those that miss the fewest first. `nodes`: one for each worker."""
+    missing = {node: -count % tensor for node, count in Counter(nodes).items() if node}
+    return tuple(node for node in sorted(missing, key=lambda n: missing[n]) for _ in range(missing[node]))
+
+
 def rejoin(number: int, members: tuple[str, ...], endpoint: str, mesh: Axes, whole: Whole | None) -> Generation:
     """Where everybody starts: at the furthest committed step, with its vote for those who hold its gradients, and state for the rest."""
     held = [whole.seats.get(w, -1) if whole else -1 for w in members]

@@ -10,12 +10,17 @@ from elastic.checkpoint.remote import join, shown
 from elastic.checkpoint.store import Store
 from elastic.errors import RunFailed, UserError
 from elastic.inference import check_checkpoint
-from elastic.observe.events import read_json
+from elastic.observe.events import read_json, read_lines
 from elastic.observe.verify import Verdict, verify
 from elastic.recipe import load_recipe, loads
 from elastic.trainer import Trainer
 
-UNDISTURBED = ("elastic.min_workers=1", "elastic.max_workers=1", "elastic.spares=0", 'checkpoint.path=""')
+WHOLE = {"pipeline": 1, "tensor": 1, "expert": 1}
+
+
+def undisturbed(workers: int) -> tuple[str, ...]:
+    """What makes a run of a recipe its own oracle: one replica, that nobody joins or leaves, and checkpoints of its own."""
+    return (f"elastic.min_workers={workers}", f"elastic.max_workers={workers}", "elastic.spares=0", 'checkpoint.path=""')
 
 
 def verify_run(run_dir: Path) -> Verdict:
@@ -38,21 +43,26 @@ def elsewhere(location: str) -> dict[str, str]:
 
 def replay(run_dir: Path, address: str = "local") -> Verdict:
     """Trains the same recipe again with one worker that nobody disturbs, and compares the bits."""
-    recipe = load_recipe(run_dir / "recipe.toml", UNDISTURBED)
+    mesh = loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False).mesh
+    recipe = load_recipe(run_dir / "recipe.toml", undisturbed(mesh.replica_size))
     summary = read_json(run_dir / "summary.json") or {}
     if summary.get("status") != "done":
         raise UserError(f"The run in {run_dir} has not ended; `elastic resume {run_dir}` first, then replay it.")
     if recipe.elastic.reduction != "exact":
         raise UserError('elastic.reduction = "fast" promises no bits; there is nothing to compare a replay with.')
+    meshes = [e.get("mesh", WHOLE) for e in read_lines(run_dir / "events.jsonl") if e["event"] == "generation_started"]
+    if any(lain[axis] != getattr(mesh, axis) for lain in meshes for axis in WHOLE):
+        raise UserError(f"The run in {run_dir} has trained on meshes of other degrees than its recipe's, which add up in another order; "
+                        "there is nothing to compare a replay with.")
     with tempfile.TemporaryDirectory(prefix="elastic-replay-") as folder:
         result = Trainer(recipe, Path(folder) / "run", address).fit()
     if result.status != "done":
         raise RunFailed(f"The replay ended as {result.status}: {result.error}")
-    verdict = Verdict()
+    verdict, where = Verdict(), "one worker" if mesh.replica_size == 1 else f"one replica of {mesh.replica_size} workers"
     for key in ("parameters_sha256", "state_sha256"):
         was, now = summary.get(key), result.summary[key]
         if was == now:
-            verdict.facts.append(f"replayed undisturbed on one worker: the same {key}, {now[:16]}...")
+            verdict.facts.append(f"replayed undisturbed on {where}: the same {key}, {now[:16]}...")
         else:
-            verdict.problems.append(f"replayed undisturbed on one worker: {key} is {now}, the run has {was}")
+            verdict.problems.append(f"replayed undisturbed on {where}: {key} is {now}, the run has {was}")
     return verdict

@@ -231,19 +231,24 @@ def living(run_dir: Path) -> dict[str, str] | None:
     return live
 
 
-def scale(run_dir: str | Path, workers: int) -> None:
-    """Asks a live run to grow or shrink."""
+def scale(run_dir: str | Path, workers: int, **degrees: int) -> None:
+    """Asks a live run to grow or shrink; `degrees`, of tensor, pipeline and expert, make a mesh to prefer. Those not given are the recipe's."""
     live = live_of(Path(run_dir))
     if live is None:
         raise UserError(f"No live run in {run_dir}; `elastic status {run_dir}` says how it ended.")
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1.")
-    recipe = load_recipe(Path(run_dir) / "recipe.toml")
-    low, high = recipe.elastic.min_workers, recipe.elastic.max_workers
+    recipe = load_recipe(Path(run_dir) / "recipe.toml", [f"mesh.{axis}={degree}" for axis, degree in degrees.items()])
+    low, high, mesh = recipe.elastic.min_workers, recipe.elastic.max_workers, recipe.mesh
     if not low <= workers <= high:
         raise UserError(f"--workers {workers} is outside elastic.min_workers = {low} .. elastic.max_workers = {high} of this run.")
+    if degrees and workers < mesh.replica_size:
+        raise UserError(f"--workers {workers} is less than a replica of this mesh; write --workers {mesh.replica_size} or more.")
+    if degrees:
+        Trainer(recipe, address=live["address"]).check()  # a mesh that the model does not fit would end the run
+    preferred = (mesh.pipeline, mesh.tensor, mesh.expert) if degrees else None
     with connected(live["address"], recipe):
         try:
-            ask(ray.get_actor(f"{live['run_id']}/controller", NAMESPACE), "scale", workers)
+            ask(ray.get_actor(f"{live['run_id']}/controller", NAMESPACE), "scale", workers, preferred)
         except ValueError as error:
             raise RunFailed(f"The run in {run_dir} has no controller any more; `elastic resume` it.") from error

@@ -12,11 +12,6 @@ from elastic.recipe.sections import MODEL_DEFAULTS, TABLES, Recipe
 STORAGES = ("file", "s3", "gs", "gcs", "hdfs")
 OWN_KIND = ", ".join(f'"{kind}"' for kind in MODEL_DEFAULTS) + ', or "package.module:attribute" for your own'
 LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, what to write)
-    "mesh.tensor": ((1,), "1"),
-    "mesh.pipeline": ((1,), "1"),
-    "mesh.expert": ((1,), "1"),
-    "mesh.schedule": (("1f1b",), "nothing: leave it out"),
-    "mesh.micro_batches": ((1,), "1"),
     "optimizer.name": (("adamw", "adam", "sgd", "adagrad"), '"adamw", "adam", "sgd" or "adagrad"'),
     "optimizer.sharded": ((False,), "false"),
     "embedding.placement": (("workers",), "nothing: leave it out"),
@@ -105,11 +100,41 @@ def check_numbers(recipe: Recipe) -> None:
         near = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - shards))
         raise RecipeError(f"data.batch_size = {batch} cannot be cut into elastic.logical_shards = {shards} equal shards; "
                           f"write a batch size that is a multiple of {shards}, or logical_shards = {near}.")
-    if elastic.max_workers > shards:
+    size = recipe.mesh.replica_size
+    if elastic.max_workers > shards * size:
+        whose = f", and a replica is {size} workers" if size > 1 else ""
         raise RecipeError(f"elastic.max_workers = {elastic.max_workers} is above elastic.logical_shards = {shards}, the most "
-                          f"that can share the batch; write max_workers = {shards} or less, or a larger data.batch_size.")
+                          f"that can share the batch{whose}; write max_workers = {shards * size} or less, or a larger data.batch_size.")
     if optimizer.min_lr > optimizer.lr:
         raise RecipeError(f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}; lower it.")
+
+
+def check_mesh(recipe: Recipe) -> None:
+    """Whole replicas, and rows that divide among those who share a logical shard."""
+    mesh, elastic, batch = recipe.mesh, recipe.elastic, recipe.data.batch_size
+    size, shards = mesh.replica_size, elastic.logical_shards
+    product = f"mesh.pipeline x mesh.tensor x mesh.expert = {mesh.pipeline} x {mesh.tensor} x {mesh.expert}"
+    if size > elastic.max_workers:
+        raise RecipeError(f"{product} needs {size} workers, and elastic.max_workers = {elastic.max_workers}; write max_workers = {size} "
+                          "or more, or a smaller mesh.")
+    for key, value in (("max_workers", elastic.max_workers), ("min_workers", elastic.min_workers)):
+        if value > size and value % size:
+            raise RecipeError(f"elastic.{key} = {value} is not in whole replicas of {size} workers ({product}); "
+                              f"write {key} = {value - value % size} or {value - value % size + size}.")
+    rows = batch // shards
+    if rows % mesh.expert:
+        raise RecipeError(f"mesh.expert = {mesh.expert} does not divide the {rows} rows of a logical shard (data.batch_size = {batch} over "
+                          f"elastic.logical_shards = {shards}); write a batch_size that is a multiple of {shards * mesh.expert}.")
+    if rows // mesh.expert % mesh.micro_batches:
+        experts = f" over mesh.expert = {mesh.expert}" if mesh.expert > 1 else ""
+        whose = f"data.batch_size = {batch} over elastic.logical_shards = {shards}{experts}"
+        raise RecipeError(f"mesh.micro_batches = {mesh.micro_batches} does not divide the {rows // mesh.expert} rows of a logical shard ({whose}); "
+                          f"write a batch_size that is a multiple of {shards * mesh.expert * mesh.micro_batches}, or fewer micro_batches.")
+    if mesh.schedule == "interleaved" and mesh.pipeline < 2:
+        raise RecipeError(f'mesh.schedule = "interleaved" needs at least two stages, and mesh.pipeline = {mesh.pipeline}; write mesh.pipeline = 2 '
+                          "or more, or leave mesh.schedule out.")
+    if mesh.schedule != "interleaved" and mesh.chunks != type(mesh).model_fields["chunks"].default:
+        raise RecipeError(f'mesh.chunks = {mesh.chunks} has a meaning only under mesh.schedule = "interleaved"; leave it out.')
 
 
 ONE_CYCLE = ("pct_start", "div_factor", "final_div_factor")
@@ -156,8 +181,8 @@ def check_checkpoint(recipe: Recipe) -> None:
 
 def check(recipe: Recipe) -> None:
     """Everything that a single key cannot tell."""
-    for look in (check_later, check_data, check_tables, check_labelled, check_pictured, check_model, check_numbers, check_schedule, check_backend,
-                 check_checkpoint):
+    for look in (check_later, check_data, check_tables, check_labelled, check_pictured, check_model, check_numbers, check_mesh,
+                 check_schedule, check_backend, check_checkpoint):
         look(recipe)
 
 

@@ -113,8 +113,10 @@ def _complete(recipe: Recipe) -> Recipe:
     given = model.model_dump(exclude_defaults=True)
     model = type(model).model_validate({**defaults, **given})
     if not elastic.logical_shards:
-        most, batch = 2 * elastic.max_workers, recipe.data.batch_size
-        shards = next(n for n in range(min(most, batch), 0, -1) if batch % n == 0)
+        mesh, batch = recipe.mesh, recipe.data.batch_size
+        most = 2 * max(1, elastic.max_workers // mesh.replica_size)
+        dividing = [n for n in range(min(most, batch), 0, -1) if batch % n == 0]
+        shards = next((n for n in dividing if batch // n % (mesh.expert * mesh.micro_batches) == 0), dividing[0])
         elastic = elastic.model_copy(update={"logical_shards": shards})
     return recipe.model_copy(update={"run": run, "model": model, "elastic": elastic})
 

@@ -94,6 +94,14 @@ class MeshSection(Section):
     expert: int = at_least(1, 1)
     schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
     micro_batches: int = at_least(1, 1)
+    chunks: int = at_least(1, 2, " (of the model, that a stage holds under schedule = \"interleaved\")")
+    layout: dict[str, Literal["tensor", "expert"]] = Field({}, description="a table of dims and the axis that splits each, \"tensor\" or "
+                                                           "\"expert\", in place of the model's own")
+
+    @property
+    def replica_size(self) -> int:
+        """Workers that together hold one copy of the model."""
+        return self.tensor * self.pipeline * self.expert
 
 
 class Elastic(Section):

@@ -68,6 +68,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
     ("resume absent", "no run directory"),
     ("scale absent --workers 2", "absent"),
     ("scale absent --workers two", "--workers"),
+    ("scale absent --workers 2 --tensor 0", "--tensor"),
     ("status absent", "no run directory"),
     ("verify absent", "no run directory"),
     ("evaluate absent", "no good checkpoint at absent"),

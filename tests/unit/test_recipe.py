@@ -16,7 +16,7 @@ from elastic.recipe import Recipe, dumps, load_recipe, loads, parse, resolve_pat
 DEFAULTS = {
     "run": {"name": "gpt", "steps": 2000, "epochs": None, "seed": 0, "eval_every": 200},
     "backend": {"name": "torch", "device": "auto", "precision": "float32", "threads": 1, "compile": False},
-    "mesh": {"tensor": 1, "pipeline": 1, "expert": 1, "schedule": "1f1b", "micro_batches": 1},
+    "mesh": {"tensor": 1, "pipeline": 1, "expert": 1, "schedule": "1f1b", "micro_batches": 1, "chunks": 2, "layout": {}},
     "elastic": {"min_workers": 1, "max_workers": 2, "logical_shards": 4, "reduction": "exact", "hang_timeout_s": 30.0,
                 "start_timeout_s": 600.0, "orphan_timeout_s": 300.0, "spares": 0},
     "optimizer": {"name": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.0,
@@ -105,10 +105,12 @@ def test_a_recipe_cannot_be_changed(least: dict[str, Any]) -> None:
     ("data.kind=mine:Rows", "exclude each other"),
     ("data.options={size=3}", "data.options"),
     ("mesh=auto", "not yet"),
-    ("mesh.tensor=2", "mesh.tensor = 2 is not yet supported; write 1."),
-    ("mesh.pipeline=2", "not yet"),
-    ("mesh.expert=2", "not yet"),
-    ("mesh.micro_batches=2", "not yet"),
+    ("mesh.tensor=4", "mesh.pipeline x mesh.tensor x mesh.expert = 1 x 4 x 1 needs 4 workers, and elastic.max_workers = 2; write max_workers = 4"),
+    ("mesh.micro_batches=5", "mesh.micro_batches = 5 does not divide the 3 rows of a logical shard"),
+    ("mesh.schedule=interleaved", "mesh.pipeline = 1; write mesh.pipeline = 2"),
+    ("mesh.schedule=zigzag", '"1f1b", "gpipe", "interleaved", "zb-h1"'),
+    ("mesh.chunks=3", 'mesh.chunks = 3 has a meaning only under mesh.schedule = "interleaved"'),
+    ("mesh.layout.d_ff=data", "mesh.layout"),
     ("mesh.tensor=0", "mesh.tensor = 0 cannot work"),
     ("elastic.logical_shards=5", "data.batch_size = 12 cannot be cut into elastic.logical_shards = 5 equal shards"),
     ("elastic.logical_shards=0", "elastic.logical_shards = 0 cannot work"),
@@ -282,3 +284,26 @@ def test_a_text_of_a_recipe_may_name_files_of_another_machine() -> None:
     assert loads(text, locate=False).data.path == ("/elsewhere/x.txt",)
     with pytest.raises(RecipeError, match="does not exist"):
         loads(text)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ("mesh.tensor=2 elastic.max_workers=5", "elastic.max_workers = 5 is not in whole replicas of 2 workers (mesh.pipeline x mesh.tensor x "
+                                            "mesh.expert = 1 x 2 x 1); write max_workers = 4 or 6."),
+    ("mesh.tensor=2 elastic.max_workers=6 elastic.min_workers=3", "write min_workers = 2 or 4."),
+    ("mesh.tensor=2 elastic.max_workers=8 elastic.logical_shards=3", "is above elastic.logical_shards = 3, the most that can share the batch, and "
+                                                                     "a replica is 2 workers; write max_workers = 6 or less"),
+    ("mesh.expert=2 elastic.logical_shards=4", "mesh.expert = 2 does not divide the 3 rows of a logical shard"),
+    ("mesh.expert=2 elastic.logical_shards=2 mesh.micro_batches=2", "over mesh.expert = 2); write a batch_size that is a multiple of 8"),
+])
+def test_meshes_that_do_not_come_out_even(least: dict[str, Any], overrides: str, message: str) -> None:
+    assert message in refused(least, *overrides.split())
+
+
+def test_logical_shards_follow_the_replicas(least: dict[str, Any]) -> None:
+    def shards(*overrides: str) -> int:
+        return parse(least, overrides).elastic.logical_shards
+
+    assert shards("elastic.max_workers=4", "data.batch_size=16") == 8
+    assert shards("elastic.max_workers=4", "data.batch_size=16", "mesh.tensor=2") == 4, "twice the most replicas"
+    assert shards("elastic.max_workers=4", "data.batch_size=16", "mesh.pipeline=2", "mesh.micro_batches=8") == 2, "its rows divide"
+    assert parse(least, ["mesh.tensor=2", 'mesh.layout={d_ff="tensor"}']).mesh.layout == {"d_ff": "tensor"}

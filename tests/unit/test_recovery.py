@@ -9,7 +9,7 @@ import pytest
 from elastic import membership as m
 from elastic.messages import STOP, STOP_AND_SAVE, Generation, Holder, Ready, Standing, shape
 from elastic.policy import Bounds, choose, fewest, legal, world_size
-from elastic.recovery import find_whole, rejoin, seat
+from elastic.recovery import find_whole, gaps, rejoin, seat
 from tests.unit.test_membership import Machine, ballot, kinds, only
 
 PAIRS = Bounds(2, 4, 8, meshes=((1, 2, 1),))  # a replica is two workers along `tensor`, and nothing else will do
@@ -235,3 +235,11 @@ def test_members_on_one_node_are_put_beside_each_other() -> None:
     nodes = {"a": "n1", "b": "n2", "c": "n2", "d": "n1"}
     words = {w: Standing(w, 1, "broken", 9, mesh=(2, 1, 2, 1), seat=i % 2) for i, w in enumerate("abcd")}
     assert seat("abcd", (2, 1, 2, 1), find_whole(words, "abcd", (1, 2, 1)), nodes) == ("a", "d", "c", "b")
+
+
+@pytest.mark.parametrize(("nodes", "tensor", "found"), [
+    (["n1", "n2", "n2"], 2, ("n1",)), (["n1", "n1", "n2", "n2"], 2, ()), (["n1"] * 3 + ["n2"] * 2, 4, ("n1", "n2", "n2")),
+    (["n1", "n2", "n3"], 1, ()), ([""], 2, ()), ([], 2, ()),
+])
+def test_a_replacement_is_looked_for_where_a_tensor_group_lacks_one(nodes: list[str], tensor: int, found: tuple[str, ...]) -> None:
+    assert gaps(nodes, tensor) == found

@@ -9,7 +9,7 @@ import pytest
 
 from elastic.errors import UserError
 from elastic.recipe import dumps, load_recipe, parse
-from elastic.replay import UNDISTURBED, verify_run
+from elastic.replay import replay, undisturbed, verify_run
 from tests.checkpoints import Arrays, saver, values
 
 
@@ -51,4 +51,16 @@ def test_a_storage_that_does_not_answer_is_one_sentence(tmp_path: Path) -> None:
 def test_a_replay_leaves_the_run_s_checkpoints_alone(tmp_path: Path) -> None:
     (tmp_path / "plays.txt").write_text("to be or not to be")
     run_dir = make_run(tmp_path, str(tmp_path / "away"))
-    assert load_recipe(run_dir / "recipe.toml", UNDISTURBED).checkpoint.path == ""
+    assert load_recipe(run_dir / "recipe.toml", undisturbed(1)).checkpoint.path == ""
+
+
+def test_a_run_that_changed_its_mesh_has_no_replay(tmp_path: Path) -> None:
+    (tmp_path / "plays.txt").write_text("to be or not to be")
+    run_dir = make_run(tmp_path, str(tmp_path / "away"))
+    (run_dir / "summary.json").write_text('{"status": "done"}')
+    other = {"time": 3.0, "event": "generation_started", "generation": 2, "step": 1, "world_size": 2, "workers": [],
+             "mesh": {"data": 1, "pipeline": 1, "tensor": 2, "expert": 1}}
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps(other) + "\n")
+    with pytest.raises(UserError, match="meshes of other degrees"):
+        replay(run_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,3 +214,15 @@ def test_a_start_that_was_killed_at_once_has_left_nothing(started: list[Any], tm
         pass
     Trainer(module_recipe("Small", 4), tmp_path / "run").fit()
     assert len(started) == 1
+
+
+@pytest.mark.parametrize(("workers", "degrees", "words"), [
+    (9, {}, "--workers 9 is outside elastic.min_workers = 1 .. elastic.max_workers = 2"),
+    (1, {"tensor": 2}, "--workers 1 is less than a replica of this mesh; write --workers 2 or more"),
+    (2, {"tensor": 3}, "needs 3 workers, and elastic.max_workers = 2"),
+])
+def test_a_scale_that_no_run_could_follow(workers: int, degrees: dict[str, int], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = began(tmp_path / "run", module_recipe("Small", 4, elastic={"max_workers": 2}))
+    monkeypatch.setattr(door, "live_of", lambda run_dir: {"address": "nowhere:1", "run_id": "run-1"})
+    with pytest.raises(UserError, match=re.escape(words)):
+        door.scale(run_dir, workers, **degrees)
