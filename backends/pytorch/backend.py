@@ -149,8 +149,8 @@ class TorchBackend:
 
     def connect(self, axes: Mapping[str, Any]) -> None:
         """Where a dim is split, the model runs as it is written: a compiled function cannot hold the collectives."""
-        self._ops.axes = dict(axes)
-        self._splits = any(axis.size > 1 for axis in axes.values())
+        self._ops.axes = {dim: axis for dim, axis in axes.items() if axis.size > 1}  # a key more or less would compile anew
+        self._splits = bool(self._ops.axes)
 
     def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
                 ) -> Buffer | ShardResult:

@@ -26,6 +26,7 @@ class TorchOps(neutral.Kernels):
     def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         self.device = torch.device(device)
         self.dtype = dtype
+        self.axes = {}
         self.recomputed = 0  # calls of `recompute` so far
 
     def constant(self, values: Any) -> Tensor:

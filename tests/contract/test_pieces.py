@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic.collective.local import Hub
 from elastic.errors import GroupBroken
 from elastic.mesh import Mesh
 from elastic.parallel.axis import Axis
@@ -306,3 +307,14 @@ def test_torch_compiles_nothing_that_is_split_or_in_pieces() -> None:
     for found in together(2, work):
         assert np.linalg.norm(found[0]) > 0.1
         assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+def test_torch_compiles_once_however_often_it_is_connected() -> None:
+    rig = tiny_rig("torch", compile=True)
+    found = []
+    for sizes in ({}, {}, {"d_ff": 1}, {"d_ff": 2, "vocab": 1}, {"vocab": 1}):
+        rig.backend.connect({dim: Axis("tensor", Hub().form(0, 0, size)) for dim, size in sizes.items()})
+        if 2 not in sizes.values():
+            found.append(undivided(rig, [5])[0])
+        assert rig.backend.compilations() == 1
+    assert np.linalg.norm(found[0]) > 0.1 and all(np.array_equal(found[0], other) for other in found[1:])
