@@ -12,6 +12,7 @@ import mxnet as mx
 import numpy as np
 
 from backends.mxnet.turn import turn
+from backends.mxnet.values import copied_in
 from elastic import ops as neutral
 from elastic.parallel.axis import span
 
@@ -68,7 +69,7 @@ class AcrossOps(neutral.Kernels):
         values = x.asnumpy()
         with turn.aside():
             found = move(self.axes[dim], values, length)
-        return mx.np.array(found, dtype=found.dtype)
+        return copied_in(found)
 
     def raise_lost(self) -> None:
         """After a backward pass: raises what was lost in it."""
@@ -93,23 +94,43 @@ class AcrossOps(neutral.Kernels):
         return span(length or own * self.degree(dim), self.degree(dim), self.part(dim))
 
 
-class Across(mx.autograd.Function):
+class Guarded(mx.autograd.Function):
+    """A function of arrays whose way back raises nothing: MXNet would print it, and leave its own state as it is.
+
+    `raise_lost` does it afterwards; what is left of the pass goes on with zeros, which costs little beside a new generation.
+    """
+
+    def __init__(self, ops: AcrossOps):
+        super().__init__()
+        self.ops = ops
+
+    def slopes(self, slope: Array) -> tuple[Array, ...]:
+        """From the gradient of what `forward` gave, those of its arguments."""
+        raise NotImplementedError
+
+    def __call__(self, *arrays: Array) -> Array:
+        self.given = [(array.shape, array.dtype) for array in arrays]
+        return super().__call__(*arrays)
+
+    def backward(self, slope: Any) -> tuple[Any, ...]:
+        found: tuple[Array, ...] = ()
+        try:
+            if self.ops.lost is None:
+                found = self.slopes(slope.as_np_ndarray())
+        except BaseException as error:  # noqa: BLE001  (raised again by `raise_lost`)
+            self.ops.lost = error
+        return tuple(array.as_nd_ndarray() for array in found or [mx.np.zeros(shape, dtype=dtype) for shape, dtype in self.given])
+
+
+class Across(Guarded):
     """One collective. Axes are looked up when it runs: each generation has its own."""
 
     def __init__(self, ops: AcrossOps, kind: str, dim: str, length: int):
-        super().__init__()
-        self.ops, self.kind, self.dim, self.length = ops, kind, dim, length
+        super().__init__(ops)
+        self.kind, self.dim, self.length = kind, dim, length
 
     def forward(self, x: Array) -> Array:
-        self.shape = x.shape
         return self.ops.moved(MOVES[self.kind][0], x, self.dim, self.length)
 
-    def backward(self, slope: Any) -> Any:
-        """Raises nothing: MXNet would print it and leave its state as it is. The rest of the pass is cheap beside a new generation."""
-        slope = slope.as_np_ndarray()
-        try:
-            if self.ops.lost is None:
-                return self.ops.moved(MOVES[self.kind][1], slope, self.dim, self.length).as_nd_ndarray()
-        except BaseException as error:  # noqa: BLE001  (raised again by `raise_lost`)
-            self.ops.lost = error
-        return mx.np.zeros(self.shape, dtype=slope.dtype).as_nd_ndarray()
+    def slopes(self, slope: Array) -> tuple[Array, ...]:
+        return (self.ops.moved(MOVES[self.kind][1], slope, self.dim, self.length),)

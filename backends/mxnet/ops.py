@@ -17,8 +17,9 @@ import backends.mxnet  # noqa: F401  (sets what MXNet reads when it loads)
 # isort: split
 import mxnet as mx
 
-from backends.mxnet.across import AcrossOps
+from backends.mxnet.across import AcrossOps, Guarded
 from backends.mxnet.choices import ChoiceOps
+from backends.mxnet.values import copied_in
 from elastic import ops as neutral
 
 Array = Any  # mx.np.ndarray
@@ -211,7 +212,7 @@ class MXNetOps(AcrossOps, ChoiceOps):
         def ordered(*given: Array) -> Array:
             return function(*(array for _, array in sorted(zip(order, given), key=lambda pair: pair[0])))
 
-        return Recomputed(ordered)(*(arrays[i] for i in order))
+        return Recomputed(self, ordered)(*(arrays[i] for i in order))
 
     def conv2d(self, x: Array, weight: Array, bias: Array | None = None, stride: int = 1, padding: int = 0) -> Array:
         tall, wide, _, filters = weight.shape
@@ -313,25 +314,25 @@ class MXNetOps(AcrossOps, ChoiceOps):
         return x if tuple(x.shape) == tuple(shape) else self.np.reshape(x, shape)
 
 
-class Recomputed(mx.autograd.Function):
+class Recomputed(Guarded):
     """A function of arrays that keeps nothing but these, and runs a second time for its gradient."""
 
-    def __init__(self, function: Callable[..., Array]):
-        super().__init__()
+    def __init__(self, ops: AcrossOps, function: Callable[..., Array]):
+        super().__init__(ops)
         self.function = function
 
     def forward(self, *arrays: Array) -> Array:
         self.arrays = arrays
         return self.function(*arrays)
 
-    def backward(self, slope: Any) -> tuple[Any, ...]:
+    def slopes(self, slope: Array) -> tuple[Array, ...]:
         leaves = [array.detach() for array in self.arrays]
         for leaf in leaves:
             leaf.attach_grad()
         with mx.autograd.record():
             out = self.function(*leaves)
-        out.backward(slope.as_np_ndarray())
-        return tuple(leaf.grad.as_nd_ndarray() for leaf in leaves)
+        out.backward(slope)
+        return tuple(leaf.grad for leaf in leaves)
 
 
 def to_array(values: Any, dtype: np.dtype) -> Array:
@@ -341,7 +342,7 @@ def to_array(values: Any, dtype: np.dtype) -> Array:
         array = array.astype(dtype, copy=False)
     elif array.dtype != np.int32:
         array = array.astype(np.int64, copy=False)
-    return mx.np.array(array, dtype=array.dtype)
+    return copied_in(array)
 
 
 def factors(shape: Sequence[int], rate: float, seed: int, tag: str, dtype: np.dtype) -> np.ndarray:

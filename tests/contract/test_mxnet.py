@@ -7,15 +7,16 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from elastic.backend import Spec
-from elastic.errors import UserError
+from elastic.errors import GroupBroken, UserError
 from tests.contract.frameworks import assert_close, load
-from tests.contract.models import gpt_rig, rig_of, token_batch
+from tests.contract.models import Tiny, gpt_rig, rig_of, token_batch
 from vision import resnet
 
 load("mxnet", "backend")
@@ -23,6 +24,7 @@ import mxnet as mx  # noqa: E402  (after its backend, which sets what MXNet read
 from mxnet import autograd, gluon  # noqa: E402
 
 from backends.mxnet.backend import computing  # noqa: E402
+from backends.mxnet.turn import turn  # noqa: E402
 
 
 class Net(gluon.HybridBlock):
@@ -288,3 +290,64 @@ def test_a_norm_behind_a_convolution_is_the_reference_s(size: int) -> None:
     (a, left), (b, right) = found.gradient(images), wanted.gradient(images)
     assert left.loss_sum == pytest.approx(right.loss_sum, rel=1e-5)
     assert_close(a, b, 1e-5)
+
+
+class Echo:
+    """An axis of two whose other worker always sends what this one sends. The collective numbered `lost` finds nobody."""
+
+    size, rank = 2, 0
+
+    def __init__(self, lost: int = -1):
+        self.calls, self.lost = 0, lost
+
+    def sum(self, x: np.ndarray) -> np.ndarray:
+        assert not turn._depth  # a worker in another thread could come
+        self.calls += 1
+        if self.calls - 1 == self.lost:
+            raise GroupBroken("lost rank 1")
+        return x + x
+
+    def max(self, x: np.ndarray) -> np.ndarray:
+        return x.copy()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_peer_lost_in_any_collective_is_told_and_the_next_generation_goes_on(recompute: bool) -> None:
+    model = Tiny(0.3, recompute)
+    model.parameters = {name: replace(spec, shape=tuple({"d_ff": 6, "vocab": 7}.get(dim, length) for dim, length in zip(spec.dims, spec.shape)))
+                        for name, spec in model.parameters.items()}
+    rig = rig_of("mxnet", model)
+
+    def run(axis: Echo) -> np.ndarray:
+        rig.backend.connect({"d_ff": axis, "vocab": axis})
+        return rig.gradient(model.batch(1))[0]
+
+    first = Echo()
+    wanted, recorded = run(first), rig.backend.compilations()
+    assert first.calls == (9 if recompute else 7)  # four forward, three back; computed again, two more
+    for lost in range(first.calls):
+        with pytest.raises(GroupBroken, match="lost rank 1"):
+            run(Echo(lost))
+        again = Echo()
+        assert np.array_equal(run(again), wanted) and again.calls == first.calls
+    assert rig.backend.compilations() == recorded
+
+
+def test_who_steps_aside_lets_go_of_every_entry() -> None:
+    taken: list[int] = []
+
+    def other() -> None:
+        with turn:
+            taken.append(turn._depth)
+
+    with computing(1), turn:
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert not taken
+        with turn.aside():
+            thread.join(60)
+            assert taken == [1]
+        assert turn._depth == 2
+    with turn.aside():  # by who holds nothing
+        pass
+    assert turn._depth == 0
