@@ -97,16 +97,15 @@ class AcrossOps(neutral.Kernels):
 class Guarded(mx.autograd.Function):
     """A function of arrays whose way back raises nothing: MXNet would print it, and leave its own state as it is.
 
-    `raise_lost` does it afterwards; what is left of the pass goes on with zeros, which costs little beside a new generation.
+    `raise_lost` does it afterwards; what is left of the pass goes on with zeros, which costs little beside a new generation. `slopes` gives
+    the gradients of the arguments from that of what `forward` gave.
     """
+
+    slopes: Callable[[Array], tuple[Array, ...]]
 
     def __init__(self, ops: AcrossOps):
         super().__init__()
         self.ops = ops
-
-    def slopes(self, slope: Array) -> tuple[Array, ...]:
-        """From the gradient of what `forward` gave, those of its arguments."""
-        raise NotImplementedError
 
     def __call__(self, *arrays: Array) -> Array:
         self.given = [(array.shape, array.dtype) for array in arrays]
