@@ -1,4 +1,4 @@
-"""Models split over a mesh train as undivided ones do, on every framework: ten steps in float64, workers as threads."""
+"""Models split over a mesh, in stages too, train as undivided ones do, on every framework: ten steps in float64, workers as threads."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "dcn": (dlrm.build({"arch": "dcn", "top": [12, 5, 8]}, CLICKS), clicks),
     "mf": (dlrm.build({"arch": "mf", "loss": "squared"}, CLICKS), clicks),
 }
-TWO = Mesh(1, tensor=2)
-MESHES = {"gpt": [TWO, Mesh(1, tensor=4)], "experts": [Mesh(1, expert=2), Mesh(1, tensor=2, expert=2)], "dlrm": [TWO, Mesh(1, tensor=4)]}
-CASES = [(kind, mesh) for kind in MODELS for mesh in MESHES.get(kind, [TWO])]
+TWO, STAGES = Mesh(1, tensor=2), Mesh(1, pipeline=4, tensor=2)
+MESHES = {"gpt": [TWO, Mesh(1, tensor=4), STAGES], "experts": [Mesh(1, expert=2), Mesh(1, tensor=2, expert=2), Mesh(1, pipeline=2, expert=2)],
+          "dlrm": [Mesh(1, tensor=4), STAGES], "bert": [TWO, STAGES], "vit": [TWO, STAGES], "mf": [TWO]}
+CASES = [(kind, mesh) for kind in MODELS for mesh in MESHES.get(kind, [STAGES])]
 
 
 @dataclass
@@ -59,31 +60,57 @@ def axes_of(mesh: Mesh, rank: int, group: Any, dropped: tuple[str, int] | None) 
     return out
 
 
-def train(name: str, kind: str, mesh: Mesh, rank: int = 0, group: Any = None, dropped: tuple[str, int] | None = None, steps: int = STEPS) -> Part:
-    """Plain gradient descent in NumPy on what a worker holds; a framework gives loss and gradients. Members of the expert axis share the rows."""
+def train(name: str, kind: str, mesh: Mesh, rank: int = 0, group: Any = None, dropped: tuple[str, int] | None = None,
+          steps: int = STEPS) -> Part:
+    """Plain gradient descent in NumPy on what a worker holds; a framework gives loss and gradients. Members of the expert axis share the
+    rows. One worker plays all stages of a pipeline, one after the other.
+    """
     model, make = MODELS[kind]
     layout, seat, rng = Layout(model, mesh), mesh.seat(rank), np.random.default_rng(5)
     axes, ops = axes_of(mesh, rank, group, dropped), ops_of(name, "float64")
     ops.axes = {dim: axes[axis] for dim, axis in layout.dims.items()}
     whole, (low, count) = start(model.parameters), span(ROWS, mesh.expert, seat.expert)
-    params = {key: whole[key][where(box)] for key, box in layout.boxes(seat).items()}
+    params = {key: value[where(layout.box(key, seat))] for key, value in whole.items()}
     losses, first = [], {}
     for step in range(steps):
         batch = {key: value[low:low + count] for key, value in make(rng).items()}
-
-        def function(ops: Any, *leaves: Any, batch: Mapping[str, np.ndarray] = batch, step: int = step) -> Any:
-            return model.loss(ops, dict(zip(params, leaves)), {}, {key: ops.constant(value) for key, value in batch.items()}, 100 + step)[0]
-
-        (total,), found = differentiate(name, function, list(params.values()), "float64", ops, [np.array(1.0)])
-        gradients = {key: np.asarray(g, np.float64) / ROWS for key, g in zip(params, found)}
-        for shared in layout.shared(seat):
-            for key in shared.names:
-                # past the counting: what is tested is the model's own
-                gradients[key] = Axis.sum(axes["expert"], gradients[key].ravel()).reshape(gradients[key].shape)
-        losses.append(float(total) / ROWS)
+        total, gradients = through_stages(name, ops, layout, params, model, batch, 100 + step)
+        if mesh.expert > 1:
+            for key in gradients:
+                if "expert" not in layout.axes(key):  # past the counting: what is tested is the model's own
+                    gradients[key] = Axis.sum(axes["expert"], gradients[key].ravel()).reshape(gradients[key].shape)
+        losses.append(total / ROWS)
         first = first or gradients
         params = {key: value - LR * gradients[key] for key, value in params.items()}
     return Part(np.array(losses), first, params, {axis: found.calls for axis, found in axes.items()})
+
+
+def through_stages(name: str, ops: Any, layout: Layout, params: Mapping[str, np.ndarray], model: Any, batch: Mapping[str, np.ndarray],
+                   seed: int) -> tuple[float, dict[str, np.ndarray]]:
+    """The loss and the gradients per row, of stages that get nothing from each other but one array, and back its gradient."""
+    def stage(depth: int, x: np.ndarray | None, cotangent: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        reads = layout.read_at(depth)
+
+        def function(ops: Any, *leaves: Any) -> Any:
+            columns, out = {key: ops.constant(value) for key, value in batch.items()}, None if x is None else leaves[-1]
+            for piece in layout.depths[depth]:
+                out = model.run(ops, dict(zip(reads, leaves)), piece, out, columns, seed)
+            return model.score(ops, out, columns, seed)[0] if depth == len(layout.depths) - 1 else out
+
+        (found,), slopes = differentiate(name, function, [*(params[key] for key in reads), *([] if x is None else [x])], "float64", ops, [cotangent])
+        return found, slopes
+
+    inputs: list[np.ndarray | None] = [None]
+    for depth in range(len(layout.depths) - 1):
+        inputs.append(stage(depth, inputs[depth], np.zeros(()))[0])
+    gradients, slope, total = {key: np.zeros(value.shape) for key, value in params.items()}, np.array(1.0 / ROWS), np.zeros(())
+    for depth in reversed(range(len(layout.depths))):
+        found, slopes = stage(depth, inputs[depth], slope)
+        total = found if depth == len(layout.depths) - 1 else total
+        for key, gradient in zip(layout.read_at(depth), slopes):
+            gradients[key] += gradient
+        slope = slopes[-1]
+    return float(total), gradients
 
 
 def where(box: Box) -> tuple[slice, ...]:
@@ -98,20 +125,22 @@ def undivided(kind: str, steps: int = STEPS) -> Part:
 def assert_parity(name: str, kind: str, mesh: Mesh, dropped: tuple[str, int] | None = None, steps: int = STEPS) -> dict[str, int]:
     """The numbers of collectives by axis."""
     wanted, layout = undivided(kind, steps), Layout(MODELS[kind][0], mesh)
-    parts = together(mesh.world_size, lambda rank, group: train(name, kind, mesh, rank, group, dropped, steps))
+    workers = replace(mesh, pipeline=1)
+    parts = together(workers.world_size, lambda rank, group: train(name, kind, mesh, rank, group, dropped, steps))
     scale = np.sqrt(sum(np.sum(value ** 2) for value in wanted.gradients.values()))
     assert scale > 1e-2 and (steps == 1 or np.ptp(wanted.losses) > 1e-4)
     for rank, part in enumerate(parts):
-        seat = mesh.seat(rank)
-        losses = sum(parts[mesh.rank(replace(seat, expert=place))].losses for place in range(mesh.expert))
+        seat = workers.seat(rank)
+        losses = sum(parts[workers.rank(replace(seat, expert=place))].losses for place in range(mesh.expert))
         np.testing.assert_allclose(losses, wanted.losses, rtol=0, atol=1e-8)
-        for key, box in layout.boxes(seat).items():
+        for key in wanted.gradients:
+            box = layout.box(key, seat)
             assert np.linalg.norm(part.gradients[key] - wanted.gradients[key][where(box)]) <= 1e-9 * scale, key
             np.testing.assert_allclose(part.params[key], wanted.params[key][where(box)], rtol=0, atol=1e-8, err_msg=key)
     return parts[0].calls
 
 
-@pytest.mark.parametrize(("kind", "mesh"), CASES, ids=[f"{kind}-tensor{mesh.tensor}-expert{mesh.expert}" for kind, mesh in CASES])
+@pytest.mark.parametrize(("kind", "mesh"), CASES, ids=[f"{kind}-{mesh.pipeline}-{mesh.tensor}-{mesh.expert}" for kind, mesh in CASES])
 @pytest.mark.parametrize("name", names())
 def test_a_mesh_trains_as_one_worker(name: str, kind: str, mesh: Mesh) -> None:
     split_ops(name)
