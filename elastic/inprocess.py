@@ -15,7 +15,7 @@ from typing import Any
 from elastic import membership as m
 from elastic.chaos import Fault
 from elastic.collective.group import CollectiveGroup
-from elastic.collective.local import Hub, Killed
+from elastic.collective.local import Hub, Killed, die
 from elastic.collective.solo import SoloGroup
 from elastic.control import Control
 from elastic.errors import UserError
@@ -82,7 +82,7 @@ class ThreadRim:
         if isinstance(group, SoloGroup) or group.size == 1:
             self.strike(fault)
         self.dead.set()
-        self.fleet.hub.kill_during(self.rank, {(self.rank + 1) % group.size}, self.generation)
+        group.cut_short({(group.rank + 1) % group.size}, die)  # type: ignore[attr-defined]
         return group
 
 

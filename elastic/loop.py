@@ -19,12 +19,16 @@ import numpy as np
 from elastic.backend import SLOTS, Backend, Buffer, Tally, UpdateRule
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
-from elastic.collective.reduction import Scratch, SubtreeSums, out_size, reduce, tree_sum
+from elastic.collective.reduction import reduce, tree_sum
 from elastic.control import Control
 from elastic.errors import NonFiniteLoss
-from elastic.evaluation import figures, measure
+from elastic.evaluation import evaluate
+from elastic.gradients import Buffers, Found, add_up_shards, sum_shared
 from elastic.mesh import shards_of
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Line, Save
+from elastic.parallel.links import Links
+from elastic.parallel.pipeline import Pipeline
+from elastic.parallel.portion import Portion
 from elastic.schedule import learning_rate
 from elastic.state import BLOCK, State
 
@@ -41,6 +45,7 @@ class Plan:
     eval_every: int = 0
     checkpoint_every: int = 0
     skip_busy: bool = False  # a checkpoint that is due while one is being written is left out
+    micro_batches: int = 1  # of a logical shard
 
 
 class Loader(Protocol):
@@ -67,8 +72,13 @@ class Work:
     post: Callable[[Any], None]
     save: Callable[[Save, Mapping[str, float]], None]  # with the last evaluation
     unit: str = ""
+    portion: Portion | None = None  # of the model, on this worker's seat
+    pipeline: Pipeline | None = None  # where the mesh has one
+    settle: Callable[[Generation, CollectiveGroup], None] = lambda generation, group: None  # on the seat that the generation gives it
     restore: Callable[[Generation, CollectiveGroup], None] = lambda generation, group: None  # from `generation.load`, a checkpoint
+    ready: Callable[[Generation, CollectiveGroup], None] = lambda generation, group: None  # the state is there
     is_busy: Callable[[], bool] = lambda: False  # a checkpoint is still being written
+    links: Links | None = None
     gradient: Buffer | None = None
     holds: int = -1
     ballot: Ballot | None = None
@@ -81,19 +91,20 @@ class Work:
 def train(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> str:
     """Trains until the run is "done" or a vote says that the group has "stopped". Raises `GroupBroken` if a peer is gone."""
     begin(work, generation, group, injector)
-    buffers = Buffers(work, group)
-    run = shards_of(group.rank, group.size, work.plan.num_shards)
+    links = link(work, generation, group)
+    buffers = Buffers(work, links.data)
+    run = shards_of(links.data.rank, links.data.size, work.plan.num_shards)
     work.load_batch.expect((step, shard) for step in range(work.state.committed + 1, work.plan.num_steps + 1) for shard in run)
-    after(work, generation, group, injector, evaluated=generation.evaluated, checkpointed=generation.checkpointed)
+    after(work, generation, links, injector, evaluated=generation.evaluated, checkpointed=generation.checkpointed)
     while work.state.committed < work.plan.num_steps:
         started, step = time.perf_counter(), work.state.committed + 1
-        sums, losses, weights = add_up_shards(work, group, buffers, step, injector)
-        work.gradient, work.holds = reduce_sums(work, group, buffers, sums, step, injector), step
-        ballot = vote(work, group, step, losses, weights, injector)
+        found = add_up_shards(work, links, buffers, step, injector)
+        work.gradient, work.holds = reduce_sums(work, links, buffers, found.sums, step, injector), step
+        ballot = vote(work, links, step, found, injector)
         injector.at(step, "update")
         commit(work, ballot)
         record(work, generation, group, ballot, time.perf_counter() - started)
-        after(work, generation, group, injector, busy=ballot.busy)
+        after(work, generation, links, injector, busy=ballot.busy)
         if ballot.stop and step < work.plan.num_steps:
             if ballot.stop == STOP_AND_SAVE:
                 checkpoint(work, generation, group, injector, wait=True)
@@ -101,6 +112,16 @@ def train(work: Work, generation: Generation, group: CollectiveGroup, injector: 
     if work.state.committed > generation.checkpointed:
         checkpoint(work, generation, group, injector, wait=True)
     return "done"
+
+
+def link(work: Work, generation: Generation, group: CollectiveGroup) -> Links:
+    """This worker's groups, and the axes to the model's kernels."""
+    control = work.control
+    links = Links(group, generation.shape, work.portion, lambda: control.collective(control.step, control.phase))
+    work.links = links
+    if work.portion is not None:
+        work.backend.connect(links.dims(work.portion.layout.dims))
+    return links
 
 
 def checkpoint(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector, wait: bool) -> None:
@@ -118,111 +139,52 @@ def begin(work: Work, generation: Generation, group: CollectiveGroup, injector: 
     if work.state.committed == generation.committed - 1 and work.holds == generation.committed and generation.ballot:
         commit(work, generation.ballot)  # its line came with the word of whoever saw the vote
     work.gradient, work.holds = None, -1
+    work.settle(generation, group)
     if generation.load not in ("", "recipe"):
         work.restore(generation, group)
-    if generation.healers:
-        heal(work, generation, group, injector)
+    heal(work, generation, group, injector)
+    work.ready(generation, group)
 
 
 def heal(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> None:
-    """Each source sends its state to the members of its seat that have none; the others go on to the first collective and wait there."""
-    injector.at(generation.committed + 1, "heal")
+    """A source sends its state to the members of its seat that have none; the others go on to the first collective and wait there."""
+    if generation.healers:
+        injector.at(generation.committed + 1, "heal")
     for source, healed in generation.healers:
-        if group.rank not in (source, *healed):
+        taking_part = [source, *healed]
+        if group.rank not in taking_part:
             continue
         started = time.perf_counter()
         with work.control.collective(generation.committed, "heal"):
-            moved = work.state.heal(group.subgroup([source, *healed]), 0, generation.committed)
+            moved = work.state.heal(group.subgroup(taking_part), 0, generation.committed)
         if group.rank == source:
             work.post(Line(generation.number, "events", {
                 "event": "healed", "step": generation.committed, "from": generation.members[source],
                 "to": [generation.members[r] for r in healed], "bytes": moved, "seconds": time.perf_counter() - started}))
 
 
-class Buffers:
-    """One generation's communication buffers. A broken group's are never used again: a stopped peer may still write to them."""
-
-    def __init__(self, work: Work, group: CollectiveGroup):
-        allocate = getattr(group, "allocate", work.backend.allocate)
-        self.layout = work.state.layout
-        self.numel = self.layout.gradient
-        self.out = allocate(out_size(self.numel, BLOCK, group.size)) if group.size > 1 else None
-        self.scratch = Scratch(work.backend.allocate)
-        self._allocate = allocate
-        self._all: list[Buffer] = []
-        self._free: list[Buffer] = []
-
-    def reset(self) -> None:
-        self._free = list(self._all)
-
-    def take(self) -> Buffer:
-        """A zeroed buffer for gradients."""
-        if not self._free:
-            self._all.append(self._allocate(self.numel))
-            return self._all[-1]
-        buffer = self._free.pop()
-        buffer[:] = 0
-        return buffer
-
-    def give(self, buffer: Buffer) -> None:
-        self._free.append(buffer)
-
-
-def add_up_shards(work: Work, group: CollectiveGroup, buffers: Buffers, step: int, injector: Injector) -> tuple[Any, dict, dict]:
-    """The gradients of this member's shards, added along the tree; each shard's loss sum and weight."""
-    run = shards_of(group.rank, group.size, work.plan.num_shards)
-    buffers.reset()
-    sums: Any = SubtreeSums(run, work.plan.num_shards, buffers.take, buffers.give) if work.plan.exact else PlainSum(buffers.take)
-    losses, weights = {}, {}
-    for shard in run:
-        work.control.at(step, "forward", shard)
-        injector.at(step, "forward")
-        buffer = sums.begin(shard)
-        result = work.backend.gradients(work.load_batch(step, shard), shard_seed(work.plan.seed, step, shard),
-                                        buffers.layout.views(buffer, buffers.layout.trainable_names))
-        if result.buffers:
-            work.state.add_statistics(buffer, result.buffers, result.weight)
-        if work.plan.exact:
-            sums.end(shard)
-        losses[shard], weights[shard] = result.loss_sum, result.weight
-        injector.at(step, "backward")
-    return sums, losses, weights
-
-
-class PlainSum:
-    """For `reduction = "fast"`: all shards of a member in one buffer, in its own order."""
-
-    def __init__(self, take: Callable[[], Buffer]):
-        self.buffer = take()
-
-    def begin(self, shard: int) -> Buffer:
-        return self.buffer
-
-
-def shard_seed(seed: int, step: int, shard: int) -> int:
-    """A counter-based seed for whatever is random in one shard of one step."""
-    return int(np.random.SeedSequence([seed, step, shard]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def reduce_sums(work: Work, group: CollectiveGroup, buffers: Buffers, sums: Any, step: int, injector: Injector) -> Buffer:
-    group = injector.cut(group, step, "reduction")
+def reduce_sums(work: Work, links: Links, buffers: Buffers, sums: Any, step: int, injector: Injector) -> Buffer:
+    """Over the replicas along the tree; then over the members of this replica that hold the same parameters and found other parts."""
+    group = injector.cut(links.data, step, "reduction")
     with work.control.collective(step, "reduction"):
         if work.plan.exact:
-            return reduce(group, sums.nodes(), work.plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
-        group.all_reduce(sums.buffer)
-        return sums.buffer
+            gradient = reduce(group, sums.nodes(), work.plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
+        else:
+            gradient = sums.buffer
+            group.all_reduce(gradient)
+    sum_shared(links, work.state.layout, gradient)
+    return gradient
 
 
-def vote(work: Work, group: CollectiveGroup, step: int, losses: Mapping[int, float], weights: Mapping[int, float],
-         injector: Injector) -> Ballot:
-    """One all-gather of a few scalars. Every shard is in exactly one member's part; the others hold zeros there."""
-    group = injector.cut(group, step, "vote")
+def vote(work: Work, links: Links, step: int, found: Found, injector: Injector) -> Ballot:
+    """One all-gather of a few scalars over all members. Each part of a shard's loss is said by one of them; the others hold zeros there."""
+    group = injector.cut(links.world, step, "vote")
     shards = work.plan.num_shards
-    part = np.zeros(2 * shards + 2)
-    for shard, loss in losses.items():
-        part[shard], part[shards + shard] = loss, weights[shard]
-    part[-2], part[-1] = work.is_busy(), work.control.stop_request()
-    fed = work.ledger.digests(step) if work.ledger else np.zeros(0)
+    part = np.zeros(2 * shards + 3)
+    for shard, loss in found.losses.items():
+        part[shard], part[shards + shard] = loss, found.weights[shard]
+    part[-3:] = squared_norm(work) if links.data.rank == 0 else 0.0, work.is_busy(), work.control.stop_request()
+    fed = work.ledger.digests(step) * (links.replica.rank == 0) if work.ledger else np.zeros(0)
     part = np.concatenate([fed, part])
     out = np.empty(group.size * len(part))
     with work.control.collective(step, "vote"):
@@ -231,11 +193,20 @@ def vote(work: Work, group: CollectiveGroup, step: int, losses: Mapping[int, flo
     if work.ledger:
         work.ledger.check(step, rows[:, :len(fed)].sum(axis=0))
     rows = rows[:, len(fed):]
-    total = rows[:, :2 * shards].sum(axis=0)
-    ballot = Ballot(step, tuple(total[:shards].tolist()), tuple(total[shards:].tolist()), int(rows[:, -1].max()), bool(rows[:, -2].any()))
+    total = rows[:, :-2].sum(axis=0)
+    ballot = Ballot(step, tuple(total[:shards].tolist()), tuple(total[shards:-1].tolist()), int(rows[:, -1].max()), bool(rows[:, -2].any()),
+                    float(total[-1]))
     check_finite(work, ballot)
     work.ballot = ballot
     return ballot
+
+
+def squared_norm(work: Work) -> float:
+    """Of the reduced gradients that this member counts, block by block, if the recipe clips."""
+    if not work.plan.optimizer["clip_norm"] > 0:
+        return 0.0
+    assert work.gradient is not None
+    return float(sum(sum(work.backend.squared_norms(work.gradient[low:high], BLOCK).tolist()) for low, high in work.state.layout.counted))
 
 
 def check_finite(work: Work, ballot: Ballot) -> None:
@@ -246,6 +217,8 @@ def check_finite(work: Work, ballot: Ballot) -> None:
             positions = ", ".join(str(p) for p in work.positions(ballot.step, shard).tolist())
             raise NonFiniteLoss(f"The loss is {loss} at step {ballot.step}, logical shard {shard}, sample positions {positions}; "
                                 "lower optimizer.lr, set optimizer.clip_norm or mend these samples.")
+    if not math.isfinite(ballot.squared_norm):
+        raise NonFiniteLoss(f"The gradient's norm is {ballot.squared_norm} at step {ballot.step}; lower optimizer.lr or mend the data.")
 
 
 def commit(work: Work, ballot: Ballot) -> None:
@@ -256,9 +229,7 @@ def commit(work: Work, ballot: Ballot) -> None:
     weight = tree_sum(ballot.weights)
     scale = 1.0 / weight
     if options["clip_norm"] > 0:
-        norm = math.sqrt(float(sum(work.backend.squared_norms(gradient[:layout.trainable], BLOCK).tolist()))) * scale
-        if not math.isfinite(norm):
-            raise NonFiniteLoss(f"The gradient's norm is {norm} at step {ballot.step}; lower optimizer.lr or mend the data.")
+        norm = math.sqrt(ballot.squared_norm) * scale
         scale *= min(1.0, options["clip_norm"] / max(norm, 1e-30))
     lr = learning_rate(ballot.step, plan.num_steps, options)
     state.committed = -1
@@ -296,7 +267,7 @@ def write_down(work: Work, generation: Generation, group: CollectiveGroup, field
         work.post(Line(generation.number, "metrics", fields))
 
 
-def after(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector, evaluated: int = 0,
+def after(work: Work, generation: Generation, links: Links, injector: Injector, evaluated: int = 0,
           checkpointed: int = 0, busy: bool = False) -> None:
     """Whatever is due at the committed step: evaluation, then a checkpoint beside the training. `busy` must be the same for all."""
     step, plan = work.state.committed, work.plan
@@ -305,30 +276,11 @@ def after(work: Work, generation: Generation, group: CollectiveGroup, injector: 
     last = step == plan.num_steps
     if work.eval_batches and step > evaluated and (last or (plan.eval_every and step % plan.eval_every == 0)):
         with work.state.averaged():
-            work.evaluation = evaluate(work, group, step)
-        write_down(work, generation, group, {"step": step, "eval": work.evaluation})
+            work.evaluation = evaluate(work, links, step)
+        write_down(work, generation, links.world, {"step": step, "eval": work.evaluation})
     if plan.checkpoint_every and step > checkpointed and step % plan.checkpoint_every == 0 and not last:
         if not (busy and plan.skip_busy):
-            checkpoint(work, generation, group, injector, wait=False)
-        elif group.rank == 0:
+            checkpoint(work, generation, links.world, injector, wait=False)
+        elif links.world.rank == 0:
             work.post(Line(generation.number, "events", {"event": "checkpoint_skipped", "step": step}))
         injector.at(step, "checkpoint")
-
-
-def evaluate(work: Work, group: CollectiveGroup, step: int) -> dict[str, float]:
-    """The mean of every metric over the evaluation set. A batch is computed whole by one member: the split changes no bit."""
-    batches, tally = work.eval_batches, work.tally()
-    parts: dict[str, np.ndarray] = {}
-    for index in range(group.rank, len(batches), group.size):
-        work.control.at(step, "evaluate", index)
-        for name, pair in measure(work.backend, tally, batches[index]()).items():
-            parts.setdefault(name, np.zeros((len(batches), 2)))[index] = pair
-    names = sorted(parts or measure(work.backend, work.tally(), batches[0]()))  # a member without a batch still has to know the names
-    tables = [parts.get(name, np.zeros((len(batches), 2))).reshape(-1) for name in names]
-    mine = np.concatenate([*tables, tally.counts if tally else np.zeros(0)])
-    out = np.empty(group.size * len(mine))
-    with work.control.collective(step, "evaluate"):
-        group.all_gather(out, mine)
-    sums = out.reshape(group.size, -1).sum(axis=0)
-    counted = 2 * len(names) * len(batches)
-    return figures(dict(zip(names, sums[:counted].reshape(len(names), len(batches), 2), strict=True)), tally, sums[counted:])

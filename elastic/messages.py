@@ -23,6 +23,7 @@ class Ballot:
     weights: tuple[float, ...]
     stop: int = GO
     busy: bool = False  # somebody still writes the checkpoint before
+    squared_norm: float = 0.0  # of all reduced gradients, where the recipe clips
 
 
 Axes = tuple[int, int, int, int]  # a mesh as plain values: data, pipeline, tensor, expert; data 0 is as many as there are members

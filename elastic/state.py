@@ -1,6 +1,7 @@
 """The training state: named arrays as views into flat buffers of fixed blocks, and how a worker gets it from a peer.
 
-Parameters lie in three segments, [decay | no decay | frozen], each starting at a block. Optimizer slots cover the trainable
+Parameters lie in segments, [decay | no decay | frozen], each starting at a block; the first two are cut once more where a worker holds
+copies of parameters that another worker of its replica counts. Optimizer slots cover the trainable
 segments only, and so do the parameters' moving averages, if kept. The gradient buffer is as long as the trainable segments and
 ends with room for the model's own buffers (batch-norm statistics), which are summed over shards by the same reduction. Blocks never
 move: reduction, optimizer and norms work block by block, so bits do not depend on how many workers share the work.
@@ -10,15 +11,19 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from elastic.backend import SLOTS, Backend, Buffer, Spec
 from elastic.errors import RecipeError
+
+if TYPE_CHECKING:
+    from elastic.checkpoint.manifest import Piece
+    from elastic.parallel.portion import Box, Portion
 
 BLOCK = 65_536  # elements; 256 KB: small enough that a model of a few million parameters balances over four owners
 NAMED = 3  # arrays that a message names; the rest is counted
@@ -58,22 +63,29 @@ class FlatLayout:
     """Where every parameter and buffer of a model lies. A pure function of specs and patterns."""
 
     def __init__(self, parameters: Mapping[str, Spec], buffers: Mapping[str, Spec] | None = None,
-                 freeze: Sequence[str] = (), no_decay: Sequence[str] = ()):
+                 freeze: Sequence[str] = (), no_decay: Sequence[str] = (), copies: Container[str] = (), known: Iterable[str] = ()):
+        """`copies`: names that another worker counts; `known`: the names of the whole model, where `parameters` are a part of it."""
         buffers = buffers or {}
+        known = list(known) or list(parameters)
         for key, patterns in (("model.freeze", freeze), ("optimizer.no_decay", no_decay)):
-            unused = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in parameters)]
+            unused = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in known)]
             if unused:
-                raise RecipeError(f"{key} = {unused[0]!r} matches no parameter; names look like {', '.join(list(parameters)[:3])}.")
+                raise RecipeError(f"{key} = {unused[0]!r} matches no parameter; names look like {', '.join(known[:3])}.")
         frozen = [n for n in parameters if matches(n, freeze)]
         plain = [n for n in parameters if n not in frozen and matches(n, no_decay)]
         decayed = [n for n in parameters if n not in frozen and n not in plain]
         if not decayed and not plain:
             raise RecipeError("model.freeze leaves no parameter to train; take a pattern out of it.")
         self.places: dict[str, Place] = {}
-        self.decay = pack(parameters, decayed, 0, self.places)
-        self.trainable = pack(parameters, plain, self.decay, self.places)
+        ends = [0]
+        for names in (decayed, plain):
+            for counts in (True, False):
+                ends.append(pack(parameters, [n for n in names if (n not in copies) == counts], ends[-1], self.places))
+        self.decay, self.trainable = ends[2], ends[4]
+        self.counted = tuple((low, high) for low, high in ((ends[0], ends[1]), (ends[2], ends[3])) if low < high)  # in norms
         self.size = pack(parameters, frozen, self.trainable, self.places)
         self.trainable_names = decayed + plain
+        self.trainable_set = frozenset(self.trainable_names)
         self.names = list(parameters)
         self.statistics: dict[str, Place] = {}
         self.gradient = pack(buffers, buffers, self.trainable, self.statistics)
@@ -96,7 +108,7 @@ START: dict[str, Callable[[Spec, np.random.Generator], np.ndarray]] = {
 
 
 def initial_values(specs: Mapping[str, Spec], seed: int, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Starting values from a counter-based generator keyed by (seed, name): the same for every framework and layout."""
+    """Starting values of whole arrays from a counter-based generator keyed by (seed, name): the same for every framework and layout."""
     values = {}
     for name, spec in specs.items():
         if spec.init == "given":
@@ -135,23 +147,33 @@ def to_numpy(view: Buffer) -> np.ndarray:
 
 
 class State:
-    """Parameters, optimizer slots, averages, model buffers and the count of committed steps of one worker."""
+    """Parameters, optimizer slots, averages, model buffers and the count of committed steps of one worker.
 
-    def __init__(self, backend: Backend, optimizer: str, freeze: Sequence[str] = (), no_decay: Sequence[str] = (), averages: bool = False):
-        self.backend = backend
-        self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay)
+    With a `portion`, of its seat alone: `boxes` says which part of an array each one is, and shapes are those of the parts.
+    """
+
+    def __init__(self, backend: Backend, optimizer: str, freeze: Sequence[str] = (), no_decay: Sequence[str] = (), averages: bool = False,
+                 portion: Portion | None = None):
+        self.backend, self.portion = backend, portion
+        self.replica_size = portion.mesh.replica_size if portion else 1
+        self.whole: Mapping[str, Spec] = portion.whole if portion else backend.parameters
+        copies = {name for name in backend.parameters if portion and not portion.keeps(name)}
+        self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay, copies, self.whole)
         self.param = backend.allocate(self.layout.size)
         self.slots = {slot: backend.allocate(self.layout.trainable) for slot in (*SLOTS[optimizer], *([AVERAGE] if averages else []))}
         self.buffers = {name: np.zeros(spec.shape, spec.dtype) for name, spec in backend.buffers.items()}
         self.averaged_buffers = {name: np.zeros_like(values) for name, values in self.buffers.items()} if averages else {}
         self.committed = -1
         backend.bind(self.layout.views(self.param), self.buffers)
+        self.freeze = freeze
         self.views = self._views()
 
     def start(self, seed: int, init: Mapping[str, np.ndarray] | None = None) -> None:
         """Starting values at step 0; `init` overrides some by name."""
         given = self.backend.initial()
-        values = initial_values(self.backend.parameters, seed, given) | dict(init or {})
+        wholes = initial_values({name: self.whole[name] for name in self.backend.parameters}, seed, given) | {
+            name: value for name, value in (init or {}).items() if name in self.backend.parameters}
+        values = {name: cut(value, self.box(name)) for name, value in wholes.items()}
         buffers = initial_values(self.backend.buffers, seed, given)
         begun = {f"optimizer/{slot}/{name}": values[name] if slot == AVERAGE else np.broadcast_to(0.0, self.layout.places[name].shape)
                  for slot in self.slots for name in self.layout.trainable_names}
@@ -167,8 +189,29 @@ class State:
         return out | {f"buffer/{n}": v for n, v in self.buffers.items()}
 
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """(dtype, shape) of everything by name."""
+        """(dtype, shape) of everything by name, as this worker holds it."""
         return {name: (str(view.dtype).removeprefix("torch."), tuple(view.shape)) for name, view in self.views.items()}
+
+    def whole_specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """(dtype, shape) of everything by name, of the whole model."""
+        found = self.specs()
+        if self.portion is None:
+            return found
+        kind = str(self.param.dtype).removeprefix("torch.")
+        trainable = [n for n in self.whole if not matches(n, self.freeze)]
+        names = [f"parameter/{n}" for n in self.whole] + [f"optimizer/{slot}/{n}" for slot in self.slots for n in trainable]
+        return found | {name: (kind, tuple(self.whole[parameter_of(name)].shape)) for name in names}
+
+    def box(self, name: str) -> Box | None:
+        """Which part of an array this worker holds, by a parameter's name or one of `views`; None for all of it."""
+        return self.portion.boxes.get(parameter_of(name)) if self.portion and not name.startswith("buffer/") else None
+
+    def kept(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """`specs` of what no other worker of the replica saves."""
+        if self.portion is None:
+            return self.specs()
+        return {name: spec for name, spec in self.specs().items()
+                if (self.portion.keeps(parameter_of(name)) if self.box(name) else self.portion.is_first)}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything by name as NumPy. Shares memory on the CPU."""
@@ -179,12 +222,41 @@ class State:
         return to_numpy(self.views[name].reshape(-1)[low:high])
 
     def put(self, name: str, start: Sequence[int], count: Sequence[int], low: int, values: np.ndarray) -> None:
-        """Writes `values` to the elements from `low` on of the box (start, count) of an array."""
+        """Writes `values` to the elements from `low` on of the box (start, count) of a whole array, as far as they are this worker's."""
+        if name not in self.views:
+            return
+        mine = self.box(name)
+        if mine is not None and not mine.is_whole:
+            self._put_part(name, mine, start, count, low, values)
+            return
         box = self.views[name][(*(slice(s, s + c) for s, c in zip(start, count, strict=True)), ...)]
         if isinstance(box, np.ndarray) and not box.flags.c_contiguous:  # no single run of the array's elements
             box.flat[low:low + len(values)] = values
         else:
             fill(box.view(-1)[low:low + len(values)] if hasattr(box, "new_tensor") else box.reshape(-1)[low:low + len(values)], values)
+
+    def _put_part(self, name: str, mine: Box, start: Sequence[int], count: Sequence[int], low: int, values: np.ndarray) -> None:
+        """Element by element: where a stretch of one box lies in another is simplest said of each."""
+        places = np.unravel_index(np.arange(low, low + len(values)), tuple(count))
+        inside = np.ones(len(values), bool)
+        local = []
+        for at, s, m, n in zip(places, start, mine.start, mine.count, strict=True):
+            here = at + (s - m)
+            inside &= (here >= 0) & (here < n)
+            local.append(here)
+        target = np.ravel_multi_index(tuple(here[inside] for here in local), mine.count)
+        flat = self.views[name].reshape(-1)
+        if isinstance(flat, np.ndarray):
+            flat[target] = values[inside]
+        else:
+            flat[flat.new_tensor(target).long()] = flat.new_tensor(np.ascontiguousarray(values[inside]))
+
+    def in_whole(self, piece: Piece) -> Piece:
+        """Where a box of an array that this worker holds lies in the whole one."""
+        mine = self.box(piece.name)
+        if mine is None:
+            return piece
+        return replace(piece, shape=mine.shape, start=tuple(s + m for s, m in zip(piece.start, mine.start, strict=True)))
 
     def load(self, arrays: Mapping[str, Any], committed: int, without: str = "\0") -> None:
         """Takes over what `arrays()` of any worker gave; names that begin with `without` may be left out. The state counts as torn until
@@ -255,6 +327,19 @@ class State:
             yield
         finally:
             self.backend.bind(views, self.buffers)
+
+
+def cut(values: np.ndarray, box: Box | None) -> np.ndarray:
+    """A worker's part of a whole array."""
+    if box is None or box.is_whole:
+        return values
+    return values[tuple(slice(s, s + c) for s, c in zip(box.start, box.count, strict=True))]
+
+
+def parameter_of(name: str) -> str:
+    """"wte" of "parameter/wte" and of "optimizer/exp_avg/wte"; a parameter's own name as it is."""
+    kind, _, rest = name.partition("/")
+    return rest if kind in ("parameter", "buffer") else rest.partition("/")[2] if kind == "optimizer" else name
 
 
 def change(old: np.ndarray, now: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from elastic.chaos import Fault, Injector
@@ -20,10 +21,14 @@ from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
 from elastic.errors import BadCheckpoint, ElasticError, GroupBroken, NonFiniteLoss, UserError
 from elastic.loop import Work, train
-from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing
+from elastic.mesh import Mesh
+from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing, shape
 from elastic.own import place_of
+from elastic.parallel.links import mirrored
+from elastic.parallel.relay import relay, whole_arrays
 from elastic.recipe import loads
-from elastic.workload import Workload, build_work
+from elastic.state import State
+from elastic.workload import Workload, build_work, lay_out, mesh_of, take_seat
 
 LAST_WORDS_S = 600.0  # for an orphan to write its state
 
@@ -72,10 +77,14 @@ class Worker:
         workload = Workload.open(recipe, self.job.info)
         self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, self.job.info,
                            self.post_part, self.crash, mb_s=recipe.checkpoint.write_mb_s)
-        self.work: Work = build_work(recipe, workload, self.control, self.rim.post, self.save)
-        self.work.restore, self.work.is_busy = self.restore, self.saver.is_busy
+        self.recipe, self.model = recipe, workload.model
+        mesh = mesh_of(recipe)
+        seat = mesh.seat(int(self.name.rpartition("-")[2]) % mesh.replica_size)  # a guess: a worker that gets another builds again
+        self.work: Work = build_work(recipe, workload, self.control, self.rim.post, self.save, seat)
+        self.work.settle, self.work.restore, self.work.ready = self.settle, self.restore, self.prepare
+        self.work.is_busy = self.saver.is_busy
+        self.place = (mesh.pipeline, mesh.tensor, mesh.expert, seat)
         warm_up(self.work)
-        self.recipe = recipe
         self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.work.backend.compilations(), self.rim.shares))
         taken = 0
         while (order := self.orders.get()) is not None:
@@ -132,33 +141,90 @@ class Worker:
             self.load(generation)
             group = self.rim.form(generation, rank, self.control)
             self.control.attach(group)
-            self.saver.prepare(self.work.state, rank, len(generation.members))
             injector = Injector(generation.chaos, rank, self.rim.announce, self.rim.strike, self.rim.cut_short)
             reason = train(self.work, generation, group, injector)
             if reason == "done":
-                hashes = self.saver.hashes(self.work.state)
+                hashes = self.hashes(generation)
         except GroupBroken as broken:
             error = str(broken)
         except BadCheckpoint as bad:
             reason, error, rejected = "failed", str(bad), generation.load
         except Exception as failure:
-            reason, error, fatal = "failed", describe(failure), isinstance(failure, (NonFiniteLoss, UserError))
-            traceback.print_exc()
+            behind = self.work.links.broken if self.work.links else []  # a framework turns what a collective raises into an error of its own
+            if behind:
+                error = str(behind[0])
+            else:
+                reason, error, fatal = "failed", describe(failure), isinstance(failure, (NonFiniteLoss, UserError))
+                traceback.print_exc()
         if group is not None:
             group.abandon()
-        work = self.work
+        work, self.work.links = self.work, None
         return Standing(self.name, generation.number, reason, work.state.committed, work.holds, work.ballot, error, fatal, rejected,
-                        lines=tuple(work.unwritten), compilations=work.backend.compilations(), **hashes)
+                        lines=tuple(work.unwritten), compilations=work.backend.compilations(), mesh=(1, *self.place[:3]),
+                        seat=self.seat(), **hashes)
+
+    def seat(self) -> int:
+        """The rank within a replica of the seat whose state this worker holds; -1: it holds none."""
+        pipeline, tensor, expert, seat = self.place
+        return Mesh(1, pipeline, tensor, expert).rank(seat) if self.work.state.committed >= 0 or self.work.holds >= 0 else -1
 
     def load(self, generation: Generation) -> None:
-        """Starting values, where the generation starts from the recipe; a checkpoint is loaded by the group together."""
-        if not generation.load:
-            return
-        state = self.work.state
-        self.work.gradient, self.work.holds, self.work.ballot = None, -1, None
-        state.committed = -1  # what it had does not count any more
+        """A generation that starts from the recipe or a checkpoint owes nothing to what this worker holds."""
+        if generation.load:
+            self.work.gradient, self.work.holds, self.work.ballot = None, -1, None
+            self.work.state.committed = -1
+
+    def settle(self, generation: Generation, group: CollectiveGroup) -> None:
+        """Takes the seat that the generation gives this worker. With `relaid`, its part of the state comes out of what all members hold; until
+        all have theirs, what this one holds stays what it was.
+        """
+        work, mesh = self.work, generation.shape
+        seat = replace(mesh.seat(group.rank), data=0)
+        taken: tuple[Any, ...] = (work.portion, work.backend, work.state, work.pipeline)
+        if (mesh.pipeline, mesh.tensor, mesh.expert, seat) != self.place:
+            taken = take_seat(self.recipe, self.model, mesh, seat)
+            self.control.at(generation.committed, "start")
+            warm_up(replace(work, portion=taken[0], backend=taken[1], state=taken[2], pipeline=taken[3]))
+        if generation.relaid:
+            self.move(generation, group, taken[2])
+        work.portion, work.backend, work.state, work.pipeline = taken
+        self.place = (mesh.pipeline, mesh.tensor, mesh.expert, seat)
         if generation.load == "recipe":
-            state.start(self.recipe.run.seed, self.saver.initial(self.recipe.model.init, state))
+            work.state.start(self.recipe.run.seed, self.saver.initial(self.recipe.model.init, work.state))
+
+    def move(self, generation: Generation, group: CollectiveGroup, state: State) -> None:
+        """Fills `state` out of what the members hold."""
+        started, mesh = time.perf_counter(), generation.shape
+        holders = {held.rank: shape(held.mesh).seat(held.seat) for held in generation.relaid if held.seat >= 0}
+        was = shape(next(held.mesh for held in generation.relaid if held.seat >= 0))
+        given = self.work.state if group.rank in holders else None
+
+        def tell(number: int) -> AbstractContextManager[None]:
+            self.control.detail = number
+            return self.control.collective(generation.committed, "relay")
+
+        moved = relay(group, lay_out(self.recipe, self.model, was), holders, given, lay_out(self.recipe, self.model, mesh), state, tell)
+        with tell(0):
+            group.barrier()
+        state.committed = generation.committed
+        if group.rank == 0:
+            self.rim.post(Line(generation.number, "events", {
+                "event": "relaid", "step": generation.committed, "from": was.as_dict(), "to": mesh.as_dict(), "bytes": moved,
+                "seconds": time.perf_counter() - started}))
+
+    def prepare(self, generation: Generation, group: CollectiveGroup) -> None:
+        self.saver.prepare(self.work.state, group.rank, group.size)
+
+    def hashes(self, generation: Generation) -> dict[str, str]:
+        """Of the whole model: each array is put together from the replica's parts."""
+        links, state = self.work.links, self.work.state
+        assert links is not None
+
+        def tell(number: int) -> AbstractContextManager[None]:
+            self.control.detail = number
+            return self.control.collective(state.committed, "hashes")
+
+        return self.saver.hashes(whole_arrays(state, links.replica, tell), state.committed)
 
     def restore(self, generation: Generation, group: CollectiveGroup) -> None:
         """From the checkpoint that the generation starts with. Rank 0 tells of it."""
@@ -202,6 +268,17 @@ def warm_up(work: Work) -> None:
     state.committed = -1
     buffer = work.backend.allocate(state.layout.gradient)
     views = state.layout.views(buffer, state.layout.trainable_names)
-    work.backend.gradients(work.load_batch(1, 0), 0, views)
+    if work.portion is not None:
+        work.backend.connect(mirrored(work.portion))
+    if work.pipeline is not None:
+        work.pipeline.warm_up(first_rows(work, work.load_batch(1, 0)), views)
+        return
+    work.backend.gradients(first_rows(work, work.load_batch(1, 0)), 0, views)
     if work.eval_batches:
-        work.backend.metrics(work.eval_batches[0]())
+        work.backend.metrics(first_rows(work, work.eval_batches[0](), 1))
+
+
+def first_rows(work: Work, batch: Mapping[str, Any], micro_batches: int = 0) -> Mapping[str, Any]:
+    """As many rows as a micro-batch has on this worker."""
+    parts = (micro_batches or work.plan.micro_batches) * (work.portion.mesh.expert if work.portion else 1)
+    return batch if parts == 1 else {name: column[:len(column) // parts] for name, column in batch.items()}

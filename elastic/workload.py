@@ -20,9 +20,13 @@ from elastic.data.sampler import Sampler
 from elastic.errors import RecipeError, UserError
 from elastic.evaluation import tally_of
 from elastic.loop import Plan, Work
+from elastic.mesh import Mesh, Seat
+from elastic.parallel.layout import Layout
+from elastic.parallel.pipeline import Pipeline
+from elastic.parallel.portion import Portion
 from elastic.recipe import Recipe
 from elastic.schedule import scaled
-from elastic.state import FlatLayout, State
+from elastic.state import FlatLayout, State, matches, round_up
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
             "mxnet": "backends.mxnet.backend", "reference": "backends.reference.backend"}
@@ -143,11 +147,27 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
 
 
 def check_model(recipe: Recipe, model: Any) -> None:
-    """What patterns and starting weights say, against the model's own names and shapes. UserError before a worker starts."""
+    """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts."""
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
-    layout = FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
-    read_start(recipe.model.init, layout.places)
+    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
+    read_start(recipe.model.init, model.parameters)
+    layout = lay_out(recipe, model, mesh_of(recipe))
+    for stage in range(layout.mesh.pipeline):
+        if layout.mesh.pipeline > 1 and all(matches(name, recipe.model.freeze) for name in layout.held(stage)):
+            raise RecipeError(f"model.freeze leaves nothing to train on stage {stage} of mesh.pipeline = {layout.mesh.pipeline}; freeze less, or "
+                              "write a smaller mesh.pipeline.")
+
+
+def mesh_of(recipe: Recipe, data: int = 1) -> Mesh:
+    """The recipe's degrees with so many replicas."""
+    return Mesh(data, recipe.mesh.pipeline, recipe.mesh.tensor, recipe.mesh.expert)
+
+
+def lay_out(recipe: Recipe, model: Any, mesh: Mesh) -> Layout:
+    """The model on a mesh, its stages balanced by what their pieces compute. RecipeError where it does not fit."""
+    chunks = recipe.mesh.chunks if recipe.mesh.schedule == "interleaved" and mesh.pipeline > 1 else 1
+    return Layout(model, mesh, recipe.mesh.layout, None, chunks)
 
 
 def create_backend(recipe: Recipe, model: Any) -> Backend:
@@ -155,24 +175,37 @@ def create_backend(recipe: Recipe, model: Any) -> Backend:
     return framework(recipe).create(model, recipe.backend)
 
 
-def open_state(recipe: Recipe, backend: Backend) -> State:
-    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0)
+def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
+    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion)
 
 
-def build_work(recipe: Recipe, workload: Workload, control: Control, post: Callable[[Any], None], save: Callable[..., None]) -> Work:
-    """Everything that the loop needs, built once."""
-    backend = create_backend(recipe, workload.model)
+def take_seat(recipe: Recipe, model: Any, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:
+    """What a worker computes with on its seat. Where a replica is one worker, the model is what it is."""
+    if mesh.replica_size == 1:
+        backend = create_backend(recipe, model)
+        return None, backend, open_state(recipe, backend), None
+    portion = Portion(model, lay_out(recipe, model, mesh), seat)
+    backend = create_backend(recipe, portion)
+    pipeline = Pipeline(portion, backend, recipe.mesh.schedule, recipe.mesh.micro_batches) if mesh.pipeline > 1 else None
+    return portion, backend, open_state(recipe, backend, portion), pipeline
+
+
+def build_work(recipe: Recipe, workload: Workload, control: Control, post: Callable[[Any], None], save: Callable[..., None],
+               seat: Seat | None = None) -> Work:
+    """Everything that the loop needs, built once, on the seat that this worker is likely to get."""
+    portion, backend, state, pipeline = take_seat(recipe, workload.model, mesh_of(recipe), seat or Seat())
     sampler = workload.sampler
     ledger = Ledger(sampler) if recipe.data.ledger else None
     load = NotedLoader(workload.training, sampler, ledger) if ledger else Prefetcher(
         lambda step, shard: load_batch(workload.training, sampler, step, shard))
     optimizer = scaled(recipe.optimizer.model_dump(), recipe.data.batch_size)
     plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact", optimizer,
-                recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip")
+                recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip", recipe.mesh.micro_batches)
     shard_size = recipe.data.batch_size // recipe.elastic.logical_shards
-    evaluation = eval_batches(workload.evaluation, max(shard_size, EVAL_ROWS)) if workload.evaluation else []
-    return Work(plan, backend, open_state(recipe, backend), load, sampler.positions, evaluation, control, post, save, workload.unit, ledger=ledger,
-                tally=lambda: tally_of(workload.model))
+    rows = round_up(max(shard_size, EVAL_ROWS), recipe.mesh.expert)
+    evaluation = eval_batches(workload.evaluation, rows) if workload.evaluation else []
+    return Work(plan, backend, state, load, sampler.positions, evaluation, control, post, save, workload.unit, portion, pipeline,
+                ledger=ledger, tally=lambda: tally_of(workload.model))
 
 
 EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are

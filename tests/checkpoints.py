@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from elastic.checkpoint.commits import Commits, Outcome
+from elastic.checkpoint.manifest import Piece
 from elastic.checkpoint.saver import Saver
 from elastic.collective.local import Hub
 from elastic.collective.solo import SoloGroup
@@ -36,6 +37,12 @@ class Arrays:
 
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {name: (array.dtype.name, array.shape) for name, array in self.arrays.items()}
+
+    replica_size = 1
+    whole_specs = kept = specs
+
+    def in_whole(self, piece: Piece) -> Piece:
+        return piece
 
     def take(self, name: str, low: int, high: int) -> np.ndarray:
         return self.arrays[name].reshape(-1)[low:high]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,26 @@ def little_endian(array: np.ndarray) -> np.ndarray:
 
 def hashes(arrays: Mapping[str, np.ndarray], cursor: int) -> tuple[str, str]:
     """(parameters_sha256, state_sha256) in one pass."""
-    digest = hashlib.sha256()
-    for name in chosen(arrays, PARAMETER):
-        update(digest, name.removeprefix(PARAMETER), arrays[name])
-    parameters = digest.hexdigest()
-    for prefix in (OPTIMIZER, BUFFER):
-        for name in chosen(arrays, prefix):
-            update(digest, name, arrays[name])
+    return hashes_of(((name, arrays[name]) for name in in_order(arrays)), cursor)
+
+
+def hashes_of(arrays: Iterable[tuple[str, np.ndarray]], cursor: int) -> tuple[str, str]:
+    """As `hashes`, of arrays that come one by one, as `in_order` says."""
+    digest, parameters = hashlib.sha256(), ""
+    for name, array in arrays:
+        is_parameter = name.startswith(PARAMETER)
+        if not is_parameter and not parameters:
+            parameters = digest.hexdigest()
+        update(digest, name.removeprefix(PARAMETER) if is_parameter else name, array)
+    parameters = parameters or digest.hexdigest()
     digest.update((json.dumps(["cursor", cursor]) + "\n").encode())
     return parameters, digest.hexdigest()
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Parameters, then optimizer state, then buffers, each sorted."""
+    listed = list(names)
+    return [name for prefix in (PARAMETER, OPTIMIZER, BUFFER) for name in chosen(listed, prefix)]
 
 
 def parameters_sha256(arrays: Mapping[str, np.ndarray]) -> str:
@@ -45,7 +56,7 @@ def state_sha256(arrays: Mapping[str, np.ndarray], cursor: int) -> str:
     return hashes(arrays, cursor)[1]
 
 
-def chosen(arrays: Mapping[str, Any], prefix: str) -> list[str]:
+def chosen(arrays: Iterable[str], prefix: str) -> list[str]:
     return sorted(name for name in arrays if name.startswith(prefix))
 
 

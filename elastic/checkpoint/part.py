@@ -26,9 +26,13 @@ Take = Callable[[str, int, int], np.ndarray]  # elements low..high-1 of an array
 class Image:
     """A part file's bytes in memory, kept from save to save: two saves of the same boxes allocate nothing."""
 
-    def __init__(self, boxes: tuple[Piece, ...], memory: np.ndarray | None = None):
-        """`memory`: bytes that may be used again. ValueError for an array that a checkpoint cannot hold."""
-        self.boxes = boxes
+    def __init__(self, boxes: tuple[Piece, ...], memory: np.ndarray | None = None, sources: tuple[Piece, ...] | None = None):
+        """`memory`: bytes that may be used again. `sources`: the same boxes where they are taken from, if that is a part of each array.
+
+        ValueError for an array that a checkpoint cannot hold.
+        """
+        self.boxes, self.sources = boxes, sources or boxes
+        self._runs = {piece.name: piece.run for piece in self.sources}
         header, self.pieces = lay_out(boxes)
         size = len(header) + sum(piece.bytes for piece in boxes)
         if memory is None or not size <= len(memory) <= 2 * size + CHUNK:
@@ -66,7 +70,7 @@ class Image:
 
     def copy(self, piece: Piece, low: int, high: int, take: Take) -> None:
         """Elements low..high-1 of a box."""
-        run = piece.run
+        run = self._runs[piece.name]
         assert run is not None
         kind = np.dtype(piece.dtype).newbyteorder("<")
         at = piece.offset + low * kind.itemsize

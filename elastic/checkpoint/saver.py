@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from elastic.checkpoint.faulty import FaultyFiles
-from elastic.checkpoint.hashing import PARAMETER, hashes
+from elastic.checkpoint.hashing import PARAMETER, hashes_of
 from elastic.checkpoint.manager import commit, committed, folder_of, read_sound, read_start, split
 from elastic.checkpoint.manifest import CHUNK, FileEntry, Manifest
 from elastic.checkpoint.part import Image, part_name
@@ -61,10 +61,10 @@ class Saver:
         self.thread.start()
 
     def _image(self, state: State, rank: int, world_size: int) -> Image:
-        boxes = shares(state.specs(), world_size)[rank]
-        if self.image is not None and self.image.boxes == boxes:
+        boxes = shares(state.kept(), world_size // state.replica_size)[rank // state.replica_size]
+        if self.image is not None and self.image.sources == boxes:
             return self.image
-        return Image(boxes, self.image.memory if self.image else None)
+        return Image(tuple(state.in_whole(box) for box in boxes), self.image.memory if self.image else None, boxes)
 
     def is_busy(self) -> bool:
         """A part is still being written."""
@@ -161,6 +161,8 @@ class Saver:
         store, step = Store.open(self.location), state.committed
         if step <= 0 or max((s for s, _ in committed(store)), default=0) >= step:
             return False
+        if state.replica_size > 1:
+            return False  # of no use without the other parts of the model
         image = Image(shares(state.specs(), 1)[0], self.image.memory if self.image else None)
         self.image = None  # its memory is another's now
         image.fill(state.take)
@@ -172,8 +174,8 @@ class Saver:
         commit(store, with_files(head, (entry,)))
         return True
 
-    def hashes(self, state: State) -> dict[str, str]:
-        parameters, whole = hashes(state.arrays(), state.committed * self.batch_size)
+    def hashes(self, arrays: Iterable[tuple[str, np.ndarray]], step: int) -> dict[str, str]:
+        parameters, whole = hashes_of(arrays, step * self.batch_size)
         return {"parameters_sha256": parameters, "state_sha256": whole}
 
     def restore(self, path: str, state: State, group: CollectiveGroup, at: Callable[[int], AbstractContextManager[Any]]) -> tuple[Manifest, int]:
@@ -188,7 +190,7 @@ class Saver:
         except OSError as error:
             raise BadCheckpoint(f"{shown(path)} cannot be read ({' '.join(str(error).split())[:200]}).") from error
         pieces = [piece for entry in manifest.files for piece in entry.pieces]
-        specs = state.specs()
+        specs = state.whole_specs()
         check_same({name: shape for name, (_, shape) in specs.items()}, {piece.name: piece.shape for piece in pieces})
         for piece in pieces:
             if piece.dtype != (dtype := specs[piece.name][0]):
@@ -202,7 +204,7 @@ class Saver:
 
     def initial(self, path: str, state: State) -> dict[str, np.ndarray]:
         """The values of [model] init by parameter name, which fit the model."""
-        return read_start(path, state.layout.places)
+        return read_start(path, state.whole)
 
 
 def check_finite(image: Image, step: int) -> None:

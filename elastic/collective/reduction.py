@@ -88,10 +88,12 @@ class SubtreeSums:
     """Adds up one member's run of shards, in order, with as few buffers as the tree allows.
 
     `begin(shard)` gives the buffer to which the shard's gradient must be added, each element once; `end(shard)` follows.
-    A run of n shards keeps at most log2(n) + 1 buffers while it lies on one subtree, and twice that where it straddles.
+    A run of n shards keeps at most log2(n) + 1 buffers while it lies on one subtree, and twice that where it straddles. With `apart`
+    every shard has a buffer of its own, to which may be added several times: (tree + g0) + g1 has other bits than tree + (g0 + g1).
     """
 
-    def __init__(self, run: range, num_shards: int, take: Callable[[], Buffer], give: Callable[[Buffer], None]):
+    def __init__(self, run: range, num_shards: int, take: Callable[[], Buffer], give: Callable[[Buffer], None], apart: bool = False):
+        self._apart = apart
         self._run, self._num_shards, self._tree = run, num_shards, parents(num_shards)
         self._take, self._give = take, give
         self._stack: list[tuple[Node, Buffer]] = []
@@ -104,7 +106,7 @@ class SubtreeSums:
         if self._open or shard != self._next or shard not in self._run:
             raise ValueError(f"shard {shard} is out of order; shard {self._next} of {self._run} is next.")
         self._open = True
-        if self._parent((shard, shard + 1)) is None:
+        if self._apart or self._parent((shard, shard + 1)) is None:
             self._stack.append(((shard, shard), self._take()))  # an empty node: its leaf is open
         return self._stack[-1][1]
 

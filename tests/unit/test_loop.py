@@ -15,7 +15,8 @@ from elastic.collective.local import Hub
 from elastic.collective.solo import SoloGroup
 from elastic.control import Control
 from elastic.errors import GroupBroken, NonFiniteLoss
-from elastic.loop import Plan, Work, commit, shard_seed, train
+from elastic.gradients import shard_seed
+from elastic.loop import Plan, Work, commit, train
 from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Line
 from elastic.state import State
 

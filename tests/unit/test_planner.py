@@ -13,7 +13,7 @@ import pytest
 from elastic import cli
 from elastic.collective.local import Hub, LocalGroup
 from elastic.collective.reduction import Scratch, SubtreeSums, reduce
-from elastic.loop import Buffers
+from elastic.gradients import Buffers
 from elastic.mesh import shards_of
 from elastic.parallel.planner import (
     Cluster,

@@ -1,0 +1,112 @@
+"""Training on a mesh without a controller: one thread a worker, from a recipe and a generation to each worker's end."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from elastic import workload
+from elastic.chaos import Injector
+from elastic.checkpoint.hashing import hashes_of
+from elastic.collective.local import Hub
+from elastic.control import Control
+from elastic.loop import Work, train
+from elastic.mesh import Mesh
+from elastic.messages import Generation, Line
+from elastic.parallel.relay import whole_arrays
+from elastic.recipe import Recipe
+from elastic.workload import Workload, build_work
+
+LIMIT_S = 120.0
+
+
+@dataclass
+class Trained:
+    """What one run came to: by step, and the whole model at its end as every worker put it together."""
+
+    losses: list[float]
+    evaluations: list[dict[str, float]]
+    first_gradient: dict[str, np.ndarray]  # of step 1, reduced, by parameter, whole
+    arrays: dict[str, np.ndarray]
+    hashes: set[str]
+    counts: list[Counter[str]]  # bytes of collectives, by rank
+
+
+class Member:
+    """One worker. `gradient` is its part of the first step's, before anything is applied."""
+
+    def __init__(self, recipe: Recipe, info: Mapping[str, Any], mesh: Mesh, rank: int):
+        self.lines: list[Any] = []
+        self.rank, self.mesh = rank, mesh
+        self.work: Work = build_work(recipe, Workload.open(recipe, info), Control(), self.lines.append, lambda order, evaluation: None,
+                                     replace(mesh.seat(rank), data=0))
+        self.work.state.start(recipe.run.seed)
+        self.gradient: dict[str, np.ndarray] = {}
+        update = self.work.backend.update
+
+        def noted(*arguments: Any) -> None:
+            if not self.gradient:
+                layout = self.work.state.layout
+                assert self.work.gradient is not None
+                self.gradient = {name: np.array(view) for name, view in layout.views(self.work.gradient, layout.trainable_names).items()}
+            update(*arguments)
+
+        self.work.backend.update = noted  # type: ignore[method-assign]
+
+    def live(self, generation: Generation, hub: Hub, found: dict[int, Any]) -> None:
+        try:
+            group = hub.form(generation.number, self.rank, self.mesh.world_size)
+            train(self.work, generation, group, Injector((), self.rank, lambda spec: None, lambda fault: None, lambda fault, group: group))
+            links = self.work.links
+            assert links is not None
+            arrays = {name: np.array(array) for name, array in whole_arrays(self.work.state, links.replica, lambda number: nullcontext())}
+            found[self.rank] = arrays
+        except BaseException as error:
+            found[self.rank] = error
+
+
+def train_on(recipe: Recipe, mesh: Mesh) -> Trained:
+    """All steps of a recipe, whose [mesh] must have the degrees of `mesh`. Whatever a worker raises is raised here."""
+    info, hub = workload.prepare(recipe), Hub()
+    members = [Member(recipe, info, mesh, rank) for rank in range(mesh.world_size)]
+    generation = Generation(1, tuple(f"w{r}" for r in range(mesh.world_size)), "", "local", 0, checkpointed=1 << 40,
+                            mesh=(mesh.data, mesh.pipeline, mesh.tensor, mesh.expert))
+    found: dict[int, Any] = {}
+    threads = [threading.Thread(target=member.live, args=(generation, hub, found), daemon=True) for member in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    errors = [error for error in found.values() if isinstance(error, BaseException)]
+    if errors:
+        raise errors[0]
+    assert len(found) == len(members), f"ranks {sorted(set(range(len(members))) - set(found))} hang"
+    lines = [line.fields for line in members[0].lines if isinstance(line, Line) and line.file == "metrics"]
+    return Trained([fields["loss"] for fields in lines if "loss" in fields], [fields["eval"] for fields in lines if "eval" in fields],
+                   assembled(members), found[0], {hashes_of(arrays.items(), 0)[1] for arrays in found.values()},
+                   [member.work.links.counts for member in members if member.work.links])
+
+
+def assembled(members: Sequence[Member]) -> dict[str, np.ndarray]:
+    """The first gradients of replica 0, whole: each part from its keeper."""
+    first = members[0].work
+    if first.portion is None:
+        return first_of(members, 0)
+    layout, out = first.portion.layout, {}
+    for name, spec in layout.parameters.items():
+        whole = np.full(spec.shape, np.nan)
+        for seat in layout.keepers(name):
+            box = layout.box(name, seat)
+            whole[tuple(slice(s, s + c) for s, c in zip(box.start, box.count, strict=True))] = first_of(members, layout.mesh.rank(seat))[name]
+        out[name] = whole
+    return out
+
+
+def first_of(members: Sequence[Member], rank: int) -> dict[str, np.ndarray]:
+    return members[rank].gradient

@@ -1,0 +1,112 @@
+"""A state that moves from one mesh to another keeps every bit: parameters, optimizer slots, averages, on threads."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backends.reference.backend import create
+from elastic.collective.local import Hub
+from elastic.mesh import Mesh, Seat
+from elastic.parallel.layout import Layout
+from elastic.parallel.portion import Portion
+from elastic.parallel.relay import relay, whole_arrays
+from elastic.state import State
+from nlp import gpt
+
+SETTINGS = SimpleNamespace(device="cpu", precision="float32", threads=1, compile=False)
+MODEL = gpt.build({"layers": 3, "heads": 4, "width": 16, "context": 4, "bias": True}, {"vocab_size": 7})
+
+
+def state_on(mesh: Mesh, seat: Seat, values: dict[str, np.ndarray] | None = None) -> State:
+    """A seat's state, with these whole arrays in it."""
+    portion = Portion(MODEL, Layout(MODEL, mesh), seat)
+    state = State(create(portion, SETTINGS), "adamw", ("h1.mlp.*",), ("*ln*",), True, portion)
+    for name, view in state.views.items():
+        box = state.box(name)
+        view[...] = -1.0 if values is None else values[name] if box is None else values[name][
+            tuple(slice(s, s + c) for s, c in zip(box.start, box.count))]
+    state.committed = 5
+    return state
+
+
+def together(size: int, act: Any) -> list[Any]:
+    """What `act(group)` gives on each of so many threads; raises what one of them raised."""
+    hub = Hub()
+    found: dict[int, Any] = {}
+
+    def live(rank: int) -> None:
+        try:
+            found[rank] = act(hub.form(1, rank, size))
+        except BaseException as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=live, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for error in found.values():
+        if isinstance(error, BaseException):
+            raise error
+    return [found[rank] for rank in range(size)]
+
+
+def random_values() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {name: rng.standard_normal(shape).astype(kind) for name, (kind, shape) in state_on(Mesh(1), Seat()).specs().items()}
+
+
+MESHES = {"t4": Mesh(1, 1, 4), "t2d2": Mesh(2, 1, 2), "p2t2": Mesh(1, 2, 2), "p4": Mesh(1, 4), "d4": Mesh(4), "p2d2": Mesh(2, 2)}
+
+
+@pytest.mark.parametrize(("before", "after"), [("t4", "t2d2"), ("t2d2", "t4"), ("p2t2", "d4"), ("d4", "p4"), ("p2d2", "p2t2"), ("p4", "t4")])
+def test_every_array_arrives(before: str, after: str) -> None:
+    old, new, values = MESHES[before], MESHES[after], random_values()
+    holders = {rank: old.seat(rank) for rank in range(4)}
+
+    def act(group: Any) -> dict[str, np.ndarray]:
+        given = state_on(old, Seat(**{**vars(old.seat(group.rank)), "data": 0}), values)
+        taken = state_on(new, Seat(**{**vars(new.seat(group.rank)), "data": 0}))
+        relay(group, Layout(MODEL, old), holders, given, Layout(MODEL, new), taken, lambda number: nullcontext())
+        replica = group.subgroup(new.replica(group.rank)) if new.replica_size > 1 else group
+        return {name: np.array(array) for name, array in whole_arrays(taken, replica, lambda number: nullcontext())}
+
+    for arrays in together(4, act):
+        assert arrays.keys() == values.keys()
+        for name, array in arrays.items():
+            assert array.tobytes() == values[name].tobytes(), name
+
+
+def test_one_replica_is_enough_and_what_a_joiner_held_is_not_asked() -> None:
+    """Of two replicas of tensor = 2 one is left, and two newcomers have nothing."""
+    old, new, values = MESHES["t2d2"], MESHES["t4"], random_values()
+    holders = {1: old.seat(1), 2: old.seat(2)}  # seat 1 of replica 0, seat 0 of replica 1
+
+    def act(group: Any) -> dict[str, np.ndarray]:
+        given = state_on(old, Seat(tensor=holders[group.rank].tensor), values) if group.rank in holders else None
+        taken = state_on(new, Seat(tensor=group.rank))
+        relay(group, Layout(MODEL, old), holders, given, Layout(MODEL, new), taken, lambda number: nullcontext())
+        return {name: np.array(array) for name, array in whole_arrays(taken, group, lambda number: nullcontext())}
+
+    for arrays in together(4, act):
+        assert all(array.tobytes() == values[name].tobytes() for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_a_checkpoint_s_stretches_find_their_places_in_a_part(rows: int) -> None:
+    """`State.put`: any stretch of any box of a whole array, into the part that a seat holds."""
+    values = random_values()
+    state = state_on(Mesh(1, 1, 2), Seat(tensor=1))
+    for name, whole in values.items():
+        flat = np.ascontiguousarray(whole).reshape(-1)
+        for low in range(0, len(flat), rows):
+            state.put(name, (0,) * whole.ndim, whole.shape, low, flat[low:low + rows])
+    wanted = state_on(Mesh(1, 1, 2), Seat(tensor=1), values)
+    for name, view in state.views.items():
+        assert view.tobytes() == wanted.views[name].tobytes(), name
