@@ -71,7 +71,7 @@ def member(rank: int, size: int, job: Job, pipe: Any) -> None:
     axis = None
     if size > 1:
         axis = Timed("tensor", SharedGroup.form(rank, size, job.address, f"{job.width}", threading.Event(), 60))
-        backend.connect({dim: axis for dim in layout.dims})
+        backend.connect(dict.fromkeys(layout.dims, axis))
     tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, TIME + 1)).astype(np.int32)
     batch, into = {"tokens": tokens, "row_weight": np.ones(ROWS, np.float32)}, shaped(gradient, flat.places)
     times, between, loss = [], [], 0.0
