@@ -125,6 +125,33 @@ def test_a_spare_s_state_does_not_count_after_a_step() -> None:
     assert formed(stand(machine, "b", 10)).committed == -1
 
 
+def test_a_spare_of_a_past_that_is_given_up_counts_no_more() -> None:
+    machine = running("a", "b", "c", "d")
+    machine.feed(m.Lost("b", "killed"), m.Lost("d", "killed"))
+    stand(machine, "a", 9)
+    assert formed(stand(machine, "c", 9)).committed == -1
+    machine.ready("x")
+    machine.feed(m.Lost("a", "killed"))
+    assert formed(stand(machine, "c", 9)).committed == -1, "all that there is of seat 1 was lost"
+    assert not machine.state.last
+
+
+def test_who_has_no_seat_has_no_state() -> None:
+    machine = running("a", "b")
+    stand(machine, "a", 9)
+    assert formed(stand(machine, "b", 9, seat=-1)).committed == -1
+
+
+def test_who_moves_to_another_seat_is_healed_there() -> None:
+    machine = running("a", "b", "c", "d", "e", "f", bounds=Bounds(2, 6, 6, meshes=((1, 2, 1),)))
+    machine.feed(m.Lost("d", "killed"), m.Lost("f", "killed"))
+    for name in "ac":
+        stand(machine, name, 9)
+    stand(machine, "b", 9)
+    generation = formed(stand(machine, "e", 9))
+    assert (generation.members, generation.healers) == (("a", "b", "c", "e"), ((1, (3,)),)), "e held what a and c hold"
+
+
 # Another mesh.
 
 
@@ -182,7 +209,8 @@ def test_a_move_that_broke_starts_from_where_the_state_is_whole() -> None:
     generation = rejoin(4, ("a", "b"), "", (1, 1, 2, 1), whole)
     assert [h.seat for h in generation.relaid] == [0, -1]
     words["c"] = Standing("c", 3, "broken", 7, **{**new, "seat": 0})
-    whole = find_whole(words, "abc", (1, 2, 1))
+    words |= {name: Standing(name, 3, "broken", 7, **old) for name in "de"}
+    whole = find_whole(words, "abcde", (1, 2, 1))
     assert whole and whole.degrees == (1, 2, 1), "the preferred mesh's, where both are whole"
 
 
