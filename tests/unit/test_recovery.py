@@ -126,14 +126,14 @@ def test_a_spare_s_state_does_not_count_after_a_step() -> None:
 
 
 def test_a_spare_of_a_past_that_is_given_up_counts_no_more() -> None:
-    machine = running("a", "b", "c", "d")
-    machine.feed(m.Lost("b", "killed"), m.Lost("d", "killed"))
+    machine = running("a", "b", "c", "d", "e", "f", bounds=Bounds(2, 6, 6, meshes=((1, 2, 1),)))
+    machine.feed(*[m.Lost(w, "killed") for w in "bdf"])
     stand(machine, "a", 9)
-    assert formed(stand(machine, "c", 9)).committed == -1
-    machine.ready("x")
-    machine.feed(m.Lost("a", "killed"))
-    assert formed(stand(machine, "c", 9)).committed == -1, "all that there is of seat 1 was lost"
-    assert not machine.state.last
+    stand(machine, "c", 9)
+    generation = formed(stand(machine, "e", 9))
+    assert (generation.members, generation.committed) == (("a", "c"), -1) and "e" in machine.state.ready
+    machine.feed(m.Lost("a", "killed"))  # when step 9 was reached anew
+    assert formed(stand(machine, "c", 9)).committed == -1, "what e has of seat 0 is of another step 9"
 
 
 def test_who_has_no_seat_has_no_state() -> None:
