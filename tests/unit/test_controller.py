@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from elastic import controller as controllers
 from elastic import membership as m
 from elastic.chaos import parse
 from elastic.controller import FENCED
+from elastic.journal import replay
 from elastic.messages import Ballot, Line, Part, Progress, Ready, Standing
-from tests.rig import Clock, Rig, metric, save
+from elastic.observe.events import read_lines
+from elastic.policy import Bounds
+from tests.rig import SETTINGS, Clock, Rig, metric, save
 
 
 @pytest.fixture
@@ -70,6 +74,27 @@ def test_lines_that_a_dead_rank_0_took_with_it_come_from_the_survivors(rig: Rig)
     assert rig.written() == [1, 2, 3, 4]
     generation, workers = rig.assigned()
     assert (generation.committed, generation.written, workers) == (4, 4, ["c", "b"])
+
+
+def test_a_change_of_mesh_is_told_and_can_be_replayed(tmp_path: Path, clock: Clock) -> None:
+    bounds = Bounds(1, 4, 8, meshes=((1, 1, 1), (1, 2, 1)))
+    rig = Rig(tmp_path, clock, replace(SETTINGS, bounds=bounds))
+    rig.start("a", "b", "c", "d")
+    rig.steps(1, 2)
+    rig.controller.advance(m.ScaleTo(4, (1, 2, 1)))
+    for worker in "abcd":
+        rig.say(Standing(worker, 1, "stopped", 2, ballot=Ballot(2, (1.0,), (1.0,), 1), mesh=(4, 1, 1, 1), seat=0))
+    generation, workers = rig.assigned()
+    assert (generation.mesh, workers, len(generation.relaid)) == ((2, 1, 2, 1), list("abcd"), 4)
+    was, now = ({"data": 4, "pipeline": 1, "tensor": 1, "expert": 1}, {"data": 2, "pipeline": 1, "tensor": 2, "expert": 1})
+    assert [e["mesh"] for e in rig.events("generation_started")] == [was, now]
+    (relaid,) = rig.events("relaid")
+    assert (relaid["from"], relaid["to"], relaid["generation"], relaid["step"]) == (was, now, 2, 2)
+    rig.steps(3, generation=2)
+    (resized,) = rig.events("resized")
+    assert (resized["from"], resized["to"], resized["mesh"]) == (4, 4, now)
+    past = replay(read_lines(tmp_path / "journal.jsonl")[1:], bounds, 0)
+    assert past.state == rig.controller.state and past.published == generation
 
 
 def test_lines_of_an_older_generation_are_not_taken(rig: Rig) -> None:
