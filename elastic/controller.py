@@ -26,7 +26,7 @@ from elastic.confirm import confirmed
 from elastic.fleet import Fleet
 from elastic.inbox import Inbox
 from elastic.journal import Journal, replay
-from elastic.messages import Axes, Generation, Job, Line, Part, Progress, Ready, Save, Standing, shape
+from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Save, Standing
 from elastic.observe.events import read_lines, replace_text
 from elastic.observe.metrics import build_summary
 from elastic.policy import Bounds, Pulse
@@ -354,22 +354,19 @@ class Controller:
         generation = replace(generation, written=self.books.written, evaluated=self.books.evaluated,
                              checkpointed=self.commits.newest, chaos=tuple(self.chaos))
         self.journal.published(generation)
-        self.announce_generation(generation, action.was)
+        self.announce_generation(generation)
         now = time.monotonic()
         self.pulses = {w: Pulse(generation.committed, "start", 0, False, now, now) for w in generation.members}
         for worker in generation.members:
             self.fleet.assign(worker, generation)
 
-    def announce_generation(self, generation: Generation, was: Axes) -> None:
+    def announce_generation(self, generation: Generation) -> None:
         self.books.generation = generation.number
         members = [self.live[w] for w in generation.members]
         self.books.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
                          mesh=generation.shape.as_dict(),
                          workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid, "compilations": r.compilations}
                                   for i, r in enumerate(members)])
-        if generation.relaid:
-            meshes: dict[str, Any] = {"from": shape(was).as_dict(), "to": generation.shape.as_dict()}
-            self.books.event("relaid", generation.committed, **meshes)
 
     def completed(self, generation: Generation) -> Generation:
         """With the transport, and a start from the newest good checkpoint (or the recipe) where no member has any state."""

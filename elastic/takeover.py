@@ -71,7 +71,7 @@ def again(controller: Controller, action: m.Form, past: Past) -> None:
     if books.stepped < generation.number and (action.before or books.last_commit):
         books.interrupted(generation.number, action.cause, action.before, len(generation.members), 0, action.was, generation.mesh)
     if books.generation < generation.number:
-        controller.announce_generation(generation, action.was)
+        controller.announce_generation(generation)
     tell(controller, generation, (w for w in generation.members if w in controller.state.ready and w not in controller.state.standing))
 
 
