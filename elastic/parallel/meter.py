@@ -2,19 +2,19 @@
 
 Floating-point operations are those of matrix products, convolutions and attention, as utilisation counts them (Chowdhery et al.
 2022, appendix B): a multiplication and an addition each, the gradients of both factors where they are wanted. Kept is what the
-backward pass still needs after the forward pass, parameters and batch left out, each piece of memory once.
+backward pass still needs after the forward pass, parameters and batch left out, each piece of memory once. Where dims are
+split, shapes are one worker's, and what its collectives carry is counted as `elastic.parallel.axis.Axis` does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from elastic.backend import Batch, Model
 from elastic.ops import Kernels
 
 FLOAT = 4  # bytes
@@ -34,33 +34,32 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Measure:
-    """One shard's training pass: `flops` forward and backward, `kept_bytes` alive when the backward pass begins, and `again_bytes` of the
-    largest stretch that it computes again.
-    """
+class Place:
+    """One place of an axis of the mesh, as ops ask for it."""
 
-    flops: int
-    kept_bytes: int
-    again_bytes: int = 0
+    name: str
+    size: int
+    rank: int = 0
 
 
-def measure(model: Model, batch: Batch) -> Measure:
-    """Of a neutral model on a batch like this one."""
-    ops = MeterOps()
-    params = {name: Shape(spec.shape, True, owned=False) for name, spec in model.parameters.items()}
-    state = {name: Shape(spec.shape, False, owned=False) for name, spec in model.buffers.items()}
-    columns = {name: Shape(np.shape(column), False, owned=False) for name, column in batch.items()}
-    model.loss(ops, params, state, columns, 0)
-    return Measure(ops.flops, ops.kept_bytes, ops.again_bytes)
+@dataclass(frozen=True)
+class Move:
+    """One collective: "AXIS.KIND", and the bytes that a worker gives to it."""
+
+    key: str
+    bytes: int
+    is_forward: bool
 
 
 class MeterOps(Kernels):
-    """Counts while the model runs."""
+    """Counts while the model runs. `moves`: this worker's collectives, forward and backward."""
 
     name = "meter"
 
-    def __init__(self) -> None:
+    def __init__(self, axes: Mapping[str, Place] | None = None) -> None:
+        self.axes = axes or {}
         self.flops = self.forward = self.again_bytes = 0
+        self.moves: list[Move] = []
         self._kept: dict[int, Shape] = {}
 
     @property
@@ -87,6 +86,31 @@ class MeterOps(Kernels):
         if x.grad:
             self._keep(y)
 
+    def _move(self, dim: str, kind: str, size: int, is_forward: bool = True) -> None:
+        self.moves.append(Move(f"{self.axes[dim].name}.{kind}", size * FLOAT, is_forward))
+
+    def _enter(self, x: Shape, dim: str) -> Shape:
+        if x.grad:
+            self._move(dim, "all_reduce", x.size, False)
+        return self._view(x, x.shape)
+
+    def _leave(self, x: Shape, dim: str) -> Shape:
+        self._move(dim, "all_reduce", x.size)
+        return self._new(x.shape, x)
+
+    def _collect(self, x: Shape, dim: str) -> Shape:
+        self._move(dim, "all_gather", x.size)
+        return self._new((*x.shape[:-1], x.shape[-1] * self.degree(dim)), x)
+
+    def _exchange(self, x: Shape, dim: str) -> Shape:
+        self._move(dim, "all_to_all", x.size)
+        if x.grad:
+            self._move(dim, "all_to_all", x.size, False)
+        return self._new(x.shape, x)
+
+    def attach(self, x: Shape, penalty: Shape) -> Shape:
+        return self._view(x, x.shape)
+
     def constant(self, values: Any) -> Shape:
         return Shape(np.shape(values), False, owned=False)
 
@@ -111,8 +135,9 @@ class MeterOps(Kernels):
         shape[axis] = length
         return self._view(x, shape)
 
-    def gather(self, table: Shape, indices: Shape) -> Shape:
-        return self._new(indices.shape + table.shape[1:], table)
+    def gather(self, table: Shape, indices: Shape, dim: str = "") -> Shape:
+        out = self._new(indices.shape + table.shape[1:], table)
+        return self.leave(out, dim)
 
     def _elementwise(self, x: Any, y: Any) -> Shape:
         shapes = [value.shape if isinstance(value, Shape) else () for value in (x, y)]
@@ -238,8 +263,10 @@ class MeterOps(Kernels):
 
     def recompute(self, function: Callable[..., Shape], *arrays: Shape) -> Shape:
         before, forward, self._kept = self._kept, self.forward, {}
+        first = len(self.moves)
         out = function(*arrays)
         self.flops += self.forward - forward
+        self.moves += [replace(move, is_forward=False) for move in self.moves[first:] if move.is_forward]
         self.again_bytes, self._kept = max(self.again_bytes, self.kept_bytes), before
         self._keep(*arrays)
         return out
@@ -258,7 +285,11 @@ class MeterOps(Kernels):
             self._keep(x, Shape(out.shape, False, itemsize=INDEX))
         return out
 
-    def cross_entropy(self, logits: Shape, targets: Shape, weights: Shape) -> Shape:
+    def cross_entropy(self, logits: Shape, targets: Shape, weights: Shape, dim: str = "") -> Shape:
+        """Split, it exchanges a maximum, and then a sum and a logit, of every place."""
+        if self.degree(dim) > 1:
+            self._move(dim, "all_reduce", math.prod(logits.shape[:-1]))
+            self._move(dim, "all_reduce", 2 * math.prod(logits.shape[:-1]))
         self._by_output(logits)
         self._keep(weights)
         return self._new((), logits)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.parallel.meter import measure
+from elastic.parallel.measure import measure
 from nlp import bert, gpt
 from recommender import dlrm
 from tests.contract.frameworks import load

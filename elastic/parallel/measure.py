@@ -1,0 +1,92 @@
+"""What a training pass of a neutral model costs a worker, piece by piece, on whatever part of it the worker holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from elastic.backend import Batch, Spec
+from elastic.mesh import Seat
+from elastic.parallel.layout import Layout
+from elastic.parallel.meter import FLOAT, MeterOps, Move, Place, Shape
+
+WHOLE = ""  # the one piece of a model that has none
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One pass over a batch: `flops` forward and backward, `forward` of them forward, `kept_bytes` alive when the backward pass begins, `again_bytes` of the largest
+    stretch that it computes again, `out_shape` of what goes on to the next piece, and the collectives.
+    """
+
+    flops: int
+    kept_bytes: int
+    again_bytes: int = 0
+    out_shape: tuple[int, ...] = ()
+    moves: tuple[Move, ...] = ()
+    forward: int = 0
+
+    @property
+    def out_bytes(self) -> int:
+        return FLOAT * int(np.prod(self.out_shape, dtype=np.int64))
+
+
+def measure(model: Any, batch: Batch) -> Measure:
+    """Of a whole neutral model on a batch like this one."""
+    ops = MeterOps()
+    model.loss(ops, shapes(model.parameters, True), shapes(model.buffers, False), columns_of(batch), 0)
+    return Measure(ops.flops, ops.kept_bytes, ops.again_bytes, forward=ops.forward)
+
+
+def pieces(model: Any, batch: Batch, layout: Layout, seat: Seat) -> dict[str, Measure]:
+    """Of every piece, whoever's stage it is on, with the parts of it that the tensor and expert places of `seat` hold.
+
+    `batch`: the rows of one micro-batch that a worker of the seat's place on the expert axis gets.
+    """
+    if not hasattr(model, "pieces"):
+        return {WHOLE: measure(model, batch)}
+    axes = {dim: Place(axis, getattr(layout.mesh, axis), getattr(seat, axis)) for dim, axis in layout.dims.items()}
+    params = shapes({name: Spec(layout.box(name, seat).count) for name in layout.parameters}, True)
+    columns, x, found = columns_of(batch), None, {}
+    for piece in model.pieces:
+        ops = MeterOps(axes)
+        mine = {name: params[name] for name in model.names(piece)}
+        x = model.run(ops, mine, piece, x, columns, 0)
+        shape = x.shape
+        if piece == model.pieces[-1]:
+            model.score(ops, x, columns, 0)
+            shape = ()
+        found[piece] = Measure(ops.flops, ops.kept_bytes, ops.again_bytes, shape, tuple(ops.moves), ops.forward)
+        x = Shape(x.shape, True)  # in the next piece's hands, whoever computes that: kept where it needs it
+    return found
+
+
+def shapes(specs: Mapping[str, Spec], grad: bool) -> dict[str, Shape]:
+    return {name: Shape(spec.shape, grad, owned=False) for name, spec in specs.items()}
+
+
+def columns_of(batch: Batch) -> dict[str, Shape]:
+    return {name: Shape(np.shape(column), False, owned=False) for name, column in batch.items()}
+
+
+def rows_of(batch: Batch, rows: int) -> dict[str, Any]:
+    """The first rows of a batch."""
+    return {name: column[:rows] for name, column in batch.items()}
+
+
+def together(parts: Sequence[Measure]) -> Measure:
+    """Pieces one after the other on one worker."""
+    return Measure(sum(part.flops for part in parts), sum(part.kept_bytes for part in parts), max(part.again_bytes for part in parts),
+                   parts[-1].out_shape, tuple(move for part in parts for move in part.moves), sum(part.forward for part in parts))
+
+
+def totals(moves: Sequence[Move]) -> dict[str, tuple[int, int]]:
+    """(calls, bytes) by "AXIS.KIND"."""
+    found: dict[str, tuple[int, int]] = {}
+    for move in moves:
+        calls, moved = found.get(move.key, (0, 0))
+        found[move.key] = calls + 1, moved + move.bytes
+    return found
