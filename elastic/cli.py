@@ -167,19 +167,24 @@ def plan(recipe: Recipe, set_: Sets = [],  # noqa: B006
          memory_gb: Annotated[float, typer.Option(min=0, help="Memory of a worker.")] = 0.0,
          tflops: Annotated[float, typer.Option(min=0, help="What a worker computes, in 10^12 operations a second; none: a trial here.")] = 0.0,
          intra_gbps: Annotated[float, typer.Option(min=0, help="Gigabits a second of a worker within its node; none: a copy here.")] = 0.0,
-         inter_gbps: Annotated[float, typer.Option(min=0.001, help="Gigabits a second of a node.")] = 10.0) -> int:
-    """A step's seconds, memory and traffic on every number of workers, and which to take."""
-    from elastic.forecast import sentences, table
-    from elastic.preview import cluster_of, measured
+         inter_gbps: Annotated[float, typer.Option(min=0.001, help="Gigabits a second of a node.")] = 10.0,
+         mesh: Annotated[str, typer.Option(metavar="data=2,tensor=2", help="Which mesh --show-layout shows; none: the recommended one.")] = "",
+         show_layout: Annotated[bool, typer.Option("--show-layout", help="How every parameter lies, and what a step's collectives carry.")] = False,
+         calibrate: Annotated[bool, typer.Option("--calibrate", help="First measures this machine, for this plan and later ones.")] = False) -> int:
+    """A step's seconds, memory and traffic on every mesh of the cluster's workers, and which to take."""
+    from elastic import planning
     from elastic.recipe import load_recipe
     from elastic.trainer import Trainer
 
     resolved = load_recipe(recipe, set_)
-    task = measured(resolved, Trainer(resolved).check(), tflops * 1e12)
-    cluster = cluster_of(nodes, gpus_per_node or resolved.elastic.max_workers, memory_gb, intra_gbps, inter_gbps)
-    Console(highlight=False, width=WIDE).print(table(task, cluster))
-    for line in sentences(resolved, task, cluster):
-        say(line)
+    info = Trainer(resolved).check()
+    size = planning.Size(nodes, gpus_per_node or resolved.elastic.max_workers, memory_gb, intra_gbps, inter_gbps)
+    if calibrate:
+        for line in planning.calibrated(resolved, info, size):
+            say(line, "dim")
+    console = Console(highlight=False, width=WIDE)
+    for part in planning.parts(resolved, info, size, tflops * planning.TERA, planning.Shown(show_layout, mesh)):
+        say(part) if isinstance(part, str) else console.print(part)
     return DONE
 
 

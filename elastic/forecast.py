@@ -1,48 +1,104 @@
-"""A plan as a person reads it: a row for every number of workers, and what to do in words."""
+"""A plan as a person reads it: a row for every mesh, best first, and what to do in words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.table import Table
 
 from elastic.errors import UserError
+from elastic.mesh import AXES, Mesh
 from elastic.observe.words import count, duration, size
-from elastic.parallel.planner import Cluster, Forecast, Task, choose, enough_shards, forecasts, verdict
+from elastic.parallel.costs import Cluster
+from elastic.parallel.planner import Forecast, Question, choose, enough_shards, over, ranked, verdict
 from elastic.recipe import Recipe
 
-HEADS = ("workers", "shards", "step", "work", "exchange", "update", "speed-up", "at best", "sent", "memory", "")
+HEADS = ("mesh", "workers", "micro-batches", "step", "work", "bubble", "tensor", "expert", "stages", "cores", "gradients", "update", "speed-up",
+         "at best", "memory", "")
+ROWS = 30  # that a person reads
+Variant = tuple[str, Callable[[], Sequence[Forecast]]]  # a change to the recipe in words, and the forecasts with it
 
 
-def table(task: Task, cluster: Cluster) -> Table:
-    """Every useful number of workers."""
-    found = forecasts(task, cluster)
-    best = choose(found, cluster)
-    out = Table(*HEADS, box=None, pad_edge=False)
+def named(mesh: Mesh) -> str:
+    """data=2,tensor=2: as a command's --mesh reads it."""
+    return ",".join(f"{axis}={getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1) or "data=1"
+
+
+def shown(found: Sequence[Forecast], cluster: Cluster) -> list[Forecast]:
+    """Best first: every number of replicas of one worker, and of each other layout the best number."""
+    by: dict[Mesh, list[Forecast]] = {}
     for one in found:
-        out.add_row(*cells(one), verdict(one, best, cluster), style="bold green" if one is best else "")
+        by.setdefault(Mesh(one.mesh.data if one.mesh.replica_size == 1 else 1, one.mesh.pipeline, one.mesh.tensor, one.mesh.expert), []).append(one)
+    best = [choose(each, cluster) or min(each, key=lambda one: one.memory.total) for each in by.values()]
+    return ranked(best, choose(found, cluster), cluster)
+
+
+def table(found: Sequence[Forecast], cluster: Cluster) -> Table:
+    """What `shown` gives; columns of which there is nothing to say are left out."""
+    best, rows = choose(found, cluster), shown(found, cluster)[:ROWS]
+    alone = next((one.step_s for one in found if one.workers == 1), 0.0)
+    cells = [[*row(one, alone), verdict(one, best, cluster)] for one in rows]
+    kept = [i for i, head in enumerate(HEADS) if head in ("mesh", "step", "") or any(line[i] not in ("0.0 ms", "1") for line in cells)]
+    out = Table(*(HEADS[i] for i in kept), box=None, pad_edge=False)
+    for one, line in zip(rows, cells, strict=True):
+        out.add_row(*(line[i] for i in kept), style="bold green" if one is best else "")
     return out
 
 
-def cells(one: Forecast) -> list[str]:
-    times = [duration(value) if value >= 1 else f"{value * 1e3:.1f} ms" for value in (one.step_s, one.compute_s, one.exchange_s, one.update_s)]
-    return [str(one.workers), str(one.rounds), *times, f"{one.speedup:.2f}", f"{one.bound:.2f}", size(one.sent_bytes), size(one.memory_bytes)]
+def row(one: Forecast, alone: float) -> list[str]:
+    taken = one.seconds
+    times = [brief(value) for value in (one.step_s, taken.compute, taken.bubble, taken.tensor, taken.expert, taken.messages, taken.cores,
+                                        taken.reduction, taken.update)]
+    return [named(one.mesh), str(one.workers), str(one.candidate.micro_batches), *times, f"{alone / one.step_s:.2f}" if alone and one.step_s else "",
+            f"{one.bound:.2f}", size(one.memory.total)]
 
 
-def sentences(recipe: Recipe, task: Task, cluster: Cluster) -> Iterator[str]:
-    """The recommendation. UserError where no number of workers fits."""
-    found = forecasts(task, cluster)
+def brief(seconds: float) -> str:
+    return duration(seconds) if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def reason(best: Forecast, found: Sequence[Forecast], cluster: Cluster) -> str:
+    """Why this mesh, in half a sentence."""
+    alone = next((one for one in found if one.workers == 1), None)
+    if alone and alone is not best and over(alone, cluster):
+        return f"one worker would need {size(alone.memory.total)} and has {size(cluster.memory)}"
+    if alone and alone is not best:
+        return f"{alone.step_s / best.step_s:.2f} times as fast as one worker"
+    others = [one for one in found if one.workers > best.workers and not over(one, cluster)]
+    return "no larger mesh is faster" if others else "nothing larger has room"
+
+
+def sentences(recipe: Recipe, asked: Question, cluster: Cluster, found: Sequence[Forecast], variants: Sequence[Variant] = ()) -> Iterator[str]:
+    """The recommendation. UserError where no mesh fits."""
     best = choose(found, cluster)
     if best is None:
-        least = min(found, key=lambda one: one.memory_bytes)
-        more = size(least.memory_bytes - cluster.memory)
-        raise UserError(f"A worker needs {size(least.memory_bytes)} at least, {more} more than it has; give it more memory, or take a smaller "
-                        'model, more elastic.logical_shards (smaller ones) or optimizer.name = "sgd".')
-    yield (f"elastic.max_workers = {best.workers}: {best.speedup:.2f} times as fast as one worker ({count(task.num_shards, 'logical shard')} allow "
-           f"{best.bound:.2f}); {best.exchange_s / best.step_s:.0%} of a step is exchange.")
-    room = cluster.nodes * cluster.workers_per_node
-    if room > task.num_shards:
-        shards = enough_shards(recipe.data.batch_size, room)
-        yield (f"{count(room, 'worker')} have room here and {task.num_shards} shards feed only as many: " + (
+        raise UserError(too_large(found, cluster, variants))
+    mesh = best.mesh
+    keys = [f"mesh.{axis} = {getattr(mesh, axis)}" for axis in ("pipeline", "tensor", "expert") if getattr(mesh, axis) > 1]
+    if best.candidate.micro_batches > 1:
+        keys.append(f"mesh.micro_batches = {best.candidate.micro_batches}")
+    moved = best.step_s - best.seconds.compute - best.seconds.update - best.seconds.cores
+    yield (f"{', '.join([f'elastic.max_workers = {best.workers}', *keys])}: {reason(best, found, cluster)} "
+           f"({count(asked.task.num_shards, 'logical shard')} allow {best.bound:.2f}); {moved / best.step_s if best.step_s else 0:.0%} of a step is "
+           "exchange and waiting.")
+    replicas = cluster.room // mesh.replica_size
+    if replicas > asked.task.num_shards:
+        shards = enough_shards(recipe.data.batch_size, replicas)
+        yield (f"{count(cluster.room, 'worker')} have room here and {asked.task.num_shards} shards feed only as many replicas: " + (
             f"elastic.logical_shards = {shards} would feed all." if shards else
-            f"data.batch_size = {recipe.data.batch_size} has no more equal parts; write a multiple of {room}."))
+            f"data.batch_size = {recipe.data.batch_size} has no more equal parts; write a multiple of {replicas}."))
+
+
+def too_large(found: Sequence[Forecast], cluster: Cluster, variants: Sequence[Variant]) -> str:
+    """By how much a run does not fit, and what would make it."""
+    least = min(found, key=lambda one: one.memory.total)
+    remedies = []
+    for words, variant in variants:
+        if any(not over(one, cluster) for one in variant()):
+            remedies.append(words)
+    parts = vars(least.memory)
+    worst = max(parts, key=lambda name: parts[name])
+    end = " or ".join(remedies) if remedies else ('give workers more memory, or take a smaller model, a smaller data.batch_size or '
+                                                  'optimizer.name = "sgd"')
+    return (f"A worker needs {size(least.memory.total)} at least ({named(least.mesh)}, {size(parts[worst])} of it {worst}), "
+            f"{size(over(least, cluster))} more than it has; {end}.")

@@ -1,31 +1,27 @@
-"""What a run will need, before it starts: parameters and memory, and a step's seconds on every number of workers."""
+"""What a run will need, before it starts: the question to the planner, and the memory of a worker."""
 
 from __future__ import annotations
 
 import os
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import psutil
 
-from elastic.backend import SLOTS, Backend, UpdateRule
+from elastic.backend import SLOTS, Batch
 from elastic.data.loader import load_batch
 from elastic.errors import UserError
-from elastic.parallel import meter
-from elastic.parallel.planner import FLOAT, Cluster, Task, state_bytes
+from elastic.mesh import Mesh
+from elastic.parallel import costs, meshes
+from elastic.parallel.costs import Candidate, Part, Task
+from elastic.parallel.measure import costs_of
+from elastic.parallel.planner import Question
 from elastic.recipe import Recipe
-from elastic.state import BLOCK, FlatLayout
-from elastic.workload import Workload, create_backend, framework, open_model, open_state
+from elastic.trial import Counted, Timed
+from elastic.workload import Workload, framework, open_model
 
 PROCESS_BYTES = 350_000_000  # a worker's interpreter with Ray and a framework loaded
-COPY = 1 << 25  # bytes
-TIMES = 5
-LATENCY_S = {True: 50e-6, False: 500e-6}  # of a call on one node over shared memory, and over TCP (benchmarks/results/reduction.md)
-GIGABIT = 1e9 / 8
 
 
 @dataclass(frozen=True)
@@ -43,67 +39,50 @@ class Preview:
 
 def preview(recipe: Recipe, info: Mapping[str, Any]) -> Preview:
     """The most that a worker of any of the recipe's groups needs, beside activations."""
-    task = task_of(recipe, open_model(recipe, info))
-    sizes = range(recipe.elastic.min_workers, recipe.elastic.max_workers + 1)
-    return Preview(task.parameters, max(state_bytes(task, size) for size in sizes), recipe.elastic.max_workers + recipe.elastic.spares)
+    asked = question(recipe, open_model(recipe, info))
+    mesh, elastic = recipe.mesh, recipe.elastic
+    layout = meshes.lay(asked.model, Mesh(1, mesh.pipeline, mesh.tensor, mesh.expert), asked.rules, asked.balance)
+    held, nothing = meshes.holdings(layout, asked.model, asked.rules), (Part(0.0, 0.0, 0),) * len(layout.depths)
+    sizes = {max(1, workers // layout.mesh.replica_size) for workers in range(elastic.min_workers, elastic.max_workers + 1)}
+    most = max(costs.memory(asked.task, Candidate(replace(layout.mesh, data=data), 1, nothing, held, num_chunks=layout.num_chunks)).total
+               for data in sizes)
+    whole = meshes.holding(meshes.lay(asked.model, Mesh(1), asked.rules, None), asked.model, asked.rules, layout.mesh.seat(0))
+    return Preview(whole.size, int(most), elastic.max_workers + elastic.spares)
 
 
-def task_of(recipe: Recipe, model: Any) -> Task:
-    """A step's buffers; its work is not known yet."""
+def question(recipe: Recipe, model: Any, batch: Mapping[str, Any] | None = None) -> Question:
+    """A run as the planner sees it. With a batch, stages are balanced by what the pieces compute."""
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
-    layout = FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
-    num_slots = len(SLOTS[recipe.optimizer.name]) + (recipe.optimizer.ema > 0)
-    return Task(layout.size, layout.trainable, layout.gradient, num_slots, recipe.elastic.logical_shards, recipe.elastic.reduction == "exact",
-                0, 0.0, 0.0, recipe.backend.threads)
+    mesh, optimizer, elastic = recipe.mesh, recipe.optimizer, recipe.elastic
+    task = Task(elastic.logical_shards, recipe.data.batch_size // elastic.logical_shards, len(SLOTS[optimizer.name]) + (optimizer.ema > 0),
+                elastic.reduction == "exact", recipe.backend.threads, optimizer.sharded, optimizer.twin)
+    rules = meshes.Rules(getattr(mesh, "layout", None) or None, getattr(mesh, "chunks", 1), recipe.model.freeze, recipe.optimizer.no_decay)
+    balance = costs_of(model, batch) if batch is not None else None
+    return Question(model, task, rules, balance, mesh.schedule, mesh.micro_batches)
 
 
-def measured(recipe: Recipe, info: Mapping[str, Any], flops_s: float = 0.0) -> Task:
-    """The task with its work: by its operations at `flops_s` a second (the update is left out then), or timed in this process.
+def example(work: Workload) -> Batch:
+    """One logical shard."""
+    return load_batch(work.training, work.sampler, 1, 0)
+
+
+def measured(recipe: Recipe, work: Workload, flops_s: float = 0.0) -> tuple[Question, Counted]:
+    """The question, and what the model's work costs: by its operations at `flops_s` a second (the update is left out then), or timed in
+    this process.
 
     UserError where a model of the user's own, whose operations nobody counts, is to be planned without a trial.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads: as the workers have it
-    work = Workload.open(recipe, info)
-    task, batch = task_of(recipe, work.model), load_batch(work.training, work.sampler, 1, 0)
-    if isinstance(getattr(work.model, "parameters", None), Mapping):
-        found = meter.measure(work.model, batch)
-        task = replace(task, kept_bytes=found.kept_bytes + found.again_bytes, shard_s=found.flops / flops_s if flops_s else 0.0)
-    elif flops_s:
+    batch = example(work)
+    asked = question(recipe, work.model, batch)
+    if flops_s and not isinstance(getattr(work.model, "parameters", None), Mapping):
         raise UserError(f"--tflops {flops_s / 1e12:g} says nothing of model.kind = {recipe.model.kind!r}, whose operations nobody counts; "
                         "leave it out.")
-    return task if flops_s else timed(recipe, task, create_backend(recipe, work.model), batch)
-
-
-def timed(recipe: Recipe, task: Task, backend: Backend, batch: Mapping[str, Any]) -> Task:
-    state = open_state(recipe, backend)
-    state.start(recipe.run.seed)
-    buffer, end = backend.allocate(state.layout.gradient), state.layout.trainable
-    views = state.layout.views(buffer, state.layout.trainable_names)
-    rule = UpdateRule(recipe.optimizer.name, 0.0, 0.0, 1.0, 1, recipe.optimizer.beta1, recipe.optimizer.beta2, recipe.optimizer.eps,
-                      recipe.optimizer.momentum)
-    shard_s = seconds(lambda: backend.gradients(batch, 0, views))
-    update_s = seconds(lambda: backend.update(rule, state.param[:end], buffer[:end], state.slots, BLOCK))
-    return replace(task, shard_s=shard_s, update_s=update_s)
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    """The median of some calls after one that may compile."""
-    taken = []
-    for _ in range(1 + TIMES):
-        started = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
-
-
-def cluster_of(nodes: int, workers_per_node: int, memory_gb: float, intra_gbps: float, inter_gbps: float) -> Cluster:
-    """A cluster by numbers; 0 nodes is this machine, whose memory is copied to learn its bandwidth where none is given."""
-    here = not nodes
-    memory = memory_gb * 1e9 or psutil.virtual_memory().total / workers_per_node - PROCESS_BYTES
-    source, target = np.ones(COPY // FLOAT, np.float32), np.empty(COPY // FLOAT, np.float32)
-    intra = intra_gbps * GIGABIT or COPY / seconds(lambda: np.copyto(target, source))
-    return Cluster(nodes or 1, workers_per_node, intra, inter_gbps * GIGABIT, LATENCY_S[nodes <= 1], memory, (os.cpu_count() or 1) if here else 0)
+    if flops_s:
+        return asked, Counted(work.model, batch, flops_s)
+    timed = Timed(recipe, work.model, batch)
+    return replace(asked, task=replace(asked.task, update_s=timed.update_s())), timed
 
 
 def check_memory(found: Preview, recipe: Recipe) -> None:

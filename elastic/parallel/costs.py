@@ -33,6 +33,7 @@ class Cluster:
     memory: float  # bytes for each worker
     cores: float = 0.0  # that a node's workers share; 0: each has what it needs
     far_latency_s: float = 0.0  # between nodes; 0: as within
+    reduction: float = 0.0  # of the gradients' sum within a node; 0: as any other call
 
     @property
     def room(self) -> int:
@@ -57,8 +58,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A piece of the model on one worker's part of it, for one micro-batch."""
+class Part:
+    """What one worker computes at one depth of the pipeline, for one micro-batch."""
 
     forward_s: float
     backward_s: float
@@ -80,17 +81,17 @@ class Holding:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to lay the run out. `depths`: the pieces at each depth of the pipeline; `holdings`: one a stage."""
+    """One way to lay the run out. `depths`: one part each; `holdings`: one a stage."""
 
     mesh: Mesh
     micro_batches: int
-    depths: tuple[tuple[Piece, ...], ...]
+    depths: tuple[Part, ...]
     holdings: tuple[Holding, ...]
     schedule: Name = "1f1b"
     num_chunks: int = 1
 
-    def stage(self, stage: int) -> list[Piece]:
-        return [piece for chunk in range(self.num_chunks) for piece in self.depths[chunk * self.mesh.pipeline + stage]]
+    def stage(self, stage: int) -> tuple[Part, ...]:
+        return self.depths[stage::self.mesh.pipeline]
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,9 @@ def stage_seconds(cluster: Cluster, candidate: Candidate, stage: int) -> tuple[d
     ways = []
     for is_forward in (True, False):
         found = {"compute": 0.0, "tensor": 0.0, "expert": 0.0}
-        for piece in candidate.stage(stage):
-            found["compute"] += piece.forward_s if is_forward else piece.backward_s
-            for move in piece.moves:
+        for part in candidate.stage(stage):
+            found["compute"] += part.forward_s if is_forward else part.backward_s
+            for move in part.moves:
                 if move.is_forward == is_forward:
                     axis, _, kind = move.key.partition(".")
                     found[axis] += collective_s(cluster, candidate.mesh, axis, kind, move.bytes)
@@ -181,10 +182,10 @@ def latency(cluster: Cluster, mesh: Mesh, axis: str) -> float:
     return cluster.far_latency_s or cluster.latency_s if is_far(cluster, mesh, axis) else cluster.latency_s
 
 
-def link(cluster: Cluster, mesh: Mesh, axis: str) -> float:
-    """Bytes a second of a worker along an axis, while all workers do the same."""
+def link(cluster: Cluster, mesh: Mesh, axis: str, intra: float = 0.0) -> float:
+    """Bytes a second of a worker along an axis, while all workers do the same; `intra` in place of the cluster's own, if any."""
     beside = min(mesh.world_size, cluster.workers_per_node)
-    return cluster.inter / beside if is_far(cluster, mesh, axis) else cluster.intra / crowded(None, cluster, mesh)
+    return cluster.inter / beside if is_far(cluster, mesh, axis) else (intra or cluster.intra) / crowded(None, cluster, mesh)
 
 
 def crowded(task: Task | None, cluster: Cluster, mesh: Mesh) -> float:
@@ -208,7 +209,7 @@ def message_s(cluster: Cluster, candidate: Candidate) -> float:
     """The slowest message between two stages."""
     if candidate.mesh.pipeline == 1:
         return 0.0
-    size = max(pieces[-1].out_bytes for pieces in candidate.depths[:-1])
+    size = max(part.out_bytes for part in candidate.depths[:-1])
     return latency(cluster, candidate.mesh, "pipeline") + size / link(cluster, candidate.mesh, "pipeline")
 
 
@@ -229,7 +230,7 @@ def reduction_s(task: Task, cluster: Cluster, candidate: Candidate) -> float:
     seconds = (cluster.far_latency_s or cluster.latency_s if far else cluster.latency_s) * math.log2(2 * mesh.world_size)
     if mesh.data > 1:
         seconds += 2 * latency(cluster, mesh, "data") * math.log2(2 * mesh.data)
-        seconds += max(sent_bytes(task, mesh.data, one.gradient) for one in candidate.holdings) / link(cluster, mesh, "data")
+        seconds += max(sent_bytes(task, mesh.data, one.gradient) for one in candidate.holdings) / link(cluster, mesh, "data", cluster.reduction)
     axis = "pipeline" if mesh.pipeline > 1 else "expert"
     return seconds + max(sum(2 * latency(cluster, mesh, axis) + 2 * (n - 1) / n * elements * FLOAT / link(cluster, mesh, axis)
                              for n, elements in one.shared) for one in candidate.holdings)
@@ -262,13 +263,13 @@ def memory(task: Task, candidate: Candidate) -> Bytes:
 
 def stage_memory(task: Task, candidate: Candidate, stage: int, peak: int) -> Bytes:
     """`peak`: chunks' activations alive at a time. What comes in is held with them."""
-    mesh, holding, pieces = candidate.mesh, candidate.holdings[stage], candidate.stage(stage)
+    mesh, holding, parts = candidate.mesh, candidate.holdings[stage], candidate.stage(stage)
     slots = task.num_slots * updated(task, mesh, holding)
     total = out_size(holding.gradient, BLOCK, mesh.data) if mesh.data > 1 else 0
-    starts = [chunk * mesh.pipeline + stage for chunk in range(candidate.num_chunks)]
-    kept = sum(piece.kept_bytes for piece in pieces) + sum(candidate.depths[depth - 1][-1].out_bytes for depth in starts if depth)
+    come = sum(candidate.depths[depth - 1].out_bytes for depth in range(stage, len(candidate.depths), mesh.pipeline) if depth)
+    kept = come + sum(part.kept_bytes for part in parts)
     return Bytes(FLOAT * holding.size, FLOAT * (most_sums(task.num_shards, task.is_exact, mesh.data) * holding.gradient + total), FLOAT * slots,
-                 peak * kept / candidate.num_chunks + max(piece.again_bytes for piece in pieces),
+                 peak * kept / candidate.num_chunks + max(part.again_bytes for part in parts),
                  FLOAT * math.ceil((holding.size + slots) / mesh.data))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from elastic.backend import Batch, Spec
-from elastic.mesh import Seat
+from elastic.mesh import Mesh, Seat
 from elastic.parallel.layout import Layout
 from elastic.parallel.meter import FLOAT, MeterOps, Move, Place, Shape
 
@@ -18,8 +18,8 @@ WHOLE = ""  # the one piece of a model that has none
 
 @dataclass(frozen=True)
 class Measure:
-    """One pass over a batch: `flops` forward and backward, `forward` of them forward, `kept_bytes` alive when the backward pass begins, `again_bytes` of the largest
-    stretch that it computes again, `out_shape` of what goes on to the next piece, and the collectives.
+    """One pass over a batch: `flops` forward and backward, `forward` of them forward, `kept_bytes` alive when the backward pass begins,
+    `again_bytes` of the largest stretch that it computes again, `out_shape` of what goes on to the next piece, and the collectives.
     """
 
     flops: int
@@ -90,3 +90,10 @@ def totals(moves: Sequence[Move]) -> dict[str, tuple[int, int]]:
         calls, moved = found.get(move.key, (0, 0))
         found[move.key] = calls + 1, moved + move.bytes
     return found
+
+
+def costs_of(model: Any, batch: Batch) -> dict[str, float] | None:
+    """What a pass over each piece takes, in operations: what to balance stages by. The same wherever it is asked. None without pieces."""
+    if not hasattr(model, "pieces"):
+        return None
+    return {name: float(one.flops) for name, one in pieces(model, batch, Layout(model, Mesh(1)), Seat()).items()}

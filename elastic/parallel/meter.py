@@ -98,9 +98,10 @@ class MeterOps(Kernels):
         self._move(dim, "all_reduce", x.size)
         return self._new(x.shape, x)
 
-    def _collect(self, x: Shape, dim: str) -> Shape:
-        self._move(dim, "all_gather", x.size)
-        return self._new((*x.shape[:-1], x.shape[-1] * self.degree(dim)), x)
+    def _collect(self, x: Shape, dim: str, length: int) -> Shape:
+        """Parts travel as long as the longest."""
+        self._move(dim, "all_gather", math.prod(x.shape[:-1]) * -(-length // self.degree(dim)))
+        return self._new((*x.shape[:-1], length), x)
 
     def _exchange(self, x: Shape, dim: str) -> Shape:
         self._move(dim, "all_to_all", x.size)
@@ -135,7 +136,7 @@ class MeterOps(Kernels):
         shape[axis] = length
         return self._view(x, shape)
 
-    def gather(self, table: Shape, indices: Shape, dim: str = "") -> Shape:
+    def gather(self, table: Shape, indices: Shape, dim: str = "", length: int = 0) -> Shape:
         out = self._new(indices.shape + table.shape[1:], table)
         return self.leave(out, dim)
 
@@ -285,7 +286,7 @@ class MeterOps(Kernels):
             self._keep(x, Shape(out.shape, False, itemsize=INDEX))
         return out
 
-    def cross_entropy(self, logits: Shape, targets: Shape, weights: Shape, dim: str = "") -> Shape:
+    def cross_entropy(self, logits: Shape, targets: Shape, weights: Shape, dim: str = "", length: int = 0) -> Shape:
         """Split, it exchanges a maximum, and then a sum and a logit, of every place."""
         if self.degree(dim) > 1:
             self._move(dim, "all_reduce", math.prod(logits.shape[:-1]))

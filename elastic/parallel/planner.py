@@ -1,152 +1,143 @@
-"""What a cluster makes of a run: seconds, memory and traffic of a step for every number of workers, and which number to take. Pure.
+"""Which mesh to take: every legal one for a cluster with its forecast, the best, and why each of the others is not. Pure.
 
-A step is the busiest worker's logical shards one after the other, the exchange of gradients by an alpha-beta model (a latency for every
-call, bytes over bandwidth), and the update, which every worker does whole. A node's link is shared by its workers.
+What the model costs is asked of `Work`, by degrees and rows: it may count operations or time them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
-from elastic.collective.reduction import SubtreeSums, all_nodes, out_size
-from elastic.mesh import rounds, shards_of, speedup, useful_sizes
-from elastic.state import BLOCK
+from elastic.mesh import Mesh, rounds, speedup, useful_sizes
+from elastic.observe.words import size
+from elastic.parallel import costs, meshes
+from elastic.parallel.actions import Name
+from elastic.parallel.costs import Bytes, Candidate, Cluster, Part, Seconds, Task
+from elastic.parallel.layout import Layout
 
-CALLS = 3  # of a step: two for the sum, one for the vote
 WORTH = 1.02  # times faster than a smaller group: less does not pay for a worker
-FLOAT = 4
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where it is to run. Bandwidths are a worker's own within a node, a whole node's between nodes, in bytes a second."""
+class Work(Protocol):
+    """What the work of a worker costs."""
 
-    nodes: int
-    workers_per_node: int
-    intra: float
-    inter: float
-    latency_s: float
-    memory: float  # bytes for each worker
-    cores: int = 0  # that a node's workers share; 0: each has what it needs
-
-
-@dataclass(frozen=True)
-class Task:
-    """One step of a run. Elements of its flat buffers, bytes and seconds of one logical shard."""
-
-    parameters: int
-    trainable: int
-    gradient: int
-    num_slots: int
-    num_shards: int
-    is_exact: bool
-    kept_bytes: int
-    shard_s: float
-    update_s: float
-    threads: int = 1
+    def depths(self, layout: Layout, rows: int) -> tuple[Part, ...]:
+        """At each depth of the pipeline, for one micro-batch of `rows` samples, the part of one place along the tensor and expert axes."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A step on so many workers. `bound` is the best speed-up that the shards allow, L / ceil(L / W)."""
+    """A step on one mesh. `bound` is the best speed-up that the shards allow, L / ceil(L / data)."""
 
-    workers: int
+    candidate: Candidate
     rounds: int
-    compute_s: float
-    exchange_s: float
-    update_s: float
-    speedup: float
-    bound: float
+    seconds: Seconds
+    memory: Bytes
     sent_bytes: float
-    memory_bytes: float
+    bound: float
+    far: tuple[str, ...] = ()  # axes whose lines leave their node
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.candidate.mesh
+
+    @property
+    def workers(self) -> int:
+        return self.mesh.world_size
 
     @property
     def step_s(self) -> float:
-        return self.compute_s + self.exchange_s + self.update_s
+        return self.seconds.total
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """What is the simpler choice of equals."""
+        return self.workers, self.mesh.replica_size, self.candidate.micro_batches
 
 
-def sent_bytes(task: Task, workers: int) -> float:
-    """What the busiest worker sends in a step: its subtree sums to their owners, and its part of the total to everybody."""
-    if workers == 1:
-        return 0.0
-    sums = max(len(nodes) for nodes in all_nodes(workers, task.num_shards)) if task.is_exact else 1
-    return (sums + 1) * (workers - 1) / workers * task.gradient * FLOAT
+@dataclass(frozen=True)
+class Question:
+    """A run to be planned. `micro_batches` 0: the best number is to be found."""
+
+    model: Any
+    task: Task
+    rules: meshes.Rules = field(default_factory=meshes.Rules)
+    balance: Mapping[str, float] | None = None  # what the pieces cost, to cut stages by
+    schedule: Name = "1f1b"
+    micro_batches: int = 1
 
 
-def most_sums(task: Task, workers: int) -> int:
-    """Gradient-sized sums that the busiest worker holds at a time."""
-    if not task.is_exact:
-        return 1
-    alive, most = 0, 0
-
-    def take() -> int:
-        nonlocal alive, most
-        alive += 1
-        most = max(most, alive)
-        return 0
-
-    def give(buffer: int) -> None:
-        nonlocal alive
-        alive -= 1
-
-    for rank in range(workers):
-        alive, run = 0, shards_of(rank, workers, task.num_shards)
-        sums = SubtreeSums(run, task.num_shards, take, give)
-        for shard in run:
-            sums.begin(shard)
-            sums.end(shard)
-    return most
+def forecast(task: Task, cluster: Cluster, candidate: Candidate) -> Forecast:
+    mesh = candidate.mesh
+    far = tuple(axis for axis in ("tensor", "expert", "pipeline", "data") if getattr(mesh, axis) > 1 and costs.is_far(cluster, mesh, axis))
+    sent = max(costs.sent_bytes(task, mesh.data, one.gradient) for one in candidate.holdings)
+    return Forecast(candidate, rounds(task.num_shards, mesh.data), costs.step(task, cluster, candidate), costs.memory(task, candidate), sent,
+                    speedup(task.num_shards, mesh.data), far)
 
 
-def state_bytes(task: Task, workers: int) -> int:
-    """A worker's flat buffers: parameters and slots, sums and the total of gradients, its share of a checkpoint."""
-    state = task.parameters + task.num_slots * task.trainable
-    total = out_size(task.gradient, BLOCK, workers) if workers > 1 else 0
-    return FLOAT * (state + most_sums(task, workers) * task.gradient + total + -(-state // workers))
+def forecasts(question: Question, cluster: Cluster, work: Work, most: int = 0) -> list[Forecast]:
+    """Of every layout of a replica the best number of micro-batches, on every useful number of replicas that has room."""
+    task, found = question.task, []
+    for layout in meshes.replicas(question.model, most or cluster.room, task.shard_rows, question.rules, question.balance):
+        room = (most or cluster.room) // layout.mesh.replica_size
+        for data in useful_sizes(task.num_shards, room):
+            turns = [forecast(task, cluster, candidate) for candidate in candidates(question, layout, data, work)]
+            if turns:
+                found.append(best_of(turns, cluster))
+    return found
 
 
-def forecast(task: Task, cluster: Cluster, workers: int) -> Forecast:
-    nodes = -(-workers // cluster.workers_per_node)
-    beside = min(workers, cluster.workers_per_node)
-    crowding = max(1.0, beside * task.threads / cluster.cores) if cluster.cores else 1.0
-    sent, turns = sent_bytes(task, workers), rounds(task.num_shards, workers)
-    link = cluster.inter / beside if nodes > 1 else cluster.intra / crowding
-    exchange_s = CALLS * cluster.latency_s * math.log2(2 * workers) + sent / link if workers > 1 else 0.0
-    one_s = task.num_shards * task.shard_s + task.update_s
-    found = Forecast(workers, turns, turns * task.shard_s * crowding, exchange_s, task.update_s * crowding, 1.0, speedup(task.num_shards, workers),
-                     sent, state_bytes(task, workers) + task.kept_bytes)
-    return Forecast(**{**vars(found), "speedup": one_s / found.step_s})
+def candidates(question: Question, layout: Layout, data: int, work: Work) -> Iterator[Candidate]:
+    rows, shape = question.task.shard_rows, layout.mesh
+    held = meshes.holdings(layout, question.model, question.rules)
+    mesh = Mesh(data, shape.pipeline, shape.tensor, shape.expert)
+    possible = meshes.micro_batches(rows, shape)
+    for number in possible:
+        if question.micro_batches in (0, number):
+            yield Candidate(mesh, number, work.depths(layout, rows // shape.expert // number), held, question.schedule, layout.num_chunks)
 
 
-def forecasts(task: Task, cluster: Cluster) -> list[Forecast]:
-    """For every number of workers that lowers ceil(L / W), up to what the cluster holds."""
-    return [forecast(task, cluster, workers) for workers in useful_sizes(task.num_shards, cluster.nodes * cluster.workers_per_node)]
+def best_of(found: Sequence[Forecast], cluster: Cluster) -> Forecast:
+    """The choice among them, or where nothing fits what needs least memory."""
+    return choose(found, cluster) or min(found, key=lambda one: one.memory.total)
 
 
-def choose(found: Sequence[Forecast], cluster: Cluster) -> Forecast | None:
+def choose(found: Iterable[Forecast], cluster: Cluster) -> Forecast | None:
     """The fastest that fits; of those that are as good as equal the smallest. None where nothing fits."""
-    best: Forecast | None = None
-    for one in found:
-        if one.memory_bytes <= cluster.memory and (best is None or best.step_s > WORTH * one.step_s):
-            best = one
-    return best
+    fits = [one for one in found if one.memory.total <= cluster.memory]
+    fastest = min((one.step_s for one in fits), default=0.0)
+    return min((one for one in fits if one.step_s <= WORTH * fastest), key=lambda one: (*one.size, one.step_s), default=None)
+
+
+def ranked(found: Sequence[Forecast], best: Forecast | None, cluster: Cluster) -> list[Forecast]:
+    """Best first; what does not fit comes last, the least lack first."""
+    return sorted(found, key=lambda one: (one is not best, over(one, cluster) > 0, over(one, cluster) or one.step_s, one.size))
+
+
+def over(one: Forecast, cluster: Cluster) -> float:
+    """Bytes that a worker lacks."""
+    return max(0.0, one.memory.total - cluster.memory)
+
+
+WHY = {"compute": "fewer workers compute, or less evenly", "bubble": "the bubble", "tensor": "tensor traffic",
+       "expert": "the exchange between experts", "messages": "what stages send", "cores": "it shares the cores",
+       "reduction": "the sum of gradients", "update": "the update"}
+AXIS = {"tensor": "tensor", "expert": "expert", "messages": "pipeline", "reduction": "data"}
 
 
 def verdict(one: Forecast, best: Forecast | None, cluster: Cluster) -> str:
-    """Why this number of workers is taken, or is not."""
-    if one.memory_bytes > cluster.memory:
-        return f"{(one.memory_bytes - cluster.memory) / 1e9:.2f} GB too much"
+    """Why this mesh is taken, or is not: what costs it most against the best."""
+    if lack := over(one, cluster):
+        return f"{size(lack)} too much"
     if best is None or one is best:
         return "recommended"
-    if one.workers < best.workers:
-        return f"{one.step_s / best.step_s:.2f} times slower"
-    if one.compute_s >= best.compute_s:
-        return f"no faster than {best.workers}: it shares the cores"
-    if one.exchange_s - best.exchange_s >= best.compute_s - one.compute_s:
-        return f"no faster than {best.workers}: the exchange takes what it saves"
-    return f"hardly faster than {best.workers}"
+    if one.step_s <= best.step_s * WORTH:
+        return f"hardly faster than the {best.workers} recommended" if one.workers > best.workers else "as good as equal"
+    lost = {each.name: getattr(one.seconds, each.name) - getattr(best.seconds, each.name) for each in fields(Seconds)}
+    worst = max(lost, key=lambda name: lost[name])
+    slow = " over slow links" if AXIS.get(worst) in one.far else ""
+    return f"{one.step_s / best.step_s:.2f} times slower: {WHY[worst]}{slow}"
 
 
 def enough_shards(batch_size: int, workers: int) -> int:

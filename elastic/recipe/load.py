@@ -54,7 +54,7 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | N
         if f"run.{key}" in given and f"run.{other}" not in given and isinstance(full.get("run"), dict):
             full["run"].pop(other, None)
     if full.get("mesh") == "auto":
-        raise RecipeError('mesh = "auto" is not yet supported; write a [mesh] section or leave it out.')
+        full["mesh"] = {"auto": True}
     for name in ("model", "data"):
         if name not in full:
             least = "kind" if name == "model" else "format and path"
@@ -66,6 +66,13 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | N
     recipe = _complete(recipe)
     check(recipe)
     return _located(recipe, base) if locate else recipe
+
+
+def with_mesh(recipe: Recipe, **numbers: int) -> Recipe:
+    """The recipe with a mesh that was found for it."""
+    settled = recipe.model_copy(update={"mesh": recipe.mesh.model_copy(update={**numbers, "auto": False})})
+    check(settled)
+    return settled
 
 
 def _tree(text: str, where: str) -> dict[str, Any]:

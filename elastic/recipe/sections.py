@@ -97,6 +97,7 @@ class MeshSection(Section):
     chunks: int = at_least(1, 2, " (of the model, that a stage holds under schedule = \"interleaved\")")
     layout: dict[str, Literal["tensor", "expert"]] = Field({}, description="a table of dims and the axis that splits each, \"tensor\" or "
                                                            "\"expert\", in place of the model's own")
+    auto: bool = Field(False, exclude=True, description='mesh = "auto" in place of the section: the planner finds the numbers before workers start')
 
     @property
     def replica_size(self) -> int:

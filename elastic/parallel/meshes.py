@@ -1,0 +1,75 @@
+"""Which meshes a model can be laid out on: the degrees that `Layout` accepts, and how much of everything a worker then holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from elastic.errors import RecipeError
+from elastic.mesh import Mesh, Seat, useful_sizes
+from elastic.parallel.costs import Holding
+from elastic.parallel.layout import Layout
+from elastic.state import FlatLayout, matches
+
+MOST_TURNS = 8  # micro-batches a stage: more shrink the bubble by less than they cost
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a recipe says of where its model may lie. `layout`: dim -> axis in place of the model's own, if any."""
+
+    layout: Mapping[str, str] | None = None
+    num_chunks: int = 1
+    freeze: tuple[str, ...] = ()
+    no_decay: tuple[str, ...] = ()
+
+
+def lay(model: Any, mesh: Mesh, rules: Rules, costs: Mapping[str, float] | None) -> Layout:
+    """RecipeError where it does not fit."""
+    return Layout(model, mesh, rules.layout, costs, rules.num_chunks if mesh.pipeline > 1 else 1)
+
+
+def replicas(model: Any, most: int, rows: int, rules: Rules, costs: Mapping[str, float] | None) -> Iterator[Layout]:
+    """Every way to lay one replica out on at most `most` workers; members of the expert axis share the `rows` of a shard."""
+    depths = useful_sizes(len(getattr(model, "pieces", ("",))), most)  # more stages must make the longest shorter
+    for tensor in range(1, most + 1):
+        for expert in (n for n in range(1, most // tensor + 1) if rows % n == 0):
+            if fitting(model, Mesh(1, 1, tensor, expert), rules, costs):
+                found = (fitting(model, Mesh(1, pipeline, tensor, expert), rules, costs) for pipeline in depths if pipeline * tensor * expert <= most)
+                yield from (layout for layout in found if layout)
+
+
+def fitting(model: Any, mesh: Mesh, rules: Rules, costs: Mapping[str, float] | None) -> Layout | None:
+    try:
+        return lay(model, mesh, rules, costs)
+    except RecipeError:
+        return None
+
+
+def micro_batches(rows: int, mesh: Mesh) -> list[int]:
+    """Into how many a worker's rows of a shard can be cut."""
+    own = rows // mesh.expert
+    return [n for n in range(1, min(own, MOST_TURNS * mesh.pipeline) + 1) if own % n == 0]
+
+
+def holdings(layout: Layout, model: Any, rules: Rules) -> tuple[Holding, ...]:
+    """One a stage, of the worker that holds most: of a dim that does not divide, the first places hold one more."""
+    return tuple(holding(layout, model, rules, Seat(pipeline=stage)) for stage in range(layout.mesh.pipeline))
+
+
+def holding(layout: Layout, model: Any, rules: Rules, seat: Seat) -> Holding:
+    flat = flat_layout(layout, model, rules, seat)
+    shared = tuple((len(one.seats), sum(flat.places[name].size for name in one.names if name in flat.trainable_names))
+                   for one in layout.shared(seat))
+    return Holding(flat.size, flat.trainable, flat.gradient, shared)
+
+
+def flat_layout(layout: Layout, model: Any, rules: Rules, seat: Seat) -> FlatLayout:
+    """Where everything lies that a seat holds. A stage knows only the patterns that match something on it."""
+    specs = layout.specs(seat)
+
+    def here(patterns: Sequence[str]) -> list[str]:
+        return [pattern for pattern in patterns if any(matches(name, [pattern]) for name in specs)]
+
+    return FlatLayout(specs, model.buffers, here(rules.freeze), here(rules.no_decay))
