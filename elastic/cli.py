@@ -219,7 +219,9 @@ def checked(trainer: Trainer) -> int:
     """--check: everything that can be known before a worker starts."""
     from elastic.preview import check_memory, preview
 
-    info, recipe = trainer.check(), trainer.recipe
+    info = trainer.check()
+    trainer.settle(info, on_event=lambda event: say(event["why"]))
+    recipe = trainer.recipe
     found = preview(recipe, info)
     if trainer.address == "local":
         check_memory(found, recipe)

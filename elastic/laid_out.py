@@ -14,7 +14,7 @@ from elastic.errors import UserError
 from elastic.mesh import AXES, Mesh, Seat, rounds
 from elastic.observe.words import size
 from elastic.parallel import costs, meshes
-from elastic.parallel.costs import FLOAT, Task
+from elastic.parallel.costs import FLOAT
 from elastic.parallel.layout import Layout
 from elastic.parallel.measure import totals
 from elastic.parallel.planner import Question
@@ -44,7 +44,7 @@ def parsed(text: str) -> Mesh:
 
 def show(asked: Question, work: Counted, mesh: Mesh, micro_batches: int) -> Iterator[Any]:
     """Both tables. UserError where the model does not lie on the mesh."""
-    check_rows(asked.task, mesh, micro_batches)
+    meshes.check_rows(asked.task.shard_rows, mesh, micro_batches)
     layout = meshes.lay(asked.model, mesh, asked.rules, asked.balance)
     yield parameters(layout)
     yield ""
@@ -90,10 +90,3 @@ def collectives(asked: Question, layout: Layout, work: Counted, micro_batches: i
         for one in traffic(asked, layout, work, stage, micro_batches):
             out.add_row(str(stage), one.what, str(one.calls), size(one.bytes))
     return out
-
-
-def check_rows(task: Task, mesh: Mesh, micro_batches: int) -> None:
-    """UserError where a shard's rows cannot be shared out."""
-    if task.shard_rows % (mesh.expert * micro_batches):
-        raise UserError(f"mesh.expert = {mesh.expert} times mesh.micro_batches = {micro_batches} does not divide the {task.shard_rows} samples of a "
-                        "logical shard; lower one of them, or write a larger data.batch_size.")

@@ -13,8 +13,8 @@ import psutil
 from elastic import laid_out
 from elastic.calibration import cache_file, calibrate, known
 from elastic.errors import UserError
-from elastic.forecast import Variant, named, reason, sentences, table, too_large
-from elastic.observe.words import duration
+from elastic.forecast import Variant, brief, named, reason, sentences, table, too_large
+from elastic.mesh import Mesh
 from elastic.parallel.costs import Cluster
 from elastic.parallel.planner import Forecast, Question, choose, forecasts
 from elastic.preview import PROCESS_BYTES, example, measured, question
@@ -74,9 +74,6 @@ class Plan:
         if recipe.mesh.auto:
             asked = replace(asked, micro_batches=0)
         found = forecasts(asked, cluster, work)
-        if not found:
-            raise UserError(f"mesh.micro_batches = {recipe.mesh.micro_batches} does not divide a shard of {asked.task.shard_rows} samples; write a "
-                            "number that does.")
         return cls(recipe, asked, cluster, work, found)
 
     def variants(self, info: Mapping[str, Any]) -> list[Variant]:
@@ -146,10 +143,15 @@ def settle(recipe: Recipe, info: Mapping[str, Any], opened: Workload, nodes: int
     most = recipe.elastic.max_workers
     cluster = cluster_of(recipe, Size(nodes, -(-most // max(1, nodes))))
     plan = Plan.make(recipe, opened, cluster)
-    best = choose([one for one in plan.found if one.workers <= most], cluster)
+    widest: dict[Mesh, Forecast] = {}  # the elastic run takes every worker that there is: of each layout the most replicas
+    for one in plan.found:
+        shape = replace(one.mesh, data=1)
+        if one.workers <= most and (shape not in widest or widest[shape].workers < one.workers):
+            widest[shape] = one
+    best = choose(widest.values(), cluster)
     if best is None:
         raise UserError(too_large(plan.found, cluster, plan.variants(info)))
     mesh, number = best.mesh, best.candidate.micro_batches
     turns = f" with {number} micro-batches" if number > 1 else ""
-    why = f"mesh = \"auto\" is {named(mesh)}{turns}: {reason(best, plan.found, cluster)}; a step should take {duration(best.step_s)}"
+    why = f"mesh = \"auto\" is {named(mesh)}{turns}: {reason(best, plan.found, cluster)}; a step should take {brief(best.step_s)}"
     return with_mesh(recipe, pipeline=mesh.pipeline, tensor=mesh.tensor, expert=mesh.expert, micro_batches=number), why

@@ -57,9 +57,8 @@ def question(recipe: Recipe, model: Any, batch: Mapping[str, Any] | None = None)
     mesh, optimizer, elastic = recipe.mesh, recipe.optimizer, recipe.elastic
     task = Task(elastic.logical_shards, recipe.data.batch_size // elastic.logical_shards, len(SLOTS[optimizer.name]) + (optimizer.ema > 0),
                 elastic.reduction == "exact", recipe.backend.threads, optimizer.sharded, optimizer.twin)
-    rules = meshes.Rules(getattr(mesh, "layout", None) or None, getattr(mesh, "chunks", 1), recipe.model.freeze, recipe.optimizer.no_decay)
     balance = costs_of(model, batch) if batch is not None else None
-    return Question(model, task, rules, balance, mesh.schedule, mesh.micro_batches)
+    return Question(model, task, meshes.rules_of(recipe), balance, mesh.schedule, mesh.micro_batches)
 
 
 def example(work: Workload) -> Batch:

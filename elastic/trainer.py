@@ -18,7 +18,7 @@ import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic import chaos, workload
+from elastic import chaos, planning, workload
 from elastic.actor import NAMESPACE
 from elastic.checkpoint.access import check_access
 from elastic.controller import Settings
@@ -83,6 +83,14 @@ class Trainer:
             workload.check_model(self.recipe, opened.model)
         return info
 
+    def settle(self, info: dict[str, Any], nodes: int = 0, on_event: Callback | None = None) -> None:
+        """Puts numbers in place of `mesh = "auto"`, and says why these."""
+        if self.recipe.mesh.auto:
+            with import_path():
+                self.recipe, why = planning.settle(self.recipe, info, workload.Workload.open(self.recipe, info), nodes)
+            if on_event:
+                on_event({"event": "mesh_chosen", "step": 0, "time": time.time(), "generation": 0, "why": why})
+
     def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
         if self.follows:
@@ -92,6 +100,7 @@ class Trainer:
         if self.recipe.checkpoint.path:
             check_access(self.recipe.checkpoint.path, not self.begin)
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
+            self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()), on_event)
             begin = self.open_run_dir(run_dir)
             job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), checkpoints_of(self.recipe, run_dir), search_path(), tuple(self.chaos),
                       self.num_steps)

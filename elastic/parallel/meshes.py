@@ -10,6 +10,7 @@ from elastic.errors import RecipeError
 from elastic.mesh import Mesh, Seat, useful_sizes
 from elastic.parallel.costs import Holding
 from elastic.parallel.layout import Layout
+from elastic.recipe import Recipe
 from elastic.state import FlatLayout, matches
 
 MOST_TURNS = 8  # micro-batches a stage: more shrink the bubble by less than they cost
@@ -23,6 +24,28 @@ class Rules:
     num_chunks: int = 1
     freeze: tuple[str, ...] = ()
     no_decay: tuple[str, ...] = ()
+
+
+def rules_of(recipe: Recipe) -> Rules:
+    mesh = recipe.mesh
+    return Rules(getattr(mesh, "layout", None) or None, getattr(mesh, "chunks", 1), recipe.model.freeze, recipe.optimizer.no_decay)
+
+
+def check(recipe: Recipe, model: Any) -> None:
+    """RecipeError where the model does not lie on the recipe's mesh."""
+    mesh = Mesh(1, recipe.mesh.pipeline, recipe.mesh.tensor, recipe.mesh.expert)
+    lay(model, mesh, rules_of(recipe), None)
+    check_rows(recipe.data.batch_size // recipe.elastic.logical_shards, mesh, recipe.mesh.micro_batches)
+
+
+def check_rows(rows: int, mesh: Mesh, micro_batches: int) -> None:
+    """RecipeError where a shard's rows cannot be shared out."""
+    if rows % (mesh.expert * micro_batches):
+        what = f"mesh.micro_batches = {micro_batches}"
+        if mesh.expert > 1:
+            what = f"mesh.expert = {mesh.expert}" + (f" times {what}" if micro_batches > 1 else "")
+        raise RecipeError(f"{what} does not divide the {rows} samples of a logical shard; lower it, or write a larger data.batch_size or fewer "
+                          "elastic.logical_shards.")
 
 
 def lay(model: Any, mesh: Mesh, rules: Rules, costs: Mapping[str, float] | None) -> Layout:

@@ -66,6 +66,14 @@ def test_a_recipe_cannot_be_changed(least: dict[str, Any]) -> None:
         recipe.run.steps = 5  # type: ignore[misc]
 
 
+def test_a_mesh_that_the_planner_finds(least: dict[str, Any]) -> None:
+    """The word stands in place of the section; what is written down are the numbers."""
+    asked = parse({**least, "mesh": "auto"})
+    assert asked.mesh.auto and parse(least, ["mesh=auto"]).mesh.auto and not parse(least).mesh.auto
+    found = with_mesh(asked, pipeline=1, tensor=1, expert=1, micro_batches=1)
+    assert not found.mesh.auto and loads(dumps(found)) == found and "auto" not in tomllib.loads(dumps(asked))["mesh"]
+
+
 @pytest.mark.parametrize(("override", "says"), [
     ("run.steps=-5", "run.steps = -5 cannot work; it must be a whole number of at least 1."),
     ("run.steps=2.5", "run.steps = 2.5"),
@@ -104,7 +112,7 @@ def test_a_recipe_cannot_be_changed(least: dict[str, Any]) -> None:
     ("data.label=click", "has a meaning only for the recommenders"),
     ("data.kind=mine:Rows", "exclude each other"),
     ("data.options={size=3}", "data.options"),
-    ("mesh=auto", "not yet"),
+    ("mesh=automatic", 'mesh = "automatic" cannot work; it must be a section'),
     ("mesh.tensor=4", "mesh.pipeline x mesh.tensor x mesh.expert = 1 x 4 x 1 needs 4 workers, and elastic.max_workers = 2; write max_workers = 4"),
     ("mesh.micro_batches=5", "mesh.micro_batches = 5 does not divide the 3 rows of a logical shard"),
     ("mesh.schedule=interleaved", "mesh.pipeline = 1; write mesh.pipeline = 2"),
