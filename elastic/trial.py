@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from elastic.backend import Backend, Batch, UpdateRule
@@ -54,7 +55,7 @@ class Timed(Counted):
         key = mesh.tensor, mesh.expert, layout.depths, rows
         if key not in self._parts:
             measured = self.measured(layout, rows) if isinstance(getattr(self.model, "parameters", None), Mapping) else [Measure(3, 0, forward=1)]
-            backend = create_backend(self.recipe, Local(self.model, layout) if mesh.replica_size > 1 else self.model)
+            backend = create_backend(self.recipe, Local(self.model, layout, Seat()) if mesh.replica_size > 1 else self.model)
             state = open_state(self.recipe, backend)
             state.start(self.recipe.run.seed)
             views = state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names)
@@ -120,11 +121,11 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 class Local:
-    """A model as one worker sees it: the parameters are the parts that the worker holds, of all stages."""
+    """A model as the worker on a seat sees it, were it all stages in one."""
 
-    def __init__(self, model: Any, layout: Layout):
+    def __init__(self, model: Any, layout: Layout, seat: Seat):
         self._model = model
-        self.parameters = {name: spec for stage in range(layout.mesh.pipeline) for name, spec in layout.specs(Seat(pipeline=stage)).items()}
+        self.parameters = {name: replace(spec, shape=layout.box(name, seat).count) for name, spec in layout.parameters.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -139,7 +140,7 @@ class Mirror:
         self.size = size
 
     def all_reduce(self, buffer: Any) -> None:
-        pass
+        buffer *= self.size
 
     def all_gather(self, out: Any, part: Any) -> None:
         for place in range(self.size):

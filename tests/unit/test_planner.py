@@ -156,8 +156,8 @@ def test_a_sharded_optimizers_share() -> None:
     whole, shared = (costs.memory(replace(TASK, is_sharded=sharded), Candidate(Mesh(4), 1, (PASS,), (HELD,))) for sharded in (False, True))
     twin = costs.memory(replace(TASK, is_sharded=True, has_twin=True), Candidate(Mesh(4), 1, (PASS,), (HELD,)))
     assert (whole.optimizer, shared.optimizer, twin.optimizer) == (7_200_000, 1_800_000, 3_600_000)
-    updates = [costs.step(replace(TASK, is_sharded=True, has_twin=twin), ONE, Candidate(Mesh(4), 1, (PASS,), (HELD,))).update for twin in (False, True)]
-    assert updates == pytest.approx([0.00025, 0.0005])
+    tasks = [replace(TASK, is_sharded=True, has_twin=twin) for twin in (False, True)]
+    assert [costs.step(task, ONE, Candidate(Mesh(4), 1, (PASS,), (HELD,))).update for task in tasks] == pytest.approx([0.00025, 0.0005])
 
 
 def test_the_choice_and_the_reasons() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.errors import RecipeError
-from elastic.recipe import Recipe, dumps, load_recipe, loads, parse, resolve_paths, shipped
+from elastic.recipe import Recipe, dumps, load_recipe, loads, parse, resolve_paths, shipped, with_mesh
 
 DEFAULTS = {
     "run": {"name": "gpt", "steps": 2000, "epochs": None, "seed": 0, "eval_every": 200},

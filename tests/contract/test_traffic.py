@@ -1,0 +1,99 @@
+"""What a run over shapes alone says that workers exchange, against what the axes of a real pass count, byte for byte."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastic.mesh import Mesh
+from elastic.parallel import measure
+from elastic.parallel.axis import Axis
+from elastic.parallel.layout import Layout
+from elastic.trial import Local
+from nlp import bert, gpt
+from recommender import dlrm
+from tests.contract.frameworks import names
+from tests.contract.models import Tiny, rig_of
+from tests.contract.threads import together
+from vision import vit
+
+ROWS = 3
+LANGUAGE = {"layers": 2, "heads": 4, "width": 16, "context": 8}
+
+
+def text(model: Any) -> dict[str, np.ndarray]:
+    return {"tokens": np.random.default_rng(0).integers(0, 13, (ROWS, 9)), "row_weight": np.ones(ROWS, np.float32)}
+
+
+def hidden(model: Any) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {"tokens": draw.integers(0, 13, (ROWS, 8)), "places": draw.integers(0, 8, (ROWS, 5)), "targets": draw.integers(0, 13, (ROWS, 5)),
+            "row_weight": np.ones(ROWS, np.float32)}
+
+
+def images(model: Any) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {"image": draw.random((ROWS, *model.shape), np.float32), "label": draw.integers(0, 10, ROWS), "row_weight": np.ones(ROWS, np.float32)}
+
+
+def clicks(model: Any) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {"categorical": draw.integers(0, 20, (ROWS, 3)), "numeric": draw.random((ROWS, 4), np.float32),
+            "label": draw.integers(0, 2, ROWS).astype(np.float32), "row_weight": np.ones(ROWS, np.float32)}
+
+
+CASES: dict[str, tuple[Any, Any, Mesh]] = {
+    "tiny, a vocabulary that does not divide": (Tiny, lambda model: model.batch(1), Mesh(1, tensor=2)),
+    "tiny over four": (Tiny, lambda model: model.batch(1), Mesh(1, tensor=4)),
+    "gpt": (lambda: gpt.build(LANGUAGE, {"vocab_size": 13}), text, Mesh(1, tensor=2)),
+    "gpt, smoothed, with biases": (lambda: gpt.build({**LANGUAGE, "smoothing": 0.1, "bias": True}, {"vocab_size": 13}), text, Mesh(1, tensor=4)),
+    "bert": (lambda: bert.build(LANGUAGE, {"vocab_size": 13}), hidden, Mesh(1, tensor=2)),
+    "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 16, "patch": 2, "mlp": 2}, {"shape": (8, 8, 1), "num_classes": 10}), images,
+            Mesh(1, tensor=2)),
+    "dlrm": (lambda: dlrm.build({"arch": "dlrm"}, {"sizes": (10, 5, 6), "num_numeric": 4, "embedding_dim": 8}), clicks, Mesh(1, tensor=2)),
+}
+
+
+def counted(name: str, model: Any, batch: dict[str, np.ndarray], layout: Layout) -> list[Counter[str]]:
+    """Each worker's own counts of one pass, forward and backward."""
+    size = layout.mesh.replica_size
+
+    def worker(rank: int, group: Any) -> Counter[str]:
+        seat = layout.mesh.seat(rank)
+        counts: Counter[str] = Counter()
+        axes = {axis: Axis(axis, group.subgroup(layout.mesh.line(rank, axis)), counts) for axis in ("tensor", "expert")}
+        rig = rig_of(name, Local(model, layout, seat))
+        if not hasattr(rig.backend, "connect"):
+            pytest.skip(f"the {name} backend cannot run a model in pieces yet")
+        rig.backend.connect({dim: axes[axis] for dim, axis in layout.dims.items()})
+        rig.gradient(batch)
+        return counts
+
+    return together(size, worker)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", names())
+def test_the_bytes_of_a_real_pass(name: str, case: str) -> None:
+    build, batch_of, mesh = CASES[case]
+    model = build()
+    batch, layout = batch_of(model), Layout(model, mesh)
+    for rank, counts in enumerate(counted(name, model, batch, layout)):
+        found = measure.together(list(measure.pieces(model, batch, layout, mesh.seat(rank)).values()))
+        assert sum(counts.values()) > 0
+        assert {key: moved for key, (_, moved) in measure.totals(found.moves).items()} == dict(counts)
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_is_computed_again_is_exchanged_again(name: str) -> None:
+    """At most: the oracle keeps everything, and PyTorch stops where the gradient needs no more."""
+    plain, again = (gpt.build({**LANGUAGE, "recompute": recompute}, {"vocab_size": 13}) for recompute in (False, True))
+    batch, layout = text(again), Layout(again, Mesh(1, tensor=2))
+    bounds = []
+    for model in (plain, again):
+        found = measure.together(list(measure.pieces(model, batch, layout, layout.mesh.seat(0)).values()))
+        bounds.append(sum(move.bytes for move in found.moves))
+    assert bounds[0] <= sum(counted(name, again, batch, layout)[0].values()) <= bounds[1]
