@@ -50,6 +50,8 @@ CASES: dict[str, tuple[Any, Any, Mesh]] = {
     "tiny over four": (Tiny, lambda model: model.batch(1), Mesh(1, tensor=4)),
     "gpt": (lambda: gpt.build(LANGUAGE, {"vocab_size": 13}), text, Mesh(1, tensor=2)),
     "gpt, smoothed, with biases": (lambda: gpt.build({**LANGUAGE, "smoothing": 0.1, "bias": True}, {"vocab_size": 13}), text, Mesh(1, tensor=4)),
+    "gpt with experts on two workers": (lambda: gpt.build({**LANGUAGE, "experts": 4}, {"vocab_size": 13}), text, Mesh(1, expert=2)),
+    "gpt with experts, both axes": (lambda: gpt.build({**LANGUAGE, "experts": 4, "top": 2}, {"vocab_size": 13}), text, Mesh(1, tensor=2, expert=2)),
     "bert": (lambda: bert.build(LANGUAGE, {"vocab_size": 13}), hidden, Mesh(1, tensor=2)),
     "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 16, "patch": 2, "mlp": 2}, {"shape": (8, 8, 1), "num_classes": 10}), images,
             Mesh(1, tensor=2)),

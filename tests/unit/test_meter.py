@@ -47,6 +47,7 @@ CASES = {
     "gpt with dropout and biases": (lambda: gpt.build({**LANGUAGE, "dropout": 0.1, "bias": True}, {"vocab_size": 31}), text),
     "gpt computed again": (lambda: gpt.build({**LANGUAGE, "recompute": True, "dropout": 0.1}, {"vocab_size": 31}), text),
     "gpt with smoothed labels": (lambda: gpt.build({**LANGUAGE, "smoothing": 0.1}, {"vocab_size": 31}), text),
+    "gpt with experts": (lambda: gpt.build({**LANGUAGE, "experts": 4, "top": 2}, {"vocab_size": 31}), text),
     "bert": (lambda: bert.build(LANGUAGE, {"vocab_size": 31}), hidden),
     "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 32, "patch": 2, "mlp": 2}, PICTURES), images),
     "resnet": (lambda: resnet.build({"blocks": [1, 1], "width": 8, "stem": "small"}, PICTURES), images),
