@@ -62,22 +62,22 @@ def parameters(layout: Layout) -> Table:
     return out
 
 
-def traffic(asked: Question, layout: Layout, work: Counted, stage: int, micro_batches: int) -> Iterator[Traffic]:
-    """Of one step, of the first worker of a stage."""
+def traffic(asked: Question, layout: Layout, work: Counted, seat: Seat, micro_batches: int) -> Iterator[Traffic]:
+    """Of one step, of the worker on a seat."""
     task, mesh = asked.task, layout.mesh
     shards = rounds(task.num_shards, mesh.data)
     each, measured = shards * micro_batches, work.measured(layout, task.shard_rows // mesh.expert // micro_batches)
-    for key, (calls, moved) in sorted(totals([move for depth in layout.stage_depths(stage) for move in measured[depth].moves]).items()):
+    for key, (calls, moved) in sorted(totals([move for depth in layout.stage_depths(seat.pipeline) for move in measured[depth].moves]).items()):
         yield Traffic(key, each * calls, each * moved)
     last = len(measured) - 1
-    onward = [measured[depth].out_bytes for depth in layout.stage_depths(stage) if depth < last]
-    back = [measured[depth - 1].out_bytes for depth in layout.stage_depths(stage) if depth]
+    onward = [measured[depth].out_bytes for depth in layout.stage_depths(seat.pipeline) if depth < last]
+    back = [measured[depth - 1].out_bytes for depth in layout.stage_depths(seat.pipeline) if depth]
     for what, sizes in (("pipeline.activation", onward), ("pipeline.gradient", back)):
         if sizes:
             yield Traffic(what, each * len(sizes), each * sum(sizes))
-    held = meshes.holding(layout, asked.model, asked.rules, Seat(pipeline=stage))
-    for workers, elements in held.shared:
-        yield Traffic(f"replica.all_reduce of {workers}", 1, elements * FLOAT)
+    held = meshes.holding(layout, asked.model, asked.rules, seat)
+    if held.shared:
+        yield Traffic("shared.all_reduce", len(held.shared), sum(elements for _, elements in held.shared) * FLOAT)
     if mesh.data > 1:
         sums = len(all_nodes(mesh.data, task.num_shards)[0]) if task.is_exact else 1
         yield Traffic("data.reduction", sums + 1, int(costs.sent_bytes(task, mesh.data, held.gradient)))
@@ -87,6 +87,6 @@ def collectives(asked: Question, layout: Layout, work: Counted, micro_batches: i
     """A row for every kind and stage."""
     out = Table("stage", "collective", "calls a step", "bytes a step and worker", box=None, pad_edge=False)
     for stage in range(layout.mesh.pipeline):
-        for one in traffic(asked, layout, work, stage, micro_batches):
+        for one in traffic(asked, layout, work, Seat(pipeline=stage), micro_batches):
             out.add_row(str(stage), one.what, str(one.calls), size(one.bytes))
     return out

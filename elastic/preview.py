@@ -15,7 +15,6 @@ from elastic.errors import UserError
 from elastic.mesh import Mesh
 from elastic.parallel import costs, meshes
 from elastic.parallel.costs import Candidate, Part, Task
-from elastic.parallel.measure import costs_of
 from elastic.parallel.planner import Question
 from elastic.recipe import Recipe
 from elastic.trial import Counted, Timed
@@ -50,15 +49,14 @@ def preview(recipe: Recipe, info: Mapping[str, Any]) -> Preview:
     return Preview(whole.size, int(most), elastic.max_workers + elastic.spares)
 
 
-def question(recipe: Recipe, model: Any, batch: Mapping[str, Any] | None = None) -> Question:
-    """A run as the planner sees it. With a batch, stages are balanced by what the pieces compute."""
+def question(recipe: Recipe, model: Any) -> Question:
+    """A run as the planner sees it."""
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
     mesh, optimizer, elastic = recipe.mesh, recipe.optimizer, recipe.elastic
     task = Task(elastic.logical_shards, recipe.data.batch_size // elastic.logical_shards, len(SLOTS[optimizer.name]) + (optimizer.ema > 0),
                 elastic.reduction == "exact", recipe.backend.threads, optimizer.sharded, optimizer.twin)
-    balance = costs_of(model, batch) if batch is not None else None
-    return Question(model, task, meshes.rules_of(recipe), balance, mesh.schedule, mesh.micro_batches)
+    return Question(model, task, meshes.rules_of(recipe), None, mesh.schedule, mesh.micro_batches)
 
 
 def example(work: Workload) -> Batch:
@@ -74,7 +72,7 @@ def measured(recipe: Recipe, work: Workload, flops_s: float = 0.0) -> tuple[Ques
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads: as the workers have it
     batch = example(work)
-    asked = question(recipe, work.model, batch)
+    asked = question(recipe, work.model)
     if flops_s and not isinstance(getattr(work.model, "parameters", None), Mapping):
         raise UserError(f"--tflops {flops_s / 1e12:g} says nothing of model.kind = {recipe.model.kind!r}, whose operations nobody counts; "
                         "leave it out.")

@@ -13,6 +13,7 @@ from elastic.mesh import Seat
 from elastic.parallel.axis import Axis
 from elastic.parallel.costs import Part
 from elastic.parallel.layout import SPLITTING, Layout
+from elastic.parallel.links import Mirror
 from elastic.parallel.measure import Measure, pieces, rows_of, together
 from elastic.recipe import Recipe
 from elastic.state import BLOCK
@@ -60,7 +61,7 @@ class Timed(Counted):
             state.start(self.recipe.run.seed)
             views = state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names)
             if layout.dims:
-                mirrors: dict[str, Any] = {axis: Mirror(getattr(mesh, axis)) for axis in SPLITTING}
+                mirrors: dict[str, Any] = {axis: Mirror(getattr(mesh, axis), 0) for axis in SPLITTING}
                 backend.connect({dim: Axis(axis, mirrors[axis]) for dim, axis in layout.dims.items()})
             batch = rows_of(self.batch, rows)
             taken = staged(backend, layout, measured, batch, views) if mesh.pipeline > 1 else whole(backend, measured, batch, views)
@@ -129,25 +130,3 @@ class Local:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-class Mirror:
-    """The first of `size` members that all have what it has."""
-
-    rank, sums_in_order = 0, True
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def all_reduce(self, buffer: Any) -> None:
-        buffer *= self.size
-
-    def all_gather(self, out: Any, part: Any) -> None:
-        for place in range(self.size):
-            out[place * len(part):(place + 1) * len(part)] = part
-
-    def all_to_all(self, out: Any, out_counts: Sequence[int], buffer: Any, counts: Sequence[int]) -> None:
-        length = min(len(out), len(buffer))
-        out[:length] = buffer[:length]
-
-

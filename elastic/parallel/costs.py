@@ -1,8 +1,8 @@
 """What one step costs on one mesh, in seconds and bytes, by what causes them. Pure.
 
-A replica computes its logical shards one after the other; a shard is a schedule of micro-batches over the stages, on the simulator's
-clock. Collectives follow an alpha-beta model: a latency for every call, bytes over bandwidth. A node's link is shared by its workers, and so
-are its cores: a node is not done before its cores could have done the work of all its workers.
+A replica computes its logical shards one after the other; their micro-batches pass its stages by a schedule, on the simulator's clock.
+Collectives follow an alpha-beta model: a latency for every call, bytes over bandwidth. A node's link is shared by its workers, and so are
+its cores: a node is not done before its cores could have done the work of all its workers.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class Bytes:
 
 def step(task: Task, cluster: Cluster, candidate: Candidate) -> Seconds:
     mesh, turns = candidate.mesh, rounds(task.num_shards, candidate.mesh.data)
+    schedule, times = scheduled(task, candidate)
     stages = [stage_seconds(cluster, candidate, stage) for stage in range(mesh.pipeline)]
-    schedule = scheduled(candidate)
     forward, backward = (tuple(sum(one[way].values()) for one in stages) for way in (0, 1))
     halves = tuple(value / 2 for value in backward)
     message = message_s(cluster, candidate)
@@ -141,8 +141,8 @@ def step(task: Task, cluster: Cluster, candidate: Candidate) -> Seconds:
     by = {name: each * (stages[slowest][0][name] + stages[slowest][1][name]) for name in ("compute", "tensor", "expert")}
     crowding = crowded(task, cluster, mesh)
     busy = [each * (one[0]["compute"] + one[1]["compute"]) for one in stages]
-    late = cores_s(task, cluster, mesh, busy) - turns * whole
-    return Seconds(by["compute"], turns * silent - sum(by.values()), by["tensor"], by["expert"], turns * (whole - silent), max(0.0, late),
+    late = cores_s(task, cluster, mesh, busy) - times * whole
+    return Seconds(by["compute"], times * silent - sum(by.values()), by["tensor"], by["expert"], times * (whole - silent), max(0.0, late),
                    reduction_s(task, cluster, candidate), crowding * task.update_s * max(updated(task, mesh, one) for one in candidate.holdings))
 
 
@@ -213,9 +213,12 @@ def message_s(cluster: Cluster, candidate: Candidate) -> float:
     return latency(cluster, candidate.mesh, "pipeline") + size / link(cluster, candidate.mesh, "pipeline")
 
 
-def scheduled(candidate: Candidate) -> Schedule:
+def scheduled(task: Task, candidate: Candidate) -> tuple[Schedule, int]:
+    """What a replica runs in a step, and how many times: one schedule over all of its shards, but for the interleaved one a shard at a time."""
     name: Name = "1f1b" if candidate.mesh.pipeline == 1 else candidate.schedule
-    return built(name, candidate.mesh.pipeline, candidate.micro_batches, candidate.num_chunks)
+    turns = rounds(task.num_shards, candidate.mesh.data)
+    per, times = (1, turns) if name == "interleaved" or candidate.mesh.pipeline == 1 else (turns, 1)
+    return built(name, candidate.mesh.pipeline, per * candidate.micro_batches, candidate.num_chunks), times
 
 
 built = lru_cache(maxsize=1024)(build)
@@ -257,7 +260,7 @@ def updated(task: Task, mesh: Mesh, holding: Holding) -> float:
 
 def memory(task: Task, candidate: Candidate) -> Bytes:
     """Of the worker that needs most."""
-    peaks = simulator.simulate(scheduled(candidate), simulator.Costs.equal(candidate.mesh.pipeline, 1.0, 1.0, 1.0)).peaks
+    peaks = simulator.simulate(scheduled(task, candidate)[0], simulator.Costs.equal(candidate.mesh.pipeline, 1.0, 1.0, 1.0)).peaks
     return max((stage_memory(task, candidate, stage, peaks[stage]) for stage in range(candidate.mesh.pipeline)), key=lambda one: one.total)
 
 
@@ -268,14 +271,15 @@ def stage_memory(task: Task, candidate: Candidate, stage: int, peak: int) -> Byt
     total = out_size(holding.gradient, BLOCK, mesh.data) if mesh.data > 1 else 0
     come = sum(candidate.depths[depth - 1].out_bytes for depth in range(stage, len(candidate.depths), mesh.pipeline) if depth)
     kept = come + sum(part.kept_bytes for part in parts)
-    return Bytes(FLOAT * holding.size, FLOAT * (most_sums(task.num_shards, task.is_exact, mesh.data) * holding.gradient + total), FLOAT * slots,
+    sums = most_sums(task.num_shards, task.is_exact, mesh.data, candidate.micro_batches > 1)
+    return Bytes(FLOAT * holding.size, FLOAT * (sums * holding.gradient + total), FLOAT * slots,
                  peak * kept / candidate.num_chunks + max(part.again_bytes for part in parts),
                  FLOAT * math.ceil((holding.size + slots) / mesh.data))
 
 
 @lru_cache(maxsize=1024)
-def most_sums(num_shards: int, is_exact: bool, data: int) -> int:
-    """Gradient-sized sums that the busiest worker holds at a time."""
+def most_sums(num_shards: int, is_exact: bool, data: int, several: bool) -> int:
+    """Gradient-sized sums that the busiest worker holds at a time; a shard of several micro-batches is summed by itself first."""
     if not is_exact:
         return 1
     alive, most = 0, 0
@@ -292,7 +296,7 @@ def most_sums(num_shards: int, is_exact: bool, data: int) -> int:
 
     for rank in range(data):
         alive, run = 0, shards_of(rank, data, num_shards)
-        sums = SubtreeSums(run, num_shards, take, give)
+        sums = SubtreeSums(run, num_shards, take, give, several)
         for shard in run:
             sums.begin(shard)
             sums.end(shard)

@@ -31,11 +31,6 @@ def rules_of(recipe: Recipe) -> Rules:
     return Rules(mesh.layout or None, mesh.chunks if mesh.schedule == "interleaved" else 1, recipe.model.freeze, recipe.optimizer.no_decay)
 
 
-def check(recipe: Recipe, model: Any) -> None:
-    """RecipeError where the model does not lie on the recipe's mesh."""
-    lay(model, Mesh(1, recipe.mesh.pipeline, recipe.mesh.tensor, recipe.mesh.expert), rules_of(recipe), None)
-
-
 def check_rows(rows: int, mesh: Mesh, micro_batches: int) -> None:
     """RecipeError where a shard's rows cannot be shared out."""
     if rows % (mesh.expert * micro_batches):

@@ -109,9 +109,6 @@ class MeterOps(Kernels):
             self._move(dim, "all_to_all", x.size, False)
         return self._new(x.shape, x)
 
-    def attach(self, x: Shape, penalty: Shape) -> Shape:
-        return self._view(x, x.shape)
-
     def constant(self, values: Any) -> Shape:
         return Shape(np.shape(values), False, owned=False)
 
