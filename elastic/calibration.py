@@ -53,8 +53,8 @@ class Constants:
 
     @property
     def cores(self) -> float:
-        """As many as it is as if the workers shared."""
-        return self.workers * min(1.0, self.alone_s / self.together_s)
+        """As many as it is as if the workers shared; on a busy machine one worker alone is slow too, which says nothing of cores."""
+        return min(float(os.cpu_count() or self.workers), self.workers * min(1.0, self.alone_s / self.together_s))
 
     def lines(self) -> list[str]:
         """For a person."""
