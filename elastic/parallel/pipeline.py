@@ -49,7 +49,7 @@ class Pipeline:
         """Of what travels between depths d and d + 1, for a batch of so many rows."""
         rows = len(next(iter(batch.values())))
         if rows not in self._shapes:
-            self._shapes[rows] = boundaries(self.portion.model, self.portion.whole, self.portion.layout.depths, batch)
+            self._shapes[rows] = boundaries(self.portion, batch)
         return self._shapes[rows]
 
     def run(self, group: CollectiveGroup, shards: Sequence[int], work: Shards) -> None:
@@ -153,16 +153,18 @@ class AtWork:
         return found
 
 
-def boundaries(model: Any, parameters: Mapping[str, Any], depths: Sequence[Sequence[str]], batch: Batch) -> list[tuple[int, ...]]:
-    """The shape of what each depth but the last gives, found without values. What travels is whole on every worker."""
-    ops = MeterOps()
-    params = {name: Shape(spec.shape, True, owned=False) for name, spec in parameters.items()}
+def boundaries(portion: Portion, batch: Batch) -> list[tuple[int, ...]]:
+    """The shape of what each depth but the last gives, found without values. It passes between workers with the same part of every split dim,
+    and may be such a part itself.
+    """
+    ops, layout = MeterOps(), portion.layout
+    params = {name: Shape(layout.box(name, portion.seat).count, True, owned=False) for name in portion.whole}
     columns = {name: Shape(np.shape(column), False, owned=False) for name, column in batch.items()}
     shapes: list[tuple[int, ...]] = []
     x = None
-    for pieces in depths[:-1]:
+    for pieces in layout.depths[:-1]:
         for piece in pieces:
-            x = model.run(ops, params, piece, x, columns, 0)
+            x = portion.model.run(ops, params, piece, x, columns, 0)
         assert x is not None
         shapes.append(tuple(x.shape))
     return shapes
