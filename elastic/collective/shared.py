@@ -33,10 +33,10 @@ class SharedGroup(Member):
 
     sums_in_order = True  # `all_reduce` adds in rank order
 
-    def __init__(self, segment: Segment, peers: Sequence[Peer | None], store: StoreClient, rank: int, abandoned: threading.Event,
+    def __init__(self, segment: Segment, peers: Sequence[Peer | None], store: StoreClient, key: str, rank: int, abandoned: threading.Event,
                  timeout_s: float):
         super().__init__(rank, len(peers), abandoned)
-        self._segment, self._store, self._timeout_s = segment, store, timeout_s
+        self._segment, self._store, self._key, self._timeout_s = segment, store, key, timeout_s
         self._peers = [(r, peer) for r, peer in enumerate(peers) if peer is not None]
         self._number = 0  # of the last meeting
         self._stages = [segment.allocate(PIECE, np.uint8), segment.allocate(PIECE, np.uint8)]
@@ -64,7 +64,7 @@ class SharedGroup(Member):
             peers = [Peer(card, rank) if r != rank else None for r, card in enumerate(cards)]
         except OSError as error:
             raise GroupBroken(f"Rank {rank} of {size}: a member was lost while the group formed: {error}.") from error
-        group = cls(segment, peers, store, rank, abandoned, timeout_s)
+        group = cls(segment, peers, store, key, rank, abandoned, timeout_s)
         group.barrier()  # until every peer has opened this member's file: it may close, and the group be dropped
         segment.close()
         return group
@@ -264,7 +264,7 @@ class SharedGroup(Member):
 
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> SharedGroup:
         self._check()
-        key = "/".join([kind, *map(str, ranks), ""])
+        key = self._key + "/".join([kind, *map(str, ranks), ""])  # ranks in this group: others have them too
         try:
             return self._form_at(self._store, key, ranks.index(self.rank), len(ranks), self._abandoned, self._timeout_s)
         except GroupBroken as error:

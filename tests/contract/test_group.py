@@ -92,6 +92,8 @@ def test_every_call_against_numpy(world: Any, size: int, dtype: str) -> None:
             expected["receive"] = parts[size - 1 - rank]
         if size > 2 and rank > 0:
             expected["subgroup"] = parts[1]
+        if size == 4:
+            expected["receive in a subgroup"] = parts[(rank + 2) % 4]
         assert set(found) == set(expected)
         for call, array in expected.items():
             np.testing.assert_array_equal(found[call], array, err_msg=f"{call}, rank {rank}", strict=True)
