@@ -58,17 +58,6 @@ def dense_from(ops: Any, params: Mapping[str, Array], equation: str, name: str, 
     return total if bias is None else ops.add(total, bias)
 
 
-def embedded(ops: Any, table: Array, indices: Array, dim: str, length: int) -> Array:
-    """The rows of a table that may be split along `dim`; there are `length` in all."""
-    return ops.gather(table, indices) if ops.degree(dim) == 1 else ops.gather(table, indices, dim, length)
-
-
-def cross_entropy(ops: Any, logits: Array, targets: Array, weights: Array, dim: str, length: int) -> Array:
-    """Of logits that may be split along `dim`; there are `length` classes in all."""
-    return (ops.cross_entropy(logits, targets, weights) if ops.degree(dim) == 1
-            else ops.cross_entropy(logits, targets, weights, dim, length))
-
-
 def part_tag(ops: Any, tag: str, dim: str) -> str:
     """A tag for dropout of what may be split along `dim`: its parts must not be dropped alike."""
     return tag if ops.degree(dim) == 1 else f"{tag}.{ops.part(dim)}"

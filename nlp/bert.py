@@ -15,7 +15,7 @@ import numpy as np
 
 from elastic.backend import Spec
 from elastic.errors import RecipeError
-from elastic.layers import Chained, Layers, cross_entropy, embedded, one_layer, smoothed
+from elastic.layers import Chained, Layers, one_layer, smoothed
 
 Array = Any
 EPS = 1e-12  # of the norms, as in the original
@@ -108,7 +108,7 @@ class BERT(Chained):
     def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
         layers = Layers(ops, False, self.config.dropout, seed, EPS)
         if piece == "embed":
-            x = ops.add(embedded(ops, params["wte"], batch["tokens"], "vocab", self.num_tokens), params["wpe"])
+            x = ops.add(ops.gather(params["wte"], batch["tokens"], "vocab", self.num_tokens), params["wpe"])
             return layers.drop(layers.norm(params, "ln_e", x), "embedding")
         if piece == "head":
             return self.head(ops, params, layers, x, batch["places"])
@@ -124,7 +124,7 @@ class BERT(Chained):
     def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
         """The summed loss of hidden tokens and their number in real rows."""
         weights, smoothing = self.weights(ops, batch), self.config.smoothing
-        total = cross_entropy(ops, x, batch["targets"], weights, "vocab", self.num_tokens)
+        total = ops.cross_entropy(x, batch["targets"], weights, "vocab", self.num_tokens)
         if smoothing:
             total = smoothed(ops, total, ops.collect(x, "vocab", self.num_tokens), weights, smoothing)
         return total, ops.sum(weights)

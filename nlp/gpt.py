@@ -15,7 +15,7 @@ import numpy as np
 
 from elastic.backend import Spec
 from elastic.errors import RecipeError
-from elastic.layers import Chained, Layers, cross_entropy, embedded, one_layer, smoothed
+from elastic.layers import Chained, Layers, one_layer, smoothed
 from nlp.experts import Experts
 
 Array = Any
@@ -167,13 +167,13 @@ class GPT(Chained):
         time, positions = tokens.shape[1], params["wpe"]
         if time < self.config.context:
             positions = ops.narrow(positions, 0, 0, time)
-        x = ops.add(embedded(ops, params["wte"], tokens, "vocab", self.vocab_size), positions)
+        x = ops.add(ops.gather(params["wte"], tokens, "vocab", self.vocab_size), positions)
         return Layers(ops, True, self.config.dropout, seed).drop(x, "embedding")
 
     def token_loss(self, ops: Any, logits: Array, batch: Mapping[str, Array], smoothing: float) -> tuple[Array, Array]:
         rows, time = logits.shape[:2]
         weights = ops.multiply(ops.reshape(batch["row_weight"], (rows, 1)), ops.constant(np.ones((1, time))))
-        total = cross_entropy(ops, logits, ops.narrow(batch["tokens"], 1, 1, time), weights, "vocab", self.vocab_size)
+        total = ops.cross_entropy(logits, ops.narrow(batch["tokens"], 1, 1, time), weights, "vocab", self.vocab_size)
         if smoothing:
             total = smoothed(ops, total, ops.collect(logits, "vocab", self.vocab_size), weights, smoothing)
         return total, ops.sum(weights)

@@ -20,7 +20,7 @@ import numpy as np
 
 from elastic.backend import Spec, Tally
 from elastic.errors import RecipeError
-from elastic.layers import Chained, dense_from, dense_into, embedded, part_tag
+from elastic.layers import Chained, dense_from, dense_into, part_tag
 from recommender.metrics import Curve, Errors, Lists
 
 Array = Any
@@ -217,7 +217,7 @@ class Pass:
 
     def rows_of(self, table: str) -> Array:
         """(rows, columns, width) of the batch's categories."""
-        return embedded(self.ops, self.params[table], self.batch["categorical"], "table_row", sum(self.columns.sizes))
+        return self.ops.gather(self.params[table], self.batch["categorical"], "table_row", sum(self.columns.sizes))
 
     def together(self, parts: Sequence[Array], axis: int) -> Array:
         return parts[0] if len(parts) == 1 else self.ops.concatenate(parts, axis)
