@@ -209,7 +209,7 @@ class Worker:
         state.committed = generation.committed
         if group.rank == 0:
             self.rim.post(Line(generation.number, "events", {
-                "event": "relaid", "step": generation.committed, "from": was.as_dict(), "to": mesh.as_dict(), "bytes": moved,
+                "event": "relaid", "step": generation.committed, "from": degrees(was), "to": degrees(mesh), "bytes": moved,
                 "seconds": time.perf_counter() - started}))
 
     def prepare(self, generation: Generation, group: CollectiveGroup) -> None:
@@ -251,6 +251,10 @@ class Worker:
     def crash(self) -> None:
         """For fault injection: this process ends between two calls of its file system."""
         self.rim.strike(Fault("kill", 0, 0, "checkpoint", "disk"))
+
+
+def degrees(mesh: Mesh) -> dict[str, int]:
+    return {axis: size for axis, size in mesh.as_dict().items() if axis != "data"}
 
 
 def describe(error: BaseException) -> str:

@@ -108,6 +108,10 @@ class Run:
     def scale(self, workers: int) -> None:
         self.controller.post(m.ScaleTo(workers))
 
+    def scale_mesh(self, workers: int, degrees: tuple[int, int, int]) -> None:
+        """`degrees`: pipeline, tensor, expert."""
+        self.controller.post(m.ScaleTo(workers, degrees))
+
     def drain(self, *nodes: str) -> None:
         self.controller.post(m.Drain(nodes))
 
