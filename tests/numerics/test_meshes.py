@@ -118,7 +118,8 @@ def resize(capacity: int) -> Any:
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
-def test_it_goes_on_with_one_replica_and_comes_back_when_a_worker_joins(axis: str, text: Path, undisturbed: dict[str, Result], tmp_path: Path) -> None:
+def test_it_goes_on_with_one_replica_and_comes_back_when_a_worker_joins(axis: str, text: Path, undisturbed: dict[str, Result],
+                                                                        tmp_path: Path) -> None:
     hooks = {2: resize(3), 8: resize(4)}
     result = fit(tmp_path / "run", recipe(text, {axis: 2}, elastic={"max_workers": 4, "min_workers": 2}), ["kill:1@4/backward"], hooks=hooks)
     result.assert_sound(STEPS)
@@ -132,7 +133,8 @@ def test_it_goes_on_with_one_replica_and_comes_back_when_a_worker_joins(axis: st
 def test_a_replica_is_put_together_from_the_halves_of_two(text: Path, undisturbed: dict[str, Result], tmp_path: Path) -> None:
     """Seat 0 of one replica and seat 1 of the other fall: what is left is a whole model."""
     chaos = ["kill:0@5/forward", "kill:3@5/forward"]
-    result = fit(tmp_path / "run", recipe(text, {"tensor": 2}, elastic={"max_workers": 4, "min_workers": 2}), chaos, hooks={2: resize(2), 9: resize(4)})
+    given = recipe(text, {"tensor": 2}, elastic={"max_workers": 4, "min_workers": 2})
+    result = fit(tmp_path / "run", given, chaos, hooks={2: resize(2), 9: resize(4)})
     result.assert_sound(STEPS)
     assert result.sha == undisturbed["tensor"].sha and not result.named("loaded")
 

@@ -1,0 +1,56 @@
+"""Replicas of several processes on a real Ray: tensor groups and pipelines over shared memory, broken and put together again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic.trainer import Result
+from tests.cluster.runs import assert_sound, assert_survivors_kept, events, train
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+STEPS = 60
+TENSOR, PIPELINE = {"tensor": 2}, {"pipeline": 2, "micro_batches": 2}
+
+
+def run(folder: Path, workers: int, mesh: dict[str, Any], chaos: list[str] | None = None, least: int = 2) -> Result:
+    return train(folder / "run", workers, chaos or [], run={"name": "mesh", "steps": STEPS, "eval_every": 30}, mesh=mesh,
+                 elastic={"max_workers": workers, "min_workers": least})
+
+
+@pytest.fixture(scope="module")
+def bits(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The state of one replica of each kind that nobody disturbs."""
+    found = {}
+    for name, mesh in (("tensor", TENSOR), ("pipeline", PIPELINE)):
+        result = run(tmp_path_factory.mktemp(name), 2, mesh)
+        assert result.status == "done", result.error
+        assert result.summary["recoveries"] == 0
+        found[name] = result.summary["state_sha256"]
+    return found
+
+
+def meshes(result: Result) -> list[tuple[int, int, int]]:
+    return [(e["mesh"]["data"], e["mesh"]["pipeline"], e["mesh"]["tensor"]) for e in events(result, "generation_started")]
+
+
+@pytest.mark.parametrize(("name", "mesh", "fault"), [("tensor", TENSOR, "kill:1@20/forward"), ("tensor", TENSOR, "kill:2@20/reduction"),
+                                                     ("pipeline", PIPELINE, "kill:1@20/backward"), ("pipeline", PIPELINE, "kill:0@20/vote")])
+def test_a_broken_replica_costs_no_step(name: str, mesh: dict[str, Any], fault: str, bits: dict[str, str], tmp_path: Path) -> None:
+    """It goes on with the other one, and with two again when a worker has come."""
+    result = run(tmp_path, 4, mesh, [fault])
+    assert_sound(result, bits[name], STEPS)
+    assert_survivors_kept(result)
+    assert meshes(result)[0][0] == 2 and (1, *meshes(result)[0][1:]) in meshes(result)
+    assert len(events(result, "worker_lost")) == 1 and not events(result, "rewound")
+
+
+def test_a_hung_worker_of_a_pipeline_is_found(bits: dict[str, str], tmp_path: Path) -> None:
+    """Its peers wait in messages and collectives inside the model."""
+    result = train(tmp_path / "run", 4, ["stop:1@20"], run={"name": "mesh", "steps": STEPS, "eval_every": 30}, mesh=PIPELINE,
+                   elastic={"max_workers": 4, "min_workers": 2, "hang_timeout_s": 2.0})
+    assert_sound(result, bits["pipeline"], STEPS)
+    assert [e["rank"] for e in events(result, "worker_lost")] == [1]
