@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from elastic.trainer import Result
-from tests.cluster.runs import assert_sound, assert_survivors_kept, events, train
+from elastic.trainer import Result, Trainer, scale
+from tests.cluster.runs import assert_sound, assert_survivors_kept, events, recipe, steps, train
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -54,3 +54,23 @@ def test_a_hung_worker_of_a_pipeline_is_found(bits: dict[str, str], tmp_path: Pa
                    elastic={"max_workers": 4, "min_workers": 2, "hang_timeout_s": 2.0})
     assert_sound(result, bits["pipeline"], STEPS)
     assert [e["rank"] for e in events(result, "worker_lost")] == [1]
+
+
+def test_a_live_run_is_laid_on_another_mesh(tmp_path: Path) -> None:
+    """tensor = 4 becomes two replicas of tensor = 2 on demand: the same processes, nothing rewound, and the loss goes on as one worker's does."""
+    folder = tmp_path / "run"
+
+    def ask(line: dict[str, Any]) -> None:
+        if line["step"] == 15:
+            scale(folder, 4, tensor=2)
+
+    given = {"run": {"name": "mesh", "steps": STEPS, "eval_every": 30}, "model": {"heads": 4, "dropout": 0.0}}
+    on_four = recipe(4, **given, mesh={"tensor": 4}, elastic={"max_workers": 4, "min_workers": 4})
+    result = Trainer(on_four, folder, "local").fit(on_step=ask)
+    assert result.status == "done", result.error
+    assert meshes(result) == [(1, 1, 4), (2, 1, 2)] and steps(result) == list(range(1, STEPS + 1))
+    assert_survivors_kept(result)
+    (moved,) = events(result, "relaid")
+    assert moved["bytes"] > 0 and result.summary["steps_lost"] == 0 and not events(result, "rewound")
+    one = train(tmp_path / "one", 1, **given)
+    assert result.summary["final_loss"] == pytest.approx(one.summary["final_loss"], rel=1e-3)
