@@ -1,0 +1,171 @@
+"""The plan command and `mesh = "auto"`: layouts shown, what does not fit the model or the memory, constants kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from elastic import calibration, cli, workload
+from elastic.calibration import Constants
+from elastic.forecast import too_large
+from elastic.mesh import Mesh
+from elastic.parallel import costs
+from elastic.parallel.planner import choose, forecasts
+from elastic.planning import Plan, Size, cluster_of, settle
+from elastic.recipe import Recipe, dumps, load_recipe
+from elastic.state import State
+from elastic.trial import Counted
+from elastic.workload import Workload, lay_out, take_seat
+
+RECIPE = """[model]
+kind = "nlp.gpt"
+layers = 2
+heads = 4
+width = 32
+context = 8
+[data]
+format = "text"
+path = "{}"
+batch_size = 32
+[backend]
+name = "reference"
+[elastic]
+max_workers = 4
+logical_shards = 4
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, plays: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "r.toml").write_text(RECIPE.format(plays))
+    return tmp_path / "r.toml"
+
+
+def plan_of(recipe: Recipe, size: Size, flops_s: float = 1e9) -> Plan:
+    return Plan.make(recipe, Workload.open(recipe, workload.prepare(recipe)), cluster_of(recipe, size), flops_s)
+
+
+def test_every_legal_mesh_is_there(file: Path) -> None:
+    """Two layers between an embedding and a head are four pieces; four heads divide by one, two and four."""
+    found = plan_of(load_recipe(file), Size(1, 4)).found
+    shapes = {(one.mesh.pipeline, one.mesh.tensor) for one in found}
+    assert shapes == {(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)}
+    assert {one.mesh.data for one in found if one.mesh.replica_size == 1} == {1, 2, 4}
+
+
+def test_memory_is_that_of_the_state_on_a_seat(file: Path) -> None:
+    """Parameters and slots of the worker that holds most, counted in its arrays."""
+    recipe = load_recipe(file)
+    opened = Workload.open(recipe, workload.prepare(recipe))
+    plan = plan_of(recipe, Size(1, 4))
+    for one in plan.found:
+        layout = lay_out(recipe, opened.model, replace(one.mesh, data=1))
+        held = []
+        for rank in range(layout.mesh.world_size):
+            state: State = take_seat(recipe, opened.model, layout.mesh, layout.mesh.seat(rank))[2]
+            held.append((state.param.nbytes, sum(slot.nbytes for slot in state.slots.values())))
+        stages = [costs.stage_memory(plan.asked.task, one.candidate, stage, 0) for stage in range(layout.mesh.pipeline)]
+        memory = max(stages, key=lambda each: each.parameters)
+        assert (memory.parameters, memory.optimizer) == max(held)
+
+
+def test_slow_links_keep_a_tensor_group_on_its_node(file: Path) -> None:
+    """Memory for half of the model: it must be split; across nodes that costs, and the words say so."""
+    recipe = load_recipe(file, ["mesh=auto"])
+    plan = plan_of(recipe, Size(2, 2, inter_gbps=0.01))
+    whole = next(one for one in plan.found if one.mesh == Mesh(1)).memory.total
+    cluster = replace(plan.cluster, memory=0.6 * whole)
+    best = choose(plan.found, cluster)
+    assert best is not None and best.mesh.replica_size > 1 and "tensor" not in best.far and "pipeline" not in best.far
+
+
+def test_what_fits_nowhere_is_one_sentence_with_a_remedy(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe(file)
+    plan = plan_of(recipe, Size(1, 2))
+    least = min(one.memory.total for one in plan.found)
+    cluster = replace(plan.cluster, memory=least - 1000)
+    words = too_large(forecasts(plan.asked, cluster, plan.work), cluster, replace(plan, cluster=cluster).variants({}))
+    assert "1.0 KB more than it has; " in words and "take more workers: a larger mesh.tensor or mesh.pipeline would make it fit" in words
+    assert cli.run(["plan", str(file), "--memory-gb", "0.00001", "--tflops", "1", "--nodes", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("elastic: A worker needs ") and error.count("\n") == 1
+
+
+def test_a_layout_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", str(file), "--show-layout", "--mesh", "data=2,tensor=2"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    up = next(line for line in lines if line[:1] == ["h0.mlp.up.weight"])
+    assert " ".join(up[1:]) == "d_model 32, d_ff 128 d_ff: tensor 8.2 KB 0"  # 32 x 128 floats, half of them
+    moved = next(line for line in lines if line[1:2] == ["tensor.all_reduce"])
+    rows, width = 8 * 8, 32
+    each = 4 * (rows * width * (1 + 2 * 2 * 2 + 1) + rows * 3)  # embedding, both layers twice and back, into the head; the loss's three numbers
+    assert moved[2] == str(2 * (1 + 8 + 1 + 2)) and " ".join(moved[3:]) == f"{2 * each / 1000:.1f} KB"
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--set", "mesh.tensor=3", "--set", "elastic.max_workers=3"], "mesh.tensor = 3 does not divide"),
+    (["--set", "mesh.layout.d_model_x=tensor", "--set", "mesh.tensor=2"], "names no dim of the model"),
+    (["--set", "mesh.expert=2"], "mesh.expert = 2 splits nothing"),
+    (["--set", "mesh.pipeline=8", "--set", "elastic.max_workers=8"], "needs 8 pieces, and the model has 4"),
+    (["--set", "model.experts=3", "--set", "mesh.expert=2"], "mesh.expert = 2 does not divide"),
+])
+def test_a_mesh_that_the_model_does_not_fit(file: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["train", "--check"], ["train"], ["plan"]):
+        assert cli.run([command[0], str(file), *command[1:], *options]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["data", "data=0", "rows=2", "data=2,data=2", "tensor=two"])
+def test_a_mesh_that_is_none(file: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", str(file), "--show-layout", "--mesh", text]) == 2
+    assert f'--mesh "{text}" is not of the form data=2,tensor=2' in capsys.readouterr().err
+
+
+def test_auto_becomes_numbers(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine of which one worker has no room for the whole, what the planner chooses is a split that has."""
+    recipe = load_recipe(file, ["mesh=auto"])
+    info = workload.prepare(recipe)
+    opened = Workload.open(recipe, info)
+    settled, why = settle(recipe, info, opened)
+    mesh = settled.mesh
+    assert why.startswith('mesh = "auto" is ') and not mesh.auto and 4 % mesh.replica_size == 0 and "auto" not in dumps(settled)
+    assert cli.run(["train", str(file), "--set", "mesh=auto", "--check"]) == 0
+    assert 'mesh = "auto" is ' in capsys.readouterr().out
+
+
+def test_constants_are_kept_by_run_and_number_of_workers(file: Path) -> None:
+    recipe = load_recipe(file)
+    found = Constants(4, 0.010, 0.020, 1e9, 4e9, 5e-5, 1e9, 2e-3, 5e8, 2e9)
+    calibration.keep(recipe, found)
+    assert calibration.known(recipe, 4) == found and calibration.known(recipe, 2) is None
+    cluster = cluster_of(recipe, Size(0, 4))
+    assert cluster.latency_s == 5e-5 and cluster.cores == found.cores <= 2.0
+    mesh = Mesh(4)
+    assert costs.link(cluster, mesh, "data") == pytest.approx(1e9), "measured while all four were at work"
+    assert costs.link(cluster, mesh, "data", cluster.reduction) == pytest.approx(2e9)
+    calibration.cache_file().write_text("{not json")
+    assert calibration.known(recipe, 4) is None
+
+
+def test_a_calibration_between_real_processes(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", str(file), "--gpus-per-node", "2", "--calibrate"]) == 0
+    out = capsys.readouterr().out
+    assert "shared memory: " in out and "gloo: " in out and "Gflop/s each" in out
+    found = calibration.known(load_recipe(file), 2)
+    assert found is not None and min(found.alone_s, found.flops_s, found.shared_bytes_s, found.gloo_latency_s, found.reduction_bytes_s) > 0
+    assert cli.run(["plan", str(file), "--nodes", "2", "--calibrate"]) == 2
+    assert "--calibrate measures this machine" in capsys.readouterr().err
+
+
+def test_counted_work_is_the_operations(file: Path) -> None:
+    recipe = load_recipe(file)
+    plan = plan_of(recipe, Size(1, 4), 1e9)
+    for one in plan.found:
+        parts, slow = one.candidate.depths, Counted(plan.asked.model, plan.work.batch, 5e8)
+        layout = lay_out(recipe, plan.asked.model, replace(one.mesh, data=1))
+        again = slow.depths(layout, 8 // one.mesh.expert // one.candidate.micro_batches)
+        assert [2 * part.forward_s for part in parts] == pytest.approx([part.forward_s for part in again])
