@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from elastic.mesh import Mesh, Seat, useful_sizes
 from elastic.parallel.costs import Holding
 from elastic.parallel.layout import Layout
 from elastic.recipe import Recipe
-from elastic.state import FlatLayout, matches
+from elastic.state import FlatLayout
 
 MOST_TURNS = 8  # micro-batches a stage: more shrink the bubble by less than they cost
 
@@ -70,8 +70,11 @@ def micro_batches(rows: int, mesh: Mesh) -> list[int]:
 
 
 def holdings(layout: Layout, model: Any, rules: Rules) -> tuple[Holding, ...]:
-    """One a stage, of the worker that holds most: of a dim that does not divide, the first places hold one more."""
-    return tuple(holding(layout, model, rules, Seat(pipeline=stage)) for stage in range(layout.mesh.pipeline))
+    """One a stage, of the worker that holds most: the first has one place more of a dim that does not divide, the last keeps copies apart."""
+    mesh = layout.mesh
+    corners = [(expert, tensor) for expert in {0, mesh.expert - 1} for tensor in {0, mesh.tensor - 1}]
+    return tuple(max((holding(layout, model, rules, Seat(0, stage, *corner)) for corner in corners), key=lambda one: (one.size, one.gradient))
+                 for stage in range(mesh.pipeline))
 
 
 def holding(layout: Layout, model: Any, rules: Rules, seat: Seat) -> Holding:
@@ -82,10 +85,7 @@ def holding(layout: Layout, model: Any, rules: Rules, seat: Seat) -> Holding:
 
 
 def flat_layout(layout: Layout, model: Any, rules: Rules, seat: Seat) -> FlatLayout:
-    """Where everything lies that a seat holds. A stage knows only the patterns that match something on it."""
+    """Where everything lies that a seat holds, as its state has it."""
     specs = layout.specs(seat)
-
-    def here(patterns: Sequence[str]) -> list[str]:
-        return [pattern for pattern in patterns if any(matches(name, [pattern]) for name in specs)]
-
-    return FlatLayout(specs, model.buffers, here(rules.freeze), here(rules.no_decay))
+    copies = {name for name in specs if not layout.is_keeper(name, seat)}
+    return FlatLayout(specs, model.buffers, rules.freeze, rules.no_decay, copies, layout.parameters)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
+from elastic.errors import RecipeError
 from elastic.mesh import Mesh, rounds, speedup, useful_sizes
 from elastic.observe.words import size
 from elastic.parallel import costs, meshes
@@ -90,7 +91,10 @@ def forecasts(question: Question, cluster: Cluster, work: Work, most: int = 0) -
 
 def candidates(question: Question, layout: Layout, data: int, work: Work) -> Iterator[Candidate]:
     rows, shape = question.task.shard_rows, layout.mesh
-    held = meshes.holdings(layout, question.model, question.rules)
+    try:
+        held = meshes.holdings(layout, question.model, question.rules)
+    except RecipeError:  # a stage on which everything is frozen
+        return
     mesh = Mesh(data, shape.pipeline, shape.tensor, shape.expert)
     possible = meshes.micro_batches(rows, shape)
     for number in possible:
