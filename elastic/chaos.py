@@ -22,7 +22,7 @@ from typing import Any
 
 from elastic.errors import RecipeError
 
-PHASES = ("forward", "backward", "reduction", "vote", "update", "heal", "checkpoint")
+PHASES = ("forward", "backward", "reduction", "vote", "update", "gather", "heal", "checkpoint")
 CUT_S = 0.001  # how far a collective that is cut short may get
 SELF = ("kill", "stop", "node")  # a worker does these to itself; rank 0 asks the controller for the others
 DISK = ("error", "short", "full", "delay", "crash")  # what a file system can do

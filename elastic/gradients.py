@@ -29,7 +29,9 @@ class Buffers:
         allocate = getattr(group, "allocate", work.backend.allocate)
         self.layout = work.state.layout
         self.numel = self.layout.gradient
-        self.out = allocate(out_size(self.numel, BLOCK, group.size)) if group.size > 1 else None
+        state, rest = work.state, self.numel - self.layout.trainable
+        size = state.tail + out_size(rest, BLOCK, group.size) if state.num_blocks else out_size(self.numel, BLOCK, group.size)
+        self.out = allocate(size) if group.size > 1 else None
         self.scratch = Scratch(work.backend.allocate)
         self._allocate = allocate
         self._all: list[Buffer] = []

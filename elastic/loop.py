@@ -26,10 +26,12 @@ from elastic.evaluation import evaluate
 from elastic.gradients import Buffers, Found, add_up_shards, sum_shared
 from elastic.mesh import shards_of
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Line, Save
+from elastic.owners import block_norms, bring, reduce_own, share
 from elastic.parallel.links import Links
 from elastic.parallel.pipeline import Pipeline
 from elastic.parallel.portion import Portion
 from elastic.schedule import learning_rate
+from elastic.sharded import ShardedState
 from elastic.state import BLOCK, State
 
 
@@ -90,8 +92,7 @@ class Work:
 
 def train(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> str:
     """Trains until the run is "done" or a vote says that the group has "stopped". Raises `GroupBroken` if a peer is gone."""
-    begin(work, generation, group, injector)
-    links = link(work, generation, group)
+    links = begin(work, generation, group, injector)
     buffers = Buffers(work, links.data)
     run = shards_of(links.data.rank, links.data.size, work.plan.num_shards)
     work.load_batch.expect((step, shard) for step in range(work.state.committed + 1, work.plan.num_steps + 1) for shard in run)
@@ -103,7 +104,10 @@ def train(work: Work, generation: Generation, group: CollectiveGroup, injector: 
         ballot = vote(work, links, step, found, injector)
         injector.at(step, "update")
         commit(work, ballot)
-        record(work, generation, group, ballot, time.perf_counter() - started)
+        try:
+            share(work, links, buffers, step, injector)
+        finally:  # the step counts, whoever falls from here on
+            record(work, generation, group, ballot, time.perf_counter() - started)
         after(work, generation, links, injector, busy=ballot.busy)
         if ballot.stop and step < work.plan.num_steps:
             if ballot.stop == STOP_AND_SAVE:
@@ -131,7 +135,7 @@ def checkpoint(work: Work, generation: Generation, group: CollectiveGroup, injec
     work.save(Save(generation.number, step, group.rank, group.size, wait, injector.disk(step)), work.evaluation)
 
 
-def begin(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> None:
+def begin(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> Links:
     """Brings every member to `generation.committed`: a vote that some saw complete is applied, those without state are healed.
 
     Where nobody has any state, all load a checkpoint together.
@@ -142,8 +146,13 @@ def begin(work: Work, generation: Generation, group: CollectiveGroup, injector: 
     work.settle(generation, group)
     if generation.load not in ("", "recipe"):
         work.restore(generation, group)
-    heal(work, generation, group, injector)
+    links = link(work, generation, group)
+    if isinstance(work.state, ShardedState) and not generation.load:
+        bring(work, work.state, generation, links, injector)
+    else:
+        heal(work, generation, group, injector)
     work.ready(generation, group)
+    return links
 
 
 def heal(work: Work, generation: Generation, group: CollectiveGroup, injector: Injector) -> None:
@@ -167,6 +176,8 @@ def reduce_sums(work: Work, links: Links, buffers: Buffers, sums: Any, step: int
     """Over the replicas along the tree; then over the members of this replica that hold the same parameters and found other parts."""
     group = injector.cut(links.data, step, "reduction")
     with work.control.collective(step, "reduction"):
+        if isinstance(work.state, ShardedState):
+            return reduce_own(work, work.state, links, group, buffers, sums)
         if work.plan.exact:
             gradient = reduce(group, sums.nodes(), work.plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
         else:
@@ -183,7 +194,7 @@ def vote(work: Work, links: Links, step: int, found: Found, injector: Injector) 
     part = np.zeros(2 * shards + 3)
     for shard, loss in found.losses.items():
         part[shard], part[shards + shard] = loss, found.weights[shard]
-    part[-3:] = squared_norm(work) if links.data.rank == 0 else 0.0, work.is_busy(), work.control.stop_request()
+    part[-3:] = squared_norm(work, links), work.is_busy(), work.control.stop_request()
     fed = work.ledger.digests(step) * (links.replica.rank == 0) if work.ledger else np.zeros(0)
     part = np.concatenate([fed, part])
     out = np.empty(group.size * len(part))
@@ -201,12 +212,19 @@ def vote(work: Work, links: Links, step: int, found: Found, injector: Injector) 
     return ballot
 
 
-def squared_norm(work: Work) -> float:
-    """Of the reduced gradients that this member counts, block by block, if the recipe clips."""
-    if not work.plan.optimizer["clip_norm"] > 0:
+def squared_norm(work: Work, links: Links) -> float:
+    """Of the reduced gradients that this member counts, block by block, if the recipe clips; replica 0 says it."""
+    state, gradient = work.state, work.gradient
+    if not work.plan.optimizer["clip_norm"] > 0 or (links.data.rank and not state.num_blocks):
         return 0.0
-    assert work.gradient is not None
-    return float(sum(sum(work.backend.squared_norms(work.gradient[low:high], BLOCK).tolist()) for low, high in work.state.layout.counted))
+    assert gradient is not None
+    if isinstance(state, ShardedState):
+        with work.control.collective(work.holds, "vote"):
+            norms = block_norms(work, state, links)
+        found = [norms[low // BLOCK:high // BLOCK] for low, high in state.layout.counted]
+    else:
+        found = [work.backend.squared_norms(gradient[low:high], BLOCK) for low, high in state.layout.counted]
+    return 0.0 if links.data.rank else float(sum(sum(norms.tolist()) for norms in found))
 
 
 def check_finite(work: Work, ballot: Ballot) -> None:
@@ -233,15 +251,15 @@ def commit(work: Work, ballot: Ballot) -> None:
         scale *= min(1.0, options["clip_norm"] / max(norm, 1e-30))
     lr = learning_rate(ballot.step, plan.num_steps, options)
     state.committed = -1
-    for low, high, decay in ((0, layout.decay, options["weight_decay"]), (layout.decay, layout.trainable, 0.0)):
-        if low < high:
+    for begins, ends, decay in ((0, layout.decay, options["weight_decay"]), (layout.decay, layout.trainable, 0.0)):
+        for low, high, at in state.runs(begins, ends):
             rule = UpdateRule(options["name"], lr, decay, scale, ballot.step, options["beta1"], options["beta2"], options["eps"],
                               options["momentum"])
-            slots = {name: state.slots[name][low:high] for name in SLOTS[rule.name]}
-            work.backend.update(rule, state.param[low:high], gradient[low:high], slots, BLOCK)
+            slots = {name: state.slots[name][at:at + high - low] for name in SLOTS[rule.name]}
+            work.backend.update(rule, state.param[low:high], gradient[at:at + high - low], slots, BLOCK)
     state.apply_statistics(gradient, weight)
     state.average(options["ema"], ballot.step)
-    state.committed = ballot.step
+    state.committed, state.torn = ballot.step, not state.keeps_all
 
 
 def record(work: Work, generation: Generation, group: CollectiveGroup, ballot: Ballot, step_s: float) -> None:
@@ -275,7 +293,7 @@ def after(work: Work, generation: Generation, links: Links, injector: Injector, 
         return
     last = step == plan.num_steps
     if work.eval_batches and step > evaluated and (last or (plan.eval_every and step % plan.eval_every == 0)):
-        with work.state.averaged():
+        with work.state.averaged(links.data):
             work.evaluation = evaluate(work, links, step)
         write_down(work, generation, links.world, {"step": step, "eval": work.evaluation})
     if plan.checkpoint_every and step > checkpointed and step % plan.checkpoint_every == 0 and not last:

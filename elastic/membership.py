@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from elastic.keeping import kept, lacking
 from elastic.messages import STOP, STOP_AND_SAVE, Axes, Ready, Standing
 from elastic.moves import (
     Abandon,
@@ -191,9 +192,16 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
 
 def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
     """Whether those who stay have the whole state, and a place each for its parts; else the next group gets it from a checkpoint."""
-    size = math.prod(state.mesh[1:])
-    staying = [state.group.index(w) % size for w in survivors if w not in state.leaving]
-    return covers(staying, state.mesh[1:]) and math.prod(mesh) >= size
+    data, size, keepers = state.mesh[0], math.prod(state.mesh[1:]), state.bounds.keepers
+    staying = [state.group.index(w) for w in survivors if w not in state.leaving]
+    if not covers([rank % size for rank in staying], state.mesh[1:]) or math.prod(mesh) < size:
+        return False
+    if not keepers:
+        return True
+    if mesh[1:] != state.mesh[1:] or (keepers == 1 and mesh[0] < data):
+        return False
+    return all(not lacking([kept(rank // size, data, data, keepers > 1) for rank in staying if rank % size == place], data)
+               for place in range(size))
 
 
 def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
@@ -291,20 +299,26 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
 def next_mesh(state: State, candidates: list[str], words: Mapping[str, Standing]) -> tuple[Axes | None, Whole | None]:
     """What the next group lies on, and the state that it starts from.
 
-    A mesh that has no place for all parts of a state that is nowhere else has to wait until a group that has one has saved it.
+    A mesh that has no place for all parts of a state that is nowhere else has to wait until a group that has one has saved it; one with too
+    few keepers of a sharded optimizer shrinks step by step.
     """
     bounds = replace(state.bounds, min_workers=1) if state.ending else state.bounds
     mesh = choose(len(candidates), state.target, bounds)
     whole = find_whole(words, state.group, mesh[1:] if mesh else (1, 1, 1))
-    if mesh and whole and math.prod(mesh) < math.prod(whole.degrees) and not is_saved(state, "stopped"):
+    if not mesh or not whole or is_saved(state, "stopped"):
+        return mesh, whole
+    if math.prod(mesh) < math.prod(whole.degrees):
         mesh = (1, *whole.degrees)
+    while (whole.degrees == mesh[1:] and (mesh[0] + 1) * math.prod(mesh[1:]) <= len(candidates)
+           and not whole.is_in(seat(candidates, mesh, whole, {}))):
+        mesh = (mesh[0] + 1, *mesh[1:])  # who leaves next has a copy elsewhere by then
     return mesh, whole
 
 
 def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
     """Too few are left: one of each seat writes down what it has, once."""
     whole = find_whole(state.last, state.group, at_step=True)
-    savers = tuple(whole.copy()) if whole and whole.step > 0 else ()
+    savers = tuple(whole.copy()) if whole and whole.step > 0 and whole.is_in(whole.copy()) else ()
     if not whole or not savers or savers == state.savers:
         return state, ()
     orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers)) for rank, w in enumerate(savers))

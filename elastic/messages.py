@@ -61,6 +61,8 @@ class Generation:
     checkpointed: int = 0  # last step whose checkpoint is committed
     chaos: tuple[str, ...] = ()  # faults that have not fired yet
     mesh: Axes = (0, 1, 1, 1)
+    kept: tuple[tuple[tuple[int, int], ...], ...] = ()  # of a sharded optimizer, by rank: what each has at `committed` when that is applied
+    torn: tuple[int, ...] = ()  # ranks that have, of the parameters, nothing else at `committed`
     relaid: tuple[Holder, ...] = ()  # one for each member, where the mesh is another than the one that they hold; then `healers` is empty
 
     @property
@@ -110,6 +112,9 @@ class Standing:
     lines: tuple[dict[str, Any], ...] = ()  # of metrics.jsonl, that may not be on disk yet: rank 0 may have died with them
     mesh: Axes = (0, 1, 1, 1)
     seat: int = 0
+    kept: tuple[tuple[int, int], ...] = ()  # of a sharded optimizer: the stretches of blocks, of `blocks`, whose slots it has, own and twin's in turn
+    blocks: int = 0
+    torn: bool = False  # only what it keeps, of the parameters, is of `committed`
 
 
 @dataclass(frozen=True)

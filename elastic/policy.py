@@ -29,13 +29,14 @@ class Bounds:
     logical_shards: int
     spares: int = 0
     meshes: tuple[Degrees, ...] = ((1, 1, 1),)  # of a replica, the preferred ones first
+    keepers: int = 0  # of each block of a sharded optimizer's state: 2 with a twin; 0: everybody keeps all
 
 
 def bounds_of(recipe: Recipe) -> Bounds:
     """A recipe's bounds. Where its mesh cannot be filled, one of fewer workers in a replica serves, if there are min_workers for it."""
     elastic, mesh = recipe.elastic, recipe.mesh
     return Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares,
-                  legal((mesh.pipeline, mesh.tensor, mesh.expert)))
+                  legal((mesh.pipeline, mesh.tensor, mesh.expert)), (1 + recipe.optimizer.twin) * recipe.optimizer.sharded)
 
 
 def choose(available: int, target: int, bounds: Bounds) -> tuple[int, int, int, int] | None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from elastic.keeping import lacking
 from elastic.messages import Axes, Ballot, Generation, Holder, Standing
 from elastic.policy import Degrees
 
@@ -25,6 +26,7 @@ class Whole:
     seats: Mapping[str, int]
     exact: frozenset[str]  # those that are at `step` already; the others have its gradients
     ballot: Ballot | None = None
+    words: Mapping[str, Standing] = field(default_factory=dict)
 
     def column(self, seat: int) -> list[str]:
         """Who holds a seat, those that are at the step already first."""
@@ -33,6 +35,27 @@ class Whole:
     def copy(self) -> list[str]:
         """One holder of each seat, in order."""
         return [self.column(seat)[0] for seat in range(math.prod(self.degrees))]
+
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether a seat's holders each have the optimizer's state of some blocks only."""
+        return any(self.words[w].blocks for w in self.seats)
+
+    def is_in(self, members: Iterable[str]) -> bool:
+        """Whether these members have all of it among them."""
+        here = set(members)
+        return all(suffices(self.words[w] for w in self.column(seat) if w in here) for seat in range(math.prod(self.degrees)))
+
+    def is_torn(self, worker: str) -> bool:
+        """Whether, when all have applied what they hold, it still lacks parameters that others keep."""
+        word = self.words[worker]
+        return (word.torn or worker not in self.exact) and not suffices([word])
+
+
+def suffices(holders: Iterable[Standing]) -> bool:
+    """Whether these holders of one seat have all of it among them."""
+    words = list(holders)
+    return bool(words) and not (words[0].blocks and lacking([word.kept for word in words], words[0].blocks))
 
 
 def covers(seats: Iterable[int], degrees: Degrees) -> bool:
@@ -56,11 +79,9 @@ def find_whole(words: Mapping[str, Standing], group: Iterable[str], preferred: D
         applies = ballot is not None and not at_step and word.committed == step - 1 and word.holds == step
         if word.seat >= 0 and (worker in exact or applies):
             held.setdefault(word.mesh[1:], {})[worker] = word.seat
-    found = [degrees for degrees, seats in held.items() if covers(seats.values(), degrees)]
-    if not found:
-        return None
-    degrees = preferred if preferred in found else max(found, key=lambda d: len(held[d]))
-    return Whole(step, degrees, held[degrees], exact, ballot)
+    wholes = [Whole(step, degrees, seats, exact, ballot, words) for degrees, seats in held.items()]
+    found = {whole.degrees: whole for whole in wholes if whole.is_in(words)}
+    return found.get(preferred) or max(found.values(), key=lambda whole: len(whole.seats), default=None)
 
 
 def seat(candidates: Sequence[str], mesh: Axes, whole: Whole | None, nodes: Mapping[str, str]) -> tuple[str, ...]:
@@ -130,16 +151,21 @@ def gaps(nodes: Iterable[str], tensor: int) -> tuple[str, ...]:
 def rejoin(number: int, members: tuple[str, ...], endpoint: str, mesh: Axes, whole: Whole | None) -> Generation:
     """Where everybody starts: at the furthest committed step, with its vote for those who hold its gradients, and state for the rest."""
     held = [whole.seats.get(w, -1) if whole else -1 for w in members]
-    if whole is None or not covers(held, whole.degrees):  # all copies of a part are gone: the carrier fills in the newest checkpoint
+    if whole is None or not whole.is_in(members) or (whole.is_shared_out and whole.degrees != mesh[1:]):
+        # all copies of a part are gone, or it cannot move: the carrier fills in the newest checkpoint
         return Generation(number, members, endpoint, "", committed=-1, mesh=mesh)
     if whole.degrees != mesh[1:]:
         relaid = tuple(Holder(rank, (0, *whole.degrees), place) for rank, place in enumerate(held))
         return Generation(number, members, endpoint, "", whole.step, whole.ballot, mesh=mesh, relaid=relaid)
-    size, healers = math.prod(whole.degrees), []
+    size, healers, has = math.prod(whole.degrees), [], [place == r % math.prod(whole.degrees) for r, place in enumerate(held)]
     for place in range(size):
         ranks = range(place, len(members), size)
         source = min((r for r in ranks if held[r] == place), key=lambda r: (members[r] not in whole.exact, r))
         healed = tuple(r for r in ranks if held[r] != place)
         if healed:
             healers.append((source, healed))
-    return Generation(number, members, endpoint, "", whole.step, whole.ballot, tuple(healers), mesh=mesh)
+    generation = Generation(number, members, endpoint, "", whole.step, whole.ballot, tuple(healers), mesh=mesh)
+    if not whole.is_shared_out:
+        return generation
+    return replace(generation, kept=tuple(whole.words[w].kept if has[r] else () for r, w in enumerate(members)),
+                   torn=tuple(r for r, w in enumerate(members) if has[r] and whole.is_torn(w)))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elastic.backend import SLOTS, Backend, Buffer, Spec
+from elastic.checkpoint.plan import shares
 from elastic.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -95,8 +96,9 @@ class FlatLayout:
         return shaped(buffer, {n: self.places[n] for n in (names or self.names)})
 
 
-def shaped(buffer: Buffer, places: Mapping[str, Place]) -> dict[str, Buffer]:
-    return {name: buffer[p.offset:p.offset + p.size].reshape(p.shape) for name, p in places.items()}
+def shaped(buffer: Buffer, places: Mapping[str, Place], start: int = 0) -> dict[str, Buffer]:
+    """`start`: the place at which `buffer` begins."""
+    return {name: buffer[p.offset - start:p.offset - start + p.size].reshape(p.shape) for name, p in places.items()}
 
 
 START: dict[str, Callable[[Spec, np.random.Generator], np.ndarray]] = {
@@ -121,8 +123,8 @@ def initial_values(specs: Mapping[str, Spec], seed: int, given: Mapping[str, Any
 
 
 def fill(view: Buffer, values: np.ndarray) -> None:
-    """Copies NumPy values into a view on any device."""
-    view[...] = view.new_tensor(values) if hasattr(view, "new_tensor") else values
+    """Copies values, NumPy's or of the view's own kind, into a view on any device."""
+    view[...] = view.new_tensor(values) if hasattr(view, "new_tensor") and not hasattr(values, "new_tensor") else values
 
 
 def check_same(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
@@ -160,13 +162,33 @@ class State:
         copies = {name for name in backend.parameters if portion and not portion.keeps(name)}
         self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay, copies, self.whole)
         self.param = backend.allocate(self.layout.size)
-        self.slots = {slot: backend.allocate(self.layout.trainable) for slot in (*SLOTS[optimizer], *([AVERAGE] if averages else []))}
+        self.slots: dict[str, Buffer] = self._allocate((*SLOTS[optimizer], *([AVERAGE] if averages else [])))
         self.buffers = {name: np.zeros(spec.shape, spec.dtype) for name, spec in backend.buffers.items()}
         self.averaged_buffers = {name: np.zeros_like(values) for name, values in self.buffers.items()} if averages else {}
-        self.committed = -1
+        self.committed, self.torn = -1, False  # torn: parameters whose slots others keep are not of `committed`
         backend.bind(self.layout.views(self.param), self.buffers)
         self.freeze = freeze
         self.views = self._views()
+
+    def _allocate(self, slots: Iterable[str]) -> dict[str, Buffer]:
+        return {slot: self.backend.allocate(self.layout.trainable) for slot in slots}
+
+    def runs(self, low: int, high: int) -> list[tuple[int, int, int]]:
+        """What this worker keeps the slots of, within low..high-1: (low, high, where it lies in a slot and in the reduced gradient)."""
+        return [(low, high, low)] if low < high else []
+
+    blocks: tuple[tuple[int, int], ...] = ()  # stretches of the blocks that are kept, of `num_blocks`; 0: not shared out
+    num_blocks = 0
+    keeps_all = True
+
+    def keep(self, rank: int, size: int) -> None:
+        """From now on this is replica `rank` of `size`; what it had does not count any more."""
+        self.committed, self.torn = -1, False
+
+    @property
+    def tail(self) -> int:
+        """Where the statistics lie in the reduced gradient."""
+        return self.layout.trainable
 
     def start(self, seed: int, init: Mapping[str, np.ndarray] | None = None) -> None:
         """Starting values at step 0; `init` overrides some by name."""
@@ -182,11 +204,13 @@ class State:
 
     def _views(self) -> dict[str, Buffer]:
         """Everything by name, on its device: parameter/NAME, optimizer/SLOT/NAME, buffer/NAME."""
-        out = {f"parameter/{n}": v for n, v in self.layout.views(self.param).items()}
-        for slot, buffer in self.slots.items():
-            out |= {f"optimizer/{slot}/{n}": v for n, v in self.layout.views(buffer, self.layout.trainable_names).items()}
+        out = {f"parameter/{n}": v for n, v in self.layout.views(self.param).items()} | self._slot_views()
         out |= {f"optimizer/{AVERAGE}/{n}": v for n, v in self.averaged_buffers.items()}  # no parameter and buffer share a name
         return out | {f"buffer/{n}": v for n, v in self.buffers.items()}
+
+    def _slot_views(self) -> dict[str, Buffer]:
+        return {f"optimizer/{slot}/{n}": v for slot, buffer in self.slots.items()
+                for n, v in self.layout.views(buffer, self.layout.trainable_names).items()}
 
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of everything by name, as this worker holds it."""
@@ -213,6 +237,19 @@ class State:
         return {name: spec for name, spec in self.specs().items()
                 if (self.portion.keeps(parameter_of(name)) if self.box(name) else self.portion.is_first)}
 
+    @property
+    def is_all(self) -> bool:
+        """Whether this worker alone has the whole state."""
+        return self.replica_size == 1
+
+    def shares(self, rank: int, size: int) -> tuple[Piece, ...]:
+        """The boxes that replica `rank` of `size` writes into a checkpoint, of the arrays as this worker holds them."""
+        return shares(self.kept(), size)[rank]
+
+    def local(self, name: str, group: Any) -> np.ndarray:
+        """An array of `specs`, as NumPy. `group`: the workers of this seat, who all call this."""
+        return to_numpy(self.views[name])
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything by name as NumPy. Shares memory on the CPU."""
         return {name: to_numpy(view) for name, view in self.views.items()}
@@ -227,29 +264,14 @@ class State:
             return
         mine = self.box(name)
         if mine is not None and not mine.is_whole:
-            self._put_part(name, mine, start, count, low, values)
+            inside, target = within(mine, start, count, low, len(values))
+            scatter(self.views[name].reshape(-1), target, values[inside])
             return
         box = self.views[name][(*(slice(s, s + c) for s, c in zip(start, count, strict=True)), ...)]
         if isinstance(box, np.ndarray) and not box.flags.c_contiguous:  # no single run of the array's elements
             box.flat[low:low + len(values)] = values
         else:
             fill(box.view(-1)[low:low + len(values)] if hasattr(box, "new_tensor") else box.reshape(-1)[low:low + len(values)], values)
-
-    def _put_part(self, name: str, mine: Box, start: Sequence[int], count: Sequence[int], low: int, values: np.ndarray) -> None:
-        """Element by element: where a stretch of one box lies in another is simplest said of each."""
-        places = np.unravel_index(np.arange(low, low + len(values)), tuple(count))
-        inside = np.ones(len(values), bool)
-        local = []
-        for at, s, m, n in zip(places, start, mine.start, mine.count, strict=True):
-            here = at + (s - m)
-            inside &= (here >= 0) & (here < n)
-            local.append(here)
-        target = np.ravel_multi_index(tuple(here[inside] for here in local), mine.count)
-        flat = self.views[name].reshape(-1)
-        if isinstance(flat, np.ndarray):
-            flat[target] = values[inside]
-        else:
-            flat[flat.new_tensor(target).long()] = flat.new_tensor(np.ascontiguousarray(values[inside]))
 
     def in_whole(self, piece: Piece) -> Piece:
         """Where a box of an array that this worker holds lies in the whole one."""
@@ -265,11 +287,14 @@ class State:
         RecipeError, before anything is copied, where they are those of another model or optimizer.
         """
         self.committed = -1
-        views = {name: view for name, view in self.views.items() if not name.startswith(without)}
-        check_same({name: tuple(view.shape) for name, view in views.items()}, {name: np.shape(array) for name, array in arrays.items()})
-        for name, view in views.items():
-            fill(view, arrays[name])
-        self.committed = committed
+        shapes = {name: shape for name, (_, shape) in self.specs().items() if not name.startswith(without)}
+        check_same(shapes, {name: np.shape(array) for name, array in arrays.items()})
+        for name in shapes:
+            self._fill(name, arrays[name])
+        self.committed, self.torn = committed, False
+
+    def _fill(self, name: str, values: np.ndarray) -> None:
+        fill(self.views[name], values)
 
     def heal(self, group: Any, root: int, committed: int) -> int:
         """Every member of `group` takes the root's state; returns the bytes that each of the others received."""
@@ -291,7 +316,7 @@ class State:
 
     def apply_statistics(self, gradient: Buffer, weight: float) -> None:
         """The buffers change by the weighted mean over all shards of what each changed."""
-        for name, view in shaped(gradient, self.layout.statistics).items():
+        for name, view in shaped(gradient[self.tail:], self.layout.statistics, self.layout.trainable).items():
             mean = np.asarray(to_numpy(view), np.float64) / weight
             buffer = self.buffers[name]
             if buffer.dtype.kind in "iu":
@@ -306,9 +331,10 @@ class State:
         if AVERAGE not in self.slots:
             return
         share = 1.0 - min(decay, (1 + step) / (10 + step))
-        for low in range(0, self.layout.trainable, BLOCK):
-            mean = self.slots[AVERAGE][low:low + BLOCK]
-            mean += (self.param[low:low + BLOCK] - mean) * share
+        for low, high, at in self.runs(0, self.layout.trainable):
+            for more in range(0, high - low, BLOCK):
+                mean = self.slots[AVERAGE][at + more:at + more + BLOCK]
+                mean += (self.param[low + more:low + more + BLOCK] - mean) * share
         for name, mean in self.averaged_buffers.items():
             if mean.dtype.kind == "f":
                 mean += (change(mean, self.buffers[name]) * share).astype(mean.dtype)
@@ -316,17 +342,20 @@ class State:
                 mean[...] = self.buffers[name]
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the model's parameters and buffers are their averages, where they are kept."""
+    def averaged(self, group: Any) -> Iterator[None]:
+        """Inside, the model's parameters and buffers are their averages, where they are kept. `group`: the workers of this seat."""
         if AVERAGE not in self.slots:
             yield
             return
         views = self.layout.views(self.param)
-        self.backend.bind(views | self.layout.views(self.slots[AVERAGE], self.layout.trainable_names), self.averaged_buffers)
+        self.backend.bind(views | self.layout.views(self._all_averages(group), self.layout.trainable_names), self.averaged_buffers)
         try:
             yield
         finally:
             self.backend.bind(views, self.buffers)
+
+    def _all_averages(self, group: Any) -> Buffer:
+        return self.slots[AVERAGE]
 
 
 def cut(values: np.ndarray, box: Box | None) -> np.ndarray:
@@ -334,6 +363,29 @@ def cut(values: np.ndarray, box: Box | None) -> np.ndarray:
     if box is None or box.is_whole:
         return values
     return values[tuple(slice(s, s + c) for s, c in zip(box.start, box.count, strict=True))]
+
+
+def within(mine: Box, start: Sequence[int], count: Sequence[int], low: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `length` elements, from `low` on, of a box (start, count) of a whole array lie in a worker's part of it, and where there.
+
+    Element by element: where a stretch of one box lies in another is simplest said of each.
+    """
+    places = np.unravel_index(np.arange(low, low + length), tuple(count))
+    inside = np.ones(length, bool)
+    local = []
+    for at, s, m, n in zip(places, start, mine.start, mine.count, strict=True):
+        here = at + (s - m)
+        inside &= (here >= 0) & (here < n)
+        local.append(here)
+    return inside, np.ravel_multi_index(tuple(here[inside] for here in local), mine.count)
+
+
+def scatter(flat: Buffer, target: np.ndarray, values: np.ndarray) -> None:
+    """Values to elements of a flat buffer on any device."""
+    if isinstance(flat, np.ndarray):
+        flat[target] = values
+    else:
+        flat[flat.new_tensor(target).long()] = flat.new_tensor(np.ascontiguousarray(values))
 
 
 def parameter_of(name: str) -> str:

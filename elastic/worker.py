@@ -100,7 +100,8 @@ class Worker:
 
     def save_alone(self, order: Save) -> None:
         """Last words: too few are left to go on, and no checkpoint has what this one has. Its part tells how it went."""
-        if self.work.state.committed == order.step:
+        state = self.work.state
+        if state.committed == order.step and state.keeps_all and not state.torn:
             self.saver.save(self.work.state, order, self.work.evaluation)
 
     def orphan(self, timeout_s: float = LAST_WORDS_S) -> None:
@@ -161,7 +162,8 @@ class Worker:
         work, self.work.links = self.work, None
         return Standing(self.name, generation.number, reason, work.state.committed, work.holds, work.ballot, error, fatal, rejected,
                         lines=tuple(work.unwritten), compilations=work.backend.compilations(), mesh=(1, *self.place[:3]),
-                        seat=self.seat(), **hashes)
+                        seat=self.seat(), kept=work.state.blocks if work.state.committed >= 0 else (), blocks=work.state.num_blocks,
+                        torn=work.state.torn, **hashes)
 
     def seat(self) -> int:
         """The rank within a replica of the seat whose state this worker holds; -1: it holds none."""
@@ -189,6 +191,8 @@ class Worker:
             self.move(generation, group, taken[2])
         work.portion, work.backend, work.state, work.pipeline = taken
         self.place = (mesh.pipeline, mesh.tensor, mesh.expert, seat)
+        if generation.load:
+            work.state.keep(mesh.seat(group.rank).data, mesh.data)
         if generation.load == "recipe":
             work.state.start(self.recipe.run.seed, self.saver.initial(self.recipe.model.init, work.state))
 
@@ -224,7 +228,7 @@ class Worker:
             self.control.detail = number
             return self.control.collective(state.committed, "hashes")
 
-        return self.saver.hashes(whole_arrays(state, links.replica, tell), state.committed)
+        return self.saver.hashes(whole_arrays(state, links.replica, tell, links.data), state.committed)
 
     def restore(self, generation: Generation, group: CollectiveGroup) -> None:
         """From the checkpoint that the generation starts with. Rank 0 tells of it."""

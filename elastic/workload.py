@@ -26,6 +26,7 @@ from elastic.parallel.pipeline import Pipeline
 from elastic.parallel.portion import Portion
 from elastic.recipe import Recipe
 from elastic.schedule import scaled
+from elastic.sharded import ShardedState
 from elastic.state import FlatLayout, State, matches, round_up
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
@@ -179,15 +180,23 @@ def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None)
     return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion)
 
 
+def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
+    """A worker's: where the optimizer is sharded, with the slots of some blocks only."""
+    if not recipe.optimizer.sharded:
+        return open_state(recipe, backend, portion)
+    return ShardedState(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
+                        twin=recipe.optimizer.twin)
+
+
 def take_seat(recipe: Recipe, model: Any, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:
     """What a worker computes with on its seat. Where a replica is one worker, the model is what it is."""
     if mesh.replica_size == 1:
         backend = create_backend(recipe, model)
-        return None, backend, open_state(recipe, backend), None
+        return None, backend, seat_state(recipe, backend), None
     portion = Portion(model, lay_out(recipe, model, mesh), seat)
     backend = create_backend(recipe, portion)
     pipeline = Pipeline(portion, backend, recipe.mesh.schedule, recipe.mesh.micro_batches) if mesh.pipeline > 1 else None
-    return portion, backend, open_state(recipe, backend, portion), pipeline
+    return portion, backend, seat_state(recipe, backend, portion), pipeline
 
 
 def build_work(recipe: Recipe, workload: Workload, control: Control, post: Callable[[Any], None], save: Callable[..., None],

@@ -11,6 +11,7 @@ import numpy as np
 
 from elastic.checkpoint.commits import Commits, Outcome
 from elastic.checkpoint.manifest import Piece
+from elastic.checkpoint.plan import shares
 from elastic.checkpoint.saver import Saver
 from elastic.collective.local import Hub
 from elastic.collective.solo import SoloGroup
@@ -38,8 +39,11 @@ class Arrays:
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {name: (array.dtype.name, array.shape) for name, array in self.arrays.items()}
 
-    replica_size = 1
-    whole_specs = kept = specs
+    replica_size, is_all = 1, True
+    whole_specs = specs
+
+    def shares(self, rank: int, size: int) -> tuple[Piece, ...]:
+        return shares(self.specs(), size)[rank]
 
     def in_whole(self, piece: Piece) -> Piece:
         return piece

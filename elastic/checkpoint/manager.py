@@ -73,11 +73,11 @@ def read_manifest(store: Store, name: str) -> Manifest:
 
 
 def read_file(store: Store, name: str, entry: FileEntry, manifest: Manifest) -> dict[str, np.ndarray]:
-    """A part's arrays by name, after the hash of all its bytes was found right."""
+    """A part's boxes by the name they have in it, after the hash of all its bytes was found right."""
     content = Reader(store, name, manifest).chunks(entry, 0, len(entry.chunks))
     if hash_of(content) != entry.hash:
         raise BadCheckpoint(f"{name}/{entry.name} does not have the hash that the manifest states.")
-    stated = {piece.name: (piece.dtype, piece.count, piece.offset) for piece in entry.pieces}
+    stated = {key: (piece.dtype, piece.count, piece.offset) for key, piece in safetensors.keyed(entry.pieces).items()}
     if safetensors.index(content, entry.name) != stated:
         raise BadCheckpoint(f"{entry.name} holds other arrays than the manifest states.")
     return safetensors.decode(content, entry.name)
@@ -138,12 +138,12 @@ def load(store: Store, name: str) -> tuple[dict[str, np.ndarray], Manifest]:
     arrays: dict[str, np.ndarray] = {}
     for entry in manifest.files:
         parts = read_file(store, name, entry, manifest)
-        for piece in entry.pieces:
+        for key, piece in safetensors.keyed(entry.pieces).items():
             if piece.count == piece.shape:
-                arrays[piece.name] = parts[piece.name]
+                arrays[piece.name] = parts[key]
                 continue
             whole = arrays.setdefault(piece.name, np.empty(piece.shape, piece.dtype))
-            whole[tuple(slice(s, s + c) for s, c in zip(piece.start, piece.count, strict=True))] = parts[piece.name]
+            whole[tuple(slice(s, s + c) for s, c in zip(piece.start, piece.count, strict=True))] = parts[key]
     return arrays, manifest
 
 

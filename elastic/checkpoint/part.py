@@ -32,7 +32,7 @@ class Image:
         ValueError for an array that a checkpoint cannot hold.
         """
         self.boxes, self.sources = boxes, sources or boxes
-        self._runs = {piece.name: piece.run for piece in self.sources}
+        self._runs = {(piece.name, piece.start): source.run for piece, source in zip(boxes, self.sources, strict=True)}
         header, self.pieces = lay_out(boxes)
         size = len(header) + sum(piece.bytes for piece in boxes)
         if memory is None or not size <= len(memory) <= 2 * size + CHUNK:
@@ -70,7 +70,7 @@ class Image:
 
     def copy(self, piece: Piece, low: int, high: int, take: Take) -> None:
         """Elements low..high-1 of a box."""
-        run = self._runs[piece.name]
+        run = self._runs[piece.name, piece.start]
         assert run is not None
         kind = np.dtype(piece.dtype).newbyteorder("<")
         at = piece.offset + low * kind.itemsize

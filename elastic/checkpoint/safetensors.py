@@ -28,10 +28,9 @@ def lay_out(boxes: Iterable[Piece]) -> tuple[bytes, tuple[Piece, ...]]:
     """
     ordered = sorted(boxes, key=lambda piece: (-ITEM_BYTES.get(piece.dtype, 0), piece.name, piece.start))
     header, offset, placed = {}, 0, []
-    for piece in ordered:
+    for key, piece in keyed(ordered).items():
         if piece.dtype not in CODES:
             raise ValueError(f"the array {piece.name} has dtype {piece.dtype}, which a checkpoint cannot hold.")
-        key = piece.name if piece.name not in header else f"{piece.name}#{','.join(map(str, piece.start))}"
         header[key] = {"dtype": CODES[piece.dtype], "shape": list(piece.count), "data_offsets": [offset, offset + piece.bytes]}
         placed.append(replace(piece, offset=offset))
         offset += piece.bytes
@@ -39,6 +38,14 @@ def lay_out(boxes: Iterable[Piece]) -> tuple[bytes, tuple[Piece, ...]]:
     text += b" " * (-(8 + len(text)) % LINE)
     start = len(text).to_bytes(8, "little") + text
     return start, tuple(replace(piece, offset=piece.offset + len(start)) for piece in placed)
+
+
+def keyed(pieces: Iterable[Piece]) -> dict[str, Piece]:
+    """The boxes of a file by what they are called in its header."""
+    found: dict[str, Piece] = {}
+    for piece in pieces:
+        found[piece.name if piece.name not in found else f"{piece.name}#{','.join(map(str, piece.start))}"] = piece
+    return found
 
 
 def decode(content: bytes, what: str) -> dict[str, np.ndarray]:

@@ -19,7 +19,6 @@ from elastic.checkpoint.hashing import PARAMETER, hashes_of
 from elastic.checkpoint.manager import commit, committed, folder_of, read_sound, read_start, split
 from elastic.checkpoint.manifest import CHUNK, FileEntry, Manifest
 from elastic.checkpoint.part import Image, part_name
-from elastic.checkpoint.plan import shares
 from elastic.checkpoint.reader import Reader, read_together
 from elastic.checkpoint.remote import shown
 from elastic.checkpoint.store import Store, patiently
@@ -61,7 +60,7 @@ class Saver:
         self.thread.start()
 
     def _image(self, state: State, rank: int, world_size: int) -> Image:
-        boxes = shares(state.kept(), world_size // state.replica_size)[rank // state.replica_size]
+        boxes = state.shares(rank // state.replica_size, world_size // state.replica_size)
         if self.image is not None and self.image.sources == boxes:
             return self.image
         return Image(tuple(state.in_whole(box) for box in boxes), self.image.memory if self.image else None, boxes)
@@ -161,9 +160,9 @@ class Saver:
         store, step = Store.open(self.location), state.committed
         if step <= 0 or max((s for s, _ in committed(store)), default=0) >= step:
             return False
-        if state.replica_size > 1:
+        if not state.is_all:
             return False  # of no use without the other parts of the model
-        image = Image(shares(state.specs(), 1)[0], self.image.memory if self.image else None)
+        image = Image(state.shares(0, 1), self.image.memory if self.image else None)
         self.image = None  # its memory is another's now
         image.fill(state.take)
         name = part_name(0, 1, generation, f"state-{self.worker}")

@@ -64,6 +64,8 @@ SENTENCES: dict[str, Callable[[Fields], str]] = {
     "worker_joined": lambda e: f"worker joined: {e['worker']} is warm on node {e['node'][:8]}",
     "healed": lambda e: f"healed {names(e['to'])} from {e['from']}: {size(e['bytes'])} in {duration(e['seconds'])}",
     "relaid": lambda e: f"state laid anew, from {lying(e['from'])} to {lying(e['to'])}: {size(e['bytes'])} in {duration(e['seconds'])}",
+    "twin_used": lambda e: f"the optimizer's state of {count(e['blocks'], 'block')} comes from twins of lost workers",
+    "optimizer_resharded": lambda e: f"the optimizer's state has moved to new keepers: {size(e['bytes'])} in {duration(e['seconds'])}",
     "resized": lambda e: f"resized from {e['from']} to {count(e['to'], 'worker')}, pause {duration(e['pause_s'])}",
     "recovered": lambda e: f"recovered: pause {duration(e['pause_s'])}, {count(e['steps_lost'], 'step')} lost",
     "rewound": lambda e: f"rewound from step {e['from']} to step {e['to']}",

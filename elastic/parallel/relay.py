@@ -119,13 +119,16 @@ def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Seat], give
     return moved
 
 
-def whole_arrays(state: State, replica: CollectiveGroup, tell: Callable[[int], AbstractContextManager[Any]]) -> Iterator[tuple[str, np.ndarray]]:
+def whole_arrays(state: State, replica: CollectiveGroup, tell: Callable[[int], AbstractContextManager[Any]],
+                 data: CollectiveGroup | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Every array of the model, whole, in the order of the hashes, out of the parts of a replica's members. Each is alive until the next."""
     portion, specs = state.portion, state.whole_specs()
     for number, full in enumerate(in_order(specs)):
         name = parameter_of(full)
         if portion is None:
-            yield full, to_numpy(state.views[full])
+            with tell(number):
+                array = state.local(full, data)
+            yield full, array
             continue
         dtype, shape = specs[full]
         is_part = name in portion.whole and not full.startswith("buffer/")
@@ -133,8 +136,8 @@ def whole_arrays(state: State, replica: CollectiveGroup, tell: Callable[[int], A
         for seat in portion.layout.keepers(name) if is_part else (Seat(),):
             box = portion.layout.box(name, seat) if is_part else Box(tuple(shape), (0,) * len(shape), tuple(shape))
             mine = seat == replace(portion.seat, data=0)
-            flat = np.ascontiguousarray(to_numpy(state.views[full])).reshape(-1) if mine else np.empty(math.prod(box.count), dtype)
             with tell(number):
+                flat = np.ascontiguousarray(state.local(full, data)).reshape(-1) if mine else np.empty(math.prod(box.count), dtype)
                 replica.broadcast(flat, portion.mesh.rank(seat))
             out[tuple(slice(s, s + c) for s, c in zip(box.start, box.count, strict=True))] = flat.reshape(box.count)
         yield full, out

@@ -13,7 +13,6 @@ STORAGES = ("file", "s3", "gs", "gcs", "hdfs")
 OWN_KIND = ", ".join(f'"{kind}"' for kind in MODEL_DEFAULTS) + ', or "package.module:attribute" for your own'
 LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, what to write)
     "optimizer.name": (("adamw", "adam", "sgd", "adagrad"), '"adamw", "adam", "sgd" or "adagrad"'),
-    "optimizer.sharded": ((False,), "false"),
     "embedding.placement": (("workers",), "nothing: leave it out"),
     "embedding.servers": ((1,), "nothing: leave it out"),
     "embedding.consistency": (("sync",), "nothing: leave it out"),

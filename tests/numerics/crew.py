@@ -46,12 +46,13 @@ class Member:
         self.rank, self.mesh = rank, mesh
         self.work: Work = build_work(recipe, Workload.open(recipe, info), Control(), self.lines.append, lambda order, evaluation: None,
                                      replace(mesh.seat(rank), data=0))
+        self.work.state.keep(mesh.seat(rank).data, mesh.data)
         self.work.state.start(recipe.run.seed)
         self.gradient: dict[str, np.ndarray] = {}
         update = self.work.backend.update
 
         def noted(*arguments: Any) -> None:
-            if not self.gradient:
+            if not self.gradient and not self.work.state.num_blocks:
                 layout = self.work.state.layout
                 assert self.work.gradient is not None
                 self.gradient = {name: np.array(view) for name, view in layout.views(self.work.gradient, layout.trainable_names).items()}
@@ -65,7 +66,8 @@ class Member:
             train(self.work, generation, group, Injector((), self.rank, lambda spec: None, lambda fault: None, lambda fault, group: group))
             links = self.work.links
             assert links is not None
-            arrays = {name: np.array(array) for name, array in whole_arrays(self.work.state, links.replica, lambda number: nullcontext())}
+            wholes = whole_arrays(self.work.state, links.replica, lambda number: nullcontext(), links.data)
+            arrays = {name: np.array(array) for name, array in wholes}
             found[self.rank] = arrays
         except BaseException as error:
             found[self.rank] = error
@@ -76,7 +78,8 @@ def train_on(recipe: Recipe, mesh: Mesh) -> Trained:
     info, hub = workload.prepare(recipe), Hub()
     members = [Member(recipe, info, mesh, rank) for rank in range(mesh.world_size)]
     generation = Generation(1, tuple(f"w{r}" for r in range(mesh.world_size)), "", "local", 0, checkpointed=1 << 40,
-                            mesh=(mesh.data, mesh.pipeline, mesh.tensor, mesh.expert))
+                            mesh=(mesh.data, mesh.pipeline, mesh.tensor, mesh.expert),
+                            kept=tuple(member.work.state.blocks for member in members))
     found: dict[int, Any] = {}
     threads = [threading.Thread(target=member.live, args=(generation, hub, found), daemon=True) for member in members]
     for thread in threads:
@@ -96,7 +99,7 @@ def train_on(recipe: Recipe, mesh: Mesh) -> Trained:
 def assembled(members: Sequence[Member]) -> dict[str, np.ndarray]:
     """The first gradients of replica 0, whole: each part from its keeper."""
     first = members[0].work
-    if first.portion is None:
+    if first.portion is None or first.state.num_blocks:
         return first_of(members, 0)
     layout, out = first.portion.layout, {}
     for name, spec in layout.parameters.items():

@@ -134,7 +134,6 @@ def test_a_mesh_that_the_planner_finds(least: dict[str, Any]) -> None:
     ("optimizer.lr=-1", "optimizer.lr = -1 cannot work"),
     ("optimizer.min_lr=1.0", "optimizer.min_lr = 1.0 is above optimizer.lr = 0.001"),
     ("optimizer.beta2=1.0", "optimizer.beta2 = 1.0 cannot work"),
-    ("optimizer.sharded=true", "optimizer.sharded = true is not yet supported; write false."),
     ("optimizer.schedule=step", "optimizer.milestones is missing"),
     ("optimizer.schedule=steps", '"constant", "cosine", "linear", "step", "one-cycle"'),
     ("optimizer.milestones=[100]", 'optimizer.milestones = [100] has a meaning only under optimizer.schedule = "step"'),

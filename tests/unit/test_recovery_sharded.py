@@ -1,0 +1,108 @@
+"""Where everybody starts when each has the optimizer's state of some blocks only. The oracle: sets of blocks, counted by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elastic import membership as m
+from elastic.keeping import kept
+from elastic.messages import STOP, STOP_AND_SAVE, Generation
+from elastic.policy import Bounds
+from tests.unit.test_membership import Machine, ballot, only
+from tests.unit.test_recovery import formed, running, stand
+
+TWINS, SINGLE = Bounds(1, 4, 8, keepers=2), Bounds(1, 4, 8, keepers=1)
+BLOCKS = 8
+
+
+def stands(machine: Machine, name: str, committed: int, **more: Any) -> list[Any]:
+    group, bounds = machine.state.group, machine.state.bounds
+    mine = kept(group.index(name), len(group), BLOCKS, bounds.keepers > 1)
+    return stand(machine, name, committed, **{"kept": mine, "blocks": BLOCKS, **more})
+
+
+def places(generation: Generation) -> set[int]:
+    return {block for stretches in generation.kept for low, high in stretches for block in range(low, high)}
+
+
+def test_a_lost_owner_has_a_twin() -> None:
+    machine = running("a", "b", "c", "d", bounds=TWINS)
+    machine.feed(m.Lost("b", "killed"))
+    for name in "ac":
+        stands(machine, name, 7)
+    generation = formed(stands(machine, "d", 7))
+    assert generation.committed == 7 and not generation.load and generation.torn == ()
+    assert generation.kept == (((0, 2), (6, 8)), ((4, 6), (2, 4)), ((6, 8), (4, 6))) and places(generation) == set(range(8))
+
+
+def test_owner_and_twin_lost_is_a_start_from_a_checkpoint() -> None:
+    machine = running("a", "b", "c", "d", bounds=TWINS)
+    machine.feed(m.Lost("b", "killed"), m.Lost("c", "killed"))
+    stands(machine, "a", 7)
+    generation = formed(stands(machine, "d", 7))
+    assert generation.committed == -1 and generation.kept == ()
+
+
+def test_without_twins_any_loss_is_one_and_a_stop_of_all_is_none() -> None:
+    machine = running("a", "b", "c", bounds=SINGLE)
+    machine.feed(m.Lost("b", "killed"))
+    stands(machine, "a", 7)
+    assert formed(stands(machine, "c", 7)).committed == -1
+    machine = running("a", "b", "c", bounds=SINGLE)
+    for name in "ab":
+        stands(machine, name, 7)
+    assert formed(stands(machine, "c", 7)).committed == 7
+
+
+def test_who_lacks_what_others_keep_is_named() -> None:
+    """b saw everything; c applied what it keeps and missed the rest; d holds the gradients and learns of the vote now."""
+    machine = running("a", "b", "c", "d", bounds=TWINS)
+    machine.feed(m.Lost("a", "killed"))
+    stands(machine, "b", 7)
+    stands(machine, "c", 7, torn=True)
+    generation = formed(stands(machine, "d", 6, holds=7, ballot=None))
+    assert generation.committed == -1, "nobody knows what was voted: the machine must not guess"
+    machine = running("a", "b", "c", "d", bounds=TWINS)
+    machine.feed(m.Lost("a", "killed"))
+    stands(machine, "b", 7, ballot=ballot(7))
+    stands(machine, "c", 7, torn=True, ballot=ballot(7))
+    generation = formed(stands(machine, "d", 6, holds=7))
+    assert generation.committed == 7 and generation.ballot == ballot(7)
+    assert [generation.members[r] for r in generation.torn] == ["c", "d"] and places(generation) == set(range(8))
+
+
+def test_a_joiner_has_nothing() -> None:
+    machine = running("a", "b", bounds=Bounds(1, 3, 9, keepers=2))
+    machine.feed(m.Starting("c"), m.Ready("c", "n", 1, "c:1"))
+    stands(machine, "a", 7, reason="stopped")
+    generation = formed(stands(machine, "b", 7, reason="stopped"))
+    assert generation.members == ("a", "b", "c") and generation.kept == (((0, 4), (4, 8)), ((4, 8), (0, 4)), ())
+    assert generation.healers == ((0, (2,)),) and generation.torn == ()
+
+
+def test_a_group_with_twins_shrinks_one_by_one_and_one_without_by_way_of_a_checkpoint() -> None:
+    machine = running("a", "b", "c", "d", bounds=TWINS)
+    sizes = []
+    actions = machine.feed(m.ScaleTo(1))
+    while len(machine.state.group) > 1:
+        assert {action.code for action in actions if isinstance(action, m.RequestStop)} == {STOP}
+        for name in machine.state.group:
+            actions = stands(machine, name, 7, reason="stopped", ballot=ballot(7, STOP))
+        generation = formed(actions)
+        assert generation.committed == 7 and places(generation) == set(range(8))
+        sizes.append(len(generation.members))
+    assert sizes == [3, 2, 1]
+    machine = running("a", "b", "c", "d", bounds=SINGLE)
+    actions = machine.feed(m.ScaleTo(2))
+    assert {action.code for action in actions if isinstance(action, m.RequestStop)} == {STOP_AND_SAVE}
+    for name in machine.state.group:
+        actions = stands(machine, name, 7, reason="stopped", ballot=ballot(7, STOP_AND_SAVE))
+    assert formed(actions).members == ("a", "b") and formed(actions).committed == -1
+
+
+def test_nobody_writes_down_alone_what_it_has_not() -> None:
+    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, keepers=2))
+    machine.feed(m.Lost("b", "killed"))
+    stands(machine, "a", 7)
+    actions = stands(machine, "c", 7)
+    assert only(actions, m.Wait).needed == 3 and not [a for a in actions if isinstance(a, m.SaveAlone)]
