@@ -1,0 +1,58 @@
+"""Ours on a mesh: the engine's own loop, without the controller, in one of a contestant's processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from benchmarks.kit.mesh_case import Case, opened
+from benchmarks.kit.turns import Turns
+from elastic.chaos import Injector
+from elastic.collective.gloo import GlooGroup
+from elastic.collective.shared import SharedGroup
+from elastic.control import Control
+from elastic.loop import Loader, train
+from elastic.messages import Generation, Line
+from elastic.worker import warm_up
+from elastic.workload import build_work, mesh_of
+
+
+class Gate:
+    """A loader that waits for its process's turn at the first batch of every step."""
+
+    def __init__(self, load: Loader, turns: Turns):
+        self._load, self._turns, self._step = load, turns, 0
+
+    def __call__(self, step: int, shard: int) -> Mapping[str, Any]:
+        if step != self._step:
+            self._step = step
+            self._turns.begin()
+        return self._load(step, shard)
+
+    def expect(self, keys: Iterable[tuple[int, int]]) -> None:
+        self._load.expect(keys)
+
+    def close(self) -> None:
+        self._load.close()
+
+
+def take_part(rank: int, turns: Turns, case: Case, text: str, address: str, transport: str) -> None:
+    recipe = case.recipe(text)
+    control = Control()
+
+    def post(message: Any) -> None:
+        if isinstance(message, Line) and message.file == "metrics":
+            turns.note(message.fields["step"], message.fields["loss"])
+
+    mesh = mesh_of(recipe, case.data)
+    work = build_work(recipe, opened(recipe), control, post, lambda order, found: None, mesh.seat(rank))
+    warm_up(work)
+    work.state.start(recipe.run.seed)
+    work.load_batch = Gate(work.load_batch, turns)
+    group: Any = (SharedGroup.form(rank, case.size, address, transport, threading.Event(), 60.0) if transport == "shared"
+                  else GlooGroup.form(rank, case.size, address, transport, threading.Event(), 60.0, "127.0.0.1"))
+    control.enter(1)
+    control.attach(group)
+    generation = Generation(1, tuple(f"worker-{r}" for r in range(case.size)), address, transport, 0, mesh=(0, mesh.pipeline, mesh.tensor, 1))
+    train(work, generation, group, Injector((), rank, lambda spec: None, lambda fault: None, lambda fault, g: g))
