@@ -4,6 +4,7 @@
     recovery   the pause after a kill against Ray Train's elastic mode and torchft
     resize     a node's arrival against Ray Train's elastic mode
     native     our step against the same model written natively, for each framework
+    hybrid     a step on a mesh against torch's DTensor, FSDP2 and pipelining
     gpu        a GPT of 124 M parameters on one GPU against a plain torch loop; Python, torch and NumPy are enough
     schedules  a pipeline's step against its simulation
     nanogpt    the loss and the minutes of nanoGPT's CPU setting

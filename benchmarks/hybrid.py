@@ -2,7 +2,7 @@
 
     python -m benchmarks.hybrid [--rounds 9] [--steps 4] [--only tensor ...] [--data tiny-shakespeare.txt]
 
-Both sides' processes are alive from the start and take turns of a few steps, in an order that changes from round to round. A ratio is
+All sides' processes are alive from the start and take turns of a few steps, in an order that changes from round to round. A ratio is
 taken within a round; the table gives the median of the rounds. Losses of the first steps, from the same weights, must agree.
 """
 
