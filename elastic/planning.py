@@ -119,7 +119,7 @@ def parts(recipe: Recipe, info: Mapping[str, Any], size: Size, flops_s: float, s
     """What `elastic plan` prints: tables and sentences. UserError where nothing fits."""
     cluster, opened = cluster_of(recipe, size), Workload.open(recipe, info)
     if shown.layout and shown.mesh:
-        asked, work = question(recipe, opened.model), Counted(opened.model, example(opened), 0.0)
+        asked, work = question(recipe, opened.model, opened.balance), Counted(opened.model, example(opened), 0.0)
         yield from laid_out.show(asked, work, laid_out.parsed(shown.mesh), recipe.mesh.micro_batches)
         return
     plan = Plan.make(recipe, opened, cluster, flops_s)

@@ -49,14 +49,14 @@ def preview(recipe: Recipe, info: Mapping[str, Any]) -> Preview:
     return Preview(whole.size, int(most), elastic.max_workers + elastic.spares)
 
 
-def question(recipe: Recipe, model: Any) -> Question:
-    """A run as the planner sees it."""
+def question(recipe: Recipe, model: Any, balance: Mapping[str, float] | None = None) -> Question:
+    """A run as the planner sees it. `balance`: as `Workload` has it."""
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
     mesh, optimizer, elastic = recipe.mesh, recipe.optimizer, recipe.elastic
     task = Task(elastic.logical_shards, recipe.data.batch_size // elastic.logical_shards, len(SLOTS[optimizer.name]) + (optimizer.ema > 0),
                 elastic.reduction == "exact", recipe.backend.threads, optimizer.sharded, optimizer.twin)
-    return Question(model, task, meshes.rules_of(recipe), None, mesh.schedule, mesh.micro_batches)
+    return Question(model, task, meshes.rules_of(recipe), balance, mesh.schedule, mesh.micro_batches)
 
 
 def example(work: Workload) -> Batch:
@@ -72,7 +72,7 @@ def measured(recipe: Recipe, work: Workload, flops_s: float = 0.0) -> tuple[Ques
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads: as the workers have it
     batch = example(work)
-    asked = question(recipe, work.model)
+    asked = question(recipe, work.model, work.balance)
     if flops_s and not isinstance(getattr(work.model, "parameters", None), Mapping):
         raise UserError(f"--tflops {flops_s / 1e12:g} says nothing of model.kind = {recipe.model.kind!r}, whose operations nobody counts; "
                         "leave it out.")

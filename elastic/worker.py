@@ -28,7 +28,7 @@ from elastic.parallel.links import mirrored
 from elastic.parallel.relay import relay, whole_arrays
 from elastic.recipe import loads
 from elastic.state import State
-from elastic.workload import Workload, build_work, lay_out, mesh_of, take_seat
+from elastic.workload import Workload, build_work, laid, mesh_of, take_seat
 
 LAST_WORDS_S = 600.0  # for an orphan to write its state
 
@@ -77,7 +77,7 @@ class Worker:
         workload = Workload.open(recipe, self.job.info)
         self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, self.job.info,
                            self.post_part, self.crash, mb_s=recipe.checkpoint.write_mb_s)
-        self.recipe, self.model = recipe, workload.model
+        self.recipe, self.workload = recipe, workload
         mesh = mesh_of(recipe)
         seat = mesh.seat(int(self.name.rpartition("-")[2]) % mesh.replica_size)  # a guess: a worker that gets another builds again
         self.work: Work = build_work(recipe, workload, self.control, self.rim.post, self.save, seat)
@@ -184,7 +184,7 @@ class Worker:
         seat = replace(mesh.seat(group.rank), data=0)
         taken: tuple[Any, ...] = (work.portion, work.backend, work.state, work.pipeline)
         if (mesh.pipeline, mesh.tensor, mesh.expert, seat) != self.place:
-            taken = take_seat(self.recipe, self.model, mesh, seat)
+            taken = take_seat(self.recipe, self.workload, mesh, seat)
             self.control.at(generation.committed, "start")
             warm_up(replace(work, portion=taken[0], backend=taken[1], state=taken[2], pipeline=taken[3]))
         if generation.relaid:
@@ -207,7 +207,7 @@ class Worker:
             self.control.detail = number
             return self.control.collective(generation.committed, "relay")
 
-        moved = relay(group, lay_out(self.recipe, self.model, was), holders, given, lay_out(self.recipe, self.model, mesh), state, tell)
+        moved = relay(group, laid(self.recipe, self.workload, was), holders, given, laid(self.recipe, self.workload, mesh), state, tell)
         with tell(0):
             group.barrier()
         state.committed = generation.committed

@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from elastic.evaluation import tally_of
 from elastic.loop import Plan, Work
 from elastic.mesh import Mesh, Seat
 from elastic.parallel.layout import Layout
+from elastic.parallel.measure import costs_of
 from elastic.parallel.pipeline import Pipeline
 from elastic.parallel.portion import Portion
 from elastic.recipe import Recipe
@@ -137,6 +139,11 @@ class Workload:
                           recipe.data.shuffle, recipe.run.epochs, recipe.run.steps, getattr(training, "order", None))
         return cls(open_model(recipe, info), training, evaluation, sampler, unit)
 
+    @cached_property
+    def balance(self) -> Mapping[str, float] | None:
+        """What each piece of the model costs, to balance stages by: counted on one shard, so the same on every worker."""
+        return costs_of(self.model, load_batch(self.training, self.sampler, 1, 0))
+
 
 def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
     model, kind = recipe.model, recipe.model.kind
@@ -165,10 +172,15 @@ def mesh_of(recipe: Recipe, data: int = 1) -> Mesh:
     return Mesh(data, recipe.mesh.pipeline, recipe.mesh.tensor, recipe.mesh.expert)
 
 
-def lay_out(recipe: Recipe, model: Any, mesh: Mesh) -> Layout:
-    """The model on a mesh, its stages balanced by what their pieces compute. RecipeError where it does not fit."""
+def lay_out(recipe: Recipe, model: Any, mesh: Mesh, balance: Mapping[str, float] | None = None) -> Layout:
+    """The model on a mesh, its stages balanced by what their pieces cost. RecipeError where it does not fit."""
     chunks = recipe.mesh.chunks if recipe.mesh.schedule == "interleaved" and mesh.pipeline > 1 else 1
-    return Layout(model, mesh, recipe.mesh.layout, None, chunks)
+    return Layout(model, mesh, recipe.mesh.layout, balance, chunks)
+
+
+def laid(recipe: Recipe, workload: Workload, mesh: Mesh) -> Layout:
+    """As every worker of the run lays it out."""
+    return lay_out(recipe, workload.model, mesh, workload.balance if mesh.pipeline > 1 else None)
 
 
 def create_backend(recipe: Recipe, model: Any) -> Backend:
@@ -188,12 +200,12 @@ def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None)
                         twin=recipe.optimizer.twin)
 
 
-def take_seat(recipe: Recipe, model: Any, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:
+def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:
     """What a worker computes with on its seat. Where a replica is one worker, the model is what it is."""
     if mesh.replica_size == 1:
-        backend = create_backend(recipe, model)
+        backend = create_backend(recipe, workload.model)
         return None, backend, seat_state(recipe, backend), None
-    portion = Portion(model, lay_out(recipe, model, mesh), seat)
+    portion = Portion(workload.model, laid(recipe, workload, mesh), seat)
     backend = create_backend(recipe, portion)
     pipeline = Pipeline(portion, backend, recipe.mesh.schedule, recipe.mesh.micro_batches) if mesh.pipeline > 1 else None
     return portion, backend, seat_state(recipe, backend, portion), pipeline
@@ -202,7 +214,7 @@ def take_seat(recipe: Recipe, model: Any, mesh: Mesh, seat: Seat) -> tuple[Porti
 def build_work(recipe: Recipe, workload: Workload, control: Control, post: Callable[[Any], None], save: Callable[..., None],
                seat: Seat | None = None) -> Work:
     """Everything that the loop needs, built once, on the seat that this worker is likely to get."""
-    portion, backend, state, pipeline = take_seat(recipe, workload.model, mesh_of(recipe), seat or Seat())
+    portion, backend, state, pipeline = take_seat(recipe, workload, mesh_of(recipe), seat or Seat())
     sampler = workload.sampler
     ledger = Ledger(sampler) if recipe.data.ledger else None
     load = NotedLoader(workload.training, sampler, ledger) if ledger else Prefetcher(

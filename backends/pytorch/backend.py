@@ -5,6 +5,7 @@ Gradients accumulate in place: a leaf's `.grad` is set to the caller's view, and
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ _thread = threading.local()
 
 
 def create(model: Model | torch.nn.Module, settings: Any) -> TorchBackend:
-    """`settings` has device ("cpu", "cuda", "auto"), precision ("float32", "bfloat16"), threads and compile. UserError."""
+    """`settings` has device ("cpu", "cuda", "auto"), precision ("float32", "bfloat16", and for tests "float64"), threads and compile. UserError."""
     warn_if_late()
     return TorchBackend(adapt(model), settings)
 
@@ -61,17 +62,18 @@ class TorchBackend:
     name = "torch"
 
     def __init__(self, model: Any, settings: Any):
-        if settings.precision not in ("float32", "bfloat16"):
+        if settings.precision not in ("float32", "bfloat16", "float64"):
             raise UserError(f"backend.precision = {settings.precision!r} must be float32 or bfloat16 with the torch backend.")
         self.device = choose_device(settings.device)
         self.parameters: Mapping[str, Spec] = model.parameters
         self.buffers: Mapping[str, Spec] = model.buffers
         self._model = model
-        self._ops = TorchOps(self.device)
+        self._dtype = torch.float64 if settings.precision == "float64" else torch.float32
+        self._ops = TorchOps(self.device, self._dtype)
         self._threads = int(settings.threads)
         self._bfloat16 = settings.precision == "bfloat16"
         own = isinstance(model, adapter.ModuleModel)
-        self._columns = adapter.columns if own else neutral_columns
+        self._columns = adapter.columns if own else functools.partial(neutral_columns, dtype=self._dtype)
         self._drawing = adapter.drawing if own else nullcontext()
         self._leaves: dict[str, torch.Tensor] = {}
         self._state: Mapping[str, np.ndarray] = {}
@@ -88,10 +90,11 @@ class TorchBackend:
 
     def allocate(self, size: int) -> Buffer:
         if self.device.type == "cuda":
-            return torch.zeros(size, device=self.device)
-        room = np.zeros(size * 4 + ALIGN_BYTES, np.uint8)
+            return torch.zeros(size, device=self.device, dtype=self._dtype)
+        length = size * self._dtype.itemsize
+        room = np.zeros(length + ALIGN_BYTES, np.uint8)
         start = -room.ctypes.data % ALIGN_BYTES
-        return room[start:start + size * 4].view(np.float32)
+        return room[start:start + length].view(np.float32 if self._dtype == torch.float32 else np.float64)
 
     def initial(self) -> Mapping[str, Any]:
         return self._model.initial() if hasattr(self._model, "initial") else {}
@@ -272,8 +275,9 @@ def as_tensor(buffer: Buffer) -> torch.Tensor:
 
 
 def as_buffer(x: torch.Tensor) -> Buffer:
-    """A tensor as a flat float32 buffer, where it lies if that is possible."""
-    flat = x.detach().float().reshape(-1)
+    """A tensor as a flat buffer, where it lies if that is possible; narrow floats as float32."""
+    wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    flat = wide.reshape(-1)
     return flat.numpy() if flat.device.type == "cpu" else flat
 
 
@@ -300,8 +304,8 @@ def address(buffer: Buffer) -> int:
     return buffer.data_ptr() if isinstance(buffer, torch.Tensor) else buffer.__array_interface__["data"][0]
 
 
-def neutral_columns(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-    """NumPy columns as tensors: integers as int64, floats as float32."""
-    kinds = {"f": np.float32, "i": np.int64, "u": np.int64, "b": np.bool_}
+def neutral_columns(batch: Batch, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """NumPy columns as tensors: integers as int64, floats as `dtype`."""
+    kinds = {"f": np.float64 if dtype == torch.float64 else np.float32, "i": np.int64, "u": np.int64, "b": np.bool_}
     return {name: adapter.placed(np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False), device)
             for name, column in batch.items()}

@@ -79,6 +79,16 @@ def test_an_interleaved_schedule_trains_as_one_worker_does(text: Path) -> None:
     np.testing.assert_allclose(found[0].losses, train_on(recipe(text, {"micro_batches": 2}, 4), Mesh(1)).losses, rtol=1e-5)
 
 
+@pytest.mark.parametrize("degrees", [{"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_a_sharded_optimizer_on_a_mesh_changes_no_bit(degrees: dict[str, int], text: Path) -> None:
+    given = {"elastic": {"max_workers": 8}}
+    mesh = Mesh(2, **degrees)
+    whole = train_on(recipe(text, degrees, 4, **given), mesh)
+    for data in (1, 2, 3):
+        found = train_on(recipe(text, degrees, 4, **given, optimizer={"clip_norm": 0.5, "sharded": True}), Mesh(data, **degrees))
+        assert found.hashes == whole.hashes and found.losses == whole.losses
+
+
 @pytest.fixture(scope="module")
 def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """One replica of each kind, and nothing happens."""
@@ -167,3 +177,12 @@ def test_fewer_workers_than_a_replica_go_on_with_a_smaller_one(text: Path, tmp_p
     assert len(result.named("rewound")) == 1  # a stage was gone with its worker
     losses = [m["loss"] for m in result.metrics if "loss" in m]
     np.testing.assert_allclose(losses, train_on(recipe(text, {}), Mesh(1)).losses, rtol=2e-5)
+
+
+def test_a_kill_on_a_mesh_with_a_sharded_optimizer(text: Path, undisturbed: dict[str, Result], tmp_path: Path) -> None:
+    """Seats have twins along the data axis: of three replicas, one is broken after its vote and before its parameters have gone out."""
+    given = recipe(text, {"tensor": 2}, elastic={"max_workers": 6, "min_workers": 2}, optimizer={"clip_norm": 0.5, "sharded": True})
+    result = fit(tmp_path / "run", given, ["kill:2@6/gather"])
+    result.assert_sound(STEPS)
+    assert result.sha == undisturbed["tensor"].sha
+    assert result.named("twin_used") and not result.named("rewound")

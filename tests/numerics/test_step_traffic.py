@@ -38,7 +38,7 @@ def test_a_steps_bytes(case: str, name: str, tmp_path: Path, monkeypatch: pytest
                     "mesh": {"pipeline": mesh.pipeline, "tensor": mesh.tensor, "expert": mesh.expert, **keys}, "backend": {"name": name}})
     opened = Workload.open(recipe, workload.prepare(recipe))
     batch = example(opened)
-    asked, work = question(recipe, opened.model), Counted(opened.model, batch, 0.0)
+    asked, work = question(recipe, opened.model, opened.balance), Counted(opened.model, batch, 0.0)
     layout = meshes.lay(opened.model, mesh, asked.rules, asked.balance)
     for rank, counts in enumerate(train_on(recipe, mesh).counts):
         said = {one.what: STEPS * one.bytes for one in traffic(asked, layout, work, mesh.seat(rank), recipe.mesh.micro_batches)}

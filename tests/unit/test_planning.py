@@ -17,7 +17,7 @@ from elastic.planning import Plan, Size, cluster_of, settle
 from elastic.recipe import Recipe, dumps, load_recipe, loads
 from elastic.state import State
 from elastic.trial import Counted
-from elastic.workload import Workload, lay_out, take_seat
+from elastic.workload import Workload, laid, lay_out, take_seat
 
 RECIPE = """[model]
 kind = "nlp.gpt"
@@ -62,10 +62,10 @@ def test_memory_is_that_of_the_state_on_a_seat(file: Path) -> None:
     opened = Workload.open(recipe, workload.prepare(recipe))
     plan = plan_of(recipe, Size(1, 4))
     for one in plan.found:
-        layout = lay_out(recipe, opened.model, replace(one.mesh, data=1))
+        layout = laid(recipe, opened, replace(one.mesh, data=1))
         held = []
         for rank in range(layout.mesh.world_size):
-            state: State = take_seat(recipe, opened.model, layout.mesh, layout.mesh.seat(rank))[2]
+            state: State = take_seat(recipe, opened, layout.mesh, layout.mesh.seat(rank))[2]
             held.append((state.param.nbytes, sum(slot.nbytes for slot in state.slots.values())))
         stages = [costs.stage_memory(plan.asked.task, one.candidate, stage, 0) for stage in range(layout.mesh.pipeline)]
         memory = max(stages, key=lambda each: each.parameters)
@@ -155,6 +155,6 @@ def test_counted_work_is_the_operations(file: Path) -> None:
     plan = plan_of(recipe, Size(1, 4), 1e9)
     for one in plan.found:
         parts, slow = one.candidate.depths, Counted(plan.asked.model, plan.work.batch, 5e8)
-        layout = lay_out(recipe, plan.asked.model, replace(one.mesh, data=1))
+        layout = lay_out(recipe, plan.asked.model, replace(one.mesh, data=1), plan.asked.balance)
         again = slow.depths(layout, 8 // one.mesh.expert // one.candidate.micro_batches)
         assert [2 * part.forward_s for part in parts] == pytest.approx([part.forward_s for part in again])
