@@ -89,8 +89,8 @@ class Layers:
     def attention(self, p: Mapping[str, Array], x: Array, h: str) -> Array:
         ops = self.ops
         query, key, value = ops.unbind(dense_into(ops, p, "btd,dqhe->btqhe", f"{h}.attn.qkv", x, "heads"), 2)
-        rate, tag = (0.0, "") if self.seed is None else (self.rate, part_tag(ops, f"{h}.attn.weights", "heads"))
-        mixed = ops.attention(query, key, value, self.causal, rate, 0 if self.seed is None else self.seed, tag)
+        rate, seed, tag = (self.rate, self.seed, part_tag(ops, f"{h}.attn.weights", "heads")) if self.rate and self.seed is not None else (0.0, 0, "")
+        mixed = ops.attention(query, key, value, self.causal, rate, seed, tag)
         return self.drop(dense_from(ops, p, "bthe,hed->btd", f"{h}.attn.out", mixed, "heads"), f"{h}.attn")
 
     def mlp(self, p: Mapping[str, Array], x: Array, h: str) -> Array:

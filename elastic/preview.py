@@ -43,8 +43,8 @@ def preview(recipe: Recipe, info: Mapping[str, Any]) -> Preview:
     layout = meshes.lay(asked.model, Mesh(1, mesh.pipeline, mesh.tensor, mesh.expert), asked.rules, asked.balance)
     held, nothing = meshes.holdings(layout, asked.model, asked.rules), (Part(0.0, 0.0, 0),) * len(layout.depths)
     sizes = {max(1, workers // layout.mesh.replica_size) for workers in range(elastic.min_workers, elastic.max_workers + 1)}
-    most = max(costs.memory(asked.task, Candidate(replace(layout.mesh, data=data), 1, nothing, held, num_chunks=layout.num_chunks)).total
-               for data in sizes)
+    most = max(costs.memory(asked.task, Candidate(replace(layout.mesh, data=data), mesh.micro_batches, nothing, held, mesh.schedule,
+                                                  layout.num_chunks)).total for data in sizes)
     whole = meshes.holding(meshes.lay(asked.model, Mesh(1), asked.rules, None), asked.model, asked.rules, layout.mesh.seat(0))
     return Preview(whole.size, int(most), elastic.max_workers + elastic.spares)
 

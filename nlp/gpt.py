@@ -61,8 +61,8 @@ class Config:
     def _check_experts(self) -> None:
         for key, least in (("capacity", "above 0"), ("balance", "of at least 0")):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (key == "capacity" and not value):
-                raise RecipeError(f"model.{key} = {value!r} must be a number {least}.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf or (key == "capacity" and not value):
+                raise RecipeError(f"model.{key} = {value!r} must be a finite number {least}.")
         if self.top > 2 or self.experts and self.top > self.experts:
             raise RecipeError(f"model.top = {self.top} must be 1 or 2, and no more than model.experts = {self.experts}.")
         if self.experts and self.expert_every > self.layers:

@@ -14,7 +14,7 @@ from typing import Any
 
 from elastic.backend import Spec
 from elastic.errors import RecipeError
-from elastic.mesh import AXES, Mesh, Seat
+from elastic.mesh import Mesh, Seat
 from elastic.parallel.axis import span
 
 UNEVEN = ("vocab", "table_row")  # dims whose parts may differ by one: nothing but memory depends on them
@@ -53,19 +53,20 @@ class Layout:
         is_chain = hasattr(model, "pieces") and hasattr(model, "layout")
         for axis in ("pipeline", "tensor", "expert"):
             if getattr(mesh, axis) > 1 and not is_chain:
-                raise RecipeError(f"mesh.{axis} = {getattr(mesh, axis)} needs a model in pieces with named dims, and model.kind is none; write "
+                raise RecipeError(f"mesh.{axis} = {getattr(mesh, axis)} needs a model in pieces with named dims, which this model.kind is not; write "
                                   f"mesh.{axis} = 1, or offer what elastic.backend.Chain asks for.")
         own = dict(model.layout) if is_chain else {}
-        if dims:
-            check_dims(dims, self.parameters)
+        check_dims(dims or {}, own)
         self.dims = {dim: axis for dim, axis in (dims or own).items() if getattr(mesh, axis) > 1}
         self._check_divides(model)
         depths = mesh.pipeline * num_chunks
         if is_chain:
             if len(model.pieces) < depths:
+                most = len(model.pieces) // num_chunks
+                remedy = f"mesh.pipeline = {most} or less" if num_chunks == 1 or most > 1 else "fewer mesh.chunks, or another mesh.schedule"
                 raise RecipeError(f"mesh.pipeline = {mesh.pipeline}" + (f" with mesh.chunks = {num_chunks}" if num_chunks > 1 else "") +
                                   f" needs {depths} pieces, and the model has {len(model.pieces)} ({', '.join(model.pieces[:4])}, ...); write "
-                                  f"mesh.pipeline = {max(1, len(model.pieces) // num_chunks)} or less.")
+                                  f"{remedy}.")
             weights = [1.0 if costs is None else costs[piece] for piece in model.pieces]
             self.depths = tuple(tuple(model.pieces[low:high]) for low, high in balanced(weights, depths))
             reads = {piece: tuple(model.names(piece)) for piece in model.pieces}
@@ -78,8 +79,10 @@ class Layout:
         for name, spec in self.parameters.items():
             for dim, length in zip(spec.dims, spec.shape, strict=False):
                 axis = self.dims.get(dim)
-                if axis and dim not in UNEVEN and length % getattr(self.mesh, axis):
-                    size = getattr(self.mesh, axis)
+                size = getattr(self.mesh, axis) if axis else 1
+                if length < size and dim in UNEVEN:
+                    raise RecipeError(f"mesh.{axis} = {size} is more than {dim} = {length} of {name} has parts; write mesh.{axis} = {length} or less.")
+                if length % size and dim not in UNEVEN:
                     fits = [n for n in range(1, length + 1) if length % n == 0]
                     raise RecipeError(f"mesh.{axis} = {size} does not divide {dim} = {length} of {name}; write one of "
                                       f"{', '.join(map(str, fits[:6]))}.")
@@ -152,15 +155,13 @@ class Layout:
         return tuple(Shared(seats, tuple(names)) for seats, names in found.items())
 
 
-def check_dims(dims: Mapping[str, str], parameters: Mapping[str, Spec]) -> None:
-    """RecipeError for a layout that names what there is not."""
-    known = list(dict.fromkeys(dim for spec in parameters.values() for dim in spec.dims))
+def check_dims(dims: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """RecipeError for a layout that splits what the model is not written to split, or along another axis than it is written for."""
     for dim, axis in dims.items():
-        if dim not in known:
-            raise RecipeError(f"mesh.layout.{dim} = \"{axis}\" names no dim of the model; its dims are {', '.join(known)}.")
-        if axis not in SPLITTING:
-            what = "is an axis along which nothing is split" if axis in AXES else "is no axis of the mesh"
-            raise RecipeError(f"mesh.layout.{dim} = \"{axis}\" {what}; write one of {', '.join(SPLITTING)}.")
+        if own.get(dim) != axis:
+            known = ", ".join(f'{name} = "{along}"' for name, along in own.items())
+            remedy = f"write some of {known}" if known else "leave mesh.layout out: it can split nothing"
+            raise RecipeError(f'mesh.layout.{dim} = "{axis}" is no split that the model can make; {remedy}.')
 
 
 def balanced(weights: Sequence[float], parts: int) -> list[tuple[int, int]]:

@@ -149,7 +149,7 @@ def _sentence(error: ValidationError) -> str:
     if not key:
         return _wrong_section(section, found)
     fields = _fields(section)
-    dotted = f"{section}.{key}"
+    dotted = ".".join(part for part in found["loc"] if isinstance(part, str))
     if found["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, fields, 1)
         remedy = f"did you mean {section}.{near[0]}?" if near else f"the keys of [{section}] are {', '.join(fields)}."
@@ -165,7 +165,8 @@ def _wrong_section(section: str, found: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(section, Recipe.model_fields, 1)
         remedy = f"did you mean [{near[0]}]?" if near else f"the sections are {', '.join(Recipe.model_fields)}."
         return f"[{section}] is not a section of the recipe; {remedy}"
-    return f"{section} = {shown(found['input'])} cannot work; it must be a section: [{section}] and its keys below."
+    auto = ' (or "auto")' if section == "mesh" else ""
+    return f"{section} = {shown(found['input'])} cannot work; it must be a section: [{section}] and its keys below{auto}."
 
 
 def _fields(section: str) -> Mapping[str, Any]:

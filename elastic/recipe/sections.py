@@ -95,8 +95,8 @@ class MeshSection(Section):
     schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
     micro_batches: int = at_least(1, 1)
     chunks: int = at_least(1, 2, " (of the model, that a stage holds under schedule = \"interleaved\")")
-    layout: dict[str, Literal["tensor", "expert"]] = Field({}, description="a table of dims and the axis that splits each, \"tensor\" or "
-                                                           "\"expert\", in place of the model's own")
+    layout: dict[str, Literal["tensor", "expert"]] = Field({}, description="written {DIM = AXIS, ...}, each axis \"tensor\" or \"expert\": those of "
+                                                           "the model's splits that are to be made")
     auto: bool = Field(False, exclude=True, description='mesh = "auto" in place of the section: the planner finds the numbers before workers start')
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic.parallel.meter import MeterOps, Place, Shape
 from nlp import bert, gpt
 from tests.contract.frameworks import assert_close, differentiate, load, names
 from tests.contract.models import Rig, rig_of
@@ -45,6 +46,24 @@ def test_a_layer_computed_again_gives_the_same_gradients(name: str, kind: str, f
             assert np.array_equal(found, wanted) and left == right
         assert all(np.abs(view).max() > 0 for view in again.by_name(found).values())
     assert again.backend.metrics(batch) == kept.backend.metrics(batch)
+
+
+class Nowhere(MeterOps):
+    """Split in two, and nobody may ask who is who."""
+
+    def part(self, dim: str) -> int:
+        raise AssertionError(f"asked for its place along {dim}")
+
+
+@pytest.mark.parametrize(("dropout", "seed"), [(0.0, 5), (0.1, None)])
+def test_without_dropout_a_layer_asks_for_no_place(dropout: float, seed: int | None) -> None:
+    """A framework of graphs would trace the model again for every place."""
+    model = gpt.build({**LAYERS, "context": 8, "dropout": dropout}, {"vocab_size": 13})
+    params = {key: Shape(spec.shape, True) for key, spec in model.parameters.items()}
+    ops = Nowhere({"heads": Place("tensor", 2)})
+    assert model.through(ops, params, None, {"tokens": Shape((3, 9), False)}, seed).shape == (3, 8, 13)
+    with pytest.raises(AssertionError, match="along heads"):
+        gpt.build({**LAYERS, "context": 8}, {"vocab_size": 13}).through(ops, params, None, {"tokens": Shape((3, 9), False)}, 5)
 
 
 @pytest.mark.parametrize("name", names())

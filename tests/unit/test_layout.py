@@ -122,15 +122,25 @@ class Plain:
     buffers: dict[str, Spec] = {}
 
 
+@pytest.mark.parametrize(("pipeline", "chunks", "remedy"), [(5, 1, "mesh.pipeline = 4 or less"), (3, 2, "mesh.pipeline = 2 or less"),
+                                                            (2, 3, "fewer mesh.chunks, or another mesh.schedule")])
+def test_the_remedy_for_too_many_stages_works(pipeline: int, chunks: int, remedy: str) -> None:
+    with pytest.raises(RecipeError, match=f"write {remedy}"):
+        Layout(Model(), Mesh(1, pipeline), num_chunks=chunks)
+
+
 @pytest.mark.parametrize(("model", "mesh", "dims", "sentence"), [
     (Model, Mesh(1, 1, 3), None, "mesh.tensor = 3 does not divide d_ff = 8 of h0.up; write one of 1, 2, 4, 8."),
     (Model, Mesh(1, 1, 1, 3), None, "mesh.expert = 3 does not divide expert = 2 of h1.up; write one of 1, 2."),
     (Model, Mesh(1, 5), None, "mesh.pipeline = 5 needs 5 pieces, and the model has 4"),
-    (Plain, Mesh(1, 2), None, "mesh.pipeline = 2 needs a model in pieces with named dims, and model.kind is none; write mesh.pipeline = 1"),
+    (Plain, Mesh(1, 2), None, "mesh.pipeline = 2 needs a model in pieces with named dims, which this model.kind is not; write mesh.pipeline = 1"),
     (Plain, Mesh(1, 1, 2), None, "mesh.tensor = 2 needs a model in pieces with named dims"),
-    (Model, Mesh(1, 1, 2), {"d_fff": "tensor"}, 'mesh.layout.d_fff = "tensor" names no dim of the model; its dims are vocab, d_model, d_ff'),
-    (Model, Mesh(1, 1, 2), {"d_ff": "rows"}, 'mesh.layout.d_ff = "rows" is no axis of the mesh; write one of tensor, expert.'),
-    (Model, Mesh(1, 1, 2), {"d_ff": "data"}, 'mesh.layout.d_ff = "data" is an axis along which nothing is split; write one of tensor, expert.'),
+    (Model, Mesh(1, 1, 8), None, "mesh.tensor = 8 is more than vocab = 7 of wte has parts; write mesh.tensor = 7 or less."),
+    (Model, Mesh(1, 1, 2), {"d_fff": "tensor"}, 'mesh.layout.d_fff = "tensor" is no split that the model can make; write some of vocab = "tensor", '
+                                                'd_ff = "tensor", expert = "expert".'),
+    (Model, Mesh(1, 1, 2), {"d_model": "tensor"}, 'mesh.layout.d_model = "tensor" is no split'),
+    (Model, Mesh(1, 1, 1, 2), {"d_ff": "expert"}, 'mesh.layout.d_ff = "expert" is no split'),
+    (Plain, Mesh(1), {"a": "tensor"}, 'mesh.layout.a = "tensor" is no split that the model can make; leave mesh.layout out: it can split nothing.'),
     (Model, Mesh(1, 1, 2), {"expert": "expert"}, "mesh.tensor = 2 splits nothing: no dim of the model is laid out on it; write mesh.tensor = 1."),
 ])
 def test_what_does_not_fit_is_one_sentence(model: Any, mesh: Mesh, dims: Any, sentence: str) -> None:

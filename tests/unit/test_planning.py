@@ -97,7 +97,10 @@ def test_a_layout_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("options", "says"), [
     (["--set", "mesh.tensor=3", "--set", "elastic.max_workers=3"], "mesh.tensor = 3 does not divide"),
-    (["--set", "mesh.layout.d_model_x=tensor", "--set", "mesh.tensor=2"], "names no dim of the model"),
+    (["--set", "mesh.layout.position=tensor", "--set", "mesh.tensor=2"], 'mesh.layout.position = "tensor" is no split that the model can make'),
+    (["--set", "mesh.layout.heads=expert", "--set", "mesh.expert=2"], 'mesh.layout.heads = "expert" is no split that the model can make'),
+    (["--set", "model.experts=2", "--set", "model.capacity=inf"], "model.capacity = inf must be a finite number above 0."),
+    (["--set", "model.experts=2", "--set", "model.balance=nan"], "model.balance = nan must be a finite number of at least 0."),
     (["--set", "mesh.expert=2"], "mesh.expert = 2 splits nothing"),
     (["--set", "mesh.pipeline=8", "--set", "elastic.max_workers=8"], "needs 8 pieces, and the model has 4"),
     (["--set", "model.experts=3", "--set", "mesh.expert=2"], "mesh.expert = 2 does not divide"),
@@ -107,6 +110,11 @@ def test_a_mesh_that_the_model_does_not_fit(file: Path, options: list[str], says
         assert cli.run([command[0], str(file), *command[1:], *options]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1"])
+def test_every_schedule_is_checked_for_memory(file: Path, schedule: str) -> None:
+    assert cli.run(["train", str(file), "--check", "--set", "mesh.pipeline=2", "--set", f"mesh.schedule={schedule}"]) == 0
 
 
 @pytest.mark.parametrize("text", ["data", "data=0", "rows=2", "data=2,data=2", "tensor=two"])
