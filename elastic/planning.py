@@ -80,16 +80,17 @@ class Plan:
         """Changes to the recipe that may make it fit, the mildest first."""
         optimizer, task = self.recipe.optimizer, self.asked.task
 
-        def again(asked: Question, cluster: Cluster = self.cluster, model: Any = None) -> Sequence[Forecast]:
-            model = model or asked.model
-            return forecasts(replace(asked, model=model, micro_batches=0), cluster, Counted(model, self.work.batch, 0.0))
+        def again(asked: Question, cluster: Cluster = self.cluster, model: Any = self.work.model) -> Sequence[Forecast]:
+            return forecasts(replace(asked, micro_batches=0), cluster, Counted(model, self.work.batch, 0.0))
 
         def other(**changes: Any) -> Sequence[Forecast]:
             return again(replace(self.asked, task=replace(task, **changes)))
 
         def recomputed() -> Sequence[Forecast]:
             section = self.recipe.model.model_copy(update={"recompute": True})
-            return again(self.asked, model=open_model(self.recipe.model_copy(update={"model": section}), info))
+            recipe = self.recipe.model_copy(update={"model": section})
+            model = open_model(recipe, info)
+            return again(replace(self.asked, model=question(recipe, model).model), model=model)
 
         found: list[Variant] = []
         if self.asked.micro_batches:

@@ -81,7 +81,7 @@ class Layout:
                 axis = self.dims.get(dim)
                 size = getattr(self.mesh, axis) if axis else 1
                 if length < size and dim in UNEVEN:
-                    raise RecipeError(f"mesh.{axis} = {size} is more than {dim} = {length} of {name} has parts; write mesh.{axis} = {length} or less.")
+                    raise RecipeError(f"mesh.{axis} = {size} is more than {dim} = {length} of {name}; write mesh.{axis} = {length} or less.")
                 if length % size and dim not in UNEVEN:
                     fits = [n for n in range(1, length + 1) if length % n == 0]
                     raise RecipeError(f"mesh.{axis} = {size} does not divide {dim} = {length} of {name}; write one of "

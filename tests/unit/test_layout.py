@@ -135,7 +135,7 @@ def test_the_remedy_for_too_many_stages_works(pipeline: int, chunks: int, remedy
     (Model, Mesh(1, 5), None, "mesh.pipeline = 5 needs 5 pieces, and the model has 4"),
     (Plain, Mesh(1, 2), None, "mesh.pipeline = 2 needs a model in pieces with named dims, which this model.kind is not; write mesh.pipeline = 1"),
     (Plain, Mesh(1, 1, 2), None, "mesh.tensor = 2 needs a model in pieces with named dims"),
-    (Model, Mesh(1, 1, 8), None, "mesh.tensor = 8 is more than vocab = 7 of wte has parts; write mesh.tensor = 7 or less."),
+    (Model, Mesh(1, 1, 8), None, "mesh.tensor = 8 is more than vocab = 7 of wte; write mesh.tensor = 7 or less."),
     (Model, Mesh(1, 1, 2), {"d_fff": "tensor"}, 'mesh.layout.d_fff = "tensor" is no split that the model can make; write some of vocab = "tensor", '
                                                 'd_ff = "tensor", expert = "expert".'),
     (Model, Mesh(1, 1, 2), {"d_model": "tensor"}, 'mesh.layout.d_model = "tensor" is no split'),

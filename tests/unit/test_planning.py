@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from elastic import calibration, cli, workload
 from elastic.calibration import Constants
@@ -13,11 +15,12 @@ from elastic.forecast import too_large
 from elastic.mesh import Mesh
 from elastic.parallel import costs
 from elastic.parallel.planner import forecasts
-from elastic.planning import Plan, Size, cluster_of, settle
+from elastic.planning import Plan, Shown, Size, cluster_of, parts, settle
 from elastic.recipe import Recipe, dumps, load_recipe, loads
 from elastic.state import State
 from elastic.trial import Counted
 from elastic.workload import Workload, laid, lay_out, take_seat
+from tests.numerics.inprocess import module_recipe
 
 RECIPE = """[model]
 kind = "nlp.gpt"
@@ -166,3 +169,18 @@ def test_counted_work_is_the_operations(file: Path) -> None:
         layout = lay_out(recipe, plan.asked.model, replace(one.mesh, data=1), plan.asked.balance)
         again = slow.depths(layout, 8 // one.mesh.expert // one.candidate.micro_batches)
         assert [2 * part.forward_s for part in parts] == pytest.approx([part.forward_s for part in again])
+
+
+def test_a_users_own_module_is_planned() -> None:
+    """Nobody counts its operations; its parameters are known."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    recipe = module_recipe("Small", 2)
+    opened = Workload.open(recipe, {})
+    plan = Plan.make(recipe, opened, cluster_of(recipe, Size(1, 2)))
+    shown = Console(width=200, file=StringIO())
+    for part in parts(recipe, {}, Size(1, 2), 0.0, Shown(layout=True)):
+        shown.print(part)
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert all(name in text for name in plan.asked.model.parameters) and "data.reduction" in text
+    cluster = replace(plan.cluster, memory=1.0)
+    assert "more than it has; give workers more memory" in too_large(plan.found, cluster, replace(plan, cluster=cluster).variants({}))
