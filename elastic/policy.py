@@ -133,9 +133,11 @@ class Pulse:
 
 
 def suspects(pulses: Mapping[str, Pulse], now_s: float, timeout_s: float, start_timeout_s: float) -> tuple[str, ...]:
-    """Who holds the group up: nobody has moved for `timeout_s`, and these have not entered the collective the others wait in.
+    """Who holds the group up: nobody has moved for `timeout_s`, and these are in no collective while others wait in one.
 
-    A worker that compiles or waits for a disk has `start_timeout_s`. A worker that is not heard of at all is always suspect.
+    Where all wait, it is the one that entered the fewest: one alone, for the members of a replica enter different ones, and a count that
+    is behind may be as it should be. A worker that compiles or waits for a disk has `start_timeout_s`. A worker that is not heard of at all
+    is always suspect.
     """
     silent = tuple(w for w, p in pulses.items() if now_s - p.heard_s > timeout_s)
     if silent:
@@ -144,6 +146,8 @@ def suspects(pulses: Mapping[str, Pulse], now_s: float, timeout_s: float, start_
         now_s - p.changed_s > (start_timeout_s if p.phase in SLOW_PHASES else timeout_s) for p in pulses.values())
     if not stuck:
         return ()
-    furthest = max(p.inside for p in pulses.values())
-    late = tuple(w for w, p in pulses.items() if not p.waiting or p.inside < furthest)
-    return late if len(late) < len(pulses) or len(pulses) == 1 else ()
+    outside = tuple(w for w, p in pulses.items() if not p.waiting)
+    if outside:
+        return outside if len(outside) < len(pulses) or len(pulses) == 1 else ()
+    last = min(pulses, key=lambda w: pulses[w].inside)
+    return (last,) if pulses[last].inside < max(p.inside for p in pulses.values()) else ()

@@ -117,6 +117,13 @@ def test_whoever_has_not_entered_the_collective_is_the_suspect() -> None:
     assert suspected({"a": pulse(), "b": pulse(inside=2), "c": pulse()}) == ("b",)  # it waits in the one before
 
 
+def test_the_stages_of_a_pipeline_enter_different_collectives_and_only_who_waits_in_none_is_the_suspect() -> None:
+    """The first and the last stage of two replicas, of which one loads data for ever: its peers' counts say nothing."""
+    first, last = pulse(inside=5), pulse(inside=9)
+    assert suspected({"a0": first, "a1": last, "b0": first, "b1": pulse(inside=8, waiting=False, phase="forward")}) == ("b1",)
+    assert suspected({"a0": first, "a1": last, "b0": first, "b1": last}) == ("a0",)  # not both who hold the first stage
+
+
 def test_nobody_is_suspect_while_anybody_moves() -> None:
     assert suspected({"a": pulse(), "b": pulse(inside=2, waiting=False, changed_s=80.0)}) == ()
     assert suspected({"a": pulse(changed_s=71.0), "b": pulse(inside=2, waiting=False)}) == ()
