@@ -96,8 +96,10 @@ def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Seat], give
           tell: Callable[[int], AbstractContextManager[Any]]) -> int:
     """Every array of the state: out of the `holders`' old states (`given`, if this member is one) into all members' new ones.
 
-    Returns the bytes that this member received. `tell(number)` surrounds the exchange of each array.
+    Returns the bytes that this member received. `tell(number)` surrounds the exchange of each array. What is taken counts as torn (-1): a
+    member that held an older state on the same seat must not say so of what is half of each.
     """
+    taken.committed = -1
     moved, seat, first = 0, new.mesh.seat(group.rank), min(holders)
     source = holders.get(group.rank)
     plans = {name: moves(name, old, holders, new) for name in new.parameters}

@@ -12,6 +12,7 @@ import pytest
 
 from backends.reference.backend import create
 from elastic.collective.local import Hub
+from elastic.errors import GroupBroken
 from elastic.mesh import Mesh, Seat
 from elastic.parallel.layout import Layout
 from elastic.parallel.portion import Portion
@@ -96,6 +97,24 @@ def test_one_replica_is_enough_and_what_a_joiner_held_is_not_asked() -> None:
 
     for arrays in together(4, act):
         assert all(array.tobytes() == values[name].tobytes() for name, array in arrays.items())
+
+
+def test_a_state_that_is_cut_off_on_its_way_counts_for_nothing_and_the_one_it_comes_from_as_before() -> None:
+    """One that was idle may have an older state on the seat that it is given again."""
+    old, new, values = Mesh(1, 1, 2), Mesh(1, 2), random_values()
+
+    def tell(number: int) -> Any:
+        if number == 3:
+            raise GroupBroken("lost rank 1")
+        return nullcontext()
+
+    def act(group: Any) -> tuple[int, int]:
+        given, taken = state_on(old, Seat(tensor=group.rank), values), state_on(new, Seat(pipeline=group.rank))
+        with pytest.raises(GroupBroken):
+            relay(group, Layout(MODEL, old), {0: old.seat(0), 1: old.seat(1)}, given, Layout(MODEL, new), taken, tell)
+        return given.committed, taken.committed
+
+    assert together(2, act) == [(5, -1), (5, -1)]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
