@@ -61,9 +61,10 @@ class Saver:
 
     def _image(self, state: State, rank: int, world_size: int) -> Image:
         boxes = state.shares(rank // state.replica_size, world_size // state.replica_size)
-        if self.image is not None and self.image.sources == boxes:
+        places = tuple(state.in_whole(box) for box in boxes)
+        if self.image is not None and (self.image.sources, self.image.boxes) == (boxes, places):  # another seat's boxes may be just as large
             return self.image
-        return Image(tuple(state.in_whole(box) for box in boxes), self.image.memory if self.image else None, boxes)
+        return Image(places, self.image.memory if self.image else None, boxes)
 
     def is_busy(self) -> bool:
         """A part is still being written."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from backends.reference.backend import create
+from elastic.checkpoint.saver import Saver
 from elastic.collective.local import Hub
 from elastic.errors import GroupBroken
 from elastic.mesh import Mesh, Seat
@@ -115,6 +116,19 @@ def test_a_state_that_is_cut_off_on_its_way_counts_for_nothing_and_the_one_it_co
         return given.committed, taken.committed
 
     assert together(2, act) == [(5, -1), (5, -1)]
+
+
+def test_a_worker_that_takes_another_seat_saves_under_that_seat_s_places() -> None:
+    """Two seats of a tensor axis have boxes of the same sizes: memory that is ready for the one is not ready for the other."""
+    saver, mesh = Saver("w0", "unused", "", 1, 0, {}, lambda part: None), Mesh(1, 1, 4)
+    for rank in (1, 2):
+        state = state_on(mesh, Seat(tensor=rank))
+        saver.prepare(state, rank, 4)
+        saver.join()
+        assert saver.image is not None
+        places = {piece.name: (piece.start, piece.count) for piece in saver.image.pieces}
+        box = state.box("h0.mlp.up.weight")
+        assert box is not None and places["parameter/h0.mlp.up.weight"] == (box.start, box.count)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
