@@ -141,13 +141,14 @@ def calibrated(recipe: Recipe, info: Mapping[str, Any], size: Size) -> list[str]
 
 def settle(recipe: Recipe, info: Mapping[str, Any], opened: Workload, nodes: int = 0) -> tuple[Recipe, str]:
     """A recipe whose mesh is "auto" with the numbers that the planner chose for elastic.max_workers workers, and why. UserError if none fits."""
-    most = recipe.elastic.max_workers
+    least, most = recipe.elastic.min_workers, recipe.elastic.max_workers
     cluster = cluster_of(recipe, Size(nodes, -(-most // max(1, nodes))))
     plan = Plan.make(recipe, opened, cluster)
     widest: dict[Mesh, Forecast] = {}  # the elastic run takes every worker that there is: of each layout the most replicas
     for one in plan.found:
         shape = replace(one.mesh, data=1)
-        if one.workers <= most and (shape not in widest or widest[shape].workers < one.workers):
+        in_whole = not any(n > shape.world_size and n % shape.world_size for n in (least, most))  # as the recipe's check has it
+        if in_whole and one.workers <= most and (shape not in widest or widest[shape].workers < one.workers):
             widest[shape] = one
     best = choose(widest.values(), cluster)
     if best is None:

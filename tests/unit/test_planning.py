@@ -126,6 +126,15 @@ def test_a_mesh_that_is_none(file: Path, text: str, capsys: pytest.CaptureFixtur
     assert f'--mesh "{text}" is not of the form data=2,tensor=2' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("least", "most"), [(1, 3), (2, 4), (3, 3)])
+def test_auto_keeps_to_whole_replicas(least: int, most: int, file: Path) -> None:
+    recipe = load_recipe(file, ["mesh=auto", f"elastic.min_workers={least}", f"elastic.max_workers={most}"])
+    info = workload.prepare(recipe)
+    settled, _ = settle(recipe, info, Workload.open(recipe, info))
+    assert loads(dumps(settled)) == settled
+    assert all(n <= settled.mesh.replica_size or n % settled.mesh.replica_size == 0 for n in (least, most))
+
+
 def test_auto_becomes_numbers(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(file, ["mesh=auto"])
     info = workload.prepare(recipe)
