@@ -24,9 +24,9 @@ from elastic.collective.store import Endpoint
 CASES = (
     Case("tensor 2", "DTensor", tensor=2),
     Case("tensor 2, vocabulary whole", "DTensor", tensor=2, split_vocab=False),
-    Case("data 2", "FSDP2", data=2),
+    Case("data 2, sharded", "FSDP2", data=2, sharded=True),
     Case("pipeline 2", "Schedule1F1B", pipeline=2, micro_batches=4),
-    Case("data 2 x tensor 2", "FSDP2 on DTensor", data=2, tensor=2),
+    Case("data 2 x tensor 2, sharded", "FSDP2 on DTensor", data=2, tensor=2, sharded=True),
     Case("pipeline 2 x tensor 2", "Schedule1F1B on DTensor", pipeline=2, tensor=2, micro_batches=4),
 )
 SIDES = ("ours", "ours, gloo", "peer")
@@ -103,7 +103,7 @@ NOTE = """A GPT as nanoGPT has it, embedding and head tied: 4 layers, 4 heads, w
 parameters; 16 rows a step in all, float32, AdamW, one thread a process; a pipeline cuts them into 4 micro-batches. Ours is the engine's loop
 with its vote and its exact reduction, without the controller's process: over shared memory, as on one node, and over gloo, as on several. torch's
 talk over gloo; the stages of its pipeline sum the tied weights' gradients by a call of their own. Along data, FSDP2 shards parameters, gradients
-and optimizer, ours the rows alone."""
+and optimizer, ours the optimizer (`sharded`, without a twin)."""
 
 
 if __name__ == "__main__":

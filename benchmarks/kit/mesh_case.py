@@ -43,7 +43,7 @@ class Case:
                      f"[mesh]\ntensor = {self.tensor}\npipeline = {self.pipeline}\nmicro_batches = {self.micro_batches}\n{layout}"
                      f"[elastic]\nmax_workers = {self.size}\nlogical_shards = {self.data}\n"
                      f"[optimizer]\nlr = {LR}\nbeta1 = {BETAS[0]}\nbeta2 = {BETAS[1]}\nweight_decay = {DECAY}\n"
-                     f"sharded = {str(self.sharded).lower()}\n[checkpoint]\nevery_steps = 0\n")
+                     f"sharded = {str(self.sharded).lower()}\n" + ("twin = false\n" if self.sharded else "") + "[checkpoint]\nevery_steps = 0\n")
 
 
 def opened(recipe: Recipe) -> Workload:

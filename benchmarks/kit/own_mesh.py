@@ -14,6 +14,7 @@ from elastic.collective.shared import SharedGroup
 from elastic.control import Control
 from elastic.loop import Loader, train
 from elastic.messages import Generation, Line
+from elastic.sharded import ShardedState
 from elastic.worker import warm_up
 from elastic.workload import build_work, mesh_of
 
@@ -48,11 +49,14 @@ def take_part(rank: int, turns: Turns, case: Case, text: str, address: str, tran
     mesh = mesh_of(recipe, case.data)
     work = build_work(recipe, opened(recipe), control, post, lambda order, found: None, mesh.seat(rank))
     warm_up(work)
+    if isinstance(work.state, ShardedState):
+        work.state.keep(mesh.seat(rank).data, case.data)
     work.state.start(recipe.run.seed)
     work.load_batch = Gate(work.load_batch, turns)
     group: Any = (SharedGroup.form(rank, case.size, address, transport, threading.Event(), 60.0) if transport == "shared"
                   else GlooGroup.form(rank, case.size, address, transport, threading.Event(), 60.0, "127.0.0.1"))
     control.enter(1)
     control.attach(group)
-    generation = Generation(1, tuple(f"worker-{r}" for r in range(case.size)), address, transport, 0, mesh=(0, mesh.pipeline, mesh.tensor, 1))
+    generation = Generation(1, tuple(f"worker-{r}" for r in range(case.size)), address, transport, 0, load="recipe",
+                            mesh=(0, mesh.pipeline, mesh.tensor, 1))
     train(work, generation, group, Injector((), rank, lambda spec: None, lambda fault: None, lambda fault, g: g))
