@@ -165,7 +165,7 @@ def plan(recipe: Recipe, set_: Sets = [],  # noqa: B006
          nodes: Annotated[int, typer.Option(min=0, help="Nodes of the cluster; none: this machine.")] = 0,
          gpus_per_node: Annotated[int, typer.Option(min=0, help="Workers on each of them.")] = 0,
          memory_gb: Annotated[float, typer.Option(min=0, help="Memory of a worker.")] = 0.0,
-         tflops: Annotated[float, typer.Option(min=0, help="What a worker computes, in 10^12 operations a second; none: a trial here.")] = 0.0,
+         tflops: Annotated[float, typer.Option(min=0, max=1e6, help="10^12 operations a second of a worker; none: a trial here.")] = 0.0,
          intra_gbps: Annotated[float, typer.Option(min=0, help="Gigabits a second of a worker within its node; none: a copy here.")] = 0.0,
          inter_gbps: Annotated[float, typer.Option(min=0.001, help="Gigabits a second of a node.")] = 10.0,
          mesh: Annotated[str, typer.Option(metavar="data=2,tensor=2", help="Which mesh --show-layout shows; none: the recommended one.")] = "",
@@ -176,6 +176,8 @@ def plan(recipe: Recipe, set_: Sets = [],  # noqa: B006
     from elastic.recipe import load_recipe
     from elastic.trainer import Trainer
 
+    if mesh and not show_layout:
+        raise UserError(f"--mesh {mesh} says which layout is to be shown; add --show-layout, or leave it out.")
     resolved = load_recipe(recipe, set_)
     info = Trainer(resolved).check()
     size = planning.Size(nodes, gpus_per_node or resolved.elastic.max_workers, memory_gb, intra_gbps, inter_gbps)

@@ -78,14 +78,15 @@ def sentences(recipe: Recipe, asked: Question, cluster: Cluster, found: Sequence
     if best.candidate.micro_batches > 1:
         keys.append(f"mesh.micro_batches = {best.candidate.micro_batches}")
     moved = best.step_s - best.seconds.compute - best.seconds.update - best.seconds.cores
-    yield (f"{', '.join([f'elastic.max_workers = {best.workers}', *keys])}: {reason(best, found, cluster)} "
-           f"({count(asked.task.num_shards, 'logical shard')} allow {best.bound:.2f}); {moved / best.step_s if best.step_s else 0:.0%} of a step is "
-           "exchange and waiting.")
+    shards = count(asked.task.num_shards, "logical shard")
+    bound = f" ({shards} let {mesh.data} replicas be {best.bound:.2f} times as fast as one)" if mesh.data > 1 else ""
+    yield (f"{', '.join([f'elastic.max_workers = {best.workers}', *keys])}: {reason(best, found, cluster)}"
+           f"{bound}; {moved / best.step_s if best.step_s else 0:.0%} of a step is exchange and waiting.")
     replicas = cluster.room // mesh.replica_size
     if replicas > asked.task.num_shards:
-        shards = enough_shards(recipe.data.batch_size, replicas)
+        enough = enough_shards(recipe.data.batch_size, replicas)
         yield (f"{count(cluster.room, 'worker')} have room here and {asked.task.num_shards} shards feed only as many replicas: " + (
-            f"elastic.logical_shards = {shards} would feed all." if shards else
+            f"elastic.logical_shards = {enough} would feed all." if enough else
             f"data.batch_size = {recipe.data.batch_size} has no more equal parts; write a multiple of {replicas}."))
 
 

@@ -44,6 +44,9 @@ def parsed(text: str) -> Mesh:
 
 def show(asked: Question, work: Counted, mesh: Mesh, micro_batches: int) -> Iterator[Any]:
     """Both tables. UserError where the model does not lie on the mesh."""
+    if mesh.data > asked.task.num_shards:
+        raise UserError(f"--mesh data={mesh.data} is more replicas than elastic.logical_shards = {asked.task.num_shards} feed; write "
+                        f"data={asked.task.num_shards} or less.")
     meshes.check_rows(asked.task.shard_rows, mesh, micro_batches)
     layout = meshes.lay(asked.model, mesh, asked.rules, asked.balance)
     yield parameters(layout)

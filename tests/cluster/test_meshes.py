@@ -9,6 +9,8 @@ import pytest
 
 from elastic.trainer import Result, Trainer, scale
 from tests.cluster.runs import assert_sound, assert_survivors_kept, events, recipe, steps, train
+from tests.contract.frameworks import load
+from tests.numerics.inprocess import fit
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -74,3 +76,15 @@ def test_a_live_run_is_laid_on_another_mesh(tmp_path: Path) -> None:
     assert moved["bytes"] > 0 and result.summary["steps_lost"] == 0 and not events(result, "rewound")
     one = train(tmp_path / "one", 1, **given)
     assert result.summary["final_loss"] == pytest.approx(one.summary["final_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("framework", ["tensorflow", "mxnet"])
+def test_every_framework_s_tensor_groups(framework: str, tmp_path: Path) -> None:
+    """Against one undivided worker in this process."""
+    load(framework, "backend")
+    changes: dict[str, dict[str, Any]] = {"run": {"name": "mesh", "steps": 20, "eval_every": 0}, "backend": {"name": framework},
+                                          "model": {"kind": "nlp.gpt", "layers": 2, "heads": 2, "width": 64, "context": 32, "dropout": 0.0}}
+    result = train(tmp_path / "run", 2, mesh=TENSOR, elastic={"max_workers": 2, "min_workers": 2, "logical_shards": 2}, **changes)
+    assert result.status == "done", result.error
+    one = fit(tmp_path / "one", recipe(1, elastic={"max_workers": 1, "logical_shards": 2}, **changes))
+    assert result.summary["final_loss"] == pytest.approx(one.summary["final_loss"], rel=1e-5)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from elastic import calibration, cli, workload
 from elastic.calibration import Constants
-from elastic.forecast import too_large
+from elastic.forecast import sentences, too_large
 from elastic.mesh import Mesh
 from elastic.parallel import costs
 from elastic.parallel.planner import forecasts
@@ -133,6 +133,24 @@ def test_auto_keeps_to_whole_replicas(least: int, most: int, file: Path) -> None
     settled, _ = settle(recipe, info, Workload.open(recipe, info))
     assert loads(dumps(settled)) == settled
     assert all(n <= settled.mesh.replica_size or n % settled.mesh.replica_size == 0 for n in (least, most))
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--show-layout", "--mesh", "data=5"], "--mesh data=5 is more replicas than elastic.logical_shards = 4 feed; write data=4 or less."),
+    (["--mesh", "data=2"], "--mesh data=2 says which layout is to be shown; add --show-layout"),
+    (["--tflops", "inf"], "Invalid value for '--tflops'"),
+])
+def test_numbers_that_no_plan_can_take(file: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", str(file), *options]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("room", "says"), [(1, "; 0% of a step"), (2, " (4 logical shards let 2 replicas be 2.00 times as fast as one)")])
+def test_the_bound_that_is_told_is_that_of_replicas(file: Path, room: int, says: str) -> None:
+    plan = plan_of(load_recipe(file), Size(1, room, intra_gbps=1e6), 1e6)
+    words = next(sentences(plan.recipe, plan.asked, replace(plan.cluster, latency_s=0.0), plan.found))
+    assert says in words and ("logical shards" in words) == (room > 1)
 
 
 def test_auto_becomes_numbers(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
