@@ -19,8 +19,8 @@ from elastic.cluster import RayFleet
 from elastic.controller import Controller, Settings
 from elastic.journal import Journal
 from elastic.messages import Begin, Job
-from elastic.observe.report import write_report
 from elastic.policy import Degrees
+from elastic.reporting import write_report
 
 __all__ = ["NAMESPACE", "ControllerActor"]
 

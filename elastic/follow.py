@@ -19,7 +19,7 @@ import ray
 from elastic.books import in_order
 from elastic.errors import RunFailed
 from elastic.observe.events import line, read_lines
-from elastic.observe.report import write_report
+from elastic.reporting import write_report
 from elastic.rundir import clear_live, summary_of
 
 Callback = Callable[[dict[str, Any]], None]

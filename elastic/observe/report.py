@@ -42,17 +42,17 @@ class Clock:
         return round(passed, 3)
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Writes report.html from the run directory's own lines and returns its path."""
+def write_report(run_dir: str | Path, timeline: Lines = (), title: str = "") -> Path:
+    """Writes report.html from the run directory's own lines and returns its path. `timeline`: rows of `gantt`, if there is a pipeline."""
     run_dir = Path(run_dir)
     events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
     summary = read_json(run_dir / "summary.json") or {"status": "running"}
     path = run_dir / "report.html"
-    replace_text(path, page(run_dir.name, summary, events, metrics))
+    replace_text(path, page(run_dir.name, summary, events, metrics, timeline, title))
     return path
 
 
-def page(name: str, summary: dict[str, Any], events: Lines, metrics: Lines) -> str:
+def page(name: str, summary: dict[str, Any], events: Lines, metrics: Lines, timeline: Lines = (), caption: str = "") -> str:
     """The whole document; plotly's own script is within it."""
     chart = figure(events, metrics).to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
     rows = "".join(f"<tr><td>{html.escape(key)}</td><td><code>{html.escape(json.dumps(value))}</code></td></tr>"
@@ -60,6 +60,8 @@ def page(name: str, summary: dict[str, Any], events: Lines, metrics: Lines) -> s
     clock = Clock(events, metrics)
     lines = "".join(f"<tr><td>{clock.at(e['time']):.2f} s</td><td>step {e['step']}</td><td>{html.escape(sentence(e))}</td></tr>"
                     for e in events)
+    if timeline:
+        chart += gantt(timeline, caption).to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
     title = html.escape(name)
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>'
             f"<h1>{title}</h1><table>{rows}</table>{chart}<h2>Events</h2><table>{lines}</table></body></html>\n")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from elastic import reporting
 from elastic.errors import BadCheckpoint, UserError
 from elastic.observe.events import JsonLines, read_lines
 from elastic.observe.metrics import build_summary, goodput, sessions, world_sizes
@@ -280,3 +281,15 @@ def test_many_problems_of_a_kind_are_counted(tmp_path: Path) -> None:
         fields["generation"] = 7
     write(tmp_path, events, metrics)
     assert "... and 5 more of this kind" in verify(tmp_path, sound).problems
+
+
+def test_the_report_of_a_pipeline_shows_its_schedule(tmp_path: Path) -> None:
+    line = {"time": 1.0, "event": "generation_started", "generation": 1, "step": 0, "world_size": 4, "workers": [],
+            "mesh": {"data": 2, "pipeline": 2, "tensor": 1, "expert": 1}}
+    (tmp_path / "events.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "recipe.toml").write_text('[model]\nkind = "nlp.gpt"\n[data]\nformat = "text"\npath = "x"\nbatch_size = 16\n'
+                                          "[elastic]\nmax_workers = 4\nlogical_shards = 4\n[mesh]\npipeline = 2\nmicro_batches = 2\n")
+    rows, title = reporting.pipeline(tmp_path)
+    assert "1f1b: 2 stages that take alike, 4 micro-batches; bubble 20%" in title  # (K - 1) / (M + K - 1)
+    assert {row["stage"] for row in rows} == {0, 1} and {row["micro_batch"] for row in rows} == {0, 1, 2, 3}
+    assert "bubble 20%" in reporting.write_report(tmp_path).read_text()
