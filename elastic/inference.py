@@ -57,7 +57,9 @@ def restore(path: str | os.PathLike[str], device: str = "auto") -> Restored:
 
 
 def evaluate(path: str | os.PathLike[str]) -> dict[str, float]:
-    """The mean of every metric over the recipe's evaluation set, the same numbers as in the run."""
+    """The mean of every metric over the recipe's evaluation set, the same numbers as in a run whose replicas are one worker each; other
+    degrees add up in another order.
+    """
     restored = restore(path)
     recipe = restored.recipe
     _, dataset, _ = open_data(recipe, restored.info)

@@ -45,7 +45,8 @@ class Generation:
     When it begins, every member gets the state of its own seat at step `committed`. Who has the gradients of that step commits them first,
     under the seat that it had. Then, with `healers`, each source gives its state to those it heals, which sit where it sits in other replicas
     (and may have held another seat before); with `relaid`, everything moves from the old seats to the new ones. Of two members that
-    hold the same, the lower rank sends. Until all have what they need, a holder's state stays whole, and is what it stands by with.
+    hold the same, the lower rank sends. With `relaid`, a holder's state stays whole until all have what they need, and is what it stands by with;
+    one that `healers` give another seat lets its own go, for as many others as there are replicas hold that one.
     """
 
     number: int
