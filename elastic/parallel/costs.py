@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from elastic.collective.reduction import SubtreeSums, all_nodes, out_size
+from elastic.keeping import kept, size_of
 from elastic.mesh import Mesh, rounds, shards_of
 from elastic.parallel import simulator
 from elastic.parallel.actions import Name, Schedule
@@ -251,11 +252,12 @@ def sent_bytes(task: Task, data: int, gradient: int) -> float:
     return ((sums + 1) * (data - 1) / data + twin) * gradient * FLOAT
 
 
-def updated(task: Task, mesh: Mesh, holding: Holding) -> float:
-    """Elements that a worker updates, and has optimizer state for."""
+def updated(task: Task, mesh: Mesh, holding: Holding) -> int:
+    """Elements that a worker updates, and has optimizer state for; of members that share it, the one with most."""
     if not task.is_sharded or mesh.data == 1:
         return holding.trainable
-    return holding.trainable * min(1.0, (1 + task.has_twin) / mesh.data)
+    blocks = holding.trainable // BLOCK
+    return BLOCK * max(size_of(kept(rank, mesh.data, blocks, task.has_twin)) for rank in range(mesh.data))
 
 
 def memory(task: Task, candidate: Candidate) -> Bytes:

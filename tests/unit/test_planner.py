@@ -154,11 +154,14 @@ def test_activations_in_flight() -> None:
 
 
 def test_a_sharded_optimizers_share() -> None:
-    whole, shared = (costs.memory(replace(TASK, is_sharded=sharded), Candidate(Mesh(4), 1, (PASS,), (HELD,))) for sharded in (False, True))
-    twin = costs.memory(replace(TASK, is_sharded=True, has_twin=True), Candidate(Mesh(4), 1, (PASS,), (HELD,)))
-    assert (whole.optimizer, shared.optimizer, twin.optimizer) == (7_200_000, 1_800_000, 3_600_000)
+    """Of 16 blocks of 65,536 floats in two slots: all, a quarter, or with a twin half."""
+    held = replace(HELD, trainable=16 * 65_536)
+    whole, shared = (costs.memory(replace(TASK, is_sharded=sharded), Candidate(Mesh(4), 1, (PASS,), (held,))) for sharded in (False, True))
+    twin = costs.memory(replace(TASK, is_sharded=True, has_twin=True), Candidate(Mesh(4), 1, (PASS,), (held,)))
+    assert (whole.optimizer, shared.optimizer, twin.optimizer) == (8_388_608, 2_097_152, 4_194_304)
     tasks = [replace(TASK, is_sharded=True, has_twin=twin) for twin in (False, True)]
-    assert [costs.step(task, ONE, Candidate(Mesh(4), 1, (PASS,), (HELD,))).update for task in tasks] == pytest.approx([0.00025, 0.0005])
+    each = 0.001 / 900_000 * 65_536
+    assert [costs.step(task, ONE, Candidate(Mesh(4), 1, (PASS,), (held,))).update for task in tasks] == pytest.approx([4 * each, 8 * each])
 
 
 def test_the_choice_and_the_reasons() -> None:

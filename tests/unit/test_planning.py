@@ -17,6 +17,7 @@ from elastic.parallel import costs
 from elastic.parallel.planner import forecasts
 from elastic.planning import Plan, Shown, Size, cluster_of, parts, settle
 from elastic.recipe import Recipe, dumps, load_recipe, loads
+from elastic.sharded import ShardedState
 from elastic.state import State
 from elastic.trial import Counted
 from elastic.workload import Workload, laid, lay_out, take_seat
@@ -73,6 +74,29 @@ def test_memory_is_that_of_the_state_on_a_seat(file: Path) -> None:
         stages = [costs.stage_memory(plan.asked.task, one.candidate, stage, 0) for stage in range(layout.mesh.pipeline)]
         memory = max(stages, key=lambda each: each.parameters)
         assert (memory.parameters, memory.optimizer) == max(held)
+
+
+@pytest.mark.parametrize("twin", ["true", "false"])
+def test_memory_of_a_sharded_optimizer_is_that_of_its_slots(twin: str, file: Path) -> None:
+    """Of a model of several blocks, on every number of replicas that the plan knows."""
+    recipe = load_recipe(file, ["model.width=128", "model.layers=4", "optimizer.sharded=true", f"optimizer.twin={twin}"])
+    opened = Workload.open(recipe, workload.prepare(recipe))
+    plan = plan_of(recipe, Size(1, 4))
+    seen = set()
+    for one in plan.found:
+        layout = laid(recipe, opened, replace(one.mesh, data=1))
+        for stage in range(layout.mesh.pipeline):
+            held = []
+            for seat in (layout.mesh.seat(rank) for rank in range(layout.mesh.world_size)):
+                state = take_seat(recipe, opened, layout.mesh, seat)[2]
+                assert isinstance(state, ShardedState)
+                for rank in range(one.mesh.data if seat.pipeline == stage else 0):
+                    state.keep(rank, one.mesh.data)
+                    held.append(sum(slot.nbytes for slot in state.slots.values()))
+            planned = costs.stage_memory(plan.asked.task, one.candidate, stage, 0).optimizer
+            assert planned == max(held)
+            seen.add(planned)
+    assert len(seen) > 3
 
 
 def test_what_fits_nowhere_is_one_sentence_with_a_remedy(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
