@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from elastic.chaos import DISK, PHASES
 from tests.chaos.schedules import STEPS, Schedule, play, recipe_of, schedule
 from tests.numerics.inprocess import Result, fit
 
@@ -56,6 +57,6 @@ def test_the_schedules_are_as_wild_as_they_should_be() -> None:
     faults = [spec for plan in plans for spec in plan.chaos]
     assert plans[7] == schedule(7)
     assert {spec.partition(":")[0] for spec in faults} == {"kill", "stop", "cont", "scale", "disk"}
-    assert len({spec.rpartition("/")[2] for spec in faults if "/" in spec}) == 7 + 5
+    assert len({spec.rpartition("/")[2] for spec in faults if "/" in spec}) == len(PHASES) + len(DISK)
     assert {name for plan in plans for name, _ in plan.deeds.values()} == {"grow", "drain", "scale"}
     assert sum(len(plan.chaos) for plan in plans) > 300
