@@ -105,7 +105,7 @@ def test_below_what_is_needed_one_survivor_saves_and_nothing_is_lost(oracle: Res
     def on_event(name: str) -> None:
         state = run.controller.state
         if name == "checkpoint_committed" and state.phase == "waiting" and not savers:
-            savers.append(state.saver)
+            savers.extend(state.savers)
             for worker in list(state.ready):
                 run.controller.give_up_on(worker, "killed")
             run.fleet.grow(3)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from elastic import cli
-from elastic.checkpoint import Manifest, Store, commit, write_part
 from elastic.checkpoint.find import find
 from elastic.checkpoint.inspect import array_rows, differences, distance, file_rows, values_apart
-from elastic.checkpoint.manager import read_manifest
+from elastic.checkpoint.manager import commit, read_manifest, write_part
+from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.store import Store
 
 RECIPE = '[run]\nname = "small"\n'
 
