@@ -16,18 +16,6 @@ FRAMEWORKS = ["torch", "tensorflow", "mxnet"]
 DISTURBED = ("kill:1@3/vote", "kill:0@5/update", "scale:2@7", "kill:1@9/reduction")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text to train on, tokenised into a folder of its own."""
-    folder = tmp_path_factory.mktemp("text")
-    random = np.random.default_rng(0)
-    file = folder / "text.txt"
-    file.write_text(" ".join(random.choice(["to", "be", "or", "not", "that", "is", "the", "question"], 1500)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        yield file
-
-
 def run(name: str, text: Path, folder: Path, workers: int, chaos: tuple[str, ...] = (), **changes: Any) -> Result:
     recipe = gpt_recipe(text, STEPS, backend={"name": name}, elastic={"max_workers": workers}, optimizer={"clip_norm": 1.0}, **changes)
     return fit(folder, recipe, chaos)

@@ -21,17 +21,6 @@ STEPS = 16
 PHASES = ("forward", "backward", "reduction", "vote", "update")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    random = np.random.default_rng(0)
-    file = folder / "text.txt"
-    file.write_text(" ".join(random.choice(["to", "be", "or", "not", "that", "is", "the", "question"], 1500)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        yield file
-
-
 def recipe(text: Path, degrees: Mapping[str, Any], steps: int = STEPS, **changes: Mapping[str, Any]) -> Recipe:
     return gpt_recipe(text, steps, **{"model": {"layers": 2, "heads": 4}, "mesh": degrees, "optimizer": {"clip_norm": 0.5}, **changes})
 

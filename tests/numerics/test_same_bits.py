@@ -18,18 +18,6 @@ PHASES = ("forward", "backward", "reduction", "vote", "update", "checkpoint")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text to train on, tokenised into a folder of its own."""
-    folder = tmp_path_factory.mktemp("text")
-    random = np.random.default_rng(0)
-    file = folder / "text.txt"
-    file.write_text(" ".join(random.choice(["to", "be", "or", "not", "that", "is", "the", "question"], 1500)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        yield file
-
-
-@pytest.fixture(scope="module")
 def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """The oracle: one worker, nothing happens."""
     result = fit(tmp_path_factory.mktemp("one") / "run", gpt_recipe(text, STEPS, elastic={"max_workers": 1}))
