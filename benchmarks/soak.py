@@ -32,8 +32,9 @@ from ray.util.placement_group import placement_group_table
 from benchmarks.kit import results
 from benchmarks.kit.logs import Tail
 from benchmarks.kit.processes import ROOT, tidy_on_termination
-from elastic.checkpoint import Store, load, state_sha256
-from elastic.checkpoint.manager import committed
+from elastic.checkpoint.hashing import state_sha256
+from elastic.checkpoint.manager import committed, load
+from elastic.checkpoint.store import Store
 from elastic.observe.events import read_lines
 
 RECIPE = """

@@ -11,20 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from elastic.checkpoint import (
-    Manifest,
-    Store,
-    clean,
-    commit,
-    load,
-    newest_good,
-    prune,
-    read_init,
-    split,
-    verify,
-    write_part,
-)
 from elastic.checkpoint.commits import Commits
+from elastic.checkpoint.manager import clean, commit, load, newest_good, prune, read_init, split, verify, write_part
+from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.store import Store
 from elastic.errors import BadCheckpoint, RecipeError
 
 

@@ -11,7 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from elastic import cli, workload
-from elastic.checkpoint import Manifest, Store, commit, write_part
+from elastic.checkpoint.manager import commit, write_part
+from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.store import Store
 from elastic.recipe import Recipe, dumps, parse
 
 torch = pytest.importorskip("torch", reason="torch is not installed")

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from elastic.checkpoint import hashes, parameters_sha256, state_sha256
+from elastic.checkpoint.hashing import hashes, parameters_sha256, state_sha256
 
 ARRAYS = {
     "parameter/b": np.arange(6, dtype=np.float32).reshape(2, 3),

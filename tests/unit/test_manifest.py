@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from elastic.checkpoint import FileEntry, Manifest, parse
-from elastic.checkpoint.manifest import Piece, body_sha256, render
+from elastic.checkpoint.manifest import FileEntry, Manifest, Piece, body_sha256, parse, render
 from elastic.errors import BadCheckpoint, UserError
 
 

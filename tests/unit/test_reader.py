@@ -98,7 +98,9 @@ def test_a_flip_outside_of_what_is_wanted_does_not_matter_and_inside_it_does(tmp
 
 def test_boxes_that_are_no_runs_are_loaded_too(tmp_path: Path) -> None:
     """Columns, as a tensor-parallel writer would cut them."""
-    from elastic.checkpoint import Manifest, Store, commit
+    from elastic.checkpoint.manager import commit
+    from elastic.checkpoint.manifest import Manifest
+    from elastic.checkpoint.store import Store
 
     store, arrays = Store.open(tmp_path), values(0)
     w = arrays.pop("parameter/w")
@@ -142,8 +144,9 @@ def test_absurd_sizes_allocate_nothing(tmp_path: Path) -> None:
     """A manifest, rightly hashed, that states a file of 2^50 bytes which is not there; and one with a file shorter than it says."""
     import tracemalloc
 
-    from elastic.checkpoint import Store, commit
+    from elastic.checkpoint.manager import commit
     from elastic.checkpoint.manifest import MAX_CHUNK
+    from elastic.checkpoint.store import Store
 
     save(str(tmp_path), 50, 1)
     store = Store.open(tmp_path)
