@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from elastic.collective.group import Buffer, CollectiveGroup
-from elastic.collective.reduction import CHUNK, Node, Scratch, add_into, all_nodes, fold
+from elastic.collective.reduction import CHUNK, Node, Scratch, add_into, checked_nodes, fold
 from elastic.keeping import Stretch
 
 
@@ -37,9 +37,7 @@ def reduce_kept(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num
     native = getattr(group, "reduce_kept", None)
     if native is not None:
         return native(sums, num_shards, out, cuts, twin)
-    owned = all_nodes(group.size, num_shards)
-    if owned[group.rank] != [node for node, _ in sums]:
-        raise ValueError(f"rank {group.rank} of {group.size} has the sums {[n for n, _ in sums]}, not {owned[group.rank]}.")
+    owned = checked_nodes(group, sums, num_shards)
     own, before, after = cuts[group.rank + 1] - cuts[group.rank], (group.rank - 1) % group.size, (group.rank + 1) % group.size
     done, doubled = 0, own
     for spans in stretches(cuts, group.size, chunk):

@@ -174,9 +174,7 @@ def reduce(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shar
     native = getattr(group, "reduce_tree", None)
     if native is not None:
         return native(sums, num_shards, out, numel, block)
-    owned = all_nodes(group.size, num_shards)
-    if owned[group.rank] != [node for node, _ in sums]:
-        raise ValueError(f"rank {group.rank} of {group.size} has the sums {[n for n, _ in sums]}, not {owned[group.rank]}.")
+    owned = checked_nodes(group, sums, num_shards)
     for start, part in chunks(numel, block, group.size, chunk):
         mine = exchange_and_add(group, sums, owned, num_shards, start, part, numel, scratch)
         group.all_gather(out[start:start + part * group.size], mine)
@@ -186,6 +184,14 @@ def reduce(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shar
 def all_nodes(size: int, num_shards: int) -> list[list[Node]]:
     """Every rank's maximal subtrees."""
     return [maximal_subtrees(shards_of(rank, size, num_shards), num_shards) for rank in range(size)]
+
+
+def checked_nodes(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shards: int) -> list[list[Node]]:
+    """`all_nodes`, once this rank is seen to have the sums of its own."""
+    owned = all_nodes(group.size, num_shards)
+    if owned[group.rank] != [node for node, _ in sums]:
+        raise ValueError(f"rank {group.rank} of {group.size} has the sums {[n for n, _ in sums]}, not {owned[group.rank]}.")
+    return owned
 
 
 def exchange_and_add(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], owned: Sequence[Sequence[Node]],

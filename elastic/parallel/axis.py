@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from elastic.collective.group import Buffer, CollectiveGroup
+from elastic.collective.local import copied
 from elastic.mesh import shards_of
 
 
@@ -62,12 +63,8 @@ class Axis:
         self.group.all_to_all(out, list(out_counts), x, list(counts))
         return out
 
-    def scatter_sum(self, x: Buffer) -> Buffer:
-        """This place's of `size` equal parts of the sum in rank order."""
-        self._count("reduce_scatter", x)
-        return self._scattered(x)
-
     def _scattered(self, x: Buffer) -> Buffer:
+        """This place's of `size` equal parts of the sum in rank order."""
         part = x.shape[0] // self.size
         received = empty_like(x, x.shape[0])
         self.group.all_to_all(received, [part] * self.size, x, [part] * self.size)
@@ -93,10 +90,6 @@ def span(length: int, size: int, rank: int) -> tuple[int, int]:
     """(start, count) of part `rank` of `size` of a dim; the first parts are one longer where it does not divide."""
     run = shards_of(rank, size, length)
     return run.start, len(run)
-
-
-def copied(x: Buffer) -> Buffer:
-    return x.clone() if hasattr(x, "clone") else x.copy()
 
 
 def empty_like(x: Buffer, size: int) -> Buffer:

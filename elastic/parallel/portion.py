@@ -29,11 +29,6 @@ class Portion:
         return self.layout.mesh
 
     @property
-    def degrees(self) -> tuple[int, int, int]:
-        """(pipeline, tensor, expert): what a seat is a seat of."""
-        return self.mesh.pipeline, self.mesh.tensor, self.mesh.expert
-
-    @property
     def is_first(self) -> bool:
         """Keeps what every worker of a replica has alike."""
         return (self.seat.pipeline, self.seat.expert, self.seat.tensor) == (0, 0, 0)
