@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.s3 import Server, serving
+from tests.support.s3 import Server, serving
 
 try:
     import psutil

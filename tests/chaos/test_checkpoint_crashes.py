@@ -16,7 +16,7 @@ from elastic.checkpoint.files import Files, Sink
 from elastic.checkpoint.manager import committed, load, newest_good, verify
 from elastic.checkpoint.remote import join, open_files
 from elastic.checkpoint.store import Store
-from tests.checkpoints import assert_refused, assert_same, restore, save, values
+from tests.support.checkpoints import assert_refused, assert_same, restore, save, values
 
 OLD, NEW = "step-00000050", "step-00000100"
 RANKS = 2

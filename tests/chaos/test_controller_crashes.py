@@ -15,7 +15,7 @@ from elastic.journal import Journal, decode, encode, replay
 from elastic.messages import Ballot, Generation, Holder, Standing
 from elastic.observe.events import read_lines
 from elastic.policy import Bounds
-from tests.numerics.inprocess import LIMIT_S, Result, Run, gpt_recipe
+from tests.support.inprocess import LIMIT_S, Result, Run, gpt_recipe
 
 STEPS = 12
 HISTORY = ("kill:1@3/reduction", "scale:1@6", "scale:3@8")  # waiting, running, regrouping, stopping, and all again

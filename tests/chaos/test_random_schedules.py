@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from elastic.chaos import DISK, PHASES
-from tests.chaos.schedules import STEPS, Schedule, play, recipe_of, schedule
-from tests.numerics.inprocess import Result, fit
+from tests.support.inprocess import Result, fit
+from tests.support.schedules import STEPS, Schedule, play, recipe_of, schedule
 
 pytest.importorskip("torch", reason="torch is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a saver's thread dies with its process

@@ -14,7 +14,7 @@ from ray.util.placement_group import placement_group_table
 
 from elastic.actor import NAMESPACE
 from elastic.trainer import Result, Trainer
-from tests.cluster.runs import assert_sound, assert_survivors_kept, events, recipe, train
+from tests.support.runs import assert_sound, assert_survivors_kept, events, recipe, train
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from elastic.observe.events import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.recipe import dumps
-from tests.cluster.runs import recipe, train
+from tests.support.runs import recipe, train
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = int(os.environ.get("ELASTIC_TEST_ROUNDS", "3"))

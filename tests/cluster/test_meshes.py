@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from elastic.trainer import Result, Trainer, scale
-from tests.cluster.runs import assert_sound, assert_survivors_kept, events, recipe, steps, train
-from tests.contract.frameworks import load
-from tests.numerics.inprocess import fit
+from tests.support.frameworks import load
+from tests.support.inprocess import fit
+from tests.support.runs import assert_sound, assert_survivors_kept, events, recipe, steps, train
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

@@ -11,7 +11,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from elastic.trainer import Result, Trainer
-from tests.cluster.runs import assert_sound, assert_survivors_kept, events, recipe
+from tests.support.runs import assert_sound, assert_survivors_kept, events, recipe
 
 STEPS = 400
 SIZES: dict[str, dict[str, Any]] = {"run": {"steps": STEPS, "eval_every": 0}, "checkpoint": {"every_steps": 0}}

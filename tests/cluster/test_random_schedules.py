@@ -10,7 +10,7 @@ import pytest
 from elastic.chaos import PHASES
 from elastic.inference import check_checkpoint
 from elastic.observe.verify import verify
-from tests.cluster.runs import assert_sound, train
+from tests.support.runs import assert_sound, train
 
 pytestmark = pytest.mark.usefixtures("cluster")
 STEPS = 60

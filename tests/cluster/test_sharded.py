@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.runs import assert_sound, assert_survivors_kept, events, train
+from tests.support.runs import assert_sound, assert_survivors_kept, events, train
 
 pytestmark = pytest.mark.usefixtures("cluster")
 STEPS = 24

@@ -17,7 +17,7 @@ from elastic.inference import check_checkpoint
 from elastic.observe.events import read_lines
 from elastic.observe.verify import verify
 from elastic.recipe import dumps
-from tests.numerics.tables import counting, rows, write
+from tests.support.tables import counting, rows, write
 
 ROOT = Path(__file__).resolve().parents[2]
 ELASTIC = [sys.executable, "-m", "elastic.cli"]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from elastic.errors import UserError
-from tests.contract.frameworks import assert_close
-from tests.contract.models import rig_of
+from tests.support.frameworks import assert_close
+from tests.support.models import rig_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 nn, F = torch.nn, torch.nn.functional

@@ -14,8 +14,8 @@ import pytest
 from elastic.backend import SLOTS, UpdateRule
 from elastic.errors import UserError
 from nlp.gpt import GPT, Config, build
-from tests.contract.frameworks import assert_close, load, names, settings
-from tests.contract.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch
+from tests.support.frameworks import assert_close, load, names, settings
+from tests.support.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch
 
 BLOCK = 1024
 RULES = {

@@ -21,7 +21,7 @@ from elastic.control import Control
 from elastic.loop import Plan, Work, train
 from elastic.messages import Generation, Save
 from elastic.state import State
-from tests.contract.models import SMALL, VOCAB, rig_of, settings, token_batch
+from tests.support.models import SMALL, VOCAB, rig_of, settings, token_batch
 from tests.unit.test_loop import OPTIMIZER
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -65,7 +65,7 @@ def bare(modules: str, *arguments: str) -> str:
 
 
 def test_the_benchmark_and_the_gpu_s_tests_need_torch_and_numpy_only() -> None:
-    modules = ["tests.conftest", "tests.contract.models", *(f"tests.gpu.{file.stem}" for file in (ROOT / "tests/gpu").glob("test_*.py"))]
+    modules = ["tests.conftest", "tests.support.models", *(f"tests.gpu.{file.stem}" for file in (ROOT / "tests/gpu").glob("test_*.py"))]
     size = {"rounds": 2, "steps": 2, "rows": 2, "layers": 2, "heads": 2, "width": 32, "context": 16, "vocab": 64}
     said = bare(",".join(modules), "--device", "cpu", "--no-compile", *(word for key, value in size.items() for word in (f"--{key}", str(value))))
     assert all(f"imported {module}" in said for module in modules)

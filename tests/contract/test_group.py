@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.contract.cases import NUM, leaf, to_rank, values
-from tests.contract.members import KILLED, Processes, Threads
+from tests.support.group_cases import NUM, leaf, to_rank, values
+from tests.support.members import KILLED, Processes, Threads
 
 TRANSPORTS = ("local", "gloo", "shared")
 SOON_S = 2.0

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from elastic.errors import UserError
-from tests.contract.frameworks import assert_close, load
-from tests.contract.models import rig_of
+from tests.support.frameworks import assert_close, load
+from tests.support.models import rig_of
 
 pytest.importorskip("tensorflow", reason="tensorflow is not installed")
 backend = load("tensorflow", "backend")

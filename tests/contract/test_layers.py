@@ -10,8 +10,8 @@ import pytest
 
 from elastic.parallel.meter import MeterOps, Place, Shape
 from nlp import bert, gpt
-from tests.contract.frameworks import assert_close, differentiate, load, names
-from tests.contract.models import Rig, rig_of
+from tests.support.frameworks import assert_close, differentiate, load, names
+from tests.support.models import Rig, rig_of
 from vision import vit
 
 RANDOM = np.random.default_rng(0)

@@ -15,8 +15,8 @@ import pytest
 
 from elastic.backend import Spec
 from elastic.errors import GroupBroken, UserError
-from tests.contract.frameworks import assert_close, load
-from tests.contract.models import Tiny, gpt_rig, rig_of, token_batch
+from tests.support.frameworks import assert_close, load
+from tests.support.models import Tiny, gpt_rig, rig_of, token_batch
 from vision import resnet
 
 load("mxnet", "backend")

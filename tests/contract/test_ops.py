@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.ops import DROPOUT_LEVELS, Ops, dropout_levels, keep_mask
-from tests.contract.frameworks import assert_close, differentiate, load, names
-from tests.contract.op_cases import CASES
+from tests.support.frameworks import assert_close, differentiate, load, names
+from tests.support.op_cases import CASES
 
 SEEDS = st.integers(0, 2**32 - 1)
 TOLERANCE = {"float32": 5e-6, "float64": 1e-12}

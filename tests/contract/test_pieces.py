@@ -17,9 +17,9 @@ from elastic.mesh import Mesh
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout
 from elastic.state import initial_values
-from tests.contract.frameworks import assert_close, load, names
-from tests.contract.models import Rig, Tiny, rig_of
-from tests.contract.threads import together
+from tests.support.frameworks import assert_close, load, names
+from tests.support.models import Rig, Tiny, rig_of
+from tests.support.threads import together
 
 every_backend = pytest.mark.parametrize("name", names())
 CUTS = [((0, 4),), ((0, 1), (1, 4)), ((0, 2), (2, 4)), ((0, 3), (3, 4)), ((0, 1), (1, 2), (2, 3), (3, 4))]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from elastic.parallel.axis import Axis
-from tests.contract.frameworks import assert_close, differentiate, names, ops_of
-from tests.contract.split_cases import CASES, DIM, Split, cut
-from tests.contract.threads import together
+from tests.support.frameworks import assert_close, differentiate, names, ops_of
+from tests.support.split_cases import CASES, DIM, Split, cut
+from tests.support.threads import together
 
 SIZES = (2, 3)
 every_framework = pytest.mark.parametrize("name", names())

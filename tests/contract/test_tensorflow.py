@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from elastic.errors import UserError
-from tests.contract.frameworks import load
-from tests.contract.models import gpt_rig, token_batch
+from tests.support.frameworks import load
+from tests.support.models import gpt_rig, token_batch
 
 pytest.importorskip("tensorflow", reason="tensorflow is not installed")
 

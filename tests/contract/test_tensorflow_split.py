@@ -13,10 +13,10 @@ from elastic.mesh import Mesh, Seat
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout
 from elastic.state import initial_values
-from tests.contract import models
-from tests.contract.frameworks import assert_close
-from tests.contract.models import Rig, Tiny, rig_of
-from tests.contract.threads import together
+from tests.support import models
+from tests.support.frameworks import assert_close
+from tests.support.models import Rig, Tiny, rig_of
+from tests.support.threads import together
 
 pytest.importorskip("tensorflow", reason="tensorflow is not installed")
 

@@ -15,9 +15,9 @@ from elastic.parallel.layout import Layout
 from elastic.trial import Local
 from nlp import bert, gpt
 from recommender import dlrm
-from tests.contract.frameworks import names
-from tests.contract.models import Tiny, rig_of
-from tests.contract.threads import together
+from tests.support.frameworks import names
+from tests.support.models import Tiny, rig_of
+from tests.support.threads import together
 from vision import vit
 
 ROWS = 3

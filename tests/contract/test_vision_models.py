@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from elastic.errors import RecipeError, UserError
-from tests.contract.frameworks import assert_close, load, names
-from tests.contract.models import Rig, rig_of
+from tests.support.frameworks import assert_close, load, names
+from tests.support.models import Rig, rig_of
 from vision import resnet, vit
 
 INFO = {"shape": [8, 8, 2], "num_classes": 7}

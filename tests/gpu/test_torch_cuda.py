@@ -17,8 +17,8 @@ from elastic.backend import SLOTS, UpdateRule  # noqa: E402
 from elastic.collective import nccl  # noqa: E402
 from elastic.state import State  # noqa: E402
 from nlp.gpt import build  # noqa: E402
-from tests.contract.frameworks import assert_close, settings  # noqa: E402
-from tests.contract.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch  # noqa: E402
+from tests.support.frameworks import assert_close, settings  # noqa: E402
+from tests.support.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 BLOCK = 1024

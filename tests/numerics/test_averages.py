@@ -15,9 +15,9 @@ from elastic.checkpoint.export import export
 from elastic.recipe import Recipe
 from elastic.state import initial_values
 from elastic.workload import open_model, prepare
-from tests.contract.frameworks import load, names
-from tests.images import idx_files, vision_recipe
-from tests.numerics.inprocess import Result, fit, gpt_recipe
+from tests.support.frameworks import load, names
+from tests.support.images import idx_files, vision_recipe
+from tests.support.inprocess import Result, fit, gpt_recipe
 
 STEPS, DECAY = 12, 0.7
 AVERAGED = {"optimizer": {"ema": DECAY, "clip_norm": 1.0}, "checkpoint": {"every_steps": 1, "keep": STEPS}, "run": {"eval_every": 5}}

@@ -13,8 +13,8 @@ from elastic import cli
 from elastic.data.order import Blocks
 from elastic.inference import check_checkpoint
 from elastic.recipe import dumps
-from tests.numerics.inprocess import fit
-from tests.numerics.tables import rows, table_recipe, write
+from tests.support.inprocess import fit
+from tests.support.tables import rows, table_recipe, write
 
 pytest.importorskip("torch", reason="torch is not installed")
 

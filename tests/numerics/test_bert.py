@@ -13,9 +13,9 @@ from elastic.recipe import Recipe, parse
 from nlp.bert import build
 from nlp.data import TokenWindows, open_dataset, prepare
 from nlp.masking import MaskedWindows
-from tests.contract.frameworks import assert_close, load, names
-from tests.contract.models import Rig, rig_of
-from tests.numerics.inprocess import Result, fit, merged
+from tests.support.frameworks import assert_close, load, names
+from tests.support.inprocess import Result, fit, merged
+from tests.support.models import Rig, rig_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

@@ -17,8 +17,8 @@ from elastic.checkpoint.manager import read_manifest, verify
 from elastic.checkpoint.remote import open_files
 from elastic.checkpoint.store import Store
 from elastic.observe.events import read_lines
-from tests.numerics import modules
-from tests.numerics.inprocess import Result, Run, fit, module_recipe
+from tests.support import modules
+from tests.support.inprocess import Result, Run, fit, module_recipe
 
 pytest.importorskip("torch", reason="torch is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a saver's thread dies with its process

@@ -17,8 +17,8 @@ from elastic.checkpoint.manager import load, split
 from elastic.inference import check_checkpoint
 from elastic.observe.ledger import FOLDER, files, pieces
 from elastic.observe.verify import verify
-from tests.numerics.inprocess import Run
-from tests.numerics.tables import counting, rows, write
+from tests.support.inprocess import Run
+from tests.support.tables import counting, rows, write
 
 pytest.importorskip("torch", reason="torch is not installed")
 

@@ -10,7 +10,7 @@ import pytest
 
 from elastic.messages import Line, Part, Standing
 from elastic.observe.events import read_lines
-from tests.numerics.inprocess import Result, Run, fit, module_recipe
+from tests.support.inprocess import Result, Run, fit, module_recipe
 
 pytest.importorskip("torch", reason="torch is not installed")
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.contract.frameworks import load
-from tests.numerics.inprocess import Result, fit, gpt_recipe, module_recipe
+from tests.support.frameworks import load
+from tests.support.inprocess import Result, fit, gpt_recipe, module_recipe
 
 STEPS = 12
 FRAMEWORKS = ["torch", "tensorflow", "mxnet"]
@@ -61,7 +61,7 @@ def test_a_keras_model_with_batch_norm_and_dropout(tmp_path: Path) -> None:
     load("tensorflow", "backend")
 
     def trained(workers: int, chaos: tuple[str, ...] = ()) -> Result:
-        module = "tests.numerics.keras_models"
+        module = "tests.support.keras_models"
         recipe = module_recipe("net", STEPS, run={"eval_every": 6}, model={"kind": f"{module}:net", "width": 4}, backend={"name": "tensorflow"},
                                data={"kind": f"{module}:Pairs", "eval_fraction": 0.2}, elastic={"max_workers": workers})
         return fit(tmp_path / f"{workers}{len(chaos)}", recipe, chaos)
@@ -78,7 +78,7 @@ def test_a_gluon_block_with_batch_norm_and_dropout(tmp_path: Path) -> None:
     load("mxnet", "backend")
 
     def trained(workers: int, chaos: tuple[str, ...] = ()) -> Result:
-        module = "tests.numerics.gluon_models"
+        module = "tests.support.gluon_models"
         recipe = module_recipe("Net", STEPS, run={"eval_every": 6}, model={"kind": f"{module}:Net", "width": 4}, backend={"name": "mxnet"},
                                data={"kind": f"{module}:Pairs", "eval_fraction": 0.2}, elastic={"max_workers": workers})
         return fit(tmp_path / f"{workers}{len(chaos)}", recipe, chaos)

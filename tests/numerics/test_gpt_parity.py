@@ -13,9 +13,9 @@ import pytest
 from elastic.backend import SLOTS
 from elastic.errors import RecipeError
 from nlp.gpt import build, generate
-from tests.contract.frameworks import assert_close, load
-from tests.contract.models import SMALL, VOCAB, Rig, gpt_rig, token_batch
 from tests.contract.test_backend import BLOCK, RULES
+from tests.support.frameworks import assert_close, load
+from tests.support.models import SMALL, VOCAB, Rig, gpt_rig, token_batch
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 nn, F = torch.nn, torch.nn.functional

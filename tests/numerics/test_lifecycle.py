@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.numerics import modules
-from tests.numerics.inprocess import Result, Run, fit, module_recipe
+from tests.support import modules
+from tests.support.inprocess import Result, Run, fit, module_recipe
 
 pytest.importorskip("torch", reason="torch is not installed")
 

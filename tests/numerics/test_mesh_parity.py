@@ -15,10 +15,10 @@ from elastic.parallel.axis import Axis, span
 from elastic.parallel.layout import Box, Layout
 from nlp import bert, gpt
 from recommender import dlrm
-from tests.contract.frameworks import differentiate, names, ops_of
 from tests.contract.test_split_ops import Watched, split_ops
-from tests.contract.threads import together
 from tests.numerics.test_parity import CLICKS, IMAGES, LR, ROWS, clicks, hidden, images, start, tokens
+from tests.support.frameworks import differentiate, names, ops_of
+from tests.support.threads import together
 from vision import vit
 
 STEPS = 10

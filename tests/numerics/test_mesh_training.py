@@ -11,11 +11,11 @@ import pytest
 
 from elastic.mesh import Mesh
 from elastic.recipe import Recipe, parse
-from tests.contract.frameworks import load, names
-from tests.images import idx_files, vision_recipe
-from tests.numerics.crew import Trained, train_on
-from tests.numerics.inprocess import merged
 from tests.numerics.test_recommender import clicks, clicks_recipe
+from tests.support.crew import Trained, train_on
+from tests.support.frameworks import load, names
+from tests.support.images import idx_files, vision_recipe
+from tests.support.inprocess import merged
 
 STEPS = 10
 TEXT = {"layers": 2, "heads": 4, "width": 8, "context": 8}

@@ -11,9 +11,9 @@ import pytest
 
 from elastic.mesh import Mesh
 from elastic.recipe import Recipe
-from tests.contract.frameworks import load, names
-from tests.numerics.crew import train_on
-from tests.numerics.inprocess import Result, fit, gpt_recipe
+from tests.support.crew import train_on
+from tests.support.frameworks import load, names
+from tests.support.inprocess import Result, fit, gpt_recipe
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

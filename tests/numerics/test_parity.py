@@ -12,7 +12,7 @@ import pytest
 from elastic.state import initial_values
 from nlp import bert, gpt
 from recommender import dlrm
-from tests.contract.frameworks import differentiate, load, names
+from tests.support.frameworks import differentiate, load, names
 from vision import resnet, vit
 
 ROWS, STEPS, LR = 6, 20, 0.05

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.numerics.inprocess import fit, gpt_recipe
+from tests.support.inprocess import fit, gpt_recipe
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

@@ -16,9 +16,9 @@ from elastic.inference import evaluate, restore
 from elastic.recipe import Recipe, dumps, load_recipe, parse
 from elastic.workload import open_data, prepare
 from recommender.dlrm import build
-from tests.contract.frameworks import assert_close, load, names
-from tests.contract.models import Rig, rig_of
-from tests.numerics.inprocess import Result, fit, merged
+from tests.support.frameworks import assert_close, load, names
+from tests.support.inprocess import Result, fit, merged
+from tests.support.models import Rig, rig_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

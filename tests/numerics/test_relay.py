@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from elastic.state import State
-from tests.contract.frameworks import load
-from tests.numerics.inprocess import Result, fit, gpt_recipe
+from tests.support.frameworks import load
+from tests.support.inprocess import Result, fit, gpt_recipe
 
 LEG = 60
 RELAY = ("torch", "tensorflow", "mxnet", "torch")

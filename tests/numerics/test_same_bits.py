@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.numerics.inprocess import MODULES, Result, Run, fit, gpt_recipe, module_recipe
+from tests.support.inprocess import MODULES, Result, Run, fit, gpt_recipe, module_recipe
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

@@ -9,8 +9,8 @@ import pytest
 
 from elastic.recipe import Recipe
 from elastic.state import BLOCK
-from tests.contract.frameworks import load, names
-from tests.numerics.inprocess import Result, Run, fit, gpt_recipe
+from tests.support.frameworks import load, names
+from tests.support.inprocess import Result, Run, fit, gpt_recipe
 
 STEPS = 8
 WIDE = {"layers": 1, "heads": 2, "width": 160, "context": 4}  # its trainable parameters take BLOCKS blocks

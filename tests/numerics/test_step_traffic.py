@@ -15,7 +15,7 @@ from elastic.preview import example, question
 from elastic.recipe import parse
 from elastic.trial import Counted
 from elastic.workload import Workload
-from tests.numerics.crew import train_on
+from tests.support.crew import train_on
 
 STEPS = 2
 CASES: dict[str, tuple[Mesh, dict[str, Any], dict[str, Any]]] = {

@@ -10,8 +10,8 @@ import pytest
 
 from elastic.inference import check_checkpoint, evaluate
 from elastic.observe.verify import verify
-from tests.numerics.inprocess import fit, gpt_recipe
-from tests.numerics.tables import counting, rows, table_recipe, write
+from tests.support.inprocess import fit, gpt_recipe
+from tests.support.tables import counting, rows, table_recipe, write
 
 pytest.importorskip("torch", reason="torch is not installed")
 

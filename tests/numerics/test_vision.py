@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.contract.frameworks import load, names
-from tests.images import idx_files, vision_recipe
-from tests.numerics.inprocess import Result, fit
+from tests.support.frameworks import load, names
+from tests.support.images import idx_files, vision_recipe
+from tests.support.inprocess import Result, fit
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 STEPS = 12

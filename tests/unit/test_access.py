@@ -15,7 +15,7 @@ from elastic.checkpoint import access
 from elastic.checkpoint.access import AWS_KEYS, check_access
 from elastic.checkpoint.store import Store
 from elastic.errors import UserError
-from tests.checkpoints import save
+from tests.support.checkpoints import save
 
 QUICK_S = 20.0  # Amazon's own defaults take minutes; a loaded machine some seconds
 

@@ -17,7 +17,7 @@ from elastic.journal import replay
 from elastic.messages import Ballot, Line, Part, Progress, Ready, Standing
 from elastic.observe.events import read_lines
 from elastic.policy import Bounds
-from tests.rig import SETTINGS, Clock, Rig, metric, save
+from tests.support.rig import SETTINGS, Clock, Rig, metric, save
 
 
 @pytest.fixture

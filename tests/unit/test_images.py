@@ -17,7 +17,7 @@ import pytest
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import load_recipe
 from elastic.state import matches
-from tests.images import CLASSES, draw, idx_files, vision_recipe, write_idx
+from tests.support.images import CLASSES, draw, idx_files, vision_recipe, write_idx
 from vision.data import open_dataset, prepare
 from vision.images import BadImage, decode
 

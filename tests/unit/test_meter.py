@@ -10,8 +10,8 @@ import pytest
 from elastic.parallel.measure import measure
 from nlp import bert, gpt
 from recommender import dlrm
-from tests.contract.frameworks import load
-from tests.contract.models import rig_of
+from tests.support.frameworks import load
+from tests.support.models import rig_of
 from vision import resnet, vit
 
 torch = pytest.importorskip("torch", reason="what is kept is compared with what PyTorch keeps")

@@ -21,7 +21,7 @@ from elastic.checkpoint.store import Store
 from elastic.collective.solo import SoloGroup
 from elastic.errors import GroupBroken, NonFiniteLoss, UserError
 from elastic.messages import Part, Save
-from tests.checkpoints import Arrays, restore, saver, values
+from tests.support.checkpoints import Arrays, restore, saver, values
 
 VALUES = np.arange(5000, dtype=np.float32)
 

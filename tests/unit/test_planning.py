@@ -21,7 +21,7 @@ from elastic.sharded import ShardedState
 from elastic.state import State
 from elastic.trial import Counted
 from elastic.workload import Workload, laid, lay_out, take_seat
-from tests.numerics.inprocess import module_recipe
+from tests.support.inprocess import module_recipe
 
 RECIPE = """[model]
 kind = "nlp.gpt"

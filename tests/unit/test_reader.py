@@ -17,7 +17,7 @@ from elastic.checkpoint.reader import Reader, read_arrays, windows
 from elastic.checkpoint.remote import join
 from elastic.checkpoint.store import Store
 from elastic.errors import BadCheckpoint, RecipeError
-from tests.checkpoints import CHUNK, Arrays, assert_same, restore, save, saver, values
+from tests.support.checkpoints import CHUNK, Arrays, assert_same, restore, save, saver, values
 
 SIZES = (1, 2, 3, 4)
 

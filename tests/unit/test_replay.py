@@ -10,7 +10,7 @@ import pytest
 from elastic.errors import UserError
 from elastic.recipe import dumps, load_recipe, parse
 from elastic.replay import replay, undisturbed, verify_run
-from tests.checkpoints import Arrays, saver, values
+from tests.support.checkpoints import Arrays, saver, values
 
 
 def make_run(tmp_path: Path, location: str) -> Path:

@@ -18,7 +18,7 @@ from elastic.checkpoint.saver import Saver
 from elastic.checkpoint.store import Store
 from elastic.errors import NonFiniteLoss, RunFailed
 from elastic.messages import Part, Save
-from tests.checkpoints import Arrays, assert_same, saver, values, write_parts
+from tests.support.checkpoints import Arrays, assert_same, saver, values, write_parts
 
 
 class Gate(FaultyFiles):

@@ -20,8 +20,8 @@ from elastic.data.files import open_system
 from elastic.data.loader import eval_batches, load_batch
 from elastic.data.sampler import Sampler
 from elastic.errors import UserError
-from tests.numerics.tables import rows, write
-from tests.s3 import Server, serving
+from tests.support.s3 import Server, serving
+from tests.support.tables import rows, write
 
 SIZE = 1000
 FORMATS = ("parquet", "arrow", "csv")

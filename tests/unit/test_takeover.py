@@ -13,7 +13,7 @@ from elastic.books import Books
 from elastic.chaos import parse
 from elastic.controller import Controller
 from elastic.messages import Standing
-from tests.rig import SETTINGS, Rig, save
+from tests.support.rig import SETTINGS, Rig, save
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from elastic.data import Sampler, eval_batches, load_batch
 from elastic.errors import RecipeError, UserError
 from nlp import data
 from nlp.metrics import bits_per_character, perplexity
-from tests.numerics.tables import write
+from tests.support.tables import write
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over the lazy dog, {n * n} times.\n" for n in range(60)) + "ñandú → 😀 äöü\n" * 8
 

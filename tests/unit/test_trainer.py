@@ -23,7 +23,7 @@ from elastic.observe.events import JsonLines, read_lines
 from elastic.recipe import Recipe, dumps
 from elastic.rundir import held
 from elastic.trainer import Trainer
-from tests.numerics.inprocess import fit, gpt_recipe, module_recipe
+from tests.support.inprocess import fit, gpt_recipe, module_recipe
 
 pytest.importorskip("torch", reason="torch is not installed")
 
@@ -80,9 +80,9 @@ def began(run_dir: Path, recipe: Recipe) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("change", ["run.seed=1", "model.width=7", "model.freeze=[\"*.bias\"]", "model.kind=tests.numerics.modules:Net",
+@pytest.mark.parametrize("change", ["run.seed=1", "model.width=7", "model.freeze=[\"*.bias\"]", "model.kind=tests.support.modules:Net",
                                     "data.batch_size=32", "data.shuffle=false", "data.eval_fraction=0.5", "data.options={size = 50}",
-                                    "data.kind=tests.numerics.modules:Augmented", "elastic.logical_shards=4", "optimizer.name=sgd",
+                                    "data.kind=tests.support.modules:Augmented", "elastic.logical_shards=4", "optimizer.name=sgd",
                                     "optimizer.ema=0.9"])
 def test_a_resumed_run_stays_the_run_it_was(change: str, tmp_path: Path) -> None:
     run_dir, key = began(tmp_path / "run", module_recipe("Small", 4)), change.partition("=")[0]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from elastic.recipe import Recipe, parse
-from tests.numerics.inprocess import merged
+from tests.support.inprocess import merged
 
 CLASSES = 3
 

@@ -24,7 +24,7 @@ from elastic.policy import bounds_of
 from elastic.recipe import Recipe, dumps, parse
 
 LIMIT_S = 120.0  # a run that takes longer hangs
-MODULES = "tests.numerics.modules"
+MODULES = "tests.support.modules"
 Hook = Callable[["Run"], None]
 
 
@@ -183,7 +183,7 @@ def gpt_recipe(text: Path, steps: int = 24, **changes: Mapping[str, Any]) -> Rec
 
 
 def module_recipe(module: str, steps: int | None = 24, options: Mapping[str, Any] | None = None, **changes: Mapping[str, Any]) -> Recipe:
-    """A user's module and data set of `tests.numerics.modules`, by name."""
+    """A user's module and data set of `tests.support.modules`, by name."""
     base = {"run": {"steps": steps, "eval_every": 0} if steps else {"eval_every": 0}, "model": {"kind": f"{MODULES}:{module}"},
             "data": {"kind": f"{MODULES}:Rows", "options": dict(options or {}), "batch_size": 16, "eval_fraction": 0.0},
             "elastic": {"max_workers": 4, "logical_shards": 8, "hang_timeout_s": 5.0}, "checkpoint": {"every_steps": 8}}

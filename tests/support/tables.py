@@ -12,7 +12,7 @@ import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
 from elastic.recipe import Recipe, parse
-from tests.numerics.inprocess import MODULES, merged
+from tests.support.inprocess import MODULES, merged
 
 
 def rows(size: int, first: int = 0) -> pa.Table:

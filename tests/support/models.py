@@ -10,7 +10,7 @@ import numpy as np
 from elastic.backend import Spec
 from elastic.state import FlatLayout, initial_values, shaped
 from nlp.gpt import build
-from tests.contract.frameworks import load, settings
+from tests.support.frameworks import load, settings
 
 VOCAB = 13
 SMALL = {"layers": 2, "heads": 2, "width": 16, "context": 8}

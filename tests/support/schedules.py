@@ -10,7 +10,7 @@ from typing import Any
 
 from elastic.chaos import DISK, PHASES
 from elastic.recipe import Recipe
-from tests.numerics.inprocess import Hook, Result, Run, module_recipe
+from tests.support.inprocess import Hook, Result, Run, module_recipe
 
 STEPS, MOST = 16, 4
 

@@ -32,7 +32,7 @@ def form(transport: str, rank: int, size: int, address: str, prefix: str, abando
 
 def run_case(case: str, make: Callable[[], Any], keep: dict[str, Any], args: tuple[Any, ...]) -> tuple[str, Any]:
     """What a member's thread does; `keep` lives as long as the member."""
-    function = getattr(importlib.import_module("tests.contract.cases"), case)
+    function = getattr(importlib.import_module("tests.support.group_cases"), case)
     try:
         return "ok", function(make(), keep, *args)
     except GroupBroken as error:
