@@ -27,8 +27,8 @@ train: $(STAMP)       ## a small GPT on Shakespeare's plays: a minute or two on 
 	$(BIN)/elastic train $(RECIPE) --run-dir $(RUN)
 	$(BIN)/elastic sample $(RUN) --prompt 'KING HENRY'
 
-test: $(DEV)          ## everything
-	ELASTIC_TEST_BACKENDS=torch,tensorflow,mxnet $(PYTEST) tests
+test: $(DEV)          ## everything, two processes at a time; SUITE='threads' leaves real Ray out
+	$(BIN)/python -m tests.support.suite $(SUITE)
 
 test-fast: $(DEV)     ## seconds, without Ray
 	$(PYTEST) tests/unit
@@ -45,8 +45,9 @@ $(VENV)/.installed-peers: $(STAMP)
 bench: $(VENV)/.installed-peers    ## every figure of benchmarks/results, ours and the peers'; the better part of an hour
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
-chaos: $(DEV)         ## random schedules, everything killed twenty times, and ten minutes of a fault every five seconds
-	$(PYTEST) tests/chaos
+chaos: $(DEV)         ## all that make test samples, mutations of the code, everything killed twenty times, ten minutes of a fault every five seconds
+	ELASTIC_TEST_SAMPLE=all $(PYTEST) tests/chaos tests/cluster/test_random_schedules.py
+	$(BIN)/python -m tests.support.mutations
 	ELASTIC_TEST_ROUNDS=20 $(PYTEST) tests/cluster/test_killed_whole.py
 	$(BIN)/python -m benchmarks.soak --minutes 10
 

@@ -1,4 +1,4 @@
-"""A hundred random schedules of kills, stops, failing disks, joins and leaves: every run ends well, and all end with the same bits."""
+"""Random schedules of kills, stops, failing disks, joins and leaves: every run ends well, and all end with the same bits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from elastic.chaos import DISK, PHASES
 from tests.support.inprocess import Result, fit
+from tests.support.sampling import sample
 from tests.support.schedules import STEPS, Schedule, play, recipe_of, schedule
 
 pytest.importorskip("torch", reason="torch is not installed")
@@ -44,7 +45,7 @@ def assert_seed(seed: int, folder: Path, oracle: Result) -> None:
         raise AssertionError(f"{plan}: {error}") from error
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, TOGETHER))
+@pytest.mark.parametrize("first", sample(range(0, SEEDS, TOGETHER), 3))
 def test_every_schedule_ends_with_the_same_bits(first: int, oracle: Result, tmp_path: Path) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         tasks = [pool.submit(assert_seed, seed, tmp_path, oracle) for seed in range(first, first + TOGETHER)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,24 @@ from ray.util.placement_group import placement_group_table
 
 from elastic.actor import NAMESPACE
 from elastic.trainer import Result, Trainer
-from tests.support.runs import assert_sound, assert_survivors_kept, events, recipe, train
+from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept, bits, events, recipe, train
 
-
-@pytest.fixture(scope="module")
-def bits(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return train(tmp_path_factory.mktemp("undisturbed") / "run", 1).summary["state_sha256"]
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 class Killer:
-    """Sends SIGKILL to the controller when an event's line arrives, once."""
+    """Sends SIGKILL to the controller when the line of one of these events arrives: at each of them once, and to each controller once."""
 
     def __init__(self, *names: str):
-        self.names, self.pid = list(names), 0
+        self.left, self.killed, self.pid = set(names), 0, 0
 
     def __call__(self, line: dict[str, Any]) -> None:
         if line["event"] in ("run_started", "controller_restarted"):
             self.pid = line["pid"]
-        if self.names and line["event"] == self.names[0]:
-            del self.names[0]
+        if line["event"] in self.left and self.pid:
+            self.left.remove(line["event"])
             os.kill(self.pid, signal.SIGKILL)
-
-
-def fit(folder: Path, on_event: Callable[[dict[str, Any]], None], chaos: tuple[str, ...] = (), **changes: Any) -> Result:
-    return Trainer(recipe(2, **changes), folder, "local", chaos).fit(on_event=on_event)
+            self.pid, self.killed = 0, self.killed + 1
 
 
 def assert_nothing_left(result: Result) -> None:
@@ -47,32 +40,28 @@ def assert_nothing_left(result: Result) -> None:
     assert not [p for p in placement_group_table().values() if p["name"].startswith(started) and p["state"] != "REMOVED"]
 
 
-@pytest.mark.parametrize("phase", ["reduction", "update"])
-def test_killed_while_the_group_steps(bits: str, tmp_path: Path, phase: str) -> None:
-    """And again in the middle of a recovery: `phase` is where a worker falls just after the controller."""
-    result = train(tmp_path / "run", 2, ["controller@20", "controller@50", f"kill:1@51/{phase}"])
-    assert_sound(result, bits)
+def test_killed_while_the_group_steps(tmp_path: Path) -> None:
+    """Again and again, and nobody notices; then in the middle of a recovery: each time a worker falls just after the controller."""
+    faults = [*(f"controller@{step}" for step in range(8, 40, 8)), "controller@50", "kill:1@51/reduction", "controller@80", "kill:1@81/update"]
+    result = train(tmp_path / "run", 2, faults, elastic={"min_workers": 2})
+    assert_sound(result, bits())
     assert_survivors_kept(result)
-    assert len(events(result, "controller_restarted")) == 2
-    assert len({e["worker"] for e in events(result, "worker_lost")}) == 1
+    assert_fired(result, faults)
+    before = [e["event"] for e in events(result)]
+    before = before[:before.index("worker_lost")]
+    assert before.count("controller_restarted") >= 4 and before.count("generation_started") == 1, "the group never noticed"
+    assert len(events(result, "controller_restarted")) == 6
+    assert len({e["worker"] for e in events(result, "worker_lost")}) == 2
     assert_nothing_left(result)
 
 
-@pytest.mark.parametrize("event", ["worker_joined", "generation_started", "worker_lost", "recovered", "resized", "checkpoint_committed"])
-def test_killed_at_an_event(bits: str, tmp_path: Path, event: str) -> None:
+def test_killed_at_events(tmp_path: Path) -> None:
     """While workers start, form, re-form, resize and save."""
-    killer = Killer(event)
-    result = fit(tmp_path / "run", killer, ("scale:1@20", "scale:2@40", "kill:1@70"), elastic={"spares": 1})
-    assert not killer.names, f"no {event} came"
-    assert_sound(result, bits)
+    killer = Killer("worker_joined", "generation_started", "worker_lost", "recovered", "resized", "checkpoint_committed")
+    faults = ("scale:1@20", "scale:2@40", "kill:1@60", "kill:1@80", "kill:1@100")
+    result = Trainer(recipe(2, elastic={"spares": 1}), tmp_path / "run", "local", faults).fit(on_event=killer)
+    assert not killer.left, f"these did not come: {killer.left}"
+    assert_sound(result, bits())
     assert_survivors_kept(result)
-    assert len(events(result, "controller_restarted")) == 1
+    assert len(events(result, "controller_restarted")) == killer.killed == 6
     assert_nothing_left(result)
-
-
-def test_killed_again_and_again(bits: str, tmp_path: Path) -> None:
-    result = train(tmp_path / "run", 2, [f"controller@{step}" for step in range(10, 110, 20)])
-    assert_sound(result, bits)
-    assert len(events(result, "controller_restarted")) == 5
-    assert not events(result, "worker_lost")
-    assert len(events(result, "generation_started")) == 1, "the group never noticed"

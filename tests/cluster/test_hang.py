@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import assert_sound, assert_survivors_kept, events, train
+from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept, bits, events, train
 
 pytestmark = pytest.mark.usefixtures("cluster")
 HANG_TIMEOUT_S = 3.0
 
 
-@pytest.mark.parametrize("phase", ["forward", "reduction"])
-def test_a_stopped_worker_is_found_replaced_and_fenced(tmp_path: Path, phase: str) -> None:
-    undisturbed = train(tmp_path / "undisturbed", 2)
-    result = train(tmp_path / "run", 3, [f"stop:1@30/{phase}", "cont:1@60"], elastic={"hang_timeout_s": HANG_TIMEOUT_S})
-    assert_sound(result, undisturbed.summary["state_sha256"])
+def test_a_stopped_worker_is_found_replaced_and_fenced(tmp_path: Path) -> None:
+    faults = ["stop:1@20/forward", "cont:1@40", "stop:1@60/reduction", "cont:1@80"]
+    result = train(tmp_path / "run", 3, faults, elastic={"hang_timeout_s": HANG_TIMEOUT_S, "min_workers": 2})
+    assert_sound(result, bits())
     assert_survivors_kept(result)
-    (hang,), (lost,) = events(result, "hang"), events(result, "worker_lost")
-    assert hang["worker"] == lost["worker"]
-    assert lost["rank"] == 1
-    assert HANG_TIMEOUT_S <= hang["silent_s"] < HANG_TIMEOUT_S + 2.0
-    assert [e["fault"] for e in events(result, "chaos")][-1] == "cont:1@60"
-    later = [g for g in events(result, "generation_started") if g["generation"] > lost["generation"]]
-    assert all(lost["worker"] not in [w["worker"] for w in g["workers"]] for g in later)
+    assert_fired(result, faults)
+    hangs, losses = events(result, "hang"), events(result, "worker_lost")
+    assert [e["worker"] for e in hangs] == [e["worker"] for e in losses] and len({e["worker"] for e in hangs}) == 2
+    assert [e["rank"] for e in losses] == [1, 1]
+    assert all(HANG_TIMEOUT_S <= e["silent_s"] < HANG_TIMEOUT_S + 2.0 for e in hangs)
+    for lost in losses:
+        later = [g for g in events(result, "generation_started") if g["generation"] > lost["generation"]]
+        assert later and all(lost["worker"] not in [w["worker"] for w in g["workers"]] for g in later)

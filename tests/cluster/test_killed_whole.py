@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 from ray.cluster_utils import Cluster
 
 from elastic.observe.events import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.recipe import dumps
-from tests.support.runs import recipe, train
+from tests.support.runs import bits, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS = int(os.environ.get("ELASTIC_TEST_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("ELASTIC_TEST_ROUNDS", "2"))
 STEPS = max(400, 130 * ROUNDS)  # each round gets some steps further
 LIMIT_S = 90.0
 CHANGES: dict[str, Any] = {"run": {"steps": STEPS, "eval_every": 100}, "checkpoint": {"every_steps": 25}}
@@ -60,20 +59,14 @@ def with_suppressed(kill: Any) -> None:
         pass
 
 
-@pytest.fixture(scope="module")
-def bits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return train(tmp_path_factory.mktemp("undisturbed") / "run", 1, **CHANGES).summary["state_sha256"]
-
-
-def assert_ended_well(run: Path, bits: str) -> list[dict[str, Any]]:
+def assert_ended_well(run: Path) -> list[dict[str, Any]]:
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["status"] == "done" and summary["state_sha256"] == bits
+    assert summary["status"] == "done" and summary["state_sha256"] == bits(**CHANGES)
     assert [fields["step"] for fields in steps_of(read_lines(run / "metrics.jsonl"))] == list(range(1, STEPS + 1))
     return read_lines(run / "events.jsonl")
 
 
-@pytest.mark.slow
-def test_everything_at_once_and_resumed(bits: str, tmp_path: Path) -> None:
+def test_everything_at_once_and_resumed(tmp_path: Path) -> None:
     """At random moments: between two checkpoints, and during one as well, as they follow each other closely."""
     chance = random.Random(7)
     (tmp_path / "r.toml").write_text(dumps(recipe(2, **CHANGES)))
@@ -93,32 +86,27 @@ def test_everything_at_once_and_resumed(bits: str, tmp_path: Path) -> None:
             break
     out, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, out
-    lines = assert_ended_well(run, bits)
+    lines = assert_ended_well(run)
     found = [e for e in lines if e["event"] == "rewound"]
     assert len(found) == rewinds and all(e["from"] >= e["to"] for e in found)
 
 
-@pytest.mark.slow
-def test_the_driver_alone_is_killed_and_others_follow(bits: str, tmp_path: Path) -> None:
+def test_the_driver_alone_is_killed_and_others_follow(cluster: Cluster, tmp_path: Path) -> None:
     """On a cluster the run lives on without its driver; `resume` and `status` find it, and `--set` cannot change it. Two follow to the end."""
     (tmp_path / "r.toml").write_text(dumps(recipe(2, **CHANGES)))
     run = tmp_path / "run"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
-    try:
-        driver = start(tmp_path, "train", "r.toml", "--run-dir", str(run), "--address", cluster.address)
-        wait_for_step(driver, run, 20)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait(LIMIT_S)
-        refused, _ = (process := start(tmp_path, "resume", str(run), "--set", "optimizer.lr=1")).communicate(timeout=LIMIT_S)
-        assert process.returncode == 2 and "is alive" in refused and "Traceback" not in refused
-        status, _ = start(tmp_path, "status", str(run)).communicate(timeout=LIMIT_S)
-        assert status.startswith("running")
-        for process in [start(tmp_path, "resume", str(run)) for _ in range(2)]:
-            out, _ = process.communicate(timeout=LIMIT_S)
-            assert process.returncode == 0 and "is alive: following it" in out and "done: " in out, out
-        lines = assert_ended_well(run, bits)
-        assert len([e for e in lines if e["event"] == "run_started"]) == 1, "it was followed, not started anew"
-        assert not [e for e in lines if e["event"] in ("worker_lost", "rewound")]
-        assert not (run / "live.json").exists()
-    finally:
-        cluster.shutdown()
+    driver = start(tmp_path, "train", "r.toml", "--run-dir", str(run), "--address", cluster.address)
+    wait_for_step(driver, run, 20)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(LIMIT_S)
+    refused, _ = (process := start(tmp_path, "resume", str(run), "--set", "optimizer.lr=1")).communicate(timeout=LIMIT_S)
+    assert process.returncode == 2 and "is alive" in refused and "Traceback" not in refused
+    status, _ = start(tmp_path, "status", str(run)).communicate(timeout=LIMIT_S)
+    assert status.startswith("running")
+    for process in [start(tmp_path, "resume", str(run)) for _ in range(2)]:
+        out, _ = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 0 and "is alive: following it" in out and "done: " in out, out
+    lines = assert_ended_well(run)
+    assert len([e for e in lines if e["event"] == "run_started"]) == 1, "it was followed, not started anew"
+    assert not [e for e in lines if e["event"] in ("worker_lost", "rewound")]
+    assert not (run / "live.json").exists()

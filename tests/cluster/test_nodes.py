@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 from elastic.trainer import Result, Trainer
-from tests.support.runs import assert_sound, assert_survivors_kept, events, recipe
+from tests.support.runs import assert_sound, assert_survivors_kept, bits, events, recipe
 
-STEPS = 400
+STEPS = 300
 SIZES: dict[str, dict[str, Any]] = {"run": {"steps": STEPS, "eval_every": 0}, "checkpoint": {"every_steps": 0}}
-
-
-@pytest.fixture
-def nodes() -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="elastic")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
 
 
 class Story:
@@ -51,18 +39,10 @@ def at(step: int) -> Any:
     return lambda line: "event" not in line and line["step"] >= step
 
 
-@pytest.fixture(scope="module")
-def bits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One worker on an ordinary local Ray."""
-    made = recipe(1, **SIZES)
-    result = Trainer(made, tmp_path_factory.mktemp("undisturbed") / "run").fit()
-    return result.summary["state_sha256"]
-
-
-def test_a_node_that_joins_is_used(bits: str, nodes: Cluster, tmp_path: Path) -> None:
+def test_a_node_that_joins_is_used(nodes: Cluster, tmp_path: Path) -> None:
     nodes.add_node(num_cpus=1)
     result = fit(tmp_path / "run", Story((at(5), lambda: nodes.add_node(num_cpus=1))))
-    assert_sound(result, bits, STEPS)
+    assert_sound(result, bits(**SIZES), STEPS)
     assert_survivors_kept(result)
     assert result.summary["world_sizes"] == [1, 2]
     assert [e["transport"] for e in events(result, "generation_started")][-1] == "gloo"
@@ -70,12 +50,12 @@ def test_a_node_that_joins_is_used(bits: str, nodes: Cluster, tmp_path: Path) ->
     assert (resized["from"], resized["to"]) == (1, 2)
 
 
-def test_a_node_that_dies_leaves_the_run_waiting_until_another_comes(bits: str, nodes: Cluster, tmp_path: Path) -> None:
+def test_a_node_that_dies_leaves_the_run_waiting_until_another_comes(nodes: Cluster, tmp_path: Path) -> None:
     nodes.add_node(num_cpus=1)
     second = nodes.add_node(num_cpus=1)
     story = Story((at(5), lambda: nodes.remove_node(second, allow_graceful=False)), (named("waiting"), lambda: nodes.add_node(num_cpus=1)))
     result = fit(tmp_path / "run", story, min_workers=2)
-    assert_sound(result, bits, STEPS)
+    assert_sound(result, bits(**SIZES), STEPS)
     assert_survivors_kept(result)
     assert len(events(result, "waiting")) == 1
     assert len(events(result, "worker_lost")) == 1

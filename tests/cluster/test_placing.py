@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 from elastic import membership as m
@@ -25,20 +22,9 @@ class Empty(RayFleet):
         return "let go", False
 
 
-@pytest.fixture
-def cluster() -> Iterator[tuple[str, str]]:
-    """Two nodes with room for two workers each, and their ids."""
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR", namespace="elastic")
-    added = [nodes.add_node(num_cpus=2) for _ in range(2)]
+def test_beside_its_group_or_anywhere(nodes: Cluster) -> None:
+    first, second = [nodes.add_node(num_cpus=2).node_id for _ in range(2)]
     nodes.wait_for_nodes()
-    yield added[0].node_id, added[1].node_id
-    ray.shutdown()
-    nodes.shutdown()
-
-
-def test_beside_its_group_or_anywhere(cluster: tuple[str, str]) -> None:
-    first, second = cluster
     said: queue.Queue[Any] = queue.Queue()
     fleet = Empty(Job("run", "", {}, "", ""), said.put, device="cpu", threads=1, hang_timeout_s=1.0, orphan_timeout_s=1.0)
     try:

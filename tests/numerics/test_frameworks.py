@@ -57,6 +57,7 @@ def test_the_rate_is_meant_for_a_batch(text: Path, tmp_path: Path) -> None:
     assert scaled.sha == plain.sha != other.sha
 
 
+@pytest.mark.backends("tensorflow")
 def test_a_keras_model_with_batch_norm_and_dropout(tmp_path: Path) -> None:
     load("tensorflow", "backend")
 
@@ -74,6 +75,7 @@ def test_a_keras_model_with_batch_norm_and_dropout(tmp_path: Path) -> None:
     assert set(one.metrics[-1]["eval"]) == {"loss", "mae"}
 
 
+@pytest.mark.backends("mxnet")
 def test_a_gluon_block_with_batch_norm_and_dropout(tmp_path: Path) -> None:
     load("mxnet", "backend")
 

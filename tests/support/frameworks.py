@@ -1,7 +1,7 @@
 """The frameworks under test: how to run a function of arrays through each one's ops and differentiate it.
 
-ELASTIC_TEST_BACKENDS, a comma-separated list, names those that must be tested: one that cannot load then fails its tests
-instead of skipping them.
+ELASTIC_TEST_BACKENDS, a comma-separated list, names those that are tested in a process: the others' tests do not run there, and one that cannot
+load fails its tests instead of skipping them. Without it all run, as far as their frameworks are installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 FOLDERS = {"reference": "reference", "torch": "pytorch", "tensorflow": "tensorflow", "mxnet": "mxnet"}
-REQUIRED = [name for name in os.environ.get("ELASTIC_TEST_BACKENDS", "").split(",") if name]
+SELECTED = [name for name in os.environ.get("ELASTIC_TEST_BACKENDS", "").split(",") if name]
 
 Run = Callable[[Callable[..., Any], Sequence[np.ndarray], str], tuple[list[np.ndarray], list[np.ndarray]]]
 
@@ -28,13 +28,13 @@ def load(name: str, file: str) -> Any:
     try:
         return importlib.import_module(f"backends.{FOLDERS[name]}.{file}")
     except ImportError as error:
-        if name in REQUIRED:
+        if name in SELECTED:
             pytest.fail(f"{name} is required by ELASTIC_TEST_BACKENDS and does not load: {error}")
         pytest.skip(f"{name} does not load: {error}")
 
 
 def names(without: str = "") -> list[str]:
-    return [name for name in dict.fromkeys([*FOLDERS, *REQUIRED]) if name != without]
+    return [name for name in dict.fromkeys([*FOLDERS, *SELECTED]) if name != without]
 
 
 def settings(**changes: Any) -> SimpleNamespace:

@@ -9,6 +9,7 @@ from typing import Any
 from elastic.observe.events import read_lines
 from elastic.recipe import Recipe, parse
 from elastic.trainer import Result, Trainer
+from tests.support.oracle import undisturbed
 
 STEPS = 120
 
@@ -32,8 +33,14 @@ def train(folder: Path, workers: int, chaos: Sequence[str] = (), **changes: dict
     return Trainer(recipe(workers, **changes), folder, "local", chaos).fit()
 
 
-def events(result: Result, name: str) -> list[dict[str, Any]]:
-    return [line for line in read_lines(result.run_dir / "events.jsonl") if line["event"] == name]
+def bits(workers: int = 1, **changes: dict[str, Any]) -> str:
+    """The state that an undisturbed run of one replica ends with."""
+    return undisturbed(recipe(workers, **changes)).sha
+
+
+def events(result: Result, name: str = "") -> list[dict[str, Any]]:
+    """All, or those of a name."""
+    return [line for line in read_lines(result.run_dir / "events.jsonl") if line["event"] == (name or line["event"])]
 
 
 def steps(result: Result) -> list[int]:
@@ -50,6 +57,11 @@ def assert_sound(result: Result, bits: str, num_steps: int = STEPS) -> None:
     assert steps(result) == list(range(1, num_steps + 1))
     assert result.summary["steps_lost"] == 0
     assert result.summary["state_sha256"] == bits
+
+
+def assert_fired(result: Result, faults: Sequence[str]) -> None:
+    """Each once."""
+    assert sorted(e["fault"] for e in events(result, "chaos")) == sorted(faults)
 
 
 def assert_survivors_kept(result: Result) -> None:

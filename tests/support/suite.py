@@ -1,0 +1,186 @@
+"""The whole suite, as `make test` runs it: a process for each framework, two at a time, then real Ray by itself.
+
+    python -m tests.support.suite [--durations N] [--budgets] [PHASE ...]
+
+While it runs it says how far each process is; what fails is printed as soon as its process has ended. `--budgets` fails the suite where a
+folder takes longer than its share, or a process more memory than it may have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support.sampling import SEED
+
+ROOT = Path(__file__).resolve().parents[2]
+AT_ONCE = 2  # as many as the smallest machine has cores
+SAY_S, POLL_S, STOP_S = 30.0, 0.1, 20.0
+MAX_BYTES = 3 << 30
+
+# Seconds of tests (pytest's durations, added up) that a folder may take on two cores. Those without Ray run two at a time: half of their sum and
+# all of the others' are the suite's length, twenty minutes at most. What needs more belongs in `make chaos`.
+BUDGET_S = {"tests/unit": 60, "tests/contract": 300, "tests/numerics": 640, "tests/chaos": 200, "tests/cluster": 600}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of pytest: its folders, and the framework whose tests it runs ("": all)."""
+
+    name: str
+    folders: tuple[str, ...]
+    backend: str = ""
+
+
+
+THREADS = ("tests/contract", "tests/numerics", "tests/chaos", "tests/gpu")
+PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
+    "threads": (*(Job(name, THREADS, name) for name in ("torch", "mxnet", "tensorflow")), Job("unit", ("tests/unit",))),
+    "ray": (Job("ray", ("tests/cluster",)),)}
+
+
+@dataclass
+class Running:
+    """A job's process, its output and what its tests have come to so far."""
+
+    job: Job
+    folder: Path
+    process: Any = None
+    bytes: int = 0
+    code: int | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def start(self) -> None:
+        environment = {**os.environ, "ELASTIC_TEST_BACKENDS": self.job.backend or "torch,tensorflow,mxnet", "ELASTIC_TEST_RECORD": str(self.record)}
+        command = [sys.executable, "-m", "pytest", "-p", "tests.support.recording", f"--basetemp={self.folder / self.job.name}", *self.job.folders]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    @property
+    def record(self) -> Path:
+        return self.folder / f"{self.job.name}.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.job.name}.log"
+
+    def lines(self) -> list[dict[str, Any]]:
+        whole = self.record.read_text().rpartition("\n")[0] if self.record.exists() else ""
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def ended(self) -> bool:
+        """Reaps the process; its largest one's memory is known then."""
+        pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
+        if pid:
+            self.code, self.bytes = os.waitstatus_to_exitcode(status), usage.ru_maxrss << 10
+            self.process.returncode = self.code
+        return bool(pid)
+
+    def told(self) -> str:
+        lines = self.lines()
+        total = next((line["total"] for line in lines if "total" in line), "?")
+        tests = [line for line in lines if "test" in line]
+        failed = sum(line["outcome"] == "failed" for line in tests)
+        now = f", in {tests[-1]['test'].partition('::')[0]}" if tests else ""
+        return f"{self.job.name}: {len(tests)} of {total}{f', {failed} FAILED' if failed else ''}{now}"
+
+    def stop(self) -> None:
+        """Asks its whole session to end as Ctrl-C would, then ends it."""
+        for number in (signal.SIGINT, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            until = time.monotonic() + STOP_S
+            while self.code is None and time.monotonic() < until and not self.ended():
+                time.sleep(POLL_S)
+
+
+def run_phase(jobs: Sequence[Job], folder: Path) -> Iterator[Running]:
+    """Each job once it has ended, `AT_ONCE` at a time."""
+    waiting, running = list(jobs), list[Running]()
+    said = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and len(running) < AT_ONCE:
+                running.append(Running(waiting.pop(0), folder))
+                running[-1].start()
+            for one in [r for r in running if r.ended()]:
+                running.remove(one)
+                yield one
+            if time.monotonic() - said > SAY_S:
+                said = time.monotonic()
+                print("  ".join(one.told() for one in running), flush=True)
+            time.sleep(POLL_S)
+    finally:
+        for one in running:
+            one.stop()
+
+
+def tell_end(one: Running) -> None:
+    """A line, and all that it printed where it failed."""
+    counts = Counter(line["outcome"] for line in one.lines() if "test" in line)
+    print(f"{one.job.name}: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))} in "
+          f"{time.monotonic() - one.began:.0f} s, {one.bytes / (1 << 30):.1f} GB", flush=True)
+    if one.code:
+        print(one.log.read_text(errors="replace"), flush=True)
+
+
+def seconds_of(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """By folder of tests."""
+    out: Counter[str] = Counter()
+    for line in lines:
+        out["/".join(line["test"].split("/")[:2])] += line["seconds"]
+    return dict(out)
+
+
+def over_budget(spent: dict[str, float], largest: dict[str, int]) -> list[str]:
+    """What takes more than its share, in sentences."""
+    return [f"{folder} took {seconds:.0f} s of tests, and its budget is {BUDGET_S.get(folder, 0)} s: shorten it, or sample what make chaos runs whole."
+            for folder, seconds in spent.items() if seconds > BUDGET_S.get(folder, 0)] + [
+        f"The process of {name} took {held / (1 << 30):.1f} GB, and the bound is {MAX_BYTES >> 30} GB."
+        for name, held in largest.items() if held > MAX_BYTES]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tests.support.suite")
+    parser.add_argument("phases", nargs="*", choices=[*PHASES, []], default=[], metavar="PHASE", help=", ".join(PHASES))
+    parser.add_argument("--durations", type=int, default=0, help="so many of the longest tests are listed")
+    parser.add_argument("--budgets", action="store_true")
+    asked = parser.parse_args(arguments)
+    began, ended = time.monotonic(), list[Running]()
+    os.environ.setdefault("ELASTIC_TEST_SEED", str(SEED))
+    print(f"samples of long suites: ELASTIC_TEST_SEED={os.environ['ELASTIC_TEST_SEED']}")
+    with tempfile.TemporaryDirectory(prefix="suite-") as folder:
+        for phase in asked.phases or PHASES:
+            print(f"{phase}: {', '.join(job.name for job in PHASES[phase])}", flush=True)
+            for one in run_phase(PHASES[phase], Path(folder)):
+                tell_end(one)
+                ended.append(one)
+        lines = [line for one in ended for line in one.lines() if "test" in line]
+    for line in sorted(lines, key=lambda line: -line["seconds"])[:asked.durations]:
+        print(f"{line['seconds']:7.1f} s  {line['test']}")
+    spent = seconds_of(lines)
+    for name, seconds in sorted(spent.items()):
+        print(f"{name}: {seconds:.0f} s of tests (budget {BUDGET_S.get(name, 0)} s)")
+    over = over_budget(spent, {one.job.name: one.bytes for one in ended}) if asked.budgets else []
+    print("\n".join(over) or f"{(time.monotonic() - began) / 60:.1f} min", flush=True)
+    counts = Counter(line["outcome"] for line in lines)
+    broken = [one.job.name for one in ended if one.code]
+    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped", flush=True)
+    return 1 if broken or over else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its children are ended on the way out
+    sys.exit(main())
