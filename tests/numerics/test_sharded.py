@@ -11,6 +11,7 @@ from elastic.recipe import Recipe
 from elastic.state import BLOCK
 from tests.support.frameworks import load, names
 from tests.support.inprocess import Result, Run, fit, gpt_recipe
+from tests.support.oracle import undisturbed
 
 STEPS = 8
 WIDE = {"layers": 1, "heads": 2, "width": 160, "context": 4}  # its trainable parameters take BLOCKS blocks
@@ -30,11 +31,9 @@ def recipe(plays: Path, workers: int, sharded: bool = True, twin: bool = True, s
                       optimizer={"sharded": sharded, "twin": twin, "clip_norm": 0.5, "ema": 0.7, **options})
 
 
-def alone(plays: Path, folder: Path, **options: Any) -> Result:
+def alone(plays: Path, **options: Any) -> Result:
     """One worker that keeps everything."""
-    result = fit(folder / "alone", recipe(plays, 1, sharded=False, **options))
-    result.assert_sound(options.get("steps", STEPS))
-    return result
+    return undisturbed(recipe(plays, 1, sharded=False, **options))
 
 
 def assert_same(found: Result, wanted: Result, steps_lost: int = 0) -> None:
@@ -46,7 +45,7 @@ def assert_same(found: Result, wanted: Result, steps_lost: int = 0) -> None:
 @pytest.mark.parametrize("framework", names())
 def test_every_number_of_workers_gives_the_bits_of_one_that_keeps_all(framework: str, plays: Path, tmp_path: Path) -> None:
     load(framework, "backend")
-    wanted = alone(plays, tmp_path, framework=framework)
+    wanted = alone(plays, framework=framework)
     for workers, twin in ((1, True), (2, True), (2, False), (3, True), (4, True), (4, False)) if framework == "torch" else ((3, True),):
         assert_same(fit(tmp_path / f"{workers}{twin}", recipe(plays, workers, twin=twin, framework=framework)), wanted)
 
@@ -54,7 +53,7 @@ def test_every_number_of_workers_gives_the_bits_of_one_that_keeps_all(framework:
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_lost_worker_costs_no_step(phase: str, plays: Path, tmp_path: Path) -> None:
     """Every rank falls once, in each phase."""
-    wanted = alone(plays, tmp_path)
+    wanted = alone(plays)
     for rank in range(3):
         result = fit(tmp_path / str(rank), recipe(plays, 3), (f"kill:{rank}@4/{phase}",))
         assert_same(result, wanted)
@@ -69,25 +68,25 @@ def test_who_falls_while_the_state_moves_costs_no_step(rank: int, plays: Path, t
     """Three become four; old keepers and the one that has just come fall in the midst of it."""
     run = Run(tmp_path / "run", recipe(plays, 4, steps=12), ("scale:3@1", f"kill:{rank}@5/heal"), hooks={5: lambda run: run.scale(4)})
     result = run.fit()
-    assert_same(result, alone(plays, tmp_path, steps=12))
+    assert_same(result, alone(plays, steps=12))
     assert len(result.named("worker_lost")) == 1 and not result.named("rewound")
 
 
 def test_two_that_are_not_neighbours_may_fall_at_once(plays: Path, tmp_path: Path) -> None:
     result = fit(tmp_path / "run", recipe(plays, 4), ("kill:0@3/gather", "kill:2@3/gather"))
-    assert_same(result, alone(plays, tmp_path))
+    assert_same(result, alone(plays))
     assert not result.named("rewound")
 
 
 def test_keeper_and_twin_that_fall_at_once_take_the_run_back_to_a_checkpoint(plays: Path, tmp_path: Path) -> None:
     result = fit(tmp_path / "run", recipe(plays, 4), ("kill:1@6/update", "kill:2@6/update"))
-    assert_same(result, alone(plays, tmp_path), steps_lost=len(result.named("rewound")) and result.named("rewound")[0]["from"] - 4)
+    assert_same(result, alone(plays), steps_lost=len(result.named("rewound")) and result.named("rewound")[0]["from"] - 4)
     assert [event["to"] for event in result.named("rewound")] == [4]
 
 
 def test_without_a_twin_a_lost_worker_takes_the_run_back_to_a_checkpoint(plays: Path, tmp_path: Path) -> None:
     result = fit(tmp_path / "run", recipe(plays, 3, twin=False), ("kill:1@7/forward",))
-    assert_same(result, alone(plays, tmp_path), steps_lost=2)
+    assert_same(result, alone(plays), steps_lost=2)
     assert [(event["from"], event["to"]) for event in result.named("rewound")] == [(6, 4)]
     assert not result.named("twin_used")
 
@@ -98,7 +97,7 @@ def test_a_run_that_grows_and_shrinks_moves_its_state(twin: bool, plays: Path, t
     options = {"steps": 14, "every": 0}
     run = Run(tmp_path / "run", recipe(plays, 4, twin=twin, **options), ("scale:2@1",), hooks=hooks)
     result = run.fit()
-    assert_same(result, alone(plays, tmp_path, **options))
+    assert_same(result, alone(plays, **options))
     sizes = [event["world_size"] for event in result.named("generation_started")]
     assert 4 in sizes and 1 in sizes and sizes[-1] == 3
     moved = result.named("optimizer_resharded")
