@@ -16,15 +16,8 @@ from elastic.errors import UserError
 from nlp.gpt import GPT, Config, build
 from tests.support.frameworks import assert_close, load, names, settings
 from tests.support.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch
+from tests.support.rules import BLOCK, RULES
 
-BLOCK = 1024
-RULES = {
-    "adamw": UpdateRule("adamw", 1e-2, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-8, 0.9),
-    "adam": UpdateRule("adam", 1e-2, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-8, 0.9),
-    "sgd": UpdateRule("sgd", 1e-1, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-8, 0.9),
-    "sgd without momentum": UpdateRule("sgd", 1e-1, 0.1, 1.0, 1, 0.9, 0.99, 1e-8, 0.0),
-    "adagrad": UpdateRule("adagrad", 1e-2, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-10, 0.9),
-}
 every_backend = pytest.mark.parametrize("name", names())
 
 

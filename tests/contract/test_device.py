@@ -22,7 +22,7 @@ from elastic.loop import Plan, Work, train
 from elastic.messages import Generation, Save
 from elastic.state import State
 from tests.support.models import SMALL, VOCAB, rig_of, settings, token_batch
-from tests.unit.test_loop import OPTIMIZER
+from tests.support.rules import OPTIMIZER
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -30,7 +30,7 @@ from backends.pytorch.backend import TorchBackend, create  # noqa: E402  (they n
 from benchmarks.gpu import take_over  # noqa: E402
 from benchmarks.peers.torch_gpt import GPT  # noqa: E402
 from nlp import gpt  # noqa: E402
-from tests.contract.test_adapter import Net, batch  # noqa: E402
+from tests.support.own_torch import Net, batch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 BARE = """
