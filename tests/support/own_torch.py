@@ -1,7 +1,8 @@
-"""Users' own torch modules."""
+"""Users' own torch modules, and what a loop in torch alone makes of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,74 @@ class Net(nn.Module):
 
 
 class Sums(Net):
+    """A batch of two columns without names."""
+
     def loss(self, batch: Any) -> Any:
         x, y = batch
         return F.mse_loss(self(x), y, reduction="sum"), x.shape[0] * 2
 
 
+FORMS: tuple[dict[str, Any], ...] = ({}, {"tied": True})
+WEIGHTS = {"loss": 6.0, "close": 6.0}
+
+
 def batch(rows: int = 6) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {"x": rng.standard_normal((rows, 4)).astype(np.float32), "y": rng.standard_normal((rows, 4))}
+
+
+def tensors() -> dict[str, Any]:
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in batch().items()}
+
+
+def plainly(net: Net) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(mean loss, its gradients, buffers afterwards) by name."""
+    net.train()
+    net.zero_grad()
+    loss = net.loss(tensors())
+    loss.backward()
+    return loss.item(), {n: p.grad.numpy().copy() for n, p in net.named_parameters()}, {n: b.numpy().copy() for n, b in net.named_buffers()}
+
+
+def evaluated(net: Net) -> dict[str, float]:
+    net.eval()
+    close, rows = net.metrics(tensors())["close"]
+    return {"loss": net.loss(tensors()).item(), "close": close.item() / rows}
+
+
+def sums_batch() -> Any:
+    return tuple(batch().values())
+
+
+def plain_sums(net: Net) -> tuple[float, float, dict[str, np.ndarray]]:
+    """(sum, weight, gradients of the sum) by name."""
+    loss, weight = net.loss(tuple(tensors().values()))
+    loss.backward()
+    return loss.item(), weight, {n: p.grad.numpy() for n, p in net.named_parameters()}
+
+
+def draw() -> Any:
+    """The process's own generator."""
+    torch.manual_seed(11)
+    return lambda: torch.rand(3).tolist()
+
+
+class Empty(nn.Module):
+    def loss(self, batch: Any) -> Any:
+        return batch["x"].sum()
+
+
+class Vector(Net):
+    def loss(self, batch: Any) -> Any:
+        return self(batch["x"])
+
+
+class Detached(Net):
+    def loss(self, batch: Any) -> Any:
+        return self(batch["x"]).sum().detach()
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]] = {
+    "no loss": (nn.Module, "loss", batch), "no parameters": (Empty, "no parameters", batch),
+    "float64": (lambda: Net().double(), "must be float32", batch),
+    "a vector": (Vector, "shape", batch), "detached": (Detached, "trainable", batch)}
