@@ -16,15 +16,9 @@ from elastic.errors import UserError
 from nlp.gpt import GPT, Config, build
 from tests.support.frameworks import assert_close, load, names, settings
 from tests.support.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch
+from tests.support.rules import BLOCK, RULES
+from tests.support.threads import together
 
-BLOCK = 1024
-RULES = {
-    "adamw": UpdateRule("adamw", 1e-2, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-8, 0.9),
-    "adam": UpdateRule("adam", 1e-2, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-8, 0.9),
-    "sgd": UpdateRule("sgd", 1e-1, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-8, 0.9),
-    "sgd without momentum": UpdateRule("sgd", 1e-1, 0.1, 1.0, 1, 0.9, 0.99, 1e-8, 0.0),
-    "adagrad": UpdateRule("adagrad", 1e-2, 0.1, 1 / 7, 1, 0.9, 0.99, 1e-10, 0.9),
-}
 every_backend = pytest.mark.parametrize("name", names())
 
 
@@ -202,20 +196,13 @@ def test_squared_norms_are_per_block(name: str) -> None:
 def test_backends_in_threads_do_not_disturb_each_other(name: str) -> None:
     config = {"dropout": 0.1}
     wanted = [gpt_rig(name, config=config).gradient(token_batch(seed=i), i)[0] for i in range(4)]
-    found: list[list[Any]] = [[] for _ in range(4)]
 
-    def work(i: int) -> None:
+    def work(i: int, group: Any) -> list[Any]:
         rig = gpt_rig(name, config=config)
-        found[i] = [rig.gradient(token_batch(seed=i), i)[0] for _ in range(5)]
+        return [rig.gradient(token_batch(seed=i), i)[0] for _ in range(5)]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(4):
-        assert len(found[i]) == 5
-        assert all(np.array_equal(flat, wanted[i]) for flat in found[i])
+    for flats, flat in zip(together(4, work), wanted):
+        assert all(np.array_equal(one, flat) for one in flats)
 
 
 @every_backend

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ import pytest
 from elastic.chaos import Injector
 from elastic.checkpoint.commits import Commits
 from elastic.checkpoint.saver import Saver
-from elastic.collective.local import Hub
 from elastic.collective.solo import SoloGroup
 from elastic.control import Control
 from elastic.loop import Plan, Work, train
 from elastic.messages import Generation, Save
 from elastic.state import State
 from tests.support.models import SMALL, VOCAB, rig_of, settings, token_batch
-from tests.unit.test_loop import OPTIMIZER
+from tests.support.rules import OPTIMIZER
+from tests.support.threads import together
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -30,7 +29,7 @@ from backends.pytorch.backend import TorchBackend, create  # noqa: E402  (they n
 from benchmarks.gpu import take_over  # noqa: E402
 from benchmarks.peers.torch_gpt import GPT  # noqa: E402
 from nlp import gpt  # noqa: E402
-from tests.contract.test_adapter import Net, batch  # noqa: E402
+from tests.support.own_torch import Net, batch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 BARE = """
@@ -102,29 +101,17 @@ class Batches:
 
 def trained(backends: list[Any], module: bool) -> list[State]:
     """Three steps of four shards by as many members as there are backends."""
-    hub, states = Hub(), [State(backend, "adamw") for backend in backends]
-    failed: list[Exception] = []
+    states = [State(backend, "adamw") for backend in backends]
 
-    def member(rank: int) -> None:
+    def member(rank: int, group: Any) -> None:
         states[rank].start(3)
         optimizer = {**OPTIMIZER, "name": "adamw", "lr": 1e-2, "clip_norm": 0.5}
         work = Work(Plan(3, 4, 5, True, optimizer), backends[rank], states[rank], Batches(module), lambda step, shard: np.arange(2), [],
                     Control(), lambda message: None, lambda order, found: None)
-        group = hub.form(1, rank, len(backends))
-        try:
-            train(work, Generation(1, tuple(f"w{i}" for i in range(len(backends))), "", "local", 0), group,
-                  Injector((), rank, print, print, lambda fault, same: same))
-        except Exception as error:
-            group.abandon()
-            failed.append(error)
+        train(work, Generation(1, tuple(f"w{i}" for i in range(len(backends))), "", "local", 0), group,
+              Injector((), rank, print, print, lambda fault, same: same))
 
-    threads = [threading.Thread(target=member, args=(rank,), daemon=True) for rank in range(len(backends))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    if failed:
-        raise failed[0]
+    together(len(backends), member)
     return states
 
 

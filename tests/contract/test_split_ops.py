@@ -8,44 +8,13 @@ import numpy as np
 import pytest
 
 from elastic.parallel.axis import Axis
-from tests.support.frameworks import assert_close, differentiate, names, ops_of
+from tests.support.axes import Watched, split_ops
+from tests.support.frameworks import assert_close, differentiate, names
 from tests.support.split_cases import CASES, DIM, Split, cut
 from tests.support.threads import together
 
 SIZES = (2, 3)
 every_framework = pytest.mark.parametrize("name", names())
-
-
-class Watched(Axis):
-    """Counts its collectives; the one numbered `dropped` reaches nobody, on any worker."""
-
-    def __init__(self, group: Any, dropped: int | None = None):
-        super().__init__("tensor", group)
-        self.calls, self.dropped = 0, dropped
-
-    def _drops(self) -> bool:
-        self.calls += 1
-        return self.calls - 1 == self.dropped
-
-    def sum(self, x: Any) -> Any:
-        return x * 1 if self._drops() else super().sum(x)
-
-    def max(self, x: Any) -> Any:
-        return x * 1 if self._drops() else super().max(x)
-
-    def gather(self, x: Any) -> Any:
-        return [x * 1] * self.size if self._drops() else super().gather(x)
-
-    def exchange(self, x: Any, counts: Any, out_counts: Any) -> Any:
-        return x * 1 if self._drops() else super().exchange(x, counts, out_counts)
-
-
-def split_ops(name: str) -> Any:
-    """A framework's ops in float64, or a skip while it has no collectives."""
-    ops = ops_of(name, "float64")
-    if not hasattr(ops, "_enter"):
-        pytest.skip(f"the {name} backend has no kernels between workers yet")
-    return ops
 
 
 def assert_parts_agree(name: str, op: str, size: int, seed: int, dropped: int | None = None) -> int:

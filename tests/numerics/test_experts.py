@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from elastic.errors import RecipeError
 from nlp import gpt
 from nlp.experts import Experts
-from tests.contract.test_split_ops import split_ops
+from tests.support.axes import split_ops
 from tests.support.frameworks import assert_close, differentiate, load, names
 from tests.support.models import rig_of
 

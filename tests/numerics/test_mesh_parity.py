@@ -15,8 +15,8 @@ from elastic.parallel.axis import Axis, span
 from elastic.parallel.layout import Box, Layout
 from nlp import bert, gpt
 from recommender import dlrm
-from tests.contract.test_split_ops import Watched, split_ops
-from tests.numerics.test_parity import CLICKS, IMAGES, LR, ROWS, clicks, hidden, images, start, tokens
+from tests.support.axes import Watched, split_ops
+from tests.support.descent import CLICKS, IMAGES, LR, ROWS, clicks, hidden, images, start, tokens
 from tests.support.frameworks import differentiate, names, ops_of
 from tests.support.threads import together
 from vision import vit

@@ -11,7 +11,7 @@ import pytest
 
 from elastic.mesh import Mesh
 from elastic.recipe import Recipe, parse
-from tests.numerics.test_recommender import clicks, clicks_recipe
+from tests.support.clicks import clicks, clicks_recipe
 from tests.support.crew import Trained, train_on
 from tests.support.frameworks import load, names
 from tests.support.images import idx_files, vision_recipe

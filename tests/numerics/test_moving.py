@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 
 from backends.reference.backend import create
 from elastic.checkpoint.saver import Saver
-from elastic.collective.local import Hub
 from elastic.errors import GroupBroken
 from elastic.mesh import Mesh, Seat
 from elastic.parallel.layout import Layout
@@ -20,6 +18,7 @@ from elastic.parallel.portion import Portion
 from elastic.parallel.relay import relay, whole_arrays
 from elastic.state import State
 from nlp import gpt
+from tests.support.threads import together
 
 SETTINGS = SimpleNamespace(device="cpu", precision="float32", threads=1, compile=False)
 MODEL = gpt.build({"layers": 3, "heads": 4, "width": 16, "context": 4, "bias": True}, {"vocab_size": 7})
@@ -35,28 +34,6 @@ def state_on(mesh: Mesh, seat: Seat, values: dict[str, np.ndarray] | None = None
             tuple(slice(s, s + c) for s, c in zip(box.start, box.count))]
     state.committed = 5
     return state
-
-
-def together(size: int, act: Any) -> list[Any]:
-    """What `act(group)` gives on each of so many threads; raises what one of them raised."""
-    hub = Hub()
-    found: dict[int, Any] = {}
-
-    def live(rank: int) -> None:
-        try:
-            found[rank] = act(hub.form(1, rank, size))
-        except BaseException as error:
-            found[rank] = error
-
-    threads = [threading.Thread(target=live, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    for error in found.values():
-        if isinstance(error, BaseException):
-            raise error
-    return [found[rank] for rank in range(size)]
 
 
 def random_values() -> dict[str, np.ndarray]:
@@ -79,7 +56,7 @@ def test_every_array_arrives(before: str, after: str) -> None:
         replica = group.subgroup(new.replica(group.rank)) if new.replica_size > 1 else group
         return {name: np.array(array) for name, array in whole_arrays(taken, replica, lambda number: nullcontext())}
 
-    for arrays in together(4, act):
+    for arrays in together(4, lambda rank, group: act(group)):
         assert arrays.keys() == values.keys()
         for name, array in arrays.items():
             assert array.tobytes() == values[name].tobytes(), name
@@ -96,7 +73,7 @@ def test_one_replica_is_enough_and_what_a_joiner_held_is_not_asked() -> None:
         relay(group, Layout(MODEL, old), holders, given, Layout(MODEL, new), taken, lambda number: nullcontext())
         return {name: np.array(array) for name, array in whole_arrays(taken, group, lambda number: nullcontext())}
 
-    for arrays in together(4, act):
+    for arrays in together(4, lambda rank, group: act(group)):
         assert all(array.tobytes() == values[name].tobytes() for name, array in arrays.items())
 
 
@@ -115,7 +92,7 @@ def test_a_state_that_is_cut_off_on_its_way_counts_for_nothing_and_the_one_it_co
             relay(group, Layout(MODEL, old), {0: old.seat(0), 1: old.seat(1)}, given, Layout(MODEL, new), taken, tell)
         return given.committed, taken.committed
 
-    assert together(2, act) == [(5, -1), (5, -1)]
+    assert together(2, lambda rank, group: act(group)) == [(5, -1), (5, -1)]
 
 
 def test_a_worker_that_takes_another_seat_saves_under_that_seat_s_places() -> None:

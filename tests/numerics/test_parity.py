@@ -9,36 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.state import initial_values
 from nlp import bert, gpt
 from recommender import dlrm
+from tests.support.descent import CLICKS, IMAGES, LR, ROWS, clicks, hidden, images, start, tokens
 from tests.support.frameworks import differentiate, load, names
 from vision import resnet, vit
 
-ROWS, STEPS, LR = 6, 20, 0.05
+STEPS = 20
 Batch = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 
-def tokens(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    return {"tokens": rng.integers(0, 11, (ROWS, 9)), "row_weight": np.ones(ROWS)}
-
-
-def hidden(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    places = np.sort(np.argsort(rng.random((ROWS, 8)), 1)[:, :3], 1)
-    return {"tokens": rng.integers(0, 12, (ROWS, 8)), "places": places, "targets": rng.integers(0, 11, (ROWS, 3)), "row_weight": np.ones(ROWS)}
-
-
-def clicks(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    return {"categorical": np.cumsum([0, 5, 3]) + rng.integers(0, (5, 3, 7), (ROWS, 3)), "numeric": rng.standard_normal((ROWS, 4)),
-            "label": rng.integers(0, 2, ROWS).astype(np.float64), "row_weight": np.ones(ROWS)}
-
-
-def images(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    return {"image": rng.standard_normal((ROWS, 8, 8, 2)), "label": rng.integers(0, 4, ROWS), "row_weight": np.ones(ROWS)}
-
-
-CLICKS = {"sizes": [5, 3, 7], "num_numeric": 4, "embedding_dim": 6}
-IMAGES = {"shape": [8, 8, 2], "num_classes": 4}
 MODELS: dict[str, tuple[Any, Batch]] = {
     "nlp.gpt": (gpt.build({"layers": 2, "heads": 2, "width": 8, "context": 8, "bias": True, "dropout": 0.1}, {"vocab_size": 11}), tokens),
     "nlp.bert": (bert.build({"layers": 2, "heads": 2, "width": 8, "context": 8, "dropout": 0.1}, {"vocab_size": 11}), hidden),
@@ -55,13 +35,6 @@ class Trained:
     losses: np.ndarray
     gradient: np.ndarray
     state: dict[str, np.ndarray]
-
-
-def start(specs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Starting values in float64, with enough spread that every part of a model matters."""
-    values = initial_values(specs, 3, {})
-    rng = np.random.default_rng(4)
-    return {name: values[name].astype(np.float64) + 0.1 * rng.standard_normal(values[name].shape) ** 2 for name in sorted(values)}
 
 
 def train(name: str, kind: str, precision: str, steps: int, ops: Any = None) -> Trained:

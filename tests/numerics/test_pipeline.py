@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from elastic.errors import GroupBroken
 from elastic.parallel.actions import NAMES, Name
 from elastic.parallel.executor import Executor
 from elastic.parallel.schedules import build
+from tests.support.threads import together
 
 WIDTHS = (6, 12, 10, 8, 12, 6, 10, 8, 5)  # eight layers
 ROWS = 48
@@ -117,24 +118,13 @@ def sizes_of(num_depths: int, num_micro_batches: int) -> list[int]:
     return [ROWS // num_micro_batches * WIDTHS[each * depth] for depth in range(1, num_depths)]
 
 
-def on_threads(count: int, body: Callable[[int], Any]) -> list[Any]:
-    results: dict[int, Any] = {}
-    threads = [threading.Thread(target=lambda r=rank: results.update({r: body(r)}), daemon=True) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_S)
-    assert sorted(results) == list(range(count)), "a stage failed or hangs"
-    return [results[rank] for rank in range(count)]
-
-
 def train(name: Name, num_stages: int, num_micro_batches: int, runs: int = 1) -> tuple[float, list[np.ndarray]]:
     """Loss sum and gradients, gathered from the stages; of the last of several runs with the same executors."""
-    hub, chunks = Hub(), CHUNKS[name]
+    chunks = CHUNKS[name]
     schedule = build(name, num_stages, num_micro_batches, chunks)
 
-    def body(rank: int) -> MLP:
-        group: Any = Meeting(hub.form(1, rank, num_stages)) if num_stages > 1 else SoloGroup(threading.Event())
+    def body(rank: int, group: Any) -> MLP:
+        group = Meeting(group) if num_stages > 1 else SoloGroup(threading.Event())
         executor = Executor(schedule, group, sizes_of(schedule.num_depths, num_micro_batches), zeros)
         for _ in range(runs):
             stage = MLP(rank, num_stages, chunks, num_micro_batches)
@@ -142,7 +132,7 @@ def train(name: Name, num_stages: int, num_micro_batches: int, runs: int = 1) ->
         assert not stage.values and not stage.locals
         return stage
 
-    stages = on_threads(num_stages, body)
+    stages = together(num_stages, body)
     found = {layer: gradient for stage in stages for layer, gradient in stage.gradients.items()}
     losses = stages[-1].losses
     return sum(losses[m] for m in range(num_micro_batches)), [found[layer] for layer in range(len(WIDTHS) - 1)]
@@ -199,7 +189,7 @@ def test_a_lost_stage_ends_the_others() -> None:
             return "killed"
         return "done"
 
-    assert on_threads(4, body) == ["broken", "broken", "killed", "broken"]
+    assert together(4, lambda rank, _: body(rank)) == ["broken", "broken", "killed", "broken"]
 
 
 def test_what_does_not_fit_is_one_sentence() -> None:

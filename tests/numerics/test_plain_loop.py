@@ -14,7 +14,7 @@ from tests.support.inprocess import fit, gpt_recipe
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from tests.numerics.test_gpt_parity import PlainGPT, pairs  # noqa: E402  (a plain module; it needs torch)
+from tests.support.plain_gpt import PlainGPT, pairs  # noqa: E402  (it needs torch)
 
 STEPS, BATCH, CONTEXT, HEADS, WIDTH, LAYERS = 10, 4, 8, 2, 16, 2
 LR, MIN_LR, WARMUP, DECAY, CLIP = 3e-3, 1e-3, 3, 0.1, 0.8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import pytest
 from elastic import cli
 from elastic.errors import RecipeError, UserError
 from elastic.inference import evaluate, restore
-from elastic.recipe import Recipe, dumps, load_recipe, parse
+from elastic.recipe import dumps, load_recipe
 from elastic.workload import open_data, prepare
 from recommender.dlrm import build
+from tests.support.clicks import clicks, clicks_recipe
 from tests.support.frameworks import assert_close, load, names
-from tests.support.inprocess import Result, fit, merged
+from tests.support.inprocess import Result, fit
 from tests.support.models import Rig, rig_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -117,26 +117,6 @@ def test_bad_numbers_are_named(config: dict[str, Any], words: str) -> None:
         build(config, INFO)
     with pytest.raises(RecipeError, match="data.categorical is missing"):
         build({}, {**INFO, "sizes": []})
-
-
-def clicks(file: Path, size: int = 350) -> Path:
-    random = np.random.default_rng(0)
-    with open(file, "w", newline="") as out:
-        writer = csv.writer(out)
-        writer.writerow(["click", "user", "item", "price"])
-        for _ in range(size):
-            user, item, price = random.integers(0, 20), random.integers(0, 30), random.normal()
-            writer.writerow([int(random.random() < 1 / (1 + np.exp(-(user % 3 - item % 2 + price)))), f"u{user}", f"i{item}", f"{price:.3f}"])
-    return file
-
-
-def clicks_recipe(file: Path, **changes: Any) -> Recipe:
-    base = {"run": {"epochs": 1, "eval_every": 5}, "model": {"kind": "recommender.dlrm", "bottom": [8], "top": [8]},
-            "data": {"format": "csv", "path": str(file), "label": "click", "categorical": ["user", "item"], "numeric": ["price"],
-                     "embedding_dim": 4, "batch_size": 32, "buckets": {"item": 16}, "group": "user", "top": 2},
-            "elastic": {"max_workers": 3, "logical_shards": 8, "hang_timeout_s": 5.0}, "checkpoint": {"every_steps": 8},
-            "optimizer": {"name": "adam", "lr": 1e-2}}
-    return parse(merged(base, changes))
 
 
 @pytest.fixture(autouse=True)

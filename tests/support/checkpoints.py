@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,10 +12,10 @@ from elastic.checkpoint.commits import Commits, Outcome
 from elastic.checkpoint.manifest import Piece
 from elastic.checkpoint.plan import shares
 from elastic.checkpoint.saver import Saver
-from elastic.collective.local import Hub
 from elastic.collective.solo import SoloGroup
 from elastic.errors import GroupBroken
 from elastic.messages import Part, Save
+from tests.support.threads import together
 
 CHUNK = 1024  # bytes: small, so that small states have many
 
@@ -85,24 +84,16 @@ def save(location: str, step: int, world_size: int = 3, generation: int = 1, com
 
 def restore(path: str, world_size: int, size: int = 1) -> list[tuple[Arrays, Any]]:
     """Every rank's state after a group has loaded a checkpoint together, with (manifest, bytes read) or what was raised."""
-    hub, states = Hub(), [blank(values(0, size)) for _ in range(world_size)]
-    out: list[Any] = [None] * world_size
+    states = [blank(values(0, size)) for _ in range(world_size)]
 
-    def body(rank: int) -> None:
-        group = SoloGroup() if world_size == 1 else hub.form(1, rank, world_size)
+    def body(rank: int, group: Any) -> Any:
         try:
-            out[rank] = saver("/nowhere").restore(path, states[rank], group, lambda window: nullcontext())
+            return saver("/nowhere").restore(path, states[rank], SoloGroup() if world_size == 1 else group, lambda window: nullcontext())
         except Exception as error:
             group.abandon()
-            out[rank] = error
+            return error
 
-    threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert None not in out, "a rank hangs"
-    return list(zip(states, out, strict=True))
+    return list(zip(states, together(world_size, body), strict=True))
 
 
 def assert_same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +13,6 @@ import numpy as np
 from elastic import workload
 from elastic.chaos import Injector
 from elastic.checkpoint.hashing import hashes_of
-from elastic.collective.local import Hub
 from elastic.control import Control
 from elastic.loop import Work, train
 from elastic.mesh import Mesh
@@ -22,6 +20,7 @@ from elastic.messages import Generation, Line
 from elastic.parallel.relay import whole_arrays
 from elastic.recipe import Recipe
 from elastic.workload import Workload, build_work
+from tests.support.threads import together
 
 LIMIT_S = 120.0
 
@@ -60,39 +59,25 @@ class Member:
 
         self.work.backend.update = noted  # type: ignore[method-assign]
 
-    def live(self, generation: Generation, hub: Hub, found: dict[int, Any]) -> None:
-        try:
-            group = hub.form(generation.number, self.rank, self.mesh.world_size)
-            train(self.work, generation, group, Injector((), self.rank, lambda spec: None, lambda fault: None, lambda fault, group: group))
-            links = self.work.links
-            assert links is not None
-            wholes = whole_arrays(self.work.state, links.replica, lambda number: nullcontext(), links.data)
-            arrays = {name: np.array(array) for name, array in wholes}
-            found[self.rank] = arrays
-        except BaseException as error:
-            found[self.rank] = error
+    def live(self, generation: Generation, group: Any) -> dict[str, np.ndarray]:
+        train(self.work, generation, group, Injector((), self.rank, lambda spec: None, lambda fault: None, lambda fault, group: group))
+        links = self.work.links
+        assert links is not None
+        wholes = whole_arrays(self.work.state, links.replica, lambda number: nullcontext(), links.data)
+        return {name: np.array(array) for name, array in wholes}
 
 
 def train_on(recipe: Recipe, mesh: Mesh) -> Trained:
     """All steps of a recipe, whose [mesh] must have the degrees of `mesh`. Whatever a worker raises is raised here."""
-    info, hub = workload.prepare(recipe), Hub()
+    info = workload.prepare(recipe)
     members = [Member(recipe, info, mesh, rank) for rank in range(mesh.world_size)]
     generation = Generation(1, tuple(f"w{r}" for r in range(mesh.world_size)), "", "local", 0, checkpointed=1 << 40,
                             mesh=(mesh.data, mesh.pipeline, mesh.tensor, mesh.expert),
                             kept=tuple(member.work.state.blocks for member in members))
-    found: dict[int, Any] = {}
-    threads = [threading.Thread(target=member.live, args=(generation, hub, found), daemon=True) for member in members]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT_S)
-    errors = [error for error in found.values() if isinstance(error, BaseException)]
-    if errors:
-        raise errors[0]
-    assert len(found) == len(members), f"ranks {sorted(set(range(len(members))) - set(found))} hang"
+    found = together(len(members), lambda rank, group: members[rank].live(generation, group), LIMIT_S)
     lines = [line.fields for line in members[0].lines if isinstance(line, Line) and line.file == "metrics"]
     return Trained([fields["loss"] for fields in lines if "loss" in fields], [fields["eval"] for fields in lines if "eval" in fields],
-                   assembled(members), found[0], {hashes_of(arrays.items(), 0)[1] for arrays in found.values()},
+                   assembled(members), found[0], {hashes_of(arrays.items(), 0)[1] for arrays in found},
                    [member.work.links.counts for member in members if member.work.links])
 
 

@@ -11,7 +11,7 @@ from elastic.collective.local import Hub
 WAIT_S = 60.0  # for what must happen, on a busy machine; a failure is a hang
 
 
-def together(size: int, work: Callable[[int, Any], Any]) -> list[Any]:
+def together(size: int, work: Callable[[int, Any], Any], limit_s: float = WAIT_S) -> list[Any]:
     """`work(rank, group)` in as many threads, by rank; the first error of a worker is raised, and one that waits for ever is an error."""
     hub = Hub()
     groups = [hub.form(0, rank, size) for rank in range(size)]
@@ -29,11 +29,11 @@ def together(size: int, work: Callable[[int, Any], Any]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(WAIT_S)
+        thread.join(limit_s)
     if any(thread.is_alive() for thread in threads):
         for group in groups:
             group.abandon()
-        raise TimeoutError(f"a worker of {size} still waits after {WAIT_S:g} s")
+        raise TimeoutError(f"a worker of {size} still waits after {limit_s:g} s")
     if errors:
         raise errors[0]
     return found

@@ -132,6 +132,13 @@ def test_a_framework_is_imported_in_its_rim_only() -> None:
     assert not outside
 
 
+def test_no_test_imports_another() -> None:
+    """What two of them share stands in tests/support."""
+    shared = [f"{name}:{i.line} imports {i.module}" for name in files() if name.startswith("tests/") for i in imports(name)
+              if any(part.startswith("test_") for part in [*i.module.split("."), *(i.names if i.module.startswith("tests") else ())])]
+    assert not shared
+
+
 def graph() -> dict[str, set[str]]:
     """Module -> modules it imports, lazily or not: a lazy import hides a cycle, it does not open it."""
     known = {module_of(name) for name in files()}

@@ -13,7 +13,8 @@ from elastic.collective.reduction import Scratch, SubtreeSums
 from elastic.collective.solo import SoloGroup
 from elastic.keeping import cuts
 from elastic.mesh import shards_of
-from tests.unit.test_reduction import leaves_of, run_members, tree
+from tests.support.sums import leaves_of, tree
+from tests.support.threads import together
 
 BLOCK = 16
 
@@ -55,14 +56,14 @@ def test_everybody_gets_the_trees_bits_of_what_it_keeps(num_shards: int, num_blo
     leaves = leaves_of(num_shards, num_blocks * BLOCK)
     whole = tree(leaves)
     for size in range(1, min(num_shards, 4) + 1):
-        where, hub = [BLOCK * cut for cut in cuts(size, num_blocks)], Hub()
+        where = [BLOCK * cut for cut in cuts(size, num_blocks)]
 
-        def member(rank: int) -> np.ndarray:
-            group = hub.form(0, rank, size) if size > 1 else SoloGroup()
+        def member(rank: int, group: Any) -> np.ndarray:
+            group = group if size > 1 else SoloGroup()
             sums = sums_of(group, leaves).nodes()
             return keepers.reduce_kept(group, sums, num_shards, dirty(len(whole)), where, twin, Scratch(dirty), chunk).copy()
 
-        for rank, result in enumerate(run_members(size, member)):
+        for rank, result in enumerate(together(size, member)):
             expected = np.concatenate([whole[where[r]:where[r + 1]] for r in ([rank, (rank - 1) % size] if twin and size > 1 else [rank])])
             assert result[:len(expected)].tobytes() == expected.tobytes()
             assert size == 1 or np.isnan(result[len(expected):]).all()
@@ -71,31 +72,30 @@ def test_everybody_gets_the_trees_bits_of_what_it_keeps(num_shards: int, num_blo
 @pytest.mark.parametrize("chunk", [1, 48, 1000])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_owners_give_their_stretches(size: int, chunk: int) -> None:
-    where, hub = [BLOCK * cut for cut in cuts(size, 7)], Hub()
+    where = [BLOCK * cut for cut in cuts(size, 7)]
     whole = leaves_of(1, 7 * BLOCK)[0]
 
-    def member(rank: int) -> np.ndarray:
+    def member(rank: int, group: Any) -> np.ndarray:
         buffer = dirty(7 * BLOCK + 3)
         buffer[where[rank]:where[rank + 1]] = whole[where[rank]:where[rank + 1]]
-        keepers.gather_owned(hub.form(0, rank, size) if size > 1 else SoloGroup(), buffer, where, Scratch(dirty), chunk)
+        keepers.gather_owned(group if size > 1 else SoloGroup(), buffer, where, Scratch(dirty), chunk)
         assert np.isnan(buffer[7 * BLOCK:]).all()
         return buffer[:7 * BLOCK]
 
-    assert all(result.tobytes() == whole.tobytes() for result in run_members(size, member))
+    assert all(result.tobytes() == whole.tobytes() for result in together(size, member))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_twin_costs_its_share_of_the_traffic(size: int) -> None:
-    leaves, hub = leaves_of(8, 8 * BLOCK), Hub()
+    leaves = leaves_of(8, 8 * BLOCK)
     where = [BLOCK * cut for cut in cuts(size, 8)]
 
-    def member(rank: int, twin: bool) -> int:
-        group = Counted(hub.form(int(twin), rank, size))
+    def member(group: Counted, twin: bool) -> int:
         keepers.reduce_kept(group, sums_of(group, leaves).nodes(), 8, dirty(8 * BLOCK), where, twin, Scratch(dirty))
         keepers.gather_owned(group, dirty(8 * BLOCK), where, Scratch(dirty))
         return group.sent
 
-    without, with_twin = (sum(run_members(size, lambda rank: member(rank, twin))) for twin in (False, True))
+    without, with_twin = (sum(together(size, lambda rank, group: member(Counted(group), twin))) for twin in (False, True))
     assert without == 2 * (size - 1) * 8 * BLOCK
     assert with_twin - without == without / (2 * (size - 1))
 

@@ -19,10 +19,9 @@ from elastic.gradients import shard_seed
 from elastic.loop import Plan, Work, commit, train
 from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Line
 from elastic.state import State
+from tests.support.rules import OPTIMIZER
 
 SHARDS, STEPS = 4, 6
-OPTIMIZER = {"name": "sgd", "lr": 1.0, "min_lr": 0.0, "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.9,
-             "eps": 1e-8, "momentum": 0.0, "clip_norm": 0.0, "ema": 0.0}
 
 
 class Backend:

@@ -7,47 +7,9 @@ from typing import Any
 import pytest
 
 from elastic import membership as m
-from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Ready, Standing
+from elastic.messages import STOP, STOP_AND_SAVE, Ready, Standing
 from elastic.policy import Bounds
-
-BOUNDS = Bounds(min_workers=1, max_workers=4, logical_shards=8)
-
-
-class Machine:
-    """Feeds events and keeps every action."""
-
-    def __init__(self, bounds: Bounds = BOUNDS, **begin: Any):
-        self.state, first = m.begin(bounds, **begin)
-        self.done: list[Any] = list(first)
-
-    def feed(self, *events: Any) -> list[Any]:
-        """The actions that these events lead to."""
-        new: list[Any] = []
-        for event in events:
-            self.state, actions = m.advance(self.state, event)
-            new += actions
-        self.done += new
-        return new
-
-    def ready(self, *names: str, node: str = "") -> list[Any]:
-        return self.feed(*[m.Starting(n) for n in names], *[Ready(n, node or f"node-{n}", 1, f"{n}:1") for n in names])
-
-    def stand(self, name: str, reason: str, committed: int, **more: Any) -> list[Any]:
-        return self.feed(Standing(name, self.state.generation, reason, committed, **more))
-
-
-def only(actions: list[Any], kind: type) -> Any:
-    found = [a for a in actions if isinstance(a, kind)]
-    assert len(found) == 1, actions
-    return found[0]
-
-
-def kinds(actions: list[Any]) -> list[str]:
-    return [type(a).__name__ for a in actions]
-
-
-def ballot(step: int, stop: int = 0) -> Ballot:
-    return Ballot(step, (1.0,), (1.0,), stop)
+from tests.support.machine import BOUNDS, Machine, ballot, kinds, only
 
 
 def group(*names: str, bounds: Bounds = BOUNDS) -> Machine:

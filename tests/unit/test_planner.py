@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from elastic.parallel.simulator import Costs, simulate
 from elastic.preview import question
 from elastic.recipe import parse
 from elastic.workload import create_backend, open_model, open_state
+from tests.support.threads import together
 
 TASK = Task(num_shards=8, shard_rows=8, num_slots=2, update_s=0.001 / 900_000)
 ONE = Cluster(nodes=1, workers_per_node=8, intra=1e9, inter=1e8, latency_s=1e-4, memory=1e9)
@@ -57,10 +57,10 @@ class Counting:
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 5, 8])
 def test_the_bytes_of_a_real_exchange(workers: int) -> None:
-    numel, block, hub = 120 * 64, 64, Hub()
-    groups = [Counting(hub.form(1, rank, workers)) for rank in range(workers)]
+    numel, block = 120 * 64, 64
 
-    def member(group: Counting) -> None:
+    def member(rank: int, local: LocalGroup) -> int:
+        group = Counting(local)
         run = shards_of(group.rank, workers, 8)
         sums = SubtreeSums(run, 8, lambda: np.zeros(numel, np.float32), lambda buffer: None)
         for shard in run:
@@ -68,13 +68,9 @@ def test_the_bytes_of_a_real_exchange(workers: int) -> None:
             sums.end(shard)
         out = np.zeros(numel, np.float32)
         reduce(group, sums.nodes(), 8, out, numel, block, Scratch(lambda size: np.zeros(size, np.float32)))  # type: ignore[arg-type]
+        return group.sent
 
-    threads = [threading.Thread(target=member, args=(group,)) for group in groups]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert max(group.sent for group in groups) == costs.sent_bytes(TASK, workers, numel)
+    assert max(together(workers, member)) == costs.sent_bytes(TASK, workers, numel)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])

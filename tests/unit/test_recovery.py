@@ -7,33 +7,12 @@ from typing import Any
 import pytest
 
 from elastic import membership as m
-from elastic.messages import STOP, STOP_AND_SAVE, Generation, Holder, Ready, Standing, shape
+from elastic.messages import STOP, STOP_AND_SAVE, Holder, Standing, shape
 from elastic.policy import Bounds, choose, fewest, legal, world_size
 from elastic.recovery import find_whole, gaps, rejoin, seat
-from tests.unit.test_membership import Machine, ballot, kinds, only
+from tests.support.machine import PAIRS, ballot, formed, kinds, only, running, stand
 
-PAIRS = Bounds(2, 4, 8, meshes=((1, 2, 1),))  # a replica is two workers along `tensor`, and nothing else will do
 FALLBACK = Bounds(1, 4, 8, meshes=((1, 2, 1), (1, 1, 1)))
-
-
-def running(*names: str, bounds: Bounds = PAIRS, nodes: dict[str, str] | None = None) -> Machine:
-    machine = Machine(bounds)
-    machine.feed(*[m.Starting(n) for n in names], *[Ready(n, (nodes or {}).get(n, "n"), 1, f"{n}:1") for n in names])
-    assert machine.state.phase == "running"
-    return machine
-
-
-def stand(machine: Machine, name: str, committed: int, reason: str = "broken", **more: Any) -> list[Any]:
-    """A member of the group stands by with the state of its own seat, unless `more` says otherwise."""
-    mesh = machine.state.mesh
-    place = machine.state.group.index(name) % shape(mesh).replica_size
-    return machine.stand(name, reason, committed, **{"mesh": mesh, "seat": place, **more})
-
-
-def formed(actions: list[Any]) -> Generation:
-    generation = only(actions, m.Form).generation
-    assert isinstance(generation, Generation)
-    return generation
 
 
 # Which mesh.

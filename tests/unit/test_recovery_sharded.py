@@ -8,8 +8,7 @@ from elastic import membership as m
 from elastic.keeping import kept
 from elastic.messages import STOP, STOP_AND_SAVE, Generation
 from elastic.policy import Bounds
-from tests.unit.test_membership import Machine, ballot, only
-from tests.unit.test_recovery import formed, running, stand
+from tests.support.machine import Machine, ballot, formed, only, running, stand
 
 TWINS, SINGLE = Bounds(1, 4, 8, keepers=2), Bounds(1, 4, 8, keepers=1)
 BLOCKS = 8

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,35 +13,10 @@ from elastic.collective.local import Hub
 from elastic.collective.reduction import Scratch, SubtreeSums, maximal_subtrees, out_size, tree_sum
 from elastic.collective.solo import SoloGroup
 from elastic.mesh import shards_of
+from tests.support.sums import leaves_of, tree
+from tests.support.threads import together
 
 BLOCK = 16
-
-
-def leaves_of(num_shards: int, numel: int) -> np.ndarray:
-    """Random float32 over 30 orders of magnitude, either sign, with zeros of either sign."""
-    random = np.random.default_rng(num_shards)
-    values = random.choice([-1.0, 1.0], (num_shards, numel)) * 10.0 ** random.uniform(-15, 15, (num_shards, numel))
-    values[random.random((num_shards, numel)) < 0.1] = -0.0
-    return values.astype(np.float32)
-
-
-def tree(leaves: np.ndarray) -> np.ndarray:
-    """The definition: a leaf is 0 + value; left part + right part, the left one the largest power of two that is shorter."""
-    if len(leaves) == 1:
-        return np.float32(0) + leaves[0]
-    left = 2 ** (math.ceil(math.log2(len(leaves))) - 1)
-    return tree(leaves[:left]) + tree(leaves[left:])
-
-
-def run_members(size: int, body: Callable[[int], Any]) -> list[Any]:
-    results: dict[int, Any] = {}
-    threads = [threading.Thread(target=lambda r=rank: results.update({r: body(r)}), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert sorted(results) == list(range(size)), "a member failed or hangs"
-    return [results[rank] for rank in range(size)]
 
 
 def reduce_as(group: Any, leaves: np.ndarray, chunk: int) -> np.ndarray:
@@ -72,8 +45,7 @@ def test_every_size_gives_the_bits_of_the_tree(num_shards: int) -> None:
     expected = tree(leaves).tobytes()
     assert reduce_as(SoloGroup(), leaves, 64).tobytes() == expected
     for size in range(2, num_shards + 2):
-        hub = Hub()
-        for result in run_members(size, lambda rank: reduce_as(hub.form(0, rank, size), leaves, 64)):
+        for result in together(size, lambda rank, group: reduce_as(group, leaves, 64)):
             assert result.tobytes() == expected, f"{num_shards} shards, {size} members"
 
 
@@ -88,8 +60,8 @@ def test_another_order_gives_other_bits() -> None:
 @pytest.mark.parametrize("numel", [1, 15, 16, 17, 64, 65, 127, 128, 129])
 @pytest.mark.parametrize("chunk", [1, 48, 1000])
 def test_every_length_and_chunk(numel: int, chunk: int) -> None:
-    leaves, hub = leaves_of(5, numel), Hub()
-    for result in run_members(3, lambda rank: reduce_as(hub.form(0, rank, 3), leaves, chunk)):
+    leaves = leaves_of(5, numel)
+    for result in together(3, lambda rank, group: reduce_as(group, leaves, chunk)):
         assert result.tobytes() == tree(leaves).tobytes()
 
 

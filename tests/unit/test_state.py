@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from elastic.backend import Spec
 from elastic.collective.local import Hub
 from elastic.errors import RecipeError
 from elastic.state import ALIGN, BLOCK, FlatLayout, State, initial_values
+from tests.support.threads import together
 
 PARAMETERS = {"wte": Spec((10, 7)), "h0.ln.weight": Spec((7,), init="ones"), "h0.up": Spec((7, 5)), "h0.ln.bias": Spec((7,), init="zeros"),
               "big": Spec((BLOCK + 3,), init="uniform", scale=0.5)}
@@ -170,23 +170,12 @@ def test_load_refuses_arrays_of_another_model_or_optimizer() -> None:
         assert state.committed == -1 and np.array_equal(state.param, before)  # torn
 
 
-def run_members(size: int, body: Callable[[Any], Any]) -> list[Any]:
-    hub, results = Hub(), {}
-    threads = [threading.Thread(target=lambda r=r: results.update({r: body(hub.form(1, r, size))}), daemon=True) for r in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert sorted(results) == list(range(size))
-    return [results[r] for r in range(size)]
-
-
 @pytest.mark.parametrize("averages", [False, True])
 def test_heal_gives_every_member_the_root_s_state(averages: bool) -> None:
     states = [scrambled(started(averages=averages), seed) for seed in range(3)]
     states[0].committed = states[1].committed = -1
     wanted = {name: array.copy() for name, array in states[2].arrays().items()}
-    moved = run_members(3, lambda group: states[group.rank].heal(group, 2, 9))
+    moved = together(3, lambda rank, group: states[rank].heal(group, 2, 9))
     assert [state.committed for state in states] == [9, 9, 9]
     for state in states:
         for name, array in state.arrays().items():
