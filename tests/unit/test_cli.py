@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from elastic import cli
+from elastic.doctor import Finding
 from elastic.errors import NonFiniteLoss, RecipeError, RunFailed
+from elastic.observe.verify import Verdict
 from elastic.trainer import Result
 
 RECIPE = """[run]
@@ -161,6 +163,41 @@ def test_verify_tells_sound_from_unsound(tmp_path: Path, capsys: pytest.CaptureF
     assert cli.run(["verify", str(tmp_path)]) == 3
     captured = capsys.readouterr()
     assert "step 3 where step 2 should be" in captured.err and captured.out.endswith("not sound\n")
+
+
+def test_a_replay_s_problems_are_the_run_s(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("elastic.replay.verify_run", lambda run_dir: Verdict())
+    monkeypatch.setattr("elastic.replay.replay", lambda *arguments: asked.append(arguments) or Verdict(["other bits"], ["trained again"]))
+    assert cli.run(["verify", "x"]) == 0 and not asked
+    assert cli.run(["verify", "x", "--replay", "--address", "auto"]) == 3 and asked == [(Path("x"), "auto")]
+    captured = capsys.readouterr()
+    assert captured.err == "elastic: other bits\n" and captured.out.endswith("trained again\nnot sound\n")
+
+
+def test_what_is_given_arrives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option of the commands that hand theirs on."""
+    given: list[Any] = []
+    monkeypatch.setattr(cli, "fit", lambda trainer: 0)
+    monkeypatch.setattr("elastic.trainer.Trainer.resume", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr("elastic.trainer.scale", lambda *arguments, **degrees: given.append((*arguments, degrees)))
+    monkeypatch.setattr("elastic.inference.sample", lambda *arguments: given.append(arguments) or "KING:")
+    monkeypatch.setattr("elastic.inference.evaluate", lambda *arguments: given.append(arguments) or {"loss": 1.5})
+    for command in ("resume x --set run.steps=9 --set optimizer.lr=0.1 --address auto --chaos kill:0@1",
+                    "scale x --workers 4 --tensor 2 --pipeline 1 --expert 2",
+                    "sample x --prompt KING --tokens 5 --temperature 0.5 --seed 3", "evaluate x"):
+        assert cli.run(command.split()) == 0
+    assert given == [(Path("x"), ["run.steps=9", "optimizer.lr=0.1"], "auto", ("kill:0@1",)),
+                     (Path("x"), 4, {"tensor": 2, "pipeline": 1, "expert": 2}), (Path("x"), "KING", 5, 0.5, 3), (Path("x"),)]
+    assert capsys.readouterr().out.endswith("KING:\nloss 1.5000\n")
+
+
+def test_doctor_tells_ill_from_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ill = Finding("torch", "does not import", False, "reinstall it")
+    for found, code in (([Finding("python", "3.11"), Finding("gpu", "none", None)], 0), ([ill, Finding("python", "3.11")], 3)):
+        monkeypatch.setattr("elastic.doctor.findings", lambda: iter(found))
+        assert cli.run(["doctor"]) == code
+    assert "reinstall it" in capsys.readouterr().out
 
 
 def test_the_command_is_installed_and_loads_no_framework_for_help() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,27 @@ def test_a_generation_is_on_disk_before_its_members_hear_of_it(rig: Rig) -> None
     assert (event["generation"], event["step"], event["world_size"]) == (1, 0, 2)
     assert [(w["worker"], w["rank"], w["node"]) for w in event["workers"]] == [("a", 0, "node-a"), ("b", 1, "node-b")]
     assert [e["worker"] for e in rig.events("worker_joined")] == ["a", "b"]
+
+
+def test_the_journal_is_on_the_disk_before_anything_follows_from_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, sync, synced, seen = rig.run_dir / "journal.jsonl", os.fsync, [0], list[tuple[str, bool]]()
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        if os.fstat(descriptor).st_ino == path.stat().st_ino:
+            synced[0] = path.stat().st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    rig.fleet.assign = rig.fleet.abandon = lambda *order: seen.append((*read_lines(path)[-1], path.stat().st_size == synced[0]))
+    rig.start("a", "b")
+    rig.controller.advance(m.Lost("a", "killed"))
+    assert seen == [("published", True), ("published", True), ("event", True)]
+
+
+def test_a_wait_is_told_with_how_many_are_there(tmp_path: Path, clock: Clock) -> None:
+    rig = Rig(tmp_path, clock, replace(SETTINGS, bounds=Bounds(2, 3, 6)))
+    rig.start("a")
+    assert [(e["ready"], e["needed"]) for e in rig.events("waiting")] == [(1, 2)]
 
 
 def test_a_new_run_starts_from_the_recipe_and_a_resumed_one_from_its_checkpoint(rig: Rig, clock: Clock) -> None:

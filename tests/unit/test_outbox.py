@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from elastic.control import Control
+from elastic.inbox import Inbox
 from elastic.messages import Line, Part, Progress
 from elastic.outbox import Outbox
 
@@ -112,6 +113,28 @@ def test_what_could_not_be_delivered_is_sent_again(start: Start) -> None:
     box.post(line(2))
     box.flush(LIMIT_S)
     assert controller.messages == [line(1), line(2)] and not orphaned.is_set()
+
+
+def test_what_arrived_but_was_not_acknowledged_is_taken_once(start: Start) -> None:
+    """The answer got lost: the whole batch comes again, and the rest behind it."""
+    inbox = Inbox()
+
+    class Forgetful(Controller):
+        lost = 1
+
+        def deliver(self, messages: Sequence[Any], number: int) -> int:
+            answer = super().deliver(inbox.fresh("w", messages, number), number)
+            if self.lost and self.messages:
+                self.lost -= 1
+                raise ConnectionError("it fell after it had heard this")
+            return answer
+
+    controller = Forgetful()
+    box, _, _ = start(controller)
+    for n in range(20):
+        box.post(part(n))
+    box.flush(LIMIT_S)
+    assert controller.messages == [part(n) for n in range(20)] and not controller.lost
 
 
 def test_steps_on_disk_may_fall(start: Start) -> None:

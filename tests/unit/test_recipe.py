@@ -58,6 +58,9 @@ def test_a_resolved_recipe_says_everything_and_loads_to_itself(least: dict[str, 
     (tmp_path / "recipe.toml").write_text(dumps(recipe))
     assert load_recipe(tmp_path / "recipe.toml") == recipe == loads(dumps(recipe))
     assert recipe.checkpoint.best == "" and recipe.run.steps is None and recipe.model.config["width"] == 64
+    said, whole = tomllib.loads(dumps(recipe)), recipe.model_dump()
+    assert {name: set(keys) for name, keys in said.items()} == {
+        name: {key for key, value in section.items() if value is not None} for name, section in whole.items()}
     assert pickle.loads(pickle.dumps(recipe)) == recipe
 
 

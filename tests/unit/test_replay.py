@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from elastic import replay as door
 from elastic.errors import UserError
-from elastic.recipe import dumps, load_recipe, parse
+from elastic.follow import Result
+from elastic.recipe import Recipe, dumps, load_recipe, parse
 from elastic.replay import replay, undisturbed, verify_run
 from tests.support.checkpoints import Arrays, saver, values
 
@@ -64,3 +66,21 @@ def test_a_run_that_changed_its_mesh_has_no_replay(tmp_path: Path) -> None:
         file.write(json.dumps(other) + "\n")
     with pytest.raises(UserError, match="meshes of other degrees"):
         replay(run_dir)
+
+
+def test_a_replay_that_differs_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plays.txt").write_text("to be or not to be")
+    run_dir = make_run(tmp_path, "")
+    (run_dir / "summary.json").write_text('{"status": "done", "parameters_sha256": "p", "state_sha256": "s"}')
+
+    class Undisturbed:
+        def __init__(self, recipe: Recipe, run_dir: Path, address: str):
+            assert recipe.elastic.min_workers == recipe.elastic.max_workers == 1 and recipe.run.steps == 1 and address == "auto"
+
+        def fit(self) -> Result:
+            return Result("done", {"parameters_sha256": "p", "state_sha256": "other"}, tmp_path)
+
+    monkeypatch.setattr(door, "Trainer", Undisturbed)
+    verdict = replay(run_dir, "auto")
+    assert verdict.facts == ["replayed undisturbed on one worker: the same parameters_sha256, p..."]
+    assert verdict.problems == ["replayed undisturbed on one worker: state_sha256 is other, the run has s"]

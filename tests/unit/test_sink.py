@@ -11,6 +11,7 @@ import pytest
 
 from elastic.checkpoint import sink as module
 from elastic.checkpoint.sink import PAGE, LocalSink, aligned
+from elastic.checkpoint.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +86,13 @@ def test_short_writes_lose_nothing(tmp_path: Path, most: int, monkeypatch: pytes
     Calls(monkeypatch, most=most)
     piece = content(6 * PAGE + 5)
     assert written(tmp_path / "f", [piece, piece]) == piece.tobytes() * 2
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut must not undo: the bytes, then the name, then the names of its folders."""
+    done, sync, rename = list[tuple[str, int]](), os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (sync(descriptor), done.append(("synced", os.fstat(descriptor).st_ino))))
+    monkeypatch.setattr(os, "replace", lambda source, target: (done.append(("named", os.stat(source).st_ino)), rename(source, target)))
+    Store.open(tmp_path).write("step/file", [b"content"])
+    file, folder, root = (os.stat(tmp_path / name).st_ino for name in ("step/file", "step", ""))
+    assert done == [("synced", file), ("named", file), ("synced", folder), ("synced", root)]
