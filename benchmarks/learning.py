@@ -97,7 +97,8 @@ def train(line: Line, data: Path | None, backend: str, workers: int, seed: int, 
     begun, run_dir, log = time.monotonic(), folder / "run", folder / "log"
     sets = [text.format(data=data) for text in line.overrides]
     sets += [f"backend.name={backend}", f"elastic.max_workers={workers}", f"run.seed={seed}"]
-    with started(python("elastic.cli", "train", line.recipe, "--run-dir", run_dir, *(word for pair in sets for word in ("--set", pair))), log) as process:
+    words = [word for pair in sets for word in ("--set", pair)]
+    with started(python("elastic.cli", "train", line.recipe, "--run-dir", run_dir, *words), log) as process:
         clock = Clock(process.pid)
         code = process.wait(TIMEOUT_S)
         spent = clock.stop()
@@ -108,8 +109,8 @@ def train(line: Line, data: Path | None, backend: str, workers: int, seed: int, 
     found = json.loads((run_dir / "summary.json").read_text())["eval"]
     size = sum(int(np.prod(spec.shape)) for spec in restore(run_dir).backend.parameters.values())
     return [backend, str(seed), f"{size:,}", ", ".join(f"{name} {value:.4f}" for name, value in found.items()),
-            f"{1000 * statistics.median(step['step_s'] for step in done.steps):.1f}", f"{minutes:.1f}", f"{spent / 60:.1f}", f"{os.getloadavg()[0]:.0f}",
-            "yes" if line.meets(found[line.metric]) else "no"]
+            f"{1000 * statistics.median(step['step_s'] for step in done.steps):.1f}", f"{minutes:.1f}", f"{spent / 60:.1f}",
+            f"{os.getloadavg()[0]:.0f}", "yes" if line.meets(found[line.metric]) else "no"]
 
 
 def main() -> None:

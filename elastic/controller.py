@@ -47,6 +47,7 @@ class Settings:
     keep: int
     best: str
     keep_every: int = 0
+    best_mode: str = "min"  # of `best`, which is the best: min or max
 
 
 class Controller:
@@ -55,7 +56,7 @@ class Controller:
     def __init__(self, job: Job, settings: Settings, fleet: Fleet, books: Books, checkpointed: int = 0,
                  generation: int = 0, journal: Journal | None = None):
         self.job, self.settings, self.fleet, self.books = job, settings, fleet, books
-        self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed, settings.keep_every)
+        self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed, settings.keep_every, settings.best_mode)
         self.inbox, self.hearing = Inbox(), threading.Lock()
         self.chaos, self.stopped = list(job.chaos), dict[int, Ready]()
         self.losses, self.pulses = policy.Losses(), dict[str, Pulse]()

@@ -28,9 +28,10 @@ from elastic.follow import Callback, Result, Telling, ask, result_of, see_out
 from elastic.messages import Begin, Job
 from elastic.observe.events import JsonLines, replace_text
 from elastic.policy import bounds_of
-from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
+from elastic.recipe import Recipe, best_mode, check_resumed, dumps, load_recipe, loads
 from elastic.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
 
+OTHER_DATA = "put that data back, or start a new run, with a checkpoint as its model.init."
 CONNECT_S = 5.0  # for a Ray at a given address to take a connection
 
 
@@ -74,11 +75,14 @@ class Trainer:
         if self.address == "local" and self.recipe.backend.device == "cuda" and not os.path.exists("/dev/nvidia0"):
             raise UserError('backend.device = "cuda" needs a CUDA GPU, and this machine has none; set backend.device = "cpu".')
         info = workload.prepare(self.recipe)
-        if self.begin and self.begin.data and self.begin.data != info.get("key"):
-            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; put that back, or start a new "
-                              "run, with a checkpoint as its model.init.")
+        began = self.begin.data if self.begin else ""
+        if began and not self.recipe.data.kind and began != info.get("key"):
+            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {OTHER_DATA}")
         with import_path():
             opened = workload.Workload.open(self.recipe, info)
+            info = opened.facts(info)
+            if began and opened.key and began != opened.key:
+                raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {OTHER_DATA}")
             self.num_steps = opened.sampler.num_steps
             workload.check_model(self.recipe, opened.model)
         return info
@@ -214,7 +218,7 @@ def answers(address: str) -> None:
 def start_controller(job: Job, recipe: Recipe, begin: Begin) -> Any:
     elastic = recipe.elastic
     settings = Settings(bounds_of(recipe), elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best,
-                        recipe.checkpoint.keep_every)
+                        recipe.checkpoint.keep_every, best_mode(recipe) or "min")
     device = recipe.backend.device
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"

@@ -75,7 +75,7 @@ class Worker:
         """Builds and compiles, says so, and works until released."""
         recipe = loads(self.job.recipe, locate=False)
         workload = Workload.open(recipe, self.job.info)
-        self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, self.job.info,
+        self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, workload.facts(self.job.info),
                            self.post_part, self.crash, mb_s=recipe.checkpoint.write_mb_s)
         self.recipe, self.workload = recipe, workload
         mesh = mesh_of(recipe)
