@@ -80,7 +80,8 @@ class Trainer:
             raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {OTHER_DATA}")
         with import_path():
             opened = workload.Workload.open(self.recipe, info)
-            info = opened.facts(info)
+            if opened.key:
+                info = {**info, "key": opened.key}
             if began and opened.key and began != opened.key:
                 raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {OTHER_DATA}")
             self.num_steps = opened.sampler.num_steps

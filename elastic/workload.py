@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -141,18 +141,21 @@ class Workload:
     sampler: Sampler
     unit: str
     key: str = ""  # of a data set of the user's own
+    names: Mapping[str, str] = field(default_factory=dict)  # a torch module's keys of its state dict, each with the array's first name
 
     @classmethod
     def open(cls, recipe: Recipe, info: Mapping[str, Any]) -> Workload:
         training, evaluation, unit = open_data(recipe, info)
         sampler = Sampler(training.num_samples, recipe.data.batch_size, recipe.elastic.logical_shards, recipe.run.seed,
                           recipe.data.shuffle, recipe.run.epochs, recipe.run.steps, getattr(training, "order", None))
-        return cls(open_model(recipe, info), training, evaluation, sampler, unit,
-                   own_key(training.source.source) if isinstance(training, MapStyle) else "")
+        model, key = open_model(recipe, info), own_key(training.source.source) if isinstance(training, MapStyle) else ""
+        own = recipe.backend.name == "torch" and ":" in recipe.model.kind
+        names = importlib.import_module("backends.pytorch.export").names(model) if own else {}
+        return cls(model, training, evaluation, sampler, unit, key, names)
 
     def facts(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        """The data's facts, with the key of a data set of the user's own, which is known once it is open."""
-        return {**info, "key": self.key} if self.key else dict(info)
+        """The data's facts, with what is known once a data set and a model of the user's own are open."""
+        return {**info, **({"key": self.key} if self.key else {}), **({"names": dict(self.names)} if self.names else {})}
 
     @cached_property
     def balance(self) -> Mapping[str, float] | None:
