@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -188,7 +189,8 @@ def connected(address: str, recipe: Recipe | None) -> Iterator[str]:
     try:
         if address == "local":
             cpus = recipe.elastic.max_workers + recipe.elastic.spares + 1 if recipe else 1
-            ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+            with apart():
+                ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
         else:
             use_token()
             ray.init(address=address, **quiet)
@@ -199,6 +201,24 @@ def connected(address: str, recipe: Recipe | None) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+class Apart(services.ConsolePopen):
+    """A process of Ray in a group of its own."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options, process_group=0)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Ray processes that are started inside get no signal that is meant for the command's process group: it ends the run in order first."""
+    before = services.ConsolePopen
+    services.ConsolePopen = Apart
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 def use_token() -> None:
