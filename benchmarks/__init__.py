@@ -1,4 +1,4 @@
-"""One script per figure. Each runs the platform and its peers in one go, prints a table and writes results/NAME.md.
+"""One script per figure. Each runs the platform and its peers in one go, prints a table and writes results/NAME.md (learning one a recipe).
 
     overhead   the steady step against a bare torch loop and Ray Train's DDP
     recovery   the pause after a kill against Ray Train's elastic mode and torchft
@@ -7,5 +7,5 @@
     hybrid     a step on a mesh against torch's DTensor, FSDP2 and pipelining
     gpu        a GPT of 124 M parameters on one GPU against a plain torch loop; Python, torch and NumPy are enough
     schedules  a pipeline's step against its simulation
-    nanogpt    the loss and the minutes of nanoGPT's CPU setting
+    learning   shipped recipes on real data: the last evaluation beside a published figure
 """

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad usage or recipe, 3 the run failed, 130 interrupted. An
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -285,6 +286,7 @@ def main() -> None:
     """The console script. A user's own modules are importable from the current directory."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run())
 
 

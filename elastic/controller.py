@@ -7,7 +7,6 @@ and commits checkpoints, so a worker of an older generation can change neither.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import threading
 import time
@@ -16,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from elastic import ending, policy
 from elastic import membership as m
-from elastic import policy
 from elastic.books import Books
 from elastic.chaos import Fault, parse
 from elastic.checkpoint.commits import Commits
@@ -27,8 +26,6 @@ from elastic.fleet import Fleet
 from elastic.inbox import Inbox
 from elastic.journal import Journal, replay
 from elastic.messages import Generation, Job, Line, Part, Progress, Ready, Save, Standing
-from elastic.observe.events import read_lines, replace_text
-from elastic.observe.metrics import build_summary
 from elastic.policy import Bounds, Pulse
 from elastic.recovery import gaps
 from elastic.takeover import recall, take_over
@@ -47,6 +44,7 @@ class Settings:
     keep: int
     best: str
     keep_every: int = 0
+    best_mode: str = "min"  # of `best`, which is the best: min or max
 
 
 class Controller:
@@ -55,7 +53,7 @@ class Controller:
     def __init__(self, job: Job, settings: Settings, fleet: Fleet, books: Books, checkpointed: int = 0,
                  generation: int = 0, journal: Journal | None = None):
         self.job, self.settings, self.fleet, self.books = job, settings, fleet, books
-        self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed, settings.keep_every)
+        self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed, settings.keep_every, settings.best_mode)
         self.inbox, self.hearing = Inbox(), threading.Lock()
         self.chaos, self.stopped = list(job.chaos), dict[int, Ready]()
         self.losses, self.pulses = policy.Losses(), dict[str, Pulse]()
@@ -67,6 +65,7 @@ class Controller:
         self.lost: set[str] = set()
         self.target, self.restart_at, self.checked = 0, 0.0, 0.0
         self.outcome: m.Finish | None = None
+        self.saving: dict[str, Save] = {}  # who was asked for its last words, and has not answered
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
         self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.is_continued else None
         if self.past:
@@ -133,28 +132,7 @@ class Controller:
 
     def close(self, outcome: m.Finish) -> None:
         """Ends the workers, and writes down how the run ended."""
-        self.inbox.over = True
-        self.inbox.gone.set()
-        self.fleet.close()
-        self.drain_inbox()
-        self.commits.settle()
-        if not self.books.told & {"run_failed", "run_finished"}:  # else by a controller that fell right after
-            if outcome.status == "failed":
-                self.books.event("run_failed", error=outcome.error)
-            else:
-                self.books.event("run_finished", status=outcome.status)
-        word = outcome.standing
-        summary = build_summary(read_lines(self.books.events.path), read_lines(self.books.metrics.path), outcome.status,
-                                word.parameters_sha256 if word else "", word.state_sha256 if word else "", outcome.error)
-        replace_text(Path(self.job.run_dir) / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self.books.close()
-
-    def drain_inbox(self) -> None:
-        """Lines and checkpoints that were under way when the run ended."""
-        while not self.inbox.empty():
-            item = self.inbox.get(0.0)
-            if isinstance(item, tuple) and isinstance(item[1], (Line, Part)):
-                self.take(*item)
+        ending.close(self, outcome)
 
     def handle(self, item: Any) -> None:
         if isinstance(item, tuple):
@@ -227,6 +205,7 @@ class Controller:
     def note_loss(self, event: m.Lost, now: float) -> None:
         ready, pulse = self.live.pop(event.worker, None), self.pulses.pop(event.worker, None)
         self.started.pop(event.worker, None)
+        self.saving.pop(event.worker, None)
         node = ready.node if ready else self.nodes.pop(event.worker, "")
         self.given_up.add(event.worker)
         self.lost.add(event.worker)
@@ -291,6 +270,8 @@ class Controller:
 
     def take_part(self, part: Part) -> None:
         """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it."""
+        if self.saving.get(part.worker) == Save(part.generation, part.step, part.rank, part.world_size):
+            del self.saving[part.worker]
         found = self.commits.take(part, self.books.written, self.books.sync)
         if found is not None:
             self.books.event(found.event, found.step, found.generation, **found.fields)
@@ -341,7 +322,8 @@ class Controller:
 
     def do_savealone(self, action: m.SaveAlone) -> None:
         if action.step > self.commits.newest:
-            self.fleet.assign(action.worker, Save(action.generation, action.step, action.rank, action.world_size))
+            self.saving[action.worker] = Save(action.generation, action.step, action.rank, action.world_size)
+            self.fleet.assign(action.worker, self.saving[action.worker])
 
     def do_form(self, action: m.Form) -> None:
         """Publishes a generation: on disk first, then to its members."""

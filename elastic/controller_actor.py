@@ -75,9 +75,9 @@ class ControllerActor:
         self.controller.post(m.Interrupt())
         self.controller.inbox.wait()
 
-    def end(self) -> None:
-        """Gives up a run that has not ended, and returns when its workers are gone."""
-        self.controller.post(m.GiveUp("The driver gave the run up."))
+    def end(self, status: str) -> None:
+        """Ends a run that has not ended, its state saved, and returns when its workers are gone."""
+        self.controller.post(m.GiveUp("The driver gave the run up." if status == "failed" else "", status))
         self.done.wait()
 
     def poll(self, pid: int, since: int) -> tuple[int, list[dict[str, Any]], int, bool]:

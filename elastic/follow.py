@@ -24,7 +24,7 @@ from elastic.rundir import clear_live, summary_of
 
 Callback = Callable[[dict[str, Any]], None]
 AWAY_S, AGAIN_S = 120.0, 0.1  # how long a controller may take to come back, and between tries
-END_S = 60.0  # for the workers to end where the driver gives up
+END_S, QUICK_S = 60.0, 10.0  # for the workers to end where a callback has failed, and where the user does not want to wait
 
 
 @dataclass(frozen=True)
@@ -85,42 +85,52 @@ class Telling:
 
 def see_out(controller: Any, run_id: str, run_dir: Path, telling: Telling) -> Result:
     """Follows a run to its end, and clears up after it, unless another driver has: one of them writes the report."""
-    error, is_first = "", False
-    try:
-        with interrupting(controller):
-            follow(controller, telling)
-        error = ask(controller, "outcome")[1]
-    except ray.exceptions.RayError as gone:
-        if summary_of(run_dir) is None:
-            raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
-        telling.rest(run_dir)
-    except BaseException:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(controller.end.remote(), timeout=END_S)  # a callback failed: no worker may stay behind
-        raise
-    finally:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(controller)
-        is_first = clear_live(run_dir, run_id)
+    with interrupting(controller):
+        is_first, error = attend(controller, run_id, run_dir, telling)
     result = result_of(run_dir, error)
     if is_first:
         write_report(run_dir)
     return result
 
 
+def attend(controller: Any, run_id: str, run_dir: Path, telling: Telling) -> tuple[bool, str]:
+    """The run's lines until it is over; whether this driver is the one that clears up, and what the controller has against itself."""
+    error, is_first = "", False
+    try:
+        follow(controller, telling)
+        error = ask(controller, "outcome")[1]
+    except ray.exceptions.RayError as gone:
+        if summary_of(run_dir) is None:
+            raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
+        telling.rest(run_dir)
+    except BaseException as error:
+        asked = isinstance(error, KeyboardInterrupt)
+        with contextlib.suppress(ray.exceptions.RayError):  # no worker may stay behind
+            ray.get(controller.end.remote("interrupted" if asked else "failed"), timeout=QUICK_S if asked else END_S)
+        raise
+    finally:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(controller)
+        is_first = clear_live(run_dir, run_id)
+    return is_first, error
+
+
 @contextmanager
 def interrupting(controller: Any) -> Iterator[None]:
-    """The first Ctrl-C asks for a checkpoint and the end, the second exits at once."""
+    """The first Ctrl-C asks for a checkpoint at the next step and the end, the second for the end, the third exits at once. SIGTERM is the same."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = threading.Event()
+    asked = 0
 
     def on_signal(number: int, frame: Any) -> None:
-        if asked.is_set():
+        nonlocal asked
+        asked += 1
+        if asked > 2:
             os._exit(130)
-        asked.set()
-        print("\nInterrupted: a last checkpoint is written; press Ctrl-C again to exit at once.", file=sys.stderr)
+        if asked == 2:
+            raise KeyboardInterrupt
+        print("\nInterrupted: a last checkpoint is written; press Ctrl-C again to end in the middle of the step.", file=sys.stderr)
         threading.Thread(target=ask, args=(controller, "interrupt"), daemon=True).start()  # it may be on its way back
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

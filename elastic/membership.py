@@ -5,6 +5,8 @@
     running -- a resize, a drain, an interrupt -------------> stopping     (RequestStop: leave together after a vote)
     regrouping, stopping -- every survivor stands by -------> running (the next generation), waiting, or finished
 
+A run that fails is finished when every survivor stands by too: the last state that counts is saved by then (SaveAlone).
+
 It counts in replicas: a group lies on one of the meshes that the bounds allow, the first whose replica is complete. What counts of the
 state, who sits where and who heals whom is `recovery`'s to say.
 """
@@ -54,6 +56,7 @@ class State:
     leaving: frozenset[str] = frozenset()
     last: Mapping[str, Standing] = field(default_factory=dict)  # the word of those who stood and are in no group since
     ending: bool = False
+    over: Finish | None = None  # how the run will have ended once its state is saved
     failure: tuple[int, int, str] = (0, -1, "")  # generation, step and error of the last failed step
     cause: str = "start"
     told: int = -1  # how many were ready when a wait was last spoken of
@@ -117,7 +120,7 @@ def on_standing(state: State, event: Standing) -> tuple[State, tuple[Any, ...]]:
         failure = (event.generation, failed_step(event), event.error)
         is_redone = state.failure[0] < event.generation
         if event.fatal or (is_redone and failure[1:] == state.failure[1:]):
-            return finish(state, Finish("failed", event.error))
+            return fail(state, Finish("failed", event.error))
         state = replace(state, failure=failure)
     if event.reason in ("broken", "failed") and state.phase in ("running", "stopping"):
         return regroup(state, event.reason)
@@ -146,7 +149,7 @@ def on_drain(state: State, event: Drain) -> tuple[State, tuple[Any, ...]]:
 
 
 def on_interrupt(state: State, event: Interrupt) -> tuple[State, tuple[Any, ...]]:
-    if state.ending:
+    if state.ending or state.over:
         return state, ()
     state = replace(state, ending=True)
     if state.phase == "waiting":  # survivors with steps that no checkpoint has form once more, to save them
@@ -155,7 +158,7 @@ def on_interrupt(state: State, event: Interrupt) -> tuple[State, tuple[Any, ...]
 
 
 def on_give_up(state: State, event: GiveUp) -> tuple[State, tuple[Any, ...]]:
-    return finish(state, Finish("failed", event.error))
+    return fail(state, Finish(event.status, event.error))
 
 
 HANDLERS: dict[type, Callable[[State, Any], tuple[State, tuple[Any, ...]]]] = {
@@ -165,6 +168,12 @@ HANDLERS: dict[type, Callable[[State, Any], tuple[State, tuple[Any, ...]]]] = {
 
 def finish(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
     return replace(state, phase="finished"), (action,)
+
+
+def fail(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
+    """The run ends so, once all have left their collectives and the state is saved. The first reason is the one."""
+    state = replace(state, over=state.over or action)
+    return regroup(state, "failed") if state.phase in ("running", "stopping") else (state, ())
 
 
 def regroup(state: State, cause: str) -> tuple[State, tuple[Any, ...]]:
@@ -177,6 +186,8 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
     if state.phase == "finished":
         return state, ()
     survivors = [w for w in state.group if w in state.ready]
+    if state.over and (state.phase == "waiting" or all(w in state.standing for w in survivors)):
+        return last_words(replace(state, last={w: s for w, s in {**state.last, **state.standing}.items() if w in state.ready}), state.over)
     if state.phase == "waiting":
         is_time = state.ending or not state.starting or len(usable(state)) >= state.target
         return form(state) if is_time else (state, ())
@@ -285,7 +296,7 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     barren = state.barren + 1 if is_barren else 0
     if barren > MAX_FRUITLESS + len(members):
         why = next((s.error for s in words.values() if s.error), state.cause)
-        return finish(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
+        return last_words(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
     action = Form(generation, state.cause, len(state.group), state.mesh)
     idle = {w: replace(s, holds=-1, ballot=None) for w, s in here.items()
             if w in extra and w not in surplus and s.committed <= generation.committed}
@@ -313,6 +324,13 @@ def next_mesh(state: State, candidates: list[str], words: Mapping[str, Standing]
            and not whole.is_in(seat(candidates, mesh, whole, {}))):
         mesh = (mesh[0] + 1, *mesh[1:])  # who leaves next has a copy elsewhere by then
     return mesh, whole
+
+
+def last_words(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
+    """The end, before which one of each seat writes down what it has."""
+    state, saves = save_alone(replace(state, savers=()))
+    state, finished = finish(state, action)
+    return state, (*saves, *finished)
 
 
 def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:

@@ -48,9 +48,10 @@ class Interrupt:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """A policy says that it is no use."""
+    """It is no use, says a policy or the driver: the state is saved, and the run ends."""
 
     error: str
+    status: str = "failed"
 
 
 # Actions.

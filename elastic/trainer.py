@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -28,9 +29,10 @@ from elastic.follow import Callback, Result, Telling, ask, result_of, see_out
 from elastic.messages import Begin, Job
 from elastic.observe.events import JsonLines, replace_text
 from elastic.policy import bounds_of
-from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
+from elastic.recipe import Recipe, best_mode, check_resumed, dumps, load_recipe, loads
 from elastic.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
 
+OTHER_DATA = "put that data back, or start a new run, with a checkpoint as its model.init."
 CONNECT_S = 5.0  # for a Ray at a given address to take a connection
 
 
@@ -74,11 +76,15 @@ class Trainer:
         if self.address == "local" and self.recipe.backend.device == "cuda" and not os.path.exists("/dev/nvidia0"):
             raise UserError('backend.device = "cuda" needs a CUDA GPU, and this machine has none; set backend.device = "cpu".')
         info = workload.prepare(self.recipe)
-        if self.begin and self.begin.data and self.begin.data != info.get("key"):
-            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; put that back, or start a new "
-                              "run, with a checkpoint as its model.init.")
+        began = self.begin.data if self.begin else ""
+        if began and not self.recipe.data.kind and began != info.get("key"):
+            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {OTHER_DATA}")
         with import_path():
             opened = workload.Workload.open(self.recipe, info)
+            if opened.key:
+                info = {**info, "key": opened.key}
+            if began and opened.key and began != opened.key:
+                raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {OTHER_DATA}")
             self.num_steps = opened.sampler.num_steps
             workload.check_model(self.recipe, opened.model)
         return info
@@ -183,7 +189,8 @@ def connected(address: str, recipe: Recipe | None) -> Iterator[str]:
     try:
         if address == "local":
             cpus = recipe.elastic.max_workers + recipe.elastic.spares + 1 if recipe else 1
-            ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+            with apart():
+                ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
         else:
             use_token()
             ray.init(address=address, **quiet)
@@ -194,6 +201,24 @@ def connected(address: str, recipe: Recipe | None) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+class Apart(services.ConsolePopen):
+    """A process of Ray in a group of its own."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options, process_group=0)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Ray processes that are started inside get no signal that is meant for the command's process group: it ends the run in order first."""
+    before = services.ConsolePopen
+    services.ConsolePopen = Apart
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 def use_token() -> None:
@@ -214,7 +239,7 @@ def answers(address: str) -> None:
 def start_controller(job: Job, recipe: Recipe, begin: Begin) -> Any:
     elastic = recipe.elastic
     settings = Settings(bounds_of(recipe), elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best,
-                        recipe.checkpoint.keep_every)
+                        recipe.checkpoint.keep_every, best_mode(recipe) or "min")
     device = recipe.backend.device
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"

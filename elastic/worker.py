@@ -75,7 +75,7 @@ class Worker:
         """Builds and compiles, says so, and works until released."""
         recipe = loads(self.job.recipe, locate=False)
         workload = Workload.open(recipe, self.job.info)
-        self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, self.job.info,
+        self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, workload.facts(self.job.info),
                            self.post_part, self.crash, mb_s=recipe.checkpoint.write_mb_s)
         self.recipe, self.workload = recipe, workload
         mesh = mesh_of(recipe)
@@ -103,6 +103,9 @@ class Worker:
         state = self.work.state
         if state.committed == order.step and state.keeps_all and not state.torn:
             self.saver.save(self.work.state, order, self.work.evaluation)
+        else:
+            self.post_part(Part(self.name, order.generation, order.step, "", 0.0, 0.0, order.rank, order.world_size,
+                                error=f"{self.name} has not the whole state of step {order.step} any more."))
 
     def orphan(self, timeout_s: float = LAST_WORDS_S) -> None:
         """From another thread: nobody has answered for too long. Returns when the state is on disk, or cannot be."""

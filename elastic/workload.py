@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,12 @@ class Part:
         return self.source[self.low + index]
 
 
+def own_key(source: Any) -> str:
+    """What tells a user's data set from another: its length, and what its own `key()` says where it has one."""
+    named = f", key() = {call_user('data.kind: key()', source.key, {})!r}" if callable(getattr(source, "key", None)) else ""
+    return f"{len(source)} samples{named}"
+
+
 def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset | None, str]:
     """The training set, the evaluation set if there is one, and the unit that weights count ("tokens") or ""."""
     if recipe.data.kind:
@@ -108,6 +114,9 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
         seed, seeded = recipe.run.seed, own.seeded
         source = call_user("data.kind", lambda **keys: own.construct(factory, keys, seed), recipe.data.options)
         whole = MapStyle(source)
+        if info.get("key", found := own_key(source)) != found:
+            raise UserError(f"data.kind = {recipe.data.kind!r} has {found} here, and {info['key']} where the run began; give it the same data "
+                            "on every machine.")
         kept = whole.num_samples - int(whole.num_samples * recipe.data.eval_fraction)
         evaluation = MapStyle(Part(source, kept, whole.num_samples), seed, seeded) if kept < whole.num_samples else None
         return MapStyle(Part(source, 0, kept), seed, seeded), evaluation, ""
@@ -131,13 +140,22 @@ class Workload:
     evaluation: Dataset | None
     sampler: Sampler
     unit: str
+    key: str = ""  # of a data set of the user's own
+    names: Mapping[str, str] = field(default_factory=dict)  # a torch module's keys of its state dict, each with the array's first name
 
     @classmethod
     def open(cls, recipe: Recipe, info: Mapping[str, Any]) -> Workload:
         training, evaluation, unit = open_data(recipe, info)
         sampler = Sampler(training.num_samples, recipe.data.batch_size, recipe.elastic.logical_shards, recipe.run.seed,
                           recipe.data.shuffle, recipe.run.epochs, recipe.run.steps, getattr(training, "order", None))
-        return cls(open_model(recipe, info), training, evaluation, sampler, unit)
+        model, key = open_model(recipe, info), own_key(training.source.source) if isinstance(training, MapStyle) else ""
+        own = recipe.backend.name == "torch" and ":" in recipe.model.kind
+        names = importlib.import_module("backends.pytorch.export").names(model) if own else {}
+        return cls(model, training, evaluation, sampler, unit, key, names)
+
+    def facts(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        """The data's facts, with what is known once a data set and a model of the user's own are open."""
+        return {**info, **({"key": self.key} if self.key else {}), **({"names": dict(self.names)} if self.names else {})}
 
     @cached_property
     def balance(self) -> Mapping[str, float] | None:

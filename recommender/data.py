@@ -33,6 +33,7 @@ MOST_ROWS = (1 << 31) - 1  # of embeddings: their numbers are int32
 MOST_LISTED = 1 << 22  # rows to evaluate on in lists: all of them are gathered at once
 HASHED_ROWS = 8  # of a vocabulary, for values outside it, where data.oov = "hash"
 SPLIT_SEED = 2718281828  # a random split is the same in every run
+VOCABULARIES = "vocabularies.json"  # beside what was read
 PRIVATE = ("embedding_dim", "batch_size", "shuffle", "ledger", "options")  # keys of [data] that change nothing here
 
 
@@ -53,10 +54,24 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     with locked(folder):
         try:
             known = json.loads(facts.read_text())
+            (folder / VOCABULARIES).stat()
         except (OSError, ValueError):
             known = read(Encoder(data, is_binary), sources, folder, settings)
             write_atomically(facts, json.dumps(known).encode())
     return {**known, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder), "train_file": str(folder / "rows.arrow")}
+
+
+def vocabularies_of(info: Mapping[str, Any], data: Any, model_config: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """By column which row of the table of all columns each known value has; columns that are hashed into buckets have none.
+
+    UserError where the cache holds them no more and the data are not there to be read again.
+    """
+    file = Path(info["folder"]) / VOCABULARIES
+    if not file.exists() and prepare(data, model_config, file.parent.parent)["key"] != info["key"]:
+        raise UserError(f"data.path = {list(data.path)} holds other data than the checkpoint was trained on, and its vocabularies come from them; "
+                        "put those data back.")
+    found: dict[str, dict[str, int]] = json.loads(file.read_text())
+    return found
 
 
 def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Samples:
@@ -147,6 +162,7 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
     for part in parts:
         first.append(base)
         base += len(part.rows)
+    known: dict[str, dict[str, int]] = {}
     if parts:
         starts = np.cumsum([0, *(part.size for part in parts)])
         if starts[-1] > MOST_ROWS:
@@ -154,7 +170,10 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
                             "hash the largest column into fewer by data.buckets.")
         codes = np.concatenate([part.rows + start for part, start in zip(parts, starts)]).astype(np.int32)
         write_tokens(folder / "codes.arrow", codes)
+        known = {name: {value: int(codes[base + code]) for value, code in column.known.items()}
+                 for (name, column), base in zip(encoder.codes.items(), first) if not column.buckets}
         digest += hashlib.sha256(codes.tobytes()).hexdigest()
+    write_atomically(folder / VOCABULARIES, json.dumps(known).encode())
     said = json.dumps([VERSION, digest, settings, counted, [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
     return {**info, "mean": mean, "scale": scale, "first_codes": first, "sizes": [part.size for part in parts],
             "vocabulary": {name: len(codes.known) for name, codes in encoder.codes.items() if not codes.buckets},

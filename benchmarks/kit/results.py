@@ -39,9 +39,9 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def write(name: str, title: str, sections: Sequence[str]) -> Path:
-    """Prints the sections and writes results/NAME.md."""
-    command = " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]])
+def write(name: str, title: str, sections: Sequence[str], script: str = "") -> Path:
+    """Prints the sections and writes results/NAME.md. `script`: which wrote it, where that is not its name."""
+    command = " ".join(["python -m", f"benchmarks.{script or name}", *sys.argv[1:]])
     header = (f"# {title}\n\n{time.strftime('%Y-%m-%d')} · {os.cpu_count()} cores, {processor()} · {versions()}\n"
               f"load average at the end: {os.getloadavg()[0]:.1f}\n\n    {command}\n")
     text = "\n\n".join([header.rstrip(), *sections]) + "\n"

@@ -50,7 +50,8 @@ class Outcome:
 class Commits:
     """The checkpoints of one run, at a local path or URI."""
 
-    def __init__(self, location: str, keep: int, best: str, newest: int = 0, keep_every: int = 0):
+    def __init__(self, location: str, keep: int, best: str, newest: int = 0, keep_every: int = 0, best_mode: str = "min"):
+        self.best_mode = best_mode
         self.location, self.keep, self.best, self.newest, self.keep_every = location, keep, best, newest, keep_every
         self.store = Store.open(location)
         self.pending: dict[Key, dict[int, Part]] = {}
@@ -141,7 +142,7 @@ class Commits:
     def clear(self, live_generation: int) -> None:
         """Removes what is not to be kept. What resists stays until the next commit: the checkpoint counts all the same."""
         try:
-            for name in prune(self.store, self.keep, self.best or None, self.keep_every, self.refused, self.read):
+            for name in prune(self.store, self.keep, self.best or None, self.keep_every, self.refused, self.read, self.best_mode):
                 self.known.pop(name, None)
             clean(self.store, live_generation, self.read)
         except OSError as error:

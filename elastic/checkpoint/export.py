@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -20,13 +23,23 @@ from elastic.errors import UserError
 from elastic.recipe import loads
 
 Arrays = Mapping[str, np.ndarray]
-Writer = Callable[[Arrays, Arrays, Manifest, Path], None]  # parameters and buffers by name
+PLACES = ("folder", "train_file", "eval_file", "blocks", "splits", "names")  # of the data's facts, what means something here alone
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What is exported: parameters and buffers by name, and a state dict's keys, each with the array that it stands for."""
+
+    arrays: Arrays
+    names: Mapping[str, str]
+    manifest: Manifest
 
 
 def export(path: str, form: str, out: str) -> tuple[int, int]:
     """Writes the parameters of a checkpoint (see `find`) to `out`, which must not exist yet and appears whole; returns its step and how many.
 
-    A torch state dict has the model's buffers too, as `load_state_dict` asks for them.
+    Buffers go with them, and what the data are to the model (vocabularies, means, names of classes), except to Hugging Face. A torch state
+    dict loads strictly into the module.
 
     UserError for a form, a place or a model that cannot serve; BadCheckpoint before anything of a damaged one is written.
     """
@@ -35,17 +48,19 @@ def export(path: str, form: str, out: str) -> tuple[int, int]:
         raise UserError(f"--format {form} must be one of {', '.join(FORMS)}.")
     target = free(out)
     arrays, manifest = read_newest(path)
-    found, buffers = ({key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)} for prefix in (PARAMETER, BUFFER))
+    kept = {key.partition("/")[2]: array for key, array in arrays.items() if key.startswith((PARAMETER, BUFFER))}
+    names = manifest.extra.get("info", {}).get("names") or {name: name for name in kept}
+    taken = Taken(kept, {key: name for key, name in names.items() if name in kept}, manifest)
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(found, buffers, manifest, unfinished)
+        write(taken, unfinished)
         os.rename(unfinished, free(out))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror or error}); name another place.") from error
     finally:
         clear(unfinished)
-    return manifest.step, len(found)
+    return manifest.step, sum(key.startswith(PARAMETER) for key in arrays)
 
 
 def clear(path: Path) -> None:
@@ -64,23 +79,36 @@ def free(out: str) -> Path:
     return target
 
 
-def write_safetensors(arrays: Arrays, buffers: Arrays, manifest: Manifest, path: Path) -> None:
-    path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+def facts_of(manifest: Manifest) -> dict[str, Any]:
+    """The recipe, and what the run knew of the data. Vocabularies, too long for a checkpoint, come from the cache, or from the data anew."""
+    info = manifest.extra.get("info", {})
+    facts = {"recipe": manifest.recipe, **{key: value for key, value in info.items() if key not in PLACES}}
+    if "first_codes" in info:
+        recipe = loads(manifest.recipe, locate=False)
+        facts["vocabularies"] = importlib.import_module("recommender.data").vocabularies_of(info, recipe.data, recipe.model.config)
+    return facts
 
 
-def write_torch(arrays: Arrays, buffers: Arrays, manifest: Manifest, path: Path) -> None:
+def write_safetensors(taken: Taken, path: Path) -> None:
+    """Every array once, under the first of its names that a state dict has; the facts in the header, as JSON."""
+    once = {name: key for key, name in reversed(taken.names.items())}
+    path.write_bytes(save({key: np.asarray(taken.arrays[name], order="C") for name, key in once.items()},
+                          {"facts": json.dumps(facts_of(taken.manifest))}))
+
+
+def write_torch(taken: Taken, path: Path) -> None:
     try:
         framework = importlib.import_module("backends.pytorch.export")
     except ImportError as error:
         raise UserError(f"--format torch needs PyTorch ({error}); see `elastic doctor`, or take --format safetensors.") from error
-    framework.save_state_dict({**arrays, **buffers}, path)
+    framework.save_state_dict(taken.arrays, taken.names, facts_of(taken.manifest), path)
 
 
-def write_hugging_face(arrays: Arrays, buffers: Arrays, manifest: Manifest, path: Path) -> None:
-    model = loads(manifest.recipe, locate=False).model
+def write_hugging_face(taken: Taken, path: Path) -> None:
+    model = loads(taken.manifest.recipe, locate=False).model
     if model.kind != "nlp.gpt":
         raise UserError(f'--format hf is for the model nlp.gpt, and this checkpoint is of "{model.kind}"; take --format safetensors or torch.')
-    importlib.import_module("nlp.hugging_face").write(model.config, arrays, path)
+    importlib.import_module("nlp.hugging_face").write(model.config, taken.arrays, path)
 
 
-FORMS: dict[str, Writer] = {"safetensors": write_safetensors, "torch": write_torch, "hf": write_hugging_face}
+FORMS: dict[str, Callable[[Taken, Path], None]] = {"safetensors": write_safetensors, "torch": write_torch, "hf": write_hugging_face}

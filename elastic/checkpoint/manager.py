@@ -27,7 +27,6 @@ MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")
 GENERATION = re.compile(r"-g(\d{6,})\.")
 Read = Callable[[Store, str], Manifest]  # as `read_manifest`
-SMALLER_IS_BETTER = ("loss", "perplexity", "entropy", "error", "mae", "mse", "rmse")
 
 
 def folder_of(step: int) -> str:
@@ -165,9 +164,9 @@ def split(path: str | os.PathLike[str]) -> tuple[Store, str]:
 
 
 def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0, refused: Container[str] = (),
-          read: Read = read_manifest) -> list[str]:
-    """Removes all but the newest `keep` checkpoints, the one with the best `best` ("eval.loss"), and those whose step is a multiple of
-    `keep_every` (0: none); returns what is gone.
+          read: Read = read_manifest, best_mode: str = "min") -> list[str]:
+    """Removes all but the newest `keep` checkpoints, the one with the best `best` ("eval.loss"; the `best_mode` of all), and those whose step
+    is a multiple of `keep_every` (0: none); returns what is gone.
 
     Unreadable ones, ones with missing or truncated files and those in `refused` count for nothing and stay.
     """
@@ -181,7 +180,7 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
             good.append((name, manifest))
         except (BadCheckpoint, UserError):
             continue
-    kept = {name for name, _ in good[:keep]} | best_of(good, best)
+    kept = {name for name, _ in good[:keep]} | best_of(good, best, best_mode)
     kept |= {name for name, manifest in good if keep_every and manifest.step % keep_every == 0}
     gone = [name for name, _ in good if name not in kept]
     for name in gone:
@@ -190,14 +189,13 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
     return gone
 
 
-def best_of(checkpoints: list[tuple[str, Manifest]], best: str | None) -> set[str]:
+def best_of(checkpoints: list[tuple[str, Manifest]], best: str | None, mode: str) -> set[str]:
     """The name of the best one, given newest first; of equals the oldest, because later ones repeat its evaluation until the next."""
     metric = (best or "").removeprefix("eval.")
     rated = [(manifest.eval[metric], name) for name, manifest in reversed(checkpoints) if metric in manifest.eval]
     if not rated:
         return set()
-    choose = min if any(word in metric for word in SMALLER_IS_BETTER) else max
-    return {choose(rated, key=lambda pair: pair[0])[1]}
+    return {(min if mode == "min" else max)(rated, key=lambda pair: pair[0])[1]}
 
 
 def clean(store: Store, live_generation: int, read: Read = read_manifest) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from elastic.errors import RecipeError
 from elastic.recipe.labelled import check_labelled
@@ -170,8 +170,30 @@ def check_backend(recipe: Recipe) -> None:
             raise RecipeError(f"backend.{key} = {shown(value)} is not for backend.name = {shown(backend.name)}; write {shown(served[-1])}.")
 
 
+SMALLER = ("loss", "perplexity", "logloss", "normalized_entropy", "mae", "rmse")
+LARGER = ("accuracy", "top5", "auc")
+BEST_OF: dict[str, Literal["min", "max"]] = {**dict.fromkeys(SMALLER, "min"), **dict.fromkeys(LARGER, "max")}
+
+
+def best_mode(recipe: Recipe) -> Literal["min", "max"] | None:
+    """Which value of `checkpoint.best` is the best: as the recipe says, or as the platform's own figures are meant. None where nobody says.
+
+    Of a model of one's own only the loss is known, whatever its metrics are called.
+    """
+    name, top = recipe.checkpoint.best.removeprefix("eval."), recipe.data.top
+    if recipe.checkpoint.best_mode or name == "loss":
+        return recipe.checkpoint.best_mode or "min"
+    if ":" in recipe.model.kind:
+        return None
+    return "max" if name in (f"recall_at_{top}", f"ndcg_at_{top}") else BEST_OF.get(name)
+
+
 def check_checkpoint(recipe: Recipe) -> None:
-    path = recipe.checkpoint.path
+    path, best = recipe.checkpoint.path, recipe.checkpoint.best
+    if best and best_mode(recipe) is None:
+        raise RecipeError(f"checkpoint.best = {shown(best)} does not say whether less is better; add checkpoint.best_mode = \"min\" or \"max\".")
+    if recipe.checkpoint.best_mode and not best:
+        raise RecipeError(f"checkpoint.best_mode = {shown(recipe.checkpoint.best_mode)} has no meaning without checkpoint.best; leave it out.")
     scheme, mark, rest = path.partition("://")
     if mark and (scheme not in STORAGES or not rest.strip("/")):
         raise RecipeError(f"checkpoint.path = {shown(path)} is no place for checkpoints; write a path, or a URI such as s3://BUCKET/PATH "

@@ -148,6 +148,8 @@ class Checkpoint(Section):
     busy: Literal["wait", "skip"] = Field("wait", description='"wait" or "skip": what a checkpoint does that is due while one is written')
     write_mb_s: FiniteFloat = Field(0.0, ge=0, description="a number above 0 (megabytes a second of each worker), or 0 for no limit")
     best: str = Field("eval.loss", pattern=r"^$|^eval\.\w+$", description='"eval.loss", another "eval.NAME", or "" for none')
+    best_mode: Literal["min", "max"] | None = Field(None, description='"min" or "max": which value of checkpoint.best is the best; known for the '
+                                                                      "platform's own figures")
     path: str = Field("", description='"" for the run directory, a path, or a URI such as s3://BUCKET/PATH')
 
 

@@ -91,10 +91,10 @@ def test_train_verify_replay_evaluate_sample(trained: Path) -> None:
 
 def test_interrupted_then_resumed_ends_with_the_same_bits(here: Path) -> None:
     process = subprocess.Popen([*ELASTIC, "train", "r.toml", "--run-dir", "run", *SLOW], cwd=here, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
     for line in process.stdout:
         if "checkpoint step-" in line:
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: to all that the command has in its group
             break
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
@@ -108,6 +108,39 @@ def test_interrupted_then_resumed_ends_with_the_same_bits(here: Path) -> None:
     assert summary(here / "run")["state_sha256"] == undisturbed(load_recipe(here / "run" / "recipe.toml")).sha
     assert summary(here / "run")["steps"] == stopped["steps"] + 50
     assert elastic(here, "verify", "run").returncode == 0
+
+
+OWN = """
+import time, torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(1, 1)
+    def loss(self, batch):
+        time.sleep(0.5)
+        return self.line(batch["x"]).square().mean()
+class Rows:
+    def __len__(self): return 40
+    def __getitem__(self, i): return {"x": torch.full((1,), i / 40)}
+"""
+
+
+def test_two_interrupts_end_a_run_at_once_and_in_order(here: Path) -> None:
+    (here / "slow.py").write_text(OWN)
+    (here / "own.toml").write_text('[run]\nsteps = 1000\neval_every = 0\n[model]\nkind = "slow:Net"\n[data]\nkind = "slow:Rows"\nbatch_size = 4\n'
+                                   "eval_fraction = 0.0\n[elastic]\nmax_workers = 1\nlogical_shards = 4\n[checkpoint]\nevery_steps = 2\n")
+    process = subprocess.Popen([*ELASTIC, "train", "own.toml", "--run-dir", "run"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert any("checkpoint step-" in line for line in process.stdout)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert any("Interrupted: a last checkpoint" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    ended = summary(here / "run")
+    assert ended["status"] == "interrupted" and (here / "run" / "checkpoints" / f"step-{ended['steps']:08d}" / "manifest.json").exists()
+    assert not psutil.wait_procs(family, timeout=60)[1], "with its command a local run ends"
 
 
 def test_a_killed_driver_leaves_a_run_that_resumes(here: Path) -> None:

@@ -256,3 +256,16 @@ def test_a_checkpoint_of_another_model_ends_the_run_with_what_to_do(tmp_path: Pa
     assert "optimizer/exp_avg/" in result.outcome.error and "and " in result.outcome.error and "\n" not in result.outcome.error
     assert "put [model] and optimizer.name back, or start a new run with model.init" in result.outcome.error
     assert {path: path.read_bytes() for path in before} == before and not result.named("checkpoint_rejected")
+
+
+def test_the_best_by_a_figure_of_ones_own_is_the_one_that_the_recipe_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeping one checkpoint and the best: its rate is the least of all that were written down."""
+    monkeypatch.setattr(modules.Small, "metrics", lambda self, batch: {"wer": ((self.line(batch["x"]) - batch["y"]).abs().sum(), len(batch["y"]))},
+                        raising=False)
+    for mode, least in (("min", True), ("max", False)):
+        changes = {"run": {"steps": 8, "eval_every": 1}, "data": {"eval_fraction": 0.3}, "optimizer": {"name": "sgd", "lr": 0.5},
+                   "checkpoint": {"every_steps": 1, "keep": 1, "best": "eval.wer", "best_mode": mode}, "elastic": {"max_workers": 1}}
+        result = fit(tmp_path / mode, module_recipe("Small", 8, **changes))
+        rates = {line["step"]: line["eval"]["wer"] for line in result.metrics if "eval" in line}
+        best = (min if least else max)(rates, key=lambda step: rates[step])
+        assert len(set(rates.values())) > 3 and names(tmp_path / mode) == sorted({f"step-{step:08d}" for step in (best, 8)})

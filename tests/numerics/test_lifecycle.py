@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from elastic.inference import check_checkpoint
 from tests.support import modules
 from tests.support.inprocess import Result, Run, fit, module_recipe
 
@@ -115,10 +116,26 @@ def test_rank_0_falls_while_it_writes_the_last_checkpoint(oracle: Result, tmp_pa
 def test_a_poison_step_fails_with_its_error(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = fit(tmp_path, recipe("Trap", model={"row": 70, "what": "poison"}, elastic={"max_workers": workers}))
     assert result.outcome.status == result.summary["status"] == "failed"
-    assert result.outcome.error == result.summary["error"]
-    assert re.fullmatch(r"ValueError: row 70: poison \(modules.py, line \d+, in loss\)", result.summary["error"])
+    assert re.fullmatch(r"ValueError: row 70: poison \(modules.py, line \d+, in loss\)", result.outcome.error)
+    at = result.summary["steps"]
+    assert result.summary["error"] == f"{result.outcome.error}; step {at} is saved: `elastic resume {tmp_path}` goes on from there."
+    assert at % 25 and result.summary["checkpoint"] == str(tmp_path / "checkpoints" / f"step-{at:08d}"), "no other checkpoint was due there"
     assert len(result.named("step_failed")) == 2 and len(result.named("generation_started")) == 2
     assert "Traceback" in capsys.readouterr().err  # in the worker's log
+
+
+@pytest.mark.parametrize("what", ["poison", "nan"])
+def test_who_mends_what_failed_goes_on_from_the_last_step_that_was_whole(what: str, oracle: Result, tmp_path: Path) -> None:
+    failed = fit(tmp_path, recipe("Trap", model={"row": 70, "what": what}, elastic={"max_workers": 3}))
+    at = failed.summary["steps"]
+    assert failed.outcome.status == "failed" and 0 < at < STEPS and verify_checkpoint(tmp_path, at)
+    mended = fit(tmp_path, recipe(elastic={"max_workers": 2}))
+    assert mended.outcome.status == "done" and mended.steps == list(range(1, STEPS + 1)) and mended.sha == oracle.sha
+    assert mended.named("loaded")[0]["step"] == at and not mended.named("rewound")
+
+
+def verify_checkpoint(run_dir: Path, step: int) -> bool:
+    return check_checkpoint(run_dir / "checkpoints" / f"step-{step:08d}").step == step
 
 
 def test_an_error_that_does_not_come_again_is_survived(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from elastic import cli
 from elastic.errors import RecipeError, UserError
@@ -152,6 +156,26 @@ def test_a_checkpoint_gives_the_figures_of_its_run(tmp_path: Path) -> None:
         found = result.metrics[-1]["eval"]
         assert set(found) == figures and evaluate(tmp_path / loss / "checkpoints" / "step-00000010") == found
     assert found["rows"] == 35 and found["rmse"] == pytest.approx(np.sqrt(found["loss"]))
+
+
+def test_an_export_says_what_the_rows_of_a_table_stand_for(tmp_path: Path) -> None:
+    """Against the file itself, read with the standard library; also where the cache is gone."""
+    file = clicks(tmp_path / "clicks.csv")
+    fit(tmp_path / "run", clicks_recipe(file, elastic={"max_workers": 1})).assert_sound(10)
+    with open(file, newline="") as text:
+        rows = list(csv.DictReader(text))
+    trained = rows[:len(rows) - int(len(rows) * 0.1)]
+    users = list(dict.fromkeys(row["user"] for row in rows if row["user"] in {row["user"] for row in trained}))
+    for out in ("a", "b"):
+        assert cli.run(["export", str(tmp_path / "run"), "--format", "safetensors", "--out", str(tmp_path / out)]) == 0
+        with safe_open(tmp_path / out, "numpy") as found:
+            facts = json.loads(found.metadata()["facts"])
+        assert facts["vocabularies"] == {"user": {user: row for row, user in enumerate(users)}}
+        prices = np.array([float(row["price"]) for row in trained])
+        assert facts["mean"] == pytest.approx([prices.mean()], abs=1e-6) and facts["scale"] == pytest.approx([1 / prices.std()], rel=1e-5)
+        shutil.rmtree(tmp_path / "cache")
+    assert cli.run(["export", str(tmp_path / "run"), "--format", "torch", "--out", str(tmp_path / "c")]) == 0
+    assert torch.load(tmp_path / "c", weights_only=True).facts["vocabularies"]["user"]["u1"] >= 0
 
 
 def test_another_machine_s_data_must_be_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from elastic.observe.events import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.observe.verify import verify
 from elastic.policy import bounds_of
-from elastic.recipe import Recipe, dumps, parse
+from elastic.recipe import Recipe, best_mode, dumps, parse
 
 LIMIT_S = 120.0  # a run that takes longer hangs
 MODULES = "tests.support.modules"
@@ -56,7 +56,7 @@ class Run:
         self.checkpoints = recipe.checkpoint.path or str(run_dir / "checkpoints")
         job = Job(f"run-{time.time_ns():x}", dumps(recipe), workload.prepare(recipe), str(run_dir), self.checkpoints, (), tuple(chaos))
         settings = Settings(bounds_of(recipe), elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best,
-                            recipe.checkpoint.keep_every)
+                            recipe.checkpoint.keep_every, best_mode(recipe) or "min")
         self.job, self.settings = job, settings
         self.fleet = ThreadFleet(job, capacity or elastic.max_workers + elastic.spares, nodes)
         self.controller = self.build(WatchedBooks(run_dir, *begin))

@@ -207,7 +207,7 @@ def test_the_newest_and_the_best_are_kept(store: Store, root: Path) -> None:
     assert prune(store, 2, "eval.loss") == [f"step-{step:08d}" for step in (50, 40, 30, 10)]
     assert [path.name for path in sorted(root.iterdir())] == [f"step-{step:08d}" for step in (20, 60, 70)]
     assert prune(store, 2, "eval.normalized_entropy") == []
-    assert prune(store, 1, "eval.accuracy") == ["step-00000060", "step-00000020"]
+    assert prune(store, 1, "eval.accuracy", best_mode="max") == ["step-00000060", "step-00000020"]
     assert prune(store, 3, None) == []
     assert_is(store, "step-00000070", 70)
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from safetensors.torch import load_model
 
 from elastic import cli, workload
 from elastic.checkpoint.manager import commit, write_part
 from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.store import Store
 from elastic.recipe import Recipe, dumps, parse
+from tests.support import modules
+from tests.support.inprocess import fit, module_recipe
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 VOCAB = 50
@@ -40,7 +44,44 @@ def test_a_user_s_module_takes_its_state_dict(tmp_path: Path) -> None:
     other.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
     assert_same({name: value.numpy() for name, value in other.state_dict().items()}, {n: v.numpy() for n, v in module.state_dict().items()})
     assert export(tmp_path / "c", "safetensors", tmp_path / "w.safetensors") == 0
-    assert sorted(load_file(tmp_path / "w.safetensors")) == sorted(parameters)
+    assert_same(load_file(tmp_path / "w.safetensors"), {n: v.numpy() for n, v in module.state_dict().items()})
+
+
+class Tied(torch.nn.Module):
+    """An array under two names, and buffers that a state dict has, and has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.register_buffer("steps", torch.zeros(1))
+        self.register_buffer("table", torch.arange(6.0), persistent=False)
+
+    def loss(self, batch: Any) -> Any:
+        if self.training:
+            self.steps += 1
+        return (self.second(self.first(batch["x"]) + self.table) - batch["y"]).square().mean()
+
+
+def test_a_trained_module_takes_its_export_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "Tied", Tied, raising=False)
+    result = fit(tmp_path / "run", module_recipe("Tied", 3, optimizer={"lr": 1e-3}, elastic={"max_workers": 1}))
+    result.assert_sound(3)
+    assert export(tmp_path / "run", "torch", tmp_path / "w.pt") == export(tmp_path / "run", "safetensors", tmp_path / "w.safetensors") == 0
+    loaded, module = torch.load(tmp_path / "w.pt", weights_only=True), Tied()
+    module.load_state_dict(loaded, strict=True)
+    arrays = result.arrays()
+    assert np.array_equal(module.second.weight.detach().numpy(), arrays["parameter/first.weight"])
+    assert np.array_equal(module.steps.numpy(), arrays["buffer/steps"]) and module.steps.item() > 0
+    assert loaded["first.weight"].data_ptr() == loaded["second.weight"].data_ptr() and loaded.facts["key"] == "100 samples"
+    assert sorted(load_file(tmp_path / "w.safetensors")) == ["first.bias", "first.weight", "second.bias", "steps"]
+    assert save_model_takes(tmp_path / "w.safetensors") == ([], [])
+
+
+def save_model_takes(file: Path) -> tuple[list[str], list[str]]:
+    """(missing, unexpected), by safetensors' own loader of torch modules."""
+    missing, unexpected = load_model(Tied(), file)
+    return list(missing), list(unexpected)
 
 
 def make(root: Path, bias: bool = True, kind: str = "nlp.gpt", step: int = 4) -> tuple[Path, dict[str, np.ndarray], Recipe]:

@@ -326,8 +326,8 @@ def test_the_same_error_on_the_same_step_twice_is_poison() -> None:
     machine = group("a", "b")
     assert machine.stand("a", "failed", 5, error="ZeroDivisionError") == [m.Abandon("b", 1)]
     assert kinds(machine.stand("b", "failed", 5, error="ZeroDivisionError")) == ["Form"]  # both at once is still once
-    finish = only(machine.stand("b", "failed", 5, error="ZeroDivisionError"), m.Finish)
-    assert (finish.status, finish.error) == ("failed", "ZeroDivisionError")
+    assert machine.stand("b", "failed", 5, error="ZeroDivisionError") == [m.Abandon("a", 2)]
+    assert machine.stand("a", "broken", 5) == [m.SaveAlone("b", 2, 5), m.Finish("failed", "ZeroDivisionError")]
 
 
 @pytest.mark.parametrize(("first", "second"), [((5, "x"), (6, "x")), ((5, "x"), (5, "y"))])
@@ -341,14 +341,22 @@ def test_an_error_inside_an_update_is_of_the_step_that_was_voted() -> None:
     machine = group("a", "b")
     for step, kind in ((5, "Form"), (9, "Form"), (9, "Finish")):
         machine.stand("a", "failed", -1, ballot=ballot(step), error="x")
-        last = machine.stand("b", "broken", step)
-        assert kinds(last or machine.done[-1:]) == [kind]
+        assert kinds(machine.stand("b", "broken", step)) == (["SaveAlone", "Finish"] if kind == "Finish" else [kind])
 
 
-def test_a_fatal_error_fails_at_once() -> None:
+def test_a_fatal_error_fails_once_all_have_left_and_the_state_is_saved() -> None:
     machine = group("a", "b")
-    assert only(machine.stand("a", "failed", 5, error="The loss is nan", fatal=True), m.Finish).error == "The loss is nan"
+    assert machine.stand("a", "failed", 5, error="The loss is nan", fatal=True) == [m.Abandon("b", 1)]
+    assert machine.feed(m.GiveUp("another reason"), m.Interrupt()) == [], "the first reason is the one"
+    assert machine.stand("b", "broken", 5) == [m.SaveAlone("a", 1, 5), m.Finish("failed", "The loss is nan")]
 
 
-def test_giving_up_ends_the_run() -> None:
-    assert only(group("a").feed(m.GiveUp("no use")), m.Finish) == m.Finish("failed", "no use")
+def test_giving_up_saves_what_there_is_and_ends_the_run() -> None:
+    assert Machine().feed(m.GiveUp("no use")) == [m.Finish("failed", "no use")]
+    machine = group("a", "b")
+    machine.feed(m.GiveUp("no use"))
+    assert machine.stand("b", "broken", 0) == [] and machine.feed(m.Lost("a", "killed")) == [m.Finish("failed", "no use")]
+    machine = group("a", "b", bounds=Bounds(min_workers=2, max_workers=2, logical_shards=8))
+    machine.feed(m.Lost("a", "killed"))
+    machine.stand("b", "broken", 7)
+    assert machine.feed(m.GiveUp("no use", "interrupted")) == [m.SaveAlone("b", 1, 7), m.Finish("interrupted", "no use")]

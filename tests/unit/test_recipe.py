@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.errors import RecipeError
-from elastic.recipe import Recipe, dumps, load_recipe, loads, parse, resolve_paths, shipped, with_mesh
+from elastic.recipe import Recipe, best_mode, dumps, load_recipe, loads, parse, resolve_paths, shipped, with_mesh
 
 DEFAULTS = {
     "run": {"name": "gpt", "steps": 2000, "epochs": None, "seed": 0, "eval_every": 200},
@@ -23,7 +23,8 @@ DEFAULTS = {
     "optimizer": {"name": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.0,
                   "schedule": "constant", "warmup_steps": 0, "min_lr": 0.0, "clip_norm": 0.0, "no_decay": (), "sharded": False, "twin": True,
                   "ema": 0.0, "base_batch": 0, "milestones": (), "gamma": 0.1, "pct_start": 0.3, "div_factor": 25.0, "final_div_factor": 1e4},
-    "checkpoint": {"every_steps": 200, "keep": 3, "keep_every": 0, "busy": "wait", "write_mb_s": 0.0, "best": "eval.loss", "path": ""},
+    "checkpoint": {"every_steps": 200, "keep": 3, "keep_every": 0, "busy": "wait", "write_mb_s": 0.0, "best": "eval.loss", "best_mode": None,
+                   "path": ""},
     "embedding": {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0},
 }
 
@@ -173,6 +174,20 @@ def test_several_keys_that_exclude_each_other(least: dict[str, Any]) -> None:
     assert parse(own, ["data.options.size=3"]).data.options == {"size": 3}
     assert "has no meaning beside data.kind" in refused(own, "data.path=x")
     assert "does not feed" in refused(own, "model.kind=nlp.gpt")
+
+
+def test_the_best_checkpoint_is_never_guessed_from_a_name(least: dict[str, Any]) -> None:
+    assert [best_mode(parse(least, [f"checkpoint.best=eval.{name}"])) for name in ("loss", "accuracy")] == ["min", "max"]
+    own = {"model": {"kind": "mine:Net"}, "data": {"kind": "mine:Rows"}}
+    assert best_mode(parse(own)) == "min"
+    for name in ("wer", "error", "accuracy", "my_loss"):
+        assert refused(own, f"checkpoint.best=eval.{name}") == (f'checkpoint.best = "eval.{name}" does not say whether less is better; add '
+                                                                'checkpoint.best_mode = "min" or "max".')
+        recipe = parse(own, [f"checkpoint.best=eval.{name}", "checkpoint.best_mode=max"])
+        assert best_mode(recipe) == "max" and loads(dumps(recipe)) == recipe
+    assert "does not say whether less is better" in refused(least, "checkpoint.best=eval.base_rate")
+    assert "has no meaning without checkpoint.best" in refused(least, "checkpoint.best=", "checkpoint.best_mode=min")
+    assert 'must be "min" or "max"' in refused(least, "checkpoint.best_mode=least")
 
 
 def test_keys_of_schedules(least: dict[str, Any]) -> None:

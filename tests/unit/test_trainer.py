@@ -23,6 +23,7 @@ from elastic.observe.events import JsonLines, read_lines
 from elastic.recipe import Recipe, dumps
 from elastic.rundir import held
 from elastic.trainer import Trainer
+from tests.support import modules
 from tests.support.inprocess import fit, gpt_recipe, module_recipe
 
 pytest.importorskip("torch", reason="torch is not installed")
@@ -62,7 +63,7 @@ def test_starting_weights_are_held_against_the_model(weights: dict[str, Any], wo
 def test_weights_that_fit_are_sound(tmp_path: Path) -> None:
     save_file({"line.weight": np.zeros((1, 6), np.float32)}, tmp_path / "w.safetensors")
     trainer = small(init=str(tmp_path / "w.safetensors"), freeze=["*.bias"])
-    assert trainer.check() == {} and trainer.num_steps == 4
+    assert trainer.check() == {"key": "100 samples"} and trainer.num_steps == 4
 
 
 def test_this_machine_s_gpu_matters_only_to_workers_of_this_machine() -> None:
@@ -71,7 +72,7 @@ def test_this_machine_s_gpu_matters_only_to_workers_of_this_machine() -> None:
     recipe = module_recipe("Small", 4, backend={"device": "cuda"})
     with pytest.raises(UserError, match="this machine has none"):
         Trainer(recipe).check()
-    assert Trainer(recipe, address="auto").check() == {}
+    assert Trainer(recipe, address="auto").check() == {"key": "100 samples"}
 
 
 def began(run_dir: Path, recipe: Recipe) -> Path:
@@ -108,6 +109,26 @@ def test_a_resumed_run_finds_its_data_elsewhere_but_takes_no_other(plays: Path, 
     moved.write_text(moved.read_text().replace("not", "nor"))
     with pytest.raises(RecipeError, match="data.path = .*moved.txt.* holds other data than this run began with"):
         Trainer.resume(run_dir, [f"data.path={moved}"]).check()
+
+
+@pytest.mark.parametrize(("change", "now", "then"), [
+    ({"size": 101}, "101 samples", "100 samples"), ({"mark": "b"}, "100 samples, key() = 'b'", "100 samples, key() = 'a'")])
+def test_a_resumed_run_takes_no_other_data_set_of_ones_own(change: dict[str, Any], now: str, then: str, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the data set is follows from something outside the recipe, as files do."""
+    if "mark" in change:
+        monkeypatch.setattr(modules.Rows, "key", lambda self: self.mark, raising=False)
+        monkeypatch.setattr(modules.Rows, "mark", "a", raising=False)
+    run_dir = tmp_path / "run"
+    fit(run_dir, module_recipe("Small", 2, elastic={"max_workers": 1})).assert_sound(2)
+    assert Trainer.resume(run_dir, ["run.steps=4"]).check()["key"] == then
+    if "mark" in change:
+        monkeypatch.setattr(modules.Rows, "mark", change["mark"])
+    else:
+        monkeypatch.setattr(modules.Rows, "__len__", lambda self: change["size"])
+    with pytest.raises(RecipeError) as caught:
+        Trainer.resume(run_dir, ["run.steps=4"]).check()
+    assert str(caught.value).startswith(f"data.kind = 'tests.support.modules:Rows' has {now}, and this run began with {then}; put that data back")
 
 
 # Of those who would start a run in one directory, one does.
