@@ -135,7 +135,7 @@ class Commits:
         """Removes what a rank wrote of a checkpoint that will not be: on a full disk it would be in the way of the next."""
         folder = folder_of(part.step)
         with contextlib.suppress(OSError):
-            if not part.error and self.store.size(f"{folder}/{MANIFEST}") is None:
+            if not part.error and self.store.size(f"{folder}/{MANIFEST}") is None and not self.store.is_link(folder):
                 self.store.remove(f"{folder}/{part_name(part.rank, part.world_size, part.generation)}")
 
     def clear(self, live_generation: int) -> None:
