@@ -6,6 +6,7 @@ and commits checkpoints, so a worker of an older generation can change neither.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -359,6 +360,8 @@ class Controller:
         self.pulses = {w: Pulse(generation.committed, "start", 0, False, now, now) for w in generation.members}
         for worker in generation.members:
             self.fleet.assign(worker, generation)
+        with contextlib.suppress(OSError):  # who joins has none of the lines so far: from now on they outlast this machine
+            self.books.sync()
 
     def announce_generation(self, generation: Generation) -> None:
         self.books.generation = generation.number
