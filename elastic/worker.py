@@ -76,7 +76,7 @@ class Worker:
         recipe = loads(self.job.recipe, locate=False)
         workload = Workload.open(recipe, self.job.info)
         self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, self.job.info,
-                           self.post_part, self.crash, mb_s=recipe.checkpoint.write_mb_s)
+                           self.post_part, self.crash, mb_s=recipe.checkpoint.write_mb_s, run=self.job.run_id)
         self.recipe, self.workload = recipe, workload
         mesh = mesh_of(recipe)
         seat = mesh.seat(int(self.name.rpartition("-")[2]) % mesh.replica_size)  # a guess: a worker that gets another builds again

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from elastic.checkpoint.claim import Claim
 from elastic.checkpoint.manager import MANIFEST, check_sizes, clean, commit, folder_of, newest_good, prune, read_manifest
 from elastic.checkpoint.manifest import FileEntry, Manifest, build_file, parse
 from elastic.checkpoint.part import part_name
@@ -59,6 +60,7 @@ class Commits:
         self.known: dict[str, Manifest] = {}  # those there are, by name
         self.error = ""  # why the last one does not count
         self.clearing: threading.Thread | None = None
+        self.claim: Claim | None = None  # on the place, of the run that commits
 
     def path(self, name: str) -> str:
         return join(self.location, name)
@@ -97,6 +99,8 @@ class Commits:
             if part.step > written:
                 raise BadCheckpoint(f"The steps up to {part.step} are not all on disk.")
             manifest = assemble(parts)
+            if self.claim is not None:
+                self.claim.check()
             self.commit(manifest)
         except (OSError, BadCheckpoint) as error:
             return Outcome(part.step, part.generation, path, error=str(error))

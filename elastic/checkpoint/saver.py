@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from elastic.checkpoint.claim import read as claim_of
 from elastic.checkpoint.faulty import FaultyFiles
 from elastic.checkpoint.hashing import PARAMETER, hashes_of
 from elastic.checkpoint.manager import MANIFEST, commit, committed, folder_of, read_sound, read_start, split
@@ -38,9 +39,11 @@ class Saver:
     """
 
     def __init__(self, worker: str, location: str, recipe: str, batch_size: int, seed: int, info: Mapping[str, Any],
-                 post: Callable[[Any], None], crash: Callable[[], None] = lambda: os._exit(1), chunk_bytes: int = CHUNK, mb_s: float = 0.0):
+                 post: Callable[[Any], None], crash: Callable[[], None] = lambda: os._exit(1), chunk_bytes: int = CHUNK, mb_s: float = 0.0,
+                 run: str = ""):
         self.worker, self.location, self.recipe, self.info, self.post = worker, location, recipe, dict(info), post
         self.batch_size, self.seed, self.crash, self.chunk_bytes, self.mb_s = batch_size, seed, crash, chunk_bytes, mb_s
+        self.run = run
         self.hurry = threading.Event()  # somebody waits for the write
         self.thread: threading.Thread | None = None
         self.image: Image | None = None
@@ -103,7 +106,7 @@ class Saver:
     def _head(self, generation: int, step: int, evaluation: Mapping[str, float], **extra: Any) -> Manifest:
         finite = {name: value for name, value in evaluation.items() if math.isfinite(value)}
         return Manifest(step, generation, step * self.batch_size, self.seed, self.recipe, (), self.chunk_bytes, finite,
-                        {"info": self.info, **extra})
+                        {"info": self.info, **({"run": self.run} if self.run else {}), **extra})
 
     def _write(self, image: Image, order: Save, head: Manifest | None, stall_s: float, started: float, before: int) -> None:
         begun = time.monotonic()
@@ -170,6 +173,10 @@ class Saver:
             return False
         if not state.is_all:
             return False  # of no use without the other parts of the model
+        claim = claim_of(store)
+        if claim is not None and claim.others(self.run, ""):
+            print(claim.sentence(self.location), flush=True)
+            return False
         image = Image(state.shares(0, 1), self.image.memory if self.image else None)
         self.image = None  # its memory is another's now
         image.fill(state.take)
