@@ -19,6 +19,7 @@ from elastic.errors import UserError
 from elastic.messages import Generation, Job, Save
 
 NAMESPACE = "elastic"
+LOOPBACK = "127.0.0.1"
 RETRY_S = 0.2  # between tries to reach a controller that is away
 DELIVER_S = 5.0  # for the controller to take a batch of messages
 WATCH_S = 10.0  # how long one call waits for a worker's end
@@ -41,24 +42,25 @@ def prepare_process(threads: int, log: Path, sys_path: Sequence[str]) -> None:
 class ProcessRim:
     """A Ray worker process's surroundings."""
 
-    def __init__(self, name: str, run_id: str, controller: Any, timeout_s: float):
+    def __init__(self, name: str, job: Job, controller: Any, timeout_s: float):
         from elastic.collective.rendezvous import Endpoint
         from elastic.collective.segment import usable
 
-        self.name, self.run_id, self.controller, self.timeout_s = name, run_id, controller, timeout_s
+        self.name, self.run_id, self.secret, self.controller, self.timeout_s = name, job.run_id, job.secret, controller, timeout_s
         self.node = ray.get_runtime_context().get_node_id()
         self.pid = os.getpid()
-        self.host = ray.util.get_node_ip_address()
-        self._endpoint = Endpoint(self.host)
-        self.endpoint = self._endpoint.address
+        self.host = LOOPBACK if job.is_local else ray.util.get_node_ip_address()
+        self.store = Endpoint(self.host, job.secret)
+        self.endpoint = self.store.place
         self.shares = usable()
         self.outbox: Any = None
 
     def form(self, generation: Generation, rank: int, control: Any) -> Any:
         from elastic.collective.forming import form
 
-        return form(generation.transport, rank, len(generation.members), generation.endpoint, f"{self.run_id}/{generation.number}",
-                    control.abandoned, self.timeout_s, self.host)
+        self.store.drop_before(self.run_id, generation.number)
+        return form(generation.transport, rank, len(generation.members), f"{self.secret}@{generation.endpoint}",
+                    f"{self.run_id}/{generation.number}", control.abandoned, self.timeout_s, self.host)
 
     def post(self, message: Any) -> None:
         self.outbox.post(message)
@@ -122,7 +124,7 @@ class WorkerActor:
         from elastic.worker import Worker
 
         controller = ray.get_actor(f"{self.job.run_id}/controller", NAMESPACE)
-        rim = ProcessRim(self.name, self.job.run_id, controller, self.hang_timeout_s)
+        rim = ProcessRim(self.name, self.job, controller, self.hang_timeout_s)
         self.worker = Worker(self.name, self.job, rim)
         rim.outbox = Outbox(self.name, self.worker.control,
                             lambda messages, number: ray.get(controller.hear.remote(self.name, messages, number), timeout=DELIVER_S),

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from elastic import membership as m
 from elastic.actor import NAMESPACE, WorkerActor
 from elastic.chaos import Fault
+from elastic.collective.forming import transport_of
 from elastic.errors import UserError
 from elastic.messages import Generation, Job, Ready, Save
 
@@ -199,9 +200,7 @@ class RayFleet:
             threading.Thread(target=ray.kill, args=(slot.actor,), daemon=True).start()
 
     def transport(self, ready: Sequence[Ready]) -> str:
-        if self.device == "cuda":
-            return "nccl"
-        return "shared" if len({r.node for r in ready}) == 1 and all(r.shares for r in ready) else "gloo"
+        return transport_of(ready, self.device)
 
     def inject(self, fault: Fault, stopped: Ready | None) -> None:
         if stopped is not None and stopped.node == ray.get_runtime_context().get_node_id():

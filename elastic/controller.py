@@ -19,6 +19,7 @@ from elastic import ending, policy
 from elastic import membership as m
 from elastic.books import Books
 from elastic.chaos import Fault, parse
+from elastic.checkpoint.claim import Claim, owner_of
 from elastic.checkpoint.commits import Commits
 from elastic.checkpoint.remote import shown
 from elastic.confirm import confirmed
@@ -54,6 +55,7 @@ class Controller:
                  generation: int = 0, journal: Journal | None = None):
         self.job, self.settings, self.fleet, self.books = job, settings, fleet, books
         self.commits = Commits(job.checkpoints, settings.keep, settings.best, checkpointed, settings.keep_every, settings.best_mode)
+        self.claim = self.commits.claim = Claim(job.checkpoints, job.run_id, owner_of(job.run_dir))
         self.inbox, self.hearing = Inbox(), threading.Lock()
         self.chaos, self.stopped = list(job.chaos), dict[int, Ready]()
         self.losses, self.pulses = policy.Losses(), dict[str, Pulse]()
@@ -109,8 +111,9 @@ class Controller:
 
     def run(self) -> m.Finish:
         try:
-            outcome = self.work()
-            self.close(outcome)
+            with self.claim.kept(lambda why: self.post(m.GiveUp(why))):
+                outcome = self.work()
+                self.close(outcome)
         finally:
             self.inbox.gone.set()
         return outcome
@@ -341,6 +344,7 @@ class Controller:
         self.pulses = {w: Pulse(generation.committed, "start", 0, False, now, now) for w in generation.members}
         for worker in generation.members:
             self.fleet.assign(worker, generation)
+        self.books.sync_past()
 
     def announce_generation(self, generation: Generation) -> None:
         self.books.generation = generation.number

@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class ControllerActor:
         run_dir = Path(job.run_dir)
         events = claimed(run_dir, CLAIM_S)
         journal = Journal(run_dir / "journal.jsonl", job.run_id)  # Ray starts a killed controller anew, with the same arguments
+        job = replace(job, secret=journal.secret)
         self.books = (Books.take_over(run_dir, begin, events) if journal.is_continued
                       else Books(run_dir, begin.written, begin.evaluated, begin.generation, events))
         self.fleet = RayFleet(job, lambda event: self.controller.post(event), **fleet)

@@ -6,6 +6,7 @@ its predecessor knew. Each line is one record: {"event": ...}, {"published": ...
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -42,17 +43,19 @@ class Journal:
     """The journal of one controller actor, through all its restarts; another run's is replaced.
 
     `past` is what an earlier controller of this run wrote; `is_continued` says that there was one, which may have written nothing.
+    `secret` is what the run's workers show to each other: only the run's owner may read the file.
     """
 
     def __init__(self, path: Path, run_id: str):
         found = read_lines(path)
         self.is_continued = bool(found) and found[0].get("run_id") == run_id
         self.past = found[1:] if self.is_continued else []
+        self.secret = found[0].get("secret", "") if self.is_continued else secrets.token_hex(32)
         if not self.is_continued:
             path.unlink(missing_ok=True)
-        self.lines = JsonLines(path)
+        self.lines = JsonLines(path, mode=0o600)
         if not self.is_continued:
-            self.append({"run_id": run_id})
+            self.append({"run_id": run_id, "secret": self.secret})
             self.sync()
 
     def append(self, record: Mapping[str, Any]) -> None:

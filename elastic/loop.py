@@ -34,6 +34,8 @@ from elastic.schedule import learning_rate
 from elastic.sharded import ShardedState
 from elastic.state import BLOCK, State
 
+MAX_LINES = 50_000  # that a manifest carries; those before are on the disk itself long since
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -86,6 +88,7 @@ class Work:
     ballot: Ballot | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
     unwritten: deque[dict[str, Any]] = field(default_factory=deque)
+    unsaved: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_LINES))  # since the newest checkpoint known to be committed
     ledger: Any = None  # `elastic.data.ledger.Ledger`, where the recipe asks for one
     tally: Callable[[], Tally | None] = lambda: None  # a new one for every evaluation
 
@@ -281,6 +284,7 @@ def write_down(work: Work, generation: Generation, group: CollectiveGroup, field
     while work.unwritten and work.unwritten[0]["step"] + ("eval" in work.unwritten[0]) <= written:
         work.unwritten.popleft()
     work.unwritten.append(fields)
+    work.unsaved.append(fields)
     if group.rank == 0:
         work.post(Line(generation.number, "metrics", fields))
 

@@ -180,6 +180,8 @@ class Job:
     sys_path: tuple[str, ...] = ()
     chaos: tuple[str, ...] = ()
     num_steps: int = 0
+    is_local: bool = False  # on a Ray of this machine alone: nobody elsewhere is to reach its workers
+    secret: str = field(default="", repr=False)  # what members show to each other; the controller's journal has it, and nothing else on disk
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic import chaos, planning, workload
 from elastic.actor import NAMESPACE
-from elastic.checkpoint.access import check_access
+from elastic.checkpoint.access import check_access, claimed
+from elastic.checkpoint.claim import owner_of
 from elastic.controller import Settings
 from elastic.controller_actor import ControllerActor
 from elastic.errors import RecipeError, RunFailed, UserError
@@ -104,12 +105,16 @@ class Trainer:
         info = self.check()
         run_dir = self.free_run_dir()
         if self.recipe.checkpoint.path:
-            check_access(self.recipe.checkpoint.path, not self.begin)
+            check_access(self.recipe.checkpoint.path, not self.begin, owner_of(run_dir))
+        is_local = self.address == "local" and not ray.is_initialized()  # else it joins whatever Ray this process has joined
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
             self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()), on_event)
+            run, checkpoints = run_id(run_dir), checkpoints_of(self.recipe, run_dir)
+            if self.begin or self.recipe.checkpoint.path:  # else the place is not there yet
+                claimed(checkpoints, run, owner_of(run_dir))
             begin = self.open_run_dir(run_dir)
-            job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), checkpoints_of(self.recipe, run_dir), search_path(), tuple(self.chaos),
-                      self.num_steps)
+            job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path(), tuple(self.chaos),
+                      self.num_steps, is_local)
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))
             return see_out(start_controller(job, self.recipe, begin), job.run_id, run_dir, Telling(on_step, on_eval, on_event))
 

@@ -76,7 +76,7 @@ class Worker:
         recipe = loads(self.job.recipe, locate=False)
         workload = Workload.open(recipe, self.job.info)
         self.saver = Saver(self.name, self.job.checkpoints, self.job.recipe, recipe.data.batch_size, recipe.run.seed, workload.facts(self.job.info),
-                           self.post_part, self.crash, mb_s=recipe.checkpoint.write_mb_s)
+                           self.post_part, self.crash, mb_s=recipe.checkpoint.write_mb_s, run=self.job.run_id)
         self.recipe, self.workload = recipe, workload
         mesh = mesh_of(recipe)
         seat = mesh.seat(int(self.name.rpartition("-")[2]) % mesh.replica_size)  # a guess: a worker that gets another builds again
@@ -114,10 +114,10 @@ class Worker:
         self.is_gone.wait(timeout_s)
 
     def leave(self) -> None:
-        """An orphan's last words: its whole state, unless a checkpoint has it, with the lines that may not be on disk."""
+        """An orphan's last words: its whole state, unless a checkpoint has it, with the lines since the newest checkpoint."""
         work = self.work
         try:
-            if self.saver.leave(work.state, self.control.generation, work.evaluation, work.unwritten):
+            if self.saver.leave(work.state, self.control.generation, work.evaluation, work.unsaved):
                 print(f"Step {work.state.committed} is saved; nobody was there to be told.", flush=True)
         except (OSError, NonFiniteLoss) as error:
             print(f"The last words were not written: {error}", flush=True)
@@ -139,6 +139,7 @@ class Worker:
         group: CollectiveGroup | None = None
         self.control.enter(generation.number, generation.written)
         self.work.unwritten.clear()  # a generation is published when its past is on disk
+        self.keep_lines(generation.checkpointed, generation.committed)
         hashes: Mapping[str, Any] = {}
         reason, error, fatal, rejected = "broken", "", False, ""
         try:
@@ -167,6 +168,13 @@ class Worker:
                         lines=tuple(work.unwritten), compilations=work.backend.compilations(), mesh=(1, *self.place[:3]),
                         seat=self.seat(), kept=work.state.blocks if work.state.committed >= 0 else (), blocks=work.state.num_blocks,
                         torn=work.state.torn, **hashes)
+
+    def keep_lines(self, saved: int, last: int) -> None:
+        """Of those for last words: what is on a machine's disk may go with it as long as no checkpoint was committed since."""
+        lines = self.work.unsaved
+        kept = [fields for fields in lines if saved < fields["step"] <= last]
+        lines.clear()
+        lines.extend(kept)
 
     def seat(self) -> int:
         """The rank within a replica of the seat whose state this worker holds; -1: it holds none."""
@@ -253,6 +261,7 @@ class Worker:
         def tell(done: int) -> None:
             self.control.detail = done
 
+        self.keep_lines(self.saver.newest, order.step)
         self.saver.save(self.work.state, order, evaluation, tell)
 
     def crash(self) -> None:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import uuid
 from pathlib import Path
 
-from elastic.checkpoint.manager import committed
+from elastic.checkpoint.claim import Claim
+from elastic.checkpoint.claim import read as claim_of
+from elastic.checkpoint.manager import committed, read_manifest
 from elastic.checkpoint.remote import shown
 from elastic.checkpoint.store import Store
-from elastic.errors import UserError
+from elastic.errors import BadCheckpoint, UserError
 
 ACCESS_S = 30.0  # for a storage to take and give back a few bytes
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
             "AWS_CONTAINER_CREDENTIALS_FULL_URI")
 
 
-def check_access(location: str, is_new: bool) -> None:
-    """UserError where nothing can be written there, or a new run would find another's checkpoints."""
+def check_access(location: str, is_new: bool, owner: str = "") -> None:
+    """UserError where nothing can be written there, another live run writes there, or a new one would find another's checkpoints."""
     found: list[str | Exception] = []
 
     def work() -> None:
         try:
-            found.append(look(Store.open(location), is_new))
+            found.append(look(refused(Store.open(location), location, owner), is_new))
         except Exception as error:
             found.append(error)
 
@@ -41,13 +44,38 @@ def check_access(location: str, is_new: bool) -> None:
         raise UserError(f"{where} holds the checkpoints of another run already ({found[0]}); name another path, or `elastic resume` that run.")
 
 
+def refused(store: Store, location: str, owner: str) -> Store:
+    """UserError where another live run writes there."""
+    claim = claim_of(store)
+    if claim is not None and claim.others("", owner):
+        raise UserError(claim.sentence(location))
+    return store
+
+
+def claimed(location: str, run: str, owner: str) -> None:
+    """Takes the place for a run; its controller renews that. UserError where another live run has it, or nothing can be written there."""
+    try:
+        Claim(location, run, owner).take()
+    except OSError as error:
+        raise UserError(f'checkpoint.path = "{shown(location)}" cannot be used ({" ".join(str(error).split())[:300]}); '
+                        f"{remedy(location)}.") from error
+
+
 def look(store: Store, is_new: bool) -> str:
-    """The name of a checkpoint that is there although the run is new, else "". OSError of the storage."""
+    """What another run has left there although the run is new, else "". OSError of the storage."""
     names = [name for _, name in committed(store)] if is_new else []
     probe = f"probe-{uuid.uuid4().hex}"
     store.write(f"{probe}/file", [b"probe"])
     store.remove(probe)
-    return names[-1] if names else ""
+    return named(store, names[-1]) if names else ""
+
+
+def named(store: Store, name: str) -> str:
+    """A checkpoint, and the run that its manifest names."""
+    with contextlib.suppress(BadCheckpoint, UserError):
+        if run := read_manifest(store, name).extra.get("run"):  # an older version did not say
+            return f"{name} of the run {run}"
+    return name
 
 
 def remedy(location: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from elastic.checkpoint.claim import Claim
 from elastic.checkpoint.manager import MANIFEST, check_sizes, clean, commit, folder_of, newest_good, prune, read_manifest
 from elastic.checkpoint.manifest import FileEntry, Manifest, build_file, parse
 from elastic.checkpoint.part import part_name
@@ -60,6 +61,7 @@ class Commits:
         self.known: dict[str, Manifest] = {}  # those there are, by name
         self.error = ""  # why the last one does not count
         self.clearing: threading.Thread | None = None
+        self.claim: Claim | None = None  # on the place, of the run that commits
 
     def path(self, name: str) -> str:
         return join(self.location, name)
@@ -98,6 +100,8 @@ class Commits:
             if part.step > written:
                 raise BadCheckpoint(f"The steps up to {part.step} are not all on disk.")
             manifest = assemble(parts)
+            if self.claim is not None:
+                self.claim.check()
             self.commit(manifest)
         except (OSError, BadCheckpoint) as error:
             return Outcome(part.step, part.generation, path, error=str(error))
@@ -136,7 +140,7 @@ class Commits:
         """Removes what a rank wrote of a checkpoint that will not be: on a full disk it would be in the way of the next."""
         folder = folder_of(part.step)
         with contextlib.suppress(OSError):
-            if not part.error and self.store.size(f"{folder}/{MANIFEST}") is None:
+            if not part.error and self.store.size(f"{folder}/{MANIFEST}") is None and not self.store.is_link(folder):
                 self.store.remove(f"{folder}/{part_name(part.rank, part.world_size, part.generation)}")
 
     def clear(self, live_generation: int) -> None:

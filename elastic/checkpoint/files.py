@@ -22,6 +22,7 @@ class Info:
 
     bytes: int
     is_folder: bool
+    is_link: bool = False  # then the rest is of what it points to
 
 
 class Sink(Protocol):
@@ -60,7 +61,7 @@ class Files(Protocol):
         """Directly in a folder; none where there is none."""
 
     def remove(self, path: str) -> None:
-        """A file, or a folder that is empty."""
+        """A file, a link, or a folder that is empty."""
 
 
 class LocalFiles:
@@ -89,7 +90,7 @@ class LocalFiles:
             found = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Info(0 if stat.S_ISDIR(found.st_mode) else found.st_size, stat.S_ISDIR(found.st_mode))
+        return Info(0 if stat.S_ISDIR(found.st_mode) else found.st_size, stat.S_ISDIR(found.st_mode), os.path.islink(path))
 
     def read(self, path: str, low: int, high: int) -> bytes:
         with open(path, "rb", buffering=0) as file:

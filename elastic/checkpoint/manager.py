@@ -166,7 +166,7 @@ def split(path: str | os.PathLike[str]) -> tuple[Store, str]:
 def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0, refused: Container[str] = (),
           read: Read = read_manifest, best_mode: str = "min") -> list[str]:
     """Removes all but the newest `keep` checkpoints, the one with the best `best` ("eval.loss"; the `best_mode` of all), and those whose step
-    is a multiple of `keep_every` (0: none); returns what is gone.
+    is a multiple of `keep_every` (0: none); returns what is gone. Of a checkpoint that is a link only the link goes.
 
     Unreadable ones, ones with missing or truncated files and those in `refused` count for nothing and stay.
     """
@@ -184,7 +184,8 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
     kept |= {name for name, manifest in good if keep_every and manifest.step % keep_every == 0}
     gone = [name for name, _ in good if name not in kept]
     for name in gone:
-        store.remove(f"{name}/{MANIFEST}")  # first: a removal that is cut off must leave no manifest without its files
+        if not store.is_link(name):
+            store.remove(f"{name}/{MANIFEST}")  # first: a removal that is cut off must leave no manifest without its files
         store.remove(name)
     return gone
 
@@ -212,6 +213,8 @@ def clean(store: Store, live_generation: int, read: Read = read_manifest) -> lis
         if named is None:
             continue
         left = [file for file in files if file not in named and is_older(file, live_generation)]
+        if left and store.is_link(folder):
+            continue
         for file in left:
             store.remove(f"{folder}/{file}")
             gone.append(f"{folder}/{file}")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from elastic.checkpoint.claim import read as claim_of
 from elastic.checkpoint.faulty import FaultyFiles
 from elastic.checkpoint.hashing import PARAMETER, hashes_of
-from elastic.checkpoint.manager import commit, committed, folder_of, read_sound, read_start, split
+from elastic.checkpoint.manager import MANIFEST, commit, committed, folder_of, read_sound, read_start, split
 from elastic.checkpoint.manifest import CHUNK, FileEntry, Manifest
 from elastic.checkpoint.part import Image, part_name
 from elastic.checkpoint.reader import Reader, read_together
@@ -37,15 +39,18 @@ class Saver:
     """
 
     def __init__(self, worker: str, location: str, recipe: str, batch_size: int, seed: int, info: Mapping[str, Any],
-                 post: Callable[[Any], None], crash: Callable[[], None] = lambda: os._exit(1), chunk_bytes: int = CHUNK, mb_s: float = 0.0):
+                 post: Callable[[Any], None], crash: Callable[[], None] = lambda: os._exit(1), chunk_bytes: int = CHUNK, mb_s: float = 0.0,
+                 run: str = ""):
         self.worker, self.location, self.recipe, self.info, self.post = worker, location, recipe, dict(info), post
         self.batch_size, self.seed, self.crash, self.chunk_bytes, self.mb_s = batch_size, seed, crash, chunk_bytes, mb_s
+        self.run = run
         self.hurry = threading.Event()  # somebody waits for the write
         self.thread: threading.Thread | None = None
         self.image: Image | None = None
         self.error: Exception | None = None
         self.writing, self.done = False, 0
         self.saved: tuple[int, int, int, int] | None = None
+        self.newest = 0  # step of the last save that turned out to be committed
 
     def prepare(self, state: State, rank: int, world_size: int) -> None:
         """Gets the memory for the next saves ready, beside the training."""
@@ -82,14 +87,15 @@ class Saver:
         this = (order.generation, order.step, order.rank, order.world_size)
         if self.saved == this and self.error is None:
             return
-        self.saved = this
+        before, self.saved = self.saved, this
         self.image = self._image(state, order.rank, order.world_size)
         self.image.fill(state.take)
         stall_s = time.perf_counter() - started
         head = self._head(order.generation, order.step, evaluation) if order.rank == 0 else None
         self.writing, self.error, self.done = True, None, 0
         self.hurry.clear()
-        self.thread = threading.Thread(target=self._write, args=(self.image, order, head, stall_s, started), name="saver", daemon=True)
+        self.thread = threading.Thread(target=self._write, args=(self.image, order, head, stall_s, started, before[1] if before else 0),
+                                       name="saver", daemon=True)
         self.thread.start()
         if order.wait:
             self._join(tell)
@@ -100,10 +106,13 @@ class Saver:
     def _head(self, generation: int, step: int, evaluation: Mapping[str, float], **extra: Any) -> Manifest:
         finite = {name: value for name, value in evaluation.items() if math.isfinite(value)}
         return Manifest(step, generation, step * self.batch_size, self.seed, self.recipe, (), self.chunk_bytes, finite,
-                        {"info": self.info, **extra})
+                        {"info": self.info, **({"run": self.run} if self.run else {}), **extra})
 
-    def _write(self, image: Image, order: Save, head: Manifest | None, stall_s: float, started: float) -> None:
+    def _write(self, image: Image, order: Save, head: Manifest | None, stall_s: float, started: float, before: int) -> None:
         begun = time.monotonic()
+        with contextlib.suppress(OSError):
+            if before > self.newest and Store.open(self.location).size(f"{folder_of(before)}/{MANIFEST}") is not None:
+                self.newest = before
 
         def note(done: int) -> None:
             self.done = done
@@ -152,17 +161,22 @@ class Saver:
         """Waits for the write in flight."""
         self._join(lambda done: None)
 
-    def leave(self, state: State, generation: int, evaluation: Mapping[str, float], lines: Sequence[Mapping[str, Any]]) -> bool:
+    def leave(self, state: State, generation: int, evaluation: Mapping[str, float], lines: Iterable[Mapping[str, Any]]) -> bool:
         """The last words of a worker that nobody hears: all of its state, committed by itself where nothing as new is.
 
-        `lines` are those of metrics.jsonl that may not be on disk. Returns whether it was needed.
+        `lines`: those of metrics.jsonl that may be lost; with it go all since the newest checkpoint. Returns whether it was needed.
         """
         self.join()
         store, step = Store.open(self.location), state.committed
-        if step <= 0 or max((s for s, _ in committed(store)), default=0) >= step:
+        newest = max((s for s, _ in committed(store)), default=0)
+        if step <= 0 or newest >= step:
             return False
         if not state.is_all:
             return False  # of no use without the other parts of the model
+        claim = claim_of(store)
+        if claim is not None and claim.others(self.run, ""):
+            print(claim.sentence(self.location), flush=True)
+            return False
         image = Image(state.shares(0, 1), self.image.memory if self.image else None)
         self.image = None  # its memory is another's now
         image.fill(state.take)
@@ -170,7 +184,7 @@ class Saver:
         entry = image.write(store, folder_of(step), name, self.chunk_bytes, check=lambda: check_finite(image, step))
         if max((s for s, _ in committed(store)), default=0) >= step:
             return False
-        head = self._head(generation, step, evaluation, lines=list(lines))
+        head = self._head(generation, step, evaluation, lines=[fields for fields in lines if fields["step"] > newest])
         commit(store, with_files(head, (entry,)))
         return True
 

@@ -96,8 +96,10 @@ class Peer:
         weakref.finalize(self, os.close, self._pidfd)
         if started_at(int(pid)) != started:
             raise ProcessLookupError(f"process {pid} is gone.")
-        theirs = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        theirs = os.open(f"/proc/{int(pid)}/fd/{int(fd)}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
+            if not PAGE <= int(capacity) <= os.fstat(theirs).st_size:
+                raise ValueError(f"process {pid} has no segment of {capacity} bytes.")
             self.words, self.bytes = mapped(theirs, int(capacity), mmap.PROT_READ)
         finally:
             os.close(theirs)

@@ -59,10 +59,10 @@ class SharedGroup(Member):
                  timeout_s: float) -> SharedGroup:
         segment = Segment("elastic", size)
         store.set(f"{key}{rank}", segment.card.encode())
-        cards = [store.get(f"{key}{r}").decode() for r in range(size)]
+        cards = [store.get(f"{key}{r}") for r in range(size)]
         try:
-            peers = [Peer(card, rank) if r != rank else None for r, card in enumerate(cards)]
-        except OSError as error:
+            peers = [Peer(card.decode(), rank) if r != rank else None for r, card in enumerate(cards)]
+        except (OSError, ValueError, OverflowError) as error:  # a card may be anything
             raise GroupBroken(f"Rank {rank} of {size}: a member was lost while the group formed: {error}.") from error
         group = cls(segment, peers, store, key, rank, abandoned, timeout_s)
         group.barrier()  # until every peer has opened this member's file: it may close, and the group be dropped

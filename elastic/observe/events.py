@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ class JsonLines:
     """Appends to one file. A torn last line, left by a process that died while writing, is cut off before the first is written, not
     earlier: until `claim` it may be another's, who is about to end it."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, mode: int = 0o666):
         self.path, self._is_whole = Path(path), False
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        self._file = open(self.path, "a", encoding="utf-8", opener=partial(os.open, mode=mode))  # noqa: SIM115 - closed by `close`
 
     def append(self, fields: Mapping[str, Any]) -> None:
         """Writes one line and hands it to the operating system."""

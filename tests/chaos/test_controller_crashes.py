@@ -188,4 +188,7 @@ def test_a_journal_says_what_was_said(tmp_path: Path) -> None:
     again = Journal(path, "run-1")
     assert len(again.past) == 2 and replay(again.past, Bounds(1, 2, 4), 0).published == messages[1]
     again.close()
-    assert Journal(path, "run-2").past == [] and len(read_lines(path)) == 1, "another run's journal is replaced"
+    other = Journal(path, "run-2")
+    assert other.past == [] and len(read_lines(path)) == 1, "another run's journal is replaced"
+    assert again.secret == journal.secret != other.secret and len(other.secret) == 64
+    assert path.stat().st_mode & 0o777 == 0o600, "it holds the run's secret"

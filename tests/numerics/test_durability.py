@@ -16,7 +16,7 @@ from elastic.checkpoint.faulty import FaultyFiles
 from elastic.checkpoint.manager import read_manifest, verify
 from elastic.checkpoint.remote import open_files
 from elastic.checkpoint.store import Store
-from elastic.observe.events import read_lines
+from elastic.observe.events import JsonLines, read_lines
 from tests.support import modules
 from tests.support.inprocess import Result, Run, fit, module_recipe
 
@@ -134,10 +134,10 @@ class Deaf(Exception):
     """The controller is gone, and nobody comes in its place."""
 
 
-def test_orphans_write_down_what_they_have_with_their_lines(oracle: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The controller falls silent at step 20; the workers go on, give up, and save. A later run goes on from there: no step twice, none lost."""
+def orphaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int, **options: Any) -> None:
+    """The controller falls silent at step 12; the workers go on, give up, and save."""
     monkeypatch.setattr(inprocess_fleet, "ORPHAN_TIMEOUT_S", 0.3)
-    run = Run(tmp_path, recipe(elastic={"max_workers": 2}, checkpoint={"every_steps": 0}))
+    run = Run(tmp_path, recipe(elastic={"max_workers": 2}, checkpoint={"every_steps": every_steps}), **options)
 
     def fall(run: Run) -> None:
         def deaf(*arguments: Any) -> int:
@@ -158,6 +158,11 @@ def test_orphans_write_down_what_they_have_with_their_lines(oracle: Result, tmp_
             assert not thread.is_alive()
     run.books.close()
     run.controller.journal.close()
+
+
+def test_orphans_write_down_what_they_have_with_their_lines(oracle: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later run goes on from there: no step twice, none lost."""
+    orphaned(tmp_path, monkeypatch, 0)
     (name,) = names(tmp_path)
     manifest = verify(Store.open(tmp_path / "checkpoints"), name)
     known = max(f["step"] for f in read_lines(tmp_path / "metrics.jsonl"))
@@ -168,6 +173,23 @@ def test_orphans_write_down_what_they_have_with_their_lines(oracle: Result, tmp_
     assert result.outcome.status == "done" and result.steps == list(range(1, STEPS + 1))
     assert result.sha == oracle.sha
     assert result.named("loaded")[0]["step"] == manifest.step and not result.named("rewound")
+
+
+@pytest.mark.parametrize("chaos", [(), ("kill:1@8/reduction",)])
+def test_an_orphan_s_checkpoint_brings_all_lines_since_the_one_before(oracle: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                      chaos: tuple[str, ...]) -> None:
+    """The machine of the run directory falls with the controller: what was not synced when the last checkpoint was committed is gone."""
+    orphaned(tmp_path, monkeypatch, 5, chaos=chaos)
+    *_, before, name = names(tmp_path)
+    store, known = Store.open(tmp_path / "checkpoints"), read_lines(tmp_path / "metrics.jsonl")
+    saved, manifest = read_manifest(store, before).step, verify(store, name)
+    assert saved == 10 and manifest.step > max(f["step"] for f in known) > saved
+    assert [f["step"] for f in manifest.extra["lines"] if "eval" not in f] == list(range(saved + 1, manifest.step + 1))
+    JsonLines(tmp_path / "metrics.jsonl").cut_back(saved)
+    result = fit(tmp_path, recipe(elastic={"max_workers": 3}))
+    assert result.outcome.status == "done" and result.steps == list(range(1, STEPS + 1))
+    assert result.sha == oracle.sha and not result.named("rewound")
+    assert result.named("loaded")[0]["step"] == manifest.step
 
 
 # Disks that fail.

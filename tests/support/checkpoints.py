@@ -62,7 +62,7 @@ def blank(arrays: Mapping[str, np.ndarray]) -> Arrays:
 
 def saver(location: str, worker: str = "w0", post: Callable[[Any], None] = lambda part: None, chunk_bytes: int = CHUNK,
           mb_s: float = 0.0) -> Saver:
-    return Saver(worker, location, "recipe", 12, 7, {"key": "data"}, post, chunk_bytes=chunk_bytes, mb_s=mb_s)
+    return Saver(worker, location, "recipe", 12, 7, {"key": "data"}, post, chunk_bytes=chunk_bytes, mb_s=mb_s, run="a-run")
 
 
 def write_parts(location: str, step: int, world_size: int, generation: int = 1, size: int = 1, **eval_: float) -> list[Part]:

@@ -95,5 +95,5 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_another_run_s_checkpoints_are_not_taken_for_one_s_own(tmp_path: Path) -> None:
     save(str(tmp_path), 50, 2)
-    assert "holds the checkpoints of another run already (step-00000050); name another path" in refusal(str(tmp_path))
+    assert "holds the checkpoints of another run already (step-00000050 of the run a-run); name another path" in refusal(str(tmp_path))
     check_access(str(tmp_path), is_new=False)

@@ -212,6 +212,28 @@ def test_the_newest_and_the_best_are_kept(store: Store, root: Path) -> None:
     assert_is(store, "step-00000070", 70)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_a_link_points_to_is_never_removed(store: Store, root: Path, tmp_path: Path, whole: bool) -> None:
+    """Checkpoints that were moved elsewhere, and leftovers in them; a link in a folder that goes."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "diary").write_text("mine")
+    for step in (10, 20, 30):
+        save(store, step)
+    moved = root / "step-00000010"
+    moved.rename(elsewhere / "old")
+    moved.symlink_to(elsewhere / "old")
+    if not whole:
+        (elsewhere / "old" / "manifest.json").unlink()
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    (root / "step-00000020" / "notes").symlink_to(elsewhere)
+    (root / "step-00000020" / "nowhere").symlink_to(tmp_path / "missing")
+    clean(store, 9)
+    prune(store, 1)
+    assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in root.glob("step-*")) == (["step-00000030"] if whole else ["step-00000010", "step-00000030"])
+
+
 def test_every_nth_step_is_kept_for_ever(store: Store, root: Path) -> None:
     for step in range(10, 90, 10):
         save(store, step)

@@ -68,7 +68,7 @@ def test_training_goes_on_while_it_is_written_and_what_is_written_is_the_state_o
     arrays, manifest = load(Store.open(tmp_path), "step-00000050")
     assert_same(arrays, values(50))
     assert (manifest.cursor, manifest.seed, manifest.recipe, manifest.eval) == (600, 7, "recipe", {"loss": 1.5})
-    assert manifest.extra == {"info": {"key": "data"}}
+    assert manifest.extra == {"info": {"key": "data"}, "run": "a-run"}
 
 
 def test_a_second_save_waits_for_the_first(tmp_path: Path, gate: threading.Event) -> None:
