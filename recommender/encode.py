@@ -1,4 +1,4 @@
-"""Columns of a table as numbers, in one pass: the label as 0 and 1, categories as codes, numbers as float32.
+"""Columns of a table as numbers, in one pass: the label as 0 and 1, categories as codes, numbers as float64.
 
 A code is a category's place in the order in which its column's values first appear, or its hash where the column has buckets.
 Which codes a model knows is decided afterwards, when it is known which rows it trains on.
@@ -64,7 +64,7 @@ class Encoder:
     def columns(self) -> list[Column]:
         """What is written of every row."""
         data = self.data
-        wide = ((NUMERIC, "float32", len(data.numeric)), (CATEGORICAL, "int32", len(data.categorical)))
+        wide = ((NUMERIC, "float64", len(data.numeric)), (CATEGORICAL, "int32", len(data.categorical)))
         return [Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]), *([Column(GROUP, "int32")] if data.group else [])]
 
     def wanted(self, file: File) -> dict[str, pa.DataType]:
@@ -142,8 +142,8 @@ class Encoder:
         if self.data.nulls == "error":
             refuse(array, name, where, row)
         found = view(array.fill_null(np.nan), Column("", "float64"))
-        out = narrow(np.sign(found) * np.log1p(np.abs(found)) if name in self.data.log else found)
-        endless = np.flatnonzero(np.isinf(out) if self.data.nulls == "fill" else ~np.isfinite(out))
+        out = np.sign(found) * np.log1p(np.abs(found)) if name in self.data.log else found
+        endless = np.flatnonzero(np.isinf(narrow(out)) if self.data.nulls == "fill" else ~np.isfinite(narrow(out)))
         if len(endless):
             raise UserError(f'data.numeric: the column "{name}" of {where} holds {found[endless[0]]} in row {row + int(endless[0])} '
                             f"(counted from 0); it must be {FINITE}: mend the row or leave it out.")
