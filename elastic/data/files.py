@@ -13,13 +13,13 @@ import pyarrow as pa
 from pyarrow import fs
 
 from elastic.checkpoint.remote import open_s3, shown
-from elastic.errors import RecipeError
+from elastic.errors import RecipeError, UserError
 from elastic.recipe import resolve_paths
 
 MAGIC = "*["
 MARKERS = ("_SUCCESS", "_metadata", "_common_metadata", "_delta_log", "_temporary")  # what Spark and its kin put beside a table's files
-GZIP = b"\x1f\x8b"
-PACKED = {GZIP: "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
+GZIP = "gzip"
+PACKED = {b"\x1f\x8b": GZIP, b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
 NAMED = 5  # files that a message names; the rest is counted
 GCS_RETRY_S = 20  # its own default is a quarter of an hour before it says that nobody is there
 
@@ -56,17 +56,22 @@ class File:
         return system.open_input_file(inner)
 
     def stream(self) -> pa.NativeFile:
-        """For reading from the beginning to the end; what gzip packed is unpacked. ValueError names another packer."""
+        """For reading from the beginning to the end; what gzip packed is unpacked. UserError names another packer."""
         system, inner = (fs.LocalFileSystem(), self.where) if self.is_local else open_system(self.where)
-        with system.open_input_stream(inner, compression=None) as raw:
-            packer = packed_by(raw.read(8))
-        if packer not in ("", "gzip"):
-            raise ValueError(f"it is packed by {packer}; unpack it")
+        packer = self.packed_by()
+        if packer not in ("", GZIP):
+            raise self.is_packed(packer)
         return system.open_input_stream(inner, compression=packer or None)
 
+    def packed_by(self) -> str:
+        """By its first bytes."""
+        system, inner = (fs.LocalFileSystem(), self.where) if self.is_local else open_system(self.where)
+        with system.open_input_stream(inner, compression=None) as raw:
+            first = raw.read(max(map(len, PACKED)))
+        return next((name for sign, name in PACKED.items() if first.startswith(sign)), "")
 
-def packed_by(content: bytes) -> str:
-    return next((name for sign, name in PACKED.items() if content.startswith(sign)), "")
+    def is_packed(self, packer: str) -> UserError:
+        return UserError(f"data.path: the file {self.name} is packed by {packer}; unpack it and name what comes out.")
 
 
 def open_system(uri: str) -> tuple[fs.FileSystem, str]:
