@@ -18,7 +18,7 @@ import numpy as np
 from elastic.data.arrow import read_tokens, write_atomically, write_tokens
 from elastic.data.columns import Column
 from elastic.data.convert import locked, write
-from elastic.data.files import File, find
+from elastic.data.files import File, find, left_out, told
 from elastic.data.formats import Arrays
 from elastic.data.index import Facts, Part
 from elastic.data.permutation import permute
@@ -40,7 +40,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     """Facts that a model and `open_dataset` need, as plain values; reads the tables where `cache_dir` does not hold them yet.
 
     Keys of the result: sizes (embedding rows of each categorical column), num_numeric, embedding_dim, num_rows, num_eval_rows,
-    train_file, folder, and key, the same for the same content and settings. UserError names file, column and row of what cannot serve.
+    train_file, folder, notes (lines on what is left out), and key, the same for the same content and settings. UserError names file, column and row of what cannot serve.
     """
     is_binary = model_config.get("loss", "binary") == "binary"
     sources = [(key, find(key, getattr(data, key.removeprefix("data.")))) for key in ("data.path", "data.eval_path")
@@ -56,7 +56,9 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
         except (OSError, ValueError):
             known = read(Encoder(data, is_binary), sources, folder, settings)
             write_atomically(facts, json.dumps(known).encode())
-    return {**known, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder), "train_file": str(folder / "rows.arrow")}
+    notes = [line for key, _ in sources for line in left_out(key, getattr(data, key.removeprefix("data.")))]
+    notes += told("data.path", known["unused"], "as columns that neither data.categorical nor data.numeric names")
+    return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder), "train_file": str(folder / "rows.arrow")}
 
 
 def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Samples:
@@ -156,7 +158,7 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
         write_tokens(folder / "codes.arrow", codes)
         digest += hashlib.sha256(codes.tobytes()).hexdigest()
     said = json.dumps([VERSION, digest, settings, counted, [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
-    return {**info, "mean": mean, "scale": scale, "first_codes": first, "sizes": [part.size for part in parts],
+    return {**info, "unused": encoder.unused, "mean": mean, "scale": scale, "first_codes": first, "sizes": [part.size for part in parts],
             "vocabulary": {name: len(codes.known) for name, codes in encoder.codes.items() if not codes.buckets},
             "key": hashlib.sha256(said.encode()).hexdigest()[:32]}
 

@@ -58,6 +58,7 @@ class Encoder:
         self.codes = {name: Codes(data.buckets.get(name, 0)) for name in data.categorical}
         self.groups = Codes()
         self.rows_of: list[tuple[str, int]] = []  # of each file, in order
+        self.unused: list[str] = []  # columns of the first file that nothing reads
         self.apart: list[np.ndarray] = []  # of each batch: what data.split_column says
 
     @property
@@ -86,6 +87,8 @@ class Encoder:
                 remedy = "list them in data.negative and data.positive" if name == data.label else "write times as 2030-12-31 23:59:59, or as numbers"
                 raise UserError(f'data.{role(data, name)}: the column "{name}" of {file.name} holds texts; {remedy}, or mend the rows that are none.')
             out[name] = TEXT if name in texts else kind if timed or t.is_boolean(kind) else pa.float64()
+        if not self.rows_of:
+            self.unused = [name for name in schema.names if name not in out]
         return out
 
     def encoded(self, files: Sequence[File]) -> Iterator[Arrays]:

@@ -280,3 +280,13 @@ def test_moments_are_found_before_numbers_are_rounded(kind: str, tmp_path: Path)
     wanted = off / (off.std() if kind != "constant" else 1.0)
     np.testing.assert_allclose(found, wanted, atol=2e-6, rtol=1e-5)
     assert found.dtype == np.float32 and (kind == "a first value far off" or len(np.unique(found)) == len(np.unique(numbers)))
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "t.csv", rows(60))
+    (tmp_path / "in" / ".t.csv.swp").write_text("")
+    data = section(tmp_path / "in", format="csv", categorical=["shop"], numeric=["price"])
+    hidden, columns = prepare(data, {}, tmp_path / "cache")["notes"]
+    assert hidden.startswith("data.path: left out, as hidden") and hidden.endswith(".t.csv.swp")
+    assert columns == "data.path: left out, as columns that neither data.categorical nor data.numeric names: colour, weight, time"
