@@ -80,6 +80,7 @@ class Trainer:
         with import_path():
             opened = workload.Workload.open(self.recipe, info)
             self.num_steps = opened.sampler.num_steps
+            workload.check_items(opened)
             workload.check_model(self.recipe, opened.model)
         return info
 
