@@ -21,8 +21,8 @@ Batch = Mapping[str, Any]  # NumPy arrays, one per column, rows first
 class Spec:
     """One named array of a model. `dims` names each dimension; layouts map these names to mesh axes.
 
-    `init` is "normal" (standard deviation `scale`), "uniform" (-scale..scale), "zeros", "ones" or "given" (the values
-    come with the model, as from a user's own module).
+    `init` is "normal" (standard deviation `scale`), "uniform" (-scale..scale), "zeros", "ones", "values" (as `values` lists them, in C
+    order) or "given" (the values come with the model, as from a user's own module).
     """
 
     shape: tuple[int, ...]
@@ -30,6 +30,7 @@ class Spec:
     init: str = "normal"
     scale: float = 0.02
     dtype: str = "float32"
+    values: tuple[float, ...] = ()
 
 
 class Model(Protocol):

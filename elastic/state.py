@@ -106,6 +106,7 @@ START: dict[str, Callable[[Spec, np.random.Generator], np.ndarray]] = {
     "ones": lambda spec, generator: np.ones(spec.shape),
     "normal": lambda spec, generator: generator.standard_normal(spec.shape) * spec.scale,
     "uniform": lambda spec, generator: generator.uniform(-spec.scale, spec.scale, spec.shape),
+    "values": lambda spec, generator: np.reshape(spec.values, spec.shape),
 }
 
 

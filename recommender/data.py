@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,19 @@ from elastic.data.convert import locked, write
 from elastic.data.files import File, find, left_out, told
 from elastic.data.formats import Arrays
 from elastic.data.index import Facts, Part
-from elastic.data.permutation import permute
+from elastic.data.permutation import keyed_words, mix, permute
 from elastic.data.table import Store
 from elastic.errors import UserError
 from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, hashed
 
-VERSION = 3
+VERSION = 4
 UNIT = ""  # weights count rows
 EMBEDDING_DIM = 16
 MOST_ROWS = (1 << 31) - 1  # of embeddings: their numbers are int32
 MOST_LISTED = 1 << 22  # rows to evaluate on in lists: all of them are gathered at once
 HASHED_ROWS = 8  # of a vocabulary, for values outside it, where data.oov = "hash"
+LEAST_HIDDEN = 0.01  # of the times that a training row holds a value, it is fed as unknown
+HIDING_KEY = 3  # apart from other draws of the same seed
 SPLIT_SEED = 2718281828  # a random split is the same in every run
 PRIVATE = ("embedding_dim", "batch_size", "shuffle", "ledger", "options")  # keys of [data] that change nothing here
 
@@ -63,7 +66,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
 
 def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Samples:
     """The "train" or the "eval" split, in the order of the files."""
-    return Samples(store_of(info), rows_of(info, split), info, split == "eval")
+    return Samples(store_of(info), rows_of(info, split), info, None if split == "eval" else seed)
 
 
 @dataclass(frozen=True)
@@ -73,20 +76,25 @@ class Vocabulary:
     name: str
     rows: np.ndarray  # by code
     size: int
+    counts: np.ndarray  # by code, how many training rows hold it; none where the column is hashed
+    extra: int = 0  # rows at the end, for what no training row holds
 
 
 class Samples:
     """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1 over the training
-    rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns. Rows to evaluate on in lists have "group"
+    rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns, in training now and then one for unknown values. Rows to evaluate on in lists have "group"
     and "row" (rows,), the list and the row's own number."""
 
     fills = True
 
-    def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], is_eval: bool):
-        self.store, self.rows, self.num_samples, self.is_eval = store, rows, len(rows), is_eval
+    def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], seed: int | None):
+        """`seed` is for training, None for evaluation, in which nothing is hidden."""
+        self.store, self.rows, self.num_samples, self.seed = store, rows, len(rows), seed
         self.mean, self.scale = (np.array(info[key]) for key in ("mean", "scale"))
         self.codes = read_tokens(Path(info["folder"]) / "codes.arrow") if info["sizes"] else np.zeros(0, np.int32)
         self.first_code = np.array(info["first_codes"], np.int64)
+        self.hiding = read_tokens(Path(info["folder"]) / "hiding.arrow") if info["sizes"] and seed is not None else np.zeros(0, np.uint32)
+        self.unknown = np.array(info["unknown"], np.int64).reshape(-1, 2)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Arrays:
         rows = self.rows.start + indices if isinstance(self.rows, range) else self.rows[indices]
@@ -94,11 +102,21 @@ class Samples:
         if NUMERIC in found:
             found[NUMERIC] = np.nan_to_num((found[NUMERIC] - self.mean) * self.scale).astype(np.float32)
         if CATEGORICAL in found:
-            found[CATEGORICAL] = self.codes[found[CATEGORICAL] + self.first_code]
+            codes = found[CATEGORICAL] + self.first_code
+            found[CATEGORICAL] = self.codes[codes] if self.seed is None else self.hidden(codes, self.seed, indices, epochs)
         if GROUP in found:
             lists = found.pop(GROUP)
-            found |= {GROUP: lists, "row": np.asarray(indices, np.int64)} if self.is_eval else {}
+            found |= {GROUP: lists, "row": np.asarray(indices, np.int64)} if self.seed is None else {}
         return found
+
+    def hidden(self, codes: np.ndarray, seed: int, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """Rows of the table, some of them those for unknown values: which is a function of the seed, epoch, sample and column."""
+        places = np.array([keyed_words(1, seed, int(epoch), HIDING_KEY)[0] for epoch in np.unique(epochs)])
+        words = mix(places[np.unique(epochs, return_inverse=True)[1]] ^ mix(np.asarray(indices).astype(np.uint64)))[:, None]
+        words = mix(words + np.arange(codes.shape[1], dtype=np.uint64))
+        first, extra = self.unknown.T.astype(np.uint64)
+        other = first + (words >> np.uint64(32)) % np.maximum(extra, np.uint64(1))
+        return np.where((words & np.uint64((1 << 32) - 1)) < self.hiding[codes], other, self.codes[codes]).astype(np.int32)
 
 
 def store_of(info: Mapping[str, Any]) -> Store:
@@ -144,6 +162,7 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
             "num_rows": len(splits["train"]), "num_eval_rows": len(splits["eval"])}
     store = store_of(info)
     mean, scale = moments(store, splits["train"], len(data.numeric))
+    label_mean = math.fsum(found[LABEL].sum(dtype=np.float64) for found, _ in stretches(store, splits["train"])) / len(splits["train"])
     parts = vocabularies(encoder, store, splits)
     first, base = [], 0
     for part in parts:
@@ -156,9 +175,11 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
                             "hash the largest column into fewer by data.buckets.")
         codes = np.concatenate([part.rows + start for part, start in zip(parts, starts)]).astype(np.int32)
         write_tokens(folder / "codes.arrow", codes)
+        write_tokens(folder / "hiding.arrow", np.concatenate([hiding(part) for part in parts]))
         digest += hashlib.sha256(codes.tobytes()).hexdigest()
     said = json.dumps([VERSION, digest, settings, counted, [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
-    return {**info, "unused": encoder.unused, "mean": mean, "scale": scale, "first_codes": first, "sizes": [part.size for part in parts],
+    return {**info, "unused": encoder.unused, "label_mean": label_mean, "mean": mean, "scale": scale, "first_codes": first, "sizes": [part.size for part in parts],
+            "unknown": [[int(end) - part.extra, part.extra] for part, end in zip(parts, np.cumsum([part.size for part in parts]))],
             "vocabulary": {name: len(codes.known) for name, codes in encoder.codes.items() if not codes.buckets},
             "key": hashlib.sha256(said.encode()).hexdigest()[:32]}
 
@@ -215,7 +236,7 @@ def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> l
     parts = []
     for column, (name, codes) in enumerate(encoder.codes.items()):
         if codes.buckets:
-            parts.append(Vocabulary(name, np.arange(codes.buckets, dtype=np.int32), codes.buckets))
+            parts.append(Vocabulary(name, np.arange(codes.buckets, dtype=np.int32), codes.buckets, np.zeros(codes.buckets, np.int64)))
             continue
         known = counts[column] >= data.min_count
         rows, size = np.where(known, np.cumsum(known) - 1, -1), int(known.sum())
@@ -225,8 +246,15 @@ def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> l
                 rows[code] = size + hashed(value, extra)
         if data.oov == "error" and not known.all():
             refuse_unknown(encoder, store, column, known)
-        parts.append(Vocabulary(name, rows, size + extra))
+        parts.append(Vocabulary(name, rows, size + extra, counts[column], extra))
     return parts
+
+
+def hiding(part: Vocabulary) -> np.ndarray:
+    """uint32 by code: how often, of 2^32 times, a training row's value is fed as one that nobody knows, so that the rows for those are trained:
+    about once an epoch for each value, so that they come to stand for a value as such, and at least 1 % of the time."""
+    share = np.maximum(1 / (1 + part.counts), LEAST_HIDDEN) if part.extra else np.zeros(len(part.rows))
+    return np.minimum(share * (1 << 32), (1 << 32) - 1).astype(np.uint32)
 
 
 def refuse_unknown(encoder: Encoder, store: Store, column: int, known: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from vision.classes import Classes
 from vision.images import sources
 from vision.store import Store, path_of, sized, write
 
-VERSION = 3
+VERSION = 4
 SPLITS = {"train": "path", "eval": "eval_path"}
 
 
@@ -31,7 +31,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
 
     `data` has format ("idx", "imagefolder", or a table's), path and eval_path (the latter may be empty), eval_fraction, image and
     label (columns, of tables), skip_bad, image_size, channels, crop, flip and mixup. Keys of the result: shape (height, width,
-    channels), num_classes, classes (their names, if they have any), num_samples, num_eval_samples, num_skipped, mean and std (of each
+    channels), num_classes, classes (their names, if they have any), class_counts (of training images), num_samples, num_eval_samples, num_skipped, mean and std (of each
     channel's training pixels, 0 to 1), train_file, eval_file, crop, flip, mixup, spread, eval_fraction, notes (lines on what is left out), key (the same for the same images).
     RecipeError or UserError names file and row of what cannot serve.
     """
@@ -67,8 +67,10 @@ def look(data: Any, paths: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     chosen, held_out = cut(rows["train"], 0.0 if "eval" in paths else data.eval_fraction, data.format == "imagefolder")
     if classes.count < 2:
         raise RecipeError(f"data.path holds images of {classes.count} class; give two classes at least.")
-    mean, std = Store(folder / "train", shape).moments(chosen)
-    return {"shape": list(shape), "num_classes": classes.count, "classes": classes.names, "num_samples": len(chosen),
+    store = Store(folder / "train", shape)
+    mean, std = store.moments(chosen)
+    return {"shape": list(shape), "num_classes": classes.count, "classes": classes.names,
+            "class_counts": np.bincount(store.labels[chosen], minlength=classes.count).tolist(), "num_samples": len(chosen),
             "num_eval_samples": rows.get("eval", len(held_out)), "num_skipped": skipped, "mean": mean, "std": std,
             "key": digest.hexdigest()[:32]}
 

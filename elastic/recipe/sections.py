@@ -14,9 +14,12 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
                 "expert_every": 2, "top": 1, "capacity": 1.25, "balance": 0.01},
     "nlp.bert": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "mask": 0.15, "smoothing": 0.0,
                  "recompute": False},
-    "vision.resnet": {"blocks": [2, 2, 2, 2], "width": 64, "bottleneck": False, "stem": "large", "norm": "batch", "smoothing": 0.0},
-    "vision.vit": {"layers": 6, "heads": 4, "width": 128, "patch": 4, "mlp": 4, "dropout": 0.0, "smoothing": 0.0, "recompute": False},
-    "recommender.dlrm": {"arch": "dlrm", "bottom": [64], "top": [64, 32], "layers": 2, "dropout": 0.0, "loss": "binary"},
+    "vision.resnet": {"blocks": [2, 2, 2, 2], "width": 64, "bottleneck": False, "stem": "large", "norm": "batch", "smoothing": 0.0,
+                      "bias_init": "zeros"},
+    "vision.vit": {"layers": 6, "heads": 4, "width": 128, "patch": 4, "mlp": 4, "dropout": 0.0, "smoothing": 0.0, "recompute": False,
+                   "bias_init": "zeros"},
+    "recommender.dlrm": {"arch": "dlrm", "bottom": [64], "top": [64, 32], "layers": 2, "dropout": 0.0, "loss": "binary",
+                         "embedding_init": "", "bias_init": "zeros"},
 }
 Rising = tuple[Annotated[int, Field(ge=1, strict=True)], ...]
 WEIGHTS = "a list of numbers above 0, one for each entry of data.path"

@@ -16,7 +16,7 @@ import pytest
 
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import load_recipe
-from elastic.state import matches
+from elastic.state import initial_values, matches
 from tests.support.images import CLASSES, draw, idx_files, vision_recipe, write_idx
 from vision.data import open_dataset, prepare
 from vision.images import BadImage, decode
@@ -323,6 +323,23 @@ def test_images_stand_as_their_exif_says(turn: int, kind: str) -> None:
     image.save(out, kind, exif=exif, **({"quality": 100} if kind == "JPEG" else {}))
     found = decode(out.getvalue(), "x")[..., 0].astype(int)
     assert found.shape == scene.shape and np.abs(found - scene).max() < 4
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+@pytest.mark.parametrize("counts", [[1, 2, 5], [7, 1, 0, 8], [4, 4]])
+def test_the_bias_of_the_logits_may_start_at_the_classes_shares(kind: str, counts: list[int], tmp_path: Path) -> None:
+    for label, count in enumerate(counts):
+        for number in range(count):
+            put(tmp_path / "in" / "abcd"[label] / f"{number}.png")
+    put(tmp_path / "in" / "c" / "x.png") if 0 in counts else None
+    info = prepare(section(format="imagefolder", path=str(tmp_path / "in")), {}, tmp_path / "cache")
+    seen = np.array([count or 1 for count in counts])
+    build = importlib.import_module(f"vision.{kind}").build
+    found = initial_values(build({"bias_init": "mean"}, info).parameters, 0, {})["head.bias"]
+    np.testing.assert_allclose(np.exp(found), seen / seen.sum(), rtol=1e-6)
+    assert not initial_values(build({}, info).parameters, 0, {})["head.bias"].any()
+    with pytest.raises(RecipeError, match="model.bias_init = 'median' must be one of zeros, mean"):
+        build({"bias_init": "median"}, info)
 
 
 def test_a_bad_row_of_a_table_is_named(tmp_path: Path) -> None:
