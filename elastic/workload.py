@@ -150,7 +150,7 @@ def check_model(recipe: Recipe, model: Any) -> None:
     """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts."""
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
-    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
+    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay, decayed=recipe.optimizer.decayed)
     read_start(recipe.model.init, model.parameters)
     layout = lay_out(recipe, model, mesh_of(recipe))
     for stage in range(layout.mesh.pipeline):
@@ -181,7 +181,8 @@ def create_backend(recipe: Recipe, model: Any) -> Backend:
 
 
 def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
-    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion)
+    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
+                 recipe.optimizer.decayed)
 
 
 def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
@@ -189,7 +190,7 @@ def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None)
     if not recipe.optimizer.sharded:
         return open_state(recipe, backend, portion)
     return ShardedState(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
-                        twin=recipe.optimizer.twin)
+                        recipe.optimizer.decayed, twin=recipe.optimizer.twin)
 
 
 def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:
