@@ -18,7 +18,7 @@ import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic import chaos, planning, workload
+from elastic import chaos, planning, preview, workload
 from elastic.actor import NAMESPACE
 from elastic.checkpoint.access import check_access
 from elastic.controller import Settings
@@ -92,6 +92,14 @@ class Trainer:
             if on_event:
                 on_event({"event": "mesh_chosen", "step": 0, "time": time.time(), "generation": 0, "why": why})
 
+    def check_memory(self, info: dict[str, Any]) -> preview.Preview:
+        """What the largest group needs. UserError where it cannot fit on this machine, and is to run here."""
+        with import_path():
+            found = preview.preview(self.recipe, info)
+        if self.address == "local":
+            preview.check_memory(found, self.recipe)
+        return found
+
     def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
         if self.follows:
@@ -104,6 +112,7 @@ class Trainer:
             check_access(self.recipe.checkpoint.path, not self.begin)
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
             self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()), on_event)
+            self.check_memory(info)
             begin = self.open_run_dir(run_dir)
             job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), checkpoints_of(self.recipe, run_dir), search_path(), tuple(self.chaos),
                       self.num_steps)
