@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,10 +112,9 @@ def num_bytes(batch: Any) -> int:
 
 def reset_peak() -> int:
     """This process's memory now, in bytes, from which on `peak` counts. Linux; elsewhere 0, and so is `peak`."""
-    try:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before is taken again, and does not show
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return peak()
     return peak()
 
 
@@ -166,7 +167,7 @@ def check_memory(found: Preview, recipe: Recipe) -> None:
     need = f"{found.workers} workers of {found.parameters} parameters need about {found.bytes / 1e9:.1f} GB"
     if found.shard_bytes > found.worker_bytes / 2:
         shards = recipe.elastic.logical_shards
-        raise UserError(f"data.batch_size = {batch}: {need}, {found.shard_bytes / 1e9:.1f} GB each for the activations of {batch // shards} rows, and "
-                        f"this machine has {total / 1e9:.1f} GB; lower it, or raise elastic.logical_shards = {shards}, which share it.")
+        raise UserError(f"data.batch_size = {batch}: {need}, {found.shard_bytes / 1e9:.1f} GB each for the activations of {batch // shards} rows, "
+                        f"and this machine has {total / 1e9:.1f} GB; lower it, or raise elastic.logical_shards = {shards}, which share it.")
     raise UserError(f"elastic.max_workers = {recipe.elastic.max_workers}: {need}, and this machine has {total / 1e9:.1f} GB; lower it or make "
                     "the model smaller.")

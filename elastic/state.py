@@ -10,15 +10,14 @@ move: reduction, optimizer and norms work block by block, so bits do not depend 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic.backend import SLOTS, Backend, Buffer, Spec
+from elastic.backend import SLOTS, Backend, Buffer, Spec, initial_values
 from elastic.checkpoint.plan import shares
 from elastic.errors import RecipeError
 
@@ -66,7 +65,8 @@ class FlatLayout:
     def __init__(self, parameters: Mapping[str, Spec], buffers: Mapping[str, Spec] | None = None,
                  freeze: Sequence[str] = (), no_decay: Sequence[str] = (), copies: Container[str] = (), known: Iterable[str] = (),
                  decayed: Sequence[str] = ("*",)):
-        """`decayed`: patterns whose parameters have a weight decay each, of which the first that matches counts; `copies`: names that another worker counts; `known`: the names of the whole model, where `parameters` are a part of it."""
+        """`copies`: names that another worker counts; `known`: the names of the whole model, where `parameters` are a part of it; `decayed`:
+        patterns whose parameters have a weight decay each, of which the first that matches counts."""
         buffers = buffers or {}
         known = list(known) or list(parameters)
         for key, patterns in (("model.freeze", freeze), ("optimizer.no_decay", no_decay), ("optimizer.weight_decay", decayed)):
@@ -104,28 +104,6 @@ class FlatLayout:
 def shaped(buffer: Buffer, places: Mapping[str, Place], start: int = 0) -> dict[str, Buffer]:
     """`start`: the place at which `buffer` begins."""
     return {name: buffer[p.offset - start:p.offset - start + p.size].reshape(p.shape) for name, p in places.items()}
-
-
-START: dict[str, Callable[[Spec, np.random.Generator], np.ndarray]] = {
-    "zeros": lambda spec, generator: np.zeros(spec.shape),
-    "ones": lambda spec, generator: np.ones(spec.shape),
-    "normal": lambda spec, generator: generator.standard_normal(spec.shape) * spec.scale,
-    "uniform": lambda spec, generator: generator.uniform(-spec.scale, spec.scale, spec.shape),
-    "values": lambda spec, generator: np.reshape(spec.values, spec.shape),
-}
-
-
-def initial_values(specs: Mapping[str, Spec], seed: int, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Starting values of whole arrays from a counter-based generator keyed by (seed, name): the same for every framework and layout."""
-    values = {}
-    for name, spec in specs.items():
-        if spec.init == "given":
-            values[name] = np.asarray(given[name])
-            continue
-        key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
-        generator = np.random.Generator(np.random.Philox(key=key))
-        values[name] = START[spec.init](spec, generator).astype(spec.dtype)
-    return values
 
 
 def fill(view: Buffer, values: np.ndarray) -> None:

@@ -105,14 +105,16 @@ class Trainer:
         if self.follows:
             return self.follow(on_step, on_eval, on_event)
         info = self.check()
-        for line in info.get("notes", ()) if on_event else ():
-            on_event({"event": "noted", "step": 0, "time": time.time(), "generation": 0, "why": line})
+        tell = on_event or (lambda event: None)
+        for line in info.get("notes", ()):
+            tell({"event": "noted", "step": 0, "time": time.time(), "generation": 0, "why": line})
         run_dir = self.free_run_dir()
         if self.recipe.checkpoint.path:
             check_access(self.recipe.checkpoint.path, not self.begin)
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
             self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()), on_event)
-            self.check_memory(info)
+            if self.address == "local":
+                self.check_memory(info)
             begin = self.open_run_dir(run_dir)
             job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), checkpoints_of(self.recipe, run_dir), search_path(), tuple(self.chaos),
                       self.num_steps)

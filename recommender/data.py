@@ -43,7 +43,8 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     """Facts that a model and `open_dataset` need, as plain values; reads the tables where `cache_dir` does not hold them yet.
 
     Keys of the result: sizes (embedding rows of each categorical column), num_numeric, embedding_dim, num_rows, num_eval_rows,
-    train_file, folder, notes (lines on what is left out), and key, the same for the same content and settings. UserError names file, column and row of what cannot serve.
+    train_file, folder, notes (lines on what is left out), and key, the same for the same content and settings.
+    UserError names file, column and row of what cannot serve.
     """
     is_binary = model_config.get("loss", "binary") == "binary"
     sources = [(key, find(key, getattr(data, key.removeprefix("data.")))) for key in ("data.path", "data.eval_path")
@@ -61,7 +62,8 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
             write_atomically(facts, json.dumps(known).encode())
     notes = [line for key, _ in sources for line in left_out(key, getattr(data, key.removeprefix("data.")))]
     notes += told("data.path", known["unused"], "as columns that neither data.categorical nor data.numeric names")
-    return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder), "train_file": str(folder / "rows.arrow")}
+    return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder),
+            "train_file": str(folder / "rows.arrow")}
 
 
 def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Samples:
@@ -82,8 +84,8 @@ class Vocabulary:
 
 class Samples:
     """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1 over the training
-    rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns, in training now and then one for unknown values. Rows to evaluate on in lists have "group"
-    and "row" (rows,), the list and the row's own number."""
+    rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns, in training now and then one for unknown
+    values. Rows to evaluate on in lists have "group" and "row" (rows,), the list and the row's own number."""
 
     fills = True
 
@@ -178,7 +180,8 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
         write_tokens(folder / "hiding.arrow", np.concatenate([hiding(part) for part in parts]))
         digest += hashlib.sha256(codes.tobytes()).hexdigest()
     said = json.dumps([VERSION, digest, settings, counted, [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
-    return {**info, "unused": encoder.unused, "label_mean": label_mean, "mean": mean, "scale": scale, "first_codes": first, "sizes": [part.size for part in parts],
+    return {**info, "unused": encoder.unused, "label_mean": label_mean, "mean": mean, "scale": scale,
+            "first_codes": first, "sizes": [part.size for part in parts],
             "unknown": [[int(end) - part.extra, part.extra] for part, end in zip(parts, np.cumsum([part.size for part in parts]))],
             "vocabulary": {name: len(codes.known) for name, codes in encoder.codes.items() if not codes.buckets},
             "key": hashlib.sha256(said.encode()).hexdigest()[:32]}

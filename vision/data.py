@@ -31,8 +31,9 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
 
     `data` has format ("idx", "imagefolder", or a table's), path and eval_path (the latter may be empty), eval_fraction, image and
     label (columns, of tables), skip_bad, image_size, channels, crop, flip and mixup. Keys of the result: shape (height, width,
-    channels), num_classes, classes (their names, if they have any), class_counts (of training images), num_samples, num_eval_samples, num_skipped, mean and std (of each
-    channel's training pixels, 0 to 1), train_file, eval_file, crop, flip, mixup, spread, eval_fraction, notes (lines on what is left out), key (the same for the same images).
+    channels), num_classes, classes (their names, if they have any), class_counts (of training images), num_samples, num_eval_samples,
+    num_skipped, mean and std (of each channel's training pixels, 0 to 1), train_file, eval_file, crop, flip, mixup, spread, eval_fraction,
+    notes (lines on what is left out), key (the same for the same images).
     RecipeError or UserError names file and row of what cannot serve.
     """
     paths = {split: getattr(data, name) for split, name in SPLITS.items() if getattr(data, name)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,31 +45,25 @@ def batch_of(items: Sequence[Any], numbers: Sequence[int], collate: Collate) -> 
                           f"{' '.join(str(why).split())}); give numbers, arrays or tensors, in dicts, lists and tuples.") from error
 
 
-def parts(value: Any) -> Iterator[tuple[str, Any]] | None:
-    """What a dict, list or tuple holds, with the sign that leads there; None for a leaf."""
+def parts(value: Any) -> dict[str, Any] | None:
+    """What a dict, list or tuple holds, by the sign that leads there; None for a leaf."""
     if isinstance(value, Mapping):
-        return ((f"[{key!r}]", entry) for key, entry in value.items())
+        return {f"[{key!r}]": entry for key, entry in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return ((f".{name}", entry) for name, entry in zip(value._fields, value, strict=True))
+        return {f".{name}": entry for name, entry in zip(value._fields, value, strict=True)}
     if isinstance(value, (list, tuple)):
-        return ((f"[{place}]", entry) for place, entry in enumerate(value))
+        return {f"[{place}]": entry for place, entry in enumerate(value)}
     return None
 
 
 def refuse_unlike(path: str, first: Any, other: Any, number: int, another: int) -> None:
     """RecipeError where two items differ in structure or in an array's shape."""
     mine, its = parts(first), parts(other)
-    if mine is None or its is None:
-        same = mine is its and shape_of(first) == shape_of(other)
-        mine = its = iter(())
-    else:
-        mine, its = dict(mine), dict(its)
-        same = set(mine) == set(its)
-    if not same:
+    if (mine is None) != (its is None) or (set(mine or ()) != set(its or ()) if mine is not None else shape_of(first) != shape_of(other)):
         raise RecipeError(f"data.kind: {path} is {described(other)} in item {another} and {described(first)} in item {number}; give every item "
                           "the same structure and shapes.")
-    for sign, entry in dict(mine).items():
-        refuse_unlike(path + sign, entry, dict(its)[sign], number, another)
+    for sign, entry in (mine or {}).items():
+        refuse_unlike(path + sign, entry, (its or {})[sign], number, another)
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
@@ -88,7 +82,7 @@ def described(value: Any) -> str:
 
 def culprit(path: str, items: Sequence[Any], collate: Collate, error: Exception) -> tuple[str, str, Exception]:
     """The deepest part that cannot be put together, what it is, and why not."""
-    inside = [dict(each) for item in items if (each := parts(item)) is not None]
+    inside = [each for item in items if (each := parts(item)) is not None]
     for sign in inside[0] if inside else ():
         column = [each[sign] for each in inside]
         try:

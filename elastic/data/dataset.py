@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,7 +60,7 @@ class MapStyle:
         chosen = [self.part[int(index)] for index in indices] or [self.part[0]]  # with no rows, an item still tells columns and shapes
         first = (int(epochs[0]), int(indices[0])) if len(epochs) else (0, 0)
         with self.seeded(batch_seed(self.seed, *first)):
-            items = [asked(self.source, f"item {number}", lambda number=number: self.source[number]) for number in chosen]
+            items = [asked(self.source, f"item {number}", partial(self.source.__getitem__, number)) for number in chosen]
             for item, number in zip(items, chosen, strict=True):
                 if not isinstance(item, (Mapping, tuple, list)):
                     raise RecipeError(f"data.kind: item {number} is a {type(item).__name__}; give a dict or a tuple of arrays.")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.state import initial_values
+from elastic.backend import initial_values
 from nlp import bert, gpt
 from recommender import dlrm
 from tests.support.frameworks import differentiate, load, names

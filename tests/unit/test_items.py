@@ -14,8 +14,6 @@ from elastic.data.collate import num_rows, sliced, stacked
 from elastic.errors import RecipeError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-import torch.utils.data  # noqa: E402
-
 from backends.pytorch.adapter import columns  # noqa: E402
 from backends.pytorch.backend import collate  # noqa: E402
 

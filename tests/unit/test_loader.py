@@ -99,8 +99,8 @@ class Empty(Items):
         return 0
 
 
-@pytest.mark.parametrize(("source", "words"), [(Ragged(), r"item\['x'\] is a ndarray of shape \(2,\) in item 1 and a ndarray of shape \(1,\) in item 0"), (Numbers(), "item 0 is a int"), (Empty(), "no samples"),
-                                               (iter([]), "has no __len__")])
+@pytest.mark.parametrize(("source", "words"), [(Ragged(), r"item\['x'\] is a ndarray of shape \(2,\) in item 1 and a ndarray of shape \(1,\)"),
+                                               (Numbers(), "item 0 is a int"), (Empty(), "no samples"), (iter([]), "has no __len__")])
 def test_a_data_set_that_cannot_serve_is_refused_in_one_sentence(source: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words) as caught:
         MapStyle(source).batch(np.array([0, 1]), np.zeros(2, np.int64))

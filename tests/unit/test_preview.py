@@ -68,11 +68,11 @@ def with_memory(monkeypatch: pytest.MonkeyPatch, gigabytes: float) -> None:
     monkeypatch.setattr(door.psutil, "virtual_memory", lambda: SimpleNamespace(total=gigabytes * 1e9))
 
 
-@pytest.mark.parametrize("rows", [5_000, 20_000, 2_000_000])
+@pytest.mark.parametrize("rows", [20_000, 200_000, 2_000_000])
 def test_a_large_shard_of_an_own_module_is_told_from_a_part_of_it(rows: int) -> None:
     found = preview(own(rows), {})
     kept = 4 * rows * (WIDTH + 4 * HIDDEN)  # the input; before and after each relu
-    assert 0.45 * kept < found.shard_bytes < 1.6 * kept
+    assert 0.4 * kept < found.shard_bytes < 3 * kept  # gradients of activations, items and workspace besides; freed memory may hide some
 
 
 def test_a_small_shard_is_not_tried() -> None:

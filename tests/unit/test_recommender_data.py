@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from elastic.backend import initial_values
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import parse
-from elastic.state import initial_values
 from recommender.data import HASHED_ROWS, open_dataset, prepare
 from recommender.dlrm import build
 
@@ -353,7 +353,8 @@ def test_the_last_bias_may_start_at_the_labels_mean(arch: str, bias: str, loss: 
 FACTS = {"sizes": [300, 200], "num_numeric": 0, "embedding_dim": 16}
 
 
-@pytest.mark.parametrize(("init", "deviation", "limit"), [("normal:0.05", 0.05, np.inf), ("uniform:0.05", 0.05 / np.sqrt(3), 0.05), ("", 0.25, np.inf),
+@pytest.mark.parametrize(("init", "deviation", "limit"), [("normal:0.05", 0.05, np.inf), ("uniform:0.05", 0.05 / np.sqrt(3), 0.05),
+                                                          ("", 0.25, np.inf),
                                                           ("normal:0", 0.0, 0.0)])
 def test_embeddings_start_as_the_recipe_says(init: str, deviation: float, limit: float) -> None:
     found = start(build({"arch": "mf", "embedding_init": init}, FACTS), "embedding")

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.backend import Spec
+from elastic.backend import Spec, initial_values
 from elastic.collective.local import Hub
 from elastic.errors import RecipeError
-from elastic.state import ALIGN, BLOCK, FlatLayout, State, initial_values
+from elastic.state import ALIGN, BLOCK, FlatLayout, State
 
 PARAMETERS = {"wte": Spec((10, 7)), "h0.ln.weight": Spec((7,), init="ones"), "h0.up": Spec((7, 5)), "h0.ln.bias": Spec((7,), init="zeros"),
               "big": Spec((BLOCK + 3,), init="uniform", scale=0.5)}
