@@ -103,6 +103,6 @@ def test_nested_items_are_the_same_as_flat_ones(framework: str, tmp_path: Path) 
     load(framework, "backend")
     module = f"tests.support.{'keras' if framework == 'tensorflow' else 'gluon'}_models"
     runs = [fit(tmp_path / name, recipe(f"{module}:{name}", framework, f"{module}:{net}"))
-            for name, net in (("Pairs", "net" if framework == "tensorflow" else "Net"), ("Nests", "nested" if framework == "tensorflow" else "NestedNet"))]
+            for name, net in zip(("Pairs", "Nests"), ("net", "nested") if framework == "tensorflow" else ("Net", "NestedNet"))]
     flat, nested = ([line["loss"] for line in run.metrics] for run in runs)
     assert flat == nested and len(flat) == STEPS
