@@ -66,8 +66,8 @@ def preview(recipe: Recipe, info: Mapping[str, Any]) -> Preview:
     needs = [costs.memory(asked.task, Candidate(replace(layout.mesh, data=data), mesh.micro_batches, parts, held, mesh.schedule, layout.num_chunks))
              for data in sizes]
     most = max(needs, key=lambda one: one.total)
-    whole = meshes.holding(meshes.lay(asked.model, Mesh(1), asked.rules, None), asked.model, asked.rules, layout.mesh.seat(0))
-    return Preview(whole.size, int(most.total + shard), elastic.max_workers + elastic.spares, int(most.activations + shard))
+    parameters = sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in asked.model.parameters.values())
+    return Preview(parameters, int(most.total + shard), elastic.max_workers + elastic.spares, int(most.activations + shard))
 
 
 def on_gpu(recipe: Recipe) -> bool:

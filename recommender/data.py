@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,17 @@ class Samples:
 
     def hidden(self, codes: np.ndarray, seed: int, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Rows of the table, some of them those for unknown values: which is a function of the seed, epoch, sample and column."""
-        places = np.array([keyed_words(1, seed, int(epoch), HIDING_KEY)[0] for epoch in np.unique(epochs)])
-        words = mix(places[np.unique(epochs, return_inverse=True)[1]] ^ mix(np.asarray(indices).astype(np.uint64)))[:, None]
-        words = mix(words + np.arange(codes.shape[1], dtype=np.uint64))
-        first, extra = self.unknown.T.astype(np.uint64)
-        other = first + (words >> np.uint64(32)) % np.maximum(extra, np.uint64(1))
-        return np.where((words & np.uint64((1 << 32) - 1)) < self.hiding[codes], other, self.codes[codes]).astype(np.int32)
+        words = np.array([epoch_word(seed, epoch) for epoch in epochs.tolist()], np.uint64) ^ mix(indices.astype(np.uint64))
+        words = mix(mix(words)[:, None] + np.arange(codes.shape[1], dtype=np.uint64))
+        found, (rows, columns) = self.codes[codes], np.nonzero(words.astype(np.uint32) < self.hiding[codes])
+        first, extra = self.unknown[columns].T
+        found[rows, columns] = first + (words[rows, columns] >> np.uint64(32)).astype(np.int64) % extra
+        return found
+
+
+@lru_cache(maxsize=1024)
+def epoch_word(seed: int, epoch: int) -> int:
+    return int(keyed_words(1, seed, epoch, HIDING_KEY)[0])
 
 
 def store_of(info: Mapping[str, Any]) -> Store:

@@ -35,7 +35,7 @@ def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = T
 
 def batch_of(items: Sequence[Any], numbers: Sequence[int], collate: Collate) -> Any:
     """`collate` of all items. RecipeError names the path of what does not fit together or cannot be in a batch; `numbers` are the items'."""
-    for item, number in zip(items[1:], numbers[1:], strict=True):
+    for item, number in zip(items, numbers, strict=True) if not alike(items) else ():
         refuse_unlike("item", items[0], item, numbers[0], number)
     try:
         return collate(items)
@@ -43,6 +43,18 @@ def batch_of(items: Sequence[Any], numbers: Sequence[int], collate: Collate) -> 
         path, what, why = culprit("item", items, collate, error)
         raise RecipeError(f"data.kind: {path} cannot be put into a batch: it is {what}, as in item {numbers[0]} ({type(why).__name__}: "
                           f"{' '.join(str(why).split())}); give numbers, arrays or tensors, in dicts, lists and tuples.") from error
+
+
+def alike(items: Sequence[Any]) -> bool:
+    """Whether all items have the same structure, and arrays of the same shapes: the quick look that nearly all pass, a column at a time."""
+    first, kinds = items[0], set(map(type, items))
+    if len(kinds) > 1 and {issubclass(kind, (Mapping, list, tuple)) for kind in kinds} != {False}:
+        return False
+    if isinstance(first, (list, tuple)):
+        return len(set(map(len, items))) == 1 and all(map(alike, zip(*items, strict=True)))
+    if isinstance(first, Mapping):
+        return all(item.keys() == first.keys() for item in items) and all(alike([item[key] for item in items]) for key in first)
+    return len({getattr(item, "shape", ()) for item in items}) == 1
 
 
 def parts(value: Any) -> dict[str, Any] | None:
