@@ -6,7 +6,8 @@ tensor on a GPU. Both slice, reshape and add in place with the same syntax, whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +22,8 @@ Batch = Mapping[str, Any]  # NumPy arrays, one per column, rows first
 class Spec:
     """One named array of a model. `dims` names each dimension; layouts map these names to mesh axes.
 
-    `init` is "normal" (standard deviation `scale`), "uniform" (-scale..scale), "zeros", "ones" or "given" (the values
-    come with the model, as from a user's own module).
+    `init` is "normal" (standard deviation `scale`), "uniform" (-scale..scale), "zeros", "ones", "values" (as `values` lists them, in C
+    order) or "given" (the values come with the model, as from a user's own module).
     """
 
     shape: tuple[int, ...]
@@ -30,6 +31,29 @@ class Spec:
     init: str = "normal"
     scale: float = 0.02
     dtype: str = "float32"
+    values: tuple[float, ...] = ()
+
+
+START: dict[str, Callable[[Spec, np.random.Generator], np.ndarray]] = {
+    "zeros": lambda spec, generator: np.zeros(spec.shape),
+    "ones": lambda spec, generator: np.ones(spec.shape),
+    "normal": lambda spec, generator: generator.standard_normal(spec.shape) * spec.scale,
+    "uniform": lambda spec, generator: generator.uniform(-spec.scale, spec.scale, spec.shape),
+    "values": lambda spec, generator: np.reshape(spec.values, spec.shape),
+}
+
+
+def initial_values(specs: Mapping[str, Spec], seed: int, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Starting values of whole arrays from a counter-based generator keyed by (seed, name): the same for every framework and layout."""
+    values = {}
+    for name, spec in specs.items():
+        if spec.init == "given":
+            values[name] = np.asarray(given[name])
+            continue
+        key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
+        generator = np.random.Generator(np.random.Philox(key=key))
+        values[name] = START[spec.init](spec, generator).astype(spec.dtype)
+    return values
 
 
 class Model(Protocol):

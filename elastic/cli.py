@@ -220,17 +220,15 @@ for _name, _what in LATER.items():
 
 def checked(trainer: Trainer) -> int:
     """--check: everything that can be known before a worker starts."""
-    from elastic.preview import check_memory, preview
-
     info = trainer.check()
     trainer.settle(info, on_event=lambda event: say(event["why"]))
     recipe = trainer.recipe
-    found = preview(recipe, info)
-    if trainer.address == "local":
-        check_memory(found, recipe)
+    found = trainer.check_memory(info)
+    for line in info.get("notes", ()):
+        say(line)
     facts = ", ".join(f"{key} {value}" for key, value in info.items() if isinstance(value, int))
     say(f"data: {facts or recipe.data.kind}")
-    say(f"model: {found.parameters} parameters; up to {found.workers} workers, about {found.bytes / 1e9:.1f} GB beside activations")
+    say(f"model: {found.parameters} parameters; up to {found.workers} workers, about {found.bytes / 1e9:.1f} GB")
     say(f"{recipe.run.name}: recipe, data and memory are sound", "bold green")
     return DONE
 

@@ -254,7 +254,9 @@ def commit(work: Work, ballot: Ballot) -> None:
         scale *= min(1.0, options["clip_norm"] / max(norm, 1e-30))
     lr = learning_rate(ballot.step, plan.num_steps, options)
     state.committed = -1
-    for begins, ends, decay in ((0, layout.decay, options["weight_decay"]), (layout.decay, layout.trainable, 0.0)):
+    decays = options["weight_decay"] if isinstance(options["weight_decay"], dict) else {"*": options["weight_decay"]}
+    for pattern, begins, ends in layout.decays:
+        decay = decays.get(pattern, 0.0)
         for low, high, at in state.runs(begins, ends):
             rule = UpdateRule(options["name"], lr, decay, scale, ballot.step, options["beta1"], options["beta2"], options["eps"],
                               options["momentum"])

@@ -1,7 +1,7 @@
 """The training state: named arrays as views into flat buffers of fixed blocks, and how a worker gets it from a peer.
 
-Parameters lie in segments, [decay | no decay | frozen], each starting at a block; the first two are cut once more where a worker holds
-copies of parameters that another worker of its replica counts. Optimizer slots cover the trainable
+Parameters lie in segments, [decay, one for each pattern of it | no decay | frozen], each starting at a block; all but the last are cut
+once more where a worker holds copies of parameters that another worker of its replica counts. Optimizer slots cover the trainable
 segments only, and so do the parameters' moving averages, if kept. The gradient buffer is as long as the trainable segments and
 ends with room for the model's own buffers (batch-norm statistics), which are summed over shards by the same reduction. Blocks never
 move: reduction, optimizer and norms work block by block, so bits do not depend on how many workers share the work.
@@ -10,15 +10,14 @@ move: reduction, optimizer and norms work block by block, so bits do not depend 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic.backend import SLOTS, Backend, Buffer, Spec
+from elastic.backend import SLOTS, Backend, Buffer, Spec, initial_values
 from elastic.checkpoint.plan import shares
 from elastic.errors import RecipeError
 
@@ -64,28 +63,34 @@ class FlatLayout:
     """Where every parameter and buffer of a model lies. A pure function of specs and patterns."""
 
     def __init__(self, parameters: Mapping[str, Spec], buffers: Mapping[str, Spec] | None = None,
-                 freeze: Sequence[str] = (), no_decay: Sequence[str] = (), copies: Container[str] = (), known: Iterable[str] = ()):
-        """`copies`: names that another worker counts; `known`: the names of the whole model, where `parameters` are a part of it."""
+                 freeze: Sequence[str] = (), no_decay: Sequence[str] = (), copies: Container[str] = (), known: Iterable[str] = (),
+                 decayed: Sequence[str] = ("*",)):
+        """`copies`: names that another worker counts; `known`: the names of the whole model, where `parameters` are a part of it; `decayed`:
+        patterns whose parameters have a weight decay each, of which the first that matches counts."""
         buffers = buffers or {}
         known = list(known) or list(parameters)
-        for key, patterns in (("model.freeze", freeze), ("optimizer.no_decay", no_decay)):
+        for key, patterns in (("model.freeze", freeze), ("optimizer.no_decay", no_decay), ("optimizer.weight_decay", decayed)):
             unused = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in known)]
             if unused:
                 raise RecipeError(f"{key} = {unused[0]!r} matches no parameter; names look like {', '.join(known[:3])}.")
         frozen = [n for n in parameters if matches(n, freeze)]
-        plain = [n for n in parameters if n not in frozen and matches(n, no_decay)]
-        decayed = [n for n in parameters if n not in frozen and n not in plain]
-        if not decayed and not plain:
+        groups: list[list[str]] = [[] for _ in (*decayed, "none")]
+        for name in parameters:
+            if name not in frozen:
+                patterns = () if matches(name, no_decay) else decayed
+                groups[next((place for place, p in enumerate(patterns) if matches(name, [p])), -1)].append(name)
+        if not any(groups):
             raise RecipeError("model.freeze leaves no parameter to train; take a pattern out of it.")
         self.places: dict[str, Place] = {}
         ends = [0]
-        for names in (decayed, plain):
+        for names in groups:
             for counts in (True, False):
                 ends.append(pack(parameters, [n for n in names if (n not in copies) == counts], ends[-1], self.places))
-        self.decay, self.trainable = ends[2], ends[4]
-        self.counted = tuple((low, high) for low, high in ((ends[0], ends[1]), (ends[2], ends[3])) if low < high)  # in norms
+        self.decays = tuple(zip((*decayed, ""), ends[:-1:2], ends[2::2], strict=True))  # (pattern, low, high), "" of those without
+        self.trainable = ends[-1]
+        self.counted = tuple((low, high) for low, high in zip(ends[:-1:2], ends[1::2], strict=True) if low < high)  # in norms
         self.size = pack(parameters, frozen, self.trainable, self.places)
-        self.trainable_names = decayed + plain
+        self.trainable_names = [name for names in groups for name in names]
         self.trainable_set = frozenset(self.trainable_names)
         self.names = list(parameters)
         self.statistics: dict[str, Place] = {}
@@ -99,27 +104,6 @@ class FlatLayout:
 def shaped(buffer: Buffer, places: Mapping[str, Place], start: int = 0) -> dict[str, Buffer]:
     """`start`: the place at which `buffer` begins."""
     return {name: buffer[p.offset - start:p.offset - start + p.size].reshape(p.shape) for name, p in places.items()}
-
-
-START: dict[str, Callable[[Spec, np.random.Generator], np.ndarray]] = {
-    "zeros": lambda spec, generator: np.zeros(spec.shape),
-    "ones": lambda spec, generator: np.ones(spec.shape),
-    "normal": lambda spec, generator: generator.standard_normal(spec.shape) * spec.scale,
-    "uniform": lambda spec, generator: generator.uniform(-spec.scale, spec.scale, spec.shape),
-}
-
-
-def initial_values(specs: Mapping[str, Spec], seed: int, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Starting values of whole arrays from a counter-based generator keyed by (seed, name): the same for every framework and layout."""
-    values = {}
-    for name, spec in specs.items():
-        if spec.init == "given":
-            values[name] = np.asarray(given[name])
-            continue
-        key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
-        generator = np.random.Generator(np.random.Philox(key=key))
-        values[name] = START[spec.init](spec, generator).astype(spec.dtype)
-    return values
 
 
 def fill(view: Buffer, values: np.ndarray) -> None:
@@ -155,12 +139,12 @@ class State:
     """
 
     def __init__(self, backend: Backend, optimizer: str, freeze: Sequence[str] = (), no_decay: Sequence[str] = (), averages: bool = False,
-                 portion: Portion | None = None):
+                 portion: Portion | None = None, decayed: Sequence[str] = ("*",)):
         self.backend, self.portion = backend, portion
         self.replica_size = portion.mesh.replica_size if portion else 1
         self.whole: Mapping[str, Spec] = portion.whole if portion else backend.parameters
         copies = {name for name in backend.parameters if portion and not portion.keeps(name)}
-        self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay, copies, self.whole)
+        self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay, copies, self.whole, decayed)
         self.param = backend.allocate(self.layout.size)
         self.slots: dict[str, Buffer] = self._allocate((*SLOTS[optimizer], *([AVERAGE] if averages else [])))
         self.buffers = {name: np.zeros(spec.shape, spec.dtype) for name, spec in backend.buffers.items()}

@@ -19,7 +19,7 @@ from ray._private import services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic import chaos, planning, workload
+from elastic import chaos, planning, preview, workload
 from elastic.actor import NAMESPACE
 from elastic.checkpoint.access import check_access, claimed
 from elastic.checkpoint.claim import owner_of
@@ -87,6 +87,7 @@ class Trainer:
             if began and opened.key and began != opened.key:
                 raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {OTHER_DATA}")
             self.num_steps = opened.sampler.num_steps
+            workload.check_items(opened)
             workload.check_model(self.recipe, opened.model)
         return info
 
@@ -98,11 +99,22 @@ class Trainer:
             if on_event:
                 on_event({"event": "mesh_chosen", "step": 0, "time": time.time(), "generation": 0, "why": why})
 
+    def check_memory(self, info: dict[str, Any]) -> preview.Preview:
+        """What the largest group needs. UserError where it cannot fit on this machine, and is to run here."""
+        with import_path():
+            found = preview.preview(self.recipe, info)
+        if self.address == "local":
+            preview.check_memory(found, self.recipe)
+        return found
+
     def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
         if self.follows:
             return self.follow(on_step, on_eval, on_event)
         info = self.check()
+        tell = on_event or (lambda event: None)
+        for line in info.get("notes", ()):
+            tell({"event": "noted", "step": 0, "time": time.time(), "generation": 0, "why": line})
         run_dir = self.free_run_dir()
         if self.recipe.checkpoint.path:
             check_access(self.recipe.checkpoint.path, not self.begin, owner_of(run_dir))
@@ -112,6 +124,8 @@ class Trainer:
             run, checkpoints = run_id(run_dir), checkpoints_of(self.recipe, run_dir)
             if self.begin or self.recipe.checkpoint.path:  # else the place is not there yet
                 claimed(checkpoints, run, owner_of(run_dir))
+            if self.address == "local":
+                self.check_memory(info)
             begin = self.open_run_dir(run_dir)
             job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path(), tuple(self.chaos),
                       self.num_steps, is_local)

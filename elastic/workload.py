@@ -88,19 +88,6 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
     return door(domain, "data").prepare(recipe.data, recipe.model.config, cache_dir())
 
 
-class Part:
-    """A stretch of a map-style data set."""
-
-    def __init__(self, source: Any, low: int, high: int):
-        self.source, self.low, self.high, self.draws = source, low, high, getattr(source, "draws", True)
-
-    def __len__(self) -> int:
-        return self.high - self.low
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source[self.low + index]
-
-
 def own_key(source: Any) -> str:
     """What tells a user's data set from another: its length, and what its own `key()` says where it has one."""
     named = f", key() = {call_user('data.kind: key()', source.key, {})!r}" if callable(getattr(source, "key", None)) else ""
@@ -111,15 +98,13 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
     """The training set, the evaluation set if there is one, and the unit that weights count ("tokens") or ""."""
     if recipe.data.kind:
         own, factory = framework(recipe), attribute("data.kind", recipe.data.kind)
-        seed, seeded = recipe.run.seed, own.seeded
+        seed = recipe.run.seed
         source = call_user("data.kind", lambda **keys: own.construct(factory, keys, seed), recipe.data.options)
-        whole = MapStyle(source)
+        whole = MapStyle(source, seed, own.seeded, own.collate)
         if info.get("key", found := own_key(source)) != found:
             raise UserError(f"data.kind = {recipe.data.kind!r} has {found} here, and {info['key']} where the run began; give it the same data "
                             "on every machine.")
-        kept = whole.num_samples - int(whole.num_samples * recipe.data.eval_fraction)
-        evaluation = MapStyle(Part(source, kept, whole.num_samples), seed, seeded) if kept < whole.num_samples else None
-        return MapStyle(Part(source, 0, kept), seed, seeded), evaluation, ""
+        return *whole.split(recipe.data.eval_fraction), ""
     if recipe.data.is_table:
         return *table.open_tables(info, recipe.data, cache_dir(), recipe.run.seed), ""
     domain = door(recipe.model.kind if ":" not in recipe.model.kind else "nlp.text", "data")
@@ -172,11 +157,19 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
     return call_user("model.kind", lambda **keys: construct(factory, keys, recipe.run.seed), model.config)
 
 
+def check_items(opened: Workload) -> None:
+    """A user's own data set gives the first rows of both splits. UserError before a worker starts."""
+    if isinstance(opened.training, MapStyle):
+        load_batch(opened.training, opened.sampler, 1, 0)
+        if opened.evaluation:
+            eval_batches(opened.evaluation, 1)[0]()
+
+
 def check_model(recipe: Recipe, model: Any) -> None:
     """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts."""
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
-    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
+    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay, decayed=recipe.optimizer.decayed)
     read_start(recipe.model.init, model.parameters)
     layout = lay_out(recipe, model, mesh_of(recipe))
     for stage in range(layout.mesh.pipeline):
@@ -207,7 +200,8 @@ def create_backend(recipe: Recipe, model: Any) -> Backend:
 
 
 def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
-    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion)
+    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
+                 recipe.optimizer.decayed)
 
 
 def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
@@ -215,7 +209,7 @@ def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None)
     if not recipe.optimizer.sharded:
         return open_state(recipe, backend, portion)
     return ShardedState(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
-                        twin=recipe.optimizer.twin)
+                        recipe.optimizer.decayed, twin=recipe.optimizer.twin)
 
 
 def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,22 @@ import numpy as np
 from elastic.data.arrow import read_tokens, write_atomically, write_tokens
 from elastic.data.columns import Column
 from elastic.data.convert import locked, write
-from elastic.data.files import File, find
+from elastic.data.files import File, find, left_out, told
 from elastic.data.formats import Arrays
 from elastic.data.index import Facts, Part
-from elastic.data.permutation import permute
+from elastic.data.permutation import keyed_words, mix, permute
 from elastic.data.table import Store
 from elastic.errors import UserError
 from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, hashed
 
-VERSION = 2
+VERSION = 4
 UNIT = ""  # weights count rows
 EMBEDDING_DIM = 16
 MOST_ROWS = (1 << 31) - 1  # of embeddings: their numbers are int32
 MOST_LISTED = 1 << 22  # rows to evaluate on in lists: all of them are gathered at once
 HASHED_ROWS = 8  # of a vocabulary, for values outside it, where data.oov = "hash"
+LEAST_HIDDEN = 0.01  # of the times that a training row holds a value, it is fed as unknown
+HIDING_KEY = 3  # apart from other draws of the same seed
 SPLIT_SEED = 2718281828  # a random split is the same in every run
 VOCABULARIES = "vocabularies.json"  # beside what was read
 PRIVATE = ("embedding_dim", "batch_size", "shuffle", "ledger", "options")  # keys of [data] that change nothing here
@@ -41,7 +45,8 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     """Facts that a model and `open_dataset` need, as plain values; reads the tables where `cache_dir` does not hold them yet.
 
     Keys of the result: sizes (embedding rows of each categorical column), num_numeric, embedding_dim, num_rows, num_eval_rows,
-    train_file, folder, and key, the same for the same content and settings. UserError names file, column and row of what cannot serve.
+    train_file, folder, notes (lines on what is left out), and key, the same for the same content and settings.
+    UserError names file, column and row of what cannot serve.
     """
     is_binary = model_config.get("loss", "binary") == "binary"
     sources = [(key, find(key, getattr(data, key.removeprefix("data.")))) for key in ("data.path", "data.eval_path")
@@ -58,7 +63,10 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
         except (OSError, ValueError):
             known = read(Encoder(data, is_binary), sources, folder, settings)
             write_atomically(facts, json.dumps(known).encode())
-    return {**known, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder), "train_file": str(folder / "rows.arrow")}
+    notes = [line for key, _ in sources for line in left_out(key, getattr(data, key.removeprefix("data.")))]
+    notes += told("data.path", known["unused"], "as columns that neither data.categorical nor data.numeric names")
+    return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder),
+            "train_file": str(folder / "rows.arrow")}
 
 
 def vocabularies_of(info: Mapping[str, Any], data: Any, model_config: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -76,7 +84,7 @@ def vocabularies_of(info: Mapping[str, Any], data: Any, model_config: Mapping[st
 
 def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Samples:
     """The "train" or the "eval" split, in the order of the files."""
-    return Samples(store_of(info), rows_of(info, split), info, split == "eval")
+    return Samples(store_of(info), rows_of(info, split), info, None if split == "eval" else seed)
 
 
 @dataclass(frozen=True)
@@ -86,37 +94,57 @@ class Vocabulary:
     name: str
     rows: np.ndarray  # by code
     size: int
+    counts: np.ndarray  # by code, how many training rows hold it; none where the column is hashed
+    extra: int = 0  # rows at the end, for what no training row holds
 
 
 class Samples:
     """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1 over the training
-    rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns. Rows to evaluate on in lists have "group"
-    and "row" (rows,), the list and the row's own number."""
+    rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns, in training now and then one for unknown
+    values. Rows to evaluate on in lists have "group" and "row" (rows,), the list and the row's own number."""
 
     fills = True
 
-    def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], is_eval: bool):
-        self.store, self.rows, self.num_samples, self.is_eval = store, rows, len(rows), is_eval
-        self.mean, self.scale = (np.array(info[key], np.float32) for key in ("mean", "scale"))
+    def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], seed: int | None):
+        """`seed` is for training, None for evaluation, in which nothing is hidden."""
+        self.store, self.rows, self.num_samples, self.seed = store, rows, len(rows), seed
+        self.mean, self.scale = (np.array(info[key]) for key in ("mean", "scale"))
         self.codes = read_tokens(Path(info["folder"]) / "codes.arrow") if info["sizes"] else np.zeros(0, np.int32)
         self.first_code = np.array(info["first_codes"], np.int64)
+        self.hiding = read_tokens(Path(info["folder"]) / "hiding.arrow") if info["sizes"] and seed is not None else np.zeros(0, np.uint32)
+        self.unknown = np.array(info["unknown"], np.int64).reshape(-1, 2)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Arrays:
         rows = self.rows.start + indices if isinstance(self.rows, range) else self.rows[indices]
         found = self.store.rows(np.asarray(rows, np.int64))
         if NUMERIC in found:
-            found[NUMERIC] = np.nan_to_num((found[NUMERIC] - self.mean) * self.scale)
+            found[NUMERIC] = np.nan_to_num((found[NUMERIC] - self.mean) * self.scale).astype(np.float32)
         if CATEGORICAL in found:
-            found[CATEGORICAL] = self.codes[found[CATEGORICAL] + self.first_code]
+            codes = found[CATEGORICAL] + self.first_code
+            found[CATEGORICAL] = self.codes[codes] if self.seed is None else self.hidden(codes, self.seed, indices, epochs)
         if GROUP in found:
             lists = found.pop(GROUP)
-            found |= {GROUP: lists, "row": np.asarray(indices, np.int64)} if self.is_eval else {}
+            found |= {GROUP: lists, "row": np.asarray(indices, np.int64)} if self.seed is None else {}
         return found
+
+    def hidden(self, codes: np.ndarray, seed: int, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """Rows of the table, some of them those for unknown values: which is a function of the seed, epoch, sample and column."""
+        words = np.array([epoch_word(seed, epoch) for epoch in epochs.tolist()], np.uint64) ^ mix(indices.astype(np.uint64))
+        words = mix(mix(words)[:, None] + np.arange(codes.shape[1], dtype=np.uint64))
+        found, (rows, columns) = self.codes[codes], np.nonzero(words.astype(np.uint32) < self.hiding[codes])
+        first, extra = self.unknown[columns].T
+        found[rows, columns] = first + (words[rows, columns] >> np.uint64(32)).astype(np.int64) % extra
+        return found
+
+
+@lru_cache(maxsize=1024)
+def epoch_word(seed: int, epoch: int) -> int:
+    return int(keyed_words(1, seed, epoch, HIDING_KEY)[0])
 
 
 def store_of(info: Mapping[str, Any]) -> Store:
     """The rows of both splits as they were written."""
-    wide = ((NUMERIC, "float32", info["num_numeric"]), (CATEGORICAL, "int32", len(info["sizes"])))
+    wide = ((NUMERIC, "float64", info["num_numeric"]), (CATEGORICAL, "int32", len(info["sizes"])))
     columns = (Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]), *([Column(GROUP, "int32")] if info["top"] else []))
     blocks = tuple((0, unit, 0, rows) for unit, rows in enumerate(info["blocks"]))
     return Store(Facts("arrow", "", "rows", columns, (Part((File(str(Path(info["folder"]) / "rows.arrow"), 0, 0),), blocks, True),)))
@@ -157,6 +185,7 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
             "num_rows": len(splits["train"]), "num_eval_rows": len(splits["eval"])}
     store = store_of(info)
     mean, scale = moments(store, splits["train"], len(data.numeric))
+    label_mean = math.fsum(found[LABEL].sum(dtype=np.float64) for found, _ in stretches(store, splits["train"])) / len(splits["train"])
     parts = vocabularies(encoder, store, splits)
     first, base = [], 0
     for part in parts:
@@ -172,10 +201,13 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
         write_tokens(folder / "codes.arrow", codes)
         known = {name: {value: int(codes[base + code]) for value, code in column.known.items()}
                  for (name, column), base in zip(encoder.codes.items(), first) if not column.buckets}
+        write_tokens(folder / "hiding.arrow", np.concatenate([hiding(part) for part in parts]))
         digest += hashlib.sha256(codes.tobytes()).hexdigest()
     write_atomically(folder / VOCABULARIES, json.dumps(known).encode())
     said = json.dumps([VERSION, digest, settings, counted, [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
-    return {**info, "mean": mean, "scale": scale, "first_codes": first, "sizes": [part.size for part in parts],
+    return {**info, "unused": encoder.unused, "label_mean": label_mean, "mean": mean, "scale": scale,
+            "first_codes": first, "sizes": [part.size for part in parts],
+            "unknown": [[int(end) - part.extra, part.extra] for part, end in zip(parts, np.cumsum([part.size for part in parts]))],
             "vocabulary": {name: len(codes.known) for name, codes in encoder.codes.items() if not codes.buckets},
             "key": hashlib.sha256(said.encode()).hexdigest()[:32]}
 
@@ -206,16 +238,20 @@ def stretches(store: Store, rows: range | np.ndarray, most: int = 1 << 18) -> It
 
 
 def moments(store: Store, rows: range | np.ndarray, columns: int) -> tuple[list[float], list[float]]:
-    """Mean and 1/deviation of every number over the rows that have it; float64 sums."""
-    count, total, square = np.zeros(columns), np.zeros(columns), np.zeros(columns)
-    for found, _ in stretches(store, rows) if columns else ():
-        values = found[NUMERIC].astype(np.float64)
-        count += (~np.isnan(values)).sum(0)
-        total, square = total + np.nansum(values, 0), square + np.nansum(values * values, 0)
-    count = np.maximum(count, 1)
-    mean = total / count
-    deviation = np.sqrt(np.maximum(square / count - mean * mean, 0.0))
-    return mean.tolist(), np.where(deviation > 1e-6 * np.abs(mean), 1 / np.maximum(deviation, 1e-30), 1.0).tolist()
+    """Mean and 1/deviation of every number over the rows that have it, in float64: first the means, then the squares of what is off them.
+    A column whose deviation its numbers' own rounding could make is taken as constant, its deviation for 1."""
+    def sums(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        parts = (np.nansum(of(found[NUMERIC]), 0) for found, _ in stretches(store, rows))
+        return sum(parts, np.zeros(columns))
+
+    if not columns:
+        return [], []
+    count = np.maximum(sums(lambda values: ~np.isnan(values)), 1)
+    first = np.nan_to_num(next(stretches(store, rows, 1))[0][NUMERIC][0])
+    mean = first + sums(lambda values: values - first) / count
+    deviation = np.sqrt(sums(lambda values: np.square(values - mean)) / count)
+    varies = deviation > 2 * np.finfo(np.float64).eps * np.abs(mean)
+    return mean.tolist(), (1 / np.where(varies, deviation, 1.0)).tolist()
 
 
 def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> list[Vocabulary]:
@@ -228,7 +264,7 @@ def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> l
     parts = []
     for column, (name, codes) in enumerate(encoder.codes.items()):
         if codes.buckets:
-            parts.append(Vocabulary(name, np.arange(codes.buckets, dtype=np.int32), codes.buckets))
+            parts.append(Vocabulary(name, np.arange(codes.buckets, dtype=np.int32), codes.buckets, np.zeros(codes.buckets, np.int64)))
             continue
         known = counts[column] >= data.min_count
         rows, size = np.where(known, np.cumsum(known) - 1, -1), int(known.sum())
@@ -238,8 +274,15 @@ def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> l
                 rows[code] = size + hashed(value, extra)
         if data.oov == "error" and not known.all():
             refuse_unknown(encoder, store, column, known)
-        parts.append(Vocabulary(name, rows, size + extra))
+        parts.append(Vocabulary(name, rows, size + extra, counts[column], extra))
     return parts
+
+
+def hiding(part: Vocabulary) -> np.ndarray:
+    """uint32 by code: how often, of 2^32 times, a training row's value is fed as one that nobody knows, so that the rows for those are trained:
+    about once an epoch for each value, so that they come to stand for a value as such, and at least 1 % of the time."""
+    share = np.maximum(1 / (1 + part.counts), LEAST_HIDDEN) if part.extra else np.zeros(len(part.rows))
+    return np.minimum(share * (1 << 32), (1 << 32) - 1).astype(np.uint32)
 
 
 def refuse_unknown(encoder: Encoder, store: Store, column: int, known: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,16 @@ from recommender.metrics import Curve, Errors, Lists
 Array = Any
 ARCHS = ("dlrm", "dcn", "mf", "lr")
 LOSSES = ("binary", "squared")
+BIASES = ("zeros", "mean")
+LEAST_SHARE = 1e-6  # of positives, that log-odds stand for
 
 
 @dataclass(frozen=True)
 class Config:
-    """The keys of `[model]`. `bottom` and `top` are widths of hidden layers; `layers` counts dcn's cross layers."""
+    """The keys of `[model]`. `bottom` and `top` are widths of hidden layers; `layers` counts dcn's cross layers. `embedding_init` is how the rows
+    of embeddings start, "normal:DEVIATION" or "uniform:LIMIT", "" for normal:1/sqrt(width); `bias_init` how the last bias does, "zeros" or
+    "mean", the labels' mean in the training rows (their log-odds under the binary loss).
+    """
 
     arch: str = "dlrm"
     bottom: Sequence[int] = (64,)
@@ -38,9 +43,11 @@ class Config:
     layers: int = 2
     dropout: float = 0.0
     loss: str = "binary"
+    embedding_init: str = ""
+    bias_init: str = "zeros"
 
     def __post_init__(self) -> None:
-        for key, choices in (("arch", ARCHS), ("loss", LOSSES)):
+        for key, choices in (("arch", ARCHS), ("loss", LOSSES), ("bias_init", BIASES)):
             if getattr(self, key) not in choices:
                 raise RecipeError(f"model.{key} = {getattr(self, key)!r} must be one of {', '.join(choices)}.")
         for key in ("bottom", "top"):
@@ -51,6 +58,19 @@ class Config:
             raise RecipeError(f"model.layers = {self.layers!r} must be a whole number of at least 1.")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise RecipeError(f"model.dropout = {self.dropout!r} must be a number of at least 0 and below 1.")
+        self.embedding_start(1)
+
+    def embedding_start(self, width: int) -> tuple[str, float]:
+        """`init` and `scale` of a `Spec`."""
+        text = self.embedding_init if self.embedding_init != "" else f"normal:{1 / math.sqrt(width)}"
+        kind, _, number = text.partition(":") if isinstance(text, str) else ("", "", "")
+        try:
+            scale = float(number)
+        except ValueError:
+            scale = -1.0
+        if kind not in ("normal", "uniform") or not 0.0 <= scale < math.inf:
+            raise RecipeError(f'model.embedding_init = {self.embedding_init!r} must be "normal:DEVIATION" or "uniform:LIMIT", as "uniform:0.05".')
+        return kind, scale
 
 
 def is_count(value: Any) -> bool:
@@ -59,11 +79,13 @@ def is_count(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Columns:
-    """What the data says: rows of each categorical column's embedding, the number of numeric columns, the embedding's width."""
+    """What the data says: rows of each categorical column's embedding, the number of numeric columns, the embedding's width, and where the
+    labels lie: their mean in the training rows."""
 
     sizes: tuple[int, ...]
     num_numeric: int
     width: int
+    label_mean: float = 0.0
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> Recommender:
@@ -72,7 +94,7 @@ def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> Recommender:
     for key in config:
         if key not in known:
             raise RecipeError(f"model.{key} = {config[key]!r} is not a key of recommender.dlrm; its keys are {', '.join(known)}.")
-    columns = Columns(tuple(info["sizes"]), int(info["num_numeric"]), int(info["embedding_dim"]))
+    columns = Columns(tuple(info["sizes"]), int(info["num_numeric"]), int(info["embedding_dim"]), float(info.get("label_mean", 0.0)))
     if config.get("arch", "dlrm") == "dlrm" and not columns.sizes:
         raise RecipeError('data.categorical is missing; model.arch = "dlrm" needs at least one: add it, or write model.arch = "dcn" or "lr".')
     return Recommender(Config(**config), columns, (int(info["num_eval_rows"]), int(info["top"])) if info.get("top") else None)
@@ -100,7 +122,7 @@ def specs(config: Config, columns: Columns) -> dict[str, Spec]:
             out["linear.numeric"] = Spec((numbers, 1), ("numeric", "one"), "zeros")
         out["bias"] = Spec((1,), ("one",), "zeros")
     if config.arch != "lr" and rows:
-        out["embedding"] = Spec((rows, width), ("table_row", "d_embedding"), "normal", 1 / math.sqrt(width))
+        out["embedding"] = Spec((rows, width), ("table_row", "d_embedding"), *config.embedding_start(width))
     if config.arch == "mf" and numbers:
         out["factors"] = Spec((numbers, width), ("numeric", "d_embedding"), "normal", 1 / math.sqrt(width))
     if config.arch == "dlrm":
@@ -113,7 +135,18 @@ def specs(config: Config, columns: Columns) -> dict[str, Spec]:
         for i in range(config.layers):
             dense(f"cross{i}", total, total, 1.0)
         mlp(total, top_layers(config), (*config.top, 1))
+    if config.bias_init == "mean":
+        name = "bias" if "bias" in out else "out.bias"
+        out[name] = replace(out[name], init="values", values=(start_of(config, columns.label_mean),))
     return out
+
+
+def start_of(config: Config, mean: float) -> float:
+    """The score that stands for labels of this mean."""
+    if config.loss == "squared":
+        return mean
+    share = min(max(mean, LEAST_SHARE), 1 - LEAST_SHARE)
+    return math.log(share / (1 - share))
 
 
 def bottom_layers(config: Config) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from elastic.backend import Spec
 from elastic.errors import RecipeError
 
 
@@ -42,3 +44,14 @@ def read(kind: str, factory: type[Any], config: Mapping[str, Any]) -> Any:
         if key not in known:
             raise RecipeError(f"model.{key} = {config[key]!r} is not a key of {kind}; its keys are {', '.join(known)}.")
     return factory(**config)
+
+
+BIASES = ("zeros", "mean")
+LEAST_COUNT = 0.5  # of images of a class, that a logarithm stands for
+
+
+def head_bias(config: Any, num_classes: int, counts: Sequence[int]) -> Spec:
+    """Of the logits: zeros, or with `bias_init` "mean" the logarithms of the classes' shares of the training images."""
+    if config.bias_init == "zeros" or not counts:
+        return Spec((num_classes,), ("classes",), "zeros")
+    return Spec((num_classes,), ("classes",), "values", values=tuple(math.log(max(count, LEAST_COUNT) / sum(counts)) for count in counts))

@@ -10,7 +10,7 @@ ones by the mean of what the shards moved them, weighted by their rows. Filler r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ class Config:
 
     `width` is the channels of the first stage; each further one halves the image and doubles them. The "large" stem, 7 x 7 and
     pooled, quarters the image first; the "small" one, 3 x 3, does not. `momentum` is how much of a batch goes into batch
-    norm's running statistics, `groups` the groups of group norm.
+    norm's running statistics, `groups` the groups of group norm. `bias_init` "mean" starts the logits' bias at the logarithms of the classes'
+    shares of the training images.
     """
 
     blocks: tuple[int, ...] = (2, 2, 2, 2)
@@ -41,12 +42,14 @@ class Config:
     groups: int = 8
     momentum: float = 0.1
     smoothing: float = 0.0
+    bias_init: str = "zeros"
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, (list, tuple)) or not self.blocks or not all(type(n) is int and n >= 1 for n in self.blocks):
             raise RecipeError(f"model.blocks = {self.blocks!r} must be a list of whole numbers of at least 1, one a stage, as [2, 2, 2, 2].")
         object.__setattr__(self, "blocks", tuple(self.blocks))
         checks.whole(self, "width", "groups")
+        checks.one_of(self, "bias_init", checks.BIASES)
         checks.share(self, "momentum", "smoothing")
         checks.one_of(self, "stem", ("large", "small"))
         checks.one_of(self, "norm", ("batch", "group"))
@@ -84,7 +87,7 @@ class Conv:
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> ResNet:
     """The model for a recipe's `[model]` keys and the data's facts ("shape", "num_classes"). RecipeError names a bad key."""
-    return ResNet(checks.read("vision.resnet", Config, config), tuple(info["shape"]), int(info["num_classes"]))
+    return ResNet(checks.read("vision.resnet", Config, config), tuple(info["shape"]), int(info["num_classes"]), info.get("class_counts", ()))
 
 
 def blocks_of(config: Config) -> list[Block]:
@@ -117,7 +120,7 @@ def shortcut_of(block: Block) -> Conv | None:
     return None if same else Conv(f"{block.name}.shortcut", 1, block.num_in, block.num_out, block.stride)
 
 
-def specs(config: Config, channels: int, num_classes: int) -> tuple[dict[str, Spec], dict[str, Spec]]:
+def specs(config: Config, channels: int, num_classes: int, counts: Sequence[int] = ()) -> tuple[dict[str, Spec], dict[str, Spec]]:
     """Parameters and buffers by name. A block starts as the identity: its last norm's weight is 0 (Goyal et al. 2017, section 5.1)."""
     params: dict[str, Spec] = {}
     buffers: dict[str, Spec] = {}
@@ -144,16 +147,16 @@ def specs(config: Config, channels: int, num_classes: int) -> tuple[dict[str, Sp
             add(shortcut)
     wide = blocks[-1].num_out
     params["head.weight"] = Spec((wide, num_classes), ("channels", "classes"), "uniform", 1.0 / math.sqrt(wide))
-    params["head.bias"] = Spec((num_classes,), ("classes",), "zeros")
+    params["head.bias"] = checks.head_bias(config, num_classes, counts)
     return params, buffers
 
 
 class ResNet:
     """The model behind `elastic.backend.Model`."""
 
-    def __init__(self, config: Config, shape: tuple[int, ...], num_classes: int):
+    def __init__(self, config: Config, shape: tuple[int, ...], num_classes: int, counts: Sequence[int] = ()):
         self.config, self.shape, self.num_classes = config, shape, num_classes
-        self.parameters, self.buffers = specs(config, shape[-1], num_classes)
+        self.parameters, self.buffers = specs(config, shape[-1], num_classes, counts)
 
     def loss(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array], batch: Mapping[str, Array],
              seed: int) -> tuple[Array, Array, Mapping[str, Array]]:

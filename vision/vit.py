@@ -6,7 +6,7 @@ The model is a neutral function of named arrays; a framework enters through `ops
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ Array = Any
 @dataclass(frozen=True)
 class Config:
     """The keys of `[model]`. `patch` is the side of a patch in pixels, `mlp` the hidden width in multiples of `width`. `recompute`
-    keeps what comes between layers alone and computes the rest again for the gradient (Chen et al. 2016).
+    keeps what comes between layers alone and computes the rest again for the gradient (Chen et al. 2016). `bias_init` as `vision.resnet` has it.
     """
 
     layers: int = 6
@@ -33,9 +33,11 @@ class Config:
     dropout: float = 0.0
     smoothing: float = 0.0
     recompute: bool = False
+    bias_init: str = "zeros"
 
     def __post_init__(self) -> None:
         checks.whole(self, "layers", "heads", "width", "patch", "mlp")
+        checks.one_of(self, "bias_init", checks.BIASES)
         checks.share(self, "dropout", "smoothing")
         checks.flag(self, "recompute")
         if self.width % self.heads:
@@ -47,10 +49,10 @@ def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> ViT:
     read, (height, width, channels) = checks.read("vision.vit", Config, config), info["shape"]
     if height % read.patch or width % read.patch:
         raise RecipeError(f"model.patch = {read.patch} must divide the images' height {height} and width {width}.")
-    return ViT(read, (height, width, channels), int(info["num_classes"]))
+    return ViT(read, (height, width, channels), int(info["num_classes"]), info.get("class_counts", ()))
 
 
-def specs(config: Config, shape: tuple[int, ...], num_classes: int) -> dict[str, Spec]:
+def specs(config: Config, shape: tuple[int, ...], num_classes: int, counts: Sequence[int] = ()) -> dict[str, Spec]:
     """Every parameter by name. A projection starts with the variance 1 / its inputs, whatever the width (a deviation of 0.02 learns small
     models slowly); one back into the residual stream smaller, by 1/sqrt(2 layers).
     """
@@ -81,6 +83,7 @@ def specs(config: Config, shape: tuple[int, ...], num_classes: int) -> dict[str,
         dense(f"h{i}.mlp.down", (config.mlp * width, width), ("d_ff", "d_model"), 1, residual)
     norm("ln_f")
     dense("head", (width, num_classes), ("d_model", "classes"), 1)
+    out["head.bias"] = checks.head_bias(config, num_classes, counts)
     return out
 
 
@@ -89,9 +92,9 @@ class ViT(Chained):
 
     layout = {"heads": "tensor", "d_ff": "tensor"}
 
-    def __init__(self, config: Config, shape: tuple[int, ...], num_classes: int):
+    def __init__(self, config: Config, shape: tuple[int, ...], num_classes: int, counts: Sequence[int] = ()):
         self.config, self.shape, self.num_classes = config, shape, num_classes
-        self.parameters = specs(config, shape, num_classes)
+        self.parameters = specs(config, shape, num_classes, counts)
         self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
 
     def names(self, piece: str) -> tuple[str, ...]:

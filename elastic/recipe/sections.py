@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, FiniteFloat
+from pydantic import ConfigDict, Field, FiniteFloat, PlainValidator
 
 from elastic.recipe.labelled import NAMES, TABLES, Section, Texts
 from elastic.recipe.pictured import Pictured
@@ -14,9 +15,12 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
                 "expert_every": 2, "top": 1, "capacity": 1.25, "balance": 0.01},
     "nlp.bert": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "mask": 0.15, "smoothing": 0.0,
                  "recompute": False},
-    "vision.resnet": {"blocks": [2, 2, 2, 2], "width": 64, "bottleneck": False, "stem": "large", "norm": "batch", "smoothing": 0.0},
-    "vision.vit": {"layers": 6, "heads": 4, "width": 128, "patch": 4, "mlp": 4, "dropout": 0.0, "smoothing": 0.0, "recompute": False},
-    "recommender.dlrm": {"arch": "dlrm", "bottom": [64], "top": [64, 32], "layers": 2, "dropout": 0.0, "loss": "binary"},
+    "vision.resnet": {"blocks": [2, 2, 2, 2], "width": 64, "bottleneck": False, "stem": "large", "norm": "batch", "smoothing": 0.0,
+                      "bias_init": "zeros"},
+    "vision.vit": {"layers": 6, "heads": 4, "width": 128, "patch": 4, "mlp": 4, "dropout": 0.0, "smoothing": 0.0, "recompute": False,
+                   "bias_init": "zeros"},
+    "recommender.dlrm": {"arch": "dlrm", "bottom": [64], "top": [64, 32], "layers": 2, "dropout": 0.0, "loss": "binary",
+                         "embedding_init": "", "bias_init": "zeros"},
 }
 Rising = tuple[Annotated[int, Field(ge=1, strict=True)], ...]
 WEIGHTS = "a list of numbers above 0, one for each entry of data.path"
@@ -116,6 +120,15 @@ class Elastic(Section):
     spares: int = at_least(0, 0)
 
 
+def decays(value: Any) -> float | dict[str, float]:
+    """A number for all parameters, or one by pattern."""
+    by = value if isinstance(value, dict) else {"*": value}
+    numbers = {name: number for name, number in by.items() if type(number) in (int, float) and 0 <= number < math.inf}
+    if not by or len(numbers) < len(by):
+        raise ValueError("no number of at least 0")
+    return {name: float(number) for name, number in numbers.items()} if by is value else float(value)
+
+
 class Optimizer(Section):
     name: Literal["adamw", "adam", "sgd", "adagrad", "lamb"] = "adamw"
     lr: FiniteFloat = Field(1e-3, ge=0, description="a number of at least 0")
@@ -123,7 +136,9 @@ class Optimizer(Section):
     beta2: float = share(0.999)
     eps: FiniteFloat = Field(1e-8, gt=0, description="a number above 0")
     momentum: float = share(0.9)
-    weight_decay: FiniteFloat = Field(0.0, ge=0, description="a number of at least 0")
+    weight_decay: Annotated[float | dict[str, float], PlainValidator(decays)] = Field(0.0, description=(
+        'a number of at least 0, or a table of them by name pattern, as {"embedding" = 1e-5, "*" = 0.01}, of which a parameter takes the first '
+        "that matches it, and 0 where none does"))
     base_batch: int = at_least(0, 0, ": the batch size that lr and min_lr are meant for, to whose multiple they are scaled; 0 for no scaling")
     schedule: Literal["constant", "cosine", "linear", "step", "one-cycle"] = "constant"
     warmup_steps: int = at_least(0, 0)
@@ -139,6 +154,11 @@ class Optimizer(Section):
                             "`elastic evaluate`, sample and export then use in their place; 0 for none")
     sharded: bool = Field(False, description="true or false")
     twin: bool = Field(True, description="true or false")
+
+    @property
+    def decayed(self) -> tuple[str, ...]:
+        """The patterns of weight_decay; a number is for all."""
+        return tuple(self.weight_decay) if isinstance(self.weight_decay, dict) else ("*",)
 
 
 class Checkpoint(Section):

@@ -160,7 +160,7 @@ def test_update_bits_do_not_depend_on_the_ranges(name: str, rule: UpdateRule) ->
 def test_no_gradient_buffer_outlives_its_generation(name: str) -> None:
     """Each is a piece of one that may be shared memory, and of that nothing goes before all of it is let go."""
     rig = gpt_rig(name)
-    param, grad = rig.param[:rig.layout.decay], rig.gradient(token_batch())[0]
+    param, grad = rig.param[:rig.layout.decays[0][2]], rig.gradient(token_batch())[0]
     slots = {slot: rig.backend.allocate(len(param)) for slot in SLOTS["adamw"]}
     memory = weakref.ref(grad.base)
     rig.backend.squared_norms(grad, BLOCK)

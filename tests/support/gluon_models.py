@@ -34,3 +34,18 @@ class Net(gluon.nn.HybridSequential):
 
     def metrics(self, batch: Any) -> Any:
         return {"mae": ((self(batch[0]) - batch[1]).abs().sum(), len(batch[0]))}
+
+
+class Nests(Pairs):
+    """The same rows, nested."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return {"in": [x, {"number": index}], "out": (y, np.float16(1))}
+
+
+class NestedNet(Net):
+    """`Net` that reads nested rows."""
+
+    def loss(self, batch: Any) -> Any:
+        return super().loss((batch["in"][0], batch["out"][0]))

@@ -25,3 +25,26 @@ def net(width: int = 8) -> Any:
                               keras.layers.ReLU(), keras.layers.Dropout(0.2), keras.layers.Dense(1)])
     model.compile(loss="mse", metrics=["mae"])
     return model
+
+
+class Nests(Pairs):
+    """The same rows, nested."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return {"in": [x, {"number": index}], "out": (y, y.astype(np.complex64))}
+
+
+class Nested(keras.Sequential):
+    def batch_loss(self, batch: Any) -> Any:
+        x, y = batch["in"][0], batch["out"][0]
+        return self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+
+
+def nested(width: int = 8) -> Any:
+    """`net` that reads nested rows."""
+    plain = net(width)
+    model = Nested(plain.layers)
+    model.build((None, 6))
+    model.compile(loss="mse")
+    return model

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from elastic.backend import initial_values
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import parse
 from recommender.data import HASHED_ROWS, open_dataset, prepare
+from recommender.dlrm import build
 
 HEADER = ["label", "colour", "shop", "price", "weight", "time"]
 
@@ -44,6 +46,7 @@ def opened(data: Any, cache: Path, loss: str = "binary") -> tuple[dict[str, Any]
     out = []
     for split in ("train", "eval"):
         dataset = open_dataset(info, split)
+        dataset.hiding = np.zeros_like(dataset.hiding)  # has tests of its own
         every = np.arange(dataset.num_samples)
         out.append(dataset.batch(every, np.zeros_like(every)))
     return info, out[0], out[1]
@@ -260,3 +263,106 @@ def test_bad_declarations_are_named(tmp_path: Path) -> None:
         section(tmp_path / "t.parquet", delimiter=";")
     with pytest.raises(RecipeError, match="does not feed"):
         section(tmp_path / "t.parquet", format="text")
+
+
+NUMBERS = {  # columns that float32 cannot hold apart
+    "seconds within 20 minutes": lambda draw: 1_700_000_000 + draw.integers(0, 1200, 400).astype(float),
+    "microseconds within a second": lambda draw: 1.7e15 + draw.integers(0, 1_000_000, 400).astype(float),
+    "a first value far off": lambda draw: np.r_[1e9, 5e7 + draw.normal(size=399)],
+    "tiny": lambda draw: 1e-25 * (1 + 1e-6 * draw.normal(size=400)),
+    "constant": lambda draw: np.full(400, 0.1)}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_moments_are_found_before_numbers_are_rounded(kind: str, tmp_path: Path) -> None:
+    numbers = NUMBERS[kind](np.random.default_rng(0))
+    (tmp_path / "t.csv").write_text("t,y\n" + "".join(f"{number!r},{n % 2}\n" for n, number in enumerate(numbers.tolist())))
+    data = section(tmp_path / "t.csv", label="y", categorical=[], numeric=["t"], eval_fraction=0.0)
+    found = opened(data, tmp_path / "cache")[1]["numeric"][:, 0]
+    off = numbers - numbers.mean()
+    wanted = off / (off.std() if kind != "constant" else 1.0)
+    np.testing.assert_allclose(found, wanted, atol=2e-6, rtol=1e-5)
+    assert found.dtype == np.float32 and (kind == "a first value far off" or len(np.unique(found)) == len(np.unique(numbers)))
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "t.csv", rows(60))
+    (tmp_path / "in" / ".t.csv.swp").write_text("")
+    data = section(tmp_path / "in", format="csv", categorical=["shop"], numeric=["price"])
+    hidden, columns = prepare(data, {}, tmp_path / "cache")["notes"]
+    assert hidden.startswith("data.path: left out, as hidden") and hidden.endswith(".t.csv.swp")
+    assert columns == "data.path: left out, as columns that neither data.categorical nor data.numeric names: colour, weight, time"
+
+
+def drawn(values: list[str], path: Path) -> Path:
+    path.write_text("c,y\n" + "".join(f"{value},{n % 2}\n" for n, value in enumerate(values)))
+    return path
+
+
+VALUES = {  # training values -> which oov
+    "two values, often": (["a", "b"] * 500, "hash"), "each value once": ([f"v{n}" for n in range(1000)], "hash"),
+    "one of many": (["a"] * 990 + [f"v{n}" for n in range(10)], "row")}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_rows_for_unknown_values_are_trained(kind: str, tmp_path: Path) -> None:
+    """Values are fed as unknown by their share, 1/(1 + count) and at least 1 %, differently in each epoch, the same whoever asks."""
+    values, oov = VALUES[kind]
+    data = section(drawn([*values, "new", "newer"], tmp_path / "t.csv"), label="y", categorical=["c"], numeric=[], oov=oov, eval_fraction=2.5 / 1002)
+    info = prepare(data, {}, tmp_path / "cache")
+    known, extra = len(set(values)), HASHED_ROWS if oov == "hash" else 1
+    assert info["sizes"] == [known + extra] and info["num_rows"] == 1000
+    training, every = open_dataset(info, "train", 7), np.arange(1000)
+    epochs = [training.batch(every, np.full(1000, epoch))["categorical"][:, 0] for epoch in range(40)]
+    plain = np.array([list(dict.fromkeys(values)).index(value) for value in values])
+    hidden = np.array(epochs) != plain
+    assert (np.array(epochs)[hidden] >= known).all() and not np.array_equal(epochs[0], epochs[1])
+    share = np.maximum(1 / (1 + np.array([values.count(value) for value in values])), 0.01)
+    wanted, spread = 40 * share.sum(), np.sqrt(40 * (share * (1 - share)).sum())
+    assert abs(hidden.sum() - wanted) < 5 * spread
+    assert set(np.array(epochs)[hidden]) == set(range(known, known + extra))
+    some = training.batch(np.array([5, 3, 5]), np.array([2, 1, 0]))["categorical"][:, 0]
+    assert some.tolist() == [epochs[2][5], epochs[1][3], epochs[0][5]]
+    assert (open_dataset(info, "eval").batch(np.arange(2), np.zeros(2, int))["categorical"] >= known).all()
+
+
+def test_without_rows_for_unknown_values_none_is_hidden(tmp_path: Path) -> None:
+    data = section(drawn(["a", "b"] * 100, tmp_path / "t.csv"), label="y", categorical=["c"], numeric=[], oov="error", eval_fraction=0.0)
+    dataset = open_dataset(prepare(data, {}, tmp_path / "cache"), "train")
+    for epoch in range(20):
+        assert dataset.batch(np.arange(200), np.full(200, epoch))["categorical"][:, 0].tolist() == [0, 1] * 100
+
+
+def start(model: Any, name: str) -> np.ndarray:
+    return initial_values(model.parameters, 3, {})[name]
+
+
+@pytest.mark.parametrize(("arch", "bias"), [("dlrm", "out.bias"), ("dcn", "out.bias"), ("mf", "bias"), ("lr", "bias")])
+@pytest.mark.parametrize("loss", ["binary", "squared"])
+def test_the_last_bias_may_start_at_the_labels_mean(arch: str, bias: str, loss: str, tmp_path: Path) -> None:
+    labels = [int(n % 7 == 0) if loss == "binary" else 3.5 + n / 9 for n in range(200)]
+    (tmp_path / "t.csv").write_text("c,y\n" + "".join(f"v{n % 5},{label}\n" for n, label in enumerate(labels)))
+    info = prepare(section(tmp_path / "t.csv", label="y", categorical=["c"], numeric=[]), {"loss": loss}, tmp_path / "cache")
+    mean = np.mean(labels[:160])
+    wanted = np.log(mean / (1 - mean)) if loss == "binary" else mean
+    assert start(build({"arch": arch, "loss": loss, "bias_init": "mean"}, info), bias) == pytest.approx(wanted, rel=1e-6)
+    assert start(build({"arch": arch, "loss": loss}, info), bias) == 0.0
+
+
+FACTS = {"sizes": [300, 200], "num_numeric": 0, "embedding_dim": 16}
+
+
+@pytest.mark.parametrize(("init", "deviation", "limit"), [("normal:0.05", 0.05, np.inf), ("uniform:0.05", 0.05 / np.sqrt(3), 0.05),
+                                                          ("", 0.25, np.inf),
+                                                          ("normal:0", 0.0, 0.0)])
+def test_embeddings_start_as_the_recipe_says(init: str, deviation: float, limit: float) -> None:
+    found = start(build({"arch": "mf", "embedding_init": init}, FACTS), "embedding")
+    assert found.std() == pytest.approx(deviation, rel=0.05) and np.abs(found).max() <= limit and abs(found.mean()) <= deviation / 20
+
+
+@pytest.mark.parametrize(("key", "value"), [("embedding_init", value) for value in ("normal", "uniform:-1", "zipf:1", "normal:x", "normal:nan", 0.05)]
+                         + [("bias_init", "median")])
+def test_starts_that_cannot_be_meant_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=f"model.{key} = "):
+        build({key: value}, FACTS)

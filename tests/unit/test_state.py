@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.backend import Spec
+from elastic.backend import Spec, initial_values
 from elastic.collective.local import Hub
 from elastic.errors import RecipeError
-from elastic.state import ALIGN, BLOCK, FlatLayout, State, initial_values
+from elastic.state import ALIGN, BLOCK, FlatLayout, State
 from tests.support.threads import together
 
 PARAMETERS = {"wte": Spec((10, 7)), "h0.ln.weight": Spec((7,), init="ones"), "h0.up": Spec((7, 5)), "h0.ln.bias": Spec((7,), init="zeros"),
@@ -59,13 +59,13 @@ def test_arrays_are_aligned_disjoint_and_inside_their_segment(shapes: dict[str, 
     freeze = ["a*"] if frozen and any(n.startswith("a") for n in shapes) and not all(n.startswith("a") for n in shapes) else []
     no_decay = ["*b"] if plain and any(n.endswith("b") for n in shapes) else []
     layout = FlatLayout(specs, {}, freeze, no_decay)
-    for edge in (layout.decay, layout.trainable, layout.size, layout.gradient):
+    for edge in (layout.decays[0][2], layout.trainable, layout.size, layout.gradient):
         assert edge % BLOCK == 0
     taken = np.zeros(layout.size, bool)
     for name, place in layout.places.items():
         assert place.offset % ALIGN == 0 and place.shape == shapes[name]
         low, high = ((layout.trainable, layout.size) if freeze and name.startswith("a") else
-                     (layout.decay, layout.trainable) if no_decay and name.endswith("b") else (0, layout.decay))
+                     (layout.decays[0][2], layout.trainable) if no_decay and name.endswith("b") else (0, layout.decays[0][2]))
         assert low <= place.offset and place.offset + place.size <= high
         assert not taken[place.offset:place.offset + place.size].any()
         taken[place.offset:place.offset + place.size] = True
@@ -74,7 +74,7 @@ def test_arrays_are_aligned_disjoint_and_inside_their_segment(shapes: dict[str, 
 
 def test_buffers_lie_behind_the_gradients() -> None:
     layout = FlatLayout(PARAMETERS, BUFFERS, ["wte"], ["*ln*"])
-    assert (layout.decay, layout.trainable, layout.size, layout.gradient) == (2 * BLOCK, 3 * BLOCK, 4 * BLOCK, 4 * BLOCK)
+    assert (layout.decays[0][2], layout.trainable, layout.size, layout.gradient) == (2 * BLOCK, 3 * BLOCK, 4 * BLOCK, 4 * BLOCK)
     assert layout.trainable_names == ["h0.up", "big", "h0.ln.weight", "h0.ln.bias"]
     assert min(p.offset for p in layout.statistics.values()) == layout.trainable
     assert [p.offset % ALIGN for p in layout.statistics.values()] == [0] * len(BUFFERS)
