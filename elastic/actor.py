@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import threading
@@ -37,6 +39,27 @@ def prepare_process(threads: int, log: Path, sys_path: Sequence[str]) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
+
+
+class Forgiving(io.TextIOBase):
+    """A log's stream. What a full disk does not take is lost, and nobody fails for that."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def fileno(self) -> int:
+        found: int = self.stream.fileno()
+        return found
 
 
 class ProcessRim:

@@ -28,6 +28,7 @@ class Books:
         self.events = events or claimed(run_dir)
         self.metrics, self.ledger = JsonLines(run_dir / "metrics.jsonl"), LedgerFiles(run_dir, written)
         self.written, self.evaluated = written, evaluated
+        self.on_disk = written  # steps whose lines are there: those after them are held while the disk is full
         self.generation = generation
         self.feed: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FEED)  # the latest lines, numbered, for the driver
         self.fed, self.is_behind = 0, False
@@ -85,9 +86,16 @@ class Books:
         self.last_commit, self.stepped = fields["time"], fields["generation"]
 
     def _write(self, file: JsonLines, fields: dict[str, Any]) -> None:
-        file.append(fields)
+        if file.append(fields) and file is self.metrics:
+            self.on_disk = self.written
         self.feed.append((self.fed, fields))
         self.fed += 1
+
+    def retry(self) -> bool:
+        """Writes what a full disk did not take; whether it takes everything now."""
+        if self.metrics.retry():
+            self.on_disk = self.written
+        return self.events.retry() and self.on_disk == self.written
 
     def cut_back(self, step: int) -> None:
         """Drops the lines of later steps."""
@@ -98,6 +106,7 @@ class Books:
         """Returns when every committed step is on the disk itself."""
         self.ledger.sync()
         self.metrics.sync()
+        self.on_disk = self.written
 
     def sync_past(self) -> None:
         """As `sync`, where the disk lets it: who joins a group has none of the lines so far to bring along."""

@@ -92,7 +92,7 @@ class Controller:
             return FENCED
         for message in messages:
             self.inbox.put((worker, message))
-        return self.books.written
+        return self.books.on_disk
 
     def hear(self, worker: str, messages: Sequence[Any], number: int) -> int:
         """As `deliver`, but returns when they are handled, so that none is lost with this controller. `number`: see Outbox.
@@ -102,7 +102,7 @@ class Controller:
         with self.hearing:  # a batch and its repetition may come at once
             self.deliver(worker, self.inbox.fresh(worker, messages, number))
         self.inbox.wait()
-        return FENCED if worker in self.given_up else self.books.written
+        return FENCED if worker in self.given_up else self.books.on_disk
 
     def announce(self, worker: str, spec: str) -> None:
         """A fault fires: when this returns it is not handed out again, and carried out here unless it is the worker's own."""
@@ -227,6 +227,8 @@ class Controller:
         now = time.monotonic()
         self.forgive(now - self.checked - 2 * TICK_S)
         self.checked = now
+        self.books.retry()
+        self.journal.lines.retry()
         for worker, since in list(self.started.items()):
             if now - since > self.settings.start_timeout_s:
                 self.give_up_on(worker, f"not ready within start_timeout_s = {self.settings.start_timeout_s:g} s")

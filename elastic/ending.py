@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -32,6 +33,9 @@ def close(controller: Controller, outcome: m.Finish) -> None:
     commits.settle()
     saved = commits.newest if outcome.status != "done" else 0
     error = with_checkpoint(outcome.error, saved, books.written, controller.job.run_dir) if outcome.error else ""
+    if not books.retry() and outcome.status == "done":
+        outcome = m.Finish("failed", full(controller, books.metrics.error or books.events.error))
+        error = outcome.error
     if not books.told & {"run_failed", "run_finished"}:  # else by a controller that fell right after
         if outcome.status == "failed":
             books.event("run_failed", error=error)
@@ -42,8 +46,19 @@ def close(controller: Controller, outcome: m.Finish) -> None:
                             word.parameters_sha256 if word else "", word.state_sha256 if word else "", error)
     if saved:
         summary["checkpoint"] = shown(commits.path(folder_of(saved)))
-    replace_text(Path(controller.job.run_dir) / "summary.json", json.dumps(summary, indent=2) + "\n")
-    books.close()
+    try:
+        replace_text(Path(controller.job.run_dir) / "summary.json", json.dumps(summary, indent=2) + "\n")
+    except OSError as refused:
+        controller.outcome = m.Finish("failed", error or full(controller, refused))
+    with contextlib.suppress(OSError):
+        books.close()
+
+
+def full(controller: Controller, error: OSError | None) -> str:
+    """Why a run that has trained to its end is not done."""
+    why = error.strerror if error else "it takes no more lines"
+    return (f"The run directory {controller.job.run_dir} cannot be written ({why}); make room there, then `elastic resume "
+            f"{controller.job.run_dir}`.")
 
 
 def await_words(controller: Controller, timeout_s: float) -> None:

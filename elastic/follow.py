@@ -89,7 +89,8 @@ def see_out(controller: Any, run_id: str, run_dir: Path, telling: Telling) -> Re
         is_first, error = attend(controller, run_id, run_dir, telling)
     result = result_of(run_dir, error)
     if is_first:
-        write_report(run_dir)
+        with contextlib.suppress(OSError):  # a full disk has no room for it
+            write_report(run_dir)
     return result
 
 

@@ -75,7 +75,9 @@ class Journal:
         self.sync()
 
     def sync(self) -> None:
-        self.lines.sync()
+        """While the disk is full its lines wait: a controller that falls meanwhile has no successor, and the run ends instead."""
+        if self.lines.retry():
+            self.lines.sync()
 
     def close(self) -> None:
         self.lines.close()

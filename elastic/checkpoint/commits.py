@@ -81,9 +81,8 @@ class Commits:
         parts[part.rank] = part
         if not part.error and len(parts) < part.world_size:
             return None
-        ready()
         del self.pending[key]
-        outcome = self.decide(parts, part, written)
+        outcome = self.decide(parts, part, written, ready)
         if outcome.error:
             self.failed.add(key)
             for one in parts.values():
@@ -91,12 +90,13 @@ class Commits:
         self.error = outcome.error
         return outcome
 
-    def decide(self, parts: Mapping[int, Part], part: Part, written: int) -> Outcome:
+    def decide(self, parts: Mapping[int, Part], part: Part, written: int, ready: Callable[[], None]) -> Outcome:
         """All parts are there, or one has failed."""
         path = shown(self.path(folder_of(part.step)))
         try:
             if part.error:
                 raise BadCheckpoint(part.error)
+            self.sync_lines(part.step, ready)
             if part.step > written:
                 raise BadCheckpoint(f"The steps up to {part.step} are not all on disk.")
             manifest = assemble(parts)
@@ -107,6 +107,14 @@ class Commits:
             return Outcome(part.step, part.generation, path, error=str(error))
         return Outcome(part.step, part.generation, path, manifest.bytes, max(p.stall_s for p in parts.values()),
                        max(p.seconds for p in parts.values()))
+
+    def sync_lines(self, step: int, ready: Callable[[], None]) -> None:
+        try:
+            ready()
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise BadCheckpoint(f"The lines of the steps up to {step} cannot be written to the run directory ({why}), and a checkpoint counts with "
+                                "them only; make room there, then resume the run.") from error
 
     def commit(self, manifest: Manifest) -> None:
         """Commits a manifest whose files are durable. Older checkpoints beyond those to keep go.

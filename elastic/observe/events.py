@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,28 +23,51 @@ GLANCE_S = 0.2  # who looks whether a lock is free has it for an instant: nobody
 
 class JsonLines:
     """Appends to one file. A torn last line, left by a process that died while writing, is cut off before the first is written, not
-    earlier: until `claim` it may be another's, who is about to end it."""
+    earlier: until `claim` it may be another's, who is about to end it. Lines that the disk does not take are held, in order, until it does."""
 
     def __init__(self, path: str | Path, mode: int = 0o666):
         self.path, self._is_whole = Path(path), False
-        self._file = open(self.path, "a", encoding="utf-8", opener=partial(os.open, mode=mode))  # noqa: SIM115 - closed by `close`
+        self._file = open(self.path, "ab", buffering=0, opener=partial(os.open, mode=mode))  # noqa: SIM115 - closed by `close`
+        self._held: deque[bytes] = deque()
+        self.error: OSError | None = None  # why lines are held
 
-    def append(self, fields: Mapping[str, Any]) -> None:
-        """Writes one line and hands it to the operating system."""
-        if not self._is_whole:
-            cut_torn(self.path)
-            self._is_whole = True
-        self._file.write(line(fields))
-        self._file.flush()
+    def append(self, fields: Mapping[str, Any]) -> bool:
+        """Writes one line and hands it to the operating system; False where it is held."""
+        self._held.append(line(fields).encode())
+        return self.retry()
+
+    def retry(self) -> bool:
+        """Writes what is held; whether that is everything."""
+        while self._held:
+            end = None
+            try:
+                if not self._is_whole:
+                    cut_torn(self.path)
+                    self._is_whole = True
+                end = os.fstat(self._file.fileno()).st_size
+                if self._file.write(self._held[0]) < len(self._held[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                self.error = error
+                if end is not None:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(self._file.fileno(), end)  # no half of a line stays
+                return False
+            self._held.popleft()
+        self.error = None
+        return True
 
     def cut_back(self, step: int) -> None:
         """Drops the lines of later steps; the file is replaced whole or not at all."""
-        self._file.close()
+        self._held = deque(text for text in self._held if json.loads(text).get("step", 0) <= step)
         rewrite(self.path, lambda fields: fields.get("step", 0) <= step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        self._file.close()
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
 
     def sync(self) -> None:
-        """Returns when every line is on the disk itself."""
+        """Returns when every line is on the disk itself; OSError where some are held."""
+        if not self.retry() and self.error:
+            raise self.error
         os.fsync(self._file.fileno())
 
     def claim(self, wait_s: float = 0.0) -> bool:
@@ -155,8 +181,12 @@ def rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Writes a whole file beside the old one and puts it in its place."""
     beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

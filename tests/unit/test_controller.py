@@ -15,7 +15,7 @@ from elastic import membership as m
 from elastic.chaos import parse
 from elastic.controller import FENCED
 from elastic.journal import replay
-from elastic.messages import Ballot, Line, Part, Progress, Ready, Standing
+from elastic.messages import Ballot, Line, Part, Progress, Ready, Save, Standing
 from elastic.observe.events import read_lines
 from elastic.policy import Bounds
 from tests.support.rig import SETTINGS, Clock, Rig, metric, save
@@ -279,7 +279,8 @@ def test_the_end_is_written_down(rig: Rig) -> None:
 def test_a_failure_is_written_down_with_its_error(rig: Rig) -> None:
     rig.start("a")
     rig.say(Standing("a", 1, "failed", 2, error="The loss is nan at step 3.", fatal=True))
-    assert rig.controller.outcome is not None
+    assert rig.controller.outcome is not None and rig.fleet.of("assign")[-1] == ("a", Save(1, 2))
+    rig.controller.inbox.put(("a", Part("a", 1, 2, "", 0.0, 0.0, error="no room")))
     rig.controller.close(rig.controller.outcome)
     assert rig.events("step_failed")[0]["error"] == rig.events("run_failed")[0]["error"] == "The loss is nan at step 3."
     assert json.loads((rig.run_dir / "summary.json").read_text())["error"] == "The loss is nan at step 3."
