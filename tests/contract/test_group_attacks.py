@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -9,11 +10,14 @@ import numpy as np
 import psutil
 import pytest
 
+from elastic.collective.gloo import GlooGroup
+from elastic.collective.store import Endpoint, StoreClient
+from elastic.errors import GroupBroken
 from tests.support.attacks import under_attack
 from tests.support.group_cases import NUM, values
 from tests.support.members import Processes
 
-SIZE = 3
+SIZE, WAIT_S = 3, 20.0
 
 
 @pytest.fixture(params=["gloo", "shared"])
@@ -37,6 +41,21 @@ def ports_of(world: Processes) -> list[int]:
 def start(world: Processes, name: str, case: str, *args: object) -> None:
     for rank in range(SIZE):
         world.start(name, rank, rank, SIZE, case, args)
+
+
+@pytest.mark.parametrize("card", [b"", b"x", b"\xff" * 300, b"0" * 170, b"\x01" + bytes(169), "cut", "longer", "another kind"])
+def test_a_malformed_card_breaks_a_group_over_tcp_and_no_member(card: bytes | str) -> None:
+    """Rank 1's. The library alone ends the process."""
+    endpoint = Endpoint()
+    with pytest.raises(GroupBroken):
+        GlooGroup.form(0, 2, endpoint.address, "run/1", threading.Event(), 0.5, "127.0.0.1")  # nobody comes
+    ((key, own),) = endpoint._values.items()
+    if isinstance(card, str):
+        start = 16 + int.from_bytes(own[:8], "little")
+        card = {"cut": own[:-9], "longer": own + bytes(8), "another kind": own[:start] + b"\x0a" + own[start + 1:]}[card]
+    StoreClient(endpoint.address, "run/2", threading.Event(), WAIT_S).set(key.decode().removeprefix("run/1/").replace("0/0", "0/1"), card)
+    with pytest.raises(GroupBroken, match="malformed"):
+        GlooGroup.form(0, 2, endpoint.address, "run/2", threading.Event(), WAIT_S, "127.0.0.1")
 
 
 def test_a_kill_and_the_next_group_are_as_if_nobody_were_there(world: Processes) -> None:
