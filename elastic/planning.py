@@ -12,6 +12,7 @@ import psutil
 
 from elastic import laid_out
 from elastic.calibration import cache_file, calibrate, known
+from elastic.collective.segment import MOST_READERS
 from elastic.errors import UserError
 from elastic.forecast import Variant, brief, named, reason, sentences, table, too_large
 from elastic.mesh import Mesh
@@ -136,6 +137,9 @@ def calibrated(recipe: Recipe, info: Mapping[str, Any], size: Size) -> list[str]
     """Measures this machine. UserError for a cluster elsewhere, which cannot be measured from here."""
     if size.nodes:
         raise UserError(f"--calibrate measures this machine, and --nodes {size.nodes} is a cluster; leave one of them out.")
+    if size.workers_per_node > MOST_READERS:
+        raise UserError(f"--calibrate measures at most {MOST_READERS} workers, as many as share memory on a node, and not {size.workers_per_node}; "
+                        f"give --gpus-per-node {MOST_READERS}.")
     return [*calibrate(recipe, info, size.workers_per_node).lines(), f"kept in {cache_file()}"]
 
 

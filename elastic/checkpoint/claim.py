@@ -51,7 +51,7 @@ class Word:
 
     def sentence(self, location: str) -> str:
         return (f'checkpoint.path = "{shown(location)}" is in use by the live run {self.run} of {self.owner} (last sign of life '
-                f"{max(0.0, time.time() - self.time):.0f} s ago); name another path, or wait until that run is over for {LAPSE_S:g} s.")
+                f"{max(0.0, time.time() - self.time):.0f} s ago); name another path, or wait until it has ended, after a crash {LAPSE_S:g} s more.")
 
 
 def owner_of(run_dir: str | os.PathLike[str]) -> str:

@@ -21,9 +21,9 @@ T = TypeVar("T")
 class Door(dist.Store):
     """A `StoreClient` as the library wants it."""
 
-    def __init__(self, client: StoreClient, prefix: str = ""):
+    def __init__(self, client: StoreClient, prefix: str = "", is_sound: Callable[[bytes, bytes], bool] | None = None):
         super().__init__()
-        self._client, self._prefix = client, prefix
+        self._client, self._prefix, self._is_sound, self._mine = client, prefix, is_sound, b""
         self._clones: list[Door] = []  # the library's own reference does not keep the Python half alive
 
     def under(self, *parts: Any) -> Door:
@@ -34,11 +34,20 @@ class Door(dist.Store):
         self._clones.append(Door(self._client.clone(), self._prefix))
         return self._clones[-1]
 
+    def checked(self, is_sound: Callable[[bytes, bytes], bool]) -> Door:
+        """A door for a library that believes all it reads: `is_sound(found, what this member set last)`."""
+        self._clones.append(Door(self._client, self._prefix, is_sound))
+        return self._clones[-1]
+
     def set(self, key: str, value: bytes | str) -> None:
-        self._client.set(self._prefix + key, value.encode() if isinstance(value, str) else bytes(value))
+        self._mine = value.encode() if isinstance(value, str) else bytes(value)
+        self._client.set(self._prefix + key, self._mine)
 
     def get(self, key: str) -> bytes:
-        return self._client.get(self._prefix + key)
+        found = self._client.get(self._prefix + key)
+        if self._is_sound is not None and not self._is_sound(found, self._mine):
+            raise GroupBroken(f"What a member has left under {key} is malformed.")
+        return found
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         for key in keys:

@@ -57,13 +57,13 @@ class SharedGroup(Member):
     @classmethod
     def _form_at(cls, store: StoreClient, key: str, rank: int, size: int, abandoned: threading.Event,
                  timeout_s: float) -> SharedGroup:
-        segment = Segment("elastic", size)
-        store.set(f"{key}{rank}", segment.card.encode())
-        cards = [store.get(f"{key}{r}") for r in range(size)]
         try:
+            segment = Segment("elastic", size)
+            store.set(f"{key}{rank}", segment.card.encode())
+            cards = [store.get(f"{key}{r}") for r in range(size)]
             peers = [Peer(card.decode(), rank) if r != rank else None for r, card in enumerate(cards)]
-        except (OSError, ValueError, OverflowError) as error:  # a card may be anything
-            raise GroupBroken(f"Rank {rank} of {size}: a member was lost while the group formed: {error}.") from error
+        except (OSError, ValueError, OverflowError) as error:  # a card may be anything, and this process may have no descriptor left
+            raise GroupBroken(f"Rank {rank} of {size}: the group could not form: {error}.") from error
         group = cls(segment, peers, store, key, rank, abandoned, timeout_s)
         group.barrier()  # until every peer has opened this member's file: it may close, and the group be dropped
         segment.close()

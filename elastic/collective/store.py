@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hmac
 import os
+import resource
 import secrets
 import select
 import selectors
@@ -121,7 +122,7 @@ class Endpoint:
         self._strangers[caller] = None
         self._selector.register(client, selectors.EVENT_READ, caller)
         self._send(caller, caller.nonce)
-        if len(self._strangers) > MAX_STRANGERS:
+        if len(self._strangers) > min(MAX_STRANGERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):  # the worker needs some itself
             self._forget(next(iter(self._strangers)))
 
     def _attend(self, caller: Caller, events: int) -> None:

@@ -11,6 +11,8 @@ from elastic.checkpoint import claim as claims
 from elastic.checkpoint.claim import NAME
 from elastic.checkpoint.manager import committed, read_manifest
 from elastic.checkpoint.store import Store
+from elastic.errors import UserError
+from elastic.trainer import Trainer
 from tests.support.inprocess import Result, Run, fit, module_recipe
 
 STEPS = 24
@@ -39,6 +41,13 @@ def test_the_second_run_on_one_path_is_refused_while_the_first_lives(place: str,
     names = [name for _, name in committed(store)]
     assert names and {read_manifest(store, name).extra["run"] for name in names} == {run.job.run_id}, "a manifest names its run"
     assert store.size(NAME) is None, "the place is free again"
+
+
+def test_a_second_run_is_refused_before_any_worker_starts(place: str, tmp_path: Path) -> None:
+    claims.Claim(place, "first-1", "host:/runs/first").take()
+    with pytest.raises(UserError, match=r"checkpoint\.path = .* is in use by the live run first-1 of host:/runs/first"):
+        Trainer(recipe(place), tmp_path / "second").fit()
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_run_whose_place_was_taken_commits_nothing_more_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

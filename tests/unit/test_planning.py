@@ -210,6 +210,8 @@ def test_a_calibration_between_real_processes(file: Path, capsys: pytest.Capture
     assert found is not None and min(found.alone_s, found.flops_s, found.shared_bytes_s, found.gloo_latency_s, found.reduction_bytes_s) > 0
     assert cli.run(["plan", str(file), "--nodes", "2", "--calibrate"]) == 2
     assert "--calibrate measures this machine" in capsys.readouterr().err
+    assert cli.run(["plan", str(file), "--gpus-per-node", "63", "--calibrate"]) == 2
+    assert "give --gpus-per-node 62" in capsys.readouterr().err
 
 
 def test_counted_work_is_the_operations(file: Path) -> None:

@@ -7,9 +7,12 @@ import os
 import resource
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,3 +242,19 @@ def test_a_card_of_a_file_that_is_no_segment_breaks_the_group(endpoint: Endpoint
         client(endpoint, f"run/{n}").set("1", f"{os.getpid()} {descriptor} {started_at(os.getpid())} {size}".encode())
         with pytest.raises(GroupBroken, match="Rank 0 of 2"):
             SharedGroup.form(0, 2, endpoint.address, f"run/{n}", threading.Event(), WAIT_S)
+
+
+def test_who_has_no_descriptor_left_breaks_a_group_and_may_form_the_next(endpoint: Endpoint) -> None:
+    code = ("import resource, threading; from elastic.collective.shared import SharedGroup; from elastic.errors import GroupBroken\n"
+            "import os, sys; from tests.support.attacks import descriptors_exhausted\n"
+            "def form(): SharedGroup.form(0, 2, sys.argv[1], 'run/1', threading.Event(), 5)\n"
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+            "for spare in (0, 1):\n"  # none for the connection, none for the segment
+            "    taken = descriptors_exhausted()\n"
+            "    for descriptor in taken[:spare]: os.close(descriptor)\n"
+            "    try: form()\n"
+            "    except GroupBroken as error: print(error)\n"
+            "    for descriptor in taken[spare:]: os.close(descriptor)\n")
+    ended = subprocess.run([sys.executable, "-c", code, endpoint.address], capture_output=True, text=True, timeout=60,
+                           cwd=Path(__file__).parents[2], check=True)
+    assert ended.stdout.count("Too many open files") == 2, ended.stdout + ended.stderr

@@ -1,0 +1,94 @@
+"""Strangers at every port that a run's own processes open, and workers killed meanwhile: the run recovers as if nobody were there."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray._private.state import actors
+
+from elastic.observe.events import read_lines
+from elastic.trainer import Trainer
+from tests.support.attacks import under_attack
+from tests.support.inprocess import fit, gpt_recipe
+from tests.support.runs import assert_sound, events
+
+STEPS, ROOM = 400, 60  # descriptors that a worker may have beside those that it has
+
+
+def ours(pids: list[int]) -> list[tuple[str, int]]:
+    """What these processes listen at, without Ray's own: each actor has one port of Ray."""
+    ray = {actor["Address"]["Port"] for actor in actors().values()}
+    found = [c.laddr for pid in pids for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert len(found) - len(ours_among(found, ray)) == len(pids), "Ray has other ports than those that it tells of"
+    return ours_among(found, ray)
+
+
+def ours_among(found: list[Any], ray: set[int]) -> list[tuple[str, int]]:
+    return [(address.ip, address.port) for address in found if address.port not in ray]
+
+
+class Attacker:
+    """Follows a run, and at two of its steps attacks all ports, takes away descriptors and kills a worker."""
+
+    def __init__(self, run_dir: Path, held: ExitStack):
+        self.run_dir, self.held = run_dir, held
+        self.controller, self.workers = 0, list[int]()  # by rank
+        self.due = [(15, 2), (None, 0)]  # (the step, or any after the group is whole again; the rank to kill)
+        self.ports: list[tuple[str, int]] = []
+        self.live, self.made = "", 0
+
+    def on_event(self, fields: dict[str, Any]) -> None:
+        if fields["event"] == "run_started":
+            self.controller = fields["pid"]
+        if fields["event"] == "generation_started":
+            self.workers = [worker["pid"] for worker in fields["workers"]]
+
+    def on_step(self, fields: dict[str, Any]) -> None:
+        if not self.due or len(self.workers) < 3 or fields["world_size"] < 3 or fields["step"] < (self.due[0][0] or 0):
+            return
+        if len(self.due) == 1 and len(events_of(self.run_dir, "recovered")) < 1:
+            return
+        _, rank = self.due.pop(0)
+        ports = ours([self.controller, *self.workers])
+        assert len(ports) == 3, "one of each worker"
+        for pid in self.workers:
+            process = psutil.Process(pid)
+            few = process.num_fds() + ROOM
+            process.rlimit(resource.RLIMIT_NOFILE, (few, process.rlimit(resource.RLIMIT_NOFILE)[1]))
+        self.ports += ports
+        self.made += self.held.enter_context(under_attack([port for _, port in ports]))
+        self.live = (self.run_dir / "live.json").read_text()
+        os.kill(self.workers[rank], signal.SIGKILL)
+        self.workers = []
+
+
+def events_of(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    return [line for line in read_lines(run_dir / "events.jsonl") if line["event"] == name]
+
+
+def test_attacks_on_all_ports_and_kills_change_nothing(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"{n} times {n} is {n * n}; " for n in range(400)))
+    recipe = gpt_recipe(text, STEPS, backend={"name": "reference", "threads": 1}, run={"eval_every": 0}, checkpoint={"every_steps": 100},
+                        elastic={"max_workers": 3, "hang_timeout_s": 20.0})
+    oracle = fit(tmp_path / "oracle", recipe)
+    run_dir = tmp_path / "run"
+    with ExitStack() as held:
+        attacker = Attacker(run_dir, held)
+        result = Trainer(recipe, run_dir).fit(attacker.on_step, None, attacker.on_event)
+    assert not attacker.due and attacker.made > 300
+    assert {host for host, _ in attacker.ports} == {"127.0.0.1"}, "nobody elsewhere is to reach a local run"
+    assert_sound(result, oracle.sha, STEPS)
+    assert len(events(result, "worker_lost")) == 2, "somebody else fell, too"
+    assert not events(result, "hang") and not events(result, "step_failed") and not events(result, "rewound")
+    secret = read_lines(run_dir / "journal.jsonl")[0]["secret"]
+    assert (run_dir / "journal.jsonl").stat().st_mode & 0o777 == 0o600
+    assert len(secret) == 64 and secret not in attacker.live
+    telling = [file for file in run_dir.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
+    assert [file.name for file in telling] == ["journal.jsonl"]
