@@ -11,6 +11,19 @@ from elastic.errors import UserError
 
 OURS = tuple(str(Path(__file__).resolve().parents[1] / folder) + "/" for folder in ("elastic", "backends"))
 
+HOMES = {"keras": ("a Keras model", "tensorflow"), "mxnet": ("a Gluon block", "mxnet"), "torch": ("a torch module", "torch")}  # by package
+
+
+def check_home(kind: str, model: Any, backend: str) -> None:
+    """UserError where a user's model is of another framework than the one that is to train it, known without importing either."""
+    packages = [cls.__module__.partition(".")[0] for cls in type(model).__mro__]
+    for package, (what, home) in HOMES.items():
+        if package in packages:
+            if home != backend:
+                raise UserError(f'backend.name = "{backend}" cannot train model.kind = "{kind}", which gives {what} ({type(model).__name__}); write '
+                                f'backend.name = "{home}".')
+            return
+
 
 def pair(found: Any, what: str) -> tuple[Any, Any]:
     """(sum, weight) of one number each. UserError, which begins with `what` gave it, where it is anything else."""

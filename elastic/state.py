@@ -72,7 +72,7 @@ class FlatLayout:
             unused = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in known)]
             if unused:
                 raise RecipeError(f"{key} = {unused[0]!r} matches no parameter; names look like {', '.join(known[:3])}.")
-        frozen = [n for n in parameters if matches(n, freeze)]
+        frozen = [n for n, spec in parameters.items() if not spec.trainable or matches(n, freeze)]
         plain = [n for n in parameters if n not in frozen and matches(n, no_decay)]
         decayed = [n for n in parameters if n not in frozen and n not in plain]
         if not decayed and not plain:

@@ -281,7 +281,7 @@ def warm_up(work: Work) -> None:
     if work.pipeline is not None:
         work.pipeline.warm_up(first_rows(work, work.load_batch(1, 0)), views)
         return
-    work.backend.gradients(first_rows(work, work.load_batch(1, 0)), 0, views)
+    work.backend.rehearse(first_rows(work, work.load_batch(1, 0)), lambda: views)
     if work.eval_batches:
         work.backend.metrics(first_rows(work, work.eval_batches[0](), 1))
 

@@ -22,6 +22,7 @@ from elastic.errors import RecipeError, UserError
 from elastic.evaluation import tally_of
 from elastic.loop import Plan, Work
 from elastic.mesh import Mesh, Seat
+from elastic.own import check_home
 from elastic.parallel.layout import Layout
 from elastic.parallel.measure import costs_of
 from elastic.parallel.pipeline import Pipeline
@@ -151,7 +152,9 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
         return importlib.import_module(kind).build(model.config, info)
     construct = framework(recipe).construct
     factory = attribute("model.kind", kind)
-    return call_user("model.kind", lambda **keys: construct(factory, keys, recipe.run.seed), model.config)
+    found = call_user("model.kind", lambda **keys: construct(factory, keys, recipe.run.seed), model.config)
+    check_home(kind, found, recipe.backend.name)
+    return found
 
 
 def check_model(recipe: Recipe, model: Any) -> None:
@@ -160,6 +163,10 @@ def check_model(recipe: Recipe, model: Any) -> None:
         model = framework(recipe).adapt(model)
     FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
     read_start(recipe.model.init, model.parameters)
+    whole = [name for name, spec in model.parameters.items() if spec.whole]
+    if whole and recipe.optimizer.sharded:
+        raise RecipeError(f"optimizer.sharded = true cuts parameter {whole[0]}, which has a constraint that needs all of it; write "
+                          "optimizer.sharded = false, or take the constraint out.")
     layout = lay_out(recipe, model, mesh_of(recipe))
     for stage in range(layout.mesh.pipeline):
         if layout.mesh.pipeline > 1 and all(matches(name, recipe.model.freeze) for name in layout.held(stage)):
@@ -226,7 +233,7 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     rows = round_up(max(shard_size, EVAL_ROWS), recipe.mesh.expert)
     evaluation = eval_batches(workload.evaluation, rows) if workload.evaluation else []
     return Work(plan, backend, state, load, sampler.positions, evaluation, control, post, save, workload.unit, portion, pipeline,
-                ledger=ledger, tally=lambda: tally_of(workload.model))
+                ledger=ledger, tally=lambda: tally_of(workload.model) or tally_of(backend))
 
 
 EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are
