@@ -62,9 +62,9 @@ class KerasModel:
         self._seeds = [v for v in model.non_trainable_variables if v.name == SEED]
         named = named_variables(model, [v for v in model.variables if v.name != SEED])
         weights = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
-        self._weights = {name: v for name, v in named.items() if id(v) in weights}
-        self._kept = {name: v for name, v in named.items() if id(v) not in weights}
         self._trained = trained = {id(v) for v in model.trainable_weights}
+        self._weights = {name: v for name, v in named.items() if id(v) in trained or (id(v) in weights and v.dtype == "float32")}
+        self._kept = {name: v for name, v in named.items() if name not in self._weights}
         if not trained:
             raise UserError(f"model.kind: {self.kind} has no parameters to train.")
         for name, variable in self._weights.items():
