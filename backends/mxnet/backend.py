@@ -21,7 +21,7 @@ from backends.mxnet.ops import MXNetOps, mx, to_array
 from backends.mxnet.recording import Unrecordable
 from backends.mxnet.turn import computing, turn
 from backends.mxnet.values import add_fresh, as_array, as_numpy, blocks_of, flat, flattened, number, paired, plain, taken
-from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
+from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
 
 ALIGN_BYTES = 64
@@ -117,6 +117,10 @@ class MXNetBackend:
             elif count:
                 raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
             return ShardResult(total, count, {name: as_numpy(value) for name, value in new.items()})
+
+    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
+        self.gradients(batch, 0, room())
+        return Habits()
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
         # in predict mode the kernels of some layers rearrange their weights in place, here in the platform's own buffers

@@ -17,7 +17,7 @@ import numpy as np
 from backends.tensorflow import optimizer
 from backends.tensorflow.ops import U64, TensorFlowOps, tf
 from backends.tensorflow.pieces import Pieces, plain
-from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
+from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
 
 ALIGN_BYTES = 64  # TensorFlow ends the process on DLPack memory that is aligned to less
@@ -138,6 +138,10 @@ class TensorFlowBackend(Pieces):
                 view = into[name]
                 view += np.asarray(slope)
         return ShardResult(float(loss), float(weight), {name: value.numpy() for name, value in new.items()})
+
+    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
+        self.gradients(batch, 0, room())
+        return Habits()
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         arguments = self._params, self._device_state(), self._columns(batch)
