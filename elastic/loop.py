@@ -87,6 +87,8 @@ class Work:
     evaluation: dict[str, float] = field(default_factory=dict)
     unwritten: deque[dict[str, Any]] = field(default_factory=deque)
     ledger: Any = None  # `elastic.data.ledger.Ledger`, where the recipe asks for one
+    fills: bool = True  # a batch that lacks samples has rows of weight 0 in their place
+    apart: bool = False  # a shard's gradients are added in several goes
     tally: Callable[[], Tally | None] = lambda: None  # a new one for every evaluation
 
 

@@ -30,7 +30,7 @@ from elastic.parallel.portion import Portion
 from elastic.recipe import Recipe
 from elastic.schedule import scaled
 from elastic.sharded import ShardedState
-from elastic.state import FlatLayout, State, matches, round_up
+from elastic.state import FlatLayout, State, is_frozen, round_up
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
             "mxnet": "backends.mxnet.backend", "reference": "backends.reference.backend"}
@@ -161,7 +161,7 @@ def check_model(recipe: Recipe, model: Any) -> None:
     """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts."""
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
-    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay)
+    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay, thaw=recipe.model.thaw)
     read_start(recipe.model.init, model.parameters)
     whole = [name for name, spec in model.parameters.items() if spec.whole]
     if whole and recipe.optimizer.sharded:
@@ -169,7 +169,8 @@ def check_model(recipe: Recipe, model: Any) -> None:
                           "optimizer.sharded = false, or take the constraint out.")
     layout = lay_out(recipe, model, mesh_of(recipe))
     for stage in range(layout.mesh.pipeline):
-        if layout.mesh.pipeline > 1 and all(matches(name, recipe.model.freeze) for name in layout.held(stage)):
+        if layout.mesh.pipeline > 1 and all(
+                is_frozen(name, model.parameters[name], recipe.model.freeze, recipe.model.thaw) for name in layout.held(stage)):
             raise RecipeError(f"model.freeze leaves nothing to train on stage {stage} of mesh.pipeline = {layout.mesh.pipeline}; freeze less, or "
                               "write a smaller mesh.pipeline.")
 
@@ -196,7 +197,8 @@ def create_backend(recipe: Recipe, model: Any) -> Backend:
 
 
 def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
-    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion)
+    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
+                 recipe.model.thaw)
 
 
 def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
@@ -204,7 +206,7 @@ def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None)
     if not recipe.optimizer.sharded:
         return open_state(recipe, backend, portion)
     return ShardedState(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
-                        twin=recipe.optimizer.twin)
+                        recipe.model.thaw, twin=recipe.optimizer.twin)
 
 
 def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:
@@ -233,7 +235,7 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     rows = round_up(max(shard_size, EVAL_ROWS), recipe.mesh.expert)
     evaluation = eval_batches(workload.evaluation, rows) if workload.evaluation else []
     return Work(plan, backend, state, load, sampler.positions, evaluation, control, post, save, workload.unit, portion, pipeline,
-                ledger=ledger, tally=lambda: tally_of(workload.model) or tally_of(backend))
+                fills=workload.training.fills, ledger=ledger, tally=lambda: tally_of(workload.model) or tally_of(backend))
 
 
 EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are

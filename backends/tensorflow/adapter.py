@@ -9,7 +9,7 @@ scope: what it writes (a batch norm's statistics) comes back as new buffers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,6 +137,13 @@ class KerasModel:
         new = {name: scope.get_current_value(v) for name, v in self._kept.items()}
         return total, weight, {**new, **{name: scope.get_current_value(self._weights[name]) for name in self.moved}}
 
+    def check_moved(self, trained: Sequence[str]) -> None:
+        """UserError where the loss writes to what the optimizer trains."""
+        for name in self.moved:
+            if name in trained:
+                raise UserError(f"model.kind: {self.kind} writes to its parameter {name} while it computes its loss, and the optimizer writes to it "
+                                "too; use a constraint, or make it untrainable.")
+
     def metrics(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any],
                 batch: Any) -> Mapping[str, tuple[Any, Any]]:
         """The model's own metrics and always "loss", in inference mode."""
@@ -209,10 +216,6 @@ class KerasModel:
             if number not in ours:
                 raise UserError(f"model.kind: {self.kind} writes to the variable {variable.path}, which is none of its own, so no checkpoint has it; "
                                 "make it, or the SeedGenerator that it belongs to, an attribute of a layer.")
-        for name, variable in self._weights.items():
-            if id(variable) in scope.written and id(variable) in self._trained:
-                raise UserError(f"model.kind: {self.kind} writes to its parameter {name} while it computes its loss, and the optimizer writes to it "
-                                "too; use a constraint, or make it untrainable.")
         if {id(v) for v in model.trainable_weights} != self._trained:
             raise UserError(f"model.kind: {self.kind} changes `trainable` while it computes its loss; set it where the model is made, or use "
                             "model.freeze and model.thaw.")

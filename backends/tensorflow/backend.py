@@ -216,6 +216,8 @@ class TensorFlowBackend(Pieces):
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch([params[name] for name in names])
                 loss, weight, new = self._model.loss(self._ops, params, state, batch, seed)
+            if self._own:
+                self._own.check_moved(names)
             slopes = tape.gradient(loss, [params[name] for name in names],
                                    output_gradients=None if factor is None else tf.cast(factor, loss.dtype))
             if all(slope is None for slope in slopes) and not (isinstance(weight, float) and weight == 0.0):  # a batch without rows
