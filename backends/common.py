@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,15 @@ TINY = 1e-37  # below it a factor of two need not be exact
 Told = tuple[str, str]
 
 
-def plain_attributes(parts: Iterable[tuple[str, Any]], as_numpy: Callable[[Any], np.ndarray | None]) -> dict[str, Told]:
-    """The plain values among the attributes of a model's parts, by path. `as_numpy`: of the framework's arrays; None for anything else."""
+def plain_attributes(parts: Iterable[tuple[str, Any]], as_numpy: Callable[[Any], np.ndarray | None],
+                     without: Container[str] = ()) -> dict[str, Told]:
+    """The plain values among the attributes of a model's parts, by path. `as_numpy`: of the framework's arrays; None for anything else.
+    `without`: attributes that the framework keeps.
+    """
     out = {}
     for path, part in parts:
         for name, value in vars(part).items():
-            told = fingerprint(value, as_numpy, DEPTH)
+            told = None if name in without else fingerprint(value, as_numpy, DEPTH)
             if told is not None:
                 out[f"{path}.{name}" if path else name] = (type(value).__name__, told)
     return out

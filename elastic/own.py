@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic.errors import UserError
+from elastic.errors import RecipeError, UserError
 
 OURS = tuple(str(Path(__file__).resolve().parents[1] / folder) + "/" for folder in ("elastic", "backends"))
 
@@ -15,12 +15,12 @@ HOMES = {"keras": ("a Keras model", "tensorflow"), "mxnet": ("a Gluon block", "m
 
 
 def check_home(kind: str, model: Any, backend: str) -> None:
-    """UserError where a user's model is of another framework than the one that is to train it, known without importing either."""
+    """RecipeError where a user's model is of another framework than the one that is to train it, known without importing either."""
     packages = [cls.__module__.partition(".")[0] for cls in type(model).__mro__]
     for package, (what, home) in HOMES.items():
         if package in packages:
             if home != backend:
-                raise UserError(f'backend.name = "{backend}" cannot train model.kind = "{kind}", which gives {what} ({type(model).__name__}); write '
+                raise RecipeError(f'backend.name = "{backend}" cannot train model.kind = "{kind}", which gives {what} ({type(model).__name__}); write '
                                 f'backend.name = "{home}".')
             return
 

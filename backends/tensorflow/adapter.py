@@ -29,6 +29,7 @@ from elastic.ops import GOLDEN, tag_key
 from elastic.own import pair, pairs, place_of, rebuilt
 
 SEED = "seed_generator_state"  # Keras' name for the state of a layer's own generator
+OF_KERAS = frozenset(vars(keras.Model()))
 KEEP = "keep it in a weight of the model (add_weight(trainable=False)), or leave it as it is"
 
 
@@ -184,8 +185,10 @@ class KerasModel:
         return as_sum(loss, rows)
 
     def _attributes(self) -> Mapping[str, Any]:
-        layers = [(layer.name if layer is not self._model else "", layer) for layer in self._model._flatten_layers()]
-        return plain_attributes(layers, lambda value: value.numpy() if isinstance(value, tf.Tensor) and hasattr(value, "numpy") else None)
+        layers = [(layer.name if layer is not self._model else "", layer) for layer in self._model._flatten_layers()
+                  if not type(layer).__module__.startswith("keras.")]
+        return plain_attributes(layers, lambda value: value.numpy() if isinstance(value, tf.Tensor) and hasattr(value, "numpy") else None,
+                                OF_KERAS)
 
     @contextmanager
     def telling(self) -> Iterator[None]:
@@ -226,9 +229,11 @@ def check_graph(kind: str) -> None:
     """UserError where what is being traced writes to a plain tf.Variable, which no scope hides."""
     if tf.executing_eagerly():
         return
-    for op in tf.compat.v1.get_default_graph().get_operations():
+    graph = tf.compat.v1.get_default_graph()
+    for op in graph.get_operations():
         if re.fullmatch(r"(Assign\w*|Resource(Scatter|Apply|StridedSliceAssign)\w*)", op.type):
-            raise UserError(f"model.kind: {kind} writes to the tf.Variable {op.inputs[0].name.split(':')[0]}, which Keras does not know as its own; "
+            found = [v.name for v in graph.variables for outer, inner in graph.captures if inner is op.inputs[0] and outer is v.handle]
+            raise UserError(f"model.kind: {kind} writes to the tf.Variable {(found or [op.name])[0]}, which Keras does not know as its own; "
                             "make it by add_weight(trainable=False).")
 
 
