@@ -34,7 +34,7 @@ KEEP = "keep it in a weight of the model (add_weight(trainable=False)), or leave
 
 
 class Scope(keras.StatelessScope):
-    """Remembers which variables were written to."""
+    """Remembers which variables were written to. As with variables themselves, no gradient goes through what was written."""
 
     def __init__(self, values: list[tuple[Any, Any]]):
         super().__init__(values, collect_losses=True, initialize_variables=False)
@@ -42,7 +42,7 @@ class Scope(keras.StatelessScope):
 
     def add_update(self, update: tuple[Any, Any]) -> None:
         self.written[id(update[0])] = update[0]
-        super().add_update(update)
+        super().add_update((update[0], tf.stop_gradient(update[1])))
 
 
 class KerasModel:
@@ -232,7 +232,7 @@ def check_graph(kind: str) -> None:
     graph = tf.compat.v1.get_default_graph()
     for op in graph.get_operations():
         if re.fullmatch(r"(Assign\w*|Resource(Scatter|Apply|StridedSliceAssign)\w*)", op.type):
-            found = [v.name for v in graph.variables for outer, inner in graph.captures if inner is op.inputs[0] and outer is v.handle]
+            found = [v.name for v in graph.variables if any(inner is op.inputs[0] and outer is v.handle for outer, inner in graph.captures)]
             raise UserError(f"model.kind: {kind} writes to the tf.Variable {(found or [op.name])[0]}, which Keras does not know as its own; "
                             "make it by add_weight(trainable=False).")
 
