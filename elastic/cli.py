@@ -227,6 +227,8 @@ def checked(trainer: Trainer) -> int:
     found = preview(recipe, info)
     if trainer.address == "local":
         check_memory(found, recipe)
+    for line in info.get("notes", ()):
+        say(line)
     facts = ", ".join(f"{key} {value}" for key, value in info.items() if isinstance(value, int))
     say(f"data: {facts or recipe.data.kind}")
     say(f"model: {found.parameters} parameters; up to {found.workers} workers, about {found.bytes / 1e9:.1f} GB beside activations")

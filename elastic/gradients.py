@@ -12,6 +12,7 @@ from elastic.backend import Buffer, ShardResult
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import Scratch, SubtreeSums, out_size
+from elastic.data.collate import num_rows, sliced
 from elastic.mesh import shards_of
 from elastic.parallel.axis import empty_like, span
 from elastic.parallel.links import Links
@@ -159,8 +160,8 @@ def rows_of(batch: Mapping[str, Any], links: Links, micro: int, micro_batches: i
     parts = links.mesh.expert * micro_batches
     if parts == 1:
         return batch
-    low, count = span(len(next(iter(batch.values()))), parts, links.seat.expert * micro_batches + micro)
-    return {name: column[low:low + count] for name, column in batch.items()}
+    low, count = span(num_rows(batch), parts, links.seat.expert * micro_batches + micro)
+    return sliced(batch, low, low + count)
 
 
 def micro_seed(work: Work, links: Links, step: int, shard: int, micro: int) -> int:

@@ -80,6 +80,7 @@ class Trainer:
         with import_path():
             opened = workload.Workload.open(self.recipe, info)
             self.num_steps = opened.sampler.num_steps
+            workload.check_items(opened)
             workload.check_model(self.recipe, opened.model)
         return info
 
@@ -96,6 +97,8 @@ class Trainer:
         if self.follows:
             return self.follow(on_step, on_eval, on_event)
         info = self.check()
+        for line in info.get("notes", ()) if on_event else ():
+            on_event({"event": "noted", "step": 0, "time": time.time(), "generation": 0, "why": line})
         run_dir = self.free_run_dir()
         if self.recipe.checkpoint.path:
             check_access(self.recipe.checkpoint.path, not self.begin)

@@ -19,6 +19,7 @@ from elastic.checkpoint.remote import shown
 from elastic.checkpoint.saver import Saver
 from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
+from elastic.data.collate import num_rows, sliced
 from elastic.errors import BadCheckpoint, ElasticError, GroupBroken, NonFiniteLoss, UserError
 from elastic.loop import Work, train
 from elastic.mesh import Mesh
@@ -329,4 +330,4 @@ def shorter(work: Work) -> int | None:
 def first_rows(work: Work, batch: Mapping[str, Any], micro_batches: int = 0) -> Mapping[str, Any]:
     """As many rows as a micro-batch has on this worker."""
     parts = (micro_batches or work.plan.micro_batches) * (work.portion.mesh.expert if work.portion else 1)
-    return batch if parts == 1 else {name: column[:len(column) // parts] for name, column in batch.items()}
+    return batch if parts == 1 else sliced(batch, 0, num_rows(batch) // parts)

@@ -89,29 +89,13 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
     return door(domain, "data").prepare(recipe.data, recipe.model.config, cache_dir())
 
 
-class Part:
-    """A stretch of a map-style data set."""
-
-    def __init__(self, source: Any, low: int, high: int):
-        self.source, self.low, self.high, self.draws = source, low, high, getattr(source, "draws", True)
-
-    def __len__(self) -> int:
-        return self.high - self.low
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source[self.low + index]
-
-
 def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset | None, str]:
     """The training set, the evaluation set if there is one, and the unit that weights count ("tokens") or ""."""
     if recipe.data.kind:
         own, factory = framework(recipe), attribute("data.kind", recipe.data.kind)
-        seed, seeded = recipe.run.seed, own.seeded
+        seed = recipe.run.seed
         source = call_user("data.kind", lambda **keys: own.construct(factory, keys, seed), recipe.data.options)
-        whole = MapStyle(source)
-        kept = whole.num_samples - int(whole.num_samples * recipe.data.eval_fraction)
-        evaluation = MapStyle(Part(source, kept, whole.num_samples), seed, seeded) if kept < whole.num_samples else None
-        return MapStyle(Part(source, 0, kept), seed, seeded), evaluation, ""
+        return *MapStyle(source, seed, own.seeded, own.collate).split(recipe.data.eval_fraction), ""
     if recipe.data.is_table:
         return *table.open_tables(info, recipe.data, cache_dir(), recipe.run.seed), ""
     domain = door(recipe.model.kind if ":" not in recipe.model.kind else "nlp.text", "data")
@@ -155,6 +139,14 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
     found = call_user("model.kind", lambda **keys: construct(factory, keys, recipe.run.seed), model.config)
     check_home(kind, found, recipe.backend.name)
     return found
+
+
+def check_items(opened: Workload) -> None:
+    """A user's own data set gives the first rows of both splits. UserError before a worker starts."""
+    if isinstance(opened.training, MapStyle):
+        load_batch(opened.training, opened.sampler, 1, 0)
+        if opened.evaluation:
+            eval_batches(opened.evaluation, 1)[0]()
 
 
 def check_model(recipe: Recipe, model: Any) -> None:

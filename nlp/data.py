@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from elastic.data.arrow import FORMAT, read_tokens, write_atomically, write_tokens
-from elastic.data.files import find
+from elastic.data.files import find, left_out
 from elastic.data.permutation import keyed_words
 from elastic.data.text import read_column, read_text
 from elastic.errors import RecipeError, UserError
@@ -35,7 +35,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     `data` has format and text (the column, of tables), path and eval_path (files, folders, globs, URIs, "package:NAME/GLOB";
     eval_path may be empty), tokens, eval_fraction and perhaps vocab_size.
     Keys of the result: vocab_size, tokenizer (its spec), context, mask (0 for a model that reads on), num_tokens, num_eval_tokens,
-    train_file, eval_file, sources, key (the same for the same text, cut and tokens). RecipeError names the key, the file and the remedy.
+    train_file, eval_file, sources, notes (lines on what is left out), key (the same for the same text, cut and tokens). RecipeError names the key, the file and the remedy.
     """
     context = model_config.get("context", Config.context)
     if isinstance(context, bool) or not isinstance(context, int) or context < 1:
@@ -48,7 +48,8 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     except (OSError, ValueError):
         known = tokenise(source, folder, facts)
     files = {"train_file": str(folder / "train.arrow"), "eval_file": str(folder / "eval.arrow")}
-    info = {**known, **files, "context": context, "mask": model_config.get("mask", 0.0), "sources": list(data.path), "key": source.key}
+    notes = [*left_out("data.path", data.path), *left_out("data.eval_path", data.eval_path)]
+    info = {**known, **files, "notes": notes, "context": context, "mask": model_config.get("mask", 0.0), "sources": list(data.path), "key": source.key}
     check_lengths(data, info)
     return info
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from elastic.data.arrow import read_tokens, write_atomically, write_tokens
 from elastic.data.columns import Column
 from elastic.data.convert import locked, write
-from elastic.data.files import File, find
+from elastic.data.files import File, find, left_out, told
 from elastic.data.formats import Arrays
 from elastic.data.index import Facts, Part
 from elastic.data.permutation import permute
@@ -26,7 +26,7 @@ from elastic.data.table import Store
 from elastic.errors import UserError
 from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, hashed
 
-VERSION = 2
+VERSION = 3
 UNIT = ""  # weights count rows
 EMBEDDING_DIM = 16
 MOST_ROWS = (1 << 31) - 1  # of embeddings: their numbers are int32
@@ -40,7 +40,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     """Facts that a model and `open_dataset` need, as plain values; reads the tables where `cache_dir` does not hold them yet.
 
     Keys of the result: sizes (embedding rows of each categorical column), num_numeric, embedding_dim, num_rows, num_eval_rows,
-    train_file, folder, and key, the same for the same content and settings. UserError names file, column and row of what cannot serve.
+    train_file, folder, notes (lines on what is left out), and key, the same for the same content and settings. UserError names file, column and row of what cannot serve.
     """
     is_binary = model_config.get("loss", "binary") == "binary"
     sources = [(key, find(key, getattr(data, key.removeprefix("data.")))) for key in ("data.path", "data.eval_path")
@@ -56,7 +56,9 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
         except (OSError, ValueError):
             known = read(Encoder(data, is_binary), sources, folder, settings)
             write_atomically(facts, json.dumps(known).encode())
-    return {**known, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder), "train_file": str(folder / "rows.arrow")}
+    notes = [line for key, _ in sources for line in left_out(key, getattr(data, key.removeprefix("data.")))]
+    notes += told("data.path", known["unused"], "as columns that neither data.categorical nor data.numeric names")
+    return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder), "train_file": str(folder / "rows.arrow")}
 
 
 def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Samples:
@@ -82,7 +84,7 @@ class Samples:
 
     def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], is_eval: bool):
         self.store, self.rows, self.num_samples, self.is_eval = store, rows, len(rows), is_eval
-        self.mean, self.scale = (np.array(info[key], np.float32) for key in ("mean", "scale"))
+        self.mean, self.scale = (np.array(info[key]) for key in ("mean", "scale"))
         self.codes = read_tokens(Path(info["folder"]) / "codes.arrow") if info["sizes"] else np.zeros(0, np.int32)
         self.first_code = np.array(info["first_codes"], np.int64)
 
@@ -90,7 +92,7 @@ class Samples:
         rows = self.rows.start + indices if isinstance(self.rows, range) else self.rows[indices]
         found = self.store.rows(np.asarray(rows, np.int64))
         if NUMERIC in found:
-            found[NUMERIC] = np.nan_to_num((found[NUMERIC] - self.mean) * self.scale)
+            found[NUMERIC] = np.nan_to_num((found[NUMERIC] - self.mean) * self.scale).astype(np.float32)
         if CATEGORICAL in found:
             found[CATEGORICAL] = self.codes[found[CATEGORICAL] + self.first_code]
         if GROUP in found:
@@ -101,7 +103,7 @@ class Samples:
 
 def store_of(info: Mapping[str, Any]) -> Store:
     """The rows of both splits as they were written."""
-    wide = ((NUMERIC, "float32", info["num_numeric"]), (CATEGORICAL, "int32", len(info["sizes"])))
+    wide = ((NUMERIC, "float64", info["num_numeric"]), (CATEGORICAL, "int32", len(info["sizes"])))
     columns = (Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]), *([Column(GROUP, "int32")] if info["top"] else []))
     blocks = tuple((0, unit, 0, rows) for unit, rows in enumerate(info["blocks"]))
     return Store(Facts("arrow", "", "rows", columns, (Part((File(str(Path(info["folder"]) / "rows.arrow"), 0, 0),), blocks, True),)))
@@ -156,7 +158,7 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
         write_tokens(folder / "codes.arrow", codes)
         digest += hashlib.sha256(codes.tobytes()).hexdigest()
     said = json.dumps([VERSION, digest, settings, counted, [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
-    return {**info, "mean": mean, "scale": scale, "first_codes": first, "sizes": [part.size for part in parts],
+    return {**info, "unused": encoder.unused, "mean": mean, "scale": scale, "first_codes": first, "sizes": [part.size for part in parts],
             "vocabulary": {name: len(codes.known) for name, codes in encoder.codes.items() if not codes.buckets},
             "key": hashlib.sha256(said.encode()).hexdigest()[:32]}
 
@@ -187,16 +189,20 @@ def stretches(store: Store, rows: range | np.ndarray, most: int = 1 << 18) -> It
 
 
 def moments(store: Store, rows: range | np.ndarray, columns: int) -> tuple[list[float], list[float]]:
-    """Mean and 1/deviation of every number over the rows that have it; float64 sums."""
-    count, total, square = np.zeros(columns), np.zeros(columns), np.zeros(columns)
-    for found, _ in stretches(store, rows) if columns else ():
-        values = found[NUMERIC].astype(np.float64)
-        count += (~np.isnan(values)).sum(0)
-        total, square = total + np.nansum(values, 0), square + np.nansum(values * values, 0)
-    count = np.maximum(count, 1)
-    mean = total / count
-    deviation = np.sqrt(np.maximum(square / count - mean * mean, 0.0))
-    return mean.tolist(), np.where(deviation > 1e-6 * np.abs(mean), 1 / np.maximum(deviation, 1e-30), 1.0).tolist()
+    """Mean and 1/deviation of every number over the rows that have it, in float64: first the means, then the squares of what is off them.
+    A column whose deviation its numbers' own rounding could make is taken as constant, its deviation for 1."""
+    def sums(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        parts = (np.nansum(of(found[NUMERIC]), 0) for found, _ in stretches(store, rows))
+        return sum(parts, np.zeros(columns))
+
+    if not columns:
+        return [], []
+    count = np.maximum(sums(lambda values: ~np.isnan(values)), 1)
+    first = np.nan_to_num(next(stretches(store, rows, 1))[0][NUMERIC][0])
+    mean = first + sums(lambda values: values - first) / count
+    deviation = np.sqrt(sums(lambda values: np.square(values - mean)) / count)
+    varies = deviation > 2 * np.finfo(np.float64).eps * np.abs(mean)
+    return mean.tolist(), (1 / np.where(varies, deviation, 1.0)).tolist()
 
 
 def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> list[Vocabulary]:

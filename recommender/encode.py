@@ -1,4 +1,4 @@
-"""Columns of a table as numbers, in one pass: the label as 0 and 1, categories as codes, numbers as float32.
+"""Columns of a table as numbers, in one pass: the label as 0 and 1, categories as codes, numbers as float64.
 
 A code is a category's place in the order in which its column's values first appear, or its hash where the column has buckets.
 Which codes a model knows is decided afterwards, when it is known which rows it trains on.
@@ -58,13 +58,14 @@ class Encoder:
         self.codes = {name: Codes(data.buckets.get(name, 0)) for name in data.categorical}
         self.groups = Codes()
         self.rows_of: list[tuple[str, int]] = []  # of each file, in order
+        self.unused: list[str] = []  # columns of the first file that nothing reads
         self.apart: list[np.ndarray] = []  # of each batch: what data.split_column says
 
     @property
     def columns(self) -> list[Column]:
         """What is written of every row."""
         data = self.data
-        wide = ((NUMERIC, "float32", len(data.numeric)), (CATEGORICAL, "int32", len(data.categorical)))
+        wide = ((NUMERIC, "float64", len(data.numeric)), (CATEGORICAL, "int32", len(data.categorical)))
         return [Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]), *([Column(GROUP, "int32")] if data.group else [])]
 
     def wanted(self, file: File) -> dict[str, pa.DataType]:
@@ -86,6 +87,8 @@ class Encoder:
                 remedy = "list them in data.negative and data.positive" if name == data.label else "write times as 2030-12-31 23:59:59, or as numbers"
                 raise UserError(f'data.{role(data, name)}: the column "{name}" of {file.name} holds texts; {remedy}, or mend the rows that are none.')
             out[name] = TEXT if name in texts else kind if timed or t.is_boolean(kind) else pa.float64()
+        if not self.rows_of:
+            self.unused = [name for name in schema.names if name not in out]
         return out
 
     def encoded(self, files: Sequence[File]) -> Iterator[Arrays]:
@@ -142,8 +145,8 @@ class Encoder:
         if self.data.nulls == "error":
             refuse(array, name, where, row)
         found = view(array.fill_null(np.nan), Column("", "float64"))
-        out = narrow(np.sign(found) * np.log1p(np.abs(found)) if name in self.data.log else found)
-        endless = np.flatnonzero(np.isinf(out) if self.data.nulls == "fill" else ~np.isfinite(out))
+        out = np.sign(found) * np.log1p(np.abs(found)) if name in self.data.log else found
+        endless = np.flatnonzero(np.isinf(narrow(out)) if self.data.nulls == "fill" else ~np.isfinite(narrow(out)))
         if len(endless):
             raise UserError(f'data.numeric: the column "{name}" of {where} holds {found[endless[0]]} in row {row + int(endless[0])} '
                             f"(counted from 0); it must be {FINITE}: mend the row or leave it out.")

@@ -22,7 +22,7 @@ from vision.classes import Classes
 from vision.images import sources
 from vision.store import Store, path_of, sized, write
 
-VERSION = 2
+VERSION = 3
 SPLITS = {"train": "path", "eval": "eval_path"}
 
 
@@ -32,12 +32,13 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     `data` has format ("idx", "imagefolder", or a table's), path and eval_path (the latter may be empty), eval_fraction, image and
     label (columns, of tables), skip_bad, image_size, channels, crop, flip and mixup. Keys of the result: shape (height, width,
     channels), num_classes, classes (their names, if they have any), num_samples, num_eval_samples, num_skipped, mean and std (of each
-    channel's training pixels, 0 to 1), train_file, eval_file, crop, flip, mixup, spread, eval_fraction, key (the same for the same images).
+    channel's training pixels, 0 to 1), train_file, eval_file, crop, flip, mixup, spread, eval_fraction, notes (lines on what is left out), key (the same for the same images).
     RecipeError or UserError names file and row of what cannot serve.
     """
     paths = {split: getattr(data, name) for split, name in SPLITS.items() if getattr(data, name)}
+    found = {split: sources(f"data.{SPLITS[split]}", data, path) for split, path in paths.items()}
     asked = [VERSION, data.format, data.image, data.label, data.skip_bad, data.image_size, data.channels, data.eval_fraction, {
-        split: [[f.where, f.size, f.mtime_ns] for f in sources(f"data.{SPLITS[split]}", data, path)] for split, path in paths.items()}]
+        split: [[f.where, f.size, f.mtime_ns, f.below] for f in files] for split, (files, _) in found.items()}]
     folder = Path(cache_dir) / f"images-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}"
     facts = folder / "facts.json"
     with locked(folder):
@@ -49,7 +50,8 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     if data.crop >= min(known["shape"][:2]):
         raise RecipeError(f"data.crop = {data.crop} moves images of {sized(known['shape'])} out of sight; write less than {min(known['shape'][:2])}.")
     files = {f"{split}_file": str(path_of(folder / (split if split in paths else "train"), "labels")) for split in SPLITS}
-    return {**known, **files, "crop": data.crop, "flip": data.flip, "mixup": data.mixup, "own_eval": "eval" in paths,
+    notes = [line for _, lines in found.values() for line in lines]
+    return {**known, **files, "notes": notes, "crop": data.crop, "flip": data.flip, "mixup": data.mixup, "own_eval": "eval" in paths,
             "spread": data.format == "imagefolder", "eval_fraction": data.eval_fraction}
 
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from gzip import decompress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,7 +17,7 @@ import pyarrow as pa
 import pyarrow.types as t
 
 from elastic.data.columns import field_of
-from elastic.data.files import File, describe, find
+from elastic.data.files import HIDDEN, File, describe, find, look, told
 from elastic.data.formats import batches, schema_of
 from elastic.errors import RecipeError, UserError
 
@@ -45,10 +43,13 @@ class Sample:
         return self.image if isinstance(self.image, np.ndarray) else decode(self.image, self.where, size, channels)
 
 
-def sources(key: str, data: Any, paths: Sequence[str]) -> list[File]:
-    """Every file that is read for the recipe's `[data]` at `paths`, those of labels too."""
-    files = find(key, paths)
-    return files + [labels_of(key, file) for file in image_files(key, files)] if data.format == "idx" else files
+def sources(key: str, data: Any, paths: Sequence[str]) -> tuple[list[File], list[str]]:
+    """Every file that is read for the recipe's `[data]` at `paths`, those of labels too; and a line for each kind of file that is not."""
+    files, left = look(key, paths)
+    notes = told(key, left, HIDDEN)
+    if data.format == "imagefolder":
+        notes += Folders.of(files).told(key)
+    return files + [labels_of(key, file) for file in image_files(key, files)] if data.format == "idx" else files, notes
 
 
 def samples(key: str, data: Any, paths: Sequence[str]) -> Iterator[Sample]:
@@ -65,14 +66,15 @@ def samples(key: str, data: Any, paths: Sequence[str]) -> Iterator[Sample]:
 
 def decode(content: bytes, where: str, size: int = 0, channels: int = 0) -> np.ndarray:
     """uint8 (height, width, 1) of a grey image, else (height, width, 3), or what `channels` says; transparency is left out. With `size`, the
-    middle square scaled to that many pixels a side. Of 16 bits the upper 8 are kept."""
+    middle square scaled to that many pixels a side. Of 16 bits the upper 8 are kept. It is turned as its EXIF orientation says."""
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise UserError(f"{where} is an encoded image, and Pillow, which decodes them, is not installed; "
                         "install it with pip install pillow.") from error
     try:
-        with Image.open(io.BytesIO(content)) as opened:
+        with Image.open(io.BytesIO(content)) as stored:
+            opened = upright(stored, ImageOps.exif_transpose)
             wide = opened.mode.startswith("I;16")  # whose conversion makes white of all above 255
             if opened.mode in ("I", "F"):
                 raise BadImage(f"{where} holds numbers of 32 bits, which tell of no white; convert it to 8 or 16 bits")
@@ -81,9 +83,19 @@ def decode(content: bytes, where: str, size: int = 0, channels: int = 0) -> np.n
             found = np.asarray(ImageOps.fit(plain, (size, size), Image.Resampling.BILINEAR) if size else plain)
     except UnidentifiedImageError as error:  # its own words name an object in memory
         raise BadImage(f"{where} is no image of a known format" if content else f"{where} has no bytes") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BadImage:
+        raise
+    except Exception as error:  # a decoder that stumbles over damaged bytes may raise anything
         raise BadImage(f"{where} is no image that can be decoded ({describe(error)})") from error
     return found.reshape(*found.shape[:2], -1)
+
+
+def upright(image: Any, transpose: Callable[[Any], Any]) -> Any:
+    """An orientation that cannot be read is none."""
+    try:
+        return transpose(image)
+    except Exception:
+        return image
 
 
 # IDX: two zero bytes, the type, the number of dims, each dim as a big-endian uint32, the values (LeCun's MNIST page).
@@ -120,8 +132,7 @@ def read_idx(file: File, ranks: tuple[int, ...]) -> np.ndarray:
     try:
         with file.stream() as stream:
             content = stream.read()
-        content = decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"data.path: the file {file.name} cannot be read ({describe(error)}); restore it.") from error
     head = 4 + 4 * content[3] if len(content) > 3 else 4
     if content[:3] != bytes([0, 0, UNSIGNED_BYTES]) or content[3] not in ranks or len(content) < head:
@@ -137,17 +148,47 @@ def read_idx(file: File, ranks: tuple[int, ...]) -> np.ndarray:
 # Folders, one for each class.
 
 
+@dataclass(frozen=True)
+class Folders:
+    """Every image with its class, the folder directly below data.path (or, where the recipe names class folders or files, that in which
+    it lies), and why the other files are left out."""
+
+    images: tuple[tuple[File, str], ...]
+    others: tuple[str, ...]
+    astray: tuple[str, ...]
+
+    @classmethod
+    def of(cls, files: Sequence[File]) -> Folders:
+        chosen = [file for file in files if file.path.suffix.lower() in SUFFIXES]
+        split = {root_of(file) for file in chosen if "/" in file.below}
+        is_astray = [file.below != "" and "/" not in file.below and root_of(file) in split for file in chosen]
+        images = tuple((file, class_of(file)) for file, astray in zip(chosen, is_astray, strict=True) if not astray)
+        others = tuple(file.name for file in files if file.path.suffix.lower() not in SUFFIXES)
+        return cls(images, others, tuple(file.name for file, astray in zip(chosen, is_astray, strict=True) if astray))
+
+    def told(self, key: str) -> list[str]:
+        return [*told(key, self.others, "as no image by its name"), *told(key, self.astray, "as an image outside the classes' folders")]
+
+
+def root_of(file: File) -> str:
+    return str(file.path).removesuffix(file.below)
+
+
+def class_of(file: File) -> str:
+    return file.below.partition("/")[0] if "/" in file.below else file.path.parent.name
+
+
 def folder_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
-    chosen = [file for file in files if PurePosixPath(file.where).suffix.lower() in SUFFIXES]
-    if not chosen:
+    found = Folders.of(files).images
+    if not found:
         raise RecipeError(f"{key} holds no image ({', '.join(SUFFIXES)}); give a folder with one folder for each class.")
-    for file in chosen:
+    for file, label in found:
         try:
             with file.stream() as stream:
                 content = stream.read()
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"{key}: the file {file.name} cannot be read ({describe(error)}); restore it or leave it out.") from error
-        yield Sample(file.name, content, PurePosixPath(file.where).parent.name)
+        yield Sample(file.name, content, label)
 
 
 # Tables with a column of encoded images, or of structs with "bytes", as Hugging Face's data sets have it.

@@ -21,6 +21,7 @@ from backends.common import check_attributes, check_linear, check_repeats, plain
 from backends.mxnet.ops import mx
 from backends.mxnet.turn import turn
 from elastic.backend import Spec
+from elastic.data.collate import num_rows
 from elastic.errors import UserError
 from elastic.own import described, pair, pairs, place_of, rebuilt
 
@@ -203,12 +204,3 @@ def in_one_line(error: Exception) -> str:
 
 def given_spec(value: np.ndarray) -> Spec:
     return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype))
-
-
-def num_rows(batch: Any) -> int:
-    while not hasattr(batch, "shape"):
-        values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
-        if not values:
-            raise UserError("data.kind: a batch has no columns.")
-        batch = values[0]
-    return int(batch.shape[0])

@@ -23,10 +23,12 @@ from backends.mxnet.recording import Unrecordable
 from backends.mxnet.turn import computing, turn
 from backends.mxnet.values import add_fresh, as_array, as_numpy, blocks_of, flat, flattened, number, paired, plain, taken
 from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
+from elastic.data.collate import stacked
 from elastic.errors import UserError
 
 ALIGN_BYTES = 64
 KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare
+KINDS = ("bool", "int8", "int32", "int64", "uint8", "float16", "float32", "float64")  # of the library's arrays
 
 _autograd = mx.autograd
 
@@ -51,6 +53,11 @@ def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int)
     """A user's block or data set; what it draws to begin with is a function of `seed`, so every worker builds the same."""
     with seeded(seed):
         return factory(**config)
+
+
+def collate(items: Sequence[Any]) -> Any:
+    """A user's items as a batch."""
+    return stacked(items, KINDS)
 
 
 @dataclass

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from elastic.backend import Spec
+from elastic.data.collate import num_rows
 from elastic.errors import UserError
 from elastic.own import described, pair, pairs, rebuilt
 
@@ -152,17 +153,12 @@ def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     return found.reshape(()) * rows, float(rows)
 
 
-def num_rows(batch: Any) -> int:
-    while not hasattr(batch, "shape"):
-        values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
-        if not values:
-            raise UserError("data.kind: a batch has no columns.")
-        batch = values[0]
-    return int(batch.shape[0])
-
-
 def columns(batch: Any, device: torch.device) -> Any:
-    """The batch as its data set made it, dict or tuple, with tensors (copies) for arrays; float64 becomes float32."""
+    """The batch as its data set made it, dict or tuple, with tensors for arrays (copies, of which float64 becomes float32); texts stay."""
+    if isinstance(batch, torch.Tensor):
+        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+    if isinstance(batch, (str, bytes)):
+        return batch
     if isinstance(batch, Mapping):
         return {name: columns(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.data
 
 from backends.pytorch import adapter, optimizer, warn_if_late
 from backends.pytorch.adapter import seeded
@@ -43,6 +44,11 @@ def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int)
     """A user's module or data set; what it draws to begin with is a function of `seed`, so every worker builds the same."""
     with seeded(seed):
         return factory(**config)
+
+
+def collate(items: Sequence[Any]) -> Any:
+    """A user's items as a batch, as torch's own loader makes it."""
+    return torch.utils.data.default_collate(list(items))
 
 
 def choose_device(name: str) -> torch.device:

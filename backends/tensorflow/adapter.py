@@ -24,6 +24,7 @@ from backends.tensorflow.ops import mixed, tf
 import keras
 
 from elastic.backend import Spec
+from elastic.data.collate import num_rows
 from elastic.errors import UserError
 from elastic.ops import GOLDEN, tag_key
 from elastic.own import pair, pairs, place_of, rebuilt
@@ -313,15 +314,6 @@ def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     return tf.reshape(found, ()) * rows, float(rows)
 
 
-def num_rows(batch: Any) -> int:
-    while not hasattr(batch, "shape"):
-        values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
-        if not values:
-            raise UserError("data.kind: a batch has no columns.")
-        batch = values[0]
-    return int(batch.shape[0])
-
-
 def columns_again(batch: Any) -> Any:
     """Other containers with the same tensors: a user's function may take entries out."""
     if isinstance(batch, Mapping):
@@ -337,4 +329,3 @@ def columns(batch: Any) -> Any:
         return rebuilt(batch, columns)
     array = np.asarray(batch)
     return tf.constant(array.astype(np.float32) if array.dtype == np.float64 else array)
-

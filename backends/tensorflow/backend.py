@@ -19,6 +19,7 @@ from backends.tensorflow import optimizer
 from backends.tensorflow.ops import U64, TensorFlowOps, tf
 from backends.tensorflow.pieces import Pieces, plain
 from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, Tally, UpdateRule
+from elastic.data.collate import stacked
 from elastic.errors import UserError
 
 ALIGN_BYTES = 64  # TensorFlow ends the process on DLPack memory that is aligned to less
@@ -61,6 +62,9 @@ def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int)
     """A user's model or data set; what it draws to begin with is a function of `seed`, so every worker builds the same."""
     with seeded(seed):
         return factory(**config)
+
+
+collate = stacked  # a user's items as a batch
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from elastic.errors import RecipeError
+from elastic.data.collate import Collate, batch_of, sliced, stacked
+from elastic.errors import ElasticError, RecipeError
+from elastic.own import place_of
 
 
 class Dataset(Protocol):
@@ -22,9 +24,9 @@ class Dataset(Protocol):
 
 
 class MapStyle:
-    """A user's data set with a length and items that are dicts or tuples of arrays or numbers.
+    """A user's data set with a length and items of any nesting of dicts, lists and tuples; or `part` of it.
 
-    A batch is what an item is, a dict or a tuple, with the items stacked along a new first axis. It holds real rows only, so
+    A batch is what `collate`, the framework's own, makes of the items. It holds real rows only, so
     the last one of a run may be shorter, down to none. What items draw at random, as to augment themselves, is a function of the
     run's seed and the batch's positions: they are loaded inside `seeded(number)`, which also keeps other threads from drawing,
     the one that trains above all. Only a data set that says `draws = False` is loaded while the model computes.
@@ -32,38 +34,49 @@ class MapStyle:
 
     fills = False
 
-    def __init__(self, source: Any, seed: int = 0, seeded: Callable[[int], AbstractContextManager[Any]] = nullcontext):
-        self.source, self.seed = source, seed
+    def __init__(self, source: Any, seed: int = 0, seeded: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+                 collate: Collate = stacked, part: range | None = None):
+        self.source, self.seed, self.collate = source, seed, collate
         self.seeded = seeded if getattr(source, "draws", True) else no_seed
         for method in ("__len__", "__getitem__"):
             if not hasattr(source, method):
                 raise RecipeError(f"data.kind: {type(source).__name__} has no {method}; a data set needs a length and items by index.")
-        self.num_samples = len(source)
+        self.part = range(asked(source, "its length", lambda: len(source))) if part is None else part
+        self.num_samples = len(self.part)
         if self.num_samples < 1:
             raise RecipeError(f"data.kind: {type(source).__name__} has no samples; give one with at least one.")
 
-    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray] | tuple[np.ndarray, ...]:
-        chosen = [int(index) for index in indices] or [0]  # with no rows, item 0 still tells columns and shapes
-        first = (int(epochs[0]), chosen[0]) if len(epochs) else (0, 0)
-        with self.seeded(batch_seed(self.seed, *first)):
-            kind, items = self._items(chosen)
-        columns = {name: np.stack([item[name] for item in items])[:len(indices)] for name in items[0]}
-        return columns if kind is dict else tuple(columns.values())
+    def split(self, eval_fraction: float) -> tuple[MapStyle, MapStyle | None]:
+        """The items to train on, and the last ones, to evaluate on, if there are any."""
+        kept = self.num_samples - int(self.num_samples * eval_fraction)
+        parts = (MapStyle(self.source, self.seed, self.seeded, self.collate, part) if part else None for part in (self.part[:kept], self.part[kept:]))
+        training, evaluation = parts
+        assert training is not None
+        return training, evaluation
 
-    def _items(self, indices: list[int]) -> tuple[type, list[dict[Any, np.ndarray]]]:
-        kinds, items = [], []
-        for index in indices:
-            item = self.source[index]
-            kinds.append(dict if isinstance(item, Mapping) else tuple)
-            if not isinstance(item, (Mapping, tuple, list)):
-                raise RecipeError(f"data.kind: item {index} is a {type(item).__name__}; give a dict or a tuple of arrays.")
-            named = item.items() if isinstance(item, Mapping) else enumerate(item)
-            items.append({name: np.asarray(value) for name, value in named})
-            found, first = ({name: value.shape for name, value in items[n].items()} for n in (-1, 0))
-            if found != first:
-                raise RecipeError(f"data.kind: item {index} has columns {found}, item {indices[0]} has {first}; "
-                                  "give every item the same columns and shapes.")
-        return kinds[0], items
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Any:
+        """Users' mistakes are RecipeErrors that name the item, and the path within it or the line of code."""
+        chosen = [self.part[int(index)] for index in indices] or [self.part[0]]  # with no rows, an item still tells columns and shapes
+        first = (int(epochs[0]), int(indices[0])) if len(epochs) else (0, 0)
+        with self.seeded(batch_seed(self.seed, *first)):
+            items = [asked(self.source, f"item {number}", lambda number=number: self.source[number]) for number in chosen]
+            for item, number in zip(items, chosen, strict=True):
+                if not isinstance(item, (Mapping, tuple, list)):
+                    raise RecipeError(f"data.kind: item {number} is a {type(item).__name__}; give a dict or a tuple of arrays.")
+            batch = batch_of(items, chosen, self.collate)
+        return batch if len(indices) else sliced(batch, 0, 0)
+
+
+def asked(source: Any, what: str, ask: Callable[[], Any]) -> Any:
+    """What the user's own code gives; RecipeError with the file and line where it fails."""
+    try:
+        return ask()
+    except ElasticError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise RecipeError(f"data.kind: {what} of {type(source).__name__} cannot be had: {type(error).__name__}{': ' * bool(text)}{text}"
+                          f"{place_of(error)}; mend the data set.") from error
 
 
 def no_seed(number: int) -> AbstractContextManager[Any]:

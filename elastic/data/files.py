@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
@@ -12,20 +13,26 @@ import pyarrow as pa
 from pyarrow import fs
 
 from elastic.checkpoint.remote import open_s3, shown
-from elastic.errors import RecipeError
+from elastic.errors import RecipeError, UserError
 from elastic.recipe import resolve_paths
 
 MAGIC = "*["
+MARKERS = ("_SUCCESS", "_metadata", "_common_metadata", "_delta_log", "_temporary")  # what Spark and its kin put beside a table's files
+GZIP = "gzip"
+PACKED = {b"\x1f\x8b": GZIP, b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
+NAMED = 5  # files that a message names; the rest is counted
 GCS_RETRY_S = 20  # its own default is a quarter of an hour before it says that nobody is there
 
 
 @dataclass(frozen=True)
 class File:
-    """One file. `where` is its absolute path or URI; size in bytes, mtime_ns in nanoseconds (0 where the storage does not say)."""
+    """One file. `where` is its absolute path or URI; size in bytes, mtime_ns in nanoseconds (0 where the storage does not say). `below` is
+    its path from the folder that the recipe names, "" where it names the file itself."""
 
     where: str
     size: int
     mtime_ns: int
+    below: str = field(default="", compare=False)
 
     @property
     def is_local(self) -> bool:
@@ -36,6 +43,11 @@ class File:
         """For messages: without a URI's keys."""
         return shown(self.where)
 
+    @property
+    def path(self) -> PurePosixPath:
+        """Without scheme, signs for spaces and options."""
+        return PurePosixPath(self.where if self.is_local else unquote(urlsplit(self.where).path))
+
     def open(self) -> pa.NativeFile:
         """For random access, not mapped: a file that shrinks is an error, not the end of the process."""
         if self.is_local:
@@ -44,9 +56,22 @@ class File:
         return system.open_input_file(inner)
 
     def stream(self) -> pa.NativeFile:
-        """For reading from the beginning to the end."""
+        """For reading from the beginning to the end; what gzip packed is unpacked. UserError names another packer."""
         system, inner = (fs.LocalFileSystem(), self.where) if self.is_local else open_system(self.where)
-        return system.open_input_stream(inner, compression=None)
+        packer = self.packed_by()
+        if packer not in ("", GZIP):
+            raise self.is_packed(packer)
+        return system.open_input_stream(inner, compression=packer or None)
+
+    def packed_by(self) -> str:
+        """By its first bytes."""
+        system, inner = (fs.LocalFileSystem(), self.where) if self.is_local else open_system(self.where)
+        with system.open_input_stream(inner, compression=None) as raw:
+            first = raw.read(max(map(len, PACKED)))
+        return next((name for sign, name in PACKED.items() if first.startswith(sign)), "")
+
+    def is_packed(self, packer: str) -> UserError:
+        return UserError(f"data.path: the file {self.name} is packed by {packer}; unpack it and name what comes out.")
 
 
 def open_system(uri: str) -> tuple[fs.FileSystem, str]:
@@ -67,37 +92,67 @@ def _bucket(netloc: str, query: str) -> tuple[fs.FileSystem, str]:
 
 
 def find(key: str, paths: str | Sequence[str]) -> list[File]:
-    """Every file that `paths` mean; of folders all files below but hidden ones ("." or "_"), in the order of their paths.
+    """Every file that `paths` mean; of folders all files below but hidden ones, through links, in the order of their paths.
 
     RecipeError names `key`, the path, and what is missing or forbids.
     """
+    return look(key, paths)[0]
+
+
+def look(key: str, paths: str | Sequence[str]) -> tuple[list[File], list[str]]:
+    """The same, and what of the folders is left out: hidden files and folders, broken links and others' markers."""
     if not paths:
         raise RecipeError(f"{key} names no file; give a file, a folder, a glob or a list.")
     found: list[File] = []
+    left: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
-        found += _remote(key, path) if "://" in path else _local(key, path)
-    return found
+        found += _remote(key, path, left) if "://" in path else _local(key, path, left)
+    return found, left
 
 
-def _is_hidden(parts: Sequence[str]) -> bool:
-    return any(part.startswith((".", "_")) for part in parts)
+def told(key: str, left: Sequence[str], why: str) -> list[str]:
+    """One line, or none, of what is left out."""
+    more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+    return [f"{key}: left out, {why}: {', '.join(left[:NAMED])}{more}"] if left else []
 
 
-def _local(key: str, path: str) -> list[File]:
+HIDDEN = "as hidden (its name begins with a dot), a broken link or a mark of other programs"
+
+
+def left_out(key: str, paths: str | Sequence[str]) -> list[str]:
+    """The line that says what of `paths` is not read, if anything is."""
+    return told(key, look(key, paths)[1], HIDDEN) if paths else []
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in MARKERS
+
+
+def _local(key: str, path: str, left: list[str]) -> list[File]:
     found = []
     for one in map(Path, resolve_paths(path, key=key)):
-        inside = [one]
-        if one.is_dir():
-            inside = sorted(p for p in one.rglob("*") if not _is_hidden(p.relative_to(one).parts) and p.is_file())
-            if not inside:
-                raise RecipeError(f"{key}: the folder {one} holds no file; give one with files.")
+        inside = sorted(_walk(one, frozenset(), left)) if one.is_dir() else [one]
+        if not inside:
+            raise RecipeError(f"{key}: the folder {one} holds no file; give one with files.")
         for file in inside:
             stat = file.stat()
-            found.append(File(str(file), stat.st_size, stat.st_mtime_ns))
+            found.append(File(str(file), stat.st_size, stat.st_mtime_ns, file.relative_to(one).as_posix() if file != one else ""))
     return found
 
 
-def _remote(key: str, uri: str) -> list[File]:
+def _walk(folder: Path, above: frozenset[str], left: list[str]) -> Iterator[Path]:
+    """All files below. A link that leads back to a folder it lies in is left out."""
+    above |= {os.path.realpath(folder)}
+    for entry in folder.iterdir():
+        if _is_hidden(entry.name) or not entry.exists() or os.path.realpath(entry) in above:
+            left.append(str(entry))
+        elif entry.is_dir():
+            yield from _walk(entry, above, left)
+        elif entry.is_file():
+            yield entry
+
+
+def _remote(key: str, uri: str, left: list[str]) -> list[File]:
     """A "?" begins the URI's options; "*" and "[" in its path are a glob, each for one name."""
     path, mark, query = uri.partition("?")
     places = [place for sign in MAGIC if (place := path.find(sign)) >= 0]
@@ -117,8 +172,10 @@ def _remote(key: str, uri: str) -> list[File]:
     found = []
     for entry in sorted((entry for entry in listed if entry.type == fs.FileType.File), key=lambda entry: entry.path):
         below = entry.path[len(inner.rstrip("/")):].strip("/")
-        if PurePosixPath(entry.path).match(pattern) if places else not _is_hidden(below.split("/")):
-            found.append(File(prefix + quote(entry.path) + mark + query, entry.size, entry.mtime_ns or 0))
+        if not places and any(map(_is_hidden, below.split("/"))):
+            left.append(shown(prefix + quote(entry.path)))
+        elif not places or PurePosixPath(entry.path).match(pattern):
+            found.append(File(prefix + quote(entry.path) + mark + query, entry.size, entry.mtime_ns or 0, "" if places else below))
     if not found:
         raise RecipeError(f'{key} = "{shown(uri)}" does not exist or holds no file; write the URI of a file or folder.')
     return found

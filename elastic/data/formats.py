@@ -25,6 +25,7 @@ from elastic.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 LOOK_BYTES = 1 << 20  # of a CSV, before it is taken for one
+BLOCK_BYTES, MOST_BLOCK = 1 << 20, (1 << 31) - 1  # of a CSV that Arrow parses together: at first, and where a row is longer
 
 
 @dataclass(frozen=True)
@@ -159,15 +160,32 @@ def csv_schema(file: File, dialect: Dialect = PLAIN) -> pa.Schema:
     with reading(file.name):
         with file.stream() as raw:  # before Arrow, which prints a trace of its own for a bad row that is no text
             codecs.getincrementaldecoder("utf-8")().decode(raw.read(LOOK_BYTES))
-        with open_csv(file, {}, (), dialect) as reader:
-            return reader.schema
+        block = BLOCK_BYTES
+        while True:
+            try:
+                with open_csv(file, {}, (), dialect, block) as reader:
+                    return reader.schema
+            except pa.ArrowInvalid as error:
+                block = wider(error, block)
 
 
-def open_csv(file: File, types: dict[str, pa.DataType], names: Sequence[str] = (), dialect: Dialect = PLAIN) -> pc.CSVStreamingReader:
-    return pc.open_csv(file.stream(), read_options=pc.ReadOptions(use_threads=False, column_names=list(dialect.names) or None),
+def open_csv(file: File, types: dict[str, pa.DataType], names: Sequence[str] = (), dialect: Dialect = PLAIN,
+             block: int = BLOCK_BYTES) -> pc.CSVStreamingReader:
+    """`block`: bytes that are looked at together, within which a row must lie."""
+    read_options = pc.ReadOptions(use_threads=False, column_names=list(dialect.names) or None, block_size=block)
+    return pc.open_csv(file.stream(), read_options=read_options,
                        parse_options=pc.ParseOptions(newlines_in_values=True, delimiter=dialect.delimiter,
                                                      invalid_row_handler=dialect.is_comment if dialect.comment else None),
                        convert_options=pc.ConvertOptions(column_types=types, include_columns=list(names)))
+
+
+def wider(error: pa.ArrowInvalid, block: int) -> int:
+    """The next block to try where a row did not lie within one. `error` again where that is not what is wrong; UserError at the widest."""
+    if not any(words in str(error) for words in ("straddles two block", "Empty CSV file or block")):
+        raise error
+    if block == MOST_BLOCK:
+        raise pa.ArrowInvalid("it has no row, or one that does not end within 2 GiB, as by a quotation mark that is not closed") from error
+    return min(16 * block, MOST_BLOCK)
 
 
 class TooNarrow(Exception):
@@ -180,27 +198,33 @@ class TooNarrow(Exception):
 
 def csv_batches(file: File, types: dict[str, pa.DataType], dialect: Dialect = PLAIN) -> Iterator[pa.RecordBatch]:
     """All of a CSV file. `TooNarrow` names a column of whole numbers that turns out to hold others."""
-    reader, rows = None, 0
+    reader, rows, block, again = None, 0, BLOCK_BYTES, 0
     while True:
         try:
-            reader = reader or open_csv(file, types, list(types), dialect)
+            reader = reader or open_csv(file, types, list(types), dialect, block)
             batch = reader.read_next_batch()
         except StopIteration:
             return
         except OSError as error:
             raise UserError(f"data.path: the file {file.name} cannot be read ({describe(error)}); restore it or leave it out.") from error
         except pa.ArrowInvalid as error:
-            raise csv_fault(file, types, rows, error, dialect) from error
-        rows += batch.num_rows
-        yield batch
+            try:
+                block, reader, again = wider(error, block), None, rows
+            except pa.ArrowInvalid as last:
+                raise csv_fault(file, types, rows, last, dialect) from error
+            continue
+        known = min(again, batch.num_rows)
+        again -= known
+        if batch.num_rows > known:
+            rows += batch.num_rows - known
+            yield batch.slice(known)
 
 
 def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Exception, dialect: Dialect) -> Exception:
     found = re.search(r"In CSV column #(\d+)", str(error))
     name = ""
     if found:
-        with reading(file.name), open_csv(file, {}, (), dialect) as again:
-            name = again.schema.names[int(found[1])]
+        name = csv_schema(file, dialect).names[int(found[1])]
     if name and pa.types.is_integer(types[name]):
         return TooNarrow(name)
     column = f'the column "{name}" of ' if name else ""
@@ -212,18 +236,28 @@ def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Excep
 
 def schema_of(kind: str, file: File, dialect: Dialect = PLAIN) -> pa.Schema:
     """The columns alone. UserError if the file cannot serve."""
-    if not file.size:
-        raise UserError(f"data.path: the file {file.name} is empty; give one with rows or leave it out.")
+    refuse_unfit(kind, file)
     if kind == "csv":
         return csv_schema(file, dialect)
     with reading(file.name), file.open() as raw:
         return pq.read_schema(raw) if kind == "parquet" else pa.ipc.open_file(raw).schema
 
 
+def refuse_unfit(kind: str, file: File) -> None:
+    """UserError for a file that is empty, or packed where one must be able to read anywhere in it."""
+    if not file.size:
+        raise UserError(f"data.path: the file {file.name} is empty; give one with rows or leave it out.")
+    with reading(file.name):
+        packer = "" if kind == "csv" else file.packed_by()
+    if packer:
+        raise file.is_packed(packer)
+
+
 def contents(kind: str, file: File, wanted: Sequence[str]) -> Contents:
     """UserError if the file cannot serve. A CSV tells nothing but its columns before it is read."""
-    if kind == "csv" or not file.size:
+    if kind == "csv":
         return Contents(schema_of(kind, file), (), "")
+    refuse_unfit(kind, file)
     return parquet_contents(file, wanted) if kind == "parquet" else arrow_contents(file, wanted)
 
 

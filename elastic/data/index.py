@@ -20,7 +20,7 @@ from elastic.data.formats import Contents, TooNarrow, contents, schema_of
 from elastic.errors import UserError
 
 FACTS = "facts.json"
-VERSION = 1
+VERSION = 2
 CONVERT_BYTES = 1 << 30  # tables up to this size are converted where the recipe leaves the choice
 REMOTE_READERS = 16  # remote files looked at together
 
@@ -48,6 +48,7 @@ class Facts:
     shuffle_by: str  # "rows" | "blocks"
     columns: tuple[Column, ...]
     parts: tuple[Part, ...]
+    unused: tuple[str, ...] = ()  # other columns of the first file, with their types
 
     @property
     def has_eval(self) -> bool:
@@ -55,14 +56,14 @@ class Facts:
 
     def dumps(self) -> str:
         parts = [[[[f.where, f.size, f.mtime_ns] for f in part.files], part.blocks, part.is_mapped, part.is_eval] for part in self.parts]
-        return json.dumps([self.format, self.key, self.shuffle_by, [[c.name, c.dtype, c.width] for c in self.columns], parts])
+        return json.dumps([self.format, self.key, self.shuffle_by, [[c.name, c.dtype, c.width] for c in self.columns], parts, self.unused])
 
     @classmethod
     def loads(cls, text: str) -> Facts:
-        format, key, shuffle_by, columns, parts = json.loads(text)
+        format, key, shuffle_by, columns, parts, unused = json.loads(text)
         return cls(format, key, shuffle_by, tuple(Column(*column) for column in columns),
                    tuple(Part(tuple(File(*file) for file in files), tuple(map(tuple, blocks)), is_mapped, is_eval)
-                         for files, blocks, is_mapped, is_eval in parts))
+                         for files, blocks, is_mapped, is_eval in parts), tuple(unused))
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def look(data: Any, sources: Sequence[Files], folder: Path) -> Facts:
     if data.format != "csv":
         digests = [content.digest for of_source in found for content in of_source]
     said = json.dumps([data.format, shuffle_by, [asdict(column) for column in columns], [len(part.files) for part in parts], digests])
-    return Facts(data.format, hashlib.sha256(said.encode()).hexdigest()[:32], shuffle_by, tuple(columns), tuple(parts))
+    unused = tuple(f"{field.name} ({field.type})" for field in schema if field.name not in names)
+    return Facts(data.format, hashlib.sha256(said.encode()).hexdigest()[:32], shuffle_by, tuple(columns), tuple(parts), unused)
 
 
 def all_contents(kind: str, files: Sequence[File], names: Sequence[str]) -> list[Contents]:

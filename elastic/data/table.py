@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from elastic.data.columns import view
+from elastic.data.files import left_out, told
 from elastic.data.formats import Arrays, open_arrow, read_unit, reading
 from elastic.data.index import Facts, find_facts, kept_facts
 from elastic.data.order import Blocks, Mixture, Order, Rows, seed_of
@@ -27,7 +28,8 @@ KEPT_BYTES = 1 << 30  # of them together, where one is not larger by itself
 
 
 def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
-    """Plain facts about the tables of the recipe's `[data]`: num_rows, num_eval_rows, num_blocks, shuffle_by, folder, key.
+    """Plain facts about the tables of the recipe's `[data]`: num_rows, num_eval_rows, num_blocks, shuffle_by, folder, key, and notes (lines on
+    what is left out).
 
     The key is the same for the same content, columns and way of shuffling, wherever the files lie. UserError or RecipeError
     names file, column and row of what cannot serve.
@@ -35,7 +37,9 @@ def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
     folder, facts = find_facts(data, Path(cache_dir))
     spans = spans_of(facts, data.eval_fraction)
     return {"num_rows": sum(high - low for low, high in spans.training), "num_eval_rows": sum(high - low for low, high in spans.evaluation),
-            "num_blocks": sum(len(part.blocks) for part in facts.parts), "shuffle_by": facts.shuffle_by, "folder": str(folder), "key": facts.key}
+            "num_blocks": sum(len(part.blocks) for part in facts.parts), "shuffle_by": facts.shuffle_by, "folder": str(folder), "key": facts.key,
+            "notes": [*left_out("data.path", data.path), *left_out("data.eval_path", data.eval_path),
+                      *told("data.path", facts.unused, "as columns that are no numbers" if not data.columns else "as not among data.columns")]}
 
 
 def open_tables(info: Mapping[str, Any], data: Any, cache_dir: str | Path, seed: int) -> tuple[Table, Table | None]:

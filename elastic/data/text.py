@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -14,19 +15,21 @@ from elastic.errors import RecipeError, UserError
 
 
 def read_text(key: str, file: File) -> str:
-    """All of a plain file. RecipeError names `key`, the file and the remedy."""
+    """All of a plain file, without the mark of its encoding. RecipeError names `key`, the file and the remedy."""
     try:
         with file.stream() as stream:
             content = stream.read()
     except (OSError, ValueError) as error:
         raise RecipeError(f"{key}: the file {file.name} cannot be read ({describe(error)}); "
                           "correct the path or make the file readable.") from error
-    if not content:
+    text = content.removeprefix(codecs.BOM_UTF8)
+    if not text:
         raise RecipeError(f"{key}: the file {file.name} is empty; give a file with text or leave it out.")
     try:
-        return content.decode()
+        return text.decode()
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{key}: the file {file.name} is not UTF-8 at byte {error.start}; convert it to UTF-8 or leave it out.") from error
+        place = error.start + len(content) - len(text)
+        raise RecipeError(f"{key}: the file {file.name} is not UTF-8 at byte {place}; convert it to UTF-8 or leave it out.") from error
 
 
 def read_column(kind: str, file: File, column: str) -> Iterator[str]:

@@ -260,3 +260,33 @@ def test_bad_declarations_are_named(tmp_path: Path) -> None:
         section(tmp_path / "t.parquet", delimiter=";")
     with pytest.raises(RecipeError, match="does not feed"):
         section(tmp_path / "t.parquet", format="text")
+
+
+NUMBERS = {  # columns that float32 cannot hold apart
+    "seconds within 20 minutes": lambda draw: 1_700_000_000 + draw.integers(0, 1200, 400).astype(float),
+    "microseconds within a second": lambda draw: 1.7e15 + draw.integers(0, 1_000_000, 400).astype(float),
+    "a first value far off": lambda draw: np.r_[1e9, 5e7 + draw.normal(size=399)],
+    "tiny": lambda draw: 1e-25 * (1 + 1e-6 * draw.normal(size=400)),
+    "constant": lambda draw: np.full(400, 0.1)}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_moments_are_found_before_numbers_are_rounded(kind: str, tmp_path: Path) -> None:
+    numbers = NUMBERS[kind](np.random.default_rng(0))
+    (tmp_path / "t.csv").write_text("t,y\n" + "".join(f"{number!r},{n % 2}\n" for n, number in enumerate(numbers.tolist())))
+    data = section(tmp_path / "t.csv", label="y", categorical=[], numeric=["t"], eval_fraction=0.0)
+    found = opened(data, tmp_path / "cache")[1]["numeric"][:, 0]
+    off = numbers - numbers.mean()
+    wanted = off / (off.std() if kind != "constant" else 1.0)
+    np.testing.assert_allclose(found, wanted, atol=2e-6, rtol=1e-5)
+    assert found.dtype == np.float32 and (kind == "a first value far off" or len(np.unique(found)) == len(np.unique(numbers)))
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "t.csv", rows(60))
+    (tmp_path / "in" / ".t.csv.swp").write_text("")
+    data = section(tmp_path / "in", format="csv", categorical=["shop"], numeric=["price"])
+    hidden, columns = prepare(data, {}, tmp_path / "cache")["notes"]
+    assert hidden.startswith("data.path: left out, as hidden") and hidden.endswith(".t.csv.swp")
+    assert columns == "data.path: left out, as columns that neither data.categorical nor data.numeric names: colour, weight, time"

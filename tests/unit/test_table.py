@@ -333,6 +333,15 @@ def test_a_table_without_rows(format: str, tmp_path: Path) -> None:
     assert f"{file} has no rows" in message or f"{file} has no column of numbers" in message
 
 
+def test_columns_that_are_left_out_are_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,name,v,when\n1,a,2.5,x\n2,b,3.5,y\n")
+    notes = table.prepare(section(tmp_path / "t.csv"), tmp_path)["notes"]
+    assert notes == ["data.path: left out, as columns that are no numbers: name (string), when (string)"]
+    assert table.prepare(section(tmp_path / "t.csv"), tmp_path)["notes"] == notes  # from the cache
+    assert table.prepare(section(tmp_path / "t.csv", columns=("v",)), tmp_path)["notes"] == [
+        "data.path: left out, as not among data.columns: id (int64), name (string), when (string)"]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_columns_that_are_no_numbers(format: str, tmp_path: Path) -> None:
     file = write(tmp_path / f"t.{format}", plain(rows(10), format))

@@ -1,0 +1,131 @@
+"""Items of a user's own data set as a batch: any nesting of dicts, lists and tuples, whatever the framework makes of its leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from elastic.errors import RecipeError
+from elastic.own import rebuilt
+
+Collate = Callable[[Sequence[Any]], Any]
+STRANGE = "OmMV"  # kinds of NumPy's that no framework computes with, but for bfloat16 and its like, which have names
+WIDE = ("float128", "complex256")
+
+
+def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = True) -> Any:
+    """Leaves stacked by NumPy along a new first axis, in the structure of the first item. A list of numbers is an array, unless it is the
+    item itself. TypeError for what is no array of numbers or texts, or whose type is none of `kinds`, if any are given."""
+    first = items[0]
+    if isinstance(first, Mapping):
+        return {key: stacked([item[key] for item in items], kinds, False) for key in first}
+    if isinstance(first, (list, tuple)) and (is_item or not (isinstance(first, list) and all(map(np.isscalar, first)))):
+        columns = [stacked(column, kinds, False) for column in zip(*items, strict=True)]
+        return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)
+    found = np.stack([np.asarray(item) for item in items])
+    name = found.dtype.name
+    if (found.dtype.kind in STRANGE and not name.startswith(("bfloat", "float"))) or name in WIDE:
+        raise TypeError(f"{type(first).__name__} holds no numbers that a framework computes with")
+    if kinds and found.dtype.kind in "biufcV" and name not in kinds:
+        raise TypeError(f"there is no {name} in the framework, only {', '.join(sorted(kinds))}")
+    return found
+
+
+def batch_of(items: Sequence[Any], numbers: Sequence[int], collate: Collate) -> Any:
+    """`collate` of all items. RecipeError names the path of what does not fit together or cannot be in a batch; `numbers` are the items'."""
+    for item, number in zip(items[1:], numbers[1:], strict=True):
+        refuse_unlike("item", items[0], item, numbers[0], number)
+    try:
+        return collate(items)
+    except Exception as error:
+        path, what, why = culprit("item", items, collate, error)
+        raise RecipeError(f"data.kind: {path} cannot be put into a batch: it is {what}, as in item {numbers[0]} ({type(why).__name__}: "
+                          f"{' '.join(str(why).split())}); give numbers, arrays or tensors, in dicts, lists and tuples.") from error
+
+
+def parts(value: Any) -> Iterator[tuple[str, Any]] | None:
+    """What a dict, list or tuple holds, with the sign that leads there; None for a leaf."""
+    if isinstance(value, Mapping):
+        return ((f"[{key!r}]", entry) for key, entry in value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return ((f".{name}", entry) for name, entry in zip(value._fields, value, strict=True))
+    if isinstance(value, (list, tuple)):
+        return ((f"[{place}]", entry) for place, entry in enumerate(value))
+    return None
+
+
+def refuse_unlike(path: str, first: Any, other: Any, number: int, another: int) -> None:
+    """RecipeError where two items differ in structure or in an array's shape."""
+    mine, its = parts(first), parts(other)
+    if mine is None or its is None:
+        same = mine is its and shape_of(first) == shape_of(other)
+        mine = its = iter(())
+    else:
+        mine, its = dict(mine), dict(its)
+        same = set(mine) == set(its)
+    if not same:
+        raise RecipeError(f"data.kind: {path} is {described(other)} in item {another} and {described(first)} in item {number}; give every item "
+                          "the same structure and shapes.")
+    for sign, entry in dict(mine).items():
+        refuse_unlike(path + sign, entry, dict(its)[sign], number, another)
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))
+
+
+def described(value: Any) -> str:
+    """In a few words."""
+    if isinstance(value, Mapping):
+        return f"a dict with {', '.join(map(repr, value)) or 'nothing'}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")
+
+
+def culprit(path: str, items: Sequence[Any], collate: Collate, error: Exception) -> tuple[str, str, Exception]:
+    """The deepest part that cannot be put together, what it is, and why not."""
+    inside = [dict(each) for item in items if (each := parts(item)) is not None]
+    for sign in inside[0] if inside else ():
+        column = [each[sign] for each in inside]
+        try:
+            collate([{"": entry} for entry in column])
+        except Exception as deeper:
+            return culprit(path + sign, column, collate, deeper)
+    return path, described(items[0]), error
+
+
+def num_rows(batch: Any) -> int:
+    """Of the first array in a batch. RecipeError if it has none."""
+    found = _rows(batch)
+    if found is None:
+        raise RecipeError("data.kind: a batch has no columns; give items with a number or an array at least.")
+    return found
+
+
+def _rows(batch: Any) -> int | None:
+    if is_texts(batch):
+        return len(batch)
+    if isinstance(batch, (Mapping, list, tuple)):
+        found = map(_rows, batch.values() if isinstance(batch, Mapping) else batch)
+        return next((rows for rows in found if rows is not None), None)
+    return int(batch.shape[0])
+
+
+def sliced(batch: Any, low: int, high: int) -> Any:
+    """Rows low..high-1 of every column."""
+    if is_texts(batch):
+        return batch[low:high]
+    if isinstance(batch, Mapping):
+        return {name: sliced(column, low, high) for name, column in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return rebuilt(batch, lambda column: sliced(column, low, high))
+    return batch[low:high]
+
+
+def is_texts(batch: Any) -> bool:
+    """Whether it is a column of texts, which torch leaves a list."""
+    return isinstance(batch, (list, tuple)) and bool(batch) and isinstance(batch[0], (str, bytes))

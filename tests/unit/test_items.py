@@ -1,0 +1,146 @@
+"""Items of users' own data sets: what becomes of any nesting, and one sentence for what cannot be. Oracles: torch's own collate; np.stack."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastic.data import MapStyle, Sampler, load_batch
+from elastic.data.collate import num_rows, sliced, stacked
+from elastic.errors import RecipeError
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+import torch.utils.data  # noqa: E402
+
+from backends.pytorch.adapter import columns  # noqa: E402
+from backends.pytorch.backend import collate  # noqa: E402
+
+Pair = namedtuple("Pair", "left right")
+DTYPES = [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+          torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+class Made:
+    """A data set of `size` items, each `make(index)`."""
+
+    def __init__(self, make: Callable[[int], Any], size: int = 6):
+        self.make, self.size = make, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(index)
+
+
+NESTINGS: dict[str, Callable[[int], Any]] = {
+    "a dict in a dict": lambda i: {"inputs": {"x": np.full(3, i, np.float32), "deep": {"er": i}}, "y": float(i)},
+    "lists and tuples": lambda i: ([np.full(2, i), (i, float(i))], {"a": [i, [True, i]]}),
+    "named tuples": lambda i: Pair({"p": Pair(i, 2.0 * i)}, [np.ones((2, 2)) * i, i]),
+    "tensors": lambda i: {"t": torch.full((2, 1), i), "n": np.float64(i), "s": np.array(i, np.int16)},
+    "texts": lambda i: {"name": f"item {i}", "both": ("a", i), "raw": b"x"},
+    "an ordered dict": lambda i: OrderedDict(b=i, a=(torch.ones(1) * i,)),
+    "complex numbers": lambda i: {"z": np.array([i + 1j, 2 - 1j * i], np.complex64), "w": torch.tensor(1j * i)},
+    "nothing within": lambda i: {"empty": {}, "also": [], "x": torch.ones(2) * i}}
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    assert type(found) is type(wanted)
+    if isinstance(wanted, dict):
+        assert list(found) == list(wanted)
+        for key in wanted:
+            assert_same(found[key], wanted[key])
+    elif isinstance(wanted, (list, tuple)):
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert_same(one, other)
+    elif hasattr(wanted, "dtype"):
+        assert found.dtype == wanted.dtype and found.shape == wanted.shape
+        if hasattr(wanted, "numpy"):
+            found, wanted = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (found, wanted))
+        assert found.tolist() == wanted.tolist()
+    else:
+        assert found == wanted
+
+
+def plain(structure: Any) -> Any:
+    """An ordered dict as the adapter hands it on: as a dict."""
+    if isinstance(structure, dict):
+        return {name: plain(value) for name, value in structure.items()}
+    return structure
+
+
+@pytest.mark.parametrize("name", NESTINGS)
+def test_torch_gets_what_its_own_loader_would_give(name: str) -> None:
+    source = Made(NESTINGS[name])
+    found = MapStyle(source, collate=collate).batch(np.array([4, 1, 2]), np.zeros(3, np.int64))
+    wanted = next(iter(torch.utils.data.DataLoader(torch.utils.data.Subset(source, [4, 1, 2]), batch_size=3)))
+    assert_same(found, wanted)
+    assert_same(columns(found, torch.device("cpu")), plain(wanted))
+    assert num_rows(found) == 3
+    none = MapStyle(source, collate=collate).batch(np.array([], np.int64), np.array([], np.int64))
+    assert num_rows(none) == 0 and num_rows(sliced(found, 1, 3)) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_of_torch_is_stacked(dtype: Any) -> None:
+    tensors = [torch.tensor([[1, 0], [0, number]]).to(dtype) for number in range(2)]
+    wanted = torch.utils.data.default_collate([{"a": [0, tensor]} for tensor in tensors])
+    assert_same(MapStyle(Made(lambda i: {"a": [0, tensors[i]]}, 2), collate=collate).batch(np.arange(2), np.zeros(2)), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64",
+                                   "complex64", "complex128", "<U3", "bfloat16"])
+def test_others_get_what_numpy_stacks(dtype: str) -> None:
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    values = np.arange(12).reshape(6, 2).astype(dtype)
+    found = MapStyle(Made(lambda i: ({"a": [values[i], {"b": values[i, 0]}]}, Pair(values[i], 1)))).batch(np.array([5, 0]), np.zeros(2))
+    x, pair = found
+    assert isinstance(found, tuple) and type(pair) is Pair and pair.right.tolist() == [1, 1]
+    for column, wanted in ((x["a"][0], values[[5, 0]]), (x["a"][1]["b"], values[[5, 0], 0]), (pair.left, values[[5, 0]])):
+        assert (column.dtype == wanted.dtype or dtype == "<U3") and column.tolist() == wanted.tolist()
+
+
+class Strange:
+    pass
+
+
+REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
+    "another shape": (lambda i: {"a": [0, np.zeros(2 + i // 3)]}, r"item\['a'\]\[1\] is a ndarray of shape \(3,\) in item 3 and .*\(2,\) in item 0"),
+    "another length": (lambda i: {"a": {"b": [1.0] * (1 + i // 2)}}, r"item\['a'\]\['b'\] is a list of 2 in item 2 and a list of 1 in item 0"),
+    "another key": (lambda i: ({"a": 1, **({"b": 2} if i == 5 else {})}, 1), r"item\[0\] is a dict with 'a', 'b' in item 5"),
+    "another kind": (lambda i: Pair(1, {"c": 1} if i else [1]), r"item\.right is a dict with 'c' in item 1 and a list of 1 in item 0"),
+    "none": (lambda i: {"a": [0, None], "x": 1}, r"item\['a'\]\[1\] cannot be put into a batch: it is a NoneType"),
+    "an object": (lambda i: (0, {"deep": [Strange()]}), r"item\[1\]\['deep'\]\[0\] cannot be put into a batch: it is a Strange"),
+    "an array of objects": (lambda i: {"o": np.array([None, 1])}, r"item\['o'\] cannot be put into a batch: it is a ndarray of shape \(2,\)"),
+    "a set": (lambda i: {"s": {1, 2}}, r"item\['s'\] cannot be put into a batch: it is a set")}
+
+
+@pytest.mark.parametrize("put", [collate, stacked])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_in_a_batch_is_refused_by_its_path(name: str, put: Callable[..., Any]) -> None:
+    make, words = REFUSED[name]
+    with pytest.raises(RecipeError, match=f"^data.kind: {words}") as caught:
+        MapStyle(Made(make), collate=put).batch(np.arange(6), np.zeros(6))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_in_an_item_names_file_line_and_item() -> None:
+    def fails(index: int) -> Any:
+        return {"x": 1 / (index - 4)}
+
+    sampler = Sampler(6, 2, 1, 0, False, epochs=1)
+    data = MapStyle(Made(fails))
+    assert load_batch(data, sampler, 1, 0)["x"].tolist() == [-1 / 4, -1 / 3]
+    line = fails.__code__.co_firstlineno + 1
+    with pytest.raises(RecipeError, match=rf"data.kind: item 4 of Made cannot be had: ZeroDivisionError: .*\(test_items.py, line {line}, in fails\)"):
+        load_batch(data, sampler, 3, 0)
+    training, evaluation = MapStyle(Made(fails)).split(0.34)
+    assert training.num_samples == 4 and evaluation is not None
+    with pytest.raises(RecipeError, match="item 4 of Made"):  # as the user counts them
+        evaluation.batch(np.array([0]), np.array([0]))
