@@ -9,7 +9,7 @@ scope: what it writes (a batch norm's statistics) comes back as new buffers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,11 @@ class KerasModel:
     def tally(self) -> MetricTally:
         return MetricTally(self)
 
+    @property
+    def num_values(self) -> int:
+        """Of the metrics' variables."""
+        return sum(first.size for first in self._figures.initial) if self._figures else 0
+
     def results(self, moved: np.ndarray) -> dict[str, float]:
         """The metrics' figures, from how far their variables have moved over all batches."""
         return self._figures.results(moved) if self._figures else {}
@@ -98,21 +103,27 @@ class KerasModel:
         """Makes what compile() names: this creates variables, which no stateless scope allows. UserError for metrics that do not add up."""
         if self._figures is not None or not num_rows(batch):
             return
-        with self._scope(params, state, 0, opening=True):
-            if not self._own_loss:
-                x, y, _ = parts(batch)
-                y_pred = self._called(x, False)
         if not self._own_loss:
-            for compiled in (self._model._compile_loss, self._model._compile_metrics):
-                if compiled is not None and not compiled.built:
-                    with self.telling():
-                        compiled.build(y, y_pred)
+            x, y, sample_weight = parts(batch)
+            with self._scope(params, state, 0, opening=True):
+                y_pred = self._called(x, False)
+            with self.telling():
+                self._make(y, y_pred, sample_weight)
         figures = Figures(self._model)
         with self.telling():
             halves = pieces_of(batch)
             moved = [self._measured(figures, params, state, some) for some in (halves, halves[:1], halves[1:])]
         figures.check_adds_up(self.kind, *moved)
         self._figures = figures
+
+    def _make(self, y: Any, y_pred: Any, sample_weight: Any) -> None:
+        """The losses and metrics that compile() names; some make variables when they first see values."""
+        loss, metrics = self._model._compile_loss, self._model._compile_metrics
+        if loss is not None and not loss.built:
+            loss.build(y, y_pred)
+        if metrics is not None and not metrics.built:
+            metrics.update_state(y, y_pred, sample_weight)
+            metrics.reset_state()
 
     def rehearse(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> None:
         """Beside traces: a loss that is no mean over rows and attributes that change are told here. The model has been called before."""
@@ -223,17 +234,19 @@ class KerasModel:
         if {id(v) for v in model.trainable_weights} != self._trained:
             raise UserError(f"model.kind: {self.kind} changes `trainable` while it computes its loss; set it where the model is made, or use "
                             "model.freeze and model.thaw.")
-        check_graph(self.kind)
+        check_graph(self.kind, model._flatten_layers())
 
 
-def check_graph(kind: str) -> None:
+def check_graph(kind: str, layers: Iterable[Any]) -> None:
     """UserError where what is being traced writes to a plain tf.Variable, which no scope hides."""
     if tf.executing_eagerly():
         return
     graph = tf.compat.v1.get_default_graph()
     for op in graph.get_operations():
         if re.fullmatch(r"(Assign\w*|Resource(Scatter|Apply|StridedSliceAssign)\w*)", op.type):
-            found = [v.name for v in graph.variables if any(inner is op.inputs[0] and outer is v.handle for outer, inner in graph.captures)]
+            handles = [outer for outer, inner in graph.captures if inner is op.inputs[0]]
+            found = [f"{layer.name}.{name}" for layer in layers for name, value in vars(layer).items()
+                     if isinstance(value, tf.Variable) and any(value.handle is handle for handle in handles)]
             raise UserError(f"model.kind: {kind} writes to the tf.Variable {(found or [op.name])[0]}, which Keras does not know as its own; "
                             "make it by add_weight(trainable=False).")
 

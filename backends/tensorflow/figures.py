@@ -76,14 +76,16 @@ class Figures:
 
 
 class MetricTally:
-    """`elastic.backend.Tally` of `Figures`. Kept in two parts on grids, so that no order of adding up shows."""
+    """`elastic.backend.Tally` of `Figures`. Kept in two parts on grids, so that no order of adding up shows. The length of `counts` is known
+    when the model has measured a batch.
+    """
 
     def __init__(self, model: Any):
         self._model, self._parts = model, np.zeros(0)
 
     @property
     def counts(self) -> np.ndarray:
-        return self._parts
+        return self._parts if len(self._parts) else np.zeros(2 * self._model.num_values)
 
     def add(self, batch: Any, found: Mapping[str, tuple[Any, float]]) -> None:
         if VARIABLES not in found:
