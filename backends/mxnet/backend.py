@@ -332,8 +332,11 @@ class MXNetBackend:
         self._trainable = set(into)
         self._ops.apart = len(into) < len(self.parameters)
         self._leaves = {name: leaf.detach() for name, leaf in self._leaves.items()}
-        for name in into:
-            self._leaves[name].attach_grad()
+        # a user's layer of which a weight alone is frozen: MXNet's dense and convolution kernels leave out the bias's gradient with it
+        layers = {name.rpartition(".")[0] for name in into} if self._own else set()
+        for name, leaf in self._leaves.items():
+            if name in into or name.rpartition(".")[0] in layers:
+                leaf.attach_grad()
 
     def _device_state(self) -> dict[str, Any]:
         """Copies, because a step may be redone."""

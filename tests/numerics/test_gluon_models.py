@@ -19,7 +19,7 @@ from tests.support.inprocess import Result, fit, module_recipe
 KINDS = "tests.support.gluon_kinds"
 STEPS, BATCH, LR, DECAY, EPS = 20, 12, 0.05, 0.1, 1e-3
 DISTURBED = ("kill:1@3/vote", "kill:0@7/update")
-ALIKE = ["plain", "slow", "no_decay", "mixed", "frozen", "normed", "still", "penalized", "paired", "tied", "recurrent"]
+ALIKE = ["plain", "slow", "no_decay", "mixed", "frozen", "normed", "still", "penalized", "paired", "tied", "recurrent", "teacher"]
 OPTIMIZERS = {"sgd": {"name": "sgd", "momentum": 0.9}, "adamw": {"name": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": EPS}}
 
 

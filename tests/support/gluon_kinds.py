@@ -154,21 +154,23 @@ class Teacher(Base):
 
     def forward(self, x: Any) -> Any:
         body = self[0](x)
-        with autograd.pause():
-            if autograd.is_training() or TRAINING:
+        if autograd.is_training():
+            with autograd.pause():
                 kernel = self.slow.weight.data()
                 kernel[:] = 0.9 * kernel + 0.1 * self[1].weight.data()
         return self[1](body) + 0.5 * self.slow(body)
 
 
-TRAINING = False
+
+def teacher() -> Any:
+    return Teacher()
 
 
 def dropped() -> Any:
     return Base(nn.Dropout(0.4), nn.BatchNorm(in_channels=5), hybrid=True)
 
 
-ALIKE = ["plain", "slow", "no_decay", "mixed", "frozen", "normed", "still", "penalized", "paired", "tied", "recurrent"]
+ALIKE = ["plain", "slow", "no_decay", "mixed", "frozen", "normed", "still", "penalized", "paired", "tied", "recurrent", "teacher"]
 
 
 # What is refused.
@@ -185,7 +187,7 @@ def sparse() -> Any:
 
 class Clipped(autograd.Function):
     def forward(self, x: Any) -> Any:
-        return x
+        return x * 1
 
     def backward(self, slope: Any) -> Any:
         return slope.clip(-1e-3, 1e-3)
