@@ -63,6 +63,6 @@ def check_linear(kind: str, once: Mapping[str, np.ndarray], twice: Mapping[str, 
     for name, value in once.items():
         same = np.array_equal(2 * value, twice[name], equal_nan=True)
         if not same and not np.allclose(2 * value, twice[name], rtol=0, atol=TINY, equal_nan=True):
-            raise UserError(f"model.kind: the gradient of {name} in {kind} is not linear: twice the loss does not give twice the gradient, so those of "
+            raise UserError(f"model.kind: the gradient of {name} in {kind} is not linear: twice the loss does not give twice of it, so those of "
                             "the shards cannot be added up; take out what clips or rounds gradients in the model (optimizer.clip_norm clips "
                             "the whole gradient).")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import check_attributes, check_linear, check_repeats, plain_attributes
+from backends.common import plain_attributes
 from backends.mxnet.ops import mx
 from backends.mxnet.turn import turn
 from elastic.backend import Spec
@@ -158,7 +158,7 @@ def check_parameter(kind: str, name: str, parameter: mx.gluon.Parameter) -> None
     if parameter.grad_req != "write":
         raise UserError(f'model.kind: parameter {name} of {kind} has grad_req = "{parameter.grad_req}", which adds up gradients from step to step; '
                         'write grad_req = "write" and a larger data.batch_size.')
-    if "default" != parameter._stype or "default" != parameter._grad_stype:
+    if (parameter._stype, parameter._grad_stype) != ("default", "default"):
         raise UserError(f"model.kind: parameter {name} of {kind} is sparse, or its gradient is, which gluon.Trainer updates row by row; "
                         "leave out sparse_grad = True.")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.common import check_attributes, check_linear, check_repeats
 from backends.mxnet import adapter, optimizer, warn_if_late
 from backends.mxnet.adapter import seeded
 from backends.mxnet.graph import Graph, key_of
@@ -132,10 +133,10 @@ class MXNetBackend:
         twice = {name: np.zeros_like(view) for name, view in once.items()}
         again = self._computed(batch, 0, twice, 2.0)
         kind = self._own.kind
-        adapter.check_attributes(kind, attributes, self._own.attributes(), adapter.KEEP)
-        told = [{"loss": np.float64(one.loss_sum), **{f"buffer {name}": value for name, value in one.buffers.items()}} for one in (first, again)]
-        adapter.check_repeats(kind, *told, adapter.GENERATORS)
-        adapter.check_linear(kind, once, twice)
+        check_attributes(kind, attributes, self._own.attributes(), adapter.KEEP)
+        whole, same = ({"loss": np.float64(one.loss_sum), **{f"buffer {name}": value for name, value in one.buffers.items()}} for one in (first, again))
+        check_repeats(kind, whole, same, adapter.GENERATORS)
+        check_linear(kind, once, twice)
         return Habits(moved=self._moved)
 
     def _find_moved(self, batch: Batch, into: Mapping[str, Buffer]) -> None:

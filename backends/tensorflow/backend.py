@@ -110,7 +110,7 @@ class TensorFlowBackend(Pieces):
         super().__init__(model)
         self.parameters: Mapping[str, Spec] = model.parameters
         self.buffers: Mapping[str, Spec] = model.buffers
-        self._own = model if hasattr(model, "tensors") else None  # a user's, `adapter.KerasModel`
+        self._own: Any = model if hasattr(model, "tensors") else None  # a user's, `adapter.KerasModel`
         self._columns = self._own.tensors if self._own else self._neutral_columns
         self._dtype = np.dtype(settings.precision)
         self._ops = TensorFlowOps(self._dtype)
@@ -159,7 +159,7 @@ class TensorFlowBackend(Pieces):
     def _computed(self, names: tuple[str, ...], batch: Batch, seed: int, factor: float = 1.0) -> tuple[ShardResult, dict[str, np.ndarray]]:
         """One shard, with `factor` times the gradients of its loss sum."""
         columns, state = self._columns(batch), self._device_state()
-        arguments = self._params, state, columns, tf.constant(np.uint64(seed & U64))
+        arguments: tuple[Any, ...] = self._params, state, columns, tf.constant(np.uint64(seed & U64))
         if self.is_split:
             loss, weight, new, slopes = self._call(("gradients", names), self._step_of(names), arguments)
         else:

@@ -71,7 +71,7 @@ class Figures:
         out: dict[str, float] = {}
         for name, value in found.items():
             array = np.asarray(value, np.float64)
-            out |= {name: float(array)} if not array.ndim else {f"{name}.{i}": float(x) for i, x in enumerate(array.reshape(-1))}
+            out |= {name: float(array.item())} if array.size == 1 else {f"{name}.{i}": float(x) for i, x in enumerate(array.reshape(-1))}
         return out
 
 

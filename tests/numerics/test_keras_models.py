@@ -168,8 +168,8 @@ def test_metrics_are_those_of_evaluate(kinds: Any, tmp_path: Path) -> None:
         variable.assign(arrays[f"parameter/{name}"])
     rows = plain.rows(kinds.ROWS // 2, kinds.ROWS)
     wanted = {}
-    for name, value in plain.model.evaluate(*rows, batch_size=7, verbose=0, return_dict=True).items():
-        wanted |= {name: float(value)} if not np.ndim(value) else {f"{name}.{i}": float(v) for i, v in enumerate(np.ravel(value))}
+    for name, value in plain.model.evaluate(*rows[:2], sample_weight=rows[2], batch_size=7, verbose=0, return_dict=True).items():
+        wanted |= {name: float(value)} if np.size(value) == 1 else {f"{name}.{i}": float(v) for i, v in enumerate(np.ravel(value))}
     assert len(wanted) >= 9 and set(told[0]) == set(wanted)
     assert told[0] == pytest.approx(wanted, rel=1e-5)
 
@@ -180,7 +180,7 @@ def test_the_metrics_of_two_outputs(kinds: Any, tmp_path: Path) -> None:
     assert found["loss"] == pytest.approx(0.3 * found["line_loss"] + 2 * found["side_loss"], rel=1e-5)
 
 
-REFUSED_BEFORE = [("summed", "reduction = 'sum'"), ("stepping", "has a train_step of its own"), ("testing", "has a test_step of its own"),
+REFUSED_BEFORE = [("summed", "reduction = 'sum'"), ("stepping", "has a train_step of its own"), ("measuring", "has a test_step of its own"),
                   ("half", "computes in float16")]
 REFUSED = [("spread", "pair", "is not a mean over rows"), ("summing_penalty", "pair", "is not a mean over rows"), ("masked", "ids", "has a mask"),
            ("spectral", "pair", "writes to its parameter .*kernel"), ("largest", "pair", "metric largest .* cannot be added up")]

@@ -225,13 +225,12 @@ def stepping() -> Any:
     return built(Stepping())
 
 
-class Testing(OwnLoss):
-    def test_step(self, data: Any) -> Any:
-        return {"loss": 0.0}
+class Measuring(OwnLoss):
+    test_step = Stepping.train_step
 
 
-def testing() -> Any:
-    return built(Testing())
+def measuring() -> Any:
+    return built(Measuring())
 
 
 def masked() -> Any:
