@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from elastic.backend import ShardResult
 from elastic.errors import UserError
 
 DEPTH = 4  # of nested containers that are looked into
@@ -51,10 +52,12 @@ def check_attributes(kind: str, before: Mapping[str, Told], after: Mapping[str, 
                             f"worker would not repeat; {remedy}.")
 
 
-def check_repeats(kind: str, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], remedy: str) -> None:
+def check_repeats(kind: str, first: ShardResult, second: ShardResult, remedy: str) -> None:
     """UserError unless one shard, computed twice from one seed, has given the same bits."""
-    for what, value in first.items():
-        if not np.array_equal(value, second[what], equal_nan=value.dtype.kind in "fc"):
+    one, other = ({"loss": np.asarray(found.loss_sum), **{f"buffer {name}": np.asarray(value) for name, value in found.buffers.items()}}
+                  for found in (first, second))
+    for what, value in one.items():
+        if not np.array_equal(value, other[what], equal_nan=value.dtype.kind in "fc"):
             raise UserError(f"model.kind: {kind} gives another {what} when one shard is computed twice from one seed; {remedy}.")
 
 

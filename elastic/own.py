@@ -20,7 +20,7 @@ def check_home(kind: str, model: Any, backend: str) -> None:
     for package, (what, home) in HOMES.items():
         if package in packages:
             if home != backend:
-                raise RecipeError(f'backend.name = "{backend}" cannot train model.kind = "{kind}", which gives {what} ({type(model).__name__}); write '
+                raise RecipeError(f'backend.name = "{backend}" cannot train model.kind = "{kind}", {what} ({type(model).__name__}); write '
                                 f'backend.name = "{home}".')
             return
 

@@ -154,7 +154,7 @@ class KerasModel:
         """UserError where the loss writes to what the optimizer trains."""
         for name in self.moved:
             if name in trained:
-                raise UserError(f"model.kind: {self.kind} writes to its parameter {name} while it computes its loss, and the optimizer writes to it "
+                raise UserError(f"model.kind: {self.kind} writes to its parameter {name} in its loss, and the optimizer writes to it "
                                 "too; use a constraint, or make it untrainable.")
 
     def metrics(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any],

@@ -22,7 +22,7 @@ def check_compiled(model: keras.Model, own_loss: bool) -> None:
         if variable.overwrite_with_gradient:
             raise UserError(f"model.kind: {kind} keeps {variable.path} by overwriting it with its gradient (float8); use another dtype policy.")
     if any(layer.compute_dtype == "float16" for layer in model._flatten_layers()):
-        raise UserError(f'model.kind: {kind} computes in float16, for which `fit` scales its loss; use keras.DTypePolicy("mixed_bfloat16") or float32.')
+        raise UserError(f'model.kind: {kind} computes in float16, for which `fit` scales its loss; use "mixed_bfloat16" or "float32".')
     if own_loss:
         return
     for name in NOT_ASKED:
@@ -32,8 +32,8 @@ def check_compiled(model: keras.Model, own_loss: bool) -> None:
         raise UserError(f"model.kind: {kind} has no loss; call its compile(loss=...), or {OWN_LOSS}.")
     for loss in keras.tree.flatten(model.loss):
         if isinstance(loss, keras.losses.Loss) and loss.reduction not in MEANS:
-            raise UserError(f"model.kind: the loss {loss.name} of {kind} has reduction = {loss.reduction!r}, and what a batch gives is then not the mean "
-                            'of what its shards give; write "sum_over_batch_size" (for "sum", with optimizer.lr times data.batch_size), or '
+            raise UserError(f"model.kind: the loss {loss.name} of {kind} has reduction = {loss.reduction!r}, and what a batch gives is no mean of "
+                            'what its shards give; write "sum_over_batch_size" (for "sum", with optimizer.lr times data.batch_size), or '
                             f"{OWN_LOSS}.")
 
 
@@ -42,8 +42,8 @@ def check_pieces(kind: str, found: Sequence[tuple[float, float]]) -> None:
     (whole, rows), *rest = found
     added = sum(total for total, _ in rest)
     if abs(whole - added) > TOLERANCE * max(abs(whole), abs(added), sum(abs(total) for total, _ in rest)) + 1e-6 * rows:
-        raise UserError(f"model.kind: the loss of {kind} is not a mean over rows: over {rows:.0f} rows it is {whole / rows:.6g}, and {added / rows:.6g} "
-                        f"on average over their two parts, so shards would train it otherwise than `fit`; {OWN_LOSS}.")
+        raise UserError(f"model.kind: the loss of {kind} is not a mean over rows: over {rows:.0f} rows it is {whole / rows:.6g}, and "
+                        f"{added / rows:.6g} on average over their two parts, so shards would train it otherwise than `fit`; {OWN_LOSS}.")
 
 
 def parts(batch: Any) -> tuple[Any, Any, Any]:

@@ -43,8 +43,8 @@ class Figures:
             cut = slice(at, at + size)
             at += size
             if not np.allclose(both[cut], one[cut] + other[cut], rtol=1e-4, atol=1e-6, equal_nan=True):
-                raise UserError(f"model.kind: the metric {self.name_of(metric, cut, both, one + other)} of {kind} cannot be added up over shards: what "
-                                "two batches make of its variables is not the sum of what each makes; take it out of compile(metrics=...).")
+                raise UserError(f"model.kind: the metric {self.name_of(metric, cut, both, one + other)} of {kind} cannot be added up over shards: "
+                                "what two batches make of its variables is not the sum of what each makes; take it out of compile(metrics=...).")
 
     def name_of(self, metric: Any, cut: slice, both: np.ndarray, added: np.ndarray) -> str:
         """Of a list of metrics, the one that differs."""

@@ -178,7 +178,8 @@ class Vector(Own):
     (lambda: keras.Sequential([keras.layers.Dense(2)]), "is not built"), (lambda: net(loss=None), "has no loss"),
     (lambda: object(), "no Keras model"), (Late, "makes parameters while it runs"),
     (Growing, r"Growing cannot be called \(ValueError: You cannot add new elements of state[^\n]*\)"), (Vector, "shape"),
-    (Reshaping, r"^model.kind: Reshaping cannot be called \(ValueError: [^\n]*shape[^\n]*\)"), (lambda: net(loss=keras.losses.MeanSquaredError(reduction="sum")), "reduction = 'sum'")])
+    (Reshaping, r"^model.kind: Reshaping cannot be called \(ValueError: [^\n]*shape[^\n]*\)"),
+    (lambda: net(loss=keras.losses.MeanSquaredError(reduction="sum")), "reduction = 'sum'")])
 def test_models_that_cannot_be_trained_are_named(make: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         rig = rig_of("tensorflow", made(make))

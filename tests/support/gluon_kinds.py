@@ -1,4 +1,4 @@
-"""Users' Gluon blocks of many kinds, by which in-process runs train: those that gluon.Trainer and the platform train alike, and those to be refused."""
+"""Users' Gluon blocks of many kinds, by which in-process runs train: those that gluon.Trainer trains alike, and those to be refused."""
 
 from __future__ import annotations
 
@@ -130,7 +130,8 @@ def tied() -> Any:
 class Words(nn.Block):
     def __init__(self, sparse: bool = False) -> None:
         super().__init__()
-        self.words, self.cell, self.last = nn.Embedding(9, 4, sparse_grad=sparse), gluon.rnn.LSTM(3, input_size=4, layout="NTC"), nn.Dense(1, in_units=9)
+        self.words, self.cell = nn.Embedding(9, 4, sparse_grad=sparse), gluon.rnn.LSTM(3, input_size=4, layout="NTC")
+        self.last = nn.Dense(1, in_units=9)
         self.initialize(mx.init.Normal(0.5))
 
     def loss(self, batch: Any) -> Any:

@@ -180,11 +180,10 @@ ALIKE = {"constrained": "pair", "centred": "pair", "regularized": "pair", "norme
 # Metrics.
 
 def many_metrics() -> Any:
-    model = net("binary_crossentropy", last={"activation": "sigmoid"},
+    return net("binary_crossentropy", last={"activation": "sigmoid"},
                 metrics=["accuracy", keras.metrics.AUC(name="area"), keras.metrics.RootMeanSquaredError(), keras.metrics.Precision(),
                          keras.metrics.F1Score(threshold=0.5), keras.metrics.R2Score(), keras.metrics.MeanIoU(2, name="overlap")],
                 weighted_metrics=["mse", keras.metrics.SensitivityAtSpecificity(0.5)])
-    return model
 
 
 class Largest(keras.metrics.Metric):
