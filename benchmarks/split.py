@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.kit import results
-from elastic.backend import initial_values
 from elastic.collective.shared import SharedGroup
 from elastic.collective.store import Endpoint
 from elastic.mesh import Mesh
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout
+from elastic.starting import initial_values
 from elastic.state import FlatLayout, fill, shaped
 from nlp.gpt import build
 

@@ -6,7 +6,6 @@ tensor on a GPU. Both slice, reshape and add in place with the same syntax, whic
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,7 +22,8 @@ class Spec:
     """One named array of a model. `dims` names each dimension; layouts map these names to mesh axes.
 
     `init` is "normal" (standard deviation `scale`), "uniform" (-scale..scale), "zeros", "ones", "values" (as `values` lists them, in C
-    order) or "given" (the values come with the model, as from a user's own module).
+    order) or "given" (the values come with the model, as from a user's own module). `trainable` false: the model itself says that the array
+    is frozen. `whole`: an update needs all of it at once, so no optimizer may be sharded.
     """
 
     shape: tuple[int, ...]
@@ -32,28 +32,8 @@ class Spec:
     scale: float = 0.02
     dtype: str = "float32"
     values: tuple[float, ...] = ()
-
-
-START: dict[str, Callable[[Spec, np.random.Generator], np.ndarray]] = {
-    "zeros": lambda spec, generator: np.zeros(spec.shape),
-    "ones": lambda spec, generator: np.ones(spec.shape),
-    "normal": lambda spec, generator: generator.standard_normal(spec.shape) * spec.scale,
-    "uniform": lambda spec, generator: generator.uniform(-spec.scale, spec.scale, spec.shape),
-    "values": lambda spec, generator: np.reshape(spec.values, spec.shape),
-}
-
-
-def initial_values(specs: Mapping[str, Spec], seed: int, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Starting values of whole arrays from a counter-based generator keyed by (seed, name): the same for every framework and layout."""
-    values = {}
-    for name, spec in specs.items():
-        if spec.init == "given":
-            values[name] = np.asarray(given[name])
-            continue
-        key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
-        generator = np.random.Generator(np.random.Philox(key=key))
-        values[name] = START[spec.init](spec, generator).astype(spec.dtype)
-    return values
+    trainable: bool = True
+    whole: bool = False
 
 
 class Model(Protocol):
@@ -119,11 +99,25 @@ class Tally(Protocol):
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What one logical shard contributes beside its gradient. `buffers` are the new buffers, as NumPy arrays."""
+    """What one logical shard contributes beside its gradient. `buffers` are the new buffers, as NumPy arrays, and with them the frozen
+    parameters that the model moves (see `Habits`).
+    """
 
     loss_sum: float
     weight: float
     buffers: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What `Backend.rehearse` has found out about a model, the same on every worker.
+
+    `apart`: its gradients are added in several goes, so every shard needs a buffer of its own. `moved`: frozen parameters that its loss
+    writes to, as to an average of weights; each shard begins from the same values, and a step takes over the weighted mean of the changes.
+    """
+
+    apart: bool = False
+    moved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,6 +156,12 @@ class Backend(Protocol):
 
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
         """Adds the gradient of one shard's loss sum to `into` (shaped views of a flat buffer, trainable names only)."""
+
+    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
+        """Computes one shard, as often as it takes to know the model, before any step, and leaves parameters and buffers as they were.
+
+        `room` gives a zeroed place for gradients, as `into` of `gradients`. UserError where a user's own model cannot be trained faithfully.
+        """
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         """Sums and weights of one evaluation shard; what is no scalar comes as a NumPy array."""

@@ -85,7 +85,7 @@ def add_up_shards(work: Work, links: Links, buffers: Buffers, step: int, injecto
     """The gradients of this member's shards, added along the tree; the losses of those shards, if it is the one to say them."""
     run = shards_of(links.data.rank, links.data.size, work.plan.num_shards)
     buffers.reset()
-    several = work.plan.micro_batches > 1
+    several = work.apart or work.plan.micro_batches > 1
     found = Found(SubtreeSums(run, work.plan.num_shards, buffers.take, buffers.give, several) if work.plan.exact else PlainSum(buffers.take))
     if work.pipeline is not None:
         through_stages(work, work.pipeline, links, buffers, found, run, step, injector)

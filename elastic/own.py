@@ -7,9 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic.errors import UserError
+from elastic.errors import RecipeError, UserError
 
 OURS = tuple(str(Path(__file__).resolve().parents[1] / folder) + "/" for folder in ("elastic", "backends"))
+
+HOMES = {"keras": ("a Keras model", "tensorflow"), "mxnet": ("a Gluon block", "mxnet"), "torch": ("a torch module", "torch")}  # by package
+
+
+def check_home(kind: str, model: Any, backend: str) -> None:
+    """RecipeError where a user's model is of another framework than the one that is to train it, known without importing either."""
+    packages = [cls.__module__.partition(".")[0] for cls in type(model).__mro__]
+    for package, (what, home) in HOMES.items():
+        if package in packages:
+            if home != backend:
+                raise RecipeError(f'backend.name = "{backend}" cannot train model.kind = "{kind}", {what} ({type(model).__name__}); write '
+                                f'backend.name = "{home}".')
+            return
 
 
 def pair(found: Any, what: str) -> tuple[Any, Any]:

@@ -119,7 +119,7 @@ class ShardedState(State):
         if group.rank != root:
             self.committed, self.torn = -1, False
             self.hold(Store((NONE, NONE), self._allocate(self.slots)), 0, 0)
-        moved = [b.reshape(-1) for b in (*self.buffers.values(), *self.averaged_buffers.values())]
+        moved = self.flat_buffers()
         for buffer in moved:
             group.broadcast(buffer, root)
         return sum(int(b.nbytes) for b in moved)

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic.backend import SLOTS, Backend, Buffer, Spec, initial_values
+from elastic.backend import SLOTS, Backend, Buffer, Spec
+from elastic.buffers import follow, rooms, take_over, weighed
 from elastic.checkpoint.plan import shares
 from elastic.errors import RecipeError
+from elastic.starting import initial_values
 
 if TYPE_CHECKING:
     from elastic.checkpoint.manifest import Piece
@@ -48,6 +50,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def is_frozen(name: str, spec: Spec, freeze: Iterable[str], thaw: Iterable[str]) -> bool:
+    """`thaw` overrules the model itself and `freeze`."""
+    return (not spec.trainable or matches(name, freeze)) and not matches(name, thaw)
+
+
 def pack(specs: Mapping[str, Spec], names: Iterable[str], start: int, places: dict[str, Place]) -> int:
     """Places the arrays one after the other from `start`; returns the next block's start."""
     offset = start
@@ -64,23 +71,24 @@ class FlatLayout:
 
     def __init__(self, parameters: Mapping[str, Spec], buffers: Mapping[str, Spec] | None = None,
                  freeze: Sequence[str] = (), no_decay: Sequence[str] = (), copies: Container[str] = (), known: Iterable[str] = (),
-                 decayed: Sequence[str] = ("*",)):
+                 decayed: Sequence[str] = ("*",), thaw: Sequence[str] = ()):
         """`copies`: names that another worker counts; `known`: the names of the whole model, where `parameters` are a part of it; `decayed`:
         patterns whose parameters have a weight decay each, of which the first that matches counts."""
         buffers = buffers or {}
         known = list(known) or list(parameters)
-        for key, patterns in (("model.freeze", freeze), ("optimizer.no_decay", no_decay), ("optimizer.weight_decay", decayed)):
+        for key, patterns in (("model.freeze", freeze), ("model.thaw", thaw), ("optimizer.no_decay", no_decay), ("optimizer.weight_decay", decayed)):
             unused = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in known)]
             if unused:
                 raise RecipeError(f"{key} = {unused[0]!r} matches no parameter; names look like {', '.join(known[:3])}.")
-        frozen = [n for n in parameters if matches(n, freeze)]
+        frozen = [n for n, spec in parameters.items() if is_frozen(n, spec, freeze, thaw)]
         groups: list[list[str]] = [[] for _ in (*decayed, "none")]
         for name in parameters:
             if name not in frozen:
                 patterns = () if matches(name, no_decay) else decayed
                 groups[next((place for place, p in enumerate(patterns) if matches(name, [p])), -1)].append(name)
         if not any(groups):
-            raise RecipeError("model.freeze leaves no parameter to train; take a pattern out of it.")
+            raise RecipeError("model.freeze, with what the model itself freezes, leaves no parameter to train; take a pattern out of it, or "
+                              "name what is to train in model.thaw.")
         self.places: dict[str, Place] = {}
         ends = [0]
         for names in groups:
@@ -93,8 +101,13 @@ class FlatLayout:
         self.trainable_names = [name for names in groups for name in names]
         self.trainable_set = frozenset(self.trainable_names)
         self.names = list(parameters)
+        self.specs = {**parameters, **buffers}
+        self.move(buffers)
+
+    def move(self, names: Iterable[str]) -> None:
+        """These arrays change with the shards: the gradient buffer ends with room for what each changed in them."""
         self.statistics: dict[str, Place] = {}
-        self.gradient = pack(buffers, buffers, self.trainable, self.statistics)
+        self.gradient = pack(rooms(self.specs, names), names, self.trainable, self.statistics)
 
     def views(self, buffer: Buffer, names: Iterable[str] | None = None) -> dict[str, Buffer]:
         """Shaped views of `buffer`, by parameter name."""
@@ -139,19 +152,19 @@ class State:
     """
 
     def __init__(self, backend: Backend, optimizer: str, freeze: Sequence[str] = (), no_decay: Sequence[str] = (), averages: bool = False,
-                 portion: Portion | None = None, decayed: Sequence[str] = ("*",)):
+                 portion: Portion | None = None, decayed: Sequence[str] = ("*",), thaw: Sequence[str] = ()):
         self.backend, self.portion = backend, portion
         self.replica_size = portion.mesh.replica_size if portion else 1
         self.whole: Mapping[str, Spec] = portion.whole if portion else backend.parameters
         copies = {name for name in backend.parameters if portion and not portion.keeps(name)}
-        self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay, copies, self.whole, decayed)
+        self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay, copies, self.whole, decayed, thaw)
         self.param = backend.allocate(self.layout.size)
         self.slots: dict[str, Buffer] = self._allocate((*SLOTS[optimizer], *([AVERAGE] if averages else [])))
         self.buffers = {name: np.zeros(spec.shape, spec.dtype) for name, spec in backend.buffers.items()}
         self.averaged_buffers = {name: np.zeros_like(values) for name, values in self.buffers.items()} if averages else {}
         self.committed, self.torn = -1, False  # torn: parameters whose slots others keep are not of `committed`
         backend.bind(self.layout.views(self.param), self.buffers)
-        self.freeze = freeze
+        self.freeze, self.thaw = freeze, thaw
         self.views = self._views()
 
     def _allocate(self, slots: Iterable[str]) -> dict[str, Buffer]:
@@ -206,7 +219,7 @@ class State:
         if self.portion is None:
             return found
         kind = str(self.param.dtype).removeprefix("torch.")
-        trainable = [n for n in self.whole if not matches(n, self.freeze)]
+        trainable = [n for n, spec in self.whole.items() if not is_frozen(n, spec, self.freeze, self.thaw)]
         names = [f"parameter/{n}" for n in self.whole] + [f"optimizer/{slot}/{n}" for slot in self.slots for n in trainable]
         return found | {name: (kind, tuple(self.whole[parameter_of(name)].shape)) for name in names}
 
@@ -284,29 +297,33 @@ class State:
         """Every member of `group` takes the root's state; returns the bytes that each of the others received."""
         if group.rank != root:
             self.committed = -1
-        moved = [self.param, *self.slots.values(), *(b.reshape(-1) for b in (*self.buffers.values(), *self.averaged_buffers.values()))]
+        moved = [self.param, *self.slots.values(), *self.flat_buffers()]
         for buffer in moved:
             group.broadcast(buffer, root)
         self.committed = committed
         return sum(int(b.nbytes) for b in moved)
 
+    def flat_buffers(self) -> list[np.ndarray]:
+        """As bytes: not every collective knows every dtype."""
+        return [b.reshape(-1).view(np.uint8) for b in (*self.buffers.values(), *self.averaged_buffers.values())]
+
+    def moving(self, name: str) -> np.ndarray:
+        """A buffer, or a frozen parameter that the model moves."""
+        return self.buffers[name] if name in self.buffers else to_numpy(self.views[f"parameter/{name}"])
+
     def add_statistics(self, gradient: Buffer, new: Mapping[str, np.ndarray], weight: float) -> None:
         """Adds what one shard changed in the buffers, times its weight, behind the gradients."""
         for name, view in shaped(gradient, self.layout.statistics).items():
-            kind = np.int64 if self.buffers[name].dtype.kind in "iu" else np.float64  # a large count has no room in a float
-            old, now = (np.asarray(a, kind) for a in (self.buffers[name], new[name]))
-            value = (change(old, now) * weight).astype(np.float32)
+            value = weighed(self.moving(name), new[name], weight)
             view += view.new_tensor(value) if hasattr(view, "new_tensor") else value
 
     def apply_statistics(self, gradient: Buffer, weight: float) -> None:
         """The buffers change by the weighted mean over all shards of what each changed."""
         for name, view in shaped(gradient[self.tail:], self.layout.statistics, self.layout.trainable).items():
-            mean = np.asarray(to_numpy(view), np.float64) / weight
-            buffer = self.buffers[name]
-            if buffer.dtype.kind in "iu":
-                buffer += np.rint(mean).astype(buffer.dtype)
-            else:
-                buffer[...] = (buffer + (np.rint(mean) if buffer.dtype.kind == "b" else mean)).astype(buffer.dtype)
+            values = self.moving(name)
+            take_over(values, np.asarray(to_numpy(view), np.float64) / weight)
+            if name not in self.buffers:
+                fill(self.views[f"parameter/{name}"], values)  # on a GPU they were a copy
 
     def average(self, decay: float, step: int) -> None:
         """Moves the averages, if kept, towards the parameters and buffers after `step`: by 1 - `decay`, and by more in the beginning, so that
@@ -320,10 +337,7 @@ class State:
                 mean = self.slots[AVERAGE][at + more:at + more + BLOCK]
                 mean += (self.param[low + more:low + more + BLOCK] - mean) * share
         for name, mean in self.averaged_buffers.items():
-            if mean.dtype.kind == "f":
-                mean += (change(mean, self.buffers[name]) * share).astype(mean.dtype)
-            else:
-                mean[...] = self.buffers[name]
+            follow(mean, self.buffers[name], share)
 
     @contextmanager
     def averaged(self, group: Any) -> Iterator[None]:
@@ -376,8 +390,3 @@ def parameter_of(name: str) -> str:
     """"wte" of "parameter/wte" and of "optimizer/exp_avg/wte"; a parameter's own name as it is."""
     kind, _, rest = name.partition("/")
     return rest if kind in ("parameter", "buffer") else rest.partition("/")[2] if kind == "optimizer" else name
-
-
-def change(old: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """now - old, where equal infinities have not changed."""
-    return np.subtract(now, old, out=np.zeros_like(old), where=now != old)

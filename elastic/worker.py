@@ -85,7 +85,7 @@ class Worker:
         self.work.settle, self.work.restore, self.work.ready = self.settle, self.restore, self.prepare
         self.work.is_busy = self.saver.is_busy
         self.place = (mesh.pipeline, mesh.tensor, mesh.expert, seat)
-        warm_up(self.work)
+        warm_up(self.work, is_own=":" in recipe.model.kind or bool(recipe.data.kind))
         self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.work.backend.compilations(), self.rim.shares))
         taken = 0
         while (order := self.orders.get()) is not None:
@@ -282,21 +282,61 @@ def describe(error: BaseException) -> str:
     return (f"{type(error).__name__}: {text}" if text else type(error).__name__) + place_of(error)
 
 
-def warm_up(work: Work) -> None:
-    """Runs what compiles or allocates lazily, on the first shard, without touching the state."""
-    state = work.state
-    state.start(work.plan.seed)
+def warm_up(work: Work, is_own: bool = False) -> None:
+    """Runs what compiles or allocates lazily, on the first shard, without touching the state.
+
+    `is_own`: what fails there is the user's own code, and would fail on every worker.
+    """
+    try:
+        rehearse(work)
+    except (ElasticError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if not is_own:
+            raise
+        traceback.print_exc()
+        raise UserError(describe(error)) from error
+
+
+def rehearse(work: Work) -> None:
+    state, plan = work.state, work.plan
+    state.start(plan.seed)
     state.committed = -1
-    buffer = work.backend.allocate(state.layout.gradient)
-    views = state.layout.views(buffer, state.layout.trainable_names)
     if work.portion is not None:
         work.backend.connect(mirrored(work.portion))
+
+    def room() -> Mapping[str, Any]:
+        return state.layout.views(work.backend.allocate(state.layout.gradient), state.layout.trainable_names)
+
+    first = work.load_batch(1, 0)
     if work.pipeline is not None:
-        work.pipeline.warm_up(first_rows(work, work.load_batch(1, 0)), views)
+        work.pipeline.warm_up(first_rows(work, first), room())
         return
-    work.backend.gradients(first_rows(work, work.load_batch(1, 0)), 0, views)
+    habits = work.backend.rehearse(first_rows(work, first), room)
+    work.apart = habits.apart
+    state.layout.move([*state.buffers, *habits.moved])
+    last = shorter(work)
+    if last is not None:
+        try:
+            work.backend.gradients(work.load_batch(plan.num_steps, last), 0, room())
+        except Exception as error:
+            rows = int((work.positions(plan.num_steps, last) >= 0).sum())
+            raise UserError(f"The last step leaves {rows} of a logical shard's {len(work.positions(1, 0))} samples to logical shard {last}, and the "
+                            f"model cannot take that ({describe(error)}); choose run.steps, data.batch_size or elastic.logical_shards so that "
+                            "all shards are alike.") from error
     if work.eval_batches:
         work.backend.metrics(first_rows(work, work.eval_batches[0](), 1))
+
+
+def shorter(work: Work) -> int | None:
+    """The shard of the last step that has fewer rows than the others but not none, where rows are left out rather than filled up."""
+    if work.plan.micro_batches > 1 or work.portion is not None or work.fills:
+        return None
+    for shard in range(work.plan.num_shards):
+        real = work.positions(work.plan.num_steps, shard) >= 0
+        if 0 < real.sum() < len(real):
+            return shard
+    return None
 
 
 def first_rows(work: Work, batch: Mapping[str, Any], micro_batches: int = 0) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from elastic.errors import RecipeError, UserError
 from elastic.evaluation import tally_of
 from elastic.loop import Plan, Work
 from elastic.mesh import Mesh, Seat
+from elastic.own import check_home
 from elastic.parallel.layout import Layout
 from elastic.parallel.measure import costs_of
 from elastic.parallel.pipeline import Pipeline
@@ -29,7 +30,7 @@ from elastic.parallel.portion import Portion
 from elastic.recipe import Recipe
 from elastic.schedule import scaled
 from elastic.sharded import ShardedState
-from elastic.state import FlatLayout, State, matches, round_up
+from elastic.state import FlatLayout, State, is_frozen, round_up
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
             "mxnet": "backends.mxnet.backend", "reference": "backends.reference.backend"}
@@ -154,7 +155,9 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
         return importlib.import_module(kind).build(model.config, info)
     construct = framework(recipe).construct
     factory = attribute("model.kind", kind)
-    return call_user("model.kind", lambda **keys: construct(factory, keys, recipe.run.seed), model.config)
+    found = call_user("model.kind", lambda **keys: construct(factory, keys, recipe.run.seed), model.config)
+    check_home(kind, found, recipe.backend.name)
+    return found
 
 
 def check_items(opened: Workload) -> None:
@@ -169,11 +172,17 @@ def check_model(recipe: Recipe, model: Any) -> None:
     """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts."""
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
-    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay, decayed=recipe.optimizer.decayed)
+    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay, decayed=recipe.optimizer.decayed,
+               thaw=recipe.model.thaw)
     read_start(recipe.model.init, model.parameters)
+    whole = [name for name, spec in model.parameters.items() if spec.whole]
+    if whole and recipe.optimizer.sharded:
+        raise RecipeError(f"optimizer.sharded = true cuts parameter {whole[0]}, which has a constraint that needs all of it; write "
+                          "optimizer.sharded = false, or take the constraint out.")
     layout = lay_out(recipe, model, mesh_of(recipe))
     for stage in range(layout.mesh.pipeline):
-        if layout.mesh.pipeline > 1 and all(matches(name, recipe.model.freeze) for name in layout.held(stage)):
+        if layout.mesh.pipeline > 1 and all(
+                is_frozen(name, model.parameters[name], recipe.model.freeze, recipe.model.thaw) for name in layout.held(stage)):
             raise RecipeError(f"model.freeze leaves nothing to train on stage {stage} of mesh.pipeline = {layout.mesh.pipeline}; freeze less, or "
                               "write a smaller mesh.pipeline.")
 
@@ -201,7 +210,7 @@ def create_backend(recipe: Recipe, model: Any) -> Backend:
 
 def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
     return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
-                 recipe.optimizer.decayed)
+                 recipe.optimizer.decayed, recipe.model.thaw)
 
 
 def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
@@ -209,7 +218,7 @@ def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None)
     if not recipe.optimizer.sharded:
         return open_state(recipe, backend, portion)
     return ShardedState(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
-                        recipe.optimizer.decayed, twin=recipe.optimizer.twin)
+                        recipe.optimizer.decayed, recipe.model.thaw, twin=recipe.optimizer.twin)
 
 
 def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:
@@ -238,7 +247,7 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     rows = round_up(max(shard_size, EVAL_ROWS), recipe.mesh.expert)
     evaluation = eval_batches(workload.evaluation, rows) if workload.evaluation else []
     return Work(plan, backend, state, load, sampler.positions, evaluation, control, post, save, workload.unit, portion, pipeline,
-                ledger=ledger, tally=lambda: tally_of(workload.model))
+                fills=workload.training.fills, ledger=ledger, tally=lambda: tally_of(workload.model) or tally_of(backend))
 
 
 EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are

@@ -2,7 +2,9 @@
 
 The block is initialised, its shapes are known, and it has `loss(batch)` giving the mean loss over the batch (or one value a row) or
 (sum, weight); it may have `metrics(batch)` giving {name: (sum, weight)}. Parameters without a gradient, as the statistics of a batch
-norm, are its buffers: the block gets copies, which are handed back, so a step that is redone counts once. Hybridised or not.
+norm, are its buffers: the block gets copies, which are handed back, so a step that is redone counts once; others with grad_req "null" are
+frozen parameters. Hybridised or not. The rates
+and decays that parameters multiply (`lr_mult`, `wd_mult`) count as in gluon.Trainer.
 """
 
 from __future__ import annotations
@@ -10,38 +12,46 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from backends.common import plain_attributes
 from backends.mxnet.ops import mx
 from backends.mxnet.turn import turn
 from elastic.backend import Spec
+from elastic.data.collate import num_rows
 from elastic.errors import UserError
-from elastic.own import described, pair, pairs, rebuilt
+from elastic.own import described, pair, pairs, place_of, rebuilt
+
+KEEP = 'keep it in a parameter with grad_req = "null", or leave it as it is'
+GENERATORS = "draw by mx.random, numpy.random or random, which are seeded for every shard, and count nothing in the loss"
 
 
 class GluonModel:
     """`elastic.backend.Model` over a block; `ops` is not used. Shared parameters appear once, under their first name."""
 
     def __init__(self, block: mx.gluon.Block):
-        self._block, self._kind = block, type(block).__name__
+        self._block, self.kind = block, type(block).__name__
         if not callable(getattr(block, "loss", None)):
-            raise UserError(f"model.kind: {self._kind} has no method loss(batch) that gives the mean loss or (sum, weight).")
+            raise UserError(f"model.kind: {self.kind} has no method loss(batch) that gives the mean loss or (sum, weight).")
         self._named = named_parameters(block)
         for name, parameter in self._named.items():
             if parameter._data is None:
-                raise UserError(f"model.kind: parameter {name} of {self._kind} has no values yet; where the block is made, call its initialize(), "
+                raise UserError(f"model.kind: parameter {name} of {self.kind} has no values yet; where the block is made, call its initialize(), "
                                 "and give every layer its input size (in_units, in_channels) or call the block once on an example.")
         trained = [name for name, parameter in self._named.items() if parameter.grad_req != "null"]
         if not trained:
-            raise UserError(f"model.kind: {self._kind} has no parameters to train.")
+            raise UserError(f"model.kind: {self.kind} has no parameters to train.")
         for name in trained:
-            if self._named[name].dtype not in (np.float32, "float32"):
-                raise UserError(f"model.kind: parameter {name} is {np.dtype(self._named[name].dtype)}; parameters must be float32.")
+            check_parameter(self.kind, name, self._named[name])
+        self._asked = {name: (parameter.grad_req, parameter.lr_mult, parameter.wd_mult) for name, parameter in self._named.items()}
+        self.multiplied = {name: self._asked[name][1:] for name in trained if self._asked[name][1:] != (1.0, 1.0)}
         self.numpy = isinstance(self._named[trained[0]].data(), mx.np.ndarray)  # made under mx.npx.set_np()
         self._given = {name: parameter.data().asnumpy() for name, parameter in self._named.items()}
-        self.parameters = {name: given_spec(self._given[name]) for name in trained}
+        self.parameters = {name: replace(given_spec(self._given[name]), trainable=name in trained) for name, parameter in self._named.items()
+                           if name in trained or is_weight(parameter)}
         self.buffers = {name: given_spec(value) for name, value in self._given.items() if name not in self.parameters}
 
     def initial(self) -> Mapping[str, np.ndarray]:
@@ -82,9 +92,9 @@ class GluonModel:
             return {"loss": (0.0, 0.0)}
         copies = {name: value.copy() for name, value in params.items()}  # in predict mode kernels rearrange weights in place
         with seeded(0), mx.autograd.predict_mode(), self._holding(copies, state):
-            out = {"loss": self._sum(self._block.loss(batch), rows)}
+            out = {"loss": self._sum(self._block.loss(held_again(batch)), rows)}
             if hasattr(self._block, "metrics"):
-                out |= pairs(self._block.metrics(batch), "metrics(batch)")
+                out |= pairs(self._block.metrics(held_again(batch)), "metrics(batch)")
         return out
 
     @contextmanager
@@ -94,24 +104,70 @@ class GluonModel:
         for name, parameter in self._named.items():
             parameter._data = [arrays[name]]
         try:
-            with mx.util.np_array(self.numpy):
+            with self.telling(), mx.util.np_array(self.numpy):
                 yield
-        except mx.MXNetError as error:
-            raise UserError(f"model.kind: {self._kind} cannot be called ({in_one_line(error)}).") from error
+        finally:
+            asked = {name: (parameter.grad_req, parameter.lr_mult, parameter.wd_mult) for name, parameter in self._named.items()}
         for name, parameter in self._named.items():
             if parameter._data is None or parameter._data[0] is not arrays[name]:
-                raise UserError(f"model.kind: {self._kind} gives its parameter {name} another shape or place while it runs; "
+                raise UserError(f"model.kind: {self.kind} gives its parameter {name} another shape or place while it runs; "
                                 "its parameters must stay as they were made.")
+            if asked[name] != self._asked[name]:
+                raise UserError(f"model.kind: {self.kind} changes grad_req, lr_mult or wd_mult of its parameter {name} while it runs; set them where "
+                                "the block is made.")
         if named_parameters(self._block).keys() != self._named.keys():
-            raise UserError(f"model.kind: {self._kind} makes parameters while it runs; make all of them where it is built.")
+            raise UserError(f"model.kind: {self.kind} makes parameters while it runs; make all of them where it is built.")
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What goes wrong in the user's code, in one sentence with its place."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"model.kind: {self.kind} cannot be called ({type(error).__name__}: {in_one_line(error)}){place_of(error)}.") from error
+
+    def attributes(self) -> Mapping[str, Any]:
+        """The plain values among the attributes of the block and its parts."""
+        parts, open_ = [], [("", self._block)]
+        while open_:
+            path, block = open_.pop()
+            parts.append((path, block))
+            open_ += [(f"{path}.{name}".lstrip("."), child) for name, child in block._children.items()]
+        return plain_attributes(parts, lambda value: value.asnumpy() if isinstance(value, mx.nd.NDArray) else None)
 
     def _sum(self, found: Any, rows: int) -> tuple[Any, Any]:
         """(sum, weight) as they are; a mean times the number of rows; the sum of one value a row."""
         if isinstance(found, tuple):
             return pair(found, "loss(batch)")
         if not isinstance(found, mx.nd.NDArray) or found.size not in (1, rows):
-            raise UserError(f"model.kind: loss(batch) of {self._kind} must give one number, one a row, or (sum, weight), not {described(found)}.")
+            raise UserError(f"model.kind: loss(batch) of {self.kind} must give one number, one a row, or (sum, weight), not {described(found)}.")
         return found.sum() * (rows / found.size), float(rows)
+
+
+def is_weight(parameter: mx.gluon.Parameter) -> bool:
+    """Whether a parameter with grad_req "null" could be trained."""
+    return parameter._differentiable and not isinstance(parameter, mx.gluon.Constant) and parameter.dtype in (np.float32, "float32")
+
+
+def check_parameter(kind: str, name: str, parameter: mx.gluon.Parameter) -> None:
+    """UserError where gluon.Trainer would treat a parameter as no flat buffer of float32 can."""
+    if parameter.dtype not in (np.float32, "float32"):
+        raise UserError(f"model.kind: parameter {name} is {np.dtype(parameter.dtype)}; parameters must be float32.")
+    if parameter.grad_req != "write":
+        raise UserError(f'model.kind: parameter {name} of {kind} has grad_req = "{parameter.grad_req}", which adds up gradients from step to step; '
+                        'write grad_req = "write" and a larger data.batch_size.')
+    if (parameter._stype, parameter._grad_stype) != ("default", "default"):
+        raise UserError(f"model.kind: parameter {name} of {kind} is sparse, or its gradient is, which gluon.Trainer updates row by row; "
+                        "leave out sparse_grad = True.")
+
+
+def held_again(batch: Any) -> Any:
+    """Other containers with the same arrays: a user's function may take entries out."""
+    if isinstance(batch, Mapping):
+        return {name: held_again(value) for name, value in batch.items()}
+    return rebuilt(batch, held_again) if isinstance(batch, (tuple, list)) else batch
 
 
 def named_parameters(block: mx.gluon.Block) -> dict[str, Any]:
@@ -143,17 +199,8 @@ def seeded(seed: int) -> Iterator[None]:
 def in_one_line(error: Exception) -> str:
     """What MXNet says of an error, without the stack of its own calls."""
     told = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(told) if "Error" in line), told[-1] if told else type(error).__name__).rstrip(".")
+    return next((line for line in reversed(told) if "Error" in line), told[-1] if told else "no words").rstrip(".")
 
 
 def given_spec(value: np.ndarray) -> Spec:
     return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype))
-
-
-def num_rows(batch: Any) -> int:
-    while not hasattr(batch, "shape"):
-        values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
-        if not values:
-            raise UserError("data.kind: a batch has no columns.")
-        batch = values[0]
-    return int(batch.shape[0])

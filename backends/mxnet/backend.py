@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from backends.common import check_attributes, check_linear, check_repeats
 from backends.mxnet import adapter, optimizer, warn_if_late
 from backends.mxnet.adapter import seeded
 from backends.mxnet.graph import Graph, key_of
@@ -21,7 +23,7 @@ from backends.mxnet.ops import MXNetOps, mx, to_array
 from backends.mxnet.recording import Unrecordable
 from backends.mxnet.turn import computing, turn
 from backends.mxnet.values import add_fresh, as_array, as_numpy, blocks_of, flat, flattened, number, paired, plain, taken
-from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
+from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
 from elastic.data.collate import stacked
 from elastic.errors import UserError
 
@@ -88,6 +90,8 @@ class MXNetBackend:
         self._own = model if isinstance(model, adapter.GluonModel) else None
         self._way = int(settings.threads), self._own is None or self._own.numpy  # how `computing` is entered
         self._leaves: dict[str, Any] = {}
+        self._moved: tuple[str, ...] = ()
+        self._multiplied: list[tuple[int, int, tuple[float, float]]] = []  # address, elements, and what rate and decay are multiplied by
         self._state: Mapping[str, np.ndarray] = {}
         self._trainable: set[str] = set()
         self._graphs: dict[Any, Callable[..., dict[str, Any]]] = {}
@@ -111,15 +115,52 @@ class MXNetBackend:
         self._state = {name: buffers[name] for name in self.buffers}
         self._trainable = set()
         self._kept.clear()
+        rates = self._own.multiplied if self._own else {}
+        self._multiplied = sorted((params[name].ctypes.data, params[name].size, both) for name, both in rates.items())
 
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
-        with computing(*self._way):
+        return self._computed(batch, seed, into)
+
+    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
+        if self._own is None:
+            self.gradients(batch, 0, room())
+            return Habits()
+        once = {name: np.zeros(view.shape, view.dtype) for name, view in room().items()}
+        self._find_moved(batch, once)
+        for view in once.values():
+            view[...] = 0
+        first, attributes = self._computed(batch, 0, once), self._own.attributes()
+        twice = {name: np.zeros_like(view) for name, view in once.items()}
+        again = self._computed(batch, 0, twice, 2.0)
+        kind = self._own.kind
+        check_attributes(kind, attributes, self._own.attributes(), adapter.KEEP)
+        check_repeats(kind, first, again, adapter.GENERATORS)
+        check_linear(kind, once, twice)
+        return Habits(moved=self._moved)
+
+    def _find_moved(self, batch: Batch, into: Mapping[str, Buffer]) -> None:
+        """Which frozen parameters the loss writes to; they are as before afterwards, and it gets copies from now on. UserError for others."""
+        assert self._own is not None
+        self._moved = ()
+        before = {name: leaf.asnumpy() for name, leaf in self._leaves.items()}
+        self._computed(batch, 0, into)
+        written = [name for name, value in before.items() if not np.array_equal(value, self._leaves[name].asnumpy(), equal_nan=True)]
+        for name in written:
+            self._leaves[name][:] = before[name]
+            if name in into:
+                raise UserError(f"model.kind: {self._own.kind} writes to its parameter {name} in its loss, and the optimizer writes to "
+                                'it too; give it grad_req = "null", or leave it to the optimizer.')
+        self._moved = tuple(written)
+
+    def _computed(self, batch: Batch, seed: int, into: Mapping[str, Buffer], factor: float = 1.0) -> ShardResult:
+        """One shard; adds `factor` times the gradients of its loss sum."""
+        with computing(*self._way), self._own.telling() if self._own else nullcontext():
             self._aim(into)
             columns, state = self._columns(batch), self._device_state()
             with _autograd.record():
                 loss, weight, new = self._loss(state, columns, seed)
             total, count = number(loss), number(weight)
-            if self._differentiated(loss):
+            if self._differentiated(loss, None if factor == 1.0 else loss.ones_like() * factor):
                 add_fresh(self._leaves, into)
             elif count:
                 raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
@@ -137,9 +178,25 @@ class MXNetBackend:
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         with computing(*self._way):
-            kept = {name: self._blocks(slot, block) for name, slot in slots.items()}
-            for i, (values, slope) in enumerate(zip(self._blocks(param, block), blocks_of(grad, block))):
-                optimizer.apply(rule, values, slope, {name: blocks[i] for name, blocks in kept.items()})
+            for low, high, rates in self._stretches(param):
+                own = rule if rates is None else replace(rule, lr=rule.lr * rates[0], weight_decay=rule.weight_decay * rates[1])
+                kept = {name: self._blocks(slot[low:high], block) for name, slot in slots.items()}
+                for i, (values, slope) in enumerate(zip(self._blocks(param[low:high], block), blocks_of(grad[low:high], block))):
+                    optimizer.apply(own, values, slope, {name: blocks[i] for name, blocks in kept.items()})
+
+    def _stretches(self, param: Buffer) -> Iterator[tuple[int, int, tuple[float, float] | None]]:
+        """A range of the parameters, cut where some have a rate or decay of their own."""
+        at = 0
+        for offset, size, rates in self._multiplied:
+            low = min(max((offset - param.ctypes.data) // param.itemsize, at), len(param))
+            high = min(max((offset - param.ctypes.data) // param.itemsize + size, low), len(param))
+            if low < high:
+                if at < low:
+                    yield at, low, None
+                yield low, high, rates
+                at = high
+        if at < len(param):
+            yield at, len(param), None
 
     def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
         # NumPy sums in pairs, in one thread; its dot product would go to a BLAS with a thread count of its own
@@ -196,7 +253,9 @@ class MXNetBackend:
 
     def _loss(self, state: Mapping[str, Any], columns: Any, seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
         if self._own is not None:
-            return self._own.loss(None, self._leaves, state, columns, seed)
+            copies = {name: self._leaves[name].copy() for name in self._moved}
+            total, weight, new = self._own.loss(None, {**self._leaves, **copies}, state, columns, seed)
+            return total, weight, {**new, **copies}
 
         def results(*arguments: Any) -> dict[str, Any]:
             loss, weight, new = self._model.loss(*arguments)
@@ -273,8 +332,11 @@ class MXNetBackend:
         self._trainable = set(into)
         self._ops.apart = len(into) < len(self.parameters)
         self._leaves = {name: leaf.detach() for name, leaf in self._leaves.items()}
-        for name in into:
-            self._leaves[name].attach_grad()
+        # a user's layer of which a weight alone is frozen: MXNet's dense and convolution kernels leave out the bias's gradient with it
+        layers = {name.rpartition(".")[0] for name in into} if self._own else set()
+        for name, leaf in self._leaves.items():
+            if name in into or name.rpartition(".")[0] in layers:
+                leaf.attach_grad()
 
     def _device_state(self) -> dict[str, Any]:
         """Copies, because a step may be redone."""

@@ -20,7 +20,7 @@ from backends.pytorch import adapter, optimizer, warn_if_late
 from backends.pytorch.adapter import seeded
 from backends.pytorch.ops import TorchOps
 from backends.pytorch.pieces import Run
-from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
+from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
 
 ALIGN_BYTES = 64
@@ -129,6 +129,10 @@ class TorchBackend:
             raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
         total, count = torch.stack((loss.detach().double(), as_scalar(weight, loss))).tolist()
         return ShardResult(total, count, {name: value.detach().cpu().numpy() for name, value in new.items()})
+
+    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
+        self.gradients(batch, 0, room())
+        return Habits()
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         self._enter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from backends.reference import optimizer
 from backends.reference.ops import ReferenceOps
 from backends.reference.tape import Variable, backward, value_of
-from elastic.backend import Batch, Buffer, Model, ShardResult, UpdateRule
+from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, UpdateRule
 from elastic.errors import UserError
 
 ALIGN_BYTES = 64
@@ -73,6 +73,10 @@ class ReferenceBackend:
             if gradient is not None:
                 view += gradient
         return ShardResult(float(loss.value), float(value_of(weight)), {name: np.asarray(value_of(v)) for name, v in new.items()})
+
+    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
+        self.gradients(batch, 0, room())
+        return Habits()
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         return tallied(self._model.metrics(self._ops, self._params, self._copied(), self._columns(batch)))

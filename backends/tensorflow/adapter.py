@@ -1,55 +1,84 @@
 """A user's own Keras model as a model: named arrays and a call without side effects.
 
 The model is built and compiled with a loss, and its rows are (x, y) or (x, y, sample_weight); or it has `batch_loss(batch)` giving
-the mean loss over the batch or (sum, weight), and may have `batch_metrics(batch)` giving {name: (sum, weight)}. Compiled metrics
-count too where they are means over rows; the compiled optimizer and a `train_step` of its own do not, the recipe's optimizer
-trains. It is called inside `keras.StatelessScope`: what it writes (a batch norm's statistics) comes back as new buffers.
+the mean loss over the batch or (sum, weight), and may have `batch_metrics(batch)` giving {name: (sum, weight)}. What compile() was told
+is served as `fit` serves it or refused; its optimizer is not asked, the recipe's trains. The model is called inside a stateless
+scope: what it writes (a batch norm's statistics) comes back as new buffers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from backends.common import check_attributes, plain_attributes
+from backends.tensorflow.compiled import check_compiled, check_pieces, parts
+from backends.tensorflow.figures import VARIABLES, Figures, MetricTally
 from backends.tensorflow.ops import mixed, tf
 
 # isort: split
 import keras
 
 from elastic.backend import Spec
+from elastic.data.collate import num_rows
 from elastic.errors import UserError
 from elastic.ops import GOLDEN, tag_key
-from elastic.own import pair, pairs, rebuilt
+from elastic.own import pair, pairs, place_of, rebuilt
 
 SEED = "seed_generator_state"  # Keras' name for the state of a layer's own generator
+OF_KERAS = frozenset(vars(keras.Model()))
+KEEP = "keep it in a weight of the model (add_weight(trainable=False)), or leave it as it is"
+
+
+class Scope(keras.StatelessScope):
+    """Remembers which variables were written to. As with variables themselves, no gradient goes through what was written."""
+
+    def __init__(self, values: list[tuple[Any, Any]]):
+        super().__init__(values, collect_losses=True, initialize_variables=False)
+        self.written: dict[int, Any] = {}
+
+    def add_update(self, update: tuple[Any, Any]) -> None:
+        self.written[id(update[0])] = update[0]
+        super().add_update((update[0], tf.stop_gradient(update[1])))
 
 
 class KerasModel:
-    """`elastic.backend.Model` over a Keras model; `ops` is not used. `tensors` makes its batches."""
+    """`elastic.backend.Model` over a Keras model; `ops` is not used. `tensors` makes its batches.
+
+    `open` must have seen a batch before `loss` and `metrics` are traced. `moved`: frozen weights that the loss writes to.
+    """
 
     def __init__(self, model: keras.Model):
-        self._model, self._kind = model, type(model).__name__
+        self._model, self.kind = model, type(model).__name__
+        if keras.backend.backend() != "tensorflow":
+            raise UserError(f'model.kind: Keras computes on {keras.backend.backend()} here; with backend.name = "tensorflow" let KERAS_BACKEND be '
+                            '"tensorflow" or unset.')
         if not model.built:
-            raise UserError(f"model.kind: {self._kind} is not built; call it once on an example, or its build(input_shape), where it is made.")
-        if not hasattr(model, "batch_loss") and not model.loss:
-            raise UserError(f"model.kind: {self._kind} has no loss; call its compile(loss=...), or give it a method batch_loss(batch).")
-        seeds = [v for v in model.non_trainable_variables if v.name == SEED]
+            raise UserError(f"model.kind: {self.kind} is not built; call it once on an example, or its build(input_shape), where it is made.")
+        self._own_loss = hasattr(model, "batch_loss")
+        check_compiled(model, self._own_loss)
+        self._seeds = [v for v in model.non_trainable_variables if v.name == SEED]
         named = named_variables(model, [v for v in model.variables if v.name != SEED])
-        self._trained = {name: v for name, v in named.items() if v.trainable}
-        self._kept = {name: v for name, v in named.items() if not v.trainable}
-        self._seeds = list(seeds)
-        if not self._trained:
-            raise UserError(f"model.kind: {self._kind} has no parameters to train.")
-        for name, variable in self._trained.items():
+        weights = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
+        self._trained = trained = {id(v) for v in model.trainable_weights}
+        self._weights = {name: v for name, v in named.items() if id(v) in trained or (id(v) in weights and v.dtype == "float32")}
+        self._kept = {name: v for name, v in named.items() if name not in self._weights}
+        if not trained:
+            raise UserError(f"model.kind: {self.kind} has no parameters to train.")
+        for name, variable in self._weights.items():
             if variable.dtype != "float32":
                 raise UserError(f"model.kind: parameter {name} is {variable.dtype}; parameters must be float32.")
+        self.constraints = {name: v.constraint for name, v in self._weights.items() if v.constraint is not None}
         self._given = {name: np.array(v.numpy()) for name, v in named.items()}
-        self.parameters = {name: given_spec(self._given[name]) for name in self._trained}
+        self.parameters = {name: given_spec(self._given[name], trainable=id(v) in trained, whole=name in self.constraints)
+                           for name, v in self._weights.items()}
         self.buffers = {name: given_spec(self._given[name]) for name in self._kept}
+        self._figures: Figures | None = None
+        self.moved: tuple[str, ...] = ()
 
     def initial(self) -> Mapping[str, np.ndarray]:
         """The values that the model was built with."""
@@ -58,71 +87,185 @@ class KerasModel:
     def tensors(self, batch: Any) -> Any:
         return columns(batch)
 
+    def tally(self) -> MetricTally:
+        return MetricTally(self)
+
+    @property
+    def num_values(self) -> int:
+        """Of the metrics' variables."""
+        return sum(first.size for first in self._figures.initial) if self._figures else 0
+
+    def results(self, moved: np.ndarray) -> dict[str, float]:
+        """The metrics' figures, from how far their variables have moved over all batches."""
+        return self._figures.results(moved) if self._figures else {}
+
+    def open(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> None:
+        """Makes what compile() names: this creates variables, which no stateless scope allows. UserError for metrics that do not add up."""
+        if self._figures is not None or not num_rows(batch):
+            return
+        if not self._own_loss:
+            x, y, sample_weight = parts(batch)
+            with self._scope(params, state, 0, opening=True):
+                y_pred = self._called(x, False)
+            with self.telling():
+                self._make(y, y_pred, sample_weight)
+        figures = Figures(self._model)
+        with self.telling():
+            halves = pieces_of(batch)
+            moved = [self._measured(figures, params, state, some) for some in (halves, halves[:1], halves[1:])]
+        figures.check_adds_up(self.kind, *moved)
+        self._figures = figures
+
+    def _make(self, y: Any, y_pred: Any, sample_weight: Any) -> None:
+        """The losses and metrics that compile() names; some make variables when they first see values."""
+        loss, metrics = self._model._compile_loss, self._model._compile_metrics
+        if loss is not None and not loss.built:
+            loss.build(y, y_pred)
+        if metrics is not None and not metrics.built:
+            metrics.update_state(y, y_pred, sample_weight)
+            metrics.reset_state()
+
+    def rehearse(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> None:
+        """Beside traces: a loss that is no mean over rows and attributes that change are told here. The model has been called before."""
+        before = self._attributes()
+        halves = pieces_of(batch)
+        losses = []
+        for rows in ((together(halves), *halves) if not self._own_loss else (batch,)):
+            with self._scope(params, state, 0):
+                total, weight = self._loss(rows, False)
+            losses.append((float(total), float(weight)))
+        check_attributes(self.kind, before, self._attributes(), KEEP)
+        if not self._own_loss:
+            check_pieces(self.kind, losses)
+
     def loss(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any,
              seed: Any) -> tuple[Any, Any, Mapping[str, Any]]:
         """The loss sum, its weight and the new buffers; what its layers draw is a function of `seed`."""
         rows = num_rows(batch)
         if not rows:
-            return tf.zeros(()), 0.0, state
+            return tf.zeros(()), 0.0, {**state, **{name: params[name] for name in self.moved}}
         with self._scope(params, state, seed) as scope:
             total, weight = self._loss(batch, True)
-        return total, weight, {name: scope.get_current_value(v) for name, v in self._kept.items()}
+        self.moved = tuple(name for name, v in self._weights.items() if id(v) in scope.written)
+        new = {name: scope.get_current_value(v) for name, v in self._kept.items()}
+        return total, weight, {**new, **{name: scope.get_current_value(self._weights[name]) for name in self.moved}}
+
+    def check_moved(self, trained: Sequence[str]) -> None:
+        """UserError where the loss writes to what the optimizer trains."""
+        for name in self.moved:
+            if name in trained:
+                raise UserError(f"model.kind: {self.kind} writes to its parameter {name} in its loss, and the optimizer writes to it "
+                                "too; use a constraint, or make it untrainable.")
 
     def metrics(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any],
                 batch: Any) -> Mapping[str, tuple[Any, Any]]:
         """The model's own metrics and always "loss", in inference mode."""
         if not num_rows(batch):
             return {"loss": (0.0, 0.0)}
-        compiled = None if hasattr(self._model, "batch_loss") else self._model._compile_metrics
-        if compiled is not None and not compiled.built:
-            self._build(compiled, params, state, batch)
         with self._scope(params, state, 0) as scope:
             out = {"loss": self._loss(batch, False)}
             if hasattr(self._model, "batch_metrics"):
-                out |= pairs(self._model.batch_metrics(batch), "batch_metrics(batch)")
-            if compiled is not None:
-                out |= {metric.name: (scope.get_current_value(metric.total), scope.get_current_value(metric.count))
-                        for metric in compiled.metrics}
+                out |= pairs(self._model.batch_metrics(columns_again(batch)), "batch_metrics(batch)")
+            if self._figures is not None and self._figures.variables:
+                out[VARIABLES] = self._figures.change(map(scope.get_current_value, self._figures.variables)), 1.0
         return out
+
+    def _measured(self, figures: Figures, params: Mapping[str, Any], state: Mapping[str, Any], batches: list[Any]) -> np.ndarray:
+        """How far some batches after one another move the metrics' variables."""
+        values = figures.values()
+        for batch in batches:
+            with self._scope(params, state, 0, values) as scope:
+                self._loss(batch, False)
+            values = [(v, scope.get_current_value(v)) for v in figures.variables]
+        return np.asarray(figures.change([value for _, value in values]))
+
+    def _called(self, x: Any, training: bool) -> Any:
+        return self._model(x, training=training) if self._model._call_has_training_arg else self._model(x)
 
     def _loss(self, batch: Any, training: bool) -> tuple[Any, Any]:
         model, rows = self._model, num_rows(batch)
-        if hasattr(model, "batch_loss"):
-            return as_sum(model.batch_loss(batch), rows)
+        if self._own_loss:
+            return as_sum(model.batch_loss(columns_again(batch)), rows)
         x, y, sample_weight = parts(batch)
-        y_pred = model(x, training=training)
-        loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+        y_pred = self._called(x, training)
+        if any(keras.src.backend.get_keras_mask(part) is not None for part in keras.tree.flatten(y_pred)):
+            raise UserError(f"model.kind: the output of {self.kind} has a mask, by which Keras divides its loss, and batches have masks of other "
+                            "sizes; give the model a method batch_loss(batch) that returns (sum, weight).")
+        loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
         if not training and model._compile_metrics is not None:
             model._compile_metrics.update_state(y, y_pred, sample_weight)
         return as_sum(loss, rows)
 
-    def _build(self, compiled: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> None:
-        """Makes what compile(metrics=[...]) names; this creates variables, which no stateless scope allows."""
-        x, y, _ = parts(batch)
-        with self._scope(params, state, 0):
-            y_pred = self._model(x, training=False)
-        compiled.build(y, y_pred)
-        for metric in compiled.metrics:
-            if not isinstance(metric, keras.metrics.Mean):
-                raise UserError(f"model.kind: the metric {metric.name} of {self._kind} is no mean over rows; take it out of compile(metrics=...).")
+    def _attributes(self) -> Mapping[str, Any]:
+        layers = [(layer.name if layer is not self._model else "", layer) for layer in self._model._flatten_layers()
+                  if not type(layer).__module__.startswith("keras.")]
+        return plain_attributes(layers, lambda value: value.numpy() if isinstance(value, tf.Tensor) and hasattr(value, "numpy") else None,
+                                OF_KERAS)
 
     @contextmanager
-    def _scope(self, params: Mapping[str, Any], state: Mapping[str, Any], seed: Any) -> Iterator[keras.StatelessScope]:
-        values = [(v, params[name]) for name, v in self._trained.items()] + [(v, state[name]) for name, v in self._kept.items()]
-        values += [(v, seed_state(seed, i, v.dtype)) for i, v in enumerate(self._seeds)]
-        known = len(self._model.variables)
-        compiled = self._model._compile_metrics
-        if compiled is not None and compiled.built:
-            values += [(v, tf.zeros(v.shape, v.dtype)) for v in compiled.variables]
+    def telling(self) -> Iterator[None]:
+        """What goes wrong in the user's code, in one sentence with its place."""
         try:
-            with keras.StatelessScope(values, collect_losses=True, initialize_variables=False) as scope:
-                yield scope
+            yield
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"model.kind: {self._kind} cannot be called ({type(error).__name__}: {in_one_line(error)}).") from error
-        if len(self._model.variables) != known:
-            raise UserError(f"model.kind: {self._kind} makes parameters while it runs; make all of them where it is built.")
+            raise failed(self.kind, error) from error
+
+    @contextmanager
+    def _scope(self, params: Mapping[str, Any], state: Mapping[str, Any], seed: Any, values: list[tuple[Any, Any]] | None = None,
+               opening: bool = False) -> Iterator[Scope]:
+        """Inside, the model computes with these arrays, and metrics with `values`. UserError where it writes to what it must not."""
+        model = self._model
+        if values is None:
+            values = self._figures.values() if self._figures else []
+        values = values + [(v, params[name]) for name, v in self._weights.items()] + [(v, state[name]) for name, v in self._kept.items()]
+        values += [(v, seed_state(seed, i, v.dtype)) for i, v in enumerate(self._seeds)]
+        known = len(model.variables)
+        with self.telling(), Scope(values) as scope:
+            yield scope
+        if len(model.variables) != known:
+            raise UserError(f"model.kind: {self.kind} makes parameters while it runs; make all of them where it is built.")
+        ours = {id(v) for v, _ in values} | ({id(v) for v in model.metrics_variables} if opening else set())
+        for number, variable in scope.written.items():
+            if number not in ours:
+                raise UserError(f"model.kind: {self.kind} writes to the variable {variable.path}, which is none of its own, so no checkpoint has it; "
+                                "make it, or the SeedGenerator that it belongs to, an attribute of a layer.")
+        if {id(v) for v in model.trainable_weights} != self._trained:
+            raise UserError(f"model.kind: {self.kind} changes `trainable` while it computes its loss; set it where the model is made, or use "
+                            "model.freeze and model.thaw.")
+        check_graph(self.kind, model._flatten_layers())
+
+
+def check_graph(kind: str, layers: Iterable[Any]) -> None:
+    """UserError where what is being traced writes to a plain tf.Variable, which no scope hides."""
+    if tf.executing_eagerly():
+        return
+    graph = tf.compat.v1.get_default_graph()
+    for op in graph.get_operations():
+        if re.fullmatch(r"(Assign\w*|Resource(Scatter|Apply|StridedSliceAssign)\w*)", op.type):
+            handles = [outer for outer, inner in graph.captures if inner is op.inputs[0]]
+            found = [f"{layer.name}.{name}" for layer in layers for name, value in vars(layer).items()
+                     if isinstance(value, tf.Variable) and any(value.handle is handle for handle in handles)]
+            raise UserError(f"model.kind: {kind} writes to the tf.Variable {(found or [op.name])[0]}, which Keras does not know as its own; "
+                            "make it by add_weight(trainable=False).")
+
+
+def failed(kind: str, error: Exception) -> UserError:
+    """What Keras or TensorFlow say of an error in a user's code, with the user's own line."""
+    return UserError(f"model.kind: {kind} cannot be called ({type(error).__name__}: {in_one_line(error)}){place_of(error)}.")
+
+
+def pieces_of(batch: Any) -> list[Any]:
+    """Two batches: the two parts of this one, or this one twice where it has one row."""
+    middle = num_rows(batch) // 2
+    if not middle:
+        return [batch, batch]
+    return [keras.tree.map_structure(lambda x: x[:middle], batch), keras.tree.map_structure(lambda x: x[middle:], batch)]
+
+
+def together(batches: list[Any]) -> Any:
+    return keras.tree.map_structure(lambda *x: tf.concat(x, 0), *batches)
 
 
 def named_variables(model: keras.Model, variables: list[Any]) -> dict[str, Any]:
@@ -170,15 +313,8 @@ def in_one_line(error: Exception) -> str:
     return " ".join(next((part for part in told if not part.startswith("Exception encountered")), told[0]).split()).rstrip(".")
 
 
-def given_spec(value: np.ndarray) -> Spec:
-    return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype))
-
-
-def parts(batch: Any) -> tuple[Any, Any, Any]:
-    if not isinstance(batch, (tuple, list)) or not 2 <= len(batch) <= 3:
-        raise UserError("model.kind: a compiled Keras model trains on rows (x, y) or (x, y, sample_weight); let the data set give them, or "
-                        "give the model a method batch_loss(batch).")
-    return batch[0], batch[1], batch[2] if len(batch) == 3 else None
+def given_spec(value: np.ndarray, trainable: bool = True, whole: bool = False) -> Spec:
+    return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype), trainable=trainable, whole=whole)
 
 
 def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
@@ -191,13 +327,11 @@ def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     return tf.reshape(found, ()) * rows, float(rows)
 
 
-def num_rows(batch: Any) -> int:
-    while not hasattr(batch, "shape"):
-        values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
-        if not values:
-            raise UserError("data.kind: a batch has no columns.")
-        batch = values[0]
-    return int(batch.shape[0])
+def columns_again(batch: Any) -> Any:
+    """Other containers with the same tensors: a user's function may take entries out."""
+    if isinstance(batch, Mapping):
+        return {name: columns_again(value) for name, value in batch.items()}
+    return rebuilt(batch, columns_again) if isinstance(batch, (tuple, list)) else batch
 
 
 def columns(batch: Any) -> Any:
@@ -208,4 +342,3 @@ def columns(batch: Any) -> Any:
         return rebuilt(batch, columns)
     array = np.asarray(batch)
     return tf.constant(array.astype(np.float32) if array.dtype == np.float64 else array)
-

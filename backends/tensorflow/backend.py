@@ -9,19 +9,23 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 
+from backends.common import check_linear, check_repeats
 from backends.tensorflow import optimizer
 from backends.tensorflow.ops import U64, TensorFlowOps, tf
 from backends.tensorflow.pieces import Pieces, plain
-from elastic.backend import Batch, Buffer, Model, ShardResult, Spec, UpdateRule
+from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, Tally, UpdateRule
 from elastic.data.collate import stacked
 from elastic.errors import UserError
 
 ALIGN_BYTES = 64  # TensorFlow ends the process on DLPack memory that is aligned to less
+
+GENERATORS = ("let layers draw by a keras.random.SeedGenerator that is an attribute of theirs (one made elsewhere, and tf.random, go on from call "
+              "to call), and count nothing in the loss")
 
 _start = threading.Lock()
 
@@ -106,7 +110,8 @@ class TensorFlowBackend(Pieces):
         super().__init__(model)
         self.parameters: Mapping[str, Spec] = model.parameters
         self.buffers: Mapping[str, Spec] = model.buffers
-        self._columns = getattr(model, "tensors", self._neutral_columns)
+        self._own: Any = model if hasattr(model, "tensors") else None  # a user's, `adapter.KerasModel`
+        self._columns = self._own.tensors if self._own else self._neutral_columns
         self._dtype = np.dtype(settings.precision)
         self._ops = TensorFlowOps(self._dtype)
         self._jit = bool(settings.compile)
@@ -115,6 +120,7 @@ class TensorFlowBackend(Pieces):
         self._steps: dict[tuple[str, ...], Callable[..., Any]] = {}
         self._compilations = 0
         self._metrics = self._traced(self._measured)
+        self._constrained: dict[str, np.ndarray] = {}
 
     def allocate(self, size: int) -> Buffer:
         room = np.zeros(size * self._dtype.itemsize + ALIGN_BYTES, np.uint8)
@@ -127,26 +133,60 @@ class TensorFlowBackend(Pieces):
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         self._params = {name: tensor_over(params[name]) for name in self.parameters}
         self._state = {name: buffers[name] for name in self.buffers}
+        self._constrained = {name: params[name] for name in self._own.constraints} if self._own else {}
 
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
-        names = tuple(into)
-        arguments = self._params, self._device_state(), self._columns(batch), tf.constant(np.uint64(seed & U64))
+        result, slopes = self._computed(tuple(into), batch, seed)
+        for name, slope in slopes.items():
+            view = into[name]
+            view += slope
+        return result
+
+    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
+        into = room()
+        if self._own is None:
+            self.gradients(batch, 0, into)
+            return Habits()
+        names, columns = tuple(into), self._columns(batch)
+        self._own.open(self._params, self._device_state(), columns)
+        (first, once), (again, twice) = (self._computed(names, batch, 0, factor) for factor in (1.0, 2.0))
+        check_repeats(self._own.kind, first, again, GENERATORS)
+        check_linear(self._own.kind, once, twice)
+        self._own.rehearse(self._params, self._device_state(), columns)
+        return Habits(moved=self._own.moved)
+
+    def _computed(self, names: tuple[str, ...], batch: Batch, seed: int, factor: float = 1.0) -> tuple[ShardResult, dict[str, np.ndarray]]:
+        """One shard, with `factor` times the gradients of its loss sum."""
+        columns, state = self._columns(batch), self._device_state()
+        arguments: tuple[Any, ...] = self._params, state, columns, tf.constant(np.uint64(seed & U64))
         if self.is_split:
             loss, weight, new, slopes = self._call(("gradients", names), self._step_of(names), arguments)
         else:
             if names not in self._steps:
                 self._steps[names] = self._traced(self._step_of(names))
-            loss, weight, new, slopes = self._steps[names](*arguments)
-        for name, slope in zip(names, slopes, strict=True):
-            if slope is not None:
-                view = into[name]
-                view += np.asarray(slope)
-        return ShardResult(float(loss), float(weight), {name: value.numpy() for name, value in new.items()})
+            if self._own:
+                self._own.open(self._params, state, columns)
+                arguments = *arguments, tf.constant(factor)
+            with self._telling():
+                loss, weight, new, slopes = self._steps[names](*arguments)
+        found = {name: np.asarray(slope) for name, slope in zip(names, slopes, strict=True) if slope is not None}
+        return ShardResult(float(loss), float(weight), {name: value.numpy() for name, value in new.items()}), found
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
-        arguments = self._params, self._device_state(), self._columns(batch)
-        found = self._call(("metrics",), self._measured, arguments) if self.is_split else self._metrics(*arguments)
+        columns, state = self._columns(batch), self._device_state()
+        if self._own:
+            self._own.open(self._params, state, columns)
+        with self._telling():
+            found = (self._call(("metrics",), self._measured, (self._params, state, columns)) if self.is_split
+                     else self._metrics(self._params, state, columns))
         return {name: (plain(total), float(weight)) for name, (total, weight) in found.items()}
+
+    def tally(self) -> Tally | None:
+        return self._model.tally() if hasattr(self._model, "tally") else None
+
+    def _telling(self) -> AbstractContextManager[Any]:
+        """Around a user's own kernels: what fails in them is the user's error."""
+        return self._own.telling() if self._own else nullcontext()
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """The scores of a model that offers `logits`. Not traced: a text that grows has another shape with every token."""
@@ -154,6 +194,9 @@ class TensorFlowBackend(Pieces):
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         optimizer.apply(rule, param, grad, slots)
+        for name, view in self._constrained.items():
+            if lies_in(view, param):
+                view[...] = self._own.constraints[name](tf.constant(view)).numpy()
 
     def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
         return optimizer.squared_norms(grad, block)
@@ -172,11 +215,14 @@ class TensorFlowBackend(Pieces):
         return self._model.metrics(self._ops, params, state, batch)
 
     def _step_of(self, names: Sequence[str]) -> Callable[..., Any]:
-        def step(params: Mapping[str, Any], state: Mapping[str, Any], batch: Any, seed: Any) -> tuple[Any, Any, Any, list[Any]]:
+        def step(params: Mapping[str, Any], state: Mapping[str, Any], batch: Any, seed: Any, factor: Any = None) -> tuple[Any, Any, Any, list[Any]]:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch([params[name] for name in names])
                 loss, weight, new = self._model.loss(self._ops, params, state, batch, seed)
-            slopes = tape.gradient(loss, [params[name] for name in names])
+            if self._own:
+                self._own.check_moved(names)
+            slopes = tape.gradient(loss, [params[name] for name in names],
+                                   output_gradients=None if factor is None else tf.cast(factor, loss.dtype))
             if all(slope is None for slope in slopes) and not (isinstance(weight, float) and weight == 0.0):  # a batch without rows
                 raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
             return (tf.cast(loss, tf.float64), tf.cast(weight, tf.float64), dict(new),
@@ -196,3 +242,8 @@ def tensor_over(view: np.ndarray) -> Any:
     """A tensor that shares the memory of a view."""
     assert view.ctypes.data % ALIGN_BYTES == 0, "parameters begin at multiples of 64 bytes"
     return tf.experimental.dlpack.from_dlpack(view.__dlpack__())
+
+
+def lies_in(view: np.ndarray, buffer: np.ndarray) -> bool:
+    first = view.ctypes.data - buffer.ctypes.data
+    return first >= 0 and first + view.nbytes <= buffer.nbytes

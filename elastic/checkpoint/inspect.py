@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from elastic.buffers import wide
 from elastic.checkpoint.manager import read_sound
 from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.reader import Reader, read_arrays
@@ -121,10 +122,10 @@ def values_differ(name: str, left: np.ndarray, right: np.ndarray) -> Difference 
 def values_apart(left: np.ndarray, right: np.ndarray) -> tuple[int, float]:
     """How many elements differ in any bit (-0 is not 0), and the largest distance; NaN where a number stands against a NaN."""
     num_different, largest = 0, 0.0
-    bits = f"u{left.dtype.itemsize}"
+    bits = f"u{min(left.dtype.itemsize, 8)}"  # a wider number is two
     for low in range(0, len(left), BLOCK):
         x, y = left[low:low + BLOCK], right[low:low + BLOCK]
-        apart = x.view(bits) != y.view(bits)
+        apart = (x.view(bits) != y.view(bits)).reshape(len(x), -1).any(1)
         if apart.any():
             num_different += int(np.count_nonzero(apart))
             largest = float(np.maximum(largest, distance(x[apart], y[apart])))  # np.maximum passes NaN on
@@ -132,9 +133,9 @@ def values_apart(left: np.ndarray, right: np.ndarray) -> tuple[int, float]:
 
 
 def distance(x: np.ndarray, y: np.ndarray) -> float:
-    if x.dtype.kind == "f":
+    if x.dtype.kind in "fcV":
         with np.errstate(invalid="ignore"):  # of two infinities
-            return float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max())
+            return float(np.abs(wide(x) - wide(y)).max())
     low, high = np.minimum(x, y), np.maximum(x, y)
     return float((high.astype(np.uint64) - low.astype(np.uint64)).max())  # modulo 2^64, which a difference never reaches
 

@@ -258,7 +258,8 @@ def read_init(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             store, name = split(path)
             found = read_weights(store, name, read_sound(store, name))
             return {name.removeprefix(PARAMETER): array for name, array in found.items() if name.startswith(PARAMETER)}
-        return safetensors.decode(path.read_bytes(), str(path))
+        found = safetensors.decode(path.read_bytes(), str(path))
+        return {name: array.astype(np.float32) if array.dtype.name == "bfloat16" else array for name, array in found.items()}
     except OSError as error:
         raise RecipeError(f"model.init = {str(path)!r} cannot be read ({error.strerror}); give a safetensors file or a checkpoint.") from error
     except BadCheckpoint as error:

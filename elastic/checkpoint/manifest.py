@@ -19,7 +19,7 @@ MAX_CHUNK = 1 << 30
 MAX_BYTES = 1 << 26  # of a manifest; a million arrays need less
 MAX_PIECES = 10_000  # of one array that is not cut into runs; each is compared with each
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4,
-              "uint16": 2, "uint8": 1, "bool": 1}
+              "uint16": 2, "uint8": 1, "bool": 1, "bfloat16": 2, "complex64": 8, "complex128": 16}
 
 
 @dataclass(frozen=True)

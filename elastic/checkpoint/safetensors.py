@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (NumPy knows "bfloat16" by it)
 import numpy as np
 
 from elastic.checkpoint.manifest import ITEM_BYTES, Piece
 from elastic.errors import BadCheckpoint
 
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-         "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL"}
+         "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+         "bfloat16": "BF16", "complex64": "C64", "complex128": "C128"}
 LINE = 64  # bytes of a cache line: copies to its start are faster
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
@@ -82,10 +84,8 @@ def entries(content: bytes) -> Iterator[tuple[str, dict[str, Any], memoryview]]:
 
 
 def view(body: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
-    brain = dtype == "BF16"  # NumPy has none: it is read as float32, which holds all its values
-    kind = np.dtype("uint16" if brain else DTYPES[dtype]).newbyteorder("<")
+    kind = np.dtype(DTYPES[dtype]).newbyteorder("<")
     low, high = data_offsets
     if not 0 <= low <= high <= len(body) or high - low != math.prod(shape) * kind.itemsize or min([0, *shape]) < 0:
         raise ValueError("an array's bytes do not fit its shape")
-    array = np.frombuffer(body[low:high], kind).reshape(shape)
-    return (array.astype(np.uint32) << np.uint32(16)).view(np.float32) if brain else array
+    return np.frombuffer(body[low:high], kind).reshape(shape)

@@ -25,12 +25,13 @@ class Rules:
     freeze: tuple[str, ...] = ()
     no_decay: tuple[str, ...] = ()
     decayed: tuple[str, ...] = ("*",)
+    thaw: tuple[str, ...] = ()
 
 
 def rules_of(recipe: Recipe) -> Rules:
     mesh = recipe.mesh
     return Rules(mesh.layout or None, mesh.chunks if mesh.schedule == "interleaved" else 1, recipe.model.freeze, recipe.optimizer.no_decay,
-                 recipe.optimizer.decayed)
+                 recipe.optimizer.decayed, recipe.model.thaw)
 
 
 def check_rows(rows: int, mesh: Mesh, micro_batches: int) -> None:
@@ -90,4 +91,4 @@ def flat_layout(layout: Layout, model: Any, rules: Rules, seat: Seat) -> FlatLay
     """Where everything lies that a seat holds, as its state has it."""
     specs = layout.specs(seat)
     copies = {name for name in specs if not layout.is_keeper(name, seat)}
-    return FlatLayout(specs, model.buffers, rules.freeze, rules.no_decay, copies, layout.parameters, rules.decayed)
+    return FlatLayout(specs, model.buffers, rules.freeze, rules.no_decay, copies, layout.parameters, rules.decayed, rules.thaw)

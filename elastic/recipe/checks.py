@@ -45,7 +45,8 @@ def check_model(recipe: Recipe) -> None:
     if ":" not in kind and kind not in MODEL_DEFAULTS:
         raise RecipeError(f"model.kind = {shown(kind)} is no kind of model; write {OWN_KIND}.")
     if ":" in kind and recipe.backend.name == "reference":
-        raise RecipeError(f'model.kind = {shown(kind)} is a model of one framework; write backend.name = "torch" for it.')
+        raise RecipeError(f'model.kind = {shown(kind)} is a model of one framework; write backend.name = "torch", "tensorflow" or "mxnet", '
+                          "whichever it is of.")
     if ":" not in kind and data.kind:
         raise RecipeError(f'data.kind = {shown(data.kind)} does not feed model.kind = {shown(kind)}; write data.format and data.path.')
 

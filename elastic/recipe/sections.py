@@ -53,6 +53,7 @@ class ModelSection(Section):
                       description=f'one of {", ".join(MODEL_DEFAULTS)}, or "package.module:attribute" for a model of your own')
     init: str = Field("", description="the path of a safetensors file or of a checkpoint")
     freeze: Texts = Field((), description=PATTERNS)
+    thaw: Texts = Field((), description=PATTERNS)
 
     @property
     def config(self) -> dict[str, Any]:

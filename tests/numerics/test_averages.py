@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from elastic import inference
-from elastic.backend import initial_values
 from elastic.checkpoint import manager
 from elastic.checkpoint.export import export
 from elastic.recipe import Recipe
+from elastic.starting import initial_values
 from elastic.workload import open_model, prepare
 from tests.support.frameworks import load, names
 from tests.support.images import idx_files, vision_recipe

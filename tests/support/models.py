@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from elastic.backend import Spec, initial_values
+from elastic.backend import Spec
+from elastic.starting import initial_values
 from elastic.state import FlatLayout, shaped
 from nlp.gpt import build
 from tests.support.frameworks import load, settings

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic.backend import initial_values
 from elastic.errors import RecipeError
+from elastic.starting import initial_values
 from tests.unit.test_images import everything, png, section
 from vision.data import prepare
 from vision.images import decode

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elastic.backend import initial_values
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import parse
+from elastic.starting import initial_values
 from recommender.data import HASHED_ROWS, open_dataset, prepare
 from recommender.dlrm import build
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.backend import Spec, initial_values
+from elastic.backend import Spec
 from elastic.collective.local import Hub
 from elastic.errors import RecipeError
+from elastic.starting import initial_values
 from elastic.state import ALIGN, BLOCK, FlatLayout, State
 from tests.support.threads import together
 

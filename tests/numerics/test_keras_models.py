@@ -1,0 +1,240 @@
+"""Users' own Keras models of many kinds: what `fit` makes of them, on any number of workers; or one sentence."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastic.recipe import Recipe
+from elastic.workload import Workload, check_model, open_model
+from tests.support.frameworks import assert_close, load
+from tests.support.inprocess import Result, fit, module_recipe
+
+KINDS = "tests.support.keras_kinds"
+STEPS, BATCH, LR = 20, 12, 0.05
+DISTURBED = ("kill:1@3/vote", "kill:0@7/update")
+ALIKE = ["constrained", "centred", "regularized", "normed", "group_normed", "frozen", "nested", "two_heads", "own_compute_loss", "penalized",
+         "recurrent", "averaging", "teacher", "net"]
+OPTIMIZERS = {"sgd": {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0},
+              "adamw": {"name": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-3}}
+
+
+@pytest.fixture(scope="module", params=["tensorflow"])
+def kinds(request: pytest.FixtureRequest) -> Any:
+    load(request.param, "backend").start(1)
+    return importlib.import_module(KINDS)
+
+
+def recipe(kind: str, rows: str = "pair", shards: int = 3, workers: int = 1, rule: str = "sgd", **changes: Any) -> Recipe:
+    base: dict[str, Any] = {
+        "model": {"kind": f"{KINDS}:{kind}"}, "backend": {"name": "tensorflow"}, "optimizer": {"lr": LR, "schedule": "constant", **OPTIMIZERS[rule]},
+        "data": {"kind": f"{KINDS}:Rows", "batch_size": BATCH, "shuffle": False}, "elastic": {"max_workers": workers, "logical_shards": shards}}
+    merged = {name: {**base.get(name, {}), **changes.get(name, {})} for name in {**base, **changes}}
+    return module_recipe("", STEPS, {"kind": rows}, **merged)
+
+
+class AdamW:
+    """Loshchilov and Hutter 2019, algorithm 2, in float64: Keras' own adds epsilon at another place."""
+
+    def build(self, variables: Any) -> None:
+        self.moments = [np.zeros((2, *v.shape)) for v in variables]
+        self.step = 0
+
+    def apply(self, slopes: Any, variables: Any) -> None:
+        self.step += 1
+        for moments, slope, variable in zip(self.moments, slopes, variables, strict=True):
+            for moment, beta, value in zip(moments, (0.9, 0.95), (slope, np.square(slope, dtype=np.float64)), strict=True):
+                moment *= beta
+                moment += (1 - beta) * value
+            mean, square = (moment / (1 - beta ** self.step) for moment, beta in zip(moments, (0.9, 0.95), strict=True))
+            value = variable.numpy() * (1 - LR * 0.1) - LR * mean / (np.sqrt(square) + 1e-3)
+            variable.assign(value.astype(np.float32))
+            if variable.constraint is not None:
+                variable.assign(variable.constraint(variable))
+
+
+class Plain:
+    """Keras by itself: its own optimizer, over whole batches or over the same logical shards one after another."""
+
+    def __init__(self, kinds: Any, model: str, rows: str, rule: str):
+        import keras
+
+        self.keras, self.columns = keras, kinds.Rows(rows).columns()
+        self.model = load("tensorflow", "backend").construct(getattr(kinds, model), {}, 0)
+        self.model.optimizer = keras.optimizers.SGD(LR, momentum=0.9) if rule == "sgd" else AdamW()
+        self.model.optimizer.build(self.model.trainable_variables)
+
+    def rows(self, low: int, high: int) -> Any:
+        return self.keras.tree.map_structure(lambda column: column[low:high], self.columns)
+
+    def fit(self) -> Plain:
+        for step in range(STEPS):
+            low = step * BATCH % len(self.keras.tree.flatten(self.columns)[0])
+            self.model.train_on_batch(*self.rows(low, low + BATCH))
+        return self
+
+    def shards(self, shards: int) -> Plain:
+        model, size = self.model, BATCH // shards
+        kept = [v for v in model.weights if all(v is not t for t in model.trainable_weights)]
+        for step in range(STEPS):
+            first = step * BATCH % len(self.keras.tree.flatten(self.columns)[0])
+            before = [v.numpy() for v in kept]
+            found = [self.shard(self.rows(low, low + size), kept, before) for low in range(first, first + BATCH, size)]
+            for i, variable in enumerate(kept):
+                variable.assign(before[i] + np.mean([changes[i] for _, changes in found], axis=0).astype(before[i].dtype))
+            slopes = [np.mean([grads[i] for grads, _ in found], axis=0) for i in range(len(model.trainable_weights))]
+            model.optimizer.apply(slopes, model.trainable_weights)
+        return self
+
+    def shard(self, batch: Any, kept: Any, before: Any) -> Any:
+        import tensorflow as tf
+
+        for variable, value in zip(kept, before, strict=True):
+            variable.assign(value)
+        x, y, weight = (*batch, None)[:3]
+        batch = self.keras.tree.map_structure(tf.constant, (x, y))
+        with tf.GradientTape() as tape:
+            y_pred = self.model(batch[0], training=True) if self.model._call_has_training_arg else self.model(batch[0])
+            loss = self.model._compute_loss(batch[0], batch[1], y_pred, weight)
+        slopes = tape.gradient(loss, [v.value for v in self.model.trainable_weights])
+        return [np.asarray(tf.convert_to_tensor(slope)) for slope in slopes], [v.numpy() - b for v, b in zip(kept, before, strict=True)]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        named = load("tensorflow", "adapter").named_variables(self.model, self.model.weights)
+        return {name: variable.numpy() for name, variable in named.items()}
+
+
+def assert_same(found: Result, wanted: dict[str, np.ndarray], tolerance: float) -> None:
+    arrays = {name.partition("/")[2]: value for name, value in found.arrays().items() if name.startswith(("parameter/", "buffer/"))}
+    assert set(arrays) == set(wanted)
+    for name, value in wanted.items():
+        assert_close(arrays[name], value, tolerance, name)
+
+
+@pytest.mark.parametrize("model", ALIKE)
+def test_one_shard_is_fit_itself(kinds: Any, model: str, tmp_path: Path) -> None:
+    rows = kinds.ALIKE[model]
+    found = fit(tmp_path, recipe(model, rows, shards=1))
+    found.assert_sound(STEPS)
+    plain = Plain(kinds, model, rows, "sgd")
+    start = plain.arrays()
+    wanted = plain.fit().arrays()
+    assert any(np.abs(value - start[name]).max() > 1e-3 for name, value in wanted.items())
+    assert_same(found, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("model", ALIKE)
+def test_shards_are_keras_over_the_same_shards_on_any_number_of_workers(kinds: Any, model: str, tmp_path: Path) -> None:
+    rows = kinds.ALIKE[model]
+    found = {name: fit(tmp_path / name, recipe(model, rows, rule=name)) for name in OPTIMIZERS}
+    for name, tolerance in (("sgd", 1e-6), ("adamw", 1e-5)):
+        found[name].assert_sound(STEPS)
+        assert_same(found[name], Plain(kinds, model, rows, name).shards(3).arrays(), tolerance)
+    for workers, chaos in ((2, DISTURBED[:1]), (3, DISTURBED)):
+        again = fit(tmp_path / str(workers), recipe(model, rows, workers=workers, rule="adamw"), chaos)
+        again.assert_sound(STEPS)
+        assert len(again.named("worker_lost")) == len(chaos)
+        assert again.sha == found["adamw"].sha
+
+
+def test_layers_that_draw_have_one_hash(kinds: Any, tmp_path: Path) -> None:
+    one, three = (fit(tmp_path / str(workers), recipe("dropped", workers=workers), DISTURBED[:workers - 1]) for workers in (1, 3))
+    assert one.sha == three.sha
+    losses = [line["loss"] for line in one.metrics]
+    assert len(set(losses)) == STEPS
+
+
+def test_thaw_overrules_trainable(kinds: Any, tmp_path: Path) -> None:
+    plain = Plain(kinds, "frozen", "pair", "sgd")
+    start = plain.arrays()
+    changes = {"model": {"thaw": ["dense.bias"], "freeze": ["dense_1.bias"]}}
+    found = fit(tmp_path, recipe("frozen", workers=2, **changes)).arrays()
+    moved = {name for name, value in start.items() if not np.array_equal(found.get(f"parameter/{name}", found.get(f"buffer/{name}")), value)}
+    assert moved == {"dense.bias", "dense_1.kernel"}
+
+
+def test_metrics_are_those_of_evaluate(kinds: Any, tmp_path: Path) -> None:
+    found = [fit(tmp_path / str(workers), recipe("many_metrics", "near weighted", workers=workers, data={"eval_fraction": 0.5}, run={"eval_every": 0})
+                 ) for workers in (1, 3)]
+    told = [result.metrics[-1]["eval"] for result in found]
+    assert told[0] == told[1]
+    plain = Plain(kinds, "many_metrics", "near weighted", "sgd")
+    arrays = found[0].arrays()
+    for name, variable in load("tensorflow", "adapter").named_variables(plain.model, plain.model.weights).items():
+        variable.assign(arrays[f"parameter/{name}"])
+    rows = plain.rows(kinds.ROWS // 2, kinds.ROWS)
+    wanted = {}
+    for name, value in plain.model.evaluate(*rows[:2], sample_weight=rows[2], batch_size=7, verbose=0, return_dict=True).items():
+        wanted |= {name: float(value)} if np.size(value) == 1 else {f"{name}.{i}": float(v) for i, v in enumerate(np.ravel(value))}
+    assert len(wanted) >= 9 and set(told[0]) == set(wanted)
+    assert told[0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_metrics_of_two_outputs(kinds: Any, tmp_path: Path) -> None:
+    found = fit(tmp_path, recipe("two_heads", "two", workers=2, data={"eval_fraction": 0.5}, run={"eval_every": 0})).metrics[-1]["eval"]
+    assert set(found) == {"loss", "line_loss", "side_loss", "line_mse"}
+    assert found["loss"] == pytest.approx(0.3 * found["line_loss"] + 2 * found["side_loss"], rel=1e-5)
+
+
+REFUSED_BEFORE = [("summed", "reduction = 'sum'"), ("stepping", "has a train_step of its own"), ("measuring", "has a test_step of its own"),
+                  ("half", "computes in float16")]
+REFUSED = [("spread", "pair", "is not a mean over rows"), ("summing_penalty", "pair", "is not a mean over rows"), ("masked", "ids", "has a mask"),
+           ("spectral", "pair", "writes to its parameter .*kernel"), ("largest", "pair", "metric largest .* cannot be added up")]
+ODD = [("counter", "changes its attribute odd.*count"), ("listing", "changes its attribute odd.*seen"), ("variable", r"tf.Variable odd\w*\.plain"),
+       ("generator", "writes to the variable seed_generator"), ("stateful", "another loss|writes to the tf.Variable"), ("clipped", "not linear"),
+       ("broken", r"so many cats\) \(keras_kinds.py, line \d+, in do_broken"), ("gather", r"keras_kinds.py|GatherV2|indices"),
+       ("thawing", "changes `trainable`")]
+
+
+@pytest.mark.parametrize(("model", "words"), REFUSED_BEFORE)
+def test_what_is_refused_before_any_worker_starts(kinds: Any, model: str, words: str) -> None:
+    from elastic.errors import UserError
+
+    asked = recipe(model)
+    with pytest.raises(UserError, match=words) as told:
+        check_model(asked, open_model(asked, {}))
+    assert_sentence(str(told.value))
+
+
+@pytest.mark.parametrize(("model", "rows", "words"), REFUSED)
+def test_what_is_refused_before_the_first_step(kinds: Any, model: str, rows: str, words: str, tmp_path: Path) -> None:
+    assert_refused(fit(tmp_path, recipe(model, rows, workers=2, data={"eval_fraction": 0.3})), words)
+
+
+@pytest.mark.parametrize(("what", "words"), ODD)
+def test_what_a_layer_should_not_do(kinds: Any, what: str, words: str, tmp_path: Path) -> None:
+    assert_refused(fit(tmp_path, recipe("odd", workers=2, model={"what": what})), words)
+
+
+def assert_refused(found: Result, words: str) -> None:
+    import re
+
+    assert found.outcome.status == "failed" and not found.steps
+    assert re.search(words, found.outcome.error), found.outcome.error
+    assert_sentence(found.outcome.error)
+    assert len(found.named("worker_lost")) <= 2, "at once, not worker after worker"
+
+
+def assert_sentence(told: str) -> None:
+    assert "\n" not in told and told.endswith(".") and "model.kind" in told, told
+    assert len(told) < 600
+
+
+def test_a_constraint_needs_whole_parameters(kinds: Any) -> None:
+    asked = recipe("constrained")
+    check_model(asked, open_model(asked, {}))
+    asked = recipe("constrained", rule="adamw", optimizer={"sharded": True})
+    with pytest.raises(ValueError, match="optimizer.sharded = true cuts parameter dense.kernel"):
+        check_model(asked, open_model(asked, {}))
+
+
+@pytest.mark.parametrize("backend", ["torch", "mxnet"])
+def test_another_backend_s_name_is_told(kinds: Any, backend: str) -> None:
+    load(backend, "backend")
+    asked = recipe("net", backend={"name": backend})
+    with pytest.raises(ValueError, match='a Keras model .Sequential.; write backend.name = "tensorflow"'):
+        Workload.open(asked, {})
