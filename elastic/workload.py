@@ -22,7 +22,7 @@ from elastic.errors import RecipeError, UserError
 from elastic.evaluation import tally_of
 from elastic.loop import Plan, Work
 from elastic.mesh import Mesh, Seat
-from elastic.own import check_home
+from elastic.own import check_home, place_of
 from elastic.parallel.layout import Layout
 from elastic.parallel.measure import costs_of
 from elastic.parallel.pipeline import Pipeline
@@ -71,7 +71,8 @@ def call_user(key: str, function: Callable[..., Any], arguments: Mapping[str, An
     except UserError:
         raise
     except Exception as error:
-        raise RecipeError(f"{key}: calling it with {dict(arguments)} failed ({type(error).__name__}: {error}); mend it or its keys.") from error
+        raise RecipeError(f"{key}: calling it with {dict(arguments)} failed ({type(error).__name__}: {error}{place_of(error)}); "
+                          "mend it or its keys.") from error
 
 
 def door(kind: str, name: str) -> Any:

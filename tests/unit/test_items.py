@@ -128,6 +128,16 @@ def test_what_cannot_be_in_a_batch_is_refused_by_its_path(name: str, put: Callab
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("value", "name"), [(np.zeros(2, np.int16), "int16"), (np.complex64(1j), "complex64"), (np.zeros((), np.uint32), "uint32")])
+def test_a_type_that_the_framework_lacks_is_refused_by_its_path(value: Any, name: str) -> None:
+    few = ("float32", "int64")
+    fits = MapStyle(Made(lambda i: {"a": [np.float32(i), i]}), collate=lambda items: stacked(items, few))
+    assert fits.batch(np.arange(2), np.zeros(2))["a"][1].tolist() == [0, 1]
+    data = MapStyle(Made(lambda i: {"a": [i, {"b": value}]}), collate=lambda items: stacked(items, few))
+    with pytest.raises(RecipeError, match=rf"item\['a'\]\[1\]\['b'\] cannot be put into a batch: .*there is no {name} in the framework, only"):
+        data.batch(np.arange(2), np.zeros(2))
+
+
 def test_an_error_in_an_item_names_file_line_and_item() -> None:
     def fails(index: int) -> Any:
         return {"x": 1 / (index - 4)}
