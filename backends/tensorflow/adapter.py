@@ -17,7 +17,7 @@ import numpy as np
 
 from backends.common import check_attributes, plain_attributes
 from backends.tensorflow.compiled import check_compiled, check_pieces, parts
-from backends.tensorflow.figures import VARIABLES, Figures, MetricTally
+from backends.tensorflow.figures import VARIABLES, Figures, MetricTally, snake
 from backends.tensorflow.ops import mixed, tf
 
 # isort: split
@@ -292,12 +292,6 @@ def named_variables(model: keras.Model, variables: list[Any]) -> dict[str, Any]:
             name, twins = f"{plain_name}.{twins}", twins + 1
         out[name] = variable
     return out
-
-
-def snake(name: str) -> str:
-    """A class's name as Keras makes a layer's of it: "BatchNormalization" is "batch_normalization"."""
-    name = re.sub(r"\W+", "", name)
-    return re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z0-9]+)", r"\1_\2", name)).lower()
 
 
 def seed_state(seed: Any, number: int, dtype: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +25,7 @@ class Figures:
 
     def __init__(self, model: keras.Model):
         self.metrics = [metric for metric in model.metrics if metric is not model._loss_tracker]
+        rename([part for metric in self.metrics for part in getattr(metric, "metrics", [metric])])
         self.variables = [v for metric in self.metrics for v in metric.variables]
         self.initial = [np.array(v.numpy()) for v in self.variables]
 
@@ -73,6 +76,22 @@ class Figures:
             array = np.asarray(value, np.float64)
             out |= {name: float(array.item())} if array.size == 1 else {f"{name}.{i}": float(x) for i, x in enumerate(array.reshape(-1))}
         return out
+
+
+def rename(metrics: Iterable[Any]) -> None:
+    """Keras numbers metrics without a name of their own by how many the process has made; here they are numbered within the model."""
+    counts: Counter[str] = Counter()
+    for metric in metrics:
+        base = snake(type(metric).__name__)
+        if re.fullmatch(rf"{base}(_\d+)?", metric.name):
+            metric.name = f"{base}_{counts[base]}" if counts[base] else base
+            counts[base] += 1
+
+
+def snake(name: str) -> str:
+    """A class's name as Keras makes an object's of it: "BatchNormalization" is "batch_normalization"."""
+    name = re.sub(r"\W+", "", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z0-9]+)", r"\1_\2", name)).lower()
 
 
 class MetricTally:
