@@ -21,7 +21,8 @@ class Info:
     """What is at a path. A folder has no size."""
 
     bytes: int
-    is_folder: bool
+    is_folder: bool  # or a link to one
+    is_link: bool = False
 
 
 class Sink(Protocol):
@@ -89,7 +90,7 @@ class LocalFiles:
             found = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Info(0 if stat.S_ISDIR(found.st_mode) else found.st_size, stat.S_ISDIR(found.st_mode))
+        return Info(0 if stat.S_ISDIR(found.st_mode) else found.st_size, stat.S_ISDIR(found.st_mode), os.path.islink(path))
 
     def read(self, path: str, low: int, high: int) -> bytes:
         with open(path, "rb", buffering=0) as file:

@@ -182,7 +182,7 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
             continue
     kept = {name for name, _ in good[:keep]} | best_of(good, best, best_mode)
     kept |= {name for name, manifest in good if keep_every and manifest.step % keep_every == 0}
-    gone = [name for name, _ in good if name not in kept]
+    gone = [name for name, _ in good if name not in kept and not store.is_link(name)]  # what a link leads to is somebody else's
     for name in gone:
         store.remove(f"{name}/{MANIFEST}")  # first: a removal that is cut off must leave no manifest without its files
         store.remove(name)
@@ -205,7 +205,7 @@ def clean(store: Store, live_generation: int, read: Read = read_manifest) -> lis
     gone = []
     for folder in store.names():
         match = FOLDER.fullmatch(folder)
-        if not match or int(match[1]) > newest:
+        if not match or int(match[1]) > newest or store.is_link(folder):
             continue
         files = store.names(folder)
         named = named_files(store, folder, read) if MANIFEST in files else set()

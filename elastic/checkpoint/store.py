@@ -96,10 +96,14 @@ class Store:
         """Names of files and folders directly in a folder, sorted; none where there is no such folder."""
         return sorted(self.files.names(self.path(folder).rstrip("/") or "/"))
 
-    def remove(self, name: str) -> None:
-        """A file, or a folder with all that is in it."""
+    def is_link(self, name: str) -> bool:
         found = self.files.info(self.path(name))
-        if found is not None and found.is_folder:
+        return found is not None and found.is_link
+
+    def remove(self, name: str) -> None:
+        """A file, or a folder with all that is in it; of a link the link alone."""
+        found = self.files.info(self.path(name))
+        if found is not None and found.is_folder and not found.is_link:
             for inside in self.names(name):
                 self.remove(f"{name}/{inside}")
             if self.files.info(self.path(name)) is None:

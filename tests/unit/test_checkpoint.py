@@ -212,6 +212,20 @@ def test_the_newest_and_the_best_are_kept(store: Store, root: Path) -> None:
     assert_is(store, "step-00000070", 70)
 
 
+def test_pruning_follows_no_link(store: Store, root: Path, tmp_path: Path) -> None:
+    """A checkpoint that is a link to somebody else's, and a folder with a link in it."""
+    theirs = tmp_path / "theirs"
+    save(Store.open(theirs), 10)
+    for step in (20, 30):
+        save(store, step)
+    (root / "step-00000010").symlink_to(theirs / "step-00000010")
+    (root / "step-00000020" / "more").symlink_to(theirs)
+    before = {path: path.read_bytes() for path in theirs.rglob("*") if path.is_file()}
+    assert before and prune(store, 1) == ["step-00000020"] and clean(store, 99) == []
+    assert {path: path.read_bytes() for path in theirs.rglob("*") if path.is_file()} == before
+    assert (root / "step-00000010").is_symlink() and not (root / "step-00000020").exists()
+
+
 def test_every_nth_step_is_kept_for_ever(store: Store, root: Path) -> None:
     for step in range(10, 90, 10):
         save(store, step)
