@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,9 @@ PROCESS_BYTES = 350_000_000  # a worker's interpreter with Ray and a framework l
 
 @dataclass(frozen=True)
 class Preview:
-    """`worker_bytes` is a worker's state and buffers beside its process; activations are not in it."""
+    """`parameters` are the model's own, without the padding of the buffers they lie in; `worker_bytes` is a worker's state and buffers beside its
+    process, without activations.
+    """
 
     parameters: int
     worker_bytes: int
@@ -45,8 +48,7 @@ def preview(recipe: Recipe, info: Mapping[str, Any]) -> Preview:
     sizes = {max(1, workers // layout.mesh.replica_size) for workers in range(elastic.min_workers, elastic.max_workers + 1)}
     most = max(costs.memory(asked.task, Candidate(replace(layout.mesh, data=data), mesh.micro_batches, nothing, held, mesh.schedule,
                                                   layout.num_chunks)).total for data in sizes)
-    whole = meshes.holding(meshes.lay(asked.model, Mesh(1), asked.rules, None), asked.model, asked.rules, layout.mesh.seat(0))
-    return Preview(whole.size, int(most), elastic.max_workers + elastic.spares)
+    return Preview(sum(math.prod(spec.shape) for spec in asked.model.parameters.values()), int(most), elastic.max_workers + elastic.spares)
 
 
 def question(recipe: Recipe, model: Any, balance: Mapping[str, float] | None = None) -> Question:

@@ -91,7 +91,7 @@ def facts_of(manifest: Manifest) -> dict[str, Any]:
 
 def write_safetensors(taken: Taken, path: Path) -> None:
     """Every array once, under the first of its names that a state dict has; the facts in the header, as JSON."""
-    once = {name: key for key, name in reversed(taken.names.items())}
+    once = {name: key for key, name in reversed(list(taken.names.items()))}
     path.write_bytes(save({key: np.asarray(taken.arrays[name], order="C") for name, key in once.items()},
                           {"facts": json.dumps(facts_of(taken.manifest))}))
 
