@@ -35,6 +35,7 @@ from elastic.sharded import ShardedState
 from elastic.state import BLOCK, State
 
 MAX_LINES = 50_000  # that a manifest carries; those before are on the disk itself long since
+FEW = 5  # sample positions that a sentence lists
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,9 @@ def check_finite(work: Work, ballot: Ballot) -> None:
         raise NonFiniteLoss(f"The weights of step {ballot.step} sum to {sum(ballot.weights)}; a model's loss must give a weight above 0.")
     for shard, loss in enumerate(ballot.losses):
         if not math.isfinite(loss):
-            positions = ", ".join(str(p) for p in work.positions(ballot.step, shard).tolist())
-            raise NonFiniteLoss(f"The loss is {loss} at step {ballot.step}, logical shard {shard}, sample positions {positions}; "
+            positions = work.positions(ballot.step, shard).tolist()
+            some = ", ".join(map(str, positions[:FEW])) + (f" and {len(positions) - FEW} more" if len(positions) > FEW else "")
+            raise NonFiniteLoss(f"The loss is {loss} at step {ballot.step}, logical shard {shard}, sample positions {some}; "
                                 "lower optimizer.lr, set optimizer.clip_norm or mend these samples.")
     if not math.isfinite(ballot.squared_norm):
         raise NonFiniteLoss(f"The gradient's norm is {ballot.squared_norm} at step {ballot.step}; lower optimizer.lr or mend the data.")

@@ -33,8 +33,8 @@ TOLD_BYTES = 64 << 20  # that a part of a shard must take, for its other rows to
 
 @dataclass(frozen=True)
 class Preview:
-    """`worker_bytes` is a worker's state, buffers and activations beside its process, `shard_bytes` of them what one logical shard needs:
-    activations and batches. Both are what is needed at least."""
+    """`parameters` are the model's own, without the padding of the buffers they lie in; `worker_bytes` is a worker's state, buffers and
+    activations beside its process, `shard_bytes` of them what one logical shard needs: activations and batches. All are needed at least."""
 
     parameters: int
     worker_bytes: int

@@ -206,15 +206,13 @@ def clean(store: Store, live_generation: int, read: Read = read_manifest) -> lis
     gone = []
     for folder in store.names():
         match = FOLDER.fullmatch(folder)
-        if not match or int(match[1]) > newest:
+        if not match or int(match[1]) > newest or store.is_link(folder):
             continue
         files = store.names(folder)
         named = named_files(store, folder, read) if MANIFEST in files else set()
         if named is None:
             continue
         left = [file for file in files if file not in named and is_older(file, live_generation)]
-        if left and store.is_link(folder):
-            continue
         for file in left:
             store.remove(f"{folder}/{file}")
             gone.append(f"{folder}/{file}")

@@ -46,7 +46,7 @@ def live_lines(run_dir: Path, events: list[dict[str, Any]], metrics: list[dict[s
     for step in steps[-WINDOW:]:
         pace.add(step)
     quiet = now_s - latest
-    head = "running" if quiet < QUIET_S else f"no word for {duration(quiet)}: it may be dead; `elastic resume {run_dir}` goes on"
+    head = "running" if quiet < QUIET_S else f"no sign of life for {quiet:.0f} s: it may be dead; `elastic resume {run_dir}` goes on"
     summary = build_summary(events, metrics, "running")
     return [head, pace.line(), f"evaluation {numbers(evaluations[-1]['eval']) if evaluations else 'none'}, recoveries "
             f"{summary['recoveries']}, steps lost {summary['steps_lost']}, goodput {summary['goodput']:.1%}"]
