@@ -54,7 +54,7 @@ class ModuleModel:
         if not named:
             raise self.error("has no parameters to train.")
         for name, p in [*named.items(), *module.named_buffers()]:
-            if isinstance(p, torch.nn.parameter.UninitializedTensorMixin) or p.is_meta:
+            if is_lazy(p) or p.is_meta:
                 raise self.error(f"has no values in {name} yet; let the factory call it once on an example, or build it with its sizes.")
             if p.layout != torch.strided or p.is_quantized or p.dtype not in KEPT:
                 what = p.dtype if p.layout == torch.strided else p.layout
@@ -62,7 +62,7 @@ class ModuleModel:
         wrong = [name for name, p in named.items() if p.requires_grad and p.dtype != torch.float32]
         if wrong:
             raise UserError(f"model.kind: parameter {wrong[0]} is {named[wrong[0]].dtype}; parameters must be float32.")
-        watch.refuse_hooks(self.kind, named)
+        watch.refuse_hooks(self.kind, named, seeded)
         watch.refuse_views(self.kind, module, named)
         self.tensors = {name: p for name, p in named.items() if p.dtype == torch.float32}
         self.slots = slots_of(module, named)
@@ -114,6 +114,10 @@ class ModuleModel:
             raise self.error(f"makes its buffer {name} {kind} of shape {tuple(now.shape)} in loss(batch), where it was {was.dtype} of shape "
                              f"{was.shape}; a buffer keeps its shape and kind of numbers: make it as large as it gets.")
         return now
+
+
+def is_lazy(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer))
 
 
 def slots_of(module: torch.nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, Slot]:

@@ -31,7 +31,7 @@ class ModuleBackend(TorchBackend):
         for slot in model.slots.values():
             slot.tensor.data = slot.tensor.data.to(self.device)
         self._trains: frozenset[str] = frozenset()
-        self._moved: tuple[str, ...] = ()
+        self._moved = tuple(name for name, leaf in self._leaves.items() if not leaf.requires_grad)  # may be, as long as nothing is known
         self._versions: dict[str, int] = {}
         self._where: dict[str, int] = {}
 
@@ -39,6 +39,7 @@ class ModuleBackend(TorchBackend):
         """The Parameters stay the objects that they are: no graph, hook or compiled function notices."""
         for name, leaf in self._leaves.items():
             leaf.data = as_tensor(params[name])
+        self._where = {name: leaf.data_ptr() for name, leaf in self._leaves.items()}
         self._state = {name: buffers[name] for name in self.buffers}
         self._kept.clear()
 
@@ -167,15 +168,14 @@ class ModuleBackend(TorchBackend):
             self._trains = frozenset(into)
             for name, leaf in self._leaves.items():
                 leaf.requires_grad_(name in into)
-        self._where = {name: leaf.data_ptr() for name, leaf in self._leaves.items()}
         for name, view in into.items():
             self._leaves[name].grad = as_tensor(view)
 
     def _choose_loss(self) -> Callable[..., Any]:
         """The module's own `loss`, compiled by itself: torch counts how often it traces one piece of code, whoever's it is."""
+        module: Any = self._own.module
         if not self._compiled:
-            return self._own.module.loss
-        module = self._own.module
+            return module.loss  # type: ignore[no-any-return]
 
         def loss(batch: Any) -> Any:
             return module.loss(batch)

@@ -6,7 +6,8 @@ import hashlib
 import random
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,8 +154,8 @@ def refuse_views(kind: str, module: torch.nn.Module, named: Mapping[str, torch.T
                             "parameter where it is used, or keep the Parameter itself.")
 
 
-def refuse_hooks(kind: str, named: Mapping[str, torch.Tensor]) -> None:
-    """UserError for hooks that are not linear in the gradient: here it is a shard's sum, and shards are added up."""
+def refuse_hooks(kind: str, named: Mapping[str, torch.Tensor], seeded: Callable[[int], AbstractContextManager[None]]) -> None:
+    """UserError for hooks that are not linear in the gradient: here it is a shard's sum, and shards are added up. What they draw is seeded."""
     generator = torch.Generator().manual_seed(0)
     for name, p in named.items():
         if getattr(p, "_post_accumulate_grad_hooks", None):
@@ -162,13 +163,13 @@ def refuse_hooks(kind: str, named: Mapping[str, torch.Tensor]) -> None:
                             "(register_post_accumulate_grad_hook), and here gradients are added shard by shard; take it out, or use register_hook.")
         for hook in list((p._backward_hooks or {}).values()):
             probe = torch.randn(p.shape, generator=generator).to(p)
-            one, many = (called(hook, probe * scale) for scale in (1.0, 4096.0))
+            one, many = (called(hook, probe * scale, seeded) for scale in (1.0, 4096.0))
             if not torch.equal(one * 4096.0, many):
                 raise UserError(f"model.kind: parameter {name} of {kind} has a hook on its gradient that is not linear in it, as a clipping is, and "
                                 "here it would see single shards; take it out (optimizer.clip_norm clips the whole gradient).")
 
 
-def called(hook: Any, gradient: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
+def called(hook: Any, gradient: torch.Tensor, seeded: Callable[[int], AbstractContextManager[None]]) -> torch.Tensor:
+    with seeded(0), torch.no_grad():
         found = hook(gradient.clone())
     return gradient if found is None else found

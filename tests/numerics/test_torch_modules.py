@@ -20,7 +20,7 @@ STEPS, BATCH, SHARDS = 20, 12, 3
 HERE = "tests.support.torch_modules"
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 RATE = {"sgd": 0.05, "adamw": 0.01}
-FAITHFUL = ["Base", "Frozen", "Recomputed", "Reentrant", "Hooked", "Penalised", "Spectral", "Weighed", "OldWeighed", "OldSpectral", "Tied",
+FAITHFUL = ["Base", "Frozen", "Recomputed", "Reentrant", "Hooked", "Masked", "Penalised", "Spectral", "Weighed", "OldWeighed", "OldSpectral", "Tied",
             "Recurrent", "Custom", "Sparse", "Rotary", "Brain", "Slow", "Noted", "EvalNorm", "Pops"]
 
 

@@ -74,6 +74,14 @@ class Hooked(Base):
         self.head.register_full_backward_hook(lambda module, into, out: tuple(g if g is None else g * 0.25 for g in into))
 
 
+class Masked(Base):
+    """Draws in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.weight.register_hook(lambda g: g * (torch.rand_like(g) > 0.3))
+
+
 class Penalised(Base):
     def __init__(self) -> None:
         super().__init__()
