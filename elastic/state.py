@@ -83,7 +83,7 @@ class FlatLayout:
         plain = [n for n in parameters if n not in frozen and matches(n, no_decay)]
         decayed = [n for n in parameters if n not in frozen and n not in plain]
         if not decayed and not plain:
-            raise RecipeError("model.freeze, with what the model itself freezes, leaves no parameter to train; take a pattern out of it, or "
+            raise RecipeError("model.freeze leaves no parameter to train, with what the model itself freezes; take a pattern out of it, or "
                               "name what is to train in model.thaw.")
         self.places: dict[str, Place] = {}
         ends = [0]

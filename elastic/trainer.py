@@ -45,6 +45,7 @@ class Trainer:
     begin: Begin | None = None  # where to go on, if this is a resumption
     began: str = ""  # its recipe.toml when that was read
     num_steps: int = 0  # known after `check`
+    notes: tuple[str, ...] = ()  # likewise
     follows: str = ""  # the id of a live run that is followed instead of starting one
 
     @classmethod
@@ -80,7 +81,7 @@ class Trainer:
         with import_path():
             opened = workload.Workload.open(self.recipe, info)
             self.num_steps = opened.sampler.num_steps
-            workload.check_model(self.recipe, opened.model)
+            self.notes = workload.check_model(self.recipe, opened.model)
         return info
 
     def settle(self, info: dict[str, Any], nodes: int = 0, on_event: Callback | None = None) -> None:
@@ -102,6 +103,9 @@ class Trainer:
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
             self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()), on_event)
             begin = self.open_run_dir(run_dir)
+            if on_event:
+                for note in self.notes:
+                    on_event({"event": "noted", "step": 0, "time": time.time(), "generation": 0, "why": note})
             job = Job(run_id(run_dir), dumps(self.recipe), info, str(run_dir), checkpoints_of(self.recipe, run_dir), search_path(), tuple(self.chaos),
                       self.num_steps)
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))

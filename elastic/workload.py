@@ -154,8 +154,11 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
     return call_user("model.kind", lambda **keys: construct(factory, keys, recipe.run.seed), model.config)
 
 
-def check_model(recipe: Recipe, model: Any) -> None:
-    """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts."""
+def check_model(recipe: Recipe, model: Any) -> tuple[str, ...]:
+    """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts.
+
+    Returns what a user's own model should have said about it.
+    """
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
     FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay, thaw=recipe.model.thaw)
@@ -166,6 +169,7 @@ def check_model(recipe: Recipe, model: Any) -> None:
                 is_frozen(name, model.parameters[name], recipe.model.freeze, recipe.model.thaw) for name in layout.held(stage)):
             raise RecipeError(f"model.freeze leaves nothing to train on stage {stage} of mesh.pipeline = {layout.mesh.pipeline}; freeze less, or "
                               "write a smaller mesh.pipeline.")
+    return getattr(model, "notes", ())
 
 
 def mesh_of(recipe: Recipe, data: int = 1) -> Mesh:

@@ -31,6 +31,9 @@ KEPT = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, t
                   torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64})  # by a checkpoint
 
 
+IDLE = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)  # what differs in evaluation mode
+
+
 @dataclass(frozen=True)
 class Slot:
     """A buffer: where the module has it, and the tensor that belongs there. So is a frozen parameter that is not float32."""
@@ -72,6 +75,16 @@ class ModuleModel:
         self._given = {name: as_numpy(value) for name, value in [*self.tensors.items(), *kept.items()]}
         self.parameters = {name: given_spec(self._given[name], p.requires_grad) for name, p in self.tensors.items()}
         self.buffers = {name: given_spec(self._given[name]) for name in kept}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever starts a run should know."""
+        still = [name or self.kind for name, part in self.module.named_modules() if not part.training and isinstance(part, IDLE)]
+        if not still:
+            return ()
+        named = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
+        return (f"{self.kind} is made with {named} in evaluation mode, and trains so: dropout drops nothing, a batch norm keeps its statistics; "
+                "call train() where the model is made if that is not meant.",)
 
     def error(self, what: str) -> UserError:
         return UserError(f"model.kind: {self.kind} {what}")

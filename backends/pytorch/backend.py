@@ -16,7 +16,6 @@ from backends.pytorch.module import ModuleBackend
 from elastic.backend import Model
 from elastic.errors import UserError
 
-
 _made: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 

@@ -37,7 +37,8 @@ class Leaf:
         if isinstance(value, torch.Tensor):
             return ("tensor", value.dtype, tuple(value.shape), checksum(value))
         if isinstance(value, np.ndarray):
-            return ("array", value.dtype.str, value.shape, digest(np.ascontiguousarray(value).reshape(-1).view(np.uint8)) if value.dtype.kind != "O" else 0)
+            content = np.ascontiguousarray(value).reshape(-1)
+            return ("array", value.dtype.str, value.shape, 0 if value.dtype.hasobject else digest(content.view(np.uint8)))
         if isinstance(value, torch.Generator):
             return ("generator", checksum(value.get_state()))
         if isinstance(value, np.random.Generator):

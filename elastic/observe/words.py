@@ -59,6 +59,7 @@ def lying(mesh: Fields) -> str:
 SENTENCES: dict[str, Callable[[Fields], str]] = {
     "run_started": lambda e: "run started",
     "mesh_chosen": lambda e: e["why"],
+    "noted": lambda e: e["why"],
     "generation_started": lambda e: f"generation {e['generation']}: {count(e['world_size'], 'worker')} from step {e['step'] + 1}",
     "worker_lost": _lost,
     "worker_joined": lambda e: f"worker joined: {e['worker']} is warm on node {e['node'][:8]}",

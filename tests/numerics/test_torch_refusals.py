@@ -15,10 +15,9 @@ from tests.support.models import Rig, rig_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from backends.pytorch.backend import construct  # noqa: E402  (it needs torch)
+from backends.pytorch.backend import adapt, construct  # noqa: E402  (it needs torch)
 from tests.support import odd_modules, torch_modules  # noqa: E402
 
-STEPS = 8
 REFUSED = [
     ("MaxNorm", r"writes to its parameter emb\.weight in place"), ("Clamped", r"writes to its parameter head\.weight in place"),
     ("Hidden", r"writes to its parameter head\.weight in place"), ("OwnGenerator", r"a generator of its own, gen;"),
@@ -73,11 +72,11 @@ def test_a_module_that_was_there_before_is_refused() -> None:
         construct(lambda: made, {}, 0)
 
 
-def run(folder: Path, module: str, workers: int = 2, size: int = 32, **changes: Any) -> Result:
-    sections = {"model": {"kind": f"tests.support.odd_modules:{module}"}, "elastic": {"max_workers": workers, "logical_shards": 2},
-                "data": {"kind": "tests.support.torch_modules:Rows", "options": {"size": size}, "batch_size": 8, "shuffle": False},
-                "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 0.0, "momentum": 0.0}, "checkpoint": {"every_steps": 1}, "run": {"epochs": 1}}
-    return fit(folder, module_recipe("Small", None, **{name: {**sections.get(name, {}), **changes.get(name, {})} for name in {**sections, **changes}}))
+def run(folder: Path, module: str, workers: int = 2, size: int = 32, eval_fraction: float = 0.0) -> Result:
+    data = {"kind": "tests.support.torch_modules:Rows", "options": {"size": size}, "batch_size": 8, "shuffle": False, "eval_fraction": eval_fraction}
+    return fit(folder, module_recipe(
+        "Small", None, run={"epochs": 1}, model={"kind": f"tests.support.odd_modules:{module}"}, data=data, checkpoint={"every_steps": 1},
+        elastic={"max_workers": workers, "logical_shards": 2}, optimizer={"name": "sgd", "lr": 0.05, "weight_decay": 0.0, "momentum": 0.0}))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -103,16 +102,18 @@ def test_a_last_shard_of_one_row_is_refused_before_the_first_step(tmp_path: Path
 
 
 def test_a_gradient_within_an_evaluation(tmp_path: Path) -> None:
-    result = run(tmp_path / "slope", "Slope", data={"eval_fraction": 0.25})
+    result = run(tmp_path / "slope", "Slope", eval_fraction=0.25)
     assert result.outcome.status == "failed" and "torch.enable_grad()" in str(result.outcome.error) and not result.steps
     run(tmp_path / "none", "Slope").assert_sound(4)
-    allowed = run(tmp_path / "allowed", "SlopeAllowed", data={"eval_fraction": 0.25})
+    allowed = run(tmp_path / "allowed", "SlopeAllowed", eval_fraction=0.25)
     allowed.assert_sound(3)
     assert np.isfinite(allowed.metrics[-1]["eval"]["loss"])
 
 
 def test_evaluations_leave_modes_and_batches_as_they_were(tmp_path: Path) -> None:
     made = construct(torch_modules.EvalNorm, {}, 0)
+    note, = adapt(made).notes
+    assert "EvalNorm is made with norm in evaluation mode" in note and not adapt(torch_modules.Base()).notes
     rig, _ = rehearsed(made)
     wanted, before = rig.gradient(batch())[0], made.norm.running_mean.clone()
     seen = rig.backend.metrics(batch())
