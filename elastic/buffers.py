@@ -6,11 +6,14 @@ A change travels as float32 behind the gradients; a complex number as two.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
-import ml_dtypes  # noqa: F401  (NumPy knows "bfloat16" by it)
 import numpy as np
 
 from elastic.backend import Spec
+
+with suppress(ImportError):  # where only torch and NumPy are, nothing is kept as bfloat16
+    import ml_dtypes  # noqa: F401  (NumPy knows "bfloat16" by it)
 
 
 def rooms(specs: Mapping[str, Spec], names: Iterable[str]) -> dict[str, Spec]:

@@ -2,7 +2,8 @@
 
     ElasticError
     |-- UserError            mend the input and start again        (exit code 2)
-    |   `-- RecipeError      a key of the recipe is wrong; names key, value and remedy
+    |   |-- RecipeError      a key of the recipe is wrong; names key, value and remedy
+    |   `-- Overwritten      a user's model has changed what it trains: this worker's state is none any more
     |-- RunFailed            the run cannot go on                  (exit code 3)
     |   `-- NonFiniteLoss    a loss or a gradient is NaN or infinite
     |-- GroupBroken          a peer is gone: stand by, and re-form in the next generation
@@ -22,6 +23,10 @@ class UserError(ElasticError):
 
 class RecipeError(UserError, ValueError):
     """A recipe's key has a value that cannot work."""
+
+
+class Overwritten(UserError):
+    """A user's model wrote to parameters while it computed; those of this worker are not what the last step left."""
 
 
 class RunFailed(ElasticError):

@@ -48,6 +48,7 @@ class Trainer:
     begin: Begin | None = None  # where to go on, if this is a resumption
     began: str = ""  # its recipe.toml when that was read
     num_steps: int = 0  # known after `check`
+    notes: tuple[str, ...] = ()  # likewise
     follows: str = ""  # the id of a live run that is followed instead of starting one
 
     @classmethod
@@ -88,7 +89,7 @@ class Trainer:
                 raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {OTHER_DATA}")
             self.num_steps = opened.sampler.num_steps
             workload.check_items(opened)
-            workload.check_model(self.recipe, opened.model)
+            self.notes = workload.check_model(self.recipe, opened.model)
         return info
 
     def settle(self, info: dict[str, Any], nodes: int = 0, on_event: Callback | None = None) -> None:
@@ -113,7 +114,7 @@ class Trainer:
             return self.follow(on_step, on_eval, on_event)
         info = self.check()
         tell = on_event or (lambda event: None)
-        for line in info.get("notes", ()):
+        for line in (*info.get("notes", ()), *self.notes):
             tell({"event": "noted", "step": 0, "time": time.time(), "generation": 0, "why": line})
         run_dir = self.free_run_dir()
         if self.recipe.checkpoint.path:

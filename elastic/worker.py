@@ -20,7 +20,7 @@ from elastic.checkpoint.saver import Saver
 from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
 from elastic.data.collate import num_rows, sliced
-from elastic.errors import BadCheckpoint, ElasticError, GroupBroken, NonFiniteLoss, UserError
+from elastic.errors import BadCheckpoint, ElasticError, GroupBroken, NonFiniteLoss, Overwritten, UserError
 from elastic.loop import Work, train
 from elastic.mesh import Mesh
 from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing, shape
@@ -155,6 +155,9 @@ class Worker:
             error = str(broken)
         except BadCheckpoint as bad:
             reason, error, rejected = "failed", str(bad), generation.load
+        except Overwritten as written:
+            self.work.state.committed, self.work.holds = -1, -1
+            reason, error, fatal = "failed", str(written), True
         except Exception as failure:
             behind = self.work.links.broken if self.work.links else []  # a framework turns what a collective raises into an error of its own
             if behind:

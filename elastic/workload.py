@@ -169,8 +169,11 @@ def check_items(opened: Workload) -> None:
             eval_batches(opened.evaluation, 1)[0]()
 
 
-def check_model(recipe: Recipe, model: Any) -> None:
-    """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts."""
+def check_model(recipe: Recipe, model: Any) -> tuple[str, ...]:
+    """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts.
+
+    Returns what a user's own model should have said about it.
+    """
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
     FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay, decayed=recipe.optimizer.decayed,
@@ -186,6 +189,7 @@ def check_model(recipe: Recipe, model: Any) -> None:
                 is_frozen(name, model.parameters[name], recipe.model.freeze, recipe.model.thaw) for name in layout.held(stage)):
             raise RecipeError(f"model.freeze leaves nothing to train on stage {stage} of mesh.pipeline = {layout.mesh.pipeline}; freeze less, or "
                               "write a smaller mesh.pipeline.")
+    return getattr(model, "notes", ())
 
 
 def mesh_of(recipe: Recipe, data: int = 1) -> Mesh:

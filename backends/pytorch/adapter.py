@@ -1,109 +1,174 @@
-"""A user's own `torch.nn.Module` as a model: named arrays and a call without side effects.
+"""A user's own `torch.nn.Module` as a model: the objects behind its names, and what its batches, losses and draws are.
 
 The module has `loss(batch)` giving the mean loss over the batch or (sum, weight), and may have `metrics(batch)` giving
-{name: (sum, weight)}. It is called through `torch.func.functional_call` over its parameters and buffers: what it writes to its
-buffers (a batch norm's statistics) goes to copies, which are handed back, so a step that is redone counts once.
+{name: (sum, weight)}. It keeps its own Parameter and buffer objects for good: `backends.pytorch.module` lets the parameters' storage be the
+platform's, and copies buffers in before a shard and out after it, so a step that is redone counts once.
 """
 
 from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from backends.pytorch import watch
 from elastic.backend import Spec
-from elastic.data.collate import num_rows
 from elastic.errors import UserError
-from elastic.own import described, pair, pairs, rebuilt
+from elastic.own import described, pair, rebuilt
 
 # Random draws in a module or a data set come from the process-wide generators. What one thread seeds and draws must not
 # interleave with another's: the training and the loading ahead of one worker, and the workers that are threads of one process.
 # A thread also holds it over its backward pass, which draws again where a module recomputes its activations.
 drawing = threading.RLock()
 _spare = np.random.MT19937(0)  # in the place of NumPy's own meanwhile: saving and restoring that takes longer than a small model's step
+KEPT = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool,
+                  torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64})  # by a checkpoint
+
+
+IDLE = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)  # what differs in evaluation mode
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A buffer: where the module has it, and the tensor that belongs there. So is a frozen parameter that is not float32."""
+
+    holder: dict[str, Any]
+    key: str
+    tensor: torch.Tensor
 
 
 class ModuleModel:
-    """`elastic.backend.Model` over a module; `ops` is not used. Tied parameters appear once, under their first name."""
+    """A module's arrays by name, as `elastic.backend.Model` has them. Tied ones appear once, under their first name.
+
+    UserError where it cannot be trained.
+    """
 
     def __init__(self, module: torch.nn.Module):
+        self.module, self.kind = module, type(module).__name__
         if not callable(getattr(module, "loss", None)):
-            raise UserError(f"model.kind: {type(module).__name__} has no method loss(batch) that gives the mean loss or (sum, weight).")
-        self._caller = _Caller(module)
-        self._call: Callable[..., Any] = self._evaluate
-        parameters = dict(module.named_parameters())
-        if not parameters:
-            raise UserError(f"model.kind: {type(module).__name__} has no parameters to train.")
-        wrong = [name for name, p in parameters.items() if p.dtype != torch.float32]
+            raise self.error("has no method loss(batch) that gives the mean loss or (sum, weight).")
+        named = dict(module.named_parameters())
+        if not named:
+            raise self.error("has no parameters to train.")
+        for name, p in [*named.items(), *module.named_buffers()]:
+            if is_lazy(p) or p.is_meta:
+                raise self.error(f"has no values in {name} yet; let the factory call it once on an example, or build it with its sizes.")
+            if p.layout != torch.strided or p.is_quantized or p.dtype not in KEPT:
+                what = p.dtype if p.layout == torch.strided else p.layout
+                raise self.error(f"keeps {name} as {what}, which no checkpoint holds; keep it dense, as one of torch's plain kinds of numbers.")
+        wrong = [name for name, p in named.items() if p.requires_grad and p.dtype != torch.float32]
         if wrong:
-            raise UserError(f"model.kind: parameter {wrong[0]} is {parameters[wrong[0]].dtype}; parameters must be float32.")
-        self._aliases = aliases(module)
-        self._given = {name: value.detach().cpu().numpy().copy() for name, value in module.named_parameters()}
-        self._given |= {name: value.detach().cpu().numpy().copy() for name, value in module.named_buffers()}
-        self.parameters = {name: given_spec(self._given[name]) for name in parameters}
-        self.buffers = {name: given_spec(self._given[name]) for name, _ in module.named_buffers()}
+            raise UserError(f"model.kind: parameter {wrong[0]} is {named[wrong[0]].dtype}; parameters must be float32.")
+        watch.refuse_hooks(self.kind, named, seeded)
+        watch.refuse_views(self.kind, module, named)
+        self.tensors = {name: p for name, p in named.items() if p.dtype == torch.float32}
+        self.slots = slots_of(module, named)
+        self.tied = aliases(module)
+        self.flags = [(part, part.training) for part in module.modules()]
+        kept = {name: slot.tensor for name, slot in self.slots.items()}
+        self._given = {name: as_numpy(value) for name, value in [*self.tensors.items(), *kept.items()]}
+        self.parameters = {name: given_spec(self._given[name], p.requires_grad) for name, p in self.tensors.items()}
+        self.buffers = {name: given_spec(self._given[name]) for name in kept}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever starts a run should know."""
+        still = [name or self.kind for name, part in self.module.named_modules() if not part.training and isinstance(part, IDLE)]
+        if not still:
+            return ()
+        named = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
+        return (f"{self.kind} is made with {named} in evaluation mode, and trains so: dropout drops nothing, a batch norm keeps its statistics; "
+                "call train() where the model is made if that is not meant.",)
+
+    def error(self, what: str) -> UserError:
+        return UserError(f"model.kind: {self.kind} {what}")
 
     def initial(self) -> Mapping[str, np.ndarray]:
         """The values that the module was built with, parameters and buffers."""
         return self._given
 
-    def compile(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[..., Any]:
-        """`loss` with the module's own code compiled; seeding stays outside."""
-        self._call = compiler(self._evaluate)
-        return self.loss
+    def begin(self, state: Mapping[str, np.ndarray]) -> None:
+        """Buffers have these values, and every part the mode that the constructor left it in."""
+        self.put_back()
+        with torch.no_grad():
+            for name, slot in self.slots.items():
+                slot.tensor.detach().copy_(as_torch(state[name]))
 
-    def loss(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any,
-             seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
-        """The loss sum, its weight and the new buffers; whatever the module draws is a function of `seed`."""
-        rows = num_rows(batch)
-        if not rows:
-            return torch.zeros(()), 0.0, state
-        self._switch(training=True)
-        with seeded(seed):
-            found, new = self._call("loss", params, state, batch)
-        total, weight = as_sum(found, rows)
-        return total, weight, new
+    def put_back(self) -> None:
+        """The module's own buffer objects and modes, whatever it has put in their place."""
+        for slot in self.slots.values():
+            if slot.holder.get(slot.key) is not slot.tensor:
+                slot.holder[slot.key] = slot.tensor
+        for alias, slot in self.tied:
+            alias.holder[alias.key] = slot.tensor
+        for part, training in self.flags:
+            if part.training != training:
+                part.training = training
 
-    def metrics(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any],
-                batch: Any) -> Mapping[str, tuple[Any, Any]]:
-        """The module's own metrics and always "loss", in evaluation mode."""
-        rows = num_rows(batch)
-        if not rows:
-            return {"loss": (0.0, 0.0)}
-        self._switch(training=False)
-        with seeded(0):
-            out = {"loss": as_sum(self._evaluate("loss", params, state, batch)[0], rows)}
-            if hasattr(self._caller.module, "metrics"):
-                out |= pairs(self._evaluate("metrics", params, state, batch)[0], "metrics(batch)")
-        return out
+    def found(self) -> dict[str, np.ndarray]:
+        """Copies of the buffers as they are now. UserError where one is not what it was."""
+        for alias, slot in self.tied:
+            if alias.holder.get(alias.key) is not slot.holder.get(slot.key):
+                raise self.error(f"ties {alias.key} to {slot.key} and gives one of them another tensor; write to it in place.")
+        return {name: as_numpy(self._same(name, slot)) for name, slot in self.slots.items()}
 
-    def _switch(self, training: bool) -> None:
-        if self._caller.module.training != training:
-            self._caller.module.train(training)
-
-    def _evaluate(self, method: str, params: Mapping[str, Any], state: Mapping[str, Any],
-                  batch: Any) -> tuple[Any, dict[str, Any]]:
-        arrays = {f"module.{name}": value for name, value in [*params.items(), *state.items()]}
-        arrays |= {f"module.{alias}": arrays[f"module.{name}"] for alias, name in self._aliases.items()}
-        found = torch.func.functional_call(self._caller, arrays, (method, batch), tie_weights=False)
-        # functional_call leaves in `arrays` what the module assigned; in-place writes went to the copies themselves
-        return found, {name: arrays[f"module.{name}"] for name in state}
+    def _same(self, name: str, slot: Slot) -> torch.Tensor:
+        now, was = slot.holder.get(slot.key), self._given[name]
+        if not isinstance(now, torch.Tensor):
+            raise self.error(f"takes its buffer {name} away in loss(batch); keep a tensor of the same shape there.")
+        kind = as_numpy(now.detach().reshape(-1)[:0]).dtype if now.dtype in KEPT else now.dtype
+        if tuple(now.shape) != was.shape or kind != was.dtype:
+            raise self.error(f"makes its buffer {name} {kind} of shape {tuple(now.shape)} in loss(batch), where it was {was.dtype} of shape "
+                             f"{was.shape}; a buffer keeps its shape and kind of numbers: make it as large as it gets.")
+        return now
 
 
-class _Caller(torch.nn.Module):
-    """Lets functional_call reach methods other than forward."""
+def is_lazy(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer))
 
-    def __init__(self, module: torch.nn.Module):
-        super().__init__()
-        self.module = module
 
-    def forward(self, method: str, batch: Any) -> Any:
-        return getattr(self.module, method)(batch)
+def slots_of(module: torch.nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, Slot]:
+    found = {}
+    for name, tensor in [*((n, p) for n, p in named.items() if p.dtype != torch.float32), *module.named_buffers()]:
+        owner, _, key = name.rpartition(".")
+        part = module.get_submodule(owner)
+        if torch._debug_has_internal_overlap(tensor):  # type: ignore[attr-defined]
+            tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)  # as an expanded one cannot be written to
+        found[name] = Slot(part._buffers if key in part._buffers else part._parameters, key, tensor)
+    return found
+
+
+def aliases(module: torch.nn.Module) -> list[tuple[Slot, Slot]]:
+    """Every further place of a tied buffer, with its first."""
+    first: dict[int, Slot] = {}
+    out = []
+    for name, tensor in module.named_buffers(remove_duplicate=False):
+        owner, _, key = name.rpartition(".")
+        slot = Slot(module.get_submodule(owner)._buffers, key, tensor)
+        if first.setdefault(id(tensor), slot) is not slot:
+            out.append((slot, first[id(tensor)]))
+    return out
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A copy."""
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.dtype("bfloat16")).copy()
+    return tensor.numpy().copy()
+
+
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    """Where it lies."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 @contextmanager
@@ -129,19 +194,8 @@ def seeded(seed: int) -> Iterator[None]:
             random.seed(follows)
 
 
-def aliases(module: torch.nn.Module) -> dict[str, str]:
-    """Every further name of a tied parameter or buffer -> its first name."""
-    first: dict[int, str] = {}
-    out = {}
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    for name, value in named:
-        if first.setdefault(id(value), name) != name:
-            out[name] = first[id(value)]
-    return out
-
-
-def given_spec(value: np.ndarray) -> Spec:
-    return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype))
+def given_spec(value: np.ndarray, trainable: bool = True) -> Spec:
+    return Spec(tuple(value.shape), (), "given", dtype=value.dtype.name, trainable=trainable)
 
 
 def as_sum(found: Any, rows: int) -> tuple[Any, Any]:

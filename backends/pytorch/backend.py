@@ -1,38 +1,30 @@
-"""`elastic.backend.Backend` on PyTorch: parameters are leaves over the platform's flat buffers, without a copy.
-
-Gradients accumulate in place: a leaf's `.grad` is set to the caller's view, and the engine adds to what is there.
-"""
+"""The door of PyTorch: a backend for a model of named arrays or for a user's own module, and how a user's own things are made."""
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections import OrderedDict
+import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils.data
 
-from backends.pytorch import adapter, optimizer, warn_if_late
+from backends.pytorch import adapter, warn_if_late
 from backends.pytorch.adapter import seeded
-from backends.pytorch.ops import TorchOps
-from backends.pytorch.pieces import Run
-from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
+from backends.pytorch.arrays import TorchBackend
+from backends.pytorch.module import ModuleBackend
+from elastic.backend import Model
 from elastic.errors import UserError
 
-ALIGN_BYTES = 64
-KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare
-
-_thread = threading.local()
+_made: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def create(model: Model | torch.nn.Module, settings: Any) -> TorchBackend:
     """`settings` has device ("cpu", "cuda", "auto"), precision ("float32", "bfloat16", and for tests "float64"), threads and compile. UserError."""
     warn_if_late()
-    return TorchBackend(adapt(model), settings)
+    model = adapt(model)
+    return ModuleBackend(model, settings) if isinstance(model, adapter.ModuleModel) else TorchBackend(model, settings)
 
 
 def adapt(model: Model | torch.nn.Module) -> Any:
@@ -41,281 +33,21 @@ def adapt(model: Model | torch.nn.Module) -> Any:
 
 
 def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
-    """A user's module or data set; what it draws to begin with is a function of `seed`, so every worker builds the same."""
+    """A user's module or data set; what it draws to begin with is a function of `seed`, so every worker builds the same.
+
+    UserError for a module that was there before: what one worker trains must be its own, and begin as every other's.
+    """
+    there = list(vars(sys.modules.get(getattr(factory, "__module__", ""), sys)).values())  # gc.get_objects() breaks other threads' tuples
     with seeded(seed):
-        return factory(**config)
+        made = factory(**config)
+        if not isinstance(made, torch.nn.Module):
+            return made
+        if made in _made or any(made is found for found in there):
+            raise UserError(f"model.kind: the factory gives a {type(made).__name__} that was there before; let it make a new one in each call.")
+        _made.add(made)
+    return made
 
 
 def collate(items: Sequence[Any]) -> Any:
     """A user's items as a batch, as torch's own loader makes it."""
     return torch.utils.data.default_collate(list(items))
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"backend.device = {name!r} must be cpu, cuda or auto.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError('backend.device = "cuda" needs a CUDA GPU and a CUDA build of torch, and this process sees none; '
-                        'set backend.device = "cpu".')
-    return torch.device(name)
-
-
-class TorchBackend:
-    """One model on one device. Calls may come from any thread, one at a time; processes may hold several backends."""
-
-    name = "torch"
-
-    def __init__(self, model: Any, settings: Any):
-        if settings.precision not in ("float32", "bfloat16", "float64"):
-            raise UserError(f"backend.precision = {settings.precision!r} must be float32 or bfloat16 with the torch backend.")
-        self.device = choose_device(settings.device)
-        self.parameters: Mapping[str, Spec] = model.parameters
-        self.buffers: Mapping[str, Spec] = model.buffers
-        self._model = model
-        self._dtype = torch.float64 if settings.precision == "float64" else torch.float32
-        self._ops = TorchOps(self.device, self._dtype)
-        self._threads = int(settings.threads)
-        self._bfloat16 = settings.precision == "bfloat16"
-        own = isinstance(model, adapter.ModuleModel)
-        self._columns = adapter.columns if own else functools.partial(neutral_columns, dtype=self._dtype)
-        self._drawing = adapter.drawing if own else nullcontext()
-        self._leaves: dict[str, torch.Tensor] = {}
-        self._state: Mapping[str, np.ndarray] = {}
-        self._trainable: set[str] = set()
-        self._kept: OrderedDict[tuple[int, int, int], tuple[torch.Tensor, ...]] = OrderedDict()
-        self._compilations = 0
-        self._compiled = bool(settings.compile)
-        self._loss = self._compile(model) if self._compiled else model.loss
-        self._splits = False
-        self._runs: dict[Any, Run] = {}
-        torch.use_deterministic_algorithms(True)
-        # a debugging aid of deterministic mode that costs a pass over every new tensor
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-    def allocate(self, size: int) -> Buffer:
-        if self.device.type == "cuda":
-            return torch.zeros(size, device=self.device, dtype=self._dtype)
-        length = size * self._dtype.itemsize
-        room = np.zeros(length + ALIGN_BYTES, np.uint8)
-        start = -room.ctypes.data % ALIGN_BYTES
-        return room[start:start + length].view(np.float32 if self._dtype == torch.float32 else np.float64)
-
-    def initial(self) -> Mapping[str, Any]:
-        return self._model.initial() if hasattr(self._model, "initial") else {}
-
-    def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
-        self._leaves = {name: as_tensor(params[name]).detach().requires_grad_() for name in self.parameters}
-        self._state = {name: buffers[name] for name in self.buffers}
-        self._trainable = set(self.parameters)
-        self._kept.clear()
-
-    def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
-        self._enter()
-        self._aim(into)
-        columns = self._columns(batch, self.device)
-        try:
-            with self._drawing:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-                    function = self._model.loss if self._splits else self._loss
-                    loss, weight, new = function(self._ops, self._leaves, self._device_state(), columns, self._seed(seed))
-                if loss.requires_grad:
-                    loss.backward()
-        finally:
-            for name in into:
-                self._leaves[name].grad = None  # a gradient buffer ends with its generation
-        if not loss.requires_grad and float(weight):
-            raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
-        total, count = torch.stack((loss.detach().double(), as_scalar(weight, loss))).tolist()
-        return ShardResult(total, count, {name: value.detach().cpu().numpy() for name, value in new.items()})
-
-    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
-        self.gradients(batch, 0, room())
-        return Habits()
-
-    def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
-        self._enter()
-        columns = self._columns(batch, self.device)
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            return self._tallied(self._model.metrics(self._ops, self._leaves, self._device_state(), columns))
-
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """The scores of a model that offers `logits`, as float32 NumPy."""
-        self._enter()
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            out = self._model.logits(self._ops, self._leaves, torch.as_tensor(tokens, dtype=torch.int64, device=self.device))
-        return out.float().cpu().numpy()
-
-    def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
-        self._enter()
-        if self.device.type == "cuda":  # its kernels have no tail that depends on the cut, and thousands of blocks take longer to name than to update
-            block = len(param)
-        with torch.no_grad():
-            optimizer.apply(rule, self._blocks(param, block), as_tensor(grad).split(block),
-                            {name: self._blocks(slot, block) for name, slot in slots.items()})
-
-    def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
-        self._enter()
-        with torch.no_grad():
-            return optimizer.squared_norms(as_tensor(grad).split(block))
-
-    def connect(self, axes: Mapping[str, Any]) -> None:
-        """Where a dim is split, the model runs as it is written: a compiled function cannot hold the collectives."""
-        self._ops.axes = {dim: axis for dim, axis in axes.items() if axis.size > 1}  # a key more or less would compile anew
-        self._splits = bool(self._ops.axes)
-
-    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
-                ) -> Buffer | ShardResult:
-        self._enter()
-        self._train(set(self.parameters))
-        start = None if inputs is None else as_tensor(inputs).detach().view(tuple(shape)).requires_grad_()
-        columns, recomputed = self._columns(batch, self.device), self._ops.recomputed
-        names = dict.fromkeys(name for piece in pieces for name in self._model.names(piece))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            x, weight = self._through(pieces, start, columns, seed), None
-            if pieces[-1] == self._model.pieces[-1]:
-                x, weight = self._model.score(self._ops, x, columns, seed)
-        self._runs[key] = Run(x, start, {name: self._leaves[name] for name in names}, self._ops.recomputed > recomputed)
-        if weight is None:
-            return as_buffer(x)
-        total, count = torch.stack((x.detach().double(), as_scalar(weight, x))).tolist()
-        return ShardResult(total, count, {})
-
-    def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
-        self._enter()
-        run = self._runs.pop(key)
-        found = run.backward(shaped_like(run.result, gradient), tensors(into))
-        return None if found is None else as_buffer(found)
-
-    def backward_input(self, key: Any, gradient: Buffer | None) -> Buffer | None:
-        self._enter()
-        run = self._runs[key]
-        found = run.backward_input(shaped_like(run.result, gradient))
-        return None if found is None else as_buffer(found)
-
-    def backward_weight(self, key: Any, into: Mapping[str, Buffer]) -> None:
-        self._enter()
-        self._runs.pop(key).backward_weight(tensors(into))
-
-    def forget(self) -> None:
-        self._runs.clear()
-
-    def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
-        self._enter()
-        start, columns = None if inputs is None else as_tensor(inputs).view(tuple(shape)), self._columns(batch, self.device)
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            x = self._through(pieces, start, columns, None)
-            if pieces[-1] != self._model.pieces[-1]:
-                return as_buffer(x)
-            return self._tallied(self._model.measure(self._ops, x, columns))
-
-    def _through(self, pieces: Sequence[str], x: Any, columns: Mapping[str, torch.Tensor], seed: int | None) -> Any:
-        for piece in pieces:
-            x = self._model.run(self._ops, self._leaves, piece, x, columns, seed)
-        return x
-
-    def _tallied(self, found: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, float]]:
-        value = plain if hasattr(self._model, "tally") else float
-        return {name: (value(total), float(weight)) for name, (total, weight) in found.items()}
-
-    def compilations(self) -> int:
-        return self._compilations
-
-    def _compile(self, model: Any) -> Callable[..., Any]:
-        import torch._inductor.config
-        from torch._inductor.compile_fx import compile_fx
-
-        torch._inductor.config.compile_threads = 1  # its pool of compiling processes would outlive a killed worker
-
-        def counted(graph: Any, inputs: Any) -> Any:
-            self._compilations += 1
-            return compile_fx(graph, inputs)
-
-        own = isinstance(model, adapter.ModuleModel)  # a user's module may break its graph; ours must not, it would compile in pieces
-
-        def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(function, backend=counted, dynamic=False, fullgraph=not own)
-
-        return model.compile(compiler) if own else compiler(model.loss)
-
-    def _enter(self) -> None:
-        # the intra-op thread count is partly a thread's own setting, and bits depend on it
-        if getattr(_thread, "count", None) != self._threads:
-            torch.set_num_threads(self._threads)
-            _thread.count = self._threads
-
-    def _seed(self, seed: int) -> int | torch.Tensor:
-        if not self._compiled or self._splits or isinstance(self._model, adapter.ModuleModel):
-            return seed
-        wrapped = (seed & (1 << 64) - 1) - (1 << 64 if seed >> 63 & 1 else 0)
-        return torch.full((), wrapped, dtype=torch.int64, device=self.device)  # a Python number would recompile every step
-
-    def _device_state(self) -> dict[str, torch.Tensor]:
-        """Copies, because a user's module may write to its buffers and the step may be redone."""
-        return {name: adapter.placed(value, self.device) for name, value in self._state.items()}
-
-    def _aim(self, into: Mapping[str, Buffer]) -> None:
-        """Makes the leaves' gradients accumulate in `into`; leaves that are not in it are frozen."""
-        self._train(set(into))
-        for name, view in into.items():
-            self._leaves[name].grad = as_tensor(view)
-
-    def _train(self, names: set[str]) -> None:
-        if names != self._trainable:
-            self._trainable = names
-            for name, leaf in self._leaves.items():
-                leaf.grad = None
-                leaf.requires_grad_(name in names)
-
-    def _blocks(self, buffer: Buffer, block: int) -> tuple[torch.Tensor, ...]:
-        # only of buffers that live as long as the model: a kept tensor holds its memory, so the address cannot pass to another
-        key = (address(buffer), len(buffer), block)
-        found = self._kept.get(key)
-        if found is None:
-            found = self._kept[key] = as_tensor(buffer).split(block)
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return found
-
-
-def as_tensor(buffer: Buffer) -> torch.Tensor:
-    return buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
-
-
-def as_buffer(x: torch.Tensor) -> Buffer:
-    """A tensor as a flat buffer, where it lies if that is possible; narrow floats as float32."""
-    wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    flat = wide.reshape(-1)
-    return flat.numpy() if flat.device.type == "cpu" else flat
-
-
-def tensors(into: Mapping[str, Buffer]) -> dict[str, torch.Tensor]:
-    return {name: as_tensor(view) for name, view in into.items()}
-
-
-def shaped_like(result: torch.Tensor, gradient: Buffer | None) -> torch.Tensor | None:
-    return None if gradient is None else as_tensor(gradient).view(result.shape).to(result.dtype)
-
-
-def plain(total: Any) -> Any:
-    """A number, or float64 NumPy where there are several."""
-    return total.double().cpu().numpy() if isinstance(total, torch.Tensor) and total.dim() else float(total)
-
-
-def as_scalar(weight: Any, like: torch.Tensor) -> torch.Tensor:
-    if isinstance(weight, torch.Tensor):
-        return weight.detach().double().reshape(())
-    return torch.full((), float(weight), dtype=torch.float64, device=like.device)
-
-
-def address(buffer: Buffer) -> int:
-    return buffer.data_ptr() if isinstance(buffer, torch.Tensor) else buffer.__array_interface__["data"][0]
-
-
-def neutral_columns(batch: Batch, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """NumPy columns as tensors: integers as int64, floats as `dtype`."""
-    kinds = {"f": np.float64 if dtype == torch.float64 else np.float32, "i": np.int64, "u": np.int64, "b": np.bool_}
-    return {name: adapter.placed(np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False), device)
-            for name, column in batch.items()}

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from backends.pytorch.adapter import as_torch
+
 
 def names(module: Any) -> dict[str, str]:
     """What `load_state_dict` asks for, each with the name that a checkpoint has for it: the first of a tied array; buffers that are not
@@ -28,7 +30,7 @@ def save_state_dict(arrays: Mapping[str, np.ndarray], names: Mapping[str, str], 
 
     Its attribute `facts` says what the data are to the model.
     """
-    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    tensors = {name: as_torch(np.array(array)) for name, array in arrays.items()}
     found = OrderedDict((key, tensors[name]) for key, name in names.items())
     vars(found)["facts"] = dict(facts)
     with open(path, "xb") as file:

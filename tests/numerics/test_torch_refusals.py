@@ -1,0 +1,146 @@
+"""Modules that cannot be trained faithfully are refused by name before the first step, or where it shows; nothing is quietly wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastic.errors import UserError
+from tests.support.frameworks import assert_close
+from tests.support.inprocess import Result, fit, module_recipe
+from tests.support.models import Rig, rig_of
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from backends.pytorch.backend import adapt, construct  # noqa: E402  (it needs torch)
+from tests.support import odd_modules, torch_modules  # noqa: E402
+
+REFUSED = [
+    ("MaxNorm", r"writes to its parameter emb\.weight in place"), ("Clamped", r"writes to its parameter head\.weight in place"),
+    ("Hidden", r"writes to its parameter head\.weight in place"), ("OwnGenerator", r"a generator of its own, gen;"),
+    ("NumPyGenerator", r"a generator of its own, draw;"), ("Counting", r"its attribute calls "), ("Remembering", r"its attribute mean "),
+    ("History", r"its attribute seen\['losses'\]\[0\] "), ("Worldly", r"another loss when it is called again"),
+    ("ClipHook", r"parameter head\.weight .* hook on its gradient that is not linear"), ("AfterHook", "register_post_accumulate_grad_hook"),
+    ("HookEachTime", "puts a hook on a parameter each time"), ("Unlinear", r"gradient of body\.\w+ that is not linear"),
+    ("Viewing", r"keeps in parts\['rows'\]\[0\] a view of the parameter body\.weight"), ("Doubled", r"two parameters, (twin|head\.weight) and"),
+    ("Growing", r"its buffer seen float32 of shape \(6, 4\)"), ("Turning", r"its buffer count float32 .* int64"), ("Lazily", "buffer mean in loss"),
+    ("Unmade", r"no values in head\.weight yet"), ("SparseBuffer", "keeps links as torch.sparse_coo"),
+    ("Toggling", r"changes requires_grad of body\.weight"), ("Swapping", r"its parameter head\.weight other memory"),
+    ("Untying", r"ties two to one and gives one of them another"),
+]
+
+
+def batch(rows: int = 6) -> dict[str, np.ndarray]:
+    data = torch_modules.Rows(rows)
+    return {"x": data.x, "y": data.y, "id": data.id}
+
+
+def rehearsed(module: Any, **changes: Any) -> tuple[Rig, Any]:
+    rig = rig_of("torch", module, **changes)
+    return rig, rig.backend.rehearse(batch(), lambda: rig.by_name(rig.backend.allocate(rig.layout.trainable)))
+
+
+@pytest.mark.parametrize(("module", "words"), REFUSED)
+def test_it_is_refused_in_one_sentence_that_names_it(module: str, words: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match=words) as caught:
+        rehearsed(getattr(odd_modules, module)())
+    assert str(caught.value).startswith("model.kind: ") and "\n" not in str(caught.value) and str(caught.value).count(". ") == 0
+
+
+def test_a_rehearsal_leaves_everything_as_it_was() -> None:
+    for module, moved, apart in (("Slow", ("slow.weight", "slow.bias"), False), ("Sparse", (), True), ("Reentrant", (), True), ("Base", (), False),
+                                 ("Brain", (), False), ("OldSpectral", (), False), ("Noted", (), False)):
+        made = construct(getattr(torch_modules, module), {}, 0)
+        plain = construct(getattr(torch_modules, module), {}, 0)
+        rig, habits = rehearsed(made)
+        assert (habits.moved, habits.apart) == (moved, apart), module
+        for (name, found), (_, wanted) in zip([*made.named_parameters(), *made.named_buffers()], [*plain.named_parameters(), *plain.named_buffers()]):
+            assert torch.equal(found, wanted), (module, name)
+            assert found.grad is None
+
+
+def test_a_module_that_was_there_before_is_refused() -> None:
+    kept = torch_modules.Base()
+    with pytest.raises(UserError, match="Base that was there before"):
+        construct(odd_modules.same, {}, 0)
+    made = construct(lambda: kept, {}, 0)
+    with pytest.raises(UserError, match="a new one in each call"):
+        construct(lambda: made, {}, 0)
+
+
+def run(folder: Path, module: str, workers: int = 2, size: int = 32, eval_fraction: float = 0.0) -> Result:
+    data = {"kind": "tests.support.torch_modules:Rows", "options": {"size": size}, "batch_size": 8, "shuffle": False, "eval_fraction": eval_fraction}
+    return fit(folder, module_recipe(
+        "Small", None, run={"epochs": 1}, model={"kind": f"tests.support.odd_modules:{module}"}, data=data, checkpoint={"every_steps": 1},
+        elastic={"max_workers": workers, "logical_shards": 2}, optimizer={"name": "sgd", "lr": 0.05, "weight_decay": 0.0, "momentum": 0.0}))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_write_that_shows_late_is_refused_before_its_vote(tmp_path: Path, workers: int) -> None:
+    result = run(tmp_path, "Late", workers)
+    assert result.outcome.status == "failed" and "writes to its parameter head.weight in place" in str(result.outcome.error)
+    assert result.steps == [1, 2]
+
+
+@pytest.mark.parametrize(("module", "words"), [
+    ("MaxNorm", "emb.weight"), ("Growing", "buffer seen"), ("Broken", r"KeyError: 'z' (odd_modules.py, line")])
+def test_the_user_s_error_is_the_run_s_at_once(tmp_path: Path, module: str, words: str) -> None:
+    result = run(tmp_path, module)
+    assert result.outcome.status == "failed" and words in str(result.outcome.error) and "Worker after worker" not in str(result.outcome.error)
+    assert not result.steps and not result.named("worker_lost")
+
+
+def test_a_last_shard_of_one_row_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    result = run(tmp_path / "one", "Norm", size=25)
+    assert result.outcome.status == "failed" and "leaves 1 of a logical shard's 4 samples to logical shard 0" in str(result.outcome.error)
+    assert "Expected more than 1 value" in str(result.outcome.error) and not result.steps
+    run(tmp_path / "two", "Norm", size=26).assert_sound(4)
+
+
+def test_a_gradient_within_an_evaluation(tmp_path: Path) -> None:
+    result = run(tmp_path / "slope", "Slope", eval_fraction=0.25)
+    assert result.outcome.status == "failed" and "torch.enable_grad()" in str(result.outcome.error) and not result.steps
+    run(tmp_path / "none", "Slope").assert_sound(4)
+    allowed = run(tmp_path / "allowed", "SlopeAllowed", eval_fraction=0.25)
+    allowed.assert_sound(3)
+    assert np.isfinite(allowed.metrics[-1]["eval"]["loss"])
+
+
+def test_evaluations_leave_modes_and_batches_as_they_were(tmp_path: Path) -> None:
+    made = construct(torch_modules.EvalNorm, {}, 0)
+    note, = adapt(made).notes
+    assert "EvalNorm is made with norm in evaluation mode" in note and not adapt(torch_modules.Base()).notes
+    rig, _ = rehearsed(made)
+    wanted, before = rig.gradient(batch())[0], made.norm.running_mean.clone()
+    seen = rig.backend.metrics(batch())
+    assert (made.training, made.norm.training, made.live.training) == (True, False, True)
+    assert np.array_equal(rig.gradient(batch())[0], wanted) and torch.equal(made.norm.running_mean, before)
+    plain = construct(torch_modules.EvalNorm, {}, 0).eval()
+    with torch.no_grad():
+        loss = plain.loss({name: torch.tensor(values) for name, values in batch().items()})
+    assert seen["loss"][0] / seen["loss"][1] == pytest.approx(loss.item(), rel=1e-6)
+    rig, _ = rehearsed(construct(torch_modules.Pops, {}, 0))
+    assert rig.backend.metrics(batch())["mae"][1] == 6
+
+
+def test_compiled_once_over_averages_and_seeds_and_never_again_and_again() -> None:
+    if __import__("shutil").which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    made = construct(torch_modules.Penalised, {}, 0)
+    rig, _ = rehearsed(made, compile=True)
+    count, views = rig.backend.compilations(), rig.layout.views(rig.param)
+    other = rig.layout.views(rig.backend.allocate(rig.layout.size))
+    for seed in range(3):
+        rig.backend.bind(other, rig.state)
+        rig.backend.metrics(batch())
+        rig.backend.bind(views, rig.state)
+        found = rig.gradient(batch(), seed)[0]
+    assert rig.backend.compilations() == count > 0
+    assert_close(found, rig_of("torch", construct(torch_modules.Penalised, {}, 0)).gradient(batch())[0], 1e-5)
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(UserError, match="again and again"):
+        for rows in range(2, 8):
+            rig.gradient(batch(rows))
