@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from backends.pytorch.adapter import ModuleModel, as_numpy, as_sum, columns, num_rows, seeded
+from backends.pytorch.adapter import ModuleModel, as_numpy, as_sum, columns, seeded
 from backends.pytorch.arrays import TorchBackend, as_scalar, as_tensor
 from backends.pytorch.rehearsal import rehearse
 from elastic.backend import Batch, Buffer, Habits, ShardResult
+from elastic.data.collate import num_rows
 from elastic.errors import Overwritten, UserError
 from elastic.own import pairs
 
