@@ -72,6 +72,9 @@ class ModuleModel:
         self.tied = aliases(module)
         self.flags = [(part, part.training) for part in module.modules()]
         kept = {name: slot.tensor for name, slot in self.slots.items()}
+        self._kinds = {name: (value.dtype, value.shape) for name, value in kept.items()}
+        self._values: list[torch.Tensor] = []
+        self._into: list[torch.Tensor] = []
         self._given = {name: as_numpy(value) for name, value in [*self.tensors.items(), *kept.items()]}
         self.parameters = {name: given_spec(self._given[name], p.requires_grad) for name, p in self.tensors.items()}
         self.buffers = {name: given_spec(self._given[name]) for name in kept}
@@ -93,15 +96,13 @@ class ModuleModel:
         """The values that the module was built with, parameters and buffers."""
         return self._given
 
-    def begin(self, state: Mapping[str, np.ndarray]) -> None:
-        """Buffers have these values, and every part the mode that the constructor left it in."""
-        self.put_back()
-        with torch.no_grad():
-            for name, slot in self.slots.items():
-                slot.tensor.detach().copy_(as_torch(state[name]))
+    def bind(self, state: Mapping[str, np.ndarray]) -> None:
+        """From now on `begin` takes the buffers' values from there."""
+        self._values = [as_torch(state[name]) for name in self.slots]
+        self._into = [slot.tensor.detach() for slot in self.slots.values()]
 
-    def put_back(self) -> None:
-        """The module's own buffer objects and modes, whatever it has put in their place."""
+    def begin(self) -> None:
+        """Buffers have their values, and every part the mode that the constructor left it in; the module's own objects are in their places."""
         for slot in self.slots.values():
             if slot.holder.get(slot.key) is not slot.tensor:
                 slot.holder[slot.key] = slot.tensor
@@ -110,6 +111,8 @@ class ModuleModel:
         for part, training in self.flags:
             if part.training != training:
                 part.training = training
+        if self._into:
+            torch._foreach_copy_(self._into, self._values)
 
     def found(self) -> dict[str, np.ndarray]:
         """Copies of the buffers as they are now. UserError where one is not what it was."""
@@ -119,14 +122,17 @@ class ModuleModel:
         return {name: as_numpy(self._same(name, slot)) for name, slot in self.slots.items()}
 
     def _same(self, name: str, slot: Slot) -> torch.Tensor:
-        now, was = slot.holder.get(slot.key), self._given[name]
+        now, (kind, shape) = slot.holder.get(slot.key), self._kinds[name]
         if not isinstance(now, torch.Tensor):
             raise self.error(f"takes its buffer {name} away in loss(batch); keep a tensor of the same shape there.")
-        kind = as_numpy(now.detach().reshape(-1)[:0]).dtype if now.dtype in KEPT else now.dtype
-        if tuple(now.shape) != was.shape or kind != was.dtype:
-            raise self.error(f"makes its buffer {name} {kind} of shape {tuple(now.shape)} in loss(batch), where it was {was.dtype} of shape "
-                             f"{was.shape}; a buffer keeps its shape and kind of numbers: make it as large as it gets.")
+        if now.shape != shape or now.dtype != kind:
+            raise self.error(f"makes its buffer {name} {plain(now.dtype)} of shape {tuple(now.shape)} in loss(batch), where it was {plain(kind)} of "
+                             f"shape {tuple(shape)}; a buffer keeps its shape and kind of numbers: make it as large as it gets.")
         return now
+
+
+def plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
@@ -158,10 +164,12 @@ def aliases(module: torch.nn.Module) -> list[tuple[Slot, Slot]]:
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
     """A copy."""
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    tensor = tensor.detach().cpu()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.dtype("bfloat16")).copy()
-    return tensor.numpy().copy()
+        return tensor.contiguous().view(torch.int16).numpy().view(np.dtype("bfloat16")).copy()
+    return tensor.numpy().copy(order="C")
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:

@@ -42,6 +42,7 @@ class ModuleBackend(TorchBackend):
             leaf.data = as_tensor(params[name])
         self._where = {name: leaf.data_ptr() for name, leaf in self._leaves.items()}
         self._state = {name: buffers[name] for name in self.buffers}
+        self._own.bind(self._state)
         self._kept.clear()
 
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
@@ -77,11 +78,11 @@ class ModuleBackend(TorchBackend):
             return {"loss": (0.0, 0.0)}
         self._note()
         with self._evaluating(), seeded(0):
-            own.begin(self._state)
+            own.begin()
             own.module.eval()
             out = {"loss": as_sum(self._asked("loss", batch), rows)}
             if callable(getattr(own.module, "metrics", None)):
-                own.begin(self._state)
+                own.begin()
                 own.module.eval()
                 out |= pairs(self._asked("metrics", batch), "metrics(batch)")
             found = self._tallied(out)
@@ -106,7 +107,7 @@ class ModuleBackend(TorchBackend):
             with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
                 yield
         finally:
-            self._own.begin(self._state)
+            self._own.begin()
             self._give_back(kept)
 
     def _shard(self, batch: Batch, seed: int, scale: float = 1.0) -> ShardResult:
@@ -114,7 +115,7 @@ class ModuleBackend(TorchBackend):
         own, rows = self._own, num_rows(batch)
         if not rows:
             return ShardResult(0.0, 0.0, dict(self._state) | {name: as_numpy(self._leaves[name]) for name in self._moved})
-        own.begin(self._state)
+        own.begin()
         kept = self._copies()
         self._note()
         try:
@@ -132,7 +133,7 @@ class ModuleBackend(TorchBackend):
         finally:
             for leaf in self._leaves.values():
                 leaf.grad = None  # a gradient buffer ends with its generation
-            own.begin(self._state)
+            own.begin()
             self._give_back(kept)
         return ShardResult(found, count, new)
 

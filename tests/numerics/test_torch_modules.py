@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic.checkpoint.export import export
+from elastic.inference import evaluate
 from tests.support.frameworks import assert_close
 from tests.support.inprocess import Result, fit, module_recipe
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from backends.pytorch.adapter import as_numpy  # noqa: E402
 from backends.pytorch.backend import construct  # noqa: E402  (it needs torch)
 from tests.support import plain_torch, torch_modules  # noqa: E402
 
@@ -24,12 +27,13 @@ FAITHFUL = ["Base", "Frozen", "Recomputed", "Reentrant", "Hooked", "Masked", "Pe
             "Recurrent", "Custom", "Sparse", "Rotary", "Brain", "Slow", "Noted", "EvalNorm", "Pops"]
 
 
-def run(folder: Path, module: str, workers: int, optimizer: str = "sgd", chaos: tuple[str, ...] = (), **changes: Any) -> Result:
+def run(folder: Path, module: str, workers: int, optimizer: str = "sgd", chaos: tuple[str, ...] = (), keys: dict[str, Any] | None = None,
+        **changes: Any) -> Result:
     changes = {name: dict(section) for name, section in changes.items()}
     changes["model"] = {"kind": f"{HERE}:{module}"} | changes.get("model", {})
     changes["data"] = {"kind": f"{HERE}:Rows", "batch_size": BATCH, "shuffle": False} | changes.get("data", {})
     changes["elastic"] = {"max_workers": workers, "logical_shards": SHARDS, "spares": len(chaos)} | changes.get("elastic", {})
-    changes["optimizer"] = {"name": optimizer, "lr": RATE[optimizer], "weight_decay": 0.0} | changes.get("optimizer", {})
+    changes["optimizer"] = {"name": optimizer, "lr": RATE[optimizer], "weight_decay": 0.0} | (keys or {})
     if optimizer == "sgd":
         changes["optimizer"] |= {"momentum": 0.0}
     return fit(folder, module_recipe("Small", STEPS, **changes), chaos)
@@ -76,3 +80,26 @@ def test_freeze_adds_to_what_the_module_freezes_and_thaw_overrules(tmp_path: Pat
     assert_same(thawed, oracle("Frozen", "sgd", thawed=["body.weight"]), 1e-6)
     begun = construct(torch_modules.Frozen, {}, 0).body.bias.detach().numpy()
     assert np.array_equal(thawed.arrays()["parameter/body.bias"], begun), "what the module freezes and nobody thaws stays to the bit"
+
+
+@pytest.mark.parametrize("module", ["Slow", "Rotary", "Brain"])
+def test_what_moves_with_the_shards_is_saved_healed_and_averaged_to_the_bit(tmp_path: Path, module: str) -> None:
+    one = run(tmp_path / "one", module, 1, optimizer="adamw", keys={"ema": 0.9})
+    other = run(tmp_path / "sharded", module, 3, optimizer="adamw", chaos=("kill:0@9/vote",), keys={"ema": 0.9, "sharded": True})
+    other.assert_sound(STEPS)
+    assert other.sha == one.sha
+    kinds = {name: array.dtype.name for name, array in one.arrays().items()}
+    for name, tensor in construct(getattr(torch_modules, module), {}, 0).named_buffers():
+        assert kinds[f"buffer/{name}"] == kinds[f"optimizer/ema/{name}"] == str(tensor.dtype).removeprefix("torch.")
+    export(str(tmp_path / "one"), "torch", str(tmp_path / "out.pt"))
+    made = construct(getattr(torch_modules, module), {}, 0)
+    made.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True), strict=True)
+    arrays = one.arrays()
+    for name, tensor in made.state_dict().items():  # the averages, where there are some
+        assert as_numpy(tensor).tobytes() == arrays.get(f"optimizer/ema/{name}", arrays.get(f"parameter/{name}")).tobytes(), name
+
+
+def test_a_checkpoint_is_evaluated_without_moving_what_it_holds(tmp_path: Path) -> None:
+    result = run(tmp_path, "Slow", 2, data={"eval_fraction": 0.2})
+    seen = [evaluate(str(result.run.run_dir)) for _ in range(2)]
+    assert seen[0] == seen[1] == result.metrics[-1]["eval"]
