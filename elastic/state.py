@@ -87,7 +87,7 @@ class FlatLayout:
                 patterns = () if matches(name, no_decay) else decayed
                 groups[next((place for place, p in enumerate(patterns) if matches(name, [p])), -1)].append(name)
         if not any(groups):
-            raise RecipeError("model.freeze, with what the model itself freezes, leaves no parameter to train; take a pattern out of it, or "
+            raise RecipeError("model.freeze leaves no parameter to train, with what the model itself freezes; take a pattern out of it, or "
                               "name what is to train in model.thaw.")
         self.places: dict[str, Place] = {}
         ends = [0]

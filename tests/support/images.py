@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,3 +51,27 @@ def vision_recipe(kind: str, files: Mapping[str, str], steps: int = 12, **change
             "elastic": {"max_workers": 3, "logical_shards": 8, "hang_timeout_s": 5.0}, "checkpoint": {"every_steps": 6},
             "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "no_decay": ["*bias"]}}
     return parse(merged(base, changes))
+
+
+def section(**changes: Any) -> Any:
+    """A recipe's `[data]` as the door sees it."""
+    base = {"format": "idx", "path": (), "eval_path": (), "eval_fraction": 0.0, "image": "", "label": "", "skip_bad": False, "image_size": 0,
+            "channels": 0, "crop": 0, "flip": False, "mixup": 0.0}
+    given = {key: (value,) if key.endswith("path") and isinstance(value, str) else value for key, value in changes.items()}
+    return SimpleNamespace(**{**base, **given})
+
+
+def png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    from PIL import Image
+
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def everything(info: dict[str, Any], split: str = "train", epoch: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
+    from vision.data import open_dataset
+
+    dataset = open_dataset(info, split, seed)
+    rows = np.arange(dataset.num_samples)
+    return dataset.batch(rows, np.full(len(rows), epoch))

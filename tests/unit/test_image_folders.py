@@ -11,7 +11,7 @@ import pytest
 
 from elastic.errors import RecipeError
 from elastic.starting import initial_values
-from tests.unit.test_images import everything, png, section
+from tests.support.images import everything, png, section
 from vision.data import prepare
 from vision.images import decode
 

@@ -6,7 +6,6 @@ import gzip
 import importlib
 import io
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,31 +16,11 @@ import pytest
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import load_recipe
 from elastic.state import matches
-from tests.support.images import CLASSES, draw, idx_files, vision_recipe, write_idx
+from tests.support.images import CLASSES, draw, everything, idx_files, png, section, vision_recipe, write_idx
 from vision.data import open_dataset, prepare
 from vision.images import BadImage, decode
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-
-
-def section(**changes: Any) -> Any:
-    """A recipe's `[data]` as the door sees it."""
-    base = {"format": "idx", "path": (), "eval_path": (), "eval_fraction": 0.0, "image": "", "label": "", "skip_bad": False, "image_size": 0,
-            "channels": 0, "crop": 0, "flip": False, "mixup": 0.0}
-    given = {key: (value,) if key.endswith("path") and isinstance(value, str) else value for key, value in changes.items()}
-    return SimpleNamespace(**{**base, **given})
-
-
-def png(pixels: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-def everything(info: dict[str, Any], split: str = "train", epoch: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
-    dataset = open_dataset(info, split, seed)
-    rows = np.arange(dataset.num_samples)
-    return dataset.batch(rows, np.full(len(rows), epoch))
 
 
 def as_idx(folder: Path) -> Any:

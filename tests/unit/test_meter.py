@@ -61,7 +61,7 @@ def saved_bytes(model: Any, batch: dict[str, np.ndarray]) -> int:
     """Of every storage that PyTorch's graph holds on to, but for parameters, batch and constants, which are there before the loss is."""
     rig, held = rig_of("torch", model), dict[int, int]()
     before = {leaf.untyped_storage().data_ptr() for leaf in rig.backend._leaves.values()}
-    columns = load("torch", "backend").neutral_columns(batch, rig.backend.device)
+    columns = load("torch", "arrays").neutral_columns(batch, rig.backend.device)
     before |= {column.untyped_storage().data_ptr() for column in columns.values()}
 
     def note(tensor: Any) -> Any:
