@@ -220,7 +220,7 @@ RUNS = (
       "apart = (x.view(bits) != y.view(bits))", "apart = (x != y)", "tests/unit/test_inspect.py::test_special_numbers"),
     M("export-without-buffers", "export", "A state dict lacks the running means.", "backends/pytorch/export.py",
       "module.state_dict(keep_vars=True).items() if", "module.named_parameters() if",
-      "tests/unit/test_export.py::test_a_user_s_module_takes_its_state_dict"),
+      "tests/unit/test_export.py::test_a_trained_module_takes_its_export_strictly"),
     M("plan-of-what-does-not-fit", "plan", "The fastest mesh is recommended although it does not fit.", "elastic/parallel/planner.py",
       "fits = [one for one in found if one.memory.total <= cluster.memory]", "fits = list(found)",
       "tests/unit/test_planner.py::test_the_choice_and_the_reasons"),

@@ -32,7 +32,8 @@ MAX_BYTES = 3 << 30
 
 # Seconds of tests (pytest's durations, added up) that a folder may take on two cores. Those without Ray run two at a time: half of their sum and
 # all of the others' are the suite's length, twenty minutes at most. What needs more belongs in `make chaos`.
-BUDGET_S: dict[str, float] = {"tests/unit": 100, "tests/contract": 300, "tests/numerics": 800, "tests/chaos": 100, "tests/cluster": 550, "tests/gpu": 0.1}
+BUDGET_S: dict[str, float] = {"tests/unit": 100, "tests/contract": 300, "tests/numerics": 800, "tests/chaos": 100, "tests/cluster": 550,
+                              "tests/gpu": 1}
 
 
 @dataclass(frozen=True)

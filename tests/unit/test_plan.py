@@ -60,9 +60,10 @@ def test_shares_are_equal_to_a_row(world_size: int) -> None:
 @given(specs, st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
 def test_a_file_lies_as_safetensors_reads_it(arrays: dict, world_size: int) -> None:
-    """The oracle is the library's own reader."""
+    """The oracle is the library's own reader, for the kinds of numbers that it and NumPy know."""
     from safetensors.numpy import load
 
+    arrays = {name: (dtype, shape) for name, (dtype, shape) in arrays.items() if dtype not in ("bfloat16", "complex128")}
     draw = np.random.default_rng(0)
     for pieces in shares(arrays, world_size):
         header, placed = lay_out(pieces)
