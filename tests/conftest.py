@@ -41,8 +41,10 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def home_of(item: pytest.Item) -> str:
-    """The framework in whose process a test runs: of those that its file, its marker or its parameters name, the last one; else torch."""
-    marks = [owner_of(item.path), *(name for mark in item.iter_markers("backends") for name in mark.args)]
+    """The framework in whose process a test runs: that of its file; of those that its marker or its parameters name, the last one; else torch."""
+    if owner := owner_of(item.path):
+        return owner
+    marks = [name for mark in item.iter_markers("backends") for name in mark.args]
     values = list(item.callspec.params.values()) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else []
     named = {*marks, *(word for value in values for word in (value if isinstance(value, tuple) else (value,)) if isinstance(word, str))}
     return next((name for name in reversed(FOLDERS) if name in named), "torch")

@@ -15,6 +15,7 @@ from elastic.recipe import Recipe
 from elastic.workload import Workload, check_model, open_model
 from tests.support.frameworks import assert_close, load
 from tests.support.inprocess import Result, fit, module_recipe
+from tests.support.sampling import sample
 
 KINDS = "tests.support.keras_kinds"
 STEPS, BATCH, LR = 20, 12, 0.05
@@ -129,7 +130,7 @@ def test_one_shard_is_fit_itself(kinds: Any, model: str, tmp_path: Path) -> None
     assert_same(found, wanted, 1e-6)
 
 
-@pytest.mark.parametrize("model", ALIKE)
+@pytest.mark.parametrize("model", sample(ALIKE, 8))
 def test_shards_are_keras_over_the_same_shards_on_any_number_of_workers(kinds: Any, model: str, tmp_path: Path) -> None:
     rows = kinds.ALIKE[model]
     found = {name: fit(tmp_path / name, recipe(model, rows, rule=name)) for name in OPTIMIZERS}
