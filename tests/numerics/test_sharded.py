@@ -95,8 +95,9 @@ def test_without_a_twin_a_lost_worker_takes_the_run_back_to_a_checkpoint(plays: 
 def test_a_run_that_grows_and_shrinks_moves_its_state(twin: bool, plays: Path, tmp_path: Path) -> None:
     hooks = {2: lambda run: run.scale(4), 6: lambda run: run.scale(1), 10: lambda run: run.scale(3)}
     options = {"steps": 14, "every": 0}
-    run = Run(tmp_path / "run", recipe(plays, 4, twin=twin, **options), ("scale:2@1",), hooks=hooks)
-    result = run.fit()
+    given = recipe(plays, 4, twin=twin, **options)
+    warm = given.model_copy(update={"elastic": given.elastic.model_copy(update={"spares": 3})})  # who joins is ready before the run is over
+    result = Run(tmp_path / "run", warm, ("scale:2@1",), hooks=hooks).fit()
     assert_same(result, alone(plays, **options))
     sizes = [event["world_size"] for event in result.named("generation_started")]
     assert 4 in sizes and 1 in sizes and sizes[-1] == 3
