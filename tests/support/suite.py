@@ -43,12 +43,15 @@ class Job:
     name: str
     folders: tuple[str, ...]
     backend: str = ""
+    options: tuple[str, ...] = ()
 
 
 
 NUMERICS, OTHERS = ("tests/numerics",), ("tests/contract", "tests/chaos", "tests/gpu")
+MESHES = tuple(str(file.relative_to(ROOT)) for file in sorted((ROOT / NUMERICS[0]).glob("test_mesh*.py")))  # MXNet gives little memory back
 PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
-    "threads": (*(Job(f"{name}-numerics", NUMERICS, name) for name in ("tensorflow", "torch", "mxnet")),
+    "threads": (*(Job(f"{name}-numerics", NUMERICS, name) for name in ("tensorflow", "torch")),
+                Job("mxnet-numerics", NUMERICS, "mxnet", ("--ignore-glob=*/test_mesh*",)), Job("mxnet-meshes", MESHES, "mxnet"),
                 *(Job(name, OTHERS, name) for name in ("torch", "tensorflow", "mxnet")), Job("unit", ("tests/unit",))),
     "ray": (Job("ray", ("tests/cluster",)),)}
 
@@ -66,7 +69,8 @@ class Running:
 
     def start(self) -> None:
         environment = {**os.environ, "ELASTIC_TEST_BACKENDS": self.job.backend or "torch,tensorflow,mxnet", "ELASTIC_TEST_RECORD": str(self.record)}
-        command = [sys.executable, "-m", "pytest", "-p", "tests.support.recording", f"--basetemp={self.folder / self.job.name}", *self.job.folders]
+        command = [sys.executable, "-m", "pytest", "-p", "tests.support.recording", f"--basetemp={self.folder / self.job.name}",
+                   *self.job.folders, *self.job.options]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
