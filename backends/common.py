@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from elastic.backend import ShardResult
 from elastic.errors import UserError
+from elastic.own import place_of
 
 DEPTH = 4  # of nested containers that are looked into
 TINY = 1e-37  # below it a factor of two need not be exact
 
 Told = tuple[str, str]
+
+
+@contextmanager
+def telling(kind: str, in_one_line: Callable[[Exception], str]) -> Iterator[None]:
+    """What goes wrong in a user's code, in one sentence with its place. `in_one_line`: what the framework says of it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model.kind: {kind} cannot be called ({type(error).__name__}: {in_one_line(error)}){place_of(error)}.") from error
 
 
 def plain_attributes(parts: Iterable[tuple[str, Any]], as_numpy: Callable[[Any], np.ndarray | None],

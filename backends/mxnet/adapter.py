@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from backends.common import plain_attributes
+from backends.common import plain_attributes, telling
 from backends.mxnet.ops import mx
 from backends.mxnet.turn import turn
 from elastic.backend import Spec
 from elastic.data.collate import num_rows
 from elastic.errors import UserError
-from elastic.own import described, pair, pairs, place_of, rebuilt
+from elastic.own import described, pair, pairs, rebuilt
 
 KEEP = 'keep it in a parameter with grad_req = "null", or leave it as it is'
 GENERATORS = "draw by mx.random, numpy.random or random, which are seeded for every shard, and count nothing in the loss"
@@ -118,15 +118,8 @@ class GluonModel:
         if named_parameters(self._block).keys() != self._named.keys():
             raise UserError(f"model.kind: {self.kind} makes parameters while it runs; make all of them where it is built.")
 
-    @contextmanager
-    def telling(self) -> Iterator[None]:
-        """What goes wrong in the user's code, in one sentence with its place."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"model.kind: {self.kind} cannot be called ({type(error).__name__}: {in_one_line(error)}){place_of(error)}.") from error
+    def telling(self) -> AbstractContextManager[None]:
+        return telling(self.kind, in_one_line)
 
     def attributes(self) -> Mapping[str, Any]:
         """The plain values among the attributes of the block and its parts."""

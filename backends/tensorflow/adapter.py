@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 
-from backends.common import check_attributes, plain_attributes
+from backends.common import check_attributes, plain_attributes, telling
 from backends.tensorflow.compiled import check_compiled, check_pieces, parts
 from backends.tensorflow.figures import VARIABLES, Figures, MetricTally, snake
 from backends.tensorflow.ops import mixed, tf
@@ -27,7 +27,7 @@ from elastic.backend import Spec
 from elastic.data.collate import num_rows
 from elastic.errors import UserError
 from elastic.ops import GOLDEN, tag_key
-from elastic.own import pair, pairs, place_of, rebuilt
+from elastic.own import pair, pairs, rebuilt
 
 SEED = "seed_generator_state"  # Keras' name for the state of a layer's own generator
 OF_KERAS = frozenset(vars(keras.Model()))
@@ -202,15 +202,8 @@ class KerasModel:
         return plain_attributes(layers, lambda value: value.numpy() if isinstance(value, tf.Tensor) and hasattr(value, "numpy") else None,
                                 OF_KERAS)
 
-    @contextmanager
-    def telling(self) -> Iterator[None]:
-        """What goes wrong in the user's code, in one sentence with its place."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise failed(self.kind, error) from error
+    def telling(self) -> AbstractContextManager[None]:
+        return telling(self.kind, in_one_line)
 
     @contextmanager
     def _scope(self, params: Mapping[str, Any], state: Mapping[str, Any], seed: Any, values: list[tuple[Any, Any]] | None = None,
@@ -249,11 +242,6 @@ def check_graph(kind: str, layers: Iterable[Any]) -> None:
                      if isinstance(value, tf.Variable) and any(value.handle is handle for handle in handles)]
             raise UserError(f"model.kind: {kind} writes to the tf.Variable {(found or [op.name])[0]}, which Keras does not know as its own; "
                             "make it by add_weight(trainable=False).")
-
-
-def failed(kind: str, error: Exception) -> UserError:
-    """What Keras or TensorFlow say of an error in a user's code, with the user's own line."""
-    return UserError(f"model.kind: {kind} cannot be called ({type(error).__name__}: {in_one_line(error)}){place_of(error)}.")
 
 
 def pieces_of(batch: Any) -> list[Any]:

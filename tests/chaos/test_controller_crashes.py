@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from elastic.journal import Journal, decode, encode, replay
 from elastic.messages import Ballot, Generation, Holder, Standing
 from elastic.observe.events import read_lines
 from elastic.policy import Bounds
-from tests.support.inprocess import LIMIT_S, Result, Run, gpt_recipe
+from tests.support.inprocess import Result, Run, gpt_recipe
 from tests.support.sampling import sample
 
 STEPS = 12
@@ -106,16 +105,6 @@ class FragileRun(Run):
                 self.controller = self.build(FragileBooks.take_over(self.run_dir))
             except BaseException as error:
                 found.append(error)
-
-    def fit(self) -> Result:
-        found: list[Any] = []
-        thread = threading.Thread(target=self.work, args=(found,), name="controller", daemon=True)
-        thread.start()
-        thread.join(LIMIT_S)
-        assert found, f"the run hangs: {self.controller.state}"
-        if isinstance(found[0], BaseException):
-            raise found[0]
-        return Result(self, found[0])
 
 
 @pytest.fixture(scope="module")

@@ -85,17 +85,17 @@ class Run:
         if hook is not None:
             hook(self)
 
+    def work(self, found: list[Any]) -> None:
+        """The controller's life; `found` gets its outcome, or its error."""
+        try:
+            found.append(self.controller.run())
+        except BaseException as error:
+            found.append(error)
+
     def fit(self) -> Result:
         """Runs to the end. AssertionError if it hangs."""
         found: list[Any] = []
-
-        def work() -> None:
-            try:
-                found.append(self.controller.run())
-            except BaseException as error:
-                found.append(error)
-
-        thread = threading.Thread(target=work, name="controller", daemon=True)
+        thread = threading.Thread(target=self.work, args=(found,), name="controller", daemon=True)
         thread.start()
         thread.join(LIMIT_S)
         assert found, f"the run hangs: {self.controller.state}"
