@@ -21,7 +21,7 @@ from elastic.recipe import dumps
 from tests.support.runs import bits, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS = int(os.environ.get("ELASTIC_TEST_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("ELASTIC_TEST_ROUNDS", "1"))
 STEPS = max(400, 130 * ROUNDS)  # each round gets some steps further
 LIMIT_S = 90.0
 CHANGES: dict[str, Any] = {"run": {"steps": STEPS, "eval_every": 100}, "checkpoint": {"every_steps": 25}}

@@ -21,7 +21,7 @@ from tests.support.tables import counting, rows, write
 
 ROOT = Path(__file__).resolve().parents[2]
 ELASTIC = [sys.executable, "-m", "elastic.cli"]
-SIZE, EPOCHS, BATCH = 10_007, 3, 32
+SIZE, EPOCHS, BATCH = 7_001, 3, 32
 STEPS = -(-SIZE * EPOCHS // BATCH)
 LIMIT_S = 120.0
 
@@ -54,7 +54,7 @@ def test_each_row_is_fed_once_an_epoch_on_a_cluster(tmp_path: Path) -> None:
         first.wait()
     before = max(line["step"] for line in read_lines(run / "metrics.jsonl"))
     assert 400 <= before < STEPS
-    done = subprocess.run([*ELASTIC, "resume", str(run), "--chaos", "kill:1@700"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+    done = subprocess.run([*ELASTIC, "resume", str(run), "--chaos", "kill:1@550"], cwd=tmp_path, env=environment, capture_output=True, text=True,
                           timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr + done.stdout
     verdict = verify(run, check_checkpoint)

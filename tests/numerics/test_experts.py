@@ -136,7 +136,7 @@ def test_a_model_with_experts_is_the_reference_s(name: str, recompute: bool) -> 
 
 def test_a_model_with_experts_compiles_once() -> None:
     load("torch", "backend")
-    config = {"layers": 2, "heads": 2, "width": 8, "context": 6, "experts": 3, "top": 2, "recompute": True}
+    config = {"layers": 1, "expert_every": 1, "heads": 2, "width": 8, "context": 6, "experts": 3, "top": 2, "recompute": True}
     batch = {"tokens": np.random.default_rng(2).integers(0, 11, (3, 7)), "row_weight": np.ones(3, np.float32)}
     eager, compiled = (rig_of("torch", gpt.build(config, {"vocab_size": 11}), compile=compile) for compile in (False, True))
     for seed in (1, 2):

@@ -15,6 +15,7 @@ from elastic.recipe import Recipe
 from elastic.workload import check_model, open_model
 from tests.support.frameworks import assert_close, load
 from tests.support.inprocess import Result, fit, module_recipe
+from tests.support.sampling import sample
 
 KINDS = "tests.support.gluon_kinds"
 STEPS, BATCH, LR, DECAY, EPS = 20, 12, 0.05, 0.1, 1e-3
@@ -103,7 +104,7 @@ def assert_same(found: Result, wanted: dict[str, np.ndarray], tolerance: float) 
         assert_close(arrays[name], value, tolerance, name)
 
 
-@pytest.mark.parametrize("kind", ALIKE)
+@pytest.mark.parametrize("kind", sample(ALIKE, 6))
 def test_blocks_are_gluon_over_the_same_shards_on_any_number_of_workers(kinds: Any, kind: str, tmp_path: Path) -> None:
     one = fit(tmp_path / "whole", recipe(kind, shards=1))
     one.assert_sound(STEPS)

@@ -130,7 +130,7 @@ def test_one_shard_is_fit_itself(kinds: Any, model: str, tmp_path: Path) -> None
     assert_same(found, wanted, 1e-6)
 
 
-@pytest.mark.parametrize("model", sample(ALIKE, 8))
+@pytest.mark.parametrize("model", sample(ALIKE, 5))
 def test_shards_are_keras_over_the_same_shards_on_any_number_of_workers(kinds: Any, model: str, tmp_path: Path) -> None:
     rows = kinds.ALIKE[model]
     found = {name: fit(tmp_path / name, recipe(model, rows, rule=name)) for name in OPTIMIZERS}

@@ -1,4 +1,5 @@
-"""The whole suite, as `make test` runs it: a process for each framework, two at a time, then real Ray by itself.
+"""The whole suite, as `make test` runs it: a process for each framework, two at a time, then real Ray: those that share one beside those
+that start and end their own.
 
     python -m tests.support.suite [--durations N] [--budgets] [PHASE ...]
 
@@ -46,16 +47,23 @@ class Job:
     options: tuple[str, ...] = ()
 
 
+def files(pattern: str, words: str = "") -> tuple[str, ...]:
+    """Those in which these words stand."""
+    return tuple(str(file.relative_to(ROOT)) for file in sorted(ROOT.glob(f"tests/{pattern}.py")) if words in file.read_text())
+
 
 NUMERICS, OTHERS = ("tests/numerics",), ("tests/contract", "tests/chaos", "tests/gpu")
-MODELS = tuple(  # apart, for MXNet gives little memory back
-    str(file.relative_to(ROOT)) for pattern in ("mesh", "gluon") for file in sorted((ROOT / NUMERICS[0]).glob(f"test_{pattern}*.py")))
+MODELS = (*files("numerics/test_mesh*"), *files("numerics/test_gluon*"))
+OWN_RAY = tuple(f"tests/cluster/test_{name}.py" for name in ("command", "killed_whole", "attacks", "tables", "nodes", "placing"))
+SAMPLED = files("*/test_*", "from tests.support.sampling import sample\n")
 PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
-    "threads": (*(Job(f"{name}-numerics", NUMERICS, name) for name in ("tensorflow", "torch")),
-                Job("mxnet-numerics", NUMERICS, "mxnet", ("--ignore-glob=*/test_mesh*", "--ignore-glob=*/test_gluon*")),
-                Job("mxnet-models", MODELS, "mxnet"),
-                *(Job(name, OTHERS, name) for name in ("torch", "tensorflow", "mxnet")), Job("unit", ("tests/unit",))),
-    "ray": (Job("ray", ("tests/cluster",)),)}
+    "threads": (*(Job(f"{name}-numerics", NUMERICS, name) for name in ("torch", "tensorflow")),
+                *(Job(name, OTHERS, name) for name in ("torch", "tensorflow")), Job("unit", ("tests/unit",)),
+                Job("mxnet-models", MODELS, "mxnet"),  # apart: MXNet gives little memory back
+                Job("mxnet-numerics", NUMERICS, "mxnet", tuple(f"--ignore={file}" for file in MODELS)), Job("mxnet", OTHERS, "mxnet")),
+    "ray": (Job("ray", ("tests/cluster",), options=tuple(f"--ignore={file}" for file in OWN_RAY)), Job("own-ray", OWN_RAY)),
+    "sampled": tuple(Job(f"{name}-sampled", SAMPLED, name) for name in ("torch", "tensorflow", "mxnet"))}
+DEFAULT = ("threads", "ray")
 
 
 @dataclass
@@ -171,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("ELASTIC_TEST_SEED", str(SEED))
     print(f"samples of long suites: ELASTIC_TEST_SEED={os.environ['ELASTIC_TEST_SEED']}")
     with tempfile.TemporaryDirectory(prefix="suite-") as folder:
-        for phase in asked.phases or PHASES:
+        for phase in asked.phases or DEFAULT:
             print(f"{phase}: {', '.join(job.name for job in PHASES[phase])}", flush=True)
             for one in run_phase(PHASES[phase], Path(folder)):
                 tell_end(one)
