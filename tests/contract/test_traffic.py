@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from nlp import bert, gpt
 from recommender import dlrm
 from tests.support.frameworks import names
 from tests.support.models import Tiny, rig_of
+from tests.support.sampling import sample
 from tests.support.threads import together
 from vision import vit
 
@@ -77,8 +79,7 @@ def counted(name: str, model: Any, batch: dict[str, np.ndarray], layout: Layout)
     return together(size, worker)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(("name", "case"), sample(list(product(names(), CASES)), 12))
 def test_the_bytes_of_a_real_pass(name: str, case: str) -> None:
     build, batch_of, mesh = CASES[case]
     model = build()

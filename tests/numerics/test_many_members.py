@@ -16,7 +16,7 @@ from elastic.observe.metrics import steps_of
 from elastic.recipe import Recipe, dumps
 from tests.support.inprocess import fit, gpt_recipe
 
-WORKERS, STEPS = 64, 14
+WORKERS, STEPS = 64, 8
 
 
 def members(number: int, node: str = "node", shares: bool = True) -> list[Ready]:
@@ -45,7 +45,7 @@ def test_a_group_grows_beyond_what_shared_memory_holds_and_shrinks_again(tmp_pat
     file = tmp_path / "recipe.toml"
     file.write_text(dumps(recipe(WORKERS, WORKERS // 2)))
     ended = subprocess.run([sys.executable, "-m", "tests.support.forked", str(tmp_path / "run"), str(file), str(WORKERS),
-                            f"scale:{WORKERS}@3", "kill:40@10/reduction"],
+                            f"scale:{WORKERS}@3", "kill:40@5/reduction"],
                            capture_output=True, text=True, timeout=300, check=True, cwd=Path(__file__).parents[2])
     assert ended.stdout.split() == ["done"], ended.stdout + ended.stderr
     formed = [(e["world_size"], e["transport"]) for e in read_lines(tmp_path / "run" / "events.jsonl") if e["event"] == "generation_started"]

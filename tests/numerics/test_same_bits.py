@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.inprocess import MODULES, Result, Run, fit, gpt_recipe, module_recipe
+from tests.support.sampling import sample
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -42,8 +44,7 @@ def test_any_number_of_workers(workers: int, text: Path, undisturbed: Result, tm
     assert result.summary["world_sizes"] == [workers]
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("phase", "rank"), sample(list(product(PHASES, (0, 2))), 6))
 def test_a_kill_in_each_phase(phase: str, rank: int, text: Path, undisturbed: Result, tmp_path: Path) -> None:
     result = fit(tmp_path, gpt_recipe(text, STEPS), [f"kill:{rank}@8/{phase}"])
     assert_same(result, undisturbed)

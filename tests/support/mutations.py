@@ -34,7 +34,7 @@ def copy_tree(target: Path) -> None:
 
 def pytest(copy: Path, tests: Sequence[str], limit_s: float, *options: str) -> tuple[int, str]:
     """(exit code, what it said) of pytest on the copy's own code. Whatever it started has ended when this returns."""
-    env = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(copy.parent)}
+    env = {**os.environ, "ELASTIC_TEST_SAMPLE": "all", "PYTHONPATH": str(copy), "TMPDIR": str(copy.parent)}
     child = subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *tests], cwd=copy, env=env, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
