@@ -14,6 +14,7 @@ from elastic.observe.events import read_json, read_lines
 from elastic.observe.verify import Verdict, verify
 from elastic.recipe import load_recipe, loads
 from elastic.trainer import Trainer
+from elastic.trust import check_trust
 
 WHOLE = {"pipeline": 1, "tensor": 1, "expert": 1}
 
@@ -41,10 +42,11 @@ def elsewhere(location: str) -> dict[str, str]:
     return {shown(join(location, name)): join(location, name) for name in names}
 
 
-def replay(run_dir: Path, address: str = "local") -> Verdict:
+def replay(run_dir: Path, address: str = "local", trust: bool = False) -> Verdict:
     """Trains the same recipe again with one worker that nobody disturbs, and compares the bits."""
     mesh = loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False).mesh
     recipe = load_recipe(run_dir / "recipe.toml", undisturbed(mesh.replica_size))
+    check_trust(recipe, run_dir, trust)
     summary = read_json(run_dir / "summary.json") or {}
     if summary.get("status") != "done":
         raise UserError(f"The run in {run_dir} has not ended; `elastic resume {run_dir}` first, then replay it.")

@@ -32,6 +32,7 @@ from elastic.observe.events import JsonLines, replace_text
 from elastic.policy import bounds_of
 from elastic.recipe import Recipe, best_mode, check_resumed, dumps, load_recipe, loads
 from elastic.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
+from elastic.trust import check_trust
 
 OTHER_DATA = "put that data back, or start a new run, with a checkpoint as its model.init."
 CONNECT_S = 5.0  # for a Ray at a given address to take a connection
@@ -52,10 +53,11 @@ class Trainer:
     follows: str = ""  # the id of a live run that is followed instead of starting one
 
     @classmethod
-    def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local", chaos: Sequence[str] = ()) -> Trainer:
+    def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local", chaos: Sequence[str] = (),
+               trust: bool = False) -> Trainer:
         """Goes on from the newest good checkpoint of a run (from the start if it has none), or follows it where it is alive.
 
-        RecipeError where `overrides` make it another run, or would change a live one.
+        RecipeError where `overrides` make it another run, or would change a live one; UserError where it would import what `elastic.trust` does not let in.
         """
         run_dir = Path(run_dir)
         if not (run_dir / "recipe.toml").exists():
@@ -69,6 +71,7 @@ class Trainer:
         began = (run_dir / "recipe.toml").read_text(encoding="utf-8")
         recipe = load_recipe(run_dir / "recipe.toml", overrides)
         check_resumed(loads(began, locate=False), recipe)
+        check_trust(recipe, run_dir, trust)
         return cls(recipe, run_dir, address, chaos, beginning(recipe, run_dir), began)
 
     def check(self) -> dict[str, Any]:
@@ -285,7 +288,7 @@ def living(run_dir: Path) -> dict[str, str] | None:
     return live
 
 
-def scale(run_dir: str | Path, workers: int, **degrees: int) -> None:
+def scale(run_dir: str | Path, workers: int, trust: bool = False, **degrees: int) -> None:
     """Asks a live run to grow or shrink; `degrees`, of tensor, pipeline and expert, make a mesh to prefer. Those not given are the recipe's."""
     live = live_of(Path(run_dir))
     if live is None:
@@ -299,6 +302,7 @@ def scale(run_dir: str | Path, workers: int, **degrees: int) -> None:
     if degrees and workers < mesh.replica_size:
         raise UserError(f"--workers {workers} is less than a replica of this mesh; write --workers {mesh.replica_size} or more.")
     if degrees:
+        check_trust(recipe, run_dir, trust)
         Trainer(recipe, address=live["address"]).check()  # a mesh that the model does not fit would end the run
     preferred = (mesh.pipeline, mesh.tensor, mesh.expert) if degrees else None
     with connected(live["address"], recipe):
