@@ -352,7 +352,7 @@ class Controller:
         self.books.generation = generation.number
         members = [self.live[w] for w in generation.members]
         self.books.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
-                         mesh=generation.shape.as_dict(),
+                         mesh=generation.shape.as_dict(), written=self.books.written,
                          workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid, "compilations": r.compilations}
                                   for i, r in enumerate(members)])
 
