@@ -34,7 +34,8 @@ from elastic.recipe import Recipe, best_mode, check_resumed, dumps, load_recipe,
 from elastic.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
 from elastic.trust import check_trust
 
-OTHER_DATA = "put that data back, or start a new run, with a checkpoint as its model.init."
+AFRESH = "put that data back, or start a new run, with a checkpoint as its model.init."
+AGAIN = "put that data back, then replay it again."
 CONNECT_S = 5.0  # for a Ray at a given address to take a connection
 
 
@@ -51,6 +52,7 @@ class Trainer:
     num_steps: int = 0  # known after `check`
     notes: tuple[str, ...] = ()  # likewise
     follows: str = ""  # the id of a live run that is followed instead of starting one
+    data: str = ""  # the key of the data that it must have, if it is another run's replay
 
     @classmethod
     def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local", chaos: Sequence[str] = (),
@@ -81,15 +83,15 @@ class Trainer:
         if self.address == "local" and self.recipe.backend.device == "cuda" and not os.path.exists("/dev/nvidia0"):
             raise UserError('backend.device = "cuda" needs a CUDA GPU, and this machine has none; set backend.device = "cpu".')
         info = workload.prepare(self.recipe)
-        began = self.begin.data if self.begin else ""
+        began, remedy = (self.begin.data, AFRESH) if self.begin else (self.data, AGAIN)
         if began and not self.recipe.data.kind and began != info.get("key"):
-            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {OTHER_DATA}")
+            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {remedy}")
         with import_path():
             opened = workload.Workload.open(self.recipe, info)
             if opened.key:
                 info = {**info, "key": opened.key}
             if began and opened.key and began != opened.key:
-                raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {OTHER_DATA}")
+                raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {remedy}")
             self.num_steps = opened.sampler.num_steps
             workload.check_items(opened)
             self.notes = workload.check_model(self.recipe, opened.model)

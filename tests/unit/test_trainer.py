@@ -21,6 +21,7 @@ from elastic.errors import RecipeError, UserError
 from elastic.follow import Result
 from elastic.observe.events import JsonLines, read_lines
 from elastic.recipe import Recipe, dumps
+from elastic.replay import replay
 from elastic.rundir import held
 from elastic.trainer import Trainer
 from tests.support import modules
@@ -129,6 +130,10 @@ def test_a_resumed_run_takes_no_other_data_set_of_ones_own(change: dict[str, Any
     with pytest.raises(RecipeError) as caught:
         Trainer.resume(run_dir, ["run.steps=4"]).check()
     assert str(caught.value).startswith(f"data.kind = 'tests.support.modules:Rows' has {now}, and this run began with {then}; put that data back")
+    with pytest.raises(RecipeError) as caught:
+        replay(run_dir)
+    assert str(caught.value) == (f"data.kind = 'tests.support.modules:Rows' has {now}, and this run began with {then}; put that data back, then "
+                                 "replay it again.")
 
 
 # Of those who would start a run in one directory, one does.
