@@ -221,10 +221,10 @@ for _name, _what in LATER.items():
 def checked(trainer: Trainer) -> int:
     """--check: everything that can be known before a worker starts."""
     info = trainer.check()
-    trainer.settle(info, on_event=lambda event: say(event["why"]))
+    notes = [trainer.settle(info), *trainer.notes]
     recipe = trainer.recipe
     found = trainer.check_memory(info)
-    for line in info.get("notes", ()):
+    for line in filter(None, notes):
         say(line)
     facts = ", ".join(f"{key} {value}" for key, value in info.items() if isinstance(value, int))
     say(f"data: {facts or recipe.data.kind}")

@@ -79,6 +79,10 @@ class Controller:
             return
         if rewound_from >= 0 and "rewound" not in self.books.told:
             self.books.event("rewound", **{"from": rewound_from, "to": self.books.written})
+        said = {fields.get("why") for _, fields in self.books.feed}
+        for name, why in self.job.notes:
+            if why not in said:
+                self.books.event(name, why=why)
         self.books.event("run_started", run=self.job.run_id, num_steps=self.job.num_steps, pid=os.getpid())
 
     # From other threads.

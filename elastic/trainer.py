@@ -50,7 +50,7 @@ class Trainer:
     begin: Begin | None = None  # where to go on, if this is a resumption
     began: str = ""  # its recipe.toml when that was read
     num_steps: int = 0  # known after `check`
-    notes: tuple[str, ...] = ()  # likewise
+    notes: tuple[str, ...] = ()  # likewise: what is to be known of data and model
     follows: str = ""  # the id of a live run that is followed instead of starting one
     data: str = ""  # the key of the data that it must have, if it is another run's replay
 
@@ -94,16 +94,16 @@ class Trainer:
                 raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {remedy}")
             self.num_steps = opened.sampler.num_steps
             workload.check_items(opened)
-            self.notes = workload.check_model(self.recipe, opened.model)
+            self.notes = (*info.get("notes", ()), *workload.check_model(self.recipe, opened.model))
         return info
 
-    def settle(self, info: dict[str, Any], nodes: int = 0, on_event: Callback | None = None) -> None:
-        """Puts numbers in place of `mesh = "auto"`, and says why these."""
-        if self.recipe.mesh.auto:
-            with import_path():
-                self.recipe, why = planning.settle(self.recipe, info, workload.Workload.open(self.recipe, info), nodes)
-            if on_event:
-                on_event({"event": "mesh_chosen", "step": 0, "time": time.time(), "generation": 0, "why": why})
+    def settle(self, info: dict[str, Any], nodes: int = 0) -> str:
+        """Puts numbers in place of `mesh = "auto"`, and says why these; "" where the recipe has numbers."""
+        if not self.recipe.mesh.auto:
+            return ""
+        with import_path():
+            self.recipe, why = planning.settle(self.recipe, info, workload.Workload.open(self.recipe, info), nodes)
+        return why
 
     def check_memory(self, info: dict[str, Any]) -> preview.Preview:
         """What the largest group needs. UserError where it cannot fit on this machine, and is to run here."""
@@ -118,15 +118,13 @@ class Trainer:
         if self.follows:
             return self.follow(on_step, on_eval, on_event)
         info = self.check()
-        tell = on_event or (lambda event: None)
-        for line in (*info.get("notes", ()), *self.notes):
-            tell({"event": "noted", "step": 0, "time": time.time(), "generation": 0, "why": line})
         run_dir = self.free_run_dir()
         if self.recipe.checkpoint.path:
             check_access(self.recipe.checkpoint.path, not self.begin, owner_of(run_dir))
         is_local = self.address == "local" and not ray.is_initialized()  # else it joins whatever Ray this process has joined
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
-            self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()), on_event)
+            why = self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()))
+            notes = [("noted", line) for line in self.notes] + [("mesh_chosen", why)] * bool(why)
             run, checkpoints = run_id(run_dir), checkpoints_of(self.recipe, run_dir)
             if self.begin or self.recipe.checkpoint.path:  # else the place is not there yet
                 claimed(checkpoints, run, owner_of(run_dir))
@@ -134,7 +132,7 @@ class Trainer:
                 self.check_memory(info)
             begin = self.open_run_dir(run_dir)
             job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path(), tuple(self.chaos),
-                      self.num_steps, is_local)
+                      self.num_steps, is_local, tuple(notes))
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))
             return see_out(start_controller(job, self.recipe, begin), job.run_id, run_dir, Telling(on_step, on_eval, on_event))
 
