@@ -192,7 +192,7 @@ RUNS = (
     M("resume-as-another-run", "resume, P1", "A resumption may change what the state and the order of the data follow from.", "elastic/trainer.py",
       '        check_resumed(loads(began, locate=False), recipe)\n', "", "tests/unit/test_trainer.py::test_a_resumed_run_stays_the_run_it_was"),
     M("scale-without-degrees", "scale", "The axes of a mesh that is asked for are dropped.", "elastic/cli.py",
-      "trainer.scale(run_dir, workers, **degrees)", "trainer.scale(run_dir, workers)", "tests/unit/test_cli.py::test_what_is_given_arrives"),
+      "trainer.scale(run_dir, workers, trust, **degrees)", "trainer.scale(run_dir, workers, trust)", "tests/unit/test_cli.py::test_what_is_given_arrives"),
     M("scale-beyond-the-recipe", "scale, P8", "More workers may be asked for than the recipe allows.", "elastic/trainer.py",
       "if not low <= workers <= high:", "if not low <= workers:", "tests/unit/test_trainer.py::test_a_scale_that_no_run_could_follow"),
     M("dead-is-running", "status", "A run that has not said a word for an hour is running.", "elastic/observe/status.py",
