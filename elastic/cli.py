@@ -180,13 +180,15 @@ def plan(recipe: Recipe, set_: Sets = [],  # noqa: B006
     if mesh and not show_layout:
         raise UserError(f"--mesh {mesh} says which layout is to be shown; add --show-layout, or leave it out.")
     resolved = load_recipe(recipe, set_)
-    info = Trainer(resolved).check()
+    trainer = Trainer(resolved)
+    info = trainer.check()
+    assert trainer.opened is not None
     size = planning.Size(nodes, gpus_per_node or resolved.elastic.max_workers, memory_gb, intra_gbps, inter_gbps)
     if calibrate:
         for line in planning.calibrated(resolved, info, size):
             say(line, "dim")
     console = Console(highlight=False, width=WIDE)
-    for part in planning.parts(resolved, info, size, tflops * planning.TERA, planning.Shown(show_layout, mesh)):
+    for part in planning.parts(resolved, info, trainer.opened, size, tflops * planning.TERA, planning.Shown(show_layout, mesh)):
         say(part) if isinstance(part, str) else console.print(part)
     return DONE
 
@@ -223,7 +225,7 @@ def checked(trainer: Trainer) -> int:
     info = trainer.check()
     notes = [trainer.settle(info), *trainer.notes]
     recipe = trainer.recipe
-    found = trainer.check_memory(info)
+    found = trainer.check_memory()
     for line in filter(None, notes):
         say(line)
     facts = ", ".join(f"{key} {value}" for key, value in info.items() if isinstance(value, int))

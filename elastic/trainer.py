@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Trainer:
     chaos: Sequence[str] = ()
     begin: Begin | None = None  # where to go on, if this is a resumption
     began: str = ""  # its recipe.toml when that was read
+    opened: workload.Workload | None = field(default=None, repr=False)  # the data and the model, after `check`, until the run starts
     num_steps: int = 0  # known after `check`
     notes: tuple[str, ...] = ()  # likewise: what is to be known of data and model
     follows: str = ""  # the id of a live run that is followed instead of starting one
@@ -59,7 +60,8 @@ class Trainer:
                trust: bool = False) -> Trainer:
         """Goes on from the newest good checkpoint of a run (from the start if it has none), or follows it where it is alive.
 
-        RecipeError where `overrides` make it another run, or would change a live one; UserError where it would import what `elastic.trust` does not let in.
+        RecipeError where `overrides` make it another run, or would change a live one; UserError where it would import what
+        `elastic.trust` does not let in.
         """
         run_dir = Path(run_dir)
         if not (run_dir / "recipe.toml").exists():
@@ -87,7 +89,7 @@ class Trainer:
         if began and not self.recipe.data.kind and began != info.get("key"):
             raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {remedy}")
         with import_path():
-            opened = workload.Workload.open(self.recipe, info)
+            self.opened = opened = workload.Workload.open(self.recipe, info)
             if opened.key:
                 info = {**info, "key": opened.key}
             if began and opened.key and began != opened.key:
@@ -101,14 +103,16 @@ class Trainer:
         """Puts numbers in place of `mesh = "auto"`, and says why these; "" where the recipe has numbers."""
         if not self.recipe.mesh.auto:
             return ""
+        assert self.opened is not None
         with import_path():
-            self.recipe, why = planning.settle(self.recipe, info, workload.Workload.open(self.recipe, info), nodes)
+            self.recipe, why = planning.settle(self.recipe, info, self.opened, nodes)
         return why
 
-    def check_memory(self, info: dict[str, Any]) -> preview.Preview:
+    def check_memory(self) -> preview.Preview:
         """What the largest group needs. UserError where it cannot fit on this machine, and is to run here."""
+        assert self.opened is not None
         with import_path():
-            found = preview.preview(self.recipe, info)
+            found = preview.preview(self.recipe, self.opened)
         if self.address == "local":
             preview.check_memory(found, self.recipe)
         return found
@@ -129,7 +133,8 @@ class Trainer:
             if self.begin or self.recipe.checkpoint.path:  # else the place is not there yet
                 claimed(checkpoints, run, owner_of(run_dir))
             if self.address == "local":
-                self.check_memory(info)
+                self.check_memory()
+            self.opened = None  # the workers have their own
             begin = self.open_run_dir(run_dir)
             job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path(), tuple(self.chaos),
                       self.num_steps, is_local, tuple(notes))

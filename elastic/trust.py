@@ -4,8 +4,8 @@ The rule. A model or data set of one's own (`model.kind` or `data.kind` as "modu
 of the caller's names it. The run directory of a place is the nearest folder at or above it, links resolved, that holds a recipe.toml; it is the
 caller's where folder and recipe.toml have the caller's user id; it names what its recipe.toml has as `model.kind` and `data.kind`. So the
 checkpoints of a run of one's own may lie anywhere as long as the run directory is what is given, and one that was copied into it can name
-nothing else. All other places (another user's directory, a checkpoint that was copied or downloaded alone, a URI) need `--trust`. Kinds that come with
-the platform never do. A recipe that is given to `elastic train` is the caller's own word.
+nothing else. All other places (another user's directory, a checkpoint that was copied or downloaded alone, a URI) need `--trust`. Kinds that come
+with the platform never do. A recipe that is given to `elastic train` is the caller's own word.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RECIPE = "recipe.toml"
 
 
 def check_trust(recipe: Recipe, place: str | os.PathLike[str], trust: bool) -> None:
-    """UserError, before anything is imported, where `recipe` was found at `place`, path or URI, and names a module that the rule does not let in."""
+    """UserError, before anything is imported, where `recipe`, of `place` (a path or URI), names a module that the rule does not let in."""
     strange = named(recipe) - own(place) if not trust else set()
     if strange:
         modules = " and ".join(f'{kind.partition(":")[0]} ({key} = "{kind}")' for key, kind in sorted(strange, reverse=True))

@@ -39,7 +39,8 @@ def story() -> tuple[Lines, Lines]:
         return {"world_size": number, "mesh": {"data": number},
                 "workers": [{"worker": f"w{r}", "rank": r, "node": "n", "pid": 10 + r} for r in range(number)]}
 
-    events = [event(0, "noted", 0, 0, why="Net is made with norm in evaluation mode"), event(0, "run_started", 0, 0), event(5, "generation_started", 1, 0, **members(3)),
+    events = [event(0, "noted", 0, 0, why="Net is made with norm in evaluation mode"), event(0, "run_started", 0, 0),
+              event(5, "generation_started", 1, 0, **members(3)),
               event(11.1, "worker_lost", 1, 6, worker="w2", rank=2, cause="killed", detected_s=0.05),
               event(12, "generation_started", 2, 6, **members(2)), event(14, "recovered", 2, 7, pause_s=2.0, steps_lost=0),
               event(18, "run_finished", 2, 10)]

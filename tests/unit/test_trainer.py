@@ -237,6 +237,22 @@ def test_two_new_runs_in_one_directory_are_one(started: list[Any], tmp_path: Pat
     assert (run_dir / "recipe.toml").read_text() == dumps(module_recipe("Small", 9)) and not started
 
 
+@pytest.mark.parametrize("auto", [False, True])
+def test_data_and_model_are_opened_once_before_a_run(auto: bool, started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(init: Any) -> Any:
+        return lambda self, *keys, **more: made.append(type(self).__name__) or init(self, *keys, **more)
+
+    for kind in (modules.Rows, modules.Small):
+        monkeypatch.setattr(kind, "__init__", counted(kind.__init__))
+    trainer = Trainer(module_recipe("Small", 4, mesh={"auto": auto}), tmp_path / "run")
+    trainer.fit()
+    assert sorted(made) == ["Rows", "Small"] and len(started) == 1 and trainer.opened is None
+    Trainer(module_recipe("Small", 4)).check()
+    assert len(made) == 4
+
+
 def test_what_is_to_be_known_of_data_and_model_goes_to_the_controller_and_into_the_run_s_events(
         started: list[Any], plays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -247,8 +263,8 @@ def test_what_is_to_be_known_of_data_and_model_goes_to_the_controller_and_into_t
     (tmp_path / "plays" / ".b.txt").write_text(plays.read_text())
     text = {"format": "text", "path": [str(tmp_path / "plays")], "kind": ""}
     own = {"kind": "tests.support.torch_modules:EvalNorm"}
-    for number, changes in enumerate(({"model": own}, {"data": {**text, "options": {}}, "model": {"kind": "nlp.gpt", "layers": 1, "heads": 2, "width": 16,
-                                                                                                   "context": 8}, "mesh": {"auto": True}})):
+    gpt = {"kind": "nlp.gpt", "layers": 1, "heads": 2, "width": 16, "context": 8}
+    for number, changes in enumerate(({"model": own}, {"data": {**text, "options": {}}, "model": gpt, "mesh": {"auto": True}})):
         Trainer(module_recipe("Small", 4, **changes), tmp_path / f"run-{number}").fit()
     ((note,), texts) = (job.notes for job in jobs)
     assert note[0] == "noted" and "EvalNorm is made with norm in evaluation mode" in note[1]
