@@ -26,8 +26,8 @@ def check_trust(recipe: Recipe, place: str | os.PathLike[str], trust: bool) -> N
     strange = named(recipe) - own(place) if not trust else set()
     if strange:
         modules = " and ".join(f'{kind.partition(":")[0]} ({key} = "{kind}")' for key, kind in sorted(strange, reverse=True))
-        raise UserError(f"{shown(os.fspath(place))} is no run directory of yours, nor in one that names the same, and would import {modules}; look at "
-                        "what that would run, then add --trust (trust=True in Python).")
+        raise UserError(f"{shown(os.fspath(place))} is no run directory of yours, nor in one that names the same, and would import {modules}; "
+                        "look at what that would run, then add --trust (trust=True in Python).")
 
 
 def named(recipe: Recipe) -> set[tuple[str, str]]:
