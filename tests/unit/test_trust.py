@@ -84,10 +84,11 @@ def test_ones_own_run_is_trusted_and_a_checkpoint_alone_is_not(run_dir: Path, tm
 
 
 def test_a_checkpoint_that_was_put_into_ones_own_run_names_nothing_else(run_dir: Path, tmp_path: Path) -> None:
-    mine = make_run(tmp_path / "mine", recipe("nlp.gpt"))
-    shutil.rmtree(mine / "checkpoints" / "step-00000001")
-    shutil.copytree(run_dir / "checkpoints" / "step-00000001", mine / "checkpoints" / "step-00000001")
-    assert cli.run(["evaluate", str(mine)]) == 2 and not ran()
+    for name, kind in (("shipped", "nlp.gpt"), ("mine", "own_model:Net")):
+        mine = make_run(tmp_path / name, recipe(kind))
+        shutil.rmtree(mine / "checkpoints" / "step-00000001")
+        shutil.copytree(run_dir / "checkpoints" / "step-00000001", mine / "checkpoints" / "step-00000001")
+        assert cli.run(["evaluate", str(mine)]) == 2 and not ran()
     (tmp_path / "linked").symlink_to(run_dir / "checkpoints" / "step-00000001")
     assert own(tmp_path / "linked") == {("model.kind", NAMES)} and not own("s3://bucket/run") and not own(tmp_path / "absent")
 
