@@ -93,6 +93,13 @@ def test_a_checkpoint_that_was_put_into_ones_own_run_names_nothing_else(run_dir:
     assert own(tmp_path / "linked") == {("model.kind", NAMES)} and not own("s3://bucket/run") and not own(tmp_path / "absent")
 
 
+def test_what_looks_at_arrays_alone_imports_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_somebody_else(monkeypatch)
+    for command in ("export {} --format safetensors --out {}/w.safetensors", "export {} --format torch --out {}/w.pt", "inspect {}"):
+        assert cli.run(command.format(run_dir, tmp_path).split()) == 0 and not ran(), command
+    assert cli.run(["verify", str(run_dir)]) == 3 and not ran(), "a run without a step, but its hashes are checked"
+
+
 def test_kinds_of_the_platform_need_no_trust_and_both_of_ones_own_are_named(tmp_path: Path) -> None:
     check_trust(recipe("nlp.gpt"), "s3://bucket/run", False)
     check_trust(recipe(NAMES, "strange_data:Rows"), "s3://bucket/run", True)
