@@ -11,7 +11,9 @@ import pytest
 
 from elastic import preview as door
 from elastic.errors import UserError
-from elastic.preview import check_memory, num_bytes, on_gpu, preview
+from elastic.mesh import Mesh
+from elastic.parallel import meshes
+from elastic.preview import check_memory, measured, num_bytes, on_gpu, preview
 from elastic.recipe import Recipe, parse
 from elastic.workload import Workload, prepare
 
@@ -86,6 +88,14 @@ def test_a_small_shard_is_not_tried() -> None:
 def test_an_error_in_the_trial_is_the_user_s_with_its_line() -> None:
     with pytest.raises(UserError, match=r"model.kind: 1 rows cannot be trained on \(KeyError: 'nothing' \(test_preview.py, line \d+, in loss\)\)"):
         preview(*opened(own(5_000, "Broken")))
+
+
+def test_a_part_of_a_shard_has_as_many_rows_in_nested_columns_too() -> None:
+    """Or a trial would compute with other rows than it is asked for, or with none."""
+    recipe, work = opened(own(8))
+    asked, timed = measured(recipe, work)
+    layout = meshes.lay(asked.model, Mesh(1, 1, 1, 1), asked.rules, asked.balance)
+    assert all(part.forward_s > 0 for rows in (4, 8) for part in timed.depths(layout, rows))
 
 
 def test_a_shipped_model_s_activations_grow_with_its_rows_and_layers(tmp_path: Path) -> None:
