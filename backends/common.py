@@ -19,6 +19,10 @@ TINY = 1e-37  # below it a factor of two need not be exact
 Told = tuple[str, str]
 
 
+def before_models(settings: Any) -> None:
+    """The default of `elastic.backend.Framework`: this framework needs nothing set before a user's own code computes."""
+
+
 @contextmanager
 def telling(kind: str, in_one_line: Callable[[Exception], str]) -> Iterator[None]:
     """What goes wrong in a user's code, in one sentence with its place. `in_one_line`: what the framework says of it."""

@@ -121,7 +121,7 @@ class WorkerActor:
 
     def serve(self) -> None:
         """Works until released, whoever asked for it may be gone by then. `watch` tells how it ended."""
-        from elastic.worker import describe
+        from elastic.own import describe
 
         if not self.idle.acquire(blocking=False):
             return  # asked for a second time, by a controller that came back

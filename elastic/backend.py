@@ -7,6 +7,7 @@ tensor on a GPU. Both slice, reshape and add in place with the same syntax, whic
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +53,18 @@ class Model(Protocol):
 
         In place of a sum there may be an array, one value a row, for the model's tally: see `Tally`.
         """
+
+
+class Adapted(Protocol):
+    """A user's own model as the door of its framework adapts it, for that framework's backend alone. Adapters inherit the default."""
+
+    parameters: Mapping[str, Spec]
+    buffers: Mapping[str, Spec]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever starts a run with it should know, a sentence each."""
+        return ()
 
 
 class Chain(Model, Protocol):
@@ -208,6 +221,29 @@ class Backend(Protocol):
 
     def compilations(self) -> int:
         """How many traces or compilations this process has done so far."""
+
+
+class Framework(Protocol):
+    """The door of a framework, a module found by `backend.name`. The one of the reference backend, which takes no model of the user's own, has
+    `create` and `before_models`."""
+
+    def before_models(self, settings: Any) -> None:
+        """Sets what has to be set before a user's own code computes anything; called before every other. The default is that of `backends.common`."""
+
+    def create(self, model: Any, settings: Any) -> Backend:
+        """A backend over a model, shipped or the user's own. `settings`: the recipe's `[backend]`. UserError where it cannot be had."""
+
+    def adapt(self, model: Any) -> Adapted:
+        """A user's own model. UserError where it cannot serve."""
+
+    def construct(self, factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
+        """A user's model or data set; what it draws to begin with is a function of `seed`."""
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """A user's items as a batch."""
+
+    def seeded(self, seed: int) -> AbstractContextManager[None]:
+        """Inside, all that a user's code may draw from starts from `seed`; then it is as before."""
 
 
 SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",), "adagrad": ("sum",)}

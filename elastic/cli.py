@@ -37,7 +37,7 @@ Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a
 Degree = Annotated[int | None, typer.Option(min=1, help="Workers along this axis of the mesh; as the recipe says, where it is not given.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")]
 Location = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder or manifest, or a run's directory; a path or URI.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's directory for its newest.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Imports a model or data set that somebody else's run or checkpoint names.")]
 
 
 @app.command()
@@ -56,21 +56,21 @@ def train(recipe: Recipe,
 
 
 @app.command()
-def resume(run_dir: RunDir, set_: Sets = [], address: Address = "local", chaos: Chaos = []) -> int:  # noqa: B006
+def resume(run_dir: RunDir, set_: Sets = [], address: Address = "local", chaos: Chaos = [], trust: Trust = False) -> int:  # noqa: B006
     """Goes on with a run from its newest good checkpoint."""
     from elastic.trainer import Trainer
 
-    return fit(Trainer.resume(run_dir, set_, address, tuple(chaos)))
+    return fit(Trainer.resume(run_dir, set_, address, tuple(chaos), trust))
 
 
 @app.command()
 def scale(run_dir: RunDir, workers: Annotated[int, typer.Option(help="How many workers the run should have.")],
-          tensor: Degree = None, pipeline: Degree = None, expert: Degree = None) -> int:
+          tensor: Degree = None, pipeline: Degree = None, expert: Degree = None, trust: Trust = False) -> int:
     """Grows or shrinks a live run, or lays it on another mesh."""
     from elastic import trainer
 
     degrees = {axis: degree for axis, degree in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert)) if degree}
-    trainer.scale(run_dir, workers, **degrees)
+    trainer.scale(run_dir, workers, trust, **degrees)
     lying = ", ".join(f"{axis} {degree}" for axis, degree in degrees.items())
     say(f"asked for {workers} workers{' with ' + lying if lying else ''}; `elastic status {run_dir}` shows when they train")
     return DONE
@@ -88,13 +88,13 @@ def status(run_dir: RunDir) -> int:
 
 @app.command()
 def verify(run_dir: RunDir, replay: Annotated[bool, typer.Option("--replay", help="Runs it again undisturbed and compares.")] = False,
-           address: Address = "local") -> int:
+           address: Address = "local", trust: Trust = False) -> int:
     """Checks a run's steps, generations and every hash."""
     from elastic import replay as door
 
     verdict = door.verify_run(run_dir)
     if replay and not verdict.problems:
-        again = door.replay(run_dir, address)
+        again = door.replay(run_dir, address, trust)
         verdict.problems += again.problems
         verdict.facts += again.facts
     for fact in verdict.facts:
@@ -106,24 +106,24 @@ def verify(run_dir: RunDir, replay: Annotated[bool, typer.Option("--replay", hel
 
 
 @app.command()
-def evaluate(checkpoint: Checkpoint) -> int:
+def evaluate(checkpoint: Location, trust: Trust = False) -> int:
     """Evaluates a checkpoint on its recipe's evaluation set."""
     from elastic import inference
     from elastic.observe.words import numbers
 
-    say(numbers(inference.evaluate(checkpoint)))
+    say(numbers(inference.evaluate(checkpoint, trust)))
     return DONE
 
 
 @app.command()
-def sample(checkpoint: Checkpoint, prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
+def sample(checkpoint: Location, prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "",
            tokens: Annotated[int, typer.Option(help="How many tokens to write.")] = 300,
            temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-           seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0) -> int:
+           seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0, trust: Trust = False) -> int:
     """Lets a language model write."""
     from elastic import inference
 
-    print(inference.sample(checkpoint, prompt, tokens, temperature, seed))
+    print(inference.sample(checkpoint, prompt, tokens, temperature, seed, trust))
     return DONE
 
 
@@ -180,13 +180,15 @@ def plan(recipe: Recipe, set_: Sets = [],  # noqa: B006
     if mesh and not show_layout:
         raise UserError(f"--mesh {mesh} says which layout is to be shown; add --show-layout, or leave it out.")
     resolved = load_recipe(recipe, set_)
-    info = Trainer(resolved).check()
+    trainer = Trainer(resolved)
+    info = trainer.check()
+    assert trainer.opened is not None
     size = planning.Size(nodes, gpus_per_node or resolved.elastic.max_workers, memory_gb, intra_gbps, inter_gbps)
     if calibrate:
         for line in planning.calibrated(resolved, info, size):
             say(line, "dim")
     console = Console(highlight=False, width=WIDE)
-    for part in planning.parts(resolved, info, size, tflops * planning.TERA, planning.Shown(show_layout, mesh)):
+    for part in planning.parts(resolved, info, trainer.opened, size, tflops * planning.TERA, planning.Shown(show_layout, mesh)):
         say(part) if isinstance(part, str) else console.print(part)
     return DONE
 
@@ -221,10 +223,10 @@ for _name, _what in LATER.items():
 def checked(trainer: Trainer) -> int:
     """--check: everything that can be known before a worker starts."""
     info = trainer.check()
-    trainer.settle(info, on_event=lambda event: say(event["why"]))
+    notes = [trainer.settle(info), *trainer.notes]
     recipe = trainer.recipe
-    found = trainer.check_memory(info)
-    for line in info.get("notes", ()):
+    found = trainer.check_memory()
+    for line in filter(None, notes):
         say(line)
     facts = ", ".join(f"{key} {value}" for key, value in info.items() if isinstance(value, int))
     say(f"data: {facts or recipe.data.kind}")

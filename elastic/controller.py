@@ -79,6 +79,10 @@ class Controller:
             return
         if rewound_from >= 0 and "rewound" not in self.books.told:
             self.books.event("rewound", **{"from": rewound_from, "to": self.books.written})
+        said = {fields.get("why") for _, fields in self.books.feed}
+        for name, why in self.job.notes:
+            if why not in said:
+                self.books.event(name, why=why)
         self.books.event("run_started", run=self.job.run_id, num_steps=self.job.num_steps, pid=os.getpid())
 
     # From other threads.
@@ -352,7 +356,7 @@ class Controller:
         self.books.generation = generation.number
         members = [self.live[w] for w in generation.members]
         self.books.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
-                         mesh=generation.shape.as_dict(),
+                         mesh=generation.shape.as_dict(), written=self.books.written,
                          workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid, "compilations": r.compilations}
                                   for i, r in enumerate(members)])
 

@@ -12,6 +12,7 @@ import numpy as np
 from elastic.backend import Backend, Batch, Tally
 from elastic.collective.group import CollectiveGroup
 from elastic.gradients import rows_of
+from elastic.own import users
 from elastic.parallel.links import Links
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def evaluate(work: Work, links: Links, step: int) -> dict[str, float]:
     own = range(links.data.rank, len(batches), links.data.size)
     for index in own or range(1):  # a replica without a batch still has to know the names
         work.control.at(step, "evaluate", index)
-        found = one_batch(work, links, counted if own else tally, rows_of(batches[index](), links, 0, 1))
+        with users(work.is_own):
+            found = one_batch(work, links, counted if own else tally, rows_of(batches[index](), links, 0, 1))
         for name, pair in found.items():
             table = parts.setdefault(name, np.zeros((len(batches), 2)))
             if own and links.speaks:

@@ -14,6 +14,7 @@ from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import Scratch, SubtreeSums, out_size
 from elastic.data.collate import num_rows, sliced
 from elastic.mesh import shards_of
+from elastic.own import users
 from elastic.parallel.axis import empty_like, span
 from elastic.parallel.links import Links
 from elastic.parallel.pipeline import Pipeline, Shards
@@ -102,13 +103,14 @@ def one_shard(work: Work, links: Links, buffers: Buffers, found: Found, step: in
     injector.at(step, "forward")
     buffer = found.sums.begin(shard)
     views = buffers.layout.views(buffer, buffers.layout.trainable_names)
-    batch = work.load_batch(step, shard)
-    for micro in range(work.plan.micro_batches):
-        rows = rows_of(batch, links, micro, work.plan.micro_batches)
-        result = work.backend.gradients(rows, micro_seed(work, links, step, shard, micro), views)
-        if result.buffers:
-            work.state.add_statistics(buffer, result.buffers, result.weight)
-        found.add(shard, result)
+    with users(work.is_own):
+        batch = work.load_batch(step, shard)
+        for micro in range(work.plan.micro_batches):
+            rows = rows_of(batch, links, micro, work.plan.micro_batches)
+            result = work.backend.gradients(rows, micro_seed(work, links, step, shard, micro), views)
+            if result.buffers:
+                work.state.add_statistics(buffer, result.buffers, result.weight)
+            found.add(shard, result)
     found.sums.end(shard)
     injector.at(step, "backward")
 

@@ -18,6 +18,7 @@ from elastic.data.loader import eval_batches
 from elastic.errors import BadCheckpoint, UserError
 from elastic.evaluation import figures, measure, tally_of
 from elastic.recipe import Recipe, loads
+from elastic.trust import check_trust
 from elastic.workload import EVAL_ROWS, create_backend, door, open_data, open_model, open_state, prepare
 
 DEFAULT_PROMPT = "\n"
@@ -39,11 +40,15 @@ def check_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     return manager.verify(*manager.split(path))
 
 
-def restore(path: str | os.PathLike[str], device: str = "auto") -> Restored:
-    """The model of a checkpoint. BadCheckpoint before anything of a damaged one is used."""
+def restore(path: str | os.PathLike[str], device: str = "auto", trust: bool = False) -> Restored:
+    """The model of a checkpoint. BadCheckpoint before anything of a damaged one is used.
+
+    UserError where it would import what `elastic.trust` does not let in; `trust` lets in all.
+    """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads: the same bits as the workers'
     arrays, manifest = read_newest(path)
     recipe = loads(manifest.recipe, locate=False)
+    check_trust(recipe, path, trust)
     recipe = recipe.model_copy(update={"backend": recipe.backend.model_copy(update={"device": device, "compile": False})})
     info = manifest.extra.get("info") or prepare(recipe)
     model = open_model(recipe, info)
@@ -56,11 +61,11 @@ def restore(path: str | os.PathLike[str], device: str = "auto") -> Restored:
     return Restored(recipe, manifest, info, backend, model)
 
 
-def evaluate(path: str | os.PathLike[str]) -> dict[str, float]:
+def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, float]:
     """The mean of every metric over the recipe's evaluation set, the same numbers as in a run whose replicas are one worker each; other
     degrees add up in another order.
     """
-    restored = restore(path)
+    restored = restore(path, trust=trust)
     recipe = restored.recipe
     _, dataset, _ = open_data(recipe, restored.info)
     if dataset is None:
@@ -73,11 +78,12 @@ def evaluate(path: str | os.PathLike[str]) -> dict[str, float]:
     return figures(tables, tally, tally.counts if tally else np.zeros(0))
 
 
-def sample(path: str | os.PathLike[str], prompt: str = "", tokens: int = 300, temperature: float = 0.8, seed: int = 0) -> str:
+def sample(path: str | os.PathLike[str], prompt: str = "", tokens: int = 300, temperature: float = 0.8, seed: int = 0,
+           trust: bool = False) -> str:
     """`prompt` and what a language model writes after it. UserError where the model writes no text."""
     if tokens < 0 or temperature < 0:
         raise UserError(f"--tokens {tokens} and --temperature {temperature} must be at least 0.")
-    restored = restore(path)
+    restored = restore(path, trust=trust)
     kind, logits = restored.recipe.model.kind, getattr(restored.backend, "logits", None)
     if kind != "nlp.gpt" or logits is None:
         raise UserError(f'The model of this checkpoint ("{kind}") writes no text; only nlp.gpt does.')

@@ -91,6 +91,7 @@ class Work:
     unwritten: deque[dict[str, Any]] = field(default_factory=deque)
     unsaved: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_LINES))  # since the newest checkpoint known to be committed
     ledger: Any = None  # `elastic.data.ledger.Ledger`, where the recipe asks for one
+    is_own: bool = False  # model or data set is the user's: what fails in computing a shard is their code
     fills: bool = True  # a batch that lacks samples has rows of weight 0 in their place
     apart: bool = False  # a shard's gradients are added in several goes
     tally: Callable[[], Tally | None] = lambda: None  # a new one for every evaluation

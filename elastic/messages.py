@@ -181,6 +181,7 @@ class Job:
     chaos: tuple[str, ...] = ()
     num_steps: int = 0
     is_local: bool = False  # on a Ray of this machine alone: nobody elsewhere is to reach its workers
+    notes: tuple[tuple[str, str], ...] = ()  # (event, why): what was found before the start and is to be known
     secret: str = field(default="", repr=False)  # what members show to each other; the controller's journal has it, and nothing else on disk
 
 

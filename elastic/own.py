@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from elastic.errors import RecipeError, UserError
+from elastic.errors import ElasticError, RecipeError, UserError
 
 OURS = tuple(str(Path(__file__).resolve().parents[1] / folder) + "/" for folder in ("elastic", "backends"))
 
@@ -23,6 +24,21 @@ def check_home(kind: str, model: Any, backend: str) -> None:
                 raise RecipeError(f'backend.name = "{backend}" cannot train model.kind = "{kind}", {what} ({type(model).__name__}); write '
                                 f'backend.name = "{home}".')
             return
+
+
+@contextmanager
+def users(is_own: bool) -> Iterator[None]:
+    """Around what computes with a model and a data set. With `is_own`, what fails there is the user's own code and would fail again on every worker:
+    a UserError, which nobody retries. What the group (GroupBroken) or the machine (OSError, MemoryError) lacks stays what it is.
+    """
+    try:
+        yield
+    except (ElasticError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if not is_own:
+            raise
+        raise UserError(describe(error)) from error
 
 
 def pair(found: Any, what: str) -> tuple[Any, Any]:
@@ -54,6 +70,14 @@ def rebuilt(batch: Sequence[Any], convert: Callable[[Any], Any]) -> Any:
     """A list or tuple of the same kind, a named one too, of converted entries."""
     entries = [convert(entry) for entry in batch]
     return type(batch)(*entries) if hasattr(batch, "_fields") else type(batch)(entries)  # type: ignore[call-arg]
+
+
+def describe(error: BaseException) -> str:
+    """One line: the platform's own errors speak for themselves, others are named, with the user's line behind them."""
+    if isinstance(error, ElasticError):
+        return str(error)
+    text = " ".join(str(error).split())
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__) + place_of(error)
 
 
 def place_of(error: BaseException) -> str:

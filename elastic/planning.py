@@ -117,9 +117,9 @@ class Shown:
     mesh: str = ""
 
 
-def parts(recipe: Recipe, info: Mapping[str, Any], size: Size, flops_s: float, shown: Shown) -> Iterator[Any]:
+def parts(recipe: Recipe, info: Mapping[str, Any], opened: Workload, size: Size, flops_s: float, shown: Shown) -> Iterator[Any]:
     """What `elastic plan` prints: tables and sentences. UserError where nothing fits."""
-    cluster, opened = cluster_of(recipe, size), Workload.open(recipe, info)
+    cluster = cluster_of(recipe, size)
     if shown.layout and shown.mesh:
         asked, work = question(recipe, opened.model, opened.balance), Counted(opened.model, example(opened), 0.0)
         yield from laid_out.show(asked, work, laid_out.parsed(shown.mesh), recipe.mesh.micro_batches)

@@ -46,10 +46,9 @@ class Preview:
         return self.workers * (self.worker_bytes + PROCESS_BYTES)
 
 
-def preview(recipe: Recipe, info: Mapping[str, Any]) -> Preview:
+def preview(recipe: Recipe, opened: Workload) -> Preview:
     """The most that a worker of any of the recipe's groups needs. A shipped model's activations are counted by their shapes, those of a
     module of the user's own measured on a part of a shard, where the shard is large."""
-    opened = Workload.open(recipe, info)
     asked, is_own = question(recipe, opened.model), not isinstance(getattr(opened.model, "parameters", None), Mapping)
     mesh, elastic, rows = recipe.mesh, recipe.elastic, recipe.data.batch_size // recipe.elastic.logical_shards
     layout = meshes.lay(asked.model, Mesh(1, mesh.pipeline, mesh.tensor, mesh.expert), asked.rules, asked.balance)

@@ -13,7 +13,9 @@ from elastic.inference import check_checkpoint
 from elastic.observe.events import read_json, read_lines
 from elastic.observe.verify import Verdict, verify
 from elastic.recipe import load_recipe, loads
+from elastic.rundir import checkpoints_of, newest_of
 from elastic.trainer import Trainer
+from elastic.trust import check_trust
 
 WHOLE = {"pipeline": 1, "tensor": 1, "expert": 1}
 
@@ -41,10 +43,13 @@ def elsewhere(location: str) -> dict[str, str]:
     return {shown(join(location, name)): join(location, name) for name in names}
 
 
-def replay(run_dir: Path, address: str = "local") -> Verdict:
-    """Trains the same recipe again with one worker that nobody disturbs, and compares the bits."""
-    mesh = loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False).mesh
+def replay(run_dir: Path, address: str = "local", trust: bool = False) -> Verdict:
+    """Trains the same recipe again with one worker that nobody disturbs, and compares the bits. UserError where that has nothing to say, as of
+    data that are not those the run began with."""
+    trained = loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False)
+    mesh = trained.mesh
     recipe = load_recipe(run_dir / "recipe.toml", undisturbed(mesh.replica_size))
+    check_trust(recipe, run_dir, trust)
     summary = read_json(run_dir / "summary.json") or {}
     if summary.get("status") != "done":
         raise UserError(f"The run in {run_dir} has not ended; `elastic resume {run_dir}` first, then replay it.")
@@ -55,7 +60,8 @@ def replay(run_dir: Path, address: str = "local") -> Verdict:
         raise UserError(f"The run in {run_dir} has trained on meshes of other degrees than its recipe's, which add up in another order; "
                         "there is nothing to compare a replay with.")
     with tempfile.TemporaryDirectory(prefix="elastic-replay-") as folder:
-        result = Trainer(recipe, Path(folder) / "run", address).fit()
+        data = newest_of(checkpoints_of(trained, run_dir))[1].get("key") or ""
+        result = Trainer(recipe, Path(folder) / "run", address, data=data).fit()
     if result.status != "done":
         raise RunFailed(f"The replay ended as {result.status}: {result.error}")
     verdict, where = Verdict(), "one worker" if mesh.replica_size == 1 else f"one replica of {mesh.replica_size} workers"

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ from elastic.observe.events import JsonLines, replace_text
 from elastic.policy import bounds_of
 from elastic.recipe import Recipe, best_mode, check_resumed, dumps, load_recipe, loads
 from elastic.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
+from elastic.trust import check_trust
 
-OTHER_DATA = "put that data back, or start a new run, with a checkpoint as its model.init."
+AFRESH = "put that data back, or start a new run, with a checkpoint as its model.init."
+AGAIN = "put that data back, then replay it again."
 CONNECT_S = 5.0  # for a Ray at a given address to take a connection
 
 
@@ -47,15 +49,19 @@ class Trainer:
     chaos: Sequence[str] = ()
     begin: Begin | None = None  # where to go on, if this is a resumption
     began: str = ""  # its recipe.toml when that was read
+    opened: workload.Workload | None = field(default=None, repr=False)  # the data and the model, after `check`, until the run starts
     num_steps: int = 0  # known after `check`
-    notes: tuple[str, ...] = ()  # likewise
+    notes: tuple[str, ...] = ()  # likewise: what is to be known of data and model
     follows: str = ""  # the id of a live run that is followed instead of starting one
+    data: str = ""  # the key of the data that it must have, if it is another run's replay
 
     @classmethod
-    def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local", chaos: Sequence[str] = ()) -> Trainer:
+    def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local", chaos: Sequence[str] = (),
+               trust: bool = False) -> Trainer:
         """Goes on from the newest good checkpoint of a run (from the start if it has none), or follows it where it is alive.
 
-        RecipeError where `overrides` make it another run, or would change a live one.
+        RecipeError where `overrides` make it another run, or would change a live one; UserError where it would import what
+        `elastic.trust` does not let in.
         """
         run_dir = Path(run_dir)
         if not (run_dir / "recipe.toml").exists():
@@ -69,6 +75,7 @@ class Trainer:
         began = (run_dir / "recipe.toml").read_text(encoding="utf-8")
         recipe = load_recipe(run_dir / "recipe.toml", overrides)
         check_resumed(loads(began, locate=False), recipe)
+        check_trust(recipe, run_dir, trust)
         return cls(recipe, run_dir, address, chaos, beginning(recipe, run_dir), began)
 
     def check(self) -> dict[str, Any]:
@@ -78,32 +85,34 @@ class Trainer:
         if self.address == "local" and self.recipe.backend.device == "cuda" and not os.path.exists("/dev/nvidia0"):
             raise UserError('backend.device = "cuda" needs a CUDA GPU, and this machine has none; set backend.device = "cpu".')
         info = workload.prepare(self.recipe)
-        began = self.begin.data if self.begin else ""
+        began, remedy = (self.begin.data, AFRESH) if self.begin else (self.data, AGAIN)
         if began and not self.recipe.data.kind and began != info.get("key"):
-            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {OTHER_DATA}")
+            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {remedy}")
         with import_path():
-            opened = workload.Workload.open(self.recipe, info)
+            self.opened = opened = workload.Workload.open(self.recipe, info)
             if opened.key:
                 info = {**info, "key": opened.key}
             if began and opened.key and began != opened.key:
-                raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {OTHER_DATA}")
+                raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {remedy}")
             self.num_steps = opened.sampler.num_steps
             workload.check_items(opened)
-            self.notes = workload.check_model(self.recipe, opened.model)
+            self.notes = (*info.get("notes", ()), *workload.check_model(self.recipe, opened.model))
         return info
 
-    def settle(self, info: dict[str, Any], nodes: int = 0, on_event: Callback | None = None) -> None:
-        """Puts numbers in place of `mesh = "auto"`, and says why these."""
-        if self.recipe.mesh.auto:
-            with import_path():
-                self.recipe, why = planning.settle(self.recipe, info, workload.Workload.open(self.recipe, info), nodes)
-            if on_event:
-                on_event({"event": "mesh_chosen", "step": 0, "time": time.time(), "generation": 0, "why": why})
-
-    def check_memory(self, info: dict[str, Any]) -> preview.Preview:
-        """What the largest group needs. UserError where it cannot fit on this machine, and is to run here."""
+    def settle(self, info: dict[str, Any], nodes: int = 0) -> str:
+        """Puts numbers in place of `mesh = "auto"`, and says why these; "" where the recipe has numbers."""
+        if not self.recipe.mesh.auto:
+            return ""
+        assert self.opened is not None
         with import_path():
-            found = preview.preview(self.recipe, info)
+            self.recipe, why = planning.settle(self.recipe, info, self.opened, nodes)
+        return why
+
+    def check_memory(self) -> preview.Preview:
+        """What the largest group needs. UserError where it cannot fit on this machine, and is to run here."""
+        assert self.opened is not None
+        with import_path():
+            found = preview.preview(self.recipe, self.opened)
         if self.address == "local":
             preview.check_memory(found, self.recipe)
         return found
@@ -113,23 +122,22 @@ class Trainer:
         if self.follows:
             return self.follow(on_step, on_eval, on_event)
         info = self.check()
-        tell = on_event or (lambda event: None)
-        for line in (*info.get("notes", ()), *self.notes):
-            tell({"event": "noted", "step": 0, "time": time.time(), "generation": 0, "why": line})
         run_dir = self.free_run_dir()
         if self.recipe.checkpoint.path:
             check_access(self.recipe.checkpoint.path, not self.begin, owner_of(run_dir))
         is_local = self.address == "local" and not ray.is_initialized()  # else it joins whatever Ray this process has joined
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
-            self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()), on_event)
+            why = self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()))
+            notes = [("noted", line) for line in self.notes] + [("mesh_chosen", why)] * bool(why)
             run, checkpoints = run_id(run_dir), checkpoints_of(self.recipe, run_dir)
             if self.begin or self.recipe.checkpoint.path:  # else the place is not there yet
                 claimed(checkpoints, run, owner_of(run_dir))
             if self.address == "local":
-                self.check_memory(info)
+                self.check_memory()
+            self.opened = None  # the workers have their own
             begin = self.open_run_dir(run_dir)
             job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path(), tuple(self.chaos),
-                      self.num_steps, is_local)
+                      self.num_steps, is_local, tuple(notes))
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))
             return see_out(start_controller(job, self.recipe, begin), job.run_id, run_dir, Telling(on_step, on_eval, on_event))
 
@@ -285,7 +293,7 @@ def living(run_dir: Path) -> dict[str, str] | None:
     return live
 
 
-def scale(run_dir: str | Path, workers: int, **degrees: int) -> None:
+def scale(run_dir: str | Path, workers: int, trust: bool = False, **degrees: int) -> None:
     """Asks a live run to grow or shrink; `degrees`, of tensor, pipeline and expert, make a mesh to prefer. Those not given are the recipe's."""
     live = live_of(Path(run_dir))
     if live is None:
@@ -299,6 +307,7 @@ def scale(run_dir: str | Path, workers: int, **degrees: int) -> None:
     if degrees and workers < mesh.replica_size:
         raise UserError(f"--workers {workers} is less than a replica of this mesh; write --workers {mesh.replica_size} or more.")
     if degrees:
+        check_trust(recipe, run_dir, trust)
         Trainer(recipe, address=live["address"]).check()  # a mesh that the model does not fit would end the run
     preferred = (mesh.pipeline, mesh.tensor, mesh.expert) if degrees else None
     with connected(live["address"], recipe):

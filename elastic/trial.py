@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from elastic.backend import Backend, Batch, UpdateRule
+from elastic.data.collate import sliced
 from elastic.mesh import Seat
 from elastic.parallel.axis import Axis
 from elastic.parallel.costs import Part
 from elastic.parallel.layout import SPLITTING, Layout
 from elastic.parallel.links import Mirror
-from elastic.parallel.measure import Measure, pieces, rows_of, together
+from elastic.parallel.measure import Measure, pieces, together
 from elastic.recipe import Recipe
 from elastic.state import BLOCK
 from elastic.workload import create_backend, open_state
@@ -36,7 +37,7 @@ class Counted:
             return [Measure(3, 0, forward=1)]
         key = layout.mesh.tensor, layout.mesh.expert, rows
         if key not in self._found:
-            self._found[key] = pieces(self.model, rows_of(self.batch, rows), layout, Seat())
+            self._found[key] = pieces(self.model, sliced(self.batch, 0, rows), layout, Seat())
         found = self._found[key]
         return [together([found[name] for name in names or found]) for names in layout.depths]
 
@@ -65,7 +66,7 @@ class Timed(Counted):
             if layout.dims:
                 mirrors: dict[str, Any] = {axis: Mirror(getattr(mesh, axis), 0) for axis in SPLITTING}
                 backend.connect({dim: Axis(axis, mirrors[axis]) for dim, axis in layout.dims.items()})
-            batch = rows_of(self.batch, rows)
+            batch = sliced(self.batch, 0, rows)
             taken = staged(backend, layout, measured, batch, views) if mesh.pipeline > 1 else whole(backend, measured, batch, views)
             self._parts[key] = tuple(part(one, *each) for one, each in zip(measured, taken, strict=True))
         return self._parts[key]

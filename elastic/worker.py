@@ -20,11 +20,11 @@ from elastic.checkpoint.saver import Saver
 from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
 from elastic.data.collate import num_rows, sliced
-from elastic.errors import BadCheckpoint, ElasticError, GroupBroken, NonFiniteLoss, Overwritten, UserError
+from elastic.errors import BadCheckpoint, GroupBroken, NonFiniteLoss, Overwritten, UserError
 from elastic.loop import Work, train
 from elastic.mesh import Mesh
 from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing, shape
-from elastic.own import place_of
+from elastic.own import describe, users
 from elastic.parallel.links import mirrored
 from elastic.parallel.relay import relay, whole_arrays
 from elastic.recipe import loads
@@ -85,7 +85,7 @@ class Worker:
         self.work.settle, self.work.restore, self.work.ready = self.settle, self.restore, self.prepare
         self.work.is_busy = self.saver.is_busy
         self.place = (mesh.pipeline, mesh.tensor, mesh.expert, seat)
-        warm_up(self.work, is_own=":" in recipe.model.kind or bool(recipe.data.kind))
+        warm_up(self.work)
         self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.work.backend.compilations(), self.rim.shares))
         taken = 0
         while (order := self.orders.get()) is not None:
@@ -277,28 +277,14 @@ def degrees(mesh: Mesh) -> dict[str, int]:
     return {axis: size for axis, size in mesh.as_dict().items() if axis != "data"}
 
 
-def describe(error: BaseException) -> str:
-    """One line: the platform's own errors speak for themselves, others are named, with the user's line behind them."""
-    if isinstance(error, ElasticError):
-        return str(error)
-    text = " ".join(str(error).split())
-    return (f"{type(error).__name__}: {text}" if text else type(error).__name__) + place_of(error)
-
-
-def warm_up(work: Work, is_own: bool = False) -> None:
-    """Runs what compiles or allocates lazily, on the first shard, without touching the state.
-
-    `is_own`: what fails there is the user's own code, and would fail on every worker.
-    """
+def warm_up(work: Work) -> None:
+    """Runs what compiles or allocates lazily, on the first shard, without touching the state."""
     try:
-        rehearse(work)
-    except (ElasticError, OSError, MemoryError):
-        raise
-    except Exception as error:
-        if not is_own:
-            raise
+        with users(work.is_own):
+            rehearse(work)
+    except UserError:
         traceback.print_exc()
-        raise UserError(describe(error)) from error
+        raise
 
 
 def rehearse(work: Work) -> None:

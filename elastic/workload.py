@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from elastic.backend import Backend
+from elastic.backend import Backend, Framework
 from elastic.checkpoint.manager import read_start
 from elastic.control import Control
 from elastic.data import table
@@ -41,15 +41,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic"
 
 
-def framework(recipe: Recipe) -> Any:
-    """The door of the recipe's backend. UserError where it cannot be imported."""
+def framework(recipe: Recipe) -> Framework:
+    """The door of the recipe's backend, with all set that must be before a user's own model computes. UserError where it cannot be imported."""
     try:
-        module = importlib.import_module(BACKENDS[recipe.backend.name])
+        module: Any = importlib.import_module(BACKENDS[recipe.backend.name])
     except ImportError as error:
         raise UserError(f"backend.name = {recipe.backend.name!r} cannot be imported ({error}); see `elastic doctor`.") from error
-    if hasattr(module, "before_models"):  # what must be set before a user's own model computes anything
-        module.before_models(recipe.backend)
-    return module
+    module.before_models(recipe.backend)
+    return cast(Framework, module)
 
 
 def attribute(key: str, name: str) -> Any:
@@ -174,8 +173,10 @@ def check_model(recipe: Recipe, model: Any) -> tuple[str, ...]:
 
     Returns what a user's own model should have said about it.
     """
+    notes: tuple[str, ...] = ()
     if not isinstance(getattr(model, "parameters", None), Mapping):
         model = framework(recipe).adapt(model)
+        notes = model.notes
     FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay, decayed=recipe.optimizer.decayed,
                thaw=recipe.model.thaw)
     read_start(recipe.model.init, model.parameters)
@@ -189,7 +190,7 @@ def check_model(recipe: Recipe, model: Any) -> tuple[str, ...]:
                 is_frozen(name, model.parameters[name], recipe.model.freeze, recipe.model.thaw) for name in layout.held(stage)):
             raise RecipeError(f"model.freeze leaves nothing to train on stage {stage} of mesh.pipeline = {layout.mesh.pipeline}; freeze less, or "
                               "write a smaller mesh.pipeline.")
-    return getattr(model, "notes", ())
+    return notes
 
 
 def mesh_of(recipe: Recipe, data: int = 1) -> Mesh:
@@ -252,7 +253,8 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     rows = round_up(max(shard_size, EVAL_ROWS), recipe.mesh.expert)
     evaluation = eval_batches(workload.evaluation, rows) if workload.evaluation else []
     return Work(plan, backend, state, load, sampler.positions, evaluation, control, post, save, workload.unit, portion, pipeline,
-                fills=workload.training.fills, ledger=ledger, tally=lambda: tally_of(workload.model) or tally_of(backend))
+                fills=workload.training.fills, ledger=ledger, is_own=bool(recipe.data.kind) or ":" in recipe.model.kind,
+                tally=lambda: tally_of(workload.model) or tally_of(backend))
 
 
 EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are

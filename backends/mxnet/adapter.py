@@ -20,7 +20,7 @@ import numpy as np
 from backends.common import plain_attributes, telling
 from backends.mxnet.ops import mx
 from backends.mxnet.turn import turn
-from elastic.backend import Spec
+from elastic.backend import Adapted, Spec
 from elastic.data.collate import num_rows
 from elastic.errors import UserError
 from elastic.own import described, pair, pairs, rebuilt
@@ -29,7 +29,7 @@ KEEP = 'keep it in a parameter with grad_req = "null", or leave it as it is'
 GENERATORS = "draw by mx.random, numpy.random or random, which are seeded for every shard, and count nothing in the loss"
 
 
-class GluonModel:
+class GluonModel(Adapted):
     """`elastic.backend.Model` over a block; `ops` is not used. Shared parameters appear once, under their first name."""
 
     def __init__(self, block: mx.gluon.Block):

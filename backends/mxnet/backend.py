@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.common import before_models as before_models
 from backends.common import check_attributes, check_linear, check_repeats
 from backends.mxnet import adapter, optimizer, warn_if_late
 from backends.mxnet.adapter import seeded

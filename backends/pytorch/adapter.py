@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from backends.pytorch import watch
-from elastic.backend import Spec
+from elastic.backend import Adapted, Spec
 from elastic.errors import UserError
 from elastic.own import described, pair, rebuilt
 
@@ -43,7 +43,7 @@ class Slot:
     tensor: torch.Tensor
 
 
-class ModuleModel:
+class ModuleModel(Adapted):
     """A module's arrays by name, as `elastic.backend.Model` has them. Tied ones appear once, under their first name.
 
     UserError where it cannot be trained.

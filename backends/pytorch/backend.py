@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.utils.data
 
+from backends.common import before_models as before_models
 from backends.pytorch import adapter, warn_if_late
 from backends.pytorch.adapter import seeded
 from backends.pytorch.arrays import TorchBackend

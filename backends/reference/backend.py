@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from backends.common import before_models as before_models
 from backends.reference import optimizer
 from backends.reference.ops import ReferenceOps
 from backends.reference.tape import Variable, backward, value_of

@@ -23,7 +23,7 @@ from backends.tensorflow.ops import mixed, tf
 # isort: split
 import keras
 
-from elastic.backend import Spec
+from elastic.backend import Adapted, Spec
 from elastic.data.collate import num_rows
 from elastic.errors import UserError
 from elastic.ops import GOLDEN, tag_key
@@ -46,7 +46,7 @@ class Scope(keras.StatelessScope):
         super().add_update((update[0], tf.stop_gradient(update[1])))
 
 
-class KerasModel:
+class KerasModel(Adapted):
     """`elastic.backend.Model` over a Keras model; `ops` is not used. `tensors` makes its batches.
 
     `open` must have seen a batch before `loss` and `metrics` are traced. `moved`: frozen weights that the loss writes to.

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from elastic.checkpoint.find import read_newest
 from elastic.checkpoint.hashing import BUFFER, PARAMETER
 from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.safetensors import apart
 from elastic.checkpoint.store import TEMPORARY
 from elastic.errors import UserError
 from elastic.recipe import loads
@@ -92,8 +93,8 @@ def facts_of(manifest: Manifest) -> dict[str, Any]:
 def write_safetensors(taken: Taken, path: Path) -> None:
     """Every array once, under the first of its names that a state dict has; the facts in the header, as JSON."""
     once = {name: key for key, name in reversed(list(taken.names.items()))}
-    path.write_bytes(save({key: np.asarray(taken.arrays[name], order="C") for name, key in once.items()},
-                          {"facts": json.dumps(facts_of(taken.manifest))}))
+    arrays, noted = apart({key: taken.arrays[name] for name, key in once.items()})
+    path.write_bytes(save(arrays, {"facts": json.dumps(facts_of(taken.manifest)), **noted}))
 
 
 def write_torch(taken: Taken, path: Path) -> None:

@@ -1,12 +1,15 @@
 """The form of a safetensors file: the header's length (8 bytes, little-endian), a JSON header padded with spaces to where a
 cache line begins, and the arrays' C-order little-endian bytes, the widest dtypes first so that each lies aligned.
+
+The format has no complex128. Such an array is F64 with a last dimension of 2, real and imaginary part: the same bytes. The header's metadata names
+it in a JSON list under "complex128"; `decode` and `index` put it together. Files of earlier versions have a dtype "C128" of their own.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +21,10 @@ from elastic.errors import BadCheckpoint
 
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
          "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-         "bfloat16": "BF16", "complex64": "C64", "complex128": "C128"}
+         "bfloat16": "BF16", "complex64": "C64"}
+WIDE = "complex128"
 LINE = 64  # bytes of a cache line: copies to its start are faster
-DTYPES = {code: dtype for dtype, code in CODES.items()}
+DTYPES = {code: dtype for dtype, code in CODES.items()} | {"C128": WIDE}
 
 
 def lay_out(boxes: Iterable[Piece]) -> tuple[bytes, tuple[Piece, ...]]:
@@ -29,17 +33,31 @@ def lay_out(boxes: Iterable[Piece]) -> tuple[bytes, tuple[Piece, ...]]:
     A second box of an array is named ARRAY#START in the header: only the manifest says that they belong together.
     """
     ordered = sorted(boxes, key=lambda piece: (-ITEM_BYTES.get(piece.dtype, 0), piece.name, piece.start))
-    header, offset, placed = {}, 0, []
-    for key, piece in keyed(ordered).items():
-        if piece.dtype not in CODES:
+    offset, placed, named = 0, [], keyed(ordered)
+    header: dict[str, Any] = {"__metadata__": noted} if (noted := wide(key for key, piece in named.items() if piece.dtype == WIDE)) else {}
+    for key, piece in named.items():
+        if piece.dtype not in CODES and piece.dtype != WIDE:
             raise ValueError(f"the array {piece.name} has dtype {piece.dtype}, which a checkpoint cannot hold.")
-        header[key] = {"dtype": CODES[piece.dtype], "shape": list(piece.count), "data_offsets": [offset, offset + piece.bytes]}
+        code, shape = (CODES[piece.dtype], [*piece.count]) if piece.dtype != WIDE else ("F64", [*piece.count, 2])
+        header[key] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + piece.bytes]}
         placed.append(replace(piece, offset=offset))
         offset += piece.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % LINE)
     start = len(text).to_bytes(8, "little") + text
     return start, tuple(replace(piece, offset=piece.offset + len(start)) for piece in placed)
+
+
+def wide(names: Iterable[str]) -> dict[str, str]:
+    """The metadata that names arrays of complex128; none where there are none."""
+    return {WIDE: json.dumps(found)} if (found := list(names)) else {}
+
+
+def apart(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays as the format has them, in C order, and the metadata that goes with them."""
+    split = [name for name, array in arrays.items() if array.dtype.name == WIDE]
+    return {name: np.asarray(array, order="C") if name not in split else
+            np.ascontiguousarray(array).view(np.float64).reshape(*array.shape, 2) for name, array in arrays.items()}, wide(split)
 
 
 def keyed(pieces: Iterable[Piece]) -> dict[str, Piece]:
@@ -77,9 +95,13 @@ def entries(content: bytes) -> Iterator[tuple[str, dict[str, Any], memoryview]]:
     if len(content) < 8 or length > len(content) - 8:
         raise ValueError("its header is longer than the file")
     header = json.loads(content[8:8 + length])
-    header.pop("__metadata__", None)
+    split = json.loads((header.pop("__metadata__", None) or {}).get(WIDE, "[]"))
     body = memoryview(content)[8 + length:]
     for name, entry in header.items():
+        if name in split:
+            if entry["dtype"] != "F64" or entry["shape"][-1:] != [2]:
+                raise ValueError("an array named as complex128 is no F64 with a last dimension of 2")
+            entry = {**entry, "dtype": "C128", "shape": entry["shape"][:-1]}
         yield name, entry, body
 
 

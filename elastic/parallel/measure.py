@@ -72,11 +72,6 @@ def columns_of(batch: Batch) -> dict[str, Shape]:
     return {name: Shape(np.shape(column), False, owned=False) for name, column in batch.items()}
 
 
-def rows_of(batch: Batch, rows: int) -> dict[str, Any]:
-    """The first rows of a batch."""
-    return {name: column[:rows] for name, column in batch.items()}
-
-
 def together(parts: Sequence[Measure]) -> Measure:
     """Pieces one after the other on one worker."""
     return Measure(sum(part.flops for part in parts), sum(part.kept_bytes for part in parts), max(part.again_bytes for part in parts),

@@ -84,7 +84,7 @@ class Counter(nn.Module):
 
 
 class Trap(Small):
-    """Fails, or loses its numbers, when the row `row` comes by; `once` per process: a redo goes well."""
+    """Fails, or loses its numbers, when the row `row` comes by; `once` per process, as a machine does: a redo goes well."""
 
     caught: list[str] = []
 
@@ -99,4 +99,4 @@ class Trap(Small):
         self.caught.append(self.what)
         if self.what == "nan":
             return found * float("nan")
-        raise ValueError(f"row {self.row}: {self.what}")
+        raise (OSError if self.once else ValueError)(f"row {self.row}: {self.what}")

@@ -172,7 +172,7 @@ def test_a_replay_s_problems_are_the_run_s(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr("elastic.replay.verify_run", lambda run_dir: Verdict())
     monkeypatch.setattr("elastic.replay.replay", lambda *arguments: asked.append(arguments) or Verdict(["other bits"], ["trained again"]))
     assert cli.run(["verify", "x"]) == 0 and not asked
-    assert cli.run(["verify", "x", "--replay", "--address", "auto"]) == 3 and asked == [(Path("x"), "auto")]
+    assert cli.run(["verify", "x", "--replay", "--address", "auto"]) == 3 and asked == [(Path("x"), "auto", False)]
     captured = capsys.readouterr()
     assert captured.err == "elastic: other bits\n" and captured.out.endswith("trained again\nnot sound\n")
 
@@ -185,12 +185,12 @@ def test_what_is_given_arrives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr("elastic.trainer.scale", lambda *arguments, **degrees: given.append((*arguments, degrees)))
     monkeypatch.setattr("elastic.inference.sample", lambda *arguments: given.append(arguments) or "KING:")
     monkeypatch.setattr("elastic.inference.evaluate", lambda *arguments: given.append(arguments) or {"loss": 1.5})
-    for command in ("resume x --set run.steps=9 --set optimizer.lr=0.1 --address auto --chaos kill:0@1",
-                    "scale x --workers 4 --tensor 2 --pipeline 1 --expert 2",
-                    "sample x --prompt KING --tokens 5 --temperature 0.5 --seed 3", "evaluate x"):
+    for command in ("resume x --set run.steps=9 --set optimizer.lr=0.1 --address auto --chaos kill:0@1 --trust",
+                    "scale x --workers 4 --tensor 2 --pipeline 1 --expert 2 --trust",
+                    "sample s3://b/x --prompt KING --tokens 5 --temperature 0.5 --seed 3 --trust", "evaluate s3://b/x --trust"):
         assert cli.run(command.split()) == 0
-    assert given == [(Path("x"), ["run.steps=9", "optimizer.lr=0.1"], "auto", ("kill:0@1",)),
-                     (Path("x"), 4, {"tensor": 2, "pipeline": 1, "expert": 2}), (Path("x"), "KING", 5, 0.5, 3), (Path("x"),)]
+    assert given == [(Path("x"), ["run.steps=9", "optimizer.lr=0.1"], "auto", ("kill:0@1",), True),
+                     (Path("x"), 4, True, {"tensor": 2, "pipeline": 1, "expert": 2}), ("s3://b/x", "KING", 5, 0.5, 3, True), ("s3://b/x", True)]
     assert capsys.readouterr().out.endswith("KING:\nloss 1.5000\n")
 
 

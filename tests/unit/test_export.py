@@ -13,9 +13,12 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_model
 
 from elastic import cli, workload
-from elastic.checkpoint.manager import commit, write_part
-from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint import safetensors
+from elastic.checkpoint.manager import commit, load, split, write_part
+from elastic.checkpoint.manifest import Manifest, Piece
+from elastic.checkpoint.part import Image
 from elastic.checkpoint.store import Store
+from elastic.errors import BadCheckpoint
 from elastic.recipe import Recipe, dumps, parse
 from tests.support import modules
 from tests.support.inprocess import fit, module_recipe
@@ -45,6 +48,54 @@ def test_a_user_s_module_takes_its_state_dict(tmp_path: Path) -> None:
     assert_same({name: value.numpy() for name, value in other.state_dict().items()}, {n: v.numpy() for n, v in module.state_dict().items()})
     assert export(tmp_path / "c", "safetensors", tmp_path / "w.safetensors") == 0
     assert_same(load_file(tmp_path / "w.safetensors"), {n: v.numpy() for n, v in module.state_dict().items()})
+
+
+def test_complex_numbers_are_what_the_public_library_reads(tmp_path: Path) -> None:
+    """It has complex64 and no complex128: that comes as pairs of float64, and ours puts it together, from a file of its own dtype too."""
+    from safetensors.torch import load_file as torch_file
+
+    draw = np.random.default_rng(4)
+    wide = {name: draw.standard_normal(shape) + 1j * draw.standard_normal(shape) for name, shape in (("z", (3, 2)), ("one", ()), ("none", (0, 2)))}
+    arrays = {**{f"buffer/{name}": value for name, value in wide.items()}, "buffer/half": wide["z"].astype(np.complex64),
+              "parameter/w": np.ones(3, np.float32), "buffer/n": np.arange(2)}
+    store = Store.open(tmp_path / "c")
+    entry = write_part(store, 4, 1, "state", arrays)
+    path = tmp_path / "c" / commit(store, Manifest(4, 1, 16, 0, "", (entry,)))
+    assert export(path, "safetensors", tmp_path / "w.safetensors") == 0
+    for file, prefix in ((path / entry.name, "buffer/"), (tmp_path / "w.safetensors", "")):
+        for found in (load_file(file), {name: value.numpy() for name, value in torch_file(file).items()}):
+            for name, value in wide.items():
+                pairs = found[prefix + name]
+                assert pairs.dtype == np.float64 and pairs.shape == (*value.shape, 2)
+                assert np.array_equal(pairs[..., 0] + 1j * pairs[..., 1], value)
+            assert np.array_equal(found[prefix + "half"], arrays["buffer/half"]) and len(found) == len(arrays)
+    assert_same(load(*split(path))[0], arrays)
+    assert_same(safetensors.decode((tmp_path / "w.safetensors").read_bytes(), "w"), {key.partition("/")[2]: value for key, value in arrays.items()})
+
+
+def test_a_checkpoint_with_a_dtype_of_our_own_still_loads(tmp_path: Path) -> None:
+    """As earlier versions wrote complex128."""
+    values = np.arange(6).reshape(3, 2) * (1 + 2j)
+    image, store = Image((Piece("buffer/z", "complex128", (3, 2), (0, 0), (3, 2)),)), Store.open(tmp_path / "c")
+    length = int.from_bytes(image.bytes[:8].tobytes(), "little")
+    header = json.dumps({"buffer/z": {"dtype": "C128", "shape": [3, 2], "data_offsets": [0, 96]}}).encode()
+    image.bytes[8:8 + length] = np.frombuffer(header.ljust(length), np.uint8)
+    image.fill(lambda name, low, high: values.reshape(-1)[low:high])
+    folder = "step-00000004"
+    entry = image.write(store, folder, "state-0000-of-0001-g000001.safetensors")
+    assert commit(store, Manifest(4, 1, 16, 0, "", (entry,))) == folder
+    assert_same(load(*split(tmp_path / "c" / folder))[0], {"buffer/z": values})
+
+
+@pytest.mark.parametrize("named", ['["w"]', '["', '7', '[["w"]]'])
+def test_a_file_that_names_other_numbers_complex_is_refused_or_read_as_it_is(named: str) -> None:
+    header = json.dumps({"__metadata__": {"complex128": named}, "w": {"dtype": "F64", "shape": [3], "data_offsets": [0, 24]}}).encode()
+    content = len(header).to_bytes(8, "little") + header + np.ones(3).tobytes()
+    if named == '[["w"]]':
+        assert_same(safetensors.decode(content, "w"), {"w": np.ones(3)})
+        return
+    with pytest.raises(BadCheckpoint, match="is not a safetensors file that this version reads"):
+        safetensors.decode(content, "w")
 
 
 class Tied(torch.nn.Module):

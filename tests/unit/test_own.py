@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.errors import UserError
-from elastic.own import pair, pairs, place_of, rebuilt
-from elastic.worker import describe
+from elastic.errors import GroupBroken, UserError
+from elastic.own import describe, pair, pairs, place_of, rebuilt, users
 
 
 @pytest.mark.parametrize(("found", "says"), [
@@ -46,3 +45,18 @@ def test_the_user_s_line_stands_behind_an_error(tmp_path: Path) -> None:
         runpy.run_path(str(tmp_path / "mine.py"))["loss"]()
     assert describe(caught.value).endswith("(mine.py, line 3, in loss)"), "not json's own"
     assert describe(UserError("as it is")) == "as it is" and place_of(KeyError("never raised")) == ""
+
+
+@pytest.mark.parametrize("error", [GroupBroken("a peer is gone"), OSError("no space"), MemoryError(), ConnectionResetError(), UserError("mend it")])
+def test_what_the_group_or_the_machine_lacks_is_not_the_user_s_fault(error: Exception) -> None:
+    for is_own in (True, False):
+        with pytest.raises(type(error)) as caught, users(is_own):
+            raise error
+        assert caught.value is error
+
+
+def test_what_the_user_s_code_raises_is_theirs_where_it_is_their_code() -> None:
+    with pytest.raises(UserError, match=r"^ValueError: row 7 \(test_own.py, line \d+, in test_what"), users(True):
+        raise ValueError("row 7")
+    with pytest.raises(ValueError, match="row 7"), users(False):
+        raise ValueError("row 7")

@@ -63,7 +63,7 @@ def test_a_file_lies_as_safetensors_reads_it(arrays: dict, world_size: int) -> N
     """The oracle is the library's own reader, for the kinds of numbers that it and NumPy know."""
     from safetensors.numpy import load
 
-    arrays = {name: (dtype, shape) for name, (dtype, shape) in arrays.items() if dtype not in ("bfloat16", "complex128")}
+    arrays = {name: (dtype, shape) for name, (dtype, shape) in arrays.items() if dtype != "bfloat16"}
     draw = np.random.default_rng(0)
     for pieces in shares(arrays, world_size):
         header, placed = lay_out(pieces)
@@ -71,7 +71,8 @@ def test_a_file_lies_as_safetensors_reads_it(arrays: dict, world_size: int) -> N
         found = load(bytes(content))
         assert set(found) == {piece.name for piece in placed}
         for piece in placed:
-            assert found[piece.name].shape == piece.count and piece.offset % ITEM_BYTES[piece.dtype] == 0
+            halves = (2,) if piece.dtype == "complex128" else ()
+            assert found[piece.name].shape == (*piece.count, *halves) and piece.offset % ITEM_BYTES[piece.dtype] == 0
             assert found[piece.name].tobytes() == content[piece.offset:piece.offset + piece.bytes]
 
 

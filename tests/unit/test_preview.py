@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from elastic import preview as door
-from elastic import workload
 from elastic.errors import UserError
-from elastic.preview import check_memory, num_bytes, on_gpu, preview
+from elastic.mesh import Mesh
+from elastic.parallel import meshes
+from elastic.preview import check_memory, measured, num_bytes, on_gpu, preview
 from elastic.recipe import Recipe, parse
+from elastic.workload import Workload, prepare
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -59,6 +61,10 @@ def text(folder: Path, rows: int, **model: Any) -> Recipe:
                   "elastic": {"max_workers": 2, "logical_shards": 2}})
 
 
+def opened(recipe: Recipe) -> tuple[Recipe, Workload]:
+    return recipe, Workload.open(recipe, prepare(recipe))
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -70,24 +76,32 @@ def with_memory(monkeypatch: pytest.MonkeyPatch, gigabytes: float) -> None:
 
 @pytest.mark.parametrize("rows", [20_000, 200_000, 2_000_000])
 def test_a_large_shard_of_an_own_module_is_told_from_a_part_of_it(rows: int) -> None:
-    found = preview(own(rows), {})
+    found = preview(*opened(own(rows)))
     kept = 4 * rows * (WIDTH + 4 * HIDDEN)  # the input; before and after each relu
     assert 0.4 * kept < found.shard_bytes < 3 * kept  # gradients of activations, items and workspace besides; freed memory may hide some
 
 
 def test_a_small_shard_is_not_tried() -> None:
-    assert preview(own(8, "Broken"), {}).shard_bytes == 0
+    assert preview(*opened(own(8, "Broken"))).shard_bytes == 0
 
 
 def test_an_error_in_the_trial_is_the_user_s_with_its_line() -> None:
     with pytest.raises(UserError, match=r"model.kind: 1 rows cannot be trained on \(KeyError: 'nothing' \(test_preview.py, line \d+, in loss\)\)"):
-        preview(own(5_000, "Broken"), {})
+        preview(*opened(own(5_000, "Broken")))
+
+
+def test_a_part_of_a_shard_has_as_many_rows_in_nested_columns_too() -> None:
+    """Or a trial would compute with other rows than it is asked for, or with none."""
+    recipe, work = opened(own(8))
+    asked, timed = measured(recipe, work)
+    layout = meshes.lay(asked.model, Mesh(1, 1, 1, 1), asked.rules, asked.balance)
+    assert all(part.forward_s > 0 for rows in (4, 8) for part in timed.depths(layout, rows))
 
 
 def test_a_shipped_model_s_activations_grow_with_its_rows_and_layers(tmp_path: Path) -> None:
     def of(rows: int, **model: Any) -> int:
         recipe = text(tmp_path, rows, **model)
-        return preview(recipe, workload.prepare(recipe)).shard_bytes
+        return preview(*opened(recipe)).shard_bytes
 
     few, many, deep = of(10), of(1000), of(1000, layers=4)
     assert many == pytest.approx(100 * few, rel=1e-3)
@@ -98,7 +112,7 @@ def test_a_shipped_model_s_activations_grow_with_its_rows_and_layers(tmp_path: P
 @pytest.mark.parametrize("kind", ["shipped", "own"])
 def test_a_batch_that_cannot_fit_is_one_sentence(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = text(tmp_path, 100_000) if kind == "shipped" else own(1_000_000)
-    found = preview(recipe, workload.prepare(recipe))
+    found = preview(*opened(recipe))
     with_memory(monkeypatch, 4.0)
     with pytest.raises(UserError, match=r"^data.batch_size = \d+: \d workers of .* GB each for the activations of \d+ rows, .*lower it") as caught:
         check_memory(found, recipe)
@@ -111,7 +125,7 @@ def test_a_model_that_cannot_fit_is_told_by_its_workers(tmp_path: Path, monkeypa
     recipe = text(tmp_path, 1, width=4096)
     with_memory(monkeypatch, 4.0)
     with pytest.raises(UserError, match="^elastic.max_workers = 2: 2 workers"):
-        check_memory(preview(recipe, workload.prepare(recipe)), recipe)
+        check_memory(preview(*opened(recipe)), recipe)
 
 
 def test_activations_on_a_gpu_are_not_this_machine_s() -> None:

@@ -74,8 +74,8 @@ def test_a_replay_that_differs_is_a_problem(tmp_path: Path, monkeypatch: pytest.
     (run_dir / "summary.json").write_text('{"status": "done", "parameters_sha256": "p", "state_sha256": "s"}')
 
     class Undisturbed:
-        def __init__(self, recipe: Recipe, run_dir: Path, address: str):
-            assert recipe.elastic.min_workers == recipe.elastic.max_workers == 1 and recipe.run.steps == 1 and address == "auto"
+        def __init__(self, recipe: Recipe, run_dir: Path, address: str, data: str):
+            assert data == "" and recipe.elastic.min_workers == recipe.elastic.max_workers == 1 and recipe.run.steps == 1 and address == "auto"
 
         def fit(self) -> Result:
             return Result("done", {"parameters_sha256": "p", "state_sha256": "other"}, tmp_path)

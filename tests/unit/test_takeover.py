@@ -99,9 +99,12 @@ def test_a_disk_that_does_not_take_the_last_checkpoint_ends_the_run_with_what_it
 
 def test_first_and_last_line_are_written_by_whoever_comes_to_it_and_once(rig: Rig) -> None:
     rig.books.event("rewound", **{"from": 7, "to": 0})
-    again = successor(rig)  # it fell between the first two
+    rig.books.event("noted", why="norm is in evaluation mode")
+    again = successor(rig)  # it fell between the first lines
+    again.job = replace(again.job, notes=(("noted", "norm is in evaluation mode"), ("mesh_chosen", "tensor = 2: it fits")))
     again.opened(7)
     assert [(e["from"], e["to"]) for e in rig.events("rewound")] == [(7, 0)] and len(rig.events("run_started")) == 1
+    assert [e["why"] for name in ("noted", "mesh_chosen") for e in rig.events(name)] == [why for _, why in again.job.notes]
     rig.controller, rig.books = again, again.books
     once_more = successor(rig)
     once_more.opened(7)

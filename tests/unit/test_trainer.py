@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from elastic import trainer as door
 from elastic.books import Books
 from elastic.errors import RecipeError, UserError
 from elastic.follow import Result
+from elastic.messages import Job
 from elastic.observe.events import JsonLines, read_lines
 from elastic.recipe import Recipe, dumps
+from elastic.replay import replay
 from elastic.rundir import held
 from elastic.trainer import Trainer
 from tests.support import modules
@@ -102,9 +105,9 @@ def test_a_resumed_run_may_be_longer_and_on_other_machines(tmp_path: Path) -> No
 
 def test_a_resumed_run_finds_its_data_elsewhere_but_takes_no_other(plays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run_dir = tmp_path / "run"
-    fit(run_dir, gpt_recipe(plays, 2, elastic={"max_workers": 1})).assert_sound(2)
-    moved = plays.rename(tmp_path / "moved.txt")
+    run_dir, file = tmp_path / "run", Path(shutil.copy(plays, tmp_path))
+    fit(run_dir, gpt_recipe(file, 2, elastic={"max_workers": 1})).assert_sound(2)
+    moved = file.rename(tmp_path / "moved.txt")
     assert Trainer.resume(run_dir, [f"data.path={moved}"]).check()["num_tokens"] > 0
     moved.write_text(moved.read_text().replace("not", "nor"))
     with pytest.raises(RecipeError, match="data.path = .*moved.txt.* holds other data than this run began with"):
@@ -129,6 +132,10 @@ def test_a_resumed_run_takes_no_other_data_set_of_ones_own(change: dict[str, Any
     with pytest.raises(RecipeError) as caught:
         Trainer.resume(run_dir, ["run.steps=4"]).check()
     assert str(caught.value).startswith(f"data.kind = 'tests.support.modules:Rows' has {now}, and this run began with {then}; put that data back")
+    with pytest.raises(RecipeError) as caught:
+        replay(run_dir)
+    assert str(caught.value) == (f"data.kind = 'tests.support.modules:Rows' has {now}, and this run began with {then}; put that data back, then "
+                                 "replay it again.")
 
 
 # Of those who would start a run in one directory, one does.
@@ -228,6 +235,40 @@ def test_two_new_runs_in_one_directory_are_one(started: list[Any], tmp_path: Pat
     with pytest.raises(UserError, match="is already in use"):
         Trainer(module_recipe("Small", 4), run_dir).fit()
     assert (run_dir / "recipe.toml").read_text() == dumps(module_recipe("Small", 9)) and not started
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_data_and_model_are_opened_once_before_a_run(auto: bool, started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(init: Any) -> Any:
+        return lambda self, *keys, **more: made.append(type(self).__name__) or init(self, *keys, **more)
+
+    for kind in (modules.Rows, modules.Small):
+        monkeypatch.setattr(kind, "__init__", counted(kind.__init__))
+    trainer = Trainer(module_recipe("Small", 4, mesh={"auto": auto}), tmp_path / "run")
+    trainer.fit()
+    assert sorted(made) == ["Rows", "Small"] and len(started) == 1 and trainer.opened is None
+    Trainer(module_recipe("Small", 4)).check()
+    assert len(made) == 4
+
+
+def test_what_is_to_be_known_of_data_and_model_goes_to_the_controller_and_into_the_run_s_events(
+        started: list[Any], plays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    jobs: list[Job] = []
+    monkeypatch.setattr(door, "start_controller", lambda job, recipe, begin: jobs.append(job))
+    (tmp_path / "plays").mkdir()
+    (tmp_path / "plays" / "a.txt").write_text(plays.read_text())
+    (tmp_path / "plays" / ".b.txt").write_text(plays.read_text())
+    text = {"format": "text", "path": [str(tmp_path / "plays")], "kind": ""}
+    own = {"kind": "tests.support.torch_modules:EvalNorm"}
+    gpt = {"kind": "nlp.gpt", "layers": 1, "heads": 2, "width": 16, "context": 8}
+    for number, changes in enumerate(({"model": own}, {"data": {**text, "options": {}}, "model": gpt, "mesh": {"auto": True}})):
+        Trainer(module_recipe("Small", 4, **changes), tmp_path / f"run-{number}").fit()
+    ((note,), texts) = (job.notes for job in jobs)
+    assert note[0] == "noted" and "EvalNorm is made with norm in evaluation mode" in note[1]
+    assert [name for name, _ in texts] == ["noted", "mesh_chosen"] and ".b.txt" in texts[0][1]
 
 
 def test_a_start_that_was_killed_at_once_has_left_nothing(started: list[Any], tmp_path: Path) -> None:
