@@ -46,7 +46,7 @@ bench: $(VENV)/.installed-peers    ## every figure of benchmarks/results, ours a
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 chaos: $(DEV)         ## all that make test samples, mutations of the code, everything killed twenty times, ten minutes of a fault every five seconds
-	ELASTIC_TEST_SAMPLE=all $(PYTEST) tests/chaos tests/cluster/test_random_schedules.py tests/numerics/test_keras_models.py
+	ELASTIC_TEST_SAMPLE=all $(PYTEST) tests/chaos tests/cluster/test_random_schedules.py tests/numerics/test_keras_models.py tests/numerics/test_torch_database.py
 	$(BIN)/python -m tests.support.mutations
 	ELASTIC_TEST_ROUNDS=20 $(PYTEST) tests/cluster/test_killed_whole.py
 	$(BIN)/python -m benchmarks.soak --minutes 10
