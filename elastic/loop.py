@@ -97,6 +97,7 @@ class Work:
     ledger: Any = None  # `elastic.data.ledger.Ledger`, where the recipe asks for one
     fills: bool = True  # a batch that lacks samples has rows of weight 0 in their place
     apart: bool = False  # a shard's gradients are added in several goes
+    sums: bool = False  # a step's loss is the sum of its shards', not their mean
     tally: Callable[[], Tally | None] = lambda: None  # a new one for every evaluation
 
 
@@ -258,7 +259,7 @@ def commit(work: Work, ballot: Ballot) -> None:
     options, layout = plan.optimizer, state.layout
     assert gradient is not None
     weight = tree_sum(ballot.weights)
-    scale = 1.0 / weight
+    scale = 1.0 if work.sums else 1.0 / weight
     if options["clip_norm"] > 0:
         norm = math.sqrt(ballot.squared_norm) * scale
         scale *= min(1.0, options["clip_norm"] / max(norm, 1e-30))
@@ -290,7 +291,7 @@ def record(work: Work, generation: Generation, group: CollectiveGroup, ballot: B
     """The line of a committed step."""
     weight = tree_sum(ballot.weights)
     samples = sum(int((work.positions(ballot.step, s) >= 0).sum()) for s in range(work.plan.num_shards))
-    fields = {"step": ballot.step, "loss": tree_sum(ballot.losses) / weight, "time": time.time(), "step_s": step_s,
+    fields = {"step": ballot.step, "loss": tree_sum(ballot.losses) / (1.0 if work.sums else weight), "time": time.time(), "step_s": step_s,
               "world_size": len(generation.members), "generation": generation.number, "samples": samples}
     if work.unit:
         fields[work.unit] = int(weight)

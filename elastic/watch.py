@@ -19,8 +19,8 @@ from elastic.backend import Buffer
 from elastic.errors import Overwritten
 from elastic.state import FlatLayout, to_numpy
 
-SMALL, STRIDE = 1024, 256  # elements
-TURN = 97  # odd, so that STRIDE steps look everywhere
+SMALL, STRIDE = 1024, 1024  # elements
+TURN = 389  # odd, so that STRIDE steps look everywhere
 
 
 class Watch:
@@ -36,22 +36,20 @@ class Watch:
     @contextmanager
     def over(self, param: Buffer, step: int, whole: bool) -> Iterator[None]:
         """Overwritten, by the name of one, if parameters change inside."""
-        before = self._look(param, step, whole)
+        index = None if whole else np.minimum(self._base + step * TURN % STRIDE, self._last)
+        before = self._look(param, index)
         yield
-        changed = np.flatnonzero(before != self._look(param, step, whole))
+        changed = np.flatnonzero(before != self._look(param, index))
         if len(changed):
-            name = self._places[changed[0]][2] if whole else self._holder(int(self._index(step)[changed[0]]))
+            name = self._places[changed[0]][2] if index is None else self._holder(int(index[changed[0]]))
             raise Overwritten(f'model.kind = "{self.kind}" changes its parameter {name} while it computes (seen at step {step}), as a write through '
                               ".data does; a parameter changes once a step, by the optimizer: compute the changed values from it instead.")
 
-    def _look(self, param: Buffer, step: int, whole: bool) -> np.ndarray:
-        """Bits of what is looked at: hashes of all parameters, or values."""
-        if whole:
+    def _look(self, param: Buffer, index: np.ndarray | None) -> np.ndarray:
+        """Bits of what is looked at: values, or hashes of all parameters."""
+        if index is None:
             return np.array([xxhash.xxh3_64_intdigest(bits(param[low:low + size])) for low, size, _ in self._places], np.uint64)
-        return bits(param[self._index(step)])
-
-    def _index(self, step: int) -> np.ndarray:
-        return np.minimum(self._base + step * TURN % STRIDE, self._last)
+        return bits(param[index])
 
     def _holder(self, position: int) -> str:
         return self._places[bisect_right(self._places, position, key=lambda place: place[0]) - 1][2]
