@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from elastic.backend import Buffer
 from elastic.errors import Overwritten
@@ -48,6 +47,8 @@ class Watch:
     def _look(self, param: Buffer, index: np.ndarray | None) -> np.ndarray:
         """Bits of what is looked at: values, or hashes of all parameters."""
         if index is None:
+            import xxhash  # the loop's own modules need NumPy only
+
             return np.array([xxhash.xxh3_64_intdigest(bits(param[low:low + size])) for low, size, _ in self._places], np.uint64)
         return bits(param[index])
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from backends.pytorch.backend import construct, seeded
+from benchmarks.kit import results
 from elastic.recipe import Recipe
 from tests.support import plain_torch
 from tests.support.inprocess import Result, fit, module_recipe
@@ -92,17 +93,25 @@ def ramp(like: Any) -> Any:
     return torch.linspace(0.5, 1.5, like.numel()).reshape(like.shape)
 
 
-def choice(name: str) -> int:
-    """The first of its inputs with which plain torch trains it to numbers. ValueError where there is none, or whatever building it raises."""
+@dataclass(frozen=True)
+class Oracle:
+    """What plain torch makes of a module, by name; `start` is of its parameters."""
+
+    config: dict[str, Any]
+    start: dict[str, np.ndarray]
+    wanted: dict[str, np.ndarray]
+
+
+def oracle(name: str) -> Oracle:
+    """On the first of its inputs with which it trains to numbers. ValueError where there is none, or whatever building it raises."""
     for number in range(len(inputs(name))):
-        made = construct(Held, {"name": name, "number": number, "called": True}, 0)
-        if all(np.isfinite(value).all() for value in plain(made).values()):
-            return number
+        config = {"name": name, "number": number, **({"called": True} if name.startswith("nn.Lazy") else {})}
+        made = construct(Held, config, 0)
+        start = {key: p.detach().numpy().copy() for key, p in made.named_parameters()}
+        wanted = plain_torch.train(made, Rows(), STEPS, BATCH, SHARDS, "sgd", RATE)
+        if all(np.isfinite(value).all() for value in wanted.values()):
+            return Oracle(config, start, wanted)
     raise ValueError("plain torch trains it to no numbers")
-
-
-def plain(made: Held) -> dict[str, np.ndarray]:
-    return plain_torch.train(made, Rows(), STEPS, BATCH, SHARDS, "sgd", RATE)
 
 
 @dataclass(frozen=True)
@@ -115,42 +124,36 @@ class Outcome:
 def outcome(name: str, folder: Path) -> Outcome:
     """What comes of a module, on one and on two workers, beside plain torch."""
     try:
-        number = choice(name)
+        plain = oracle(name)
     except Exception as error:
         return Outcome(name, UNBUILT, f"{type(error).__name__}: {error}")
-    config = {"name": name, "number": number}
-    one = trained(config, folder / name / "1", 1)
-    if one.outcome.status == "done":
-        return Outcome(name, *judged(config, folder / name, one))
-    told = str(one.outcome.error)
-    if not told.startswith("model.kind: ") or not told.endswith(".") or "\n" in told or one.steps:
-        return Outcome(name, WRONG, told)
-    if "call it once on an example" in told:
-        config["called"] = True
-        kind, reason = judged(config, folder / name, trained(config, folder / name / "called", 1))
-        return Outcome(name, EQUAL_ONCE_CALLED if kind == EQUAL else kind, told if kind == EQUAL else reason)
-    return Outcome(name, REFUSED, told)
+    folder = folder / name
+    if "called" not in plain.config:
+        return judged(name, plain, folder, EQUAL)
+    refused = trained({**plain.config, "called": False}, folder / "0", 1)
+    told = str(refused.outcome.error)
+    if refused.outcome.status == "done" or "call it once on an example" not in told:
+        return Outcome(name, WRONG, f"trains without values: {refused.outcome}")
+    return judged(name, plain, folder, EQUAL_ONCE_CALLED, told)
 
 
-def judged(config: dict[str, Any], folder: Path, one: Result) -> tuple[str, str]:
-    """EQUAL or WRONG, and why."""
+def judged(name: str, plain: Oracle, folder: Path, equal: str, told: str = "") -> Outcome:
+    """`equal`, with what was `told`; REFUSED or WRONG, and why."""
+    one = trained(plain.config, folder / "1", 1)
     if one.outcome.status != "done":
-        return WRONG, str(one.outcome.error)
-    two = trained(config, folder / "2", 2)
+        said = str(one.outcome.error)
+        return Outcome(name, REFUSED if said.startswith("model.kind") and said.endswith(".") and "\n" not in said and not one.steps else WRONG, said)
+    two = trained(plain.config, folder / "2", 2)
     if two.outcome.status != "done" or two.sha != one.sha:
-        return WRONG, f"two workers: {two.outcome.status} {two.outcome.error}"
-    made = construct(Held, config, 0)
-    start = {key: p.detach().clone() for key, p in made.named_parameters()}
-    wanted = plain(made)
-    still = [key for key, value in start.items() if np.array_equal(wanted[key], value)]
-    if "gain" in still:
-        return WRONG, "nothing trains in plain torch"
+        return Outcome(name, WRONG, f"two workers: {two.outcome.status} {two.outcome.error}")
+    if np.array_equal(plain.start["gain"], plain.wanted["gain"]):
+        return Outcome(name, WRONG, "nothing trains in plain torch")
     found = {key.partition("/")[2]: array for key, array in one.arrays().items() if not key.startswith("optimizer/")}
-    if set(found) != set(wanted):
-        return WRONG, f"arrays {set(found) ^ set(wanted)}"
-    far = {key: distance(found[key], value) for key, value in wanted.items()}
+    if set(found) != set(plain.wanted):
+        return Outcome(name, WRONG, f"arrays {set(found) ^ set(plain.wanted)}")
+    far = {key: distance(found[key], value) for key, value in plain.wanted.items()}
     worst = max(far, key=lambda key: far[key])
-    return (EQUAL, "") if far[worst] <= TOLERANCE else (WRONG, f"{worst} is {far[worst]:.1e} apart by norm")
+    return Outcome(name, equal, told) if far[worst] <= TOLERANCE else Outcome(name, WRONG, f"{worst} is {far[worst]:.1e} apart by norm")
 
 
 def distance(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -173,15 +176,15 @@ def recipe(config: dict[str, Any], workers: int) -> Recipe:
 
 def table(found: Sequence[Outcome]) -> str:
     counts = Counter(one.kind for one in found)
-    lines = ["# Modules of torch.nn", "", "Every module in torch's own database of modules (`torch.testing._internal.common_modules`), on the first input that "
-             f"it has there with which plain torch trains to numbers: {STEPS} steps of SGD over {SHARDS} logical shards, on one and on two workers, whose bits must be the same and "
-             f"within {TOLERANCE:.0e} by norm of plain torch's. `python -m {HERE} FILE` writes this table.", "",
-             f"{date.today()}, torch {torch.__version__}: {len(found)} modules, "
-             + ", ".join(f"{counts[kind]} {kind}" for kind in (EQUAL, EQUAL_ONCE_CALLED, REFUSED, UNBUILT, WRONG)) + ".", "",
-             "| module | outcome | in its words |", "|---|---|---|"]
-    lines += [f"| {one.name} | {one.kind} | {one.told} |" for one in found if one.kind != EQUAL]
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in (EQUAL, EQUAL_ONCE_CALLED, REFUSED, UNBUILT, WRONG))
+    rows = [(one.name, one.kind, one.told) for one in found if one.kind != EQUAL]
     equal = ", ".join(one.name.removeprefix("nn.") for one in found if one.kind == EQUAL)
-    return "\n".join([*lines, "", f"Equal: {equal}.", ""])
+    return "\n\n".join((
+        "# Modules of torch.nn", f"{date.today()} · {results.versions()}", f"    python -m {HERE} benchmarks/results/torch_modules.md",
+        "Every module in torch's own database (`torch.testing._internal.common_modules`), on the first of its inputs there with which\n"
+        f"plain torch trains it to numbers: {STEPS} steps of SGD over {SHARDS} logical shards, on one and on two workers. Equal: the same bits on both,\n"
+        f"and within {TOLERANCE:.0e} by norm of plain torch over the same shards, parameters and buffers.",
+        f"{len(found)} modules: {told}.", results.table(("module", "outcome", "in its words"), rows), f"Equal: {equal}.")) + "\n"
 
 
 def main() -> int:
