@@ -49,7 +49,7 @@ class Watch:
         if index is None:
             import xxhash  # the loop's own modules need NumPy only
 
-            return np.array([xxhash.xxh3_64_intdigest(bits(param[low:low + size])) for low, size, _ in self._places], np.uint64)
+            return np.array([xxhash.xxh3_64_intdigest(bits(param[low:low + size]).data) for low, size, _ in self._places], np.uint64)
         return bits(param[index])
 
     def _holder(self, position: int) -> str:
