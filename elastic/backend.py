@@ -127,10 +127,14 @@ class Habits:
 
     `apart`: its gradients are added in several goes, so every shard needs a buffer of its own. `moved`: frozen parameters that its loss
     writes to, as to an average of weights; each shard begins from the same values, and a step takes over the weighted mean of the changes.
+    `sums`: a step's loss is the sum of its shards', by whose gradient it is trained, and not their mean. `undivided`: why a batch's loss is not
+    made of its shards', as a UserError is to say it; such a model trains on one logical shard.
     """
 
     apart: bool = False
     moved: tuple[str, ...] = ()
+    sums: bool = False
+    undivided: str = ""
 
 
 @dataclass(frozen=True)

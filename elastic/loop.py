@@ -11,6 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from elastic.parallel.portion import Portion
 from elastic.schedule import learning_rate
 from elastic.sharded import ShardedState
 from elastic.state import BLOCK, State
+from elastic.watch import Watch
 
 MAX_LINES = 50_000  # that a manifest carries; those before are on the disk itself long since
 FEW = 5  # sample positions that a sentence lists
@@ -83,6 +85,8 @@ class Work:
     restore: Callable[[Generation, CollectiveGroup], None] = lambda generation, group: None  # from `generation.load`, a checkpoint
     ready: Callable[[Generation, CollectiveGroup], None] = lambda generation, group: None  # the state is there
     is_busy: Callable[[], bool] = lambda: False  # a checkpoint is still being written
+    own: str = ""  # the name of a user's own model
+    watch: Watch | None = None  # over what it trains
     links: Links | None = None
     gradient: Buffer | None = None
     holds: int = -1
@@ -94,6 +98,7 @@ class Work:
     is_own: bool = False  # model or data set is the user's: what fails in computing a shard is their code
     fills: bool = True  # a batch that lacks samples has rows of weight 0 in their place
     apart: bool = False  # a shard's gradients are added in several goes
+    sums: bool = False  # a step's loss is the sum of its shards', not their mean
     tally: Callable[[], Tally | None] = lambda: None  # a new one for every evaluation
 
 
@@ -106,7 +111,8 @@ def train(work: Work, generation: Generation, group: CollectiveGroup, injector: 
     after(work, generation, links, injector, evaluated=generation.evaluated, checkpointed=generation.checkpointed)
     while work.state.committed < work.plan.num_steps:
         started, step = time.perf_counter(), work.state.committed + 1
-        found = add_up_shards(work, links, buffers, step, injector)
+        with untouched(work, step, whole=is_saved(work.plan, step)):
+            found = add_up_shards(work, links, buffers, step, injector)
         work.gradient, work.holds = reduce_sums(work, links, buffers, found.sums, step, injector), step
         ballot = vote(work, links, step, found, injector)
         injector.at(step, "update")
@@ -130,6 +136,7 @@ def link(work: Work, generation: Generation, group: CollectiveGroup) -> Links:
     control = work.control
     links = Links(group, generation.shape, work.portion, lambda: control.collective(control.step, control.phase))
     work.links = links
+    work.watch = Watch(work.own, work.state.layout) if work.own else None
     if work.portion is not None:
         work.backend.connect(links.dims(work.portion.layout.dims))
     return links
@@ -253,7 +260,7 @@ def commit(work: Work, ballot: Ballot) -> None:
     options, layout = plan.optimizer, state.layout
     assert gradient is not None
     weight = tree_sum(ballot.weights)
-    scale = 1.0 / weight
+    scale = 1.0 if work.sums else 1.0 / weight
     if options["clip_norm"] > 0:
         norm = math.sqrt(ballot.squared_norm) * scale
         scale *= min(1.0, options["clip_norm"] / max(norm, 1e-30))
@@ -272,11 +279,20 @@ def commit(work: Work, ballot: Ballot) -> None:
     state.committed, state.torn = ballot.step, not state.keeps_all
 
 
+def untouched(work: Work, step: int, whole: bool) -> AbstractContextManager[None]:
+    """Inside, users' code computes."""
+    return work.watch.over(work.state.param, step, whole) if work.watch else nullcontext()
+
+
+def is_saved(plan: Plan, step: int) -> bool:
+    return step == plan.num_steps or (plan.checkpoint_every > 0 and step % plan.checkpoint_every == 0)
+
+
 def record(work: Work, generation: Generation, group: CollectiveGroup, ballot: Ballot, step_s: float) -> None:
     """The line of a committed step."""
     weight = tree_sum(ballot.weights)
     samples = sum(int((work.positions(ballot.step, s) >= 0).sum()) for s in range(work.plan.num_shards))
-    fields = {"step": ballot.step, "loss": tree_sum(ballot.losses) / weight, "time": time.time(), "step_s": step_s,
+    fields = {"step": ballot.step, "loss": tree_sum(ballot.losses) / (1.0 if work.sums else weight), "time": time.time(), "step_s": step_s,
               "world_size": len(generation.members), "generation": generation.number, "samples": samples}
     if work.unit:
         fields[work.unit] = int(weight)
@@ -304,10 +320,10 @@ def after(work: Work, generation: Generation, links: Links, injector: Injector, 
         return
     last = step == plan.num_steps
     if work.eval_batches and step > evaluated and (last or (plan.eval_every and step % plan.eval_every == 0)):
-        with work.state.averaged(links.data):
+        with work.state.averaged(links.data), untouched(work, step, whole=True):
             work.evaluation = evaluate(work, links, step)
         write_down(work, generation, links.world, {"step": step, "eval": work.evaluation})
-    if plan.checkpoint_every and step > checkpointed and step % plan.checkpoint_every == 0 and not last:
+    if is_saved(plan, step) and step > checkpointed and not last:
         if not (busy and plan.skip_busy):
             checkpoint(work, generation, links.world, injector, wait=False)
         elif links.world.rank == 0:

@@ -302,7 +302,9 @@ def rehearse(work: Work) -> None:
         work.pipeline.warm_up(first_rows(work, first), room())
         return
     habits = work.backend.rehearse(first_rows(work, first), room)
-    work.apart = habits.apart
+    if habits.undivided and plan.num_shards * plan.micro_batches > 1:
+        raise UserError(habits.undivided)
+    work.apart, work.sums = habits.apart, habits.sums
     state.layout.move([*state.buffers, *habits.moved])
     last = shorter(work)
     if last is not None:

@@ -253,6 +253,7 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     rows = round_up(max(shard_size, EVAL_ROWS), recipe.mesh.expert)
     evaluation = eval_batches(workload.evaluation, rows) if workload.evaluation else []
     return Work(plan, backend, state, load, sampler.positions, evaluation, control, post, save, workload.unit, portion, pipeline,
+                own=recipe.model.kind if ":" in recipe.model.kind and portion is None else "",
                 fills=workload.training.fills, ledger=ledger, is_own=bool(recipe.data.kind) or ":" in recipe.model.kind,
                 tally=lambda: tally_of(workload.model) or tally_of(backend))
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from backends.common import check_attributes, plain_attributes, telling
-from backends.tensorflow.compiled import check_compiled, check_pieces, parts
+from backends.tensorflow.compiled import check_compiled, divisor, is_sum, parts, uneven
 from backends.tensorflow.figures import VARIABLES, Figures, MetricTally, snake
 from backends.tensorflow.ops import mixed, tf
 
@@ -79,6 +79,7 @@ class KerasModel(Adapted):
         self.buffers = {name: given_spec(self._given[name]) for name in self._kept}
         self._figures: Figures | None = None
         self.moved: tuple[str, ...] = ()
+        self.sums, self.undivided = not self._own_loss and is_sum(model), ""
 
     def initial(self) -> Mapping[str, np.ndarray]:
         """The values that the model was built with."""
@@ -104,7 +105,7 @@ class KerasModel(Adapted):
         if self._figures is not None or not num_rows(batch):
             return
         if not self._own_loss:
-            x, y, sample_weight = parts(batch)
+            x, y, sample_weight = self._parts(batch)
             with self._scope(params, state, 0, opening=True):
                 y_pred = self._called(x, False)
             with self.telling():
@@ -126,17 +127,17 @@ class KerasModel(Adapted):
             metrics.reset_state()
 
     def rehearse(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> None:
-        """Beside traces: a loss that is no mean over rows and attributes that change are told here. The model has been called before."""
+        """Beside traces: why a batch's loss is not made of its parts', and attributes that change. The model has been called before."""
         before = self._attributes()
         halves = pieces_of(batch)
         losses = []
         for rows in ((together(halves), *halves) if not self._own_loss else (batch,)):
-            with self._scope(params, state, 0):
-                total, weight = self._loss(rows, False)
-            losses.append((float(total), float(weight)))
+            with self._scope(params, state, 0) as scope:
+                loss, weight = self._found(rows, False, scope) if not self._own_loss else self._loss(rows, False, scope)
+            losses.append((float(loss), float(weight)))
         check_attributes(self.kind, before, self._attributes(), KEEP)
-        if not self._own_loss:
-            check_pieces(self.kind, losses)
+        if not self._own_loss and not self.undivided:
+            self.undivided = uneven(self.kind, losses, self.sums)
 
     def loss(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any,
              seed: Any) -> tuple[Any, Any, Mapping[str, Any]]:
@@ -145,7 +146,7 @@ class KerasModel(Adapted):
         if not rows:
             return tf.zeros(()), 0.0, {**state, **{name: params[name] for name in self.moved}}
         with self._scope(params, state, seed) as scope:
-            total, weight = self._loss(batch, True)
+            total, weight = self._loss(batch, True, scope)
         self.moved = tuple(name for name, v in self._weights.items() if id(v) in scope.written)
         new = {name: scope.get_current_value(v) for name, v in self._kept.items()}
         return total, weight, {**new, **{name: scope.get_current_value(self._weights[name]) for name in self.moved}}
@@ -163,7 +164,7 @@ class KerasModel(Adapted):
         if not num_rows(batch):
             return {"loss": (0.0, 0.0)}
         with self._scope(params, state, 0) as scope:
-            out = {"loss": self._loss(batch, False)}
+            out = {"loss": self._loss(batch, False, scope)}
             if hasattr(self._model, "batch_metrics"):
                 out |= pairs(self._model.batch_metrics(columns_again(batch)), "batch_metrics(batch)")
             if self._figures is not None and self._figures.variables:
@@ -175,26 +176,37 @@ class KerasModel(Adapted):
         values = figures.values()
         for batch in batches:
             with self._scope(params, state, 0, values) as scope:
-                self._loss(batch, False)
+                self._loss(batch, False, scope)
             values = [(v, scope.get_current_value(v)) for v in figures.variables]
         return np.asarray(figures.change([value for _, value in values]))
 
     def _called(self, x: Any, training: bool) -> Any:
         return self._model(x, training=training) if self._model._call_has_training_arg else self._model(x)
 
-    def _loss(self, batch: Any, training: bool) -> tuple[Any, Any]:
-        model, rows = self._model, num_rows(batch)
+    def _loss(self, batch: Any, training: bool, scope: Scope) -> tuple[Any, Any]:
+        """(sum, weight). An evaluation weighs batches by their rows, as `evaluate` does."""
+        rows = num_rows(batch)
         if self._own_loss:
-            return as_sum(model.batch_loss(columns_again(batch)), rows)
-        x, y, sample_weight = parts(batch)
+            return as_sum(self._model.batch_loss(columns_again(batch)), rows)
+        loss, weight = self._found(batch, training, scope)
+        if not training:
+            return loss * rows, float(rows)
+        return (loss, weight) if self.sums else (loss * weight, weight)
+
+    def _found(self, batch: Any, training: bool, scope: Scope) -> tuple[Any, Any]:
+        """The loss as `fit` has it, and what it is divided by."""
+        model = self._model
+        x, y, sample_weight = self._parts(batch)
         y_pred = self._called(x, training)
-        if any(keras.src.backend.get_keras_mask(part) is not None for part in keras.tree.flatten(y_pred)):
-            raise UserError(f"model.kind: the output of {self.kind} has a mask, by which Keras divides its loss, and batches have masks of other "
-                            "sizes; give the model a method batch_loss(batch) that returns (sum, weight).")
-        loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+        loss = tf.reshape(model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training), ())
+        weight, why = divisor(model, y_pred, sample_weight, scope.losses, num_rows(batch))
+        self.undivided = self.undivided or why
         if not training and model._compile_metrics is not None:
             model._compile_metrics.update_state(y, y_pred, sample_weight)
-        return as_sum(loss, rows)
+        return loss, weight
+
+    def _parts(self, batch: Any) -> tuple[Any, Any, Any]:
+        return parts(batch, bool(self._model.loss))
 
     def _attributes(self) -> Mapping[str, Any]:
         layers = [(layer.name if layer is not self._model else "", layer) for layer in self._model._flatten_layers()

@@ -153,7 +153,7 @@ class TensorFlowBackend(Pieces):
         check_repeats(self._own.kind, first, again, GENERATORS)
         check_linear(self._own.kind, once, twice)
         self._own.rehearse(self._params, self._device_state(), columns)
-        return Habits(moved=self._own.moved)
+        return Habits(moved=self._own.moved, sums=self._own.sums, undivided=self._own.undivided)
 
     def _computed(self, names: tuple[str, ...], batch: Batch, seed: int, factor: float = 1.0) -> tuple[ShardResult, dict[str, np.ndarray]]:
         """One shard, with `factor` times the gradients of its loss sum."""

@@ -167,6 +167,14 @@ def test_what_a_loss_should_not_do(kinds: Any, what: str, words: str, tmp_path: 
     assert len(found.named("worker_lost")) <= 2, "at once, not worker after worker"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_write_that_shows_late_is_refused_before_its_vote(kinds: Any, workers: int, tmp_path: Path) -> None:
+    found = fit(tmp_path, recipe("Late", workers=workers))
+    assert found.outcome.status == "failed" and "changes its parameter 0.weight while it computes (seen at step " in found.outcome.error
+    assert 1 <= len(found.steps) < STEPS, "it does not write when it first runs"
+    assert f"(seen at step {len(found.steps) + 1})" in found.outcome.error
+
+
 @pytest.mark.parametrize("backend", ["torch", "tensorflow"])
 def test_another_backend_s_name_is_told(kinds: Any, backend: str) -> None:
     load(backend, "backend")

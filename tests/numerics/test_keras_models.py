@@ -144,6 +144,42 @@ def test_shards_are_keras_over_the_same_shards_on_any_number_of_workers(kinds: A
         assert again.sha == found["adamw"].sha
 
 
+@pytest.mark.parametrize("model", ["summed", "summed_heads", "weighted_mean", "added", "masked", "masked_weighted", "masked_sum"])
+def test_shards_put_together_by_what_their_losses_are_divided_by_are_fit_itself(kinds: Any, model: str, tmp_path: Path) -> None:
+    rows = kinds.PUT_TOGETHER[model]
+    found = fit(tmp_path / "1", recipe(model, rows))
+    found.assert_sound(STEPS)
+    plain = Plain(kinds, model, rows, "sgd")
+    start = plain.arrays()
+    wanted = plain.fit().arrays()
+    assert any(np.abs(value - start[name]).max() > 1e-3 for name, value in wanted.items())
+    assert_same(found, wanted, 1e-5)
+    first = Plain(kinds, model, rows, "sgd")
+    assert found.metrics[0]["loss"] == pytest.approx(float(np.ravel(first.model.train_on_batch(*first.rows(0, BATCH)))[0]), rel=1e-5)
+    again = fit(tmp_path / "2", recipe(model, rows, workers=2), DISTURBED[:1])
+    assert again.sha == found.sha and len(again.named("worker_lost")) == 1
+
+
+@pytest.mark.parametrize("model", ["summed", "added", "masked_weighted"])
+def test_the_loss_of_what_is_put_together_is_that_of_evaluate(kinds: Any, model: str, tmp_path: Path) -> None:
+    rows = kinds.PUT_TOGETHER[model]
+    found = fit(tmp_path, recipe(model, rows, workers=2, data={"eval_fraction": 0.5}, run={"eval_every": 0}))
+    plain = Plain(kinds, model, rows, "sgd")
+    arrays = found.arrays()
+    for name, variable in load("tensorflow", "adapter").named_variables(plain.model, plain.model.weights).items():
+        variable.assign(arrays.get(f"parameter/{name}", arrays.get(f"buffer/{name}")))
+    x, y, weight = (*plain.rows(kinds.ROWS // 2, kinds.ROWS), None, None)[:3]
+    assert found.metrics[-1]["eval"]["loss"] == pytest.approx(plain.model.evaluate(x, y, sample_weight=weight, verbose=0), rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["spread", "summing_penalty", "mixed_heads", "summed_and_regularized", "masked_and_penalized"])
+def test_what_no_shards_make_trains_on_one(kinds: Any, model: str, tmp_path: Path) -> None:
+    rows = kinds.ONE_SHARD[model]
+    found = fit(tmp_path, recipe(model, rows, shards=1))
+    found.assert_sound(STEPS)
+    assert_same(found, Plain(kinds, model, rows, "sgd").fit().arrays(), 1e-5)
+
+
 def test_layers_that_draw_have_one_hash(kinds: Any, tmp_path: Path) -> None:
     one, three = (fit(tmp_path / str(workers), recipe("dropped", workers=workers), DISTURBED[:workers - 1]) for workers in (1, 3))
     assert one.sha == three.sha
@@ -184,9 +220,12 @@ def test_the_metrics_of_two_outputs(kinds: Any, tmp_path: Path) -> None:
     assert found["loss"] == pytest.approx(0.3 * found["line_loss"] + 2 * found["side_loss"], rel=1e-5)
 
 
-REFUSED_BEFORE = [("summed", "reduction = 'sum'"), ("stepping", "has a train_step of its own"), ("measuring", "has a test_step of its own"),
+REFUSED_BEFORE = [("unreduced", "reduction = None"), ("stepping", "has a train_step of its own"), ("measuring", "has a test_step of its own"),
                   ("half", "computes in float16")]
-REFUSED = [("spread", "pair", "is not a mean over rows"), ("summing_penalty", "pair", "is not a mean over rows"), ("masked", "ids", "has a mask"),
+REFUSED = [("spread", "pair", "is not a mean over rows"), ("summing_penalty", "pair", "is not a mean over rows"),
+           ("mixed_heads", "two", 'reduction = "sum" and another part'), ("summed_and_regularized", "pair", 'reduction = "sum" and another part'),
+           ("masked_and_penalized", "steps", "has a mask, by which Keras divides, and more than one part"),
+           ("lossless", "pair", "No loss to compute"), ("net", "x", r"trains on rows \(x, y\)"),
            ("spectral", "pair", "writes to its parameter .*kernel"), ("largest", "pair", "metric largest .* cannot be added up")]
 ODD = [("counter", "changes its attribute odd.*count"), ("listing", "changes its attribute odd.*seen"), ("variable", r"tf.Variable odd\w*\.plain"),
        ("generator", "writes to the variable seed_generator"), ("stateful", "another loss|writes to the tf.Variable"), ("clipped", "not linear"),

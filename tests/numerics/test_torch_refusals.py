@@ -72,10 +72,10 @@ def test_a_module_that_was_there_before_is_refused() -> None:
         construct(lambda: made, {}, 0)
 
 
-def run(folder: Path, module: str, workers: int = 2, size: int = 32, eval_fraction: float = 0.0) -> Result:
+def run(folder: Path, module: str, workers: int = 2, size: int = 32, eval_fraction: float = 0.0, every: int = 1) -> Result:
     data = {"kind": "tests.support.torch_modules:Rows", "options": {"size": size}, "batch_size": 8, "shuffle": False, "eval_fraction": eval_fraction}
     return fit(folder, module_recipe(
-        "Small", None, run={"epochs": 1}, model={"kind": f"tests.support.odd_modules:{module}"}, data=data, checkpoint={"every_steps": 1},
+        "Small", None, run={"epochs": 1}, model={"kind": f"tests.support.odd_modules:{module}"}, data=data, checkpoint={"every_steps": every},
         elastic={"max_workers": workers, "logical_shards": 2}, optimizer={"name": "sgd", "lr": 0.05, "weight_decay": 0.0, "momentum": 0.0}))
 
 
@@ -84,6 +84,18 @@ def test_a_write_that_shows_late_is_refused_before_its_vote(tmp_path: Path, work
     result = run(tmp_path, "Late", workers)
     assert result.outcome.status == "failed" and "writes to its parameter head.weight in place" in str(result.outcome.error)
     assert result.steps == [1, 2]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("module", "name", "every", "last"), [
+    ("Quiet", "head.weight", 0, 2), ("QuietPart", "wide", 1, 2), ("QuietPart", "wide", 4, 3), ("QuietEvaluation", "head.bias", 0, 4)])
+def test_a_write_that_no_counter_sees_is_refused_before_its_vote_or_before_it_is_saved(
+        tmp_path: Path, module: str, name: str, every: int, last: int, workers: int) -> None:
+    result = run(tmp_path, module, workers, every=every, size=40, eval_fraction=0.2 if module == "QuietEvaluation" else 0.0)
+    told = str(result.outcome.error)
+    assert result.outcome.status == "failed" and f"changes its parameter {name} while it computes (seen at step " in told, told
+    assert result.steps == list(range(1, last + 1))
+    assert every == 1 or not list((tmp_path / "checkpoints").glob("step-*/manifest.json")), "what was written to is saved"
 
 
 @pytest.mark.parametrize(("module", "words"), [

@@ -30,7 +30,9 @@ class Rows:
 
     def columns(self) -> tuple[Any, ...]:
         return {"pair": (self.x, self.y), "weighted": (self.x, self.y, self.weight), "ids": (self.ids, self.y), "near": (self.x, self.near),
-                "near weighted": (self.x, self.near, self.weight), "two": (self.x, {"line": self.y, "side": self.near})}[self.kind]
+                "near weighted": (self.x, self.near, self.weight), "two": (self.x, {"line": self.y, "side": self.near}),
+                "x": (self.x,), "steps": (self.ids % 4, np.repeat(self.y[:, :, None], 5, 1)),
+                "weighted steps": (self.ids % 4, np.repeat(self.y[:, :, None], 5, 1), self.weight[:, None] + self.ids)}[self.kind]
 
     def __getitem__(self, index: int) -> Any:
         return keras.tree.map_structure(lambda column: column[index], self.columns())
@@ -200,10 +202,63 @@ class Largest(keras.metrics.Metric):
         return self.most
 
 
-# What is refused.
+# What shards make only by other weights than their rows, or not at all.
 
 def summed() -> Any:
-    return net(keras.losses.MeanSquaredError(reduction="sum"))
+    return net(keras.losses.MeanSquaredError(reduction="sum"), loss_weights=0.1)
+
+
+def summed_heads() -> Any:
+    model = two_heads()
+    losses = {"line": keras.losses.MeanAbsoluteError(reduction="sum"), "side": keras.losses.BinaryCrossentropy(reduction="sum")}
+    model.compile(loss=losses, loss_weights={"line": 0.03, "side": 0.2})
+    return model
+
+
+def mixed_heads() -> Any:
+    model = two_heads()
+    model.compile(loss={"line": keras.losses.MeanAbsoluteError(reduction="sum"), "side": "binary_crossentropy"}, loss_weights=[0.03, 1.0])
+    return model
+
+
+def summed_and_regularized() -> Any:
+    return net(keras.losses.MeanSquaredError(reduction="sum"), loss_weights=0.1, first={"kernel_regularizer": keras.regularizers.L2(1e-6)})
+
+
+def weighted_mean() -> Any:
+    return net(keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"), first={"kernel_regularizer": "l2"})
+
+
+def added() -> Any:
+    """No loss but what a layer adds."""
+    return net(None, between=(Penalty(ops.mean),))
+
+
+def masked(loss: Any = "mse", between: tuple[Any, ...] = ()) -> Any:
+    model = keras.Sequential([keras.Input((5,), dtype="int64"), layers.Embedding(9, 4, mask_zero=True, embeddings_regularizer="l2"),
+                              layers.LSTM(3, return_sequences=True), *between, layers.Dense(1)])
+    model.compile(loss=loss)
+    return model
+
+
+def masked_weighted() -> Any:
+    return masked(keras.losses.MeanSquaredError(reduction="mean_with_sample_weight"))
+
+
+def masked_sum() -> Any:
+    model = keras.Sequential([keras.Input((5,), dtype="int64"), layers.Embedding(9, 4, mask_zero=True), layers.LSTM(3, return_sequences=True),
+                              layers.Dense(1)])
+    model.compile(loss=keras.losses.MeanSquaredError(reduction="sum"), loss_weights=0.02)
+    return model
+
+
+def masked_and_penalized() -> Any:
+    return masked(between=(layers.ActivityRegularization(l2=0.1),))
+
+
+PUT_TOGETHER = {"summed": "weighted", "summed_heads": "two", "weighted_mean": "weighted", "added": "x", "masked": "weighted steps",
+                "masked_weighted": "weighted steps", "masked_sum": "steps"}
+ONE_SHARD = {"spread": "pair", "summing_penalty": "pair", "mixed_heads": "two", "summed_and_regularized": "pair", "masked_and_penalized": "steps"}
 
 
 def spread() -> Any:
@@ -232,11 +287,12 @@ def measuring() -> Any:
     return built(Measuring())
 
 
-def masked() -> Any:
-    model = keras.Sequential([keras.Input((5,), dtype="int64"), layers.Embedding(9, 4, mask_zero=True), layers.LSTM(3, return_sequences=True),
-                              layers.Dense(1)])
-    model.compile(loss="mse")
-    return model
+def lossless() -> Any:
+    return net(None)
+
+
+def unreduced() -> Any:
+    return net(keras.losses.MeanSquaredError(reduction=None))
 
 
 def spectral() -> Any:

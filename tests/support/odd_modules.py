@@ -57,6 +57,49 @@ class Late(Base):
         return super().loss(b)
 
 
+class Quiet(Base):
+    """Writes from the third step on, where no version counter sees it."""
+
+    size = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.wide = nn.Parameter(torch.ones(self.size))
+
+    def loss(self, b: Any) -> Any:
+        if self.training:
+            self.steps += 1
+        if self.steps > 2:
+            self.write()
+        return super().loss(b) + self.wide.mean()
+
+    def write(self) -> None:
+        self.head.weight.data.mul_(0.5)
+
+
+class QuietPart(Quiet):
+    """One element of many."""
+
+    size = 50_000
+
+    def write(self) -> None:
+        self.wide.detach().numpy()[4711] *= 1.5
+
+
+class QuietEvaluation(Base):
+    """While it is evaluated after its first step."""
+
+    def metrics(self, b: Any) -> Any:
+        if self.body.bias.grad is None and not torch.equal(self.body.bias, self.begun):
+            self.head.bias.data.add_(1.0)
+        return {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("begun", self.body.bias.detach().clone())
+
+
 class OwnGenerator(Base):
     def __init__(self) -> None:
         super().__init__()

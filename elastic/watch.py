@@ -1,0 +1,61 @@
+"""What trains changes by the optimizer alone: writes by a user's own model are seen in the values, for no framework counts all of them.
+
+Values are looked at before and after users' code computes. Where a checkpoint follows, and around an evaluation, at all of them. Else at all of a
+small parameter and at one in STRIDE of a large one, each step at others: what changes a whole array shows at once, what goes on changing a part of
+one shows within STRIDE steps and before it is saved. A part of a large array that is written to once and never again may stay unseen.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from elastic.backend import Buffer
+from elastic.errors import Overwritten
+from elastic.state import FlatLayout, to_numpy
+
+SMALL, STRIDE = 1024, 1024  # elements
+TURN = 389  # odd, so that STRIDE steps look everywhere
+
+
+class Watch:
+    """Over the parameters of one layout."""
+
+    def __init__(self, kind: str, layout: FlatLayout):
+        self.kind = kind
+        self._places = sorted((place.offset, place.size, name) for name, place in layout.places.items() if place.size)
+        self._base = np.concatenate([np.arange(low, low + size, STRIDE if size > SMALL else 1) for low, size, _ in self._places])
+        self._last = np.concatenate([np.minimum(np.arange(low, low + size, STRIDE) + STRIDE, low + size) - 1 if size > SMALL
+                                     else np.arange(low, low + size) for low, size, _ in self._places])
+
+    @contextmanager
+    def over(self, param: Buffer, step: int, whole: bool) -> Iterator[None]:
+        """Overwritten, by the name of one, if parameters change inside."""
+        index = None if whole else np.minimum(self._base + step * TURN % STRIDE, self._last)
+        before = self._look(param, index)
+        yield
+        changed = np.flatnonzero(before != self._look(param, index))
+        if len(changed):
+            name = self._places[changed[0]][2] if index is None else self._holder(int(index[changed[0]]))
+            raise Overwritten(f'model.kind = "{self.kind}" changes its parameter {name} while it computes (seen at step {step}), as a write through '
+                              ".data does; a parameter changes once a step, by the optimizer: compute the changed values from it instead.")
+
+    def _look(self, param: Buffer, index: np.ndarray | None) -> np.ndarray:
+        """Bits of what is looked at: values, or hashes of all parameters."""
+        if index is None:
+            import xxhash  # the loop's own modules need NumPy only
+
+            return np.array([xxhash.xxh3_64_intdigest(bits(param[low:low + size]).data) for low, size, _ in self._places], np.uint64)
+        return bits(param[index])
+
+    def _holder(self, position: int) -> str:
+        return self._places[bisect_right(self._places, position, key=lambda place: place[0]) - 1][2]
+
+
+def bits(buffer: Any) -> np.ndarray:
+    values = to_numpy(buffer)
+    return values.view(f"u{values.itemsize}")
