@@ -69,13 +69,32 @@ def check_attributes(kind: str, before: Mapping[str, Told], after: Mapping[str, 
                             f"worker would not repeat; {remedy}.")
 
 
-def check_repeats(kind: str, first: ShardResult, second: ShardResult, remedy: str) -> None:
-    """UserError unless one shard, computed twice from one seed, has given the same bits."""
+def differing(first: ShardResult, second: ShardResult) -> str:
+    """What is not the same to the bit, or ""."""
     one, other = ({"loss": np.asarray(found.loss_sum), **{f"buffer {name}": np.asarray(value) for name, value in found.buffers.items()}}
                   for found in (first, second))
-    for what, value in one.items():
-        if not np.array_equal(value, other[what], equal_nan=value.dtype.kind in "fc"):
-            raise UserError(f"model.kind: {kind} gives another {what} when one shard is computed twice from one seed; {remedy}.")
+    return next((what for what, value in one.items() if not np.array_equal(value, other[what], equal_nan=value.dtype.kind in "fc")), "")
+
+
+def check_repeats(kind: str, first: ShardResult, second: ShardResult, remedy: str) -> None:
+    """UserError unless one shard, computed twice from one seed, has given the same bits."""
+    if what := differing(first, second):
+        raise UserError(f"model.kind: {kind} gives another {what} when one shard is computed twice from one seed; {remedy}.")
+
+
+def check_read(kind: str, names: Iterable[str], first: ShardResult, hidden: ShardResult, again: Callable[[str], ShardResult], remedy: str) -> None:
+    """UserError where the loss reads arrays that the model was made with, though training goes on in others. `hidden`: `first` once more, with
+    all of those spoiled; `again`: with the one of this name, or with none ("")."""
+    if differing(first, hidden) and not differing(first, again("")):
+        for name in names:
+            if differing(first, again(name)):
+                raise UserError(f"model.kind: {kind} reads its parameter or buffer {name} as it was when it was made, by an array that was taken "
+                                f"out of it, which no training changes; {remedy}.")
+
+
+def spoiled(value: np.ndarray) -> np.ndarray:
+    """Other values of the same kind, by which a reader gives itself away."""
+    return np.invert(value) if value.dtype.kind in "biu" else np.full_like(value, np.nan)
 
 
 def check_linear(kind: str, once: Mapping[str, np.ndarray], twice: Mapping[str, np.ndarray]) -> None:

@@ -1,6 +1,6 @@
 """A model's own buffers, of any dtype that a checkpoint holds: what one shard changed in them, and how they take a step's change over.
 
-A change travels as float32 behind the gradients; a complex number as two.
+A change travels as float32 behind the gradients; a complex number as two. So a count's must be small enough to come out right.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from contextlib import suppress
 import numpy as np
 
 from elastic.backend import Spec
+from elastic.errors import UserError
+
+MOST = 1 << 19  # by which a count may change: its mean over hundreds of shards is then right to less than a half
 
 with suppress(ImportError):  # where only torch and NumPy are, nothing is kept as bfloat16
     import ml_dtypes  # noqa: F401  (NumPy knows "bfloat16" by it)
@@ -32,9 +35,13 @@ def change(old: np.ndarray, now: np.ndarray) -> np.ndarray:
     return np.subtract(now, old, out=np.zeros_like(old), where=now != old)
 
 
-def weighed(old: np.ndarray, now: np.ndarray, weight: float) -> np.ndarray:
-    """What a shard adds behind its gradients: its change times its weight, in the array's room."""
-    found = change(wide(old), wide(now)) * weight
+def weighed(name: str, old: np.ndarray, now: np.ndarray, weight: float) -> np.ndarray:
+    """What a shard adds behind its gradients: its change times its weight, in the array's room. UserError for a count that leaps."""
+    moved = change(wide(old), wide(now))
+    if moved.dtype.kind == "i" and moved.size and (most := max(moved.max(), -moved.min())) > MOST:
+        raise UserError(f"model.kind: the buffer {name}, of whole numbers, changes by {most} in one loss, and a mean over shards is right to the "
+                        f"last digit only up to {MOST}; count in larger units, or in a float64 buffer.")
+    found = moved * weight
     return (np.stack([found.real, found.imag], -1) if found.dtype.kind == "c" else found).astype(np.float32)
 
 

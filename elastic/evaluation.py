@@ -75,6 +75,12 @@ def scalars(found: Mapping[str, tuple[Any, float]], tally: Tally | None, batch: 
     return {name: pair for name, pair in found.items() if not np.ndim(pair[0])}
 
 
+def named(found: Mapping[str, tuple[Any, float]], tally: Tally | None) -> list[str]:
+    """What an evaluation tells, from what `measure` has found in one batch."""
+    tables = {name: np.array([pair], np.float64) for name, pair in found.items()}
+    return sorted(figures(tables, tally, np.zeros(0) if tally is None else tally.counts))
+
+
 def figures(tables: Mapping[str, np.ndarray], tally: Tally | None, counts: np.ndarray) -> dict[str, float]:
     """`tables`: by name, (batches, 2), the sum and weight of every batch; NaN where the weights are 0. `counts`: all members' tallies, added."""
     totals = {name: (math.fsum(table[:, 0]), math.fsum(table[:, 1])) for name, table in tables.items()}

@@ -53,6 +53,7 @@ class Plan:
     checkpoint_every: int = 0
     skip_busy: bool = False  # a checkpoint that is due while one is being written is left out
     micro_batches: int = 1  # of a logical shard
+    best: str = ""  # the figure by which a checkpoint is kept, as "eval.loss"
 
 
 class Loader(Protocol):

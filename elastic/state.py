@@ -314,7 +314,7 @@ class State:
     def add_statistics(self, gradient: Buffer, new: Mapping[str, np.ndarray], weight: float) -> None:
         """Adds what one shard changed in the buffers, times its weight, behind the gradients."""
         for name, view in shaped(gradient, self.layout.statistics).items():
-            value = weighed(self.moving(name), new[name], weight)
+            value = weighed(name, self.moving(name), new[name], weight)
             view += view.new_tensor(value) if hasattr(view, "new_tensor") else value
 
     def apply_statistics(self, gradient: Buffer, weight: float) -> None:

@@ -96,6 +96,7 @@ class Trainer:
                 raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {remedy}")
             self.num_steps = opened.sampler.num_steps
             workload.check_items(opened)
+            workload.check_best(self.recipe, opened)
             self.notes = (*info.get("notes", ()), *workload.check_model(self.recipe, opened.model))
         return info
 

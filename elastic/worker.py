@@ -21,6 +21,7 @@ from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
 from elastic.data.collate import num_rows, sliced
 from elastic.errors import BadCheckpoint, GroupBroken, NonFiniteLoss, Overwritten, UserError
+from elastic.evaluation import measure, named
 from elastic.loop import Work, train
 from elastic.mesh import Mesh
 from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing, shape
@@ -316,7 +317,26 @@ def rehearse(work: Work) -> None:
                             f"model cannot take that ({describe(error)}); choose run.steps, data.batch_size or elastic.logical_shards so that "
                             "all shards are alike.") from error
     if work.eval_batches:
-        work.backend.metrics(first_rows(work, work.eval_batches[0](), 1))
+        rehearse_evaluation(work)
+
+
+def rehearse_evaluation(work: Work) -> None:
+    """Of the first batch, and of the last where it has fewer rows."""
+    tally, first = work.tally(), first_rows(work, work.eval_batches[0](), 1)
+    found, best = measure(work.backend, tally, first), work.plan.best.removeprefix("eval.")
+    if best and best not in found and best not in (known := named(found, tally)):
+        raise UserError(f'checkpoint.best = "{work.plan.best}" is none of the figures of this evaluation, {", ".join(known)}; write one of them.')
+    if work.portion is not None or work.fills:
+        return
+    last = work.eval_batches[-1]()
+    if num_rows(last) == num_rows(first):
+        return
+    try:
+        work.backend.metrics(last)
+    except Exception as error:
+        raise UserError(f"The last batch of the evaluation has {num_rows(last)} rows where the others have {num_rows(first)}, and the model cannot "
+                        f"take that ({describe(error)}); choose data.eval_fraction so that the evaluation set has a multiple of {num_rows(first)} "
+                        "rows, or let the model take any number.") from error
 
 
 def shorter(work: Work) -> int | None:

@@ -168,6 +168,14 @@ def check_items(opened: Workload) -> None:
             eval_batches(opened.evaluation, 1)[0]()
 
 
+def check_best(recipe: Recipe, opened: Workload) -> None:
+    """RecipeError where a checkpoint is to be kept by a figure, and nothing is evaluated."""
+    best = recipe.checkpoint.best
+    if opened.evaluation is None and best not in ("", type(recipe.checkpoint).model_fields["best"].default):
+        raise RecipeError(f'checkpoint.best = "{best}" is a figure of evaluations, and nothing is set aside to evaluate on; set data.eval_fraction, '
+                          "or leave checkpoint.best out.")
+
+
 def check_model(recipe: Recipe, model: Any) -> tuple[str, ...]:
     """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts.
 
@@ -248,7 +256,8 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
         lambda step, shard: load_batch(workload.training, sampler, step, shard))
     optimizer = scaled(recipe.optimizer.model_dump(), recipe.data.batch_size)
     plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact", optimizer,
-                recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip", recipe.mesh.micro_batches)
+                recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip", recipe.mesh.micro_batches,
+                recipe.checkpoint.best)
     shard_size = recipe.data.batch_size // recipe.elastic.logical_shards
     rows = round_up(max(shard_size, EVAL_ROWS), recipe.mesh.expert)
     evaluation = eval_batches(workload.evaluation, rows) if workload.evaluation else []

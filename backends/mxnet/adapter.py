@@ -10,14 +10,14 @@ and decays that parameters multiply (`lr_mult`, `wd_mult`) count as in gluon.Tra
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from backends.common import plain_attributes, telling
+from backends.common import plain_attributes, spoiled, telling
 from backends.mxnet.ops import mx
 from backends.mxnet.turn import turn
 from elastic.backend import Adapted, Spec
@@ -26,6 +26,7 @@ from elastic.errors import UserError
 from elastic.own import described, pair, pairs, rebuilt
 
 KEEP = 'keep it in a parameter with grad_req = "null", or leave it as it is'
+READ = "ask the parameter for data() in each call"
 GENERATORS = "draw by mx.random, numpy.random or random, which are seeded for every shard, and count nothing in the loss"
 
 
@@ -49,7 +50,8 @@ class GluonModel(Adapted):
         self._asked = {name: (parameter.grad_req, parameter.lr_mult, parameter.wd_mult) for name, parameter in self._named.items()}
         self.multiplied = {name: self._asked[name][1:] for name in trained if self._asked[name][1:] != (1.0, 1.0)}
         self.numpy = isinstance(self._named[trained[0]].data(), mx.np.ndarray)  # made under mx.npx.set_np()
-        self._given = {name: parameter.data().asnumpy() for name, parameter in self._named.items()}
+        self._made = {name: parameter.data() for name, parameter in self._named.items()}
+        self._given = {name: made.asnumpy() for name, made in self._made.items()}
         self.parameters = {name: replace(given_spec(self._given[name]), trainable=name in trained) for name, parameter in self._named.items()
                            if name in trained or is_weight(parameter)}
         self.buffers = {name: given_spec(value) for name, value in self._given.items() if name not in self.parameters}
@@ -58,12 +60,12 @@ class GluonModel(Adapted):
         """The values that the block was made with, parameters and buffers."""
         return self._given
 
-    def array(self, values: Any) -> Any:
-        """A copy in the block's kind of array; float64 becomes float32, and what is no number stays as it is."""
+    def array(self, values: Any, is_exact: bool = False) -> Any:
+        """A copy in the block's kind of array; float64 becomes float32, unless `is_exact`, and what is no number stays as it is."""
         values = np.asarray(values)
         if values.dtype.kind not in "biuf":
             return values
-        dtype = np.float32 if values.dtype == np.float64 else values.dtype
+        dtype = np.float32 if values.dtype == np.float64 and not is_exact else values.dtype
         return (mx.np if self.numpy else mx.nd).array(values, dtype=dtype)
 
     def arrays(self, batch: Any) -> Any:
@@ -117,6 +119,19 @@ class GluonModel(Adapted):
                                 "the block is made.")
         if named_parameters(self._block).keys() != self._named.keys():
             raise UserError(f"model.kind: {self.kind} makes parameters while it runs; make all of them where it is built.")
+
+    @contextmanager
+    def hidden(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, these of the arrays that the block was made with, in place of which it has others, hold other values."""
+        chosen = tuple(names)
+        with turn:
+            for name in chosen:
+                self._made[name][:] = spoiled(self._given[name])
+            try:
+                yield
+            finally:
+                for name in chosen:
+                    self._made[name][:] = self._given[name]
 
     def telling(self) -> AbstractContextManager[None]:
         return telling(self.kind, in_one_line)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from backends.common import before_models as before_models
-from backends.common import check_attributes, check_linear, check_repeats
+from backends.common import check_attributes, check_linear, check_read, check_repeats
 from backends.mxnet import adapter, optimizer, warn_if_late
 from backends.mxnet.adapter import seeded
 from backends.mxnet.graph import Graph, key_of
@@ -58,8 +58,13 @@ def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int)
 
 
 def collate(items: Sequence[Any]) -> Any:
-    """A user's items as a batch."""
-    return stacked(items, KINDS)
+    """A user's items, among them MXNet's own arrays, as a batch."""
+    return stacked(items, KINDS, as_array=lambda item: taken_out(item) if isinstance(item, mx.nd.NDArray) else np.asarray(item))
+
+
+def taken_out(array: Any) -> np.ndarray:
+    with turn:
+        return array.asnumpy()  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -130,12 +135,18 @@ class MXNetBackend:
         self._find_moved(batch, once)
         for view in once.values():
             view[...] = 0
-        first, attributes = self._computed(batch, 0, once), self._own.attributes()
-        twice = {name: np.zeros_like(view) for name, view in once.items()}
-        again = self._computed(batch, 0, twice, 2.0)
-        kind = self._own.kind
-        check_attributes(kind, attributes, self._own.attributes(), adapter.KEEP)
-        check_repeats(kind, first, again, adapter.GENERATORS)
+        own = self._own
+        first, attributes = self._computed(batch, 0, once), own.attributes()
+        twice, names = {name: np.zeros_like(view) for name, view in once.items()}, (*self.parameters, *self.buffers)
+
+        def again(hidden: Iterable[str], into: Mapping[str, Buffer], factor: float) -> ShardResult:
+            with own.hidden(hidden):
+                return self._computed(batch, 0, into, factor)
+
+        second, kind = again(names, twice, 2.0), own.kind
+        check_attributes(kind, attributes, own.attributes(), adapter.KEEP)
+        check_read(kind, names, first, second, lambda name: again([name] if name else [], room(), 1.0), adapter.READ)
+        check_repeats(kind, first, second, adapter.GENERATORS)
         check_linear(kind, once, twice)
         return Habits(moved=self._moved)
 
@@ -341,7 +352,7 @@ class MXNetBackend:
 
     def _device_state(self) -> dict[str, Any]:
         """Copies, because a step may be redone."""
-        return {name: self._own.array(value) if self._own else to_array(value, self._dtype) for name, value in self._state.items()}
+        return {name: self._own.array(value, is_exact=True) if self._own else to_array(value, self._dtype) for name, value in self._state.items()}
 
     def _columns(self, batch: Any) -> Any:
         return self._own.arrays(batch) if self._own else {name: to_array(column, self._dtype) for name, column in batch.items()}

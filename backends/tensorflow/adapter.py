@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import check_attributes, plain_attributes, telling
+from backends.common import check_attributes, plain_attributes, spoiled, telling
 from backends.tensorflow.compiled import check_compiled, divisor, is_sum, parts, uneven
 from backends.tensorflow.figures import VARIABLES, Figures, MetricTally, snake
 from backends.tensorflow.ops import mixed, tf
@@ -29,7 +29,7 @@ from elastic.errors import UserError
 from elastic.ops import GOLDEN, tag_key
 from elastic.own import pair, pairs, rebuilt
 
-SEED = "seed_generator_state"  # Keras' name for the state of a layer's own generator
+COARSELY = 0.05  # as far as two ways of computing in bfloat16 are apart, and much less than a gradient that is lost
 OF_KERAS = frozenset(vars(keras.Model()))
 KEEP = "keep it in a weight of the model (add_weight(trainable=False)), or leave it as it is"
 
@@ -61,8 +61,9 @@ class KerasModel(Adapted):
             raise UserError(f"model.kind: {self.kind} is not built; call it once on an example, or its build(input_shape), where it is made.")
         self._own_loss = hasattr(model, "batch_loss")
         check_compiled(model, self._own_loss)
-        self._seeds = [v for v in model.non_trainable_variables if v.name == SEED]
-        named = named_variables(model, [v for v in model.variables if v.name != SEED])
+        generators = [generator.state for layer in model._flatten_layers() for generator in layer._seed_generators]
+        self._seeds = list({id(state): state for state in generators}.values())
+        named = named_variables(model, [v for v in model.variables if all(v is not state for state in self._seeds)])
         weights = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
         self._trained = trained = {id(v) for v in model.trainable_weights}
         self._weights = {name: v for name, v in named.items() if id(v) in trained or (id(v) in weights and v.dtype == "float32")}
@@ -84,6 +85,38 @@ class KerasModel(Adapted):
     def initial(self) -> Mapping[str, np.ndarray]:
         """The values that the model was built with."""
         return self._given
+
+    @contextmanager
+    def _lent(self, values: Mapping[str, Any]) -> Iterator[None]:
+        """Inside, the variables themselves, in place of which a scope has tensors, hold these values."""
+        variables = {**self._weights, **self._kept}
+        for name, value in values.items():
+            variables[name].assign(value)
+        try:
+            yield
+        finally:
+            for name in values:
+                variables[name].assign(self._given[name])
+
+    def hidden(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Inside, these of the variables themselves hold what nothing should read."""
+        return self._lent({name: spoiled(self._given[name]) for name in names})
+
+    def check_gradients(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any, found: Mapping[str, np.ndarray]) -> None:
+        """UserError where Keras by itself, with variables instead of a scope's tensors, has other gradients than were `found`."""
+        for number, seed in enumerate(self._seeds):
+            seed.assign(seed_state(0, number, seed.dtype))
+        with self._lent({**params, **state}), self.telling(), tf.GradientTape() as tape:
+            total, _ = self._loss(batch, True)
+        slopes = tape.gradient(total, [self._weights[name].value for name in found])
+        wanted = {name: np.zeros(()) if slope is None else np.asarray(tf.convert_to_tensor(slope)) for name, slope in zip(found, slopes, strict=True)}
+        everything = np.sqrt(sum(np.square(slope, dtype=np.float64).sum() for slope in wanted.values()))
+        for name, slope in wanted.items():
+            off = np.linalg.norm(np.asarray(found.get(name, 0.0) - slope, np.float64))
+            if off > COARSELY * np.linalg.norm(slope) and off > COARSELY ** 2 * everything:
+                raise UserError(f"model.kind: {self.kind} has another gradient of {name} here than in Keras itself: keras.remat, tf.recompute_grad "
+                                "and a tf.custom_gradient do not see the variables that are read inside of them; take them out, or hand the "
+                                "variables' values to them as arguments.")
 
     def tensors(self, batch: Any) -> Any:
         return columns(batch)
@@ -112,9 +145,11 @@ class KerasModel(Adapted):
                 self._make(y, y_pred, sample_weight)
         figures = Figures(self._model)
         with self.telling():
-            halves = pieces_of(batch)
-            moved = [self._measured(figures, params, state, some) for some in (halves, halves[:1], halves[1:])]
-        figures.check_adds_up(self.kind, *moved)
+            if not figures.variables:  # nor need it take half of a shard
+                self._measured(figures, params, state, [batch])
+            else:
+                halves = pieces_of(batch)
+                figures.check_adds_up(self.kind, *(self._measured(figures, params, state, some) for some in (halves, halves[:1], halves[1:])))
         self._figures = figures
 
     def _make(self, y: Any, y_pred: Any, sample_weight: Any) -> None:

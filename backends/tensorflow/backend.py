@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 
-from backends.common import check_linear, check_repeats
+from backends.common import check_linear, check_read, check_repeats
 from backends.tensorflow import optimizer
 from backends.tensorflow.ops import U64, TensorFlowOps, tf
 from backends.tensorflow.pieces import Pieces, plain
@@ -26,6 +26,8 @@ ALIGN_BYTES = 64  # TensorFlow ends the process on DLPack memory that is aligned
 
 GENERATORS = ("let layers draw by a keras.random.SeedGenerator that is an attribute of theirs (one made elsewhere, and tf.random, go on from call "
               "to call), and count nothing in the loss")
+
+READ = "keep the variable itself, and ask for its value in each call"
 
 _start = threading.Lock()
 
@@ -149,11 +151,20 @@ class TensorFlowBackend(Pieces):
             return Habits()
         names, columns = tuple(into), self._columns(batch)
         self._own.open(self._params, self._device_state(), columns)
-        (first, once), (again, twice) = (self._computed(names, batch, 0, factor) for factor in (1.0, 2.0))
-        check_repeats(self._own.kind, first, again, GENERATORS)
-        check_linear(self._own.kind, once, twice)
-        self._own.rehearse(self._params, self._device_state(), columns)
-        return Habits(moved=self._own.moved, sums=self._own.sums, undivided=self._own.undivided)
+        own, everything = self._own, (*self.parameters, *self.buffers)
+
+        def again(hidden: Iterable[str], factor: float) -> tuple[ShardResult, dict[str, np.ndarray]]:
+            with own.hidden(hidden):
+                return self._computed(names, batch, 0, factor)
+
+        first, once = self._computed(names, batch, 0)
+        second, twice = again(everything, 2.0)
+        check_read(own.kind, everything, first, second, lambda name: again([name] if name else [], 1.0)[0], READ)
+        check_repeats(own.kind, first, second, GENERATORS)
+        check_linear(own.kind, once, twice)
+        own.rehearse(self._params, self._device_state(), columns)
+        own.check_gradients(self._params, self._device_state(), columns, {name: once.get(name, np.zeros(())) for name in names})
+        return Habits(moved=own.moved, sums=own.sums, undivided=own.undivided)
 
     def _computed(self, names: tuple[str, ...], batch: Batch, seed: int, factor: float = 1.0) -> tuple[ShardResult, dict[str, np.ndarray]]:
         """One shard, with `factor` times the gradients of its loss sum."""

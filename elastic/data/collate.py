@@ -16,16 +16,16 @@ PLAIN = (bool, int, float, complex)
 WIDE = ("float128", "complex256")
 
 
-def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = True) -> Any:
+def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = True, as_array: Callable[[Any], Any] = np.asarray) -> Any:
     """Leaves stacked by NumPy along a new first axis, in the structure of the first item. A list of Python's numbers is an array, unless it
     is the item itself. TypeError for what is no array of numbers or texts, or whose type is none of `kinds`, if any are given."""
     first = items[0]
     if isinstance(first, Mapping):
-        return {key: stacked([item[key] for item in items], kinds, False) for key in first}
+        return {key: stacked([item[key] for item in items], kinds, False, as_array) for key in first}
     if isinstance(first, (list, tuple)) and (is_item or not (isinstance(first, list) and all(type(entry) in PLAIN for entry in first))):
-        columns = [stacked(column, kinds, False) for column in zip(*items, strict=True)]
+        columns = [stacked(column, kinds, False, as_array) for column in zip(*items, strict=True)]
         return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)
-    found = np.stack([np.asarray(item) for item in items])
+    found = np.stack([as_array(item) for item in items])
     name = found.dtype.name
     if (found.dtype.kind in STRANGE and not name.startswith(("bfloat", "float"))) or name in WIDE:
         raise TypeError(f"{type(first).__name__} holds no numbers that a framework computes with")

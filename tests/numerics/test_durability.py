@@ -291,3 +291,10 @@ def test_the_best_by_a_figure_of_ones_own_is_the_one_that_the_recipe_means(tmp_p
         rates = {line["step"]: line["eval"]["wer"] for line in result.metrics if "eval" in line}
         best = (min if least else max)(rates, key=lambda step: rates[step])
         assert len(set(rates.values())) > 3 and names(tmp_path / mode) == sorted({f"step-{step:08d}" for step in (best, 8)})
+
+
+def test_a_best_that_no_evaluation_tells_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    changes = {"data": {"eval_fraction": 0.3}, "checkpoint": {"best": "eval.wer", "best_mode": "min"}, "elastic": {"max_workers": 2}}
+    result = fit(tmp_path, module_recipe("Small", 8, **changes))
+    assert result.outcome.status == "failed" and not result.steps
+    assert result.outcome.error == 'checkpoint.best = "eval.wer" is none of the figures of this evaluation, loss; write one of them.'

@@ -9,18 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from elastic.checkpoint.export import export
 from elastic.errors import UserError
 from elastic.recipe import Recipe
 from elastic.workload import check_model, open_model
 from tests.support.frameworks import assert_close, load
 from tests.support.inprocess import Result, fit, module_recipe
+from tests.support.models import rig_of
 from tests.support.sampling import sample
 
 KINDS = "tests.support.gluon_kinds"
 STEPS, BATCH, LR, DECAY, EPS = 20, 12, 0.05, 0.1, 1e-3
 DISTURBED = ("kill:1@3/vote", "kill:0@7/update")
-ALIKE = ["plain", "slow", "no_decay", "mixed", "frozen", "normed", "still", "penalized", "paired", "tied", "recurrent", "teacher"]
+ALIKE = ["plain", "slow", "no_decay", "mixed", "frozen", "normed", "still", "penalized", "paired", "tied", "recurrent", "teacher",
+         "listed", "custom", "sloped", "counted"]
 OPTIMIZERS = {"sgd": {"name": "sgd", "momentum": 0.9}, "adamw": {"name": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": EPS}}
 
 
@@ -99,16 +103,25 @@ class Plain:
 
 def assert_same(found: Result, wanted: dict[str, np.ndarray], tolerance: float) -> None:
     arrays = {name.partition("/")[2]: value for name, value in found.arrays().items() if name.startswith(("parameter/", "buffer/"))}
-    assert set(arrays) == set(wanted)
+    assert {name: value.dtype for name, value in arrays.items()} == {name: value.dtype for name, value in wanted.items()}
     for name, value in wanted.items():
-        assert_close(arrays[name], value, tolerance, name)
+        assert_close(arrays[name], value, 1e-14 if value.dtype == np.float64 else tolerance, name)
 
 
-@pytest.mark.parametrize("kind", sample(ALIKE, 6))
+def assert_exported(found: Result, plain: Plain, file: Path) -> None:
+    """Gluon itself takes the file's arrays, misses none and knows all."""
+    export(str(found.run.run_dir), "safetensors", str(file))
+    plain.mx.nd.save(str(file) + ".params", {name: plain.mx.nd.array(value, dtype=value.dtype) for name, value in load_file(file).items()})
+    plain.block.load_parameters(str(file) + ".params")
+    assert_same(found, {name: p.data().asnumpy() for name, p in plain.named.items()}, 0.0)
+
+
+@pytest.mark.parametrize("kind", sample(ALIKE, 6, always=["slow", "no_decay"]))
 def test_blocks_are_gluon_over_the_same_shards_on_any_number_of_workers(kinds: Any, kind: str, tmp_path: Path) -> None:
     one = fit(tmp_path / "whole", recipe(kind, shards=1))
     one.assert_sound(STEPS)
     assert_same(one, Plain(kinds, kind, "sgd").train(1), 1e-6)
+    assert_exported(one, Plain(kinds, kind, "sgd"), tmp_path / "w.safetensors")
     found = {rule: fit(tmp_path / rule, recipe(kind, rule=rule)) for rule in OPTIMIZERS}
     for rule, tolerance in (("sgd", 1e-6), ("adamw", 1e-5)):
         found[rule].assert_sound(STEPS)
@@ -142,9 +155,37 @@ def test_each_of_the_users_functions_has_a_batch_of_its_own(kinds: Any, tmp_path
     assert set(found.metrics[-1]["eval"]) == {"loss", "far"}
 
 
+@pytest.mark.parametrize("kind", ["plain", "normed", "dropped", "sloped", "always", "counted"])
+def test_an_evaluation_is_gluon_s_own_and_moves_nothing(kinds: Any, kind: str) -> None:
+    backend, rows = load("mxnet", "backend"), kinds.Rows()
+    batch = {name: getattr(rows, name)[:BATCH] for name in ("x", "y", "id")}
+    with backend.computing(1, False):
+        wanted = Plain(kinds, kind, "sgd").block.loss({name: kinds.mx.nd.array(values) for name, values in batch.items()}).mean().asscalar()
+    rig = rig_of("mxnet", backend.construct(getattr(kinds, kind), {}, 0))
+    rig.backend.rehearse(batch, lambda: rig.by_name(rig.backend.allocate(rig.layout.trainable)))
+    before, state = rig.gradient(batch)[0].copy(), {name: value.copy() for name, value in rig.state.items()}
+    for _ in range(2):
+        total, weight = rig.backend.metrics(batch)["loss"]
+        assert total / weight == pytest.approx(wanted, rel=1e-6)
+    assert np.array_equal(rig.gradient(batch)[0], before) and all(np.array_equal(rig.state[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("how", ["pairs", "best", "fixed"])
+def test_rows_that_come_last_are_tried_first(kinds: Any, how: str, tmp_path: Path) -> None:
+    data = {"eval_fraction": 11.5 / 36}
+    found = fit(tmp_path / "shard", recipe("together", workers=2, model={"how": how}, data=data, run={"steps": None, "epochs": 1}))
+    assert found.outcome.status == "failed" and not found.steps
+    assert re.search(r"leaves 1 of a logical shard's 4 samples to .*\(gluon_kinds.py, line \d+, in " + how, found.outcome.error), found.outcome.error
+    found = fit(tmp_path / "batch", recipe("together", workers=2, model={"how": how}, data={"eval_fraction": 33.5 / 36}, run={"steps": 2}))
+    assert found.outcome.status == "failed" and not found.steps
+    assert re.search(r"last batch of the evaluation has 1 rows .*\(gluon_kinds.py, line \d+, in " + how, found.outcome.error), found.outcome.error
+
+
 REFUSED_BEFORE = [("adding", 'grad_req = "add"'), ("sparse", "is sparse, or its gradient is")]
 ODD = [("counter", "changes its attribute count"), ("listing", "changes its attribute told"), ("keeping", "changes its attribute kept"),
        ("generator", "another loss"), ("clipped", "not linear"), ("writing", "writes to its parameter 0.weight"),
+       ("holding", "reads its parameter or buffer 0.weight as it was when it was made"),
+       ("viewing", "reads its parameter or buffer 1.bias as it was when it was made"),
        ("broken", r"so many cats\) \(gluon_kinds.py, line \d+, in do_broken"), ("shapes", r"\(gluon_kinds.py, line \d+, in do_shapes"),
        ("requests", "changes grad_req, lr_mult or wd_mult of its parameter 0.weight"),
        ("measuring", r"no such figure.*\(gluon_kinds.py, line \d+, in metrics")]

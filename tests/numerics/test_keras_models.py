@@ -9,19 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from elastic.checkpoint.export import export
 from elastic.inference import evaluate
 from elastic.recipe import Recipe
 from elastic.workload import Workload, check_model, open_model
 from tests.support.frameworks import assert_close, load
 from tests.support.inprocess import Result, fit, module_recipe
+from tests.support.models import rig_of
 from tests.support.sampling import sample
 
-KINDS = "tests.support.keras_kinds"
+KINDS = "tests.support.keras_objects"  # with all of keras_kinds
 STEPS, BATCH, LR = 20, 12, 0.05
 DISTURBED = ("kill:1@3/vote", "kill:0@7/update")
 ALIKE = ["constrained", "centred", "regularized", "normed", "group_normed", "frozen", "nested", "two_heads", "own_compute_loss", "penalized",
-         "recurrent", "averaging", "teacher", "net"]
+         "recurrent", "averaging", "teacher", "net", "listed", "sloped", "counted"]
 OPTIMIZERS = {"sgd": {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0},
               "adamw": {"name": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-3}}
 
@@ -88,7 +91,7 @@ class Plain:
             before = [v.numpy() for v in kept]
             found = [self.shard(self.rows(low, low + size), kept, before) for low in range(first, first + BATCH, size)]
             for i, variable in enumerate(kept):
-                variable.assign(before[i] + np.mean([changes[i] for _, changes in found], axis=0).astype(before[i].dtype))
+                variable.assign((before[i].astype(np.float64) + np.mean([changes[i] for _, changes in found], axis=0)).astype(before[i].dtype))
             slopes = [np.mean([grads[i] for grads, _ in found], axis=0) for i in range(len(model.trainable_weights))]
             model.optimizer.apply(slopes, model.trainable_weights)
         return self
@@ -104,7 +107,8 @@ class Plain:
             y_pred = self.model(batch[0], training=True) if self.model._call_has_training_arg else self.model(batch[0])
             loss = self.model._compute_loss(batch[0], batch[1], y_pred, weight)
         slopes = tape.gradient(loss, [v.value for v in self.model.trainable_weights])
-        return [np.asarray(tf.convert_to_tensor(slope)) for slope in slopes], [v.numpy() - b for v, b in zip(kept, before, strict=True)]
+        return [np.asarray(tf.convert_to_tensor(slope)) for slope in slopes], [
+            v.numpy().astype(np.float64) - b.astype(np.float64) for v, b in zip(kept, before, strict=True)]
 
     def arrays(self) -> dict[str, np.ndarray]:
         named = load("tensorflow", "adapter").named_variables(self.model, self.model.weights)
@@ -113,9 +117,9 @@ class Plain:
 
 def assert_same(found: Result, wanted: dict[str, np.ndarray], tolerance: float) -> None:
     arrays = {name.partition("/")[2]: value for name, value in found.arrays().items() if name.startswith(("parameter/", "buffer/"))}
-    assert set(arrays) == set(wanted)
+    assert {name: value.dtype for name, value in arrays.items()} == {name: value.dtype for name, value in wanted.items()}
     for name, value in wanted.items():
-        assert_close(arrays[name], value, tolerance, name)
+        assert_close(arrays[name], value, 1e-14 if value.dtype == np.float64 else tolerance, name)
 
 
 @pytest.mark.parametrize("model", ALIKE)
@@ -197,8 +201,8 @@ def test_thaw_overrules_trainable(kinds: Any, tmp_path: Path) -> None:
 
 
 def test_metrics_are_those_of_evaluate(kinds: Any, tmp_path: Path) -> None:
-    found = [fit(tmp_path / str(workers), recipe("many_metrics", "near weighted", workers=workers, data={"eval_fraction": 0.5}, run={"eval_every": 0})
-                 ) for workers in (1, 3)]
+    found = [fit(tmp_path / str(workers), recipe("many_metrics", "near weighted", workers=workers, data={"eval_fraction": 0.5}, run={"eval_every": 0},
+                                                         checkpoint={"best": "eval.area", "best_mode": "max"})) for workers in (1, 3)]
     told = [result.metrics[-1]["eval"] for result in found]
     assert told[0] == told[1] == evaluate(found[0].run.run_dir / "checkpoints" / f"step-{STEPS:08d}")
     plain = Plain(kinds, "many_metrics", "near weighted", "sgd")
@@ -214,6 +218,67 @@ def test_metrics_are_those_of_evaluate(kinds: Any, tmp_path: Path) -> None:
     assert told[0] == pytest.approx(wanted, rel=1e-5)
 
 
+def by_hand(model: Any) -> dict[str, Any]:
+    """What an exported file calls a model's variables."""
+    named = {"dense": ("kernel", "bias"), "dense_1": ("kernel", "bias"), "averaging": ("mean", "calls"), "layer_normalization": ("gamma", "beta"),
+             "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance")}
+    kinds = {"Dense": ["dense", "dense_1"], "Averaging": ["averaging"], "LayerNormalization": ["layer_normalization"],
+             "BatchNormalization": ["batch_normalization"]}
+    layers = [(place, inner) for layer in model.layers for place, inner in (
+        [("sequential.", part) for part in layer.layers] if hasattr(layer, "layers") else [("", layer)])]
+    called = [(place, kinds[type(layer).__name__].pop(0), layer) for place, layer in layers]
+    return {f"{place}{name}.{key}": getattr(layer, key) for place, name, layer in called for key in named[name]}
+
+
+@pytest.mark.parametrize("model", ["normed", "averaging", "nested"])
+def test_an_export_is_what_keras_evaluates_alike(kinds: Any, model: str, tmp_path: Path) -> None:
+    found = fit(tmp_path / "run", recipe(model, shards=1))
+    export(str(found.run.run_dir), "safetensors", str(tmp_path / "w"))
+    arrays, fresh, plain = load_file(tmp_path / "w"), Plain(kinds, model, "pair", "sgd"), Plain(kinds, model, "pair", "sgd").fit()
+    variables = by_hand(fresh.model)
+    assert set(arrays) == set(variables)
+    for name, variable in variables.items():
+        variable.assign(arrays[name])
+    x, told = plain.rows(0, 36)[0], [each.model.evaluate(*each.rows(0, 36), batch_size=36, verbose=0) for each in (fresh, plain)]
+    assert told[0] == pytest.approx(told[1], rel=1e-5)
+    np.testing.assert_allclose(fresh.model.predict(x, verbose=0), plain.model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["net", "normed", "frozen", "averaging", "dropped", "sloped"])
+def test_an_evaluation_is_keras_own_and_moves_nothing(kinds: Any, model: str) -> None:
+    plain = Plain(kinds, model, "pair", "sgd")
+    batch = plain.rows(0, BATCH)
+    wanted = plain.model.evaluate(*batch, batch_size=BATCH, verbose=0)
+    rig = rig_of("tensorflow", load("tensorflow", "backend").construct(getattr(kinds, model), {}, 0))
+    rig.backend.rehearse(batch, lambda: rig.by_name(rig.backend.allocate(rig.layout.trainable)))
+    before, state = rig.gradient(batch)[0].copy(), {name: value.copy() for name, value in rig.state.items()}
+    for _ in range(2):
+        total, weight = rig.backend.metrics(batch)["loss"]
+        assert total / weight == pytest.approx(wanted, rel=1e-6)
+    assert np.array_equal(rig.gradient(batch)[0], before) and all(np.array_equal(rig.state[name], state[name]) for name in state)
+
+
+def test_each_of_the_users_functions_has_a_batch_of_its_own(kinds: Any, tmp_path: Path) -> None:
+    found = fit(tmp_path, recipe("pops", workers=2, data={"kind": f"{KINDS}:Named", "eval_fraction": 0.5}, run={"eval_every": 0}))
+    found.assert_sound(STEPS)
+    plain, arrays = Plain(kinds, "pops", "pair", "sgd"), found.arrays()
+    for name, variable in load("tensorflow", "adapter").named_variables(plain.model, plain.model.weights).items():
+        variable.assign(arrays[f"parameter/{name}"])
+    x, y = plain.rows(18, 36)
+    off = plain.model.predict(x, verbose=0) - y
+    assert found.metrics[-1]["eval"] == pytest.approx({"loss": np.square(off).mean(), "mae": np.abs(off).mean()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["pairs", "best", "fixed"])
+def test_rows_that_come_last_are_tried_first(kinds: Any, how: str, tmp_path: Path) -> None:
+    data = {"kind": f"{KINDS}:Named", "eval_fraction": 11.5 / 36}
+    found = fit(tmp_path / "shard", recipe("together", workers=2, model={"how": how}, data=data, run={"steps": None, "epochs": 1}))
+    assert_refused(found, r"leaves 1 of a logical shard's 4 samples to .*\(keras_objects.py, line \d+, in " + how)
+    changes = {"model": {"how": how}, "data": {**data, "eval_fraction": 33.5 / 36}, "run": {"steps": 2}}
+    assert_refused(fit(tmp_path / "batch", recipe("together", workers=2, **changes)),
+                   r"last batch of the evaluation has 1 rows .*\(keras_objects.py, line \d+, in " + how)
+
+
 def test_the_metrics_of_two_outputs(kinds: Any, tmp_path: Path) -> None:
     found = fit(tmp_path, recipe("two_heads", "two", workers=2, data={"eval_fraction": 0.5}, run={"eval_every": 0})).metrics[-1]["eval"]
     assert set(found) == {"loss", "line_loss", "side_loss", "line_mse"}
@@ -226,6 +291,8 @@ REFUSED = [("spread", "pair", "is not a mean over rows"), ("summing_penalty", "p
            ("mixed_heads", "two", 'reduction = "sum" and another part'), ("summed_and_regularized", "pair", 'reduction = "sum" and another part'),
            ("masked_and_penalized", "steps", "has a mask, by which Keras divides, and more than one part"),
            ("lossless", "pair", "No loss to compute"), ("net", "x", r"trains on rows \(x, y\)"),
+           ("recomputed", "pair", "another gradient of dense.(kernel|bias) here than in Keras itself"),
+           ("held", "pair", "reads its parameter or buffer dense.kernel as it was when it was made"),
            ("spectral", "pair", "writes to its parameter .*kernel"), ("largest", "pair", "metric largest .* cannot be added up")]
 ODD = [("counter", "changes its attribute odd.*count"), ("listing", "changes its attribute odd.*seen"), ("variable", r"tf.Variable odd\w*\.plain"),
        ("generator", "writes to the variable seed_generator"), ("stateful", "another loss|writes to the tf.Variable"), ("clipped", "not linear"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from elastic.data import Sampler
+from elastic.data import MapStyle, Sampler
+from elastic.errors import RecipeError
 from elastic.recipe import parse
+from elastic.trainer import Trainer
 from tests.support.frameworks import load
 from tests.support.inprocess import fit, merged
 
@@ -98,11 +102,86 @@ def test_an_item_that_fails_on_the_way_is_the_run_s_one_sentence(data: str, word
     assert not result.named("worker_lost")
 
 
-@pytest.mark.parametrize("framework", ["tensorflow", "mxnet"])
+MODELS = {"tensorflow": "keras_models net nested", "mxnet": "gluon_models Net NestedNet"}
+
+
+def named(framework: str) -> tuple[str, str, str]:
+    """The module with the data sets, and a model for each of them."""
+    backend = load(framework, "backend")
+    if framework == "tensorflow":
+        backend.start(1)
+    module, *models = MODELS[framework].split()
+    return f"tests.support.{module}", *(f"tests.support.{module}:{model}" for model in models)
+
+
+@pytest.mark.parametrize("framework", MODELS)
 def test_nested_items_are_the_same_as_flat_ones(framework: str, tmp_path: Path) -> None:
-    load(framework, "backend")
-    module = f"tests.support.{'keras' if framework == 'tensorflow' else 'gluon'}_models"
-    runs = [fit(tmp_path / name, recipe(f"{module}:{name}", framework, f"{module}:{net}"))
-            for name, net in zip(("Pairs", "Nests"), ("net", "nested") if framework == "tensorflow" else ("Net", "NestedNet"))]
+    module, *models = named(framework)
+    runs = [fit(tmp_path / name, recipe(f"{module}:{name}", framework, model)) for name, model in zip(("Pairs", "Nests"), models, strict=True)]
     flat, nested = ([line["loss"] for line in run.metrics] for run in runs)
     assert flat == nested and len(flat) == STEPS
+
+
+Give = Callable[[Any], Any]
+GIVEN: dict[str, Callable[[int, Give], Any]] = {  # items of number i; `give` makes arrays of the framework's own
+    "named tuples and texts": lambda i, give: {
+        "t": Target([float(i), 2.0], (np.int64(i), [i, i + 1])), "name": f"row {i}", "raw": [("a" * i, b"x")]},
+    "kinds of numbers": lambda i, give: (
+        i % 2 == 0, np.uint8(i), np.float16(i / 2), np.int64(2**53 + i), {"wide": 0.1 + i, "small": np.int8(-i)}),
+    "the framework's own arrays": lambda i, give: [
+        give(np.full((2, 1), i, np.float32)), {"count": give(np.full(3, i, np.int32)), "y": np.ones(2) * i}]}
+
+
+def as_text(word: str | bytes) -> str:
+    return word if isinstance(word, str) else word.decode()
+
+
+def assert_stacked(found: Any, items: list[Any]) -> None:
+    """By NumPy, leaf by leaf, in the items' own structure; float64 is float32 by then."""
+    first = items[0]
+    if isinstance(first, dict):
+        assert list(found) == list(first)
+        for key in first:
+            assert_stacked(found[key], [item[key] for item in items])
+    elif isinstance(first, tuple) or (isinstance(first, list) and not all(isinstance(entry, (int, float)) for entry in first)):
+        assert type(found) is type(first) and len(found) == len(first)
+        for entry, column in zip(found, zip(*items, strict=True), strict=True):
+            assert_stacked(entry, list(column))
+    else:
+        wanted = np.stack([item.asnumpy() if hasattr(item, "asnumpy") else np.asarray(item) for item in items])
+        array = found.numpy() if hasattr(found, "numpy") else found.asnumpy() if hasattr(found, "asnumpy") else found
+        if wanted.dtype.kind in "US":
+            assert list(map(as_text, array.tolist())) == list(map(as_text, wanted.tolist()))
+        else:
+            assert array.dtype == (np.float32 if wanted.dtype == np.float64 else wanted.dtype) and np.array_equal(array, wanted.astype(array.dtype))
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("framework", MODELS)
+def test_a_model_gets_its_items_leaf_by_leaf(framework: str, given: str) -> None:
+    module = importlib.import_module(named(framework)[0])
+    backend, adapter = load(framework, "backend"), load(framework, "adapter")
+    give: Give = adapter.keras.ops.convert_to_tensor if framework == "tensorflow" else lambda values: adapter.mx.nd.array(values, dtype=values.dtype)
+    items = [GIVEN[given](i, give) for i in range(6)]
+    source = type("Given", (Nested,), {"__len__": lambda self: 6, "__getitem__": lambda self, i: items[i]})()
+    batch = MapStyle(source, collate=backend.collate).batch(np.array([4, 1, 2]), np.zeros(3, np.int64))
+    columns = adapter.columns if framework == "tensorflow" else adapter.GluonModel(module.Net()).arrays
+    assert_stacked(columns(batch), [items[4], items[1], items[2]])
+
+
+@pytest.mark.parametrize("framework", ["torch", *MODELS])
+def test_a_data_set_that_has_changed_is_not_resumed(framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, model = (__name__, f"{__name__}:Net") if framework == "torch" else named(framework)[:2]
+    name = "Nested" if framework == "torch" else "Pairs"
+    source = getattr(importlib.import_module(module), name)
+    size = len(source())
+    monkeypatch.setattr(source, "key", lambda self: "as it was", raising=False)
+    fit(tmp_path, recipe(f"{module}:{name}", framework, model, run={"steps": 2}, elastic={"max_workers": 1})).assert_sound(2)
+    assert Trainer.resume(tmp_path, ["run.steps=4"]).check()["key"] == f"{size} samples, key() = 'as it was'"
+    for method, value, told in (("__len__", size + 8, f"{size + 8} samples,"), ("__len__", size - 1, f"{size - 1} samples,"),
+                                ("key", "another", f"{size} samples, key() = 'another'")):
+        with monkeypatch.context() as patch:
+            patch.setattr(source, method, lambda self, value=value: value)
+            with pytest.raises(RecipeError, match=re.escape(f"has {told}") + ".*and this run began with") as caught:
+                Trainer.resume(tmp_path, ["run.steps=4"]).check()
+        assert "\n" not in str(caught.value)

@@ -24,7 +24,7 @@ HERE = "tests.support.torch_modules"
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 RATE = {"sgd": 0.05, "adamw": 0.01}
 FAITHFUL = ["Base", "Frozen", "Recomputed", "Reentrant", "Hooked", "Masked", "Penalised", "Spectral", "Weighed", "OldWeighed", "OldSpectral", "Tied",
-            "Recurrent", "Custom", "Sparse", "Rotary", "Brain", "Slow", "Noted", "EvalNorm", "Pops"]
+            "Recurrent", "Custom", "Sparse", "Rotary", "Brain", "Slow", "Noted", "EvalNorm", "Pops", "Sloped"]
 
 
 def run(folder: Path, module: str, workers: int, optimizer: str = "sgd", chaos: tuple[str, ...] = (), keys: dict[str, Any] | None = None,

@@ -72,10 +72,10 @@ def test_a_module_that_was_there_before_is_refused() -> None:
         construct(lambda: made, {}, 0)
 
 
-def run(folder: Path, module: str, workers: int = 2, size: int = 32, eval_fraction: float = 0.0, every: int = 1) -> Result:
+def run(folder: Path, module: str, workers: int = 2, size: int = 32, eval_fraction: float = 0.0, every: int = 1, home: Any = odd_modules) -> Result:
     data = {"kind": "tests.support.torch_modules:Rows", "options": {"size": size}, "batch_size": 8, "shuffle": False, "eval_fraction": eval_fraction}
     return fit(folder, module_recipe(
-        "Small", None, run={"epochs": 1}, model={"kind": f"tests.support.odd_modules:{module}"}, data=data, checkpoint={"every_steps": every},
+        "Small", None, run={"epochs": 1}, model={"kind": f"{home.__name__}:{module}"}, data=data, checkpoint={"every_steps": every},
         elastic={"max_workers": workers, "logical_shards": 2}, optimizer={"name": "sgd", "lr": 0.05, "weight_decay": 0.0, "momentum": 0.0}))
 
 
@@ -99,44 +99,65 @@ def test_a_write_that_no_counter_sees_is_refused_before_its_vote_or_before_it_is
 
 
 @pytest.mark.parametrize(("module", "words"), [
-    ("MaxNorm", "emb.weight"), ("Growing", "buffer seen"), ("Broken", r"KeyError: 'z' (odd_modules.py, line")])
+    ("MaxNorm", "emb.weight"), ("Growing", "buffer seen"), ("Leaping", "buffer total, of whole numbers, changes by 123456789"),
+    ("Broken", r"KeyError: 'z' (odd_modules.py, line")])
 def test_the_user_s_error_is_the_run_s_at_once(tmp_path: Path, module: str, words: str) -> None:
     result = run(tmp_path, module)
     assert result.outcome.status == "failed" and words in str(result.outcome.error) and "Worker after worker" not in str(result.outcome.error)
     assert not result.steps and not result.named("worker_lost")
 
 
-def test_a_last_shard_of_one_row_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    result = run(tmp_path / "one", "Norm", size=25)
+@pytest.mark.parametrize(("module", "words"), [("Norm", "Expected more than 1 value"), ("Paired", "odd_modules.py, line"),
+                                               ("Ranked", "out of range"), ("Squeezed", "input: [3], target: [1]")])
+def test_a_last_shard_of_one_row_is_refused_before_the_first_step(tmp_path: Path, module: str, words: str) -> None:
+    result = run(tmp_path / "one", module, size=25)
     assert result.outcome.status == "failed" and "leaves 1 of a logical shard's 4 samples to logical shard 0" in str(result.outcome.error)
-    assert "Expected more than 1 value" in str(result.outcome.error) and not result.steps
-    run(tmp_path / "two", "Norm", size=26).assert_sound(4)
+    assert words in str(result.outcome.error) and not result.steps
+    run(tmp_path / "two", module, size=26).assert_sound(4)
+
+
+def test_a_last_batch_of_an_evaluation_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    result = run(tmp_path / "odd", "EvenEvaluated", size=66, eval_fraction=0.5)
+    assert result.outcome.status == "failed" and "last batch of the evaluation has 1 rows where the others have 32" in str(result.outcome.error)
+    assert "odd_modules.py, line" in str(result.outcome.error) and not result.steps
+    run(tmp_path / "even", "EvenEvaluated", size=68, eval_fraction=0.5).assert_sound(5)
 
 
 def test_a_gradient_within_an_evaluation(tmp_path: Path) -> None:
     result = run(tmp_path / "slope", "Slope", eval_fraction=0.25)
     assert result.outcome.status == "failed" and "torch.enable_grad()" in str(result.outcome.error) and not result.steps
     run(tmp_path / "none", "Slope").assert_sound(4)
-    allowed = run(tmp_path / "allowed", "SlopeAllowed", eval_fraction=0.25)
+    allowed = run(tmp_path / "allowed", "Sloped", eval_fraction=0.25, home=torch_modules)
     allowed.assert_sound(3)
-    assert np.isfinite(allowed.metrics[-1]["eval"]["loss"])
+    plain, rows, arrays = torch_modules.Sloped().eval(), torch_modules.Rows(32), allowed.arrays()
+    plain.load_state_dict({name: torch.tensor(arrays[f"parameter/{name}"]) for name in plain.state_dict()})
+    wanted = plain.loss({"x": torch.tensor(rows.x[24:]), "y": torch.tensor(rows.y[24:])})
+    assert allowed.metrics[-1]["eval"]["loss"] == pytest.approx(wanted.item(), rel=1e-6)
 
 
-def test_evaluations_leave_modes_and_batches_as_they_were(tmp_path: Path) -> None:
-    made = construct(torch_modules.EvalNorm, {}, 0)
-    note, = adapt(made).notes
-    assert "EvalNorm is made with norm in evaluation mode" in note and not adapt(torch_modules.Base()).notes
+@pytest.mark.parametrize("module", ["Base", "Pops", "Sloped", "EvalNorm", "Seen", "Switching", "Sampling"])
+def test_an_evaluation_is_plain_torch_s_and_moves_nothing(module: str) -> None:
+    def asked(method: str) -> Any:
+        plain = construct(getattr(torch_modules, module), {}, 0).eval()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return getattr(plain, method)({name: torch.tensor(values) for name, values in batch().items()})
+
+    made = construct(getattr(torch_modules, module), {}, 0)
     rig, _ = rehearsed(made)
-    wanted, before = rig.gradient(batch())[0], made.norm.running_mean.clone()
-    seen = rig.backend.metrics(batch())
-    assert (made.training, made.norm.training, made.live.training) == (True, False, True)
-    assert np.array_equal(rig.gradient(batch())[0], wanted) and torch.equal(made.norm.running_mean, before)
-    plain = construct(torch_modules.EvalNorm, {}, 0).eval()
-    with torch.no_grad():
-        loss = plain.loss({name: torch.tensor(values) for name, values in batch().items()})
-    assert seen["loss"][0] / seen["loss"][1] == pytest.approx(loss.item(), rel=1e-6)
-    rig, _ = rehearsed(construct(torch_modules.Pops, {}, 0))
-    assert rig.backend.metrics(batch())["mae"][1] == 6
+    wanted = {"loss": asked("loss").item(), **({name: (total / weight).item() for name, (total, weight) in asked("metrics").items()}
+                                               if hasattr(made, "metrics") else {})}
+    gradient, modes = rig.gradient(batch())[0], [part.training for part in made.modules()]
+    held = {name: values.copy() for name, values in rig.state.items()}
+    for _ in range(2):
+        assert {name: total / weight for name, (total, weight) in rig.backend.metrics(batch()).items()} == pytest.approx(wanted, rel=1e-6)
+    assert [part.training for part in made.modules()] == modes and all(np.array_equal(rig.state[name], held[name]) for name in held)
+    assert np.array_equal(rig.gradient(batch())[0], gradient)
+
+
+def test_a_module_made_in_evaluation_mode_is_noted() -> None:
+    note, = adapt(construct(torch_modules.EvalNorm, {}, 0)).notes
+    assert "EvalNorm is made with norm in evaluation mode" in note and not adapt(torch_modules.Base()).notes
 
 
 def test_compiled_once_over_averages_and_seeds_and_never_again_and_again() -> None:

@@ -162,16 +162,118 @@ class Teacher(Base):
         return self[1](body) + 0.5 * self.slow(body)
 
 
-
 def teacher() -> Any:
     return Teacher()
+
+
+class Listed(Base):
+    """A penalty over a list of parameters that it takes where it is made, and what a hook has kept of a layer's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.penalised = [*self.collect_params(".*weight").values()]
+        self.seen: dict[str, Any] = {}
+        self[0].register_forward_hook(lambda layer, inputs, out: self.seen.update(out=out))
+
+    def loss(self, batch: Any) -> Any:
+        return super().loss(batch).mean() + 0.1 * sum((p.data() ** 2).sum() for p in self.penalised) + 0.1 * (self.seen["out"] ** 2).mean()
+
+
+def listed() -> Any:
+    return Listed()
+
+
+class Squared(autograd.Function):
+    def forward(self, x: Any) -> Any:
+        self.save_for_backward(x)
+        return x * x
+
+    def backward(self, slope: Any) -> Any:
+        x, = self.saved_tensors
+        return 2 * x * slope
+
+
+class Custom(Base):
+    """A gradient of its own, which is linear."""
+
+    def forward(self, x: Any) -> Any:
+        return self[1](Squared()(self[0](x)))
+
+
+def custom() -> Any:
+    return Custom()
+
+
+class Sloped(nn.Block):
+    """The slope by the input is in the loss; of few of MXNet's kernels there is a second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Dense(5, in_units=4), nn.Dense(1, in_units=5)
+        self.initialize(mx.init.Normal(0.5))
+
+    def loss(self, batch: Any) -> Any:
+        x = batch["x"]
+        x.attach_grad()
+        with autograd.record(train_mode=autograd.is_training()):
+            u = self.last(nd.sigmoid(self.first(x)))
+            slope, = autograd.grad(u, [x], create_graph=True)
+        return gluon.loss.L2Loss()(u, batch["y"]).mean() + (slope ** 2).mean()
+
+
+def sloped() -> Any:
+    return Sloped()
+
+
+NUMBERS = ("float64", "float16", "int64", "int32", "int8", "uint8")
+
+
+class Counted(nn.Block):
+    """Parameters of many kinds without gradients that move with every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Dense(1, in_units=4)
+        self.initialize(mx.init.Normal(0.5))
+        self.kept = [self.params.get(kind, shape=(2,), dtype=kind, init=mx.init.Constant(2.0 ** -40 if kind == "float64" else 0), grad_req="null",
+                                     differentiable=False) for kind in NUMBERS]
+        for kind, parameter in zip(NUMBERS, self.kept, strict=True):
+            parameter.initialize()
+            self._reg_params[kind] = parameter
+
+    def loss(self, batch: Any) -> Any:
+        if autograd.is_training():
+            with autograd.pause():
+                for p in self.kept:
+                    p.data()[:] = p.data() + (0.125 if np.dtype(p.dtype).kind == "f" else 3)
+        return gluon.loss.L2Loss()(self.line(batch["x"]) * self.kept[0].data()[0].astype("float32"), batch["y"])
+
+
+def counted() -> Any:
+    return Counted()
+
+
+class Always(Base):
+    """A batch norm that trains where it evaluates, too."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm(in_channels=5))
+
+    def loss(self, batch: Any) -> Any:
+        with autograd.train_mode():
+            return super().loss(batch)
+
+
+def always() -> Any:
+    return Always()
 
 
 def dropped() -> Any:
     return Base(nn.Dropout(0.4), nn.BatchNorm(in_channels=5), hybrid=True)
 
 
-ALIKE = ["plain", "slow", "no_decay", "mixed", "frozen", "normed", "still", "penalized", "paired", "tied", "recurrent", "teacher"]
+ALIKE = ["plain", "slow", "no_decay", "mixed", "frozen", "normed", "still", "penalized", "paired", "tied", "recurrent", "teacher",
+         "listed", "custom", "sloped", "counted"]
 
 
 # What is refused.
@@ -205,12 +307,43 @@ class Late(Teacher):
         return found
 
 
+class Together(Base):
+    """Cannot take any number of rows, each in its own way."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+
+    def loss(self, batch: Any) -> Any:
+        return (getattr(self, self.how)(self(batch["x"]) - batch["y"]) ** 2).mean()
+
+    def metrics(self, batch: Any) -> Any:
+        return {}
+
+    def pairs(self, off: Any) -> Any:
+        return off.reshape((2, -1))
+
+    def best(self, off: Any) -> Any:
+        return off[0:3, 0].reshape((3,))
+
+    def fixed(self, off: Any) -> Any:
+        return off.reshape((4, 1) if len(off) < 32 else (32, 1))
+
+
+def together(how: str) -> Any:
+    return Together(how)
+
+
 class Odd(Base):
     """One of the things that a loss should not do, by name."""
 
     def __init__(self, what: str):
         super().__init__()
         self.what, self.draws = what, np.random.default_rng(3)
+        if what == "holding":
+            self.held = self[0].weight.data()
+        if what == "viewing":
+            self.held = {"rows": [self[1].bias.data()[0:1]]}
 
     def loss(self, batch: Any) -> Any:
         return getattr(self, "do_" + self.what)(gluon.loss.L2Loss()(self(batch["x"]), batch["y"]), batch)
@@ -237,6 +370,12 @@ class Odd(Base):
         with autograd.pause():
             self[0].weight.data()[:] = self[0].weight.data().clip(-0.1, 0.1)
         return loss
+
+    def do_holding(self, loss: Any, batch: Any) -> Any:
+        return loss + (self.held ** 2).sum()
+
+    def do_viewing(self, loss: Any, batch: Any) -> Any:
+        return loss + (self.held["rows"][0] ** 2).sum()
 
     def do_broken(self, loss: Any, batch: Any) -> Any:
         raise ValueError("so many cats")

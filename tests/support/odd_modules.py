@@ -216,6 +216,18 @@ class Growing(Base):
         return super().loss(b)
 
 
+class Leaping(Base):
+    """Counts further than a mean over shards is exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros((), dtype=torch.int64))
+
+    def loss(self, b: Any) -> Any:
+        self.total += 123_456_789
+        return super().loss(b)
+
+
 class Turning(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -281,12 +293,6 @@ class Slope(Base):
         return F.mse_loss(u, b["y"]) + slope.square().mean()
 
 
-class SlopeAllowed(Slope):
-    def loss(self, b: Any) -> Any:
-        with torch.enable_grad():
-            return super().loss(b)
-
-
 class Norm(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -294,6 +300,30 @@ class Norm(Base):
 
     def forward(self, b: Any) -> Any:
         return self.head(torch.tanh(self.norm(self.body(b["x"]))))
+
+
+class Paired(Base):
+    """Rows by two and two."""
+
+    def loss(self, b: Any) -> Any:
+        return (self(b) - b["y"]).reshape(2, -1).square().sum(0).mean()
+
+
+class Ranked(Base):
+    def loss(self, b: Any) -> Any:
+        return (self(b) - b["y"]).square().topk(2, dim=0).values.mean()
+
+
+class Squeezed(Base):
+    """Loses the rows' own dim where there is one."""
+
+    def loss(self, b: Any) -> Any:
+        return F.nll_loss(self(b).expand(-1, 3).squeeze().log_softmax(-1), b["id"][:, 0] % 3)
+
+
+class EvenEvaluated(Base):
+    def metrics(self, b: Any) -> Any:
+        return {"near": ((self(b) - b["y"]).reshape(2, -1).abs().sum(), len(b["y"]))}
 
 
 class Broken(Base):

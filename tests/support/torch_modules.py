@@ -243,3 +243,52 @@ class Pops(Base):
     def metrics(self, b: Any) -> Any:
         y = b.pop("y")
         return {"mae": ((self(b) - y).abs().sum(), len(y))}
+
+
+class Sloped(Base):
+    """The derivative by the input is in the loss, also where it is evaluated."""
+
+    def loss(self, b: Any) -> Any:
+        with torch.enable_grad():
+            x = b["x"].clone().requires_grad_()
+            u = self({"x": x})
+            slope, = torch.autograd.grad(u.sum(), x, create_graph=True)
+            return F.mse_loss(u, b["y"]) + slope.square().mean()
+
+
+class Seen(Base):
+    """A buffer that moves where it is evaluated, too, and the loss with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, b: Any) -> Any:
+        self.mean = 0.5 * self.mean + 0.5 * b["x"].mean(0).detach()
+        return super().forward({"x": b["x"] - self.mean})
+
+    def metrics(self, b: Any) -> Any:
+        return {"far": (self(b).abs().sum() + self(b).abs().sum(), 1.0)}
+
+
+class Switching(Base):
+    """Sets its parts' modes as it likes, and leaves them so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, b: Any) -> Any:
+        self.norm.train(not self.norm.training)
+        return self.head(torch.tanh(self.norm(self.body(b["x"]))))
+
+    def metrics(self, b: Any) -> Any:
+        self.train()
+        return {"mae": ((self(b) - b["y"]).abs().sum(), len(b["y"]))}
+
+
+class Sampling(Base):
+    """Dropout that is on where it is evaluated, with several draws."""
+
+    def metrics(self, b: Any) -> Any:
+        return {"spread": (torch.stack([F.dropout(self(b), 0.5) for _ in range(4)]).std(0).sum(), len(b["y"]))}

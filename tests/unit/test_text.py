@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import multiprocessing
 import os
@@ -118,6 +119,17 @@ def test_files_folders_and_globs_are_read_in_order(tmp_path: Path) -> None:
         assert eval_batches(data.open_dataset(info, "eval"), 4) == []
     info = data.prepare(section([str(folder / "*.txt")], eval_fraction=0.0), {"context": 2}, tmp_path / "cache")
     assert data.decode(info, data.open_dataset(info, "train").tokens) == "first\nsecond"
+
+
+@pytest.mark.parametrize("marked", [(0, 1, 2), (1,), (2, 0)])
+@pytest.mark.parametrize("tokens", ["char", "byte"])
+def test_marks_of_the_encoding_at_files_beginnings_are_no_text(marked: tuple[int, ...], tokens: str, tmp_path: Path) -> None:
+    texts = ["to be or not ", "that is \ufeff the question ", "whether 'tis nobler"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_bytes((codecs.BOM_UTF8 if number in marked else b"") + text.encode())
+    info = data.prepare(section([str(tmp_path / "*.txt")], eval_fraction=0.0, tokens=tokens), {"context": 2}, tmp_path / "cache")
+    assert data.decode(info, data.open_dataset(info, "train").tokens) == "\n".join(texts)
+    assert tokens == "byte" or sorted(data.decode(info, range(info["vocab_size"]))) == sorted({*"".join(texts), "\n"})
 
 
 def test_evaluation_text_of_its_own(text_file: Path, tmp_path: Path) -> None:

@@ -138,6 +138,14 @@ def test_a_resumed_run_takes_no_other_data_set_of_ones_own(change: dict[str, Any
                                  "replay it again.")
 
 
+def test_a_best_by_a_figure_needs_something_to_evaluate_on() -> None:
+    best = {"best": "eval.wer", "best_mode": "min"}
+    with pytest.raises(RecipeError, match='checkpoint.best = "eval.wer" .* nothing is set aside to evaluate on; set data.eval_fraction'):
+        Trainer(module_recipe("Small", 4, checkpoint=best)).check()
+    assert Trainer(module_recipe("Small", 4, checkpoint=best, data={"eval_fraction": 0.1})).check()
+    assert Trainer(module_recipe("Small", 4)).check()
+
+
 # Of those who would start a run in one directory, one does.
 
 HOLD = """
