@@ -9,7 +9,7 @@ scope: what it writes (a batch norm's statistics) comes back as new buffers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -40,6 +40,10 @@ class Scope(keras.StatelessScope):
     def __init__(self, values: list[tuple[Any, Any]]):
         super().__init__(values, collect_losses=True, initialize_variables=False)
         self.written: dict[int, Any] = {}
+
+    def added(self) -> list[Any]:
+        """What add_loss was told until now."""
+        return list(self.losses)
 
     def add_update(self, update: tuple[Any, Any]) -> None:
         self.written[id(update[0])] = update[0]
@@ -107,7 +111,7 @@ class KerasModel(Adapted):
         for number, seed in enumerate(self._seeds):
             seed.assign(seed_state(0, number, seed.dtype))
         with self._lent({**params, **state}), self.telling(), tf.GradientTape() as tape:
-            total, _ = self._loss(batch, True)
+            total, _ = self._loss(batch, True, lambda: [loss for layer in self._model._flatten_layers() for loss in layer._losses])
         slopes = tape.gradient(total, [self._weights[name].value for name in found])
         wanted = {name: np.zeros(()) if slope is None else np.asarray(tf.convert_to_tensor(slope)) for name, slope in zip(found, slopes, strict=True)}
         everything = np.sqrt(sum(np.square(slope, dtype=np.float64).sum() for slope in wanted.values()))
@@ -168,7 +172,7 @@ class KerasModel(Adapted):
         losses = []
         for rows in ((together(halves), *halves) if not self._own_loss else (batch,)):
             with self._scope(params, state, 0) as scope:
-                loss, weight = self._found(rows, False, scope) if not self._own_loss else self._loss(rows, False, scope)
+                loss, weight = self._found(rows, False, scope.added) if not self._own_loss else self._loss(rows, False, scope.added)
             losses.append((float(loss), float(weight)))
         check_attributes(self.kind, before, self._attributes(), KEEP)
         if not self._own_loss and not self.undivided:
@@ -181,7 +185,7 @@ class KerasModel(Adapted):
         if not rows:
             return tf.zeros(()), 0.0, {**state, **{name: params[name] for name in self.moved}}
         with self._scope(params, state, seed) as scope:
-            total, weight = self._loss(batch, True, scope)
+            total, weight = self._loss(batch, True, scope.added)
         self.moved = tuple(name for name, v in self._weights.items() if id(v) in scope.written)
         new = {name: scope.get_current_value(v) for name, v in self._kept.items()}
         return total, weight, {**new, **{name: scope.get_current_value(self._weights[name]) for name in self.moved}}
@@ -199,7 +203,7 @@ class KerasModel(Adapted):
         if not num_rows(batch):
             return {"loss": (0.0, 0.0)}
         with self._scope(params, state, 0) as scope:
-            out = {"loss": self._loss(batch, False, scope)}
+            out = {"loss": self._loss(batch, False, scope.added)}
             if hasattr(self._model, "batch_metrics"):
                 out |= pairs(self._model.batch_metrics(columns_again(batch)), "batch_metrics(batch)")
             if self._figures is not None and self._figures.variables:
@@ -211,30 +215,30 @@ class KerasModel(Adapted):
         values = figures.values()
         for batch in batches:
             with self._scope(params, state, 0, values) as scope:
-                self._loss(batch, False, scope)
+                self._loss(batch, False, scope.added)
             values = [(v, scope.get_current_value(v)) for v in figures.variables]
         return np.asarray(figures.change([value for _, value in values]))
 
     def _called(self, x: Any, training: bool) -> Any:
         return self._model(x, training=training) if self._model._call_has_training_arg else self._model(x)
 
-    def _loss(self, batch: Any, training: bool, scope: Scope) -> tuple[Any, Any]:
-        """(sum, weight). An evaluation weighs batches by their rows, as `evaluate` does."""
+    def _loss(self, batch: Any, training: bool, added: Callable[[], Sequence[Any]]) -> tuple[Any, Any]:
+        """(sum, weight), with what was `added` by add_loss until then. An evaluation weighs batches by their rows, as `evaluate` does."""
         rows = num_rows(batch)
         if self._own_loss:
             return as_sum(self._model.batch_loss(columns_again(batch)), rows)
-        loss, weight = self._found(batch, training, scope)
+        loss, weight = self._found(batch, training, added)
         if not training:
             return loss * rows, float(rows)
         return (loss, weight) if self.sums else (loss * weight, weight)
 
-    def _found(self, batch: Any, training: bool, scope: Scope) -> tuple[Any, Any]:
+    def _found(self, batch: Any, training: bool, added: Callable[[], Sequence[Any]]) -> tuple[Any, Any]:
         """The loss as `fit` has it, and what it is divided by."""
         model = self._model
         x, y, sample_weight = self._parts(batch)
         y_pred = self._called(x, training)
         loss = tf.reshape(model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training), ())
-        weight, why = divisor(model, y_pred, sample_weight, scope.losses, num_rows(batch))
+        weight, why = divisor(model, y_pred, sample_weight, added(), num_rows(batch))
         self.undivided = self.undivided or why
         if not training and model._compile_metrics is not None:
             model._compile_metrics.update_state(y, y_pred, sample_weight)
