@@ -1,8 +1,8 @@
 """What trains changes by the optimizer alone: writes by a user's own model are seen in the values, for no framework counts all of them.
 
 Values are looked at before and after users' code computes. Where a checkpoint follows, and around an evaluation, at all of them. Else at all of a
-small parameter and at one in STRIDE of a large one, each step at others: what changes a whole array shows at once, what goes on changing a part of
-one shows within STRIDE steps and before it is saved. A part of a large array that is written to once and never again may stay unseen.
+small parameter and at one cache line in STRIDE of a large one, each step at others: what changes a whole array shows at once, what goes on changing a
+part of one shows within STRIDE steps and before it is saved. A part of a large array that is written to once and never again may stay unseen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from elastic.backend import Buffer
 from elastic.errors import Overwritten
 from elastic.state import FlatLayout, to_numpy
 
-SMALL, STRIDE = 1024, 1024  # elements
+SMALL, LINE = 2048, 16  # elements
+STRIDE = 2048  # lines
 TURN = 389  # odd, so that STRIDE steps look everywhere
 
 
@@ -28,14 +29,13 @@ class Watch:
     def __init__(self, kind: str, layout: FlatLayout):
         self.kind = kind
         self._places = sorted((place.offset, place.size, name) for name, place in layout.places.items() if place.size)
-        self._base = np.concatenate([np.arange(low, low + size, STRIDE if size > SMALL else 1) for low, size, _ in self._places])
-        self._last = np.concatenate([np.minimum(np.arange(low, low + size, STRIDE) + STRIDE, low + size) - 1 if size > SMALL
-                                     else np.arange(low, low + size) for low, size, _ in self._places])
+        looks = [lines(low, low + size) if size > SMALL else (np.arange(low, low + size),) * 2 for low, size, _ in self._places]
+        self._base, self._last = (np.concatenate(part) for part in zip(*looks, strict=True))
 
     @contextmanager
     def over(self, param: Buffer, step: int, whole: bool) -> Iterator[None]:
         """Overwritten, by the name of one, if parameters change inside."""
-        index = None if whole else np.minimum(self._base + step * TURN % STRIDE, self._last)
+        index = None if whole else np.minimum(self._base + step * TURN % STRIDE * LINE, self._last)
         before = self._look(param, index)
         yield
         changed = np.flatnonzero(before != self._look(param, index))
@@ -54,6 +54,12 @@ class Watch:
 
     def _holder(self, position: int) -> str:
         return self._places[bisect_right(self._places, position, key=lambda place: place[0]) - 1][2]
+
+
+def lines(low: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the first line of every STRIDE begins, element by element, and how far up it may be moved."""
+    starts, within = np.arange(low, end, LINE * STRIDE)[:, None], np.arange(LINE)
+    return (starts + within).ravel(), (np.minimum(starts + LINE * STRIDE, end) - LINE + within).ravel()
 
 
 def bits(buffer: Any) -> np.ndarray:

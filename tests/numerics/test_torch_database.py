@@ -16,8 +16,9 @@ from tests.support.torch_database import EQUAL, EQUAL_ONCE_CALLED, REFUSED, UNBU
 LAZY = ["nn.LazyConv1d", "nn.LazyConv2d", "nn.LazyConv3d", "nn.LazyConvTranspose1d", "nn.LazyConvTranspose2d", "nn.LazyConvTranspose3d"]
 
 
+@pytest.mark.timeout(900)  # all of them on a machine that has much else to do
 def test_every_module_trains_as_in_plain_torch_or_is_refused(tmp_path: Path) -> None:
-    names = sample(list(database()), 10, always=("nn.BatchNorm1d", "nn.TransformerDecoderLayer", "nn.LazyConv2d"))
+    names = sample(list(database()), 6, always=("nn.BatchNorm1d", "nn.LazyConv2d"))
     found = [outcome(name, tmp_path) for name in names]
     assert not [one for one in found if one.kind in (WRONG, UNBUILT)]
     counts = Counter(one.kind for one in found)

@@ -182,8 +182,9 @@ def table(found: Sequence[Outcome]) -> str:
     return "\n\n".join((
         "# Modules of torch.nn", f"{date.today()} · {results.versions()}", f"    python -m {HERE} benchmarks/results/torch_modules.md",
         "Every module in torch's own database (`torch.testing._internal.common_modules`), on the first of its inputs there with which\n"
-        f"plain torch trains it to numbers: {STEPS} steps of SGD over {SHARDS} logical shards, on one and on two workers.\n"
-        f"Equal: the same bits on both, and within {TOLERANCE:.0e} by norm of plain torch over the same shards, parameters and buffers.",
+        f"plain torch trains it to numbers: {STEPS} steps of SGD over {SHARDS} logical shards, on one and on two workers. "
+        "Equal: the same bits on both,\n"
+        f"and within {TOLERANCE:.0e} by norm of plain torch over the same shards, parameters and buffers.",
         f"{len(found)} modules: {told}.", results.table(("module", "outcome", "in its words"), rows), f"Equal: {equal}.")) + "\n"
 
 

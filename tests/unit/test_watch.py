@@ -10,7 +10,7 @@ from elastic.errors import Overwritten
 from elastic.state import BLOCK, FlatLayout
 from elastic.watch import SMALL, STRIDE, Watch
 
-SHAPES = {"wide": (3, BLOCK), "bias": (SMALL,), "odd": (SMALL + 1,), "none": (0, 4), "scale": (), "frozen": (5, 700)}
+SHAPES = {"wide": (3, BLOCK), "bias": (SMALL,), "odd": (SMALL + 1,), "none": (0, 4), "scale": (), "frozen": (5, 900)}
 
 
 def watch() -> tuple[FlatLayout, Watch, np.ndarray]:
