@@ -56,6 +56,7 @@ def sloped() -> Any:
     return built(Sloped())
 
 
+LARGE = 2.0 ** 30  # in float32 a half beside it is lost
 NUMBERS = ("bool", "uint8", "int64", "bfloat16", "float16", "float64")
 
 
@@ -63,7 +64,7 @@ class Counted(layers.Layer):
     """Weights of many kinds that move with every batch, one of them named as Keras names its generators."""
 
     def build(self, shape: Any) -> None:
-        self.kept = [self.add_weight(shape=(2,), initializer=keras.initializers.Constant(2.0 ** -40 if kind == "float64" else 0), dtype=kind,
+        self.kept = [self.add_weight(shape=(2,), initializer=keras.initializers.Constant(LARGE if kind == "float64" else 0), dtype=kind,
                                      trainable=False, autocast=False, name=kind) for kind in NUMBERS]
         self.scale = self.add_weight(shape=(), initializer="ones", trainable=False, name="seed_generator_state")
 
@@ -72,7 +73,7 @@ class Counted(layers.Layer):
             for kept in self.kept:
                 kept.assign(ops.logical_not(kept) if kept.dtype == "bool" else kept + ops.cast(0.5 if "float" in kept.dtype else 3, kept.dtype))
             self.scale.assign(self.scale * 0.9)
-        return x * self.scale + ops.cast(self.kept[-1][0], "float32")
+        return x * self.scale + ops.cast(self.kept[-1][0] - LARGE, "float32")
 
 
 def counted() -> Any:
