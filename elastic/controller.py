@@ -67,7 +67,7 @@ class Controller:
         self.lost: set[str] = set()
         self.target, self.restart_at, self.checked = 0, 0.0, 0.0
         self.outcome: m.Finish | None = None
-        self.saving: dict[str, Save] = {}  # who was asked for its last words, and has not answered
+        self.saving: dict[Save, str] = {}  # parts of the last words, and who was asked for them and has not answered
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
         self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.is_continued else None
         if self.past:
@@ -208,7 +208,7 @@ class Controller:
     def note_loss(self, event: m.Lost, now: float) -> None:
         ready, pulse = self.live.pop(event.worker, None), self.pulses.pop(event.worker, None)
         self.started.pop(event.worker, None)
-        self.saving.pop(event.worker, None)
+        self.saving = {order: worker for order, worker in self.saving.items() if worker != event.worker}
         node = ready.node if ready else self.nodes.pop(event.worker, "")
         self.given_up.add(event.worker)
         self.lost.add(event.worker)
@@ -275,8 +275,7 @@ class Controller:
 
     def take_part(self, part: Part) -> None:
         """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it."""
-        if self.saving.get(part.worker) == Save(part.generation, part.step, part.rank, part.world_size):
-            del self.saving[part.worker]
+        self.saving.pop(Save(part.generation, part.step, part.rank, part.world_size), None)
         found = self.commits.take(part, self.books.written, self.books.sync)
         if found is not None:
             self.books.event(found.event, found.step, found.generation, **found.fields)
@@ -327,8 +326,9 @@ class Controller:
 
     def do_savealone(self, action: m.SaveAlone) -> None:
         if action.step > self.commits.newest:
-            self.saving[action.worker] = Save(action.generation, action.step, action.rank, action.world_size)
-            self.fleet.assign(action.worker, self.saving[action.worker])
+            order = Save(action.generation, action.step, action.rank, action.world_size)
+            self.saving[order] = action.worker
+            self.fleet.assign(action.worker, order)
 
     def do_form(self, action: m.Form) -> None:
         """Publishes a generation: on disk first, then to its members."""

@@ -142,7 +142,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Save:
-    """An order to write a checkpoint: one rank's share of it. The controller gives it to one replica's survivors where too few are left to go on."""
+    """An order to write a checkpoint: one rank's share of it. The controller gives it to survivors where too few are left to go on."""
 
     generation: int
     step: int

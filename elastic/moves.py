@@ -102,7 +102,7 @@ class Wait:
 class SaveAlone:
     """This worker is to write down what it has, if no checkpoint has it: the run cannot go on without others.
 
-    It is seat `rank` of a replica of `world_size`, each of whose members is asked.
+    It writes the part of `rank` of `world_size`, each of which is asked of somebody, several of one where the others are lost.
     """
 
     worker: str

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from elastic.keeping import lacking
+from elastic.keeping import lacking, owned, without
 from elastic.messages import Axes, Ballot, Generation, Holder, Standing
 from elastic.policy import Degrees
 
@@ -56,6 +56,27 @@ def suffices(holders: Iterable[Standing]) -> bool:
     """Whether these holders of one seat have all of it among them."""
     words = list(holders)
     return bool(words) and not (words[0].blocks and lacking([word.kept for word in words], words[0].blocks))
+
+
+def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
+    """Who writes down which part of a state as it stands, in rank order: one of each seat where all keep all of it, else for each of its
+    `owners`, of `most` at most, whoever is left of owner and twin. () if parts of it are nowhere.
+    """
+    for data in (owners, *range(1, most + 1)) if whole.is_shared_out else (1,):
+        found = [writer(whole, place, rank, data) for rank in range(data) for place in range(math.prod(whole.degrees))]
+        if all(found):
+            return tuple(found)
+    return ()
+
+
+def writer(whole: Whole, place: int, rank: int, data: int) -> str:
+    """Who keeps, of a seat's state, what owner `rank` of `data` owns, itself rather than a twin; "" if nobody does."""
+    for stretches in (1, 2):  # what lies behind is on its way
+        for worker in whole.column(place):
+            word = whole.words[worker]
+            if not word.blocks or not without([owned(rank, data, word.blocks)], word.kept[:stretches]):
+                return worker
+    return ""
 
 
 def covers(seats: Iterable[int], degrees: Degrees) -> bool:

@@ -20,7 +20,7 @@ from elastic.checkpoint.saver import Saver
 from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
 from elastic.data.collate import num_rows, sliced
-from elastic.errors import BadCheckpoint, ElasticError, GroupBroken, NonFiniteLoss, Overwritten, UserError
+from elastic.errors import BadCheckpoint, ElasticError, GroupBroken, NonFiniteLoss, Overwritten, RunFailed, UserError
 from elastic.loop import Work, train
 from elastic.mesh import Mesh
 from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing, shape
@@ -70,7 +70,7 @@ class Worker:
         self.control = Control()
         self.orders: queue.SimpleQueue[Generation | Save | Orphan | None] = queue.SimpleQueue()
         self.is_gone = threading.Event()  # an orphan has said its last words
-        self.part: Part | None = None
+        self.parts: dict[Save, Part] = {}  # of the last checkpoint
 
     def serve(self) -> None:
         """Builds and compiles, says so, and works until released."""
@@ -101,12 +101,16 @@ class Worker:
 
     def save_alone(self, order: Save) -> None:
         """Last words: too few are left to go on, and no checkpoint has what this one has. Its part tells how it went."""
-        state = self.work.state
-        if state.committed == order.step and state.keeps_all and not state.torn:
-            self.saver.save(self.work.state, order, self.work.evaluation)
-        else:
-            self.post_part(Part(self.name, order.generation, order.step, "", 0.0, 0.0, order.rank, order.world_size,
-                                error=f"{self.name} has not the whole state of step {order.step} any more."))
+        written, state = self.parts.get(order), self.work.state
+        if written is not None and not written.error:
+            self.rim.post(written)
+            return
+        try:
+            if state.committed != order.step:
+                raise RunFailed(f"{self.name} has not the state of step {order.step} any more.")
+            self.saver.save(state, order, self.work.evaluation)
+        except RunFailed as failed:
+            self.post_part(Part(self.name, order.generation, order.step, "", 0.0, 0.0, order.rank, order.world_size, error=str(failed)))
 
     def orphan(self, timeout_s: float = LAST_WORDS_S) -> None:
         """From another thread: nobody has answered for too long. Returns when the state is on disk, or cannot be."""
@@ -126,13 +130,14 @@ class Worker:
             self.is_gone.set()
 
     def post_part(self, part: Part) -> None:
-        self.part = part
+        parts = {order: old for order, old in self.parts.items() if (order.generation, order.step) == (part.generation, part.step)}
+        self.parts = {**parts, Save(part.generation, part.step, part.rank, part.world_size): part}
         self.rim.post(part)
 
     def resync(self) -> None:
         """Says again what a controller may have taken and not yet written down."""
-        if self.part is not None:
-            self.rim.post(self.part)
+        for part in self.parts.values():
+            self.rim.post(part)
 
     def take_part(self, generation: Generation) -> Standing:
         """One generation, from meeting to parting, and where this worker stands after it."""
