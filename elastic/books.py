@@ -114,6 +114,7 @@ class Books:
         """Drops the lines of later steps."""
         self.ledger.cut_back(step)
         self.metrics.cut_back(step)
+        self.written, self.on_disk, self.evaluated = step, min(self.on_disk, step), min(self.evaluated, step)
 
     def sync(self) -> None:
         """Returns when every committed step is on the disk itself."""

@@ -147,7 +147,9 @@ class Controller:
         """A worker's word; one that was given up meanwhile is not heard."""
         if worker in self.given_up:
             return
-        if isinstance(message, Progress):
+        if isinstance(message, (Progress, Standing)) and message.generation > self.state.generation:
+            self.outcome = self.outcome or ending.behind(self, message.generation)
+        elif isinstance(message, Progress):
             if worker not in self.released:
                 self.take_pulse(message)
         elif isinstance(message, Line):
@@ -338,7 +340,7 @@ class Controller:
             self.books.interrupted(generation.number, action.cause, action.before, len(generation.members), lost, action.was, generation.mesh)
         if generation.committed < self.books.written:
             self.rewind(generation.committed)
-        generation = replace(generation, written=self.books.written, evaluated=self.books.evaluated,
+        generation = replace(generation, written=self.books.on_disk, evaluated=self.books.evaluated,
                              checkpointed=self.commits.newest, chaos=tuple(self.chaos))
         self.journal.published(generation)
         self.announce_generation(generation)
@@ -372,7 +374,6 @@ class Controller:
         """Every copy of the newer state is gone: metrics go back to the checkpoint that is loaded."""
         self.books.event("rewound", **{"from": self.books.written, "to": step})
         self.books.cut_back(step)
-        self.books.written, self.books.evaluated = step, min(self.books.evaluated, step)
         self.commits.newest = min(self.commits.newest, step)
 
     def do_finish(self, action: m.Finish) -> None:

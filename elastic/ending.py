@@ -61,6 +61,12 @@ def full(controller: Controller, error: OSError | None) -> str:
             f"{controller.job.run_dir}`.")
 
 
+def behind(controller: Controller, generation: int) -> m.Finish:
+    """Workers are in a generation that the journal lacks: who is in it nobody can say any more."""
+    return m.Finish("failed", f"A controller fell while the run directory {controller.job.run_dir} could not be written, and its journal lacks "
+                              f"generation {generation}; make room there, then resume the run.")
+
+
 def await_words(controller: Controller, timeout_s: float) -> None:
     """Returns when all that was ordered of `do_savealone` is on disk, or will not be."""
     until = time.monotonic() + timeout_s
