@@ -63,6 +63,8 @@ def full(controller: Controller, error: OSError | None) -> str:
 
 def behind(controller: Controller, generation: int) -> m.Finish:
     """Workers are in a generation that the journal lacks: who is in it nobody can say any more."""
+    for worker in controller.state.ready:
+        controller.fleet.abandon(worker, generation)
     return m.Finish("failed", f"A controller fell while the run directory {controller.job.run_dir} could not be written, and its journal lacks "
                               f"generation {generation}; make room there, then resume the run.")
 
