@@ -147,7 +147,7 @@ class Controller:
         """A worker's word; one that was given up meanwhile is not heard."""
         if worker in self.given_up:
             return
-        if isinstance(message, (Progress, Standing)) and message.generation > self.state.generation:
+        if isinstance(message, (Progress, Standing, Line, Part)) and message.generation > self.state.generation:
             self.outcome = self.outcome or ending.behind(self, message.generation)
         elif isinstance(message, Progress):
             if worker not in self.released:
@@ -330,7 +330,7 @@ class Controller:
         if action.step > self.commits.newest:
             order = Save(action.generation, action.step, action.rank, action.world_size)
             self.saving[order] = action.worker
-            self.fleet.assign(action.worker, order)
+            self.fleet.assign(action.worker, replace(order, ballot=action.ballot))
 
     def do_form(self, action: m.Form) -> None:
         """Publishes a generation: on disk first, then to its members."""

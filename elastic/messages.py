@@ -150,6 +150,7 @@ class Save:
     world_size: int = 1
     wait: bool = False  # until it is durable
     fault: str = ""  # that the file system is to have
+    ballot: Ballot | None = None  # of `step`, for who holds its gradients and has not applied them
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
 from elastic.data.collate import num_rows, sliced
 from elastic.errors import BadCheckpoint, ElasticError, GroupBroken, NonFiniteLoss, Overwritten, RunFailed, UserError
-from elastic.loop import Work, keep_lines, train
+from elastic.loop import Work, commit, keep_lines, train
 from elastic.mesh import Mesh
 from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing, shape
 from elastic.own import place_of
@@ -105,14 +105,16 @@ class Worker:
 
     def save_alone(self, order: Save) -> None:
         """Last words: too few are left to go on, and no checkpoint has what this one has. Its part tells how it went."""
-        written, state = self.parts.get(order), self.work.state
+        written, work, state = self.parts.get(replace(order, ballot=None)), self.work, self.work.state
         if written is not None and not written.error:
             self.rim.post(written)
             return
         try:
+            if order.ballot and (state.committed, work.holds) == (order.step - 1, order.step):
+                commit(work, order.ballot)
             if state.committed != order.step:
                 raise RunFailed(f"{self.name} has not the state of step {order.step} any more.")
-            self.saver.save(state, order, self.work.evaluation)
+            self.saver.save(state, order, work.evaluation)
         except RunFailed as failed:
             self.post_part(Part(self.name, order.generation, order.step, "", 0.0, 0.0, order.rank, order.world_size, error=str(failed)))
 

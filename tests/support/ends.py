@@ -35,7 +35,7 @@ class Chapter:
 ERRORS = {
     "loss": End("the model raises at a step, and again when that is done anew", 3, LAST,
                 "ValueError: row N is poison (modules.py, line N, in loss)" + SAVED),
-    "data": End("the data set raises at a step, and again", 3, LAST, "data.kind: item N of FragileRows cannot be had: OSError: row N cannot be read "
+    "data": End("the data set raises at a step", 3, LAST, "data.kind: item N of FragileRows cannot be had: OSError: row N cannot be read "
                 "(modules.py, line N, in __getitem__); mend the data set" + SAVED),
     "warm-up": End("the model raises before the first step", 3, START, "ValueError: no such layer (modules.py, line N, in loss)"),
     "evaluation": End("the model raises in an evaluation", 3, LAST, "ValueError: no such layer (modules.py, line N, in loss)" + SAVED),
@@ -82,10 +82,10 @@ DISKS = {
     "room": End("the disk of the run directory is full for a while: its lines, and the ledger's rows, wait in memory", 0, ON),
     "taken": End("the checkpoints' place is taken away: training goes on", 3, NEWEST, PARTS.format("Not a directory")),
     "lines": End("the file of the metrics takes no more lines: training goes on", 3, NEWEST, LINES.format("Input/output error")),
-    "controller, disk": End("the run directory's disk is full, the controller is lost, there is room again: workers say again what it held back", 0, ON),
+    "controller, disk": End("the run directory's disk is full, the controller is lost, there is room again: workers repeat what it held back", 0, ON),
     "controller, disk, worker": End("likewise, and a worker was lost meanwhile: which group there is stood nowhere", 3, NEWEST,
-                                    "A controller fell while the run directory RUN could not be written, and its journal lacks generation N; make room "
-                                    "there, then resume the run" + OLDER),
+                                    "A controller fell while the run directory RUN could not be written, and its journal lacks generation N; make "
+                                    "room there, then resume the run" + OLDER),
 }
 LIMITS = {
     "steps": End("`run.steps` or `run.epochs` are done; a resumption with more of them goes on", 0, LAST),

@@ -132,3 +132,13 @@ def test_nobody_writes_down_what_is_nowhere() -> None:
     machine.feed(m.Lost("b", "killed"))
     stands(machine, "a", 7)
     assert saves(stands(machine, "c", 7)) == []
+
+
+def test_who_holds_the_last_step_applies_it_before_the_end_and_only_then() -> None:
+    """Of three one is lost in a vote that one other saw complete."""
+    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, keepers=2))
+    machine.feed(m.Lost("b", "killed"))
+    stands(machine, "a", 7, ballot=ballot(7))
+    assert saves(stands(machine, "c", 6, holds=7)) == [], "they may go on, from where they say that they stand"
+    actions = machine.feed(m.GiveUp("no more"))
+    assert [(a.worker, a.step, a.ballot) for a in actions if isinstance(a, m.SaveAlone)] == [("a", 7, None), ("c", 7, ballot(7)), ("c", 7, ballot(7))]
