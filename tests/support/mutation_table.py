@@ -282,7 +282,7 @@ USERS = (
       "tests/numerics/test_torch_refusals.py::test_it_is_refused_in_one_sentence_that_names_it"),
     M("last-words-unheard", "P10", "A run that fails asks nobody for its last state.", "elastic/membership.py",
       "    state, saves = save_alone(replace(state, savers=(), over=action))\n", "    saves = ()\n",
-      "tests/numerics/test_ends.py::test_an_error_of_the_user_s"),
+      "tests/numerics/test_ends.py::test_an_error_of_the_user_s[loss]"),
     M("no-twin-writes", "P10", "Of a sharded state whose owner is lost nobody writes down what the twin has.", "elastic/recovery.py",
       "    for stretches in (1, 2):  #", "    for stretches in (1,):  #", "tests/numerics/test_ends.py::test_too_few_are_left_and_none_comes[twin]"),
     M("rows-behind-their-lines", "P10, ledger", "While the disk is full a step's line may come before its rows in the ledger.", "elastic/books.py",
