@@ -29,7 +29,7 @@ from tests.support.tables import rows, table_recipe, write
 pytest.importorskip("torch", reason="torch is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a saver's thread dies with its process
 
-STEPS, EVERY, AT = 40, 10, 18  # a row that fails comes by at step 34
+STEPS, EVERY, AT = 40, 9, 20  # row 70 comes by at steps 21, 25 and 34: no checkpoint is due before any of them
 WIDE = 2 * (1 << 16)  # parameters: with the others each of three workers has a block to own
 ARMED = modules.Fragile.armed
 
@@ -108,7 +108,7 @@ def test_an_error_of_the_user_s(name: str, tmp_path: Path, capsys: pytest.Captur
 
 def test_a_file_of_the_data_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    files = [write(tmp_path / f"{n}.parquet", rows(1600, 1600 * n), 100) for n in range(2)]
+    files = [write(tmp_path / f"{n}.parquet", rows(800, 800 * n), 100) for n in range(2)]
     given = table_recipe(files, data={"shuffle_by": "blocks", "columns": ["x", "y"], "batch_size": 40}, checkpoint={"every_steps": 5},
                          elastic={"max_workers": 2})
 
@@ -116,7 +116,7 @@ def test_a_file_of_the_data_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mon
         for file in files:
             file.rename(file.with_suffix(".aside"))
 
-    run = Run(tmp_path / "run", given.model_copy(update={"run": given.run.model_copy(update={"steps": 80, "epochs": None})}), hooks={7: away})
+    run = Run(tmp_path / "run", given.model_copy(update={"run": given.run.model_copy(update={"steps": STEPS, "epochs": None})}), hooks={7: away})
     result = run.fit()
     assert_ended(run, result, ERRORS["file"], FILE=next(file for file in files if str(file) in result.outcome.error))
     for file in files:
@@ -149,7 +149,7 @@ def test_all_workers_are_lost_at_once(tmp_path: Path) -> None:
     assert cli.EXIT[result.outcome.status] == LOSSES["workers"].code and LOSSES["workers"].kept == NEWEST
     assert result.sha == undisturbed(recipe()).sha and result.steps == list(range(1, STEPS + 1))
     (rewound,) = result.named("rewound")
-    assert (rewound["from"], rewound["to"]) == (AT, AT // EVERY * EVERY)
+    assert rewound["from"] == AT and rewound["to"] in (EVERY, 2 * EVERY), "the second may have been under way"
 
 
 @pytest.mark.parametrize("name", ["too few", "twin"])
