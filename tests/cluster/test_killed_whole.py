@@ -50,7 +50,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     for member in family:
         with_suppressed(member.kill)
     psutil.wait_procs(family, LIMIT_S)
-    assert 128 - process.wait(LIMIT_S) == LOSSES["everything"].code
+    process.wait(LIMIT_S)
 
 
 def with_suppressed(kill: Any) -> None:
