@@ -86,21 +86,35 @@ class Books:
         self.last_commit, self.stepped = fields["time"], fields["generation"]
 
     def _write(self, file: JsonLines, fields: dict[str, Any]) -> None:
-        if file.append(fields) and file is self.metrics:
-            self.on_disk = self.written
+        file.hold(fields)
+        if file is self.metrics:
+            self._retry_steps()
+        else:
+            file.retry()
         self.feed.append((self.fed, fields))
         self.fed += 1
 
     def retry(self) -> bool:
         """Writes what a full disk did not take; whether it takes everything now."""
-        if self.metrics.retry():
-            self.on_disk = self.written
-        return self.events.retry() and self.on_disk == self.written
+        return self._retry_steps() and self.events.retry()
+
+    def _retry_steps(self) -> bool:
+        """A step's line comes after its rows."""
+        if not (self.ledger.retry() and self.metrics.retry()):
+            return False
+        self.on_disk = self.written
+        return True
+
+    @property
+    def error(self) -> OSError | None:
+        """Why lines are held."""
+        return self.ledger.error or self.metrics.error or self.events.error
 
     def cut_back(self, step: int) -> None:
         """Drops the lines of later steps."""
         self.ledger.cut_back(step)
         self.metrics.cut_back(step)
+        self.written, self.on_disk, self.evaluated = step, min(self.on_disk, step), min(self.evaluated, step)
 
     def sync(self) -> None:
         """Returns when every committed step is on the disk itself."""

@@ -22,6 +22,7 @@ class Control:
         self.abandoned = threading.Event()  # of the current generation; a group that is being formed watches it
         self.generation = 0
         self.written = 0  # steps that the controller has on disk
+        self.repeat = threading.Event()  # a new controller may lack lines that the one before it had taken
         self.step, self.phase, self.inside, self.waiting, self.detail = 0, "start", 0, False, 0
 
     def enter(self, generation: int, written: int = 0) -> None:

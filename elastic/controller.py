@@ -67,7 +67,7 @@ class Controller:
         self.lost: set[str] = set()
         self.target, self.restart_at, self.checked = 0, 0.0, 0.0
         self.outcome: m.Finish | None = None
-        self.saving: dict[str, Save] = {}  # who was asked for its last words, and has not answered
+        self.saving: dict[Save, str] = {}  # parts of the last words, and who was asked for them and has not answered
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
         self.past = replay(self.journal.past, settings.bounds, generation) if self.journal.is_continued else None
         if self.past:
@@ -151,7 +151,9 @@ class Controller:
         """A worker's word; one that was given up meanwhile is not heard."""
         if worker in self.given_up:
             return
-        if isinstance(message, Progress):
+        if isinstance(message, (Progress, Standing, Line, Part)) and message.generation > self.state.generation:
+            self.outcome = self.outcome or ending.behind(self, message.generation)
+        elif isinstance(message, Progress):
             if worker not in self.released:
                 self.take_pulse(message)
         elif isinstance(message, Line):
@@ -212,7 +214,7 @@ class Controller:
     def note_loss(self, event: m.Lost, now: float) -> None:
         ready, pulse = self.live.pop(event.worker, None), self.pulses.pop(event.worker, None)
         self.started.pop(event.worker, None)
-        self.saving.pop(event.worker, None)
+        self.saving = {order: worker for order, worker in self.saving.items() if worker != event.worker}
         node = ready.node if ready else self.nodes.pop(event.worker, "")
         self.given_up.add(event.worker)
         self.lost.add(event.worker)
@@ -279,8 +281,7 @@ class Controller:
 
     def take_part(self, part: Part) -> None:
         """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it."""
-        if self.saving.get(part.worker) == Save(part.generation, part.step, part.rank, part.world_size):
-            del self.saving[part.worker]
+        self.saving.pop(Save(part.generation, part.step, part.rank, part.world_size), None)
         found = self.commits.take(part, self.books.written, self.books.sync)
         if found is not None:
             self.books.event(found.event, found.step, found.generation, **found.fields)
@@ -331,8 +332,9 @@ class Controller:
 
     def do_savealone(self, action: m.SaveAlone) -> None:
         if action.step > self.commits.newest:
-            self.saving[action.worker] = Save(action.generation, action.step, action.rank, action.world_size)
-            self.fleet.assign(action.worker, self.saving[action.worker])
+            order = Save(action.generation, action.step, action.rank, action.world_size)
+            self.saving[order] = action.worker
+            self.fleet.assign(action.worker, replace(order, ballot=action.ballot))
 
     def do_form(self, action: m.Form) -> None:
         """Publishes a generation: on disk first, then to its members."""
@@ -342,7 +344,7 @@ class Controller:
             self.books.interrupted(generation.number, action.cause, action.before, len(generation.members), lost, action.was, generation.mesh)
         if generation.committed < self.books.written:
             self.rewind(generation.committed)
-        generation = replace(generation, written=self.books.written, evaluated=self.books.evaluated,
+        generation = replace(generation, written=self.books.on_disk, evaluated=self.books.evaluated,
                              checkpointed=self.commits.newest, chaos=tuple(self.chaos))
         self.journal.published(generation)
         self.announce_generation(generation)
@@ -376,7 +378,6 @@ class Controller:
         """Every copy of the newer state is gone: metrics go back to the checkpoint that is loaded."""
         self.books.event("rewound", **{"from": self.books.written, "to": step})
         self.books.cut_back(step)
-        self.books.written, self.books.evaluated = step, min(self.books.evaluated, step)
         self.commits.newest = min(self.commits.newest, step)
 
     def do_finish(self, action: m.Finish) -> None:

@@ -34,7 +34,7 @@ def close(controller: Controller, outcome: m.Finish) -> None:
     saved = commits.newest if outcome.status != "done" else 0
     error = with_checkpoint(outcome.error, saved, books.written, controller.job.run_dir) if outcome.error else ""
     if not books.retry() and outcome.status == "done":
-        outcome = m.Finish("failed", full(controller, books.metrics.error or books.events.error))
+        outcome = m.Finish("failed", full(controller, books.error))
         error = outcome.error
     if not books.told & {"run_failed", "run_finished"}:  # else by a controller that fell right after
         if outcome.status == "failed":
@@ -61,16 +61,24 @@ def full(controller: Controller, error: OSError | None) -> str:
             f"{controller.job.run_dir}`.")
 
 
+def behind(controller: Controller, generation: int) -> m.Finish:
+    """Workers are in a generation that the journal lacks: who is in it nobody can say any more."""
+    for worker in controller.state.ready:
+        controller.fleet.abandon(worker, generation)
+    return m.Finish("failed", f"A controller fell while the run directory {controller.job.run_dir} could not be written, and its journal lacks "
+                              f"generation {generation}; make room there, then resume the run.")
+
+
 def await_words(controller: Controller, timeout_s: float) -> None:
     """Returns when all that was ordered of `do_savealone` is on disk, or will not be."""
     until = time.monotonic() + timeout_s
     if controller.past:  # they may have said it to a controller that fell
-        for worker in controller.saving:
+        for worker in set(controller.saving.values()):
             controller.fleet.resync(worker)
     while controller.saving and time.monotonic() < until:
         item = controller.inbox.get(LOOK_S)
         hear(controller, item)
-        if isinstance(item, m.Lost) and item.worker in controller.saving:
+        if isinstance(item, m.Lost) and item.worker in controller.saving.values():
             return  # a part of it will never come
         if isinstance(item, m.GiveUp):
             return

@@ -304,13 +304,22 @@ def record(work: Work, generation: Generation, group: CollectiveGroup, ballot: B
 
 def write_down(work: Work, generation: Generation, group: CollectiveGroup, fields: dict[str, Any]) -> None:
     """Rank 0 sends a line for metrics.jsonl; every member keeps it until it is known to be on disk."""
-    written = work.control.written
-    while work.unwritten and work.unwritten[0]["step"] + ("eval" in work.unwritten[0]) <= written:
-        work.unwritten.popleft()
+    keep_lines(work.unwritten, work.control.written, fields["step"])
     work.unwritten.append(fields)
     work.unsaved.append(fields)
     if group.rank == 0:
-        work.post(Line(generation.number, "metrics", fields))
+        repeats = work.control.repeat.is_set()
+        work.control.repeat.clear()
+        for one in work.unwritten if repeats else (fields,):
+            work.post(Line(generation.number, "metrics", one))
+
+
+def keep_lines(lines: deque[dict[str, Any]], there: int, last: int) -> None:
+    """Those of the steps after `there`, whose evaluation may be missing too, up to `last`: a run may have gone back."""
+    while lines and lines[0]["step"] + ("eval" in lines[0]) <= there:
+        lines.popleft()
+    while lines and lines[-1]["step"] > last:
+        lines.pop()
 
 
 def after(work: Work, generation: Generation, links: Links, injector: Injector, evaluated: int = 0,

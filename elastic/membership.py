@@ -37,7 +37,7 @@ from elastic.moves import (
     Want,
 )
 from elastic.policy import MAX_FRUITLESS, Bounds, choose, fewest, world_size
-from elastic.recovery import Whole, covers, find_whole, rejoin, seat
+from elastic.recovery import Whole, covers, find_whole, rejoin, seat, writers
 
 
 @dataclass(frozen=True)
@@ -327,17 +327,19 @@ def next_mesh(state: State, candidates: list[str], words: Mapping[str, Standing]
 
 
 def last_words(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
-    """The end, before which one of each seat writes down what it has."""
-    state, saves = save_alone(replace(state, savers=()))
+    """The end, before which those who are left write down what they have."""
+    state, saves = save_alone(replace(state, savers=(), over=action))
     state, finished = finish(state, action)
     return state, (*saves, *finished)
 
 
 def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
-    """Too few are left: one of each seat writes down what it has, once."""
-    whole = find_whole(state.last, state.group, at_step=True)
-    savers = tuple(whole.copy()) if whole and whole.step > 0 and whole.is_in(whole.copy()) else ()
+    """Too few are left: those who have it write down what there is, once. Whoever goes on after that stays where it said that it stands."""
+    words = state.last if state.over else {w: replace(s, holds=-1) for w, s in state.last.items()}
+    whole = find_whole(words, state.group)
+    savers = writers(whole, state.mesh[0], state.bounds.max_workers) if whole and whole.step > 0 else ()
     if not whole or not savers or savers == state.savers:
         return state, ()
-    orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers)) for rank, w in enumerate(savers))
+    orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers), None if w in whole.exact else whole.ballot)
+                   for rank, w in enumerate(savers))
     return replace(state, savers=savers), orders

@@ -142,7 +142,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Save:
-    """An order to write a checkpoint: one rank's share of it. The controller gives it to one replica's survivors where too few are left to go on."""
+    """An order to write a checkpoint: one rank's share of it. The controller gives it to survivors where too few are left to go on."""
 
     generation: int
     step: int
@@ -150,6 +150,7 @@ class Save:
     world_size: int = 1
     wait: bool = False  # until it is durable
     fault: str = ""  # that the file system is to have
+    ballot: Ballot | None = None  # of `step`, for who holds its gradients and has not applied them
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic.messages import Axes, Generation, Standing
+from elastic.messages import Axes, Ballot, Generation, Standing
 from elastic.policy import Degrees
 
 
@@ -102,7 +102,8 @@ class Wait:
 class SaveAlone:
     """This worker is to write down what it has, if no checkpoint has it: the run cannot go on without others.
 
-    It is seat `rank` of a replica of `world_size`, each of whose members is asked.
+    It writes the part of `rank` of `world_size`, each of which is asked of somebody, several of one where the others are lost.
+    With a `ballot` it holds the gradients of `step`, and applies them first.
     """
 
     worker: str
@@ -110,6 +111,7 @@ class SaveAlone:
     step: int
     rank: int = 0
     world_size: int = 1
+    ballot: Ballot | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from elastic.keeping import lacking
+from elastic.keeping import lacking, owned, without
 from elastic.messages import Axes, Ballot, Generation, Holder, Standing
 from elastic.policy import Degrees
 
@@ -58,15 +58,36 @@ def suffices(holders: Iterable[Standing]) -> bool:
     return bool(words) and not (words[0].blocks and lacking([word.kept for word in words], words[0].blocks))
 
 
+def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
+    """Who writes down which part of a state, in rank order: one of each seat where all keep all of it, else for each of its
+    `owners`, of `most` at most, whoever is left of owner and twin. () if parts of it are nowhere.
+    """
+    for data in (owners, *range(1, most + 1)) if whole.is_shared_out else (1,):
+        found = [writer(whole, place, rank, data) for rank in range(data) for place in range(math.prod(whole.degrees))]
+        if all(found):
+            return tuple(found)
+    return ()
+
+
+def writer(whole: Whole, place: int, rank: int, data: int) -> str:
+    """Who keeps, of a seat's state, what owner `rank` of `data` owns, itself rather than a twin; "" if nobody does."""
+    for stretches in (1, 2):  # what lies behind is on its way
+        for worker in whole.column(place):
+            word = whole.words[worker]
+            if not word.blocks or not without([owned(rank, data, word.blocks)], word.kept[:stretches]):
+                return worker
+    return ""
+
+
 def covers(seats: Iterable[int], degrees: Degrees) -> bool:
     """Whether all of a replica's seats are among these."""
     return set(seats) >= set(range(math.prod(degrees)))
 
 
-def find_whole(words: Mapping[str, Standing], group: Iterable[str], preferred: Degrees = (1, 1, 1), at_step: bool = False) -> Whole | None:
+def find_whole(words: Mapping[str, Standing], group: Iterable[str], preferred: Degrees = (1, 1, 1)) -> Whole | None:
     """The state that counts: of the furthest step that any of `group` committed, if its parts are all there, in the group or beside it.
 
-    Where it is there in two meshes (members fell while it moved), the preferred one's is taken. `at_step`: nobody has to apply anything.
+    Where it is there in two meshes (members fell while it moved), the preferred one's is taken.
     """
     mine = [words[w] for w in group if w in words]
     step = max((s.committed for s in mine), default=-1)
@@ -76,7 +97,7 @@ def find_whole(words: Mapping[str, Standing], group: Iterable[str], preferred: D
     exact = frozenset(w for w, s in words.items() if s.committed == step)
     held: dict[Degrees, dict[str, int]] = {}
     for worker, word in words.items():
-        applies = ballot is not None and not at_step and word.committed == step - 1 and word.holds == step
+        applies = ballot is not None and word.committed == step - 1 and word.holds == step
         if word.seat >= 0 and (worker in exact or applies):
             held.setdefault(word.mesh[1:], {})[worker] = word.seat
     wholes = [Whole(step, degrees, seats, exact, ballot, words) for degrees, seats in held.items()]

@@ -17,7 +17,7 @@ from elastic.backend import Buffer
 from elastic.checkpoint.manifest import Piece
 from elastic.checkpoint.plan import runs_of, shares
 from elastic.errors import RunFailed
-from elastic.keeping import NONE, Stretch, cuts, kept, lacking, owned, scaled, size_of
+from elastic.keeping import NONE, Stretch, cuts, kept, lacking, owned, scaled, size_of, without
 from elastic.parallel.layout import Box
 from elastic.state import AVERAGE, BLOCK, Place, State, fill, scatter, to_numpy, within
 
@@ -133,6 +133,13 @@ class ShardedState(State):
         is_slot = kind == "optimizer" and slot in self.slots and parameter in self.layout.trainable_set
         return (slot, self.layout.places[parameter]) if is_slot else None
 
+    def _trained(self, name: str) -> Place | None:
+        """The place of the parameter that an array is of, or of which it is a slot; None where every worker has the array."""
+        found, (kind, _, parameter) = self._slot(name), name.partition("/")
+        if found is None and kind == "parameter" and parameter in self.layout.trainable_set:
+            return self.layout.places[parameter]
+        return found[1] if found else None
+
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         kind = str(self.param.dtype).removeprefix("torch.")
         return super().specs() | {f"optimizer/{slot}/{name}": (kind, self.layout.places[name].shape)
@@ -161,14 +168,16 @@ class ShardedState(State):
         return self._gathered(AVERAGE, 0, self.layout.trainable, group)
 
     def shares(self, rank: int, size: int) -> tuple[Piece, ...]:
-        """As of any state, but the slots are written by who owns them. RunFailed where this worker does not keep them."""
+        """As of any state, but what is trained is written by who owns it, or its twin: a torn state has no more. RunFailed where this worker
+        does not keep it.
+        """
         mine = self.kept()
-        slots = {name: found for name in mine if (found := self._slot(name)) is not None}
+        trained = {name: place for name in mine if (place := self._trained(name)) is not None}
         low, high = scaled([owned(rank, size, self.num_blocks)], BLOCK)[0]
-        if not self.keeps_all and any(self.store.find(slot, low, high) is None for slot in self.slots if low < high):
+        if without([(low, high)], self.store.stretches):
             raise RunFailed(f"Blocks {low // BLOCK} to {high // BLOCK - 1} of the optimizer's state are kept by other workers; resume the run.")
-        boxes = list(shares({name: spec for name, spec in mine.items() if name not in slots}, size)[rank])
-        for name, (_, place) in slots.items():
+        boxes = list(shares({name: spec for name, spec in mine.items() if name not in trained}, size)[rank])
+        for name, place in trained.items():
             dtype, shape = mine[name]
             first, last = max(0, low - place.offset), min(place.size, high - place.offset)
             boxes += [Piece(name, dtype, shape, start, count) for start, count in runs_of(shape, first, last)]

@@ -20,9 +20,9 @@ from elastic.checkpoint.saver import Saver
 from elastic.collective.group import CollectiveGroup
 from elastic.control import Control
 from elastic.data.collate import num_rows, sliced
-from elastic.errors import BadCheckpoint, GroupBroken, NonFiniteLoss, Overwritten, UserError
+from elastic.errors import BadCheckpoint, GroupBroken, NonFiniteLoss, Overwritten, RunFailed, UserError
 from elastic.evaluation import measure, named
-from elastic.loop import Work, train
+from elastic.loop import Work, commit, keep_lines, train
 from elastic.mesh import Mesh
 from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing, shape
 from elastic.own import describe, users
@@ -71,7 +71,9 @@ class Worker:
         self.control = Control()
         self.orders: queue.SimpleQueue[Generation | Save | Orphan | None] = queue.SimpleQueue()
         self.is_gone = threading.Event()  # an orphan has said its last words
-        self.part: Part | None = None
+        self.parts: dict[Save, Part] = {}  # of the last checkpoint
+        self.said: Ready | None = None
+        self.stood: Standing | None = None  # where it stands by
 
     def serve(self) -> None:
         """Builds and compiles, says so, and works until released."""
@@ -87,7 +89,8 @@ class Worker:
         self.work.is_busy = self.saver.is_busy
         self.place = (mesh.pipeline, mesh.tensor, mesh.expert, seat)
         warm_up(self.work)
-        self.rim.post(Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.work.backend.compilations(), self.rim.shares))
+        self.said = Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.work.backend.compilations(), self.rim.shares)
+        self.rim.post(self.said)
         taken = 0
         while (order := self.orders.get()) is not None:
             if isinstance(order, Orphan):
@@ -96,18 +99,25 @@ class Worker:
             if isinstance(order, Save):
                 self.save_alone(order)
             elif order.number > taken:  # a new controller repeats what may not have arrived
-                taken = order.number
-                self.rim.post(self.take_part(order))
+                taken, self.stood = order.number, None
+                self.stood = self.take_part(order)
+                self.rim.post(self.stood)
         self.saver.join()
 
     def save_alone(self, order: Save) -> None:
         """Last words: too few are left to go on, and no checkpoint has what this one has. Its part tells how it went."""
-        state = self.work.state
-        if state.committed == order.step and state.keeps_all and not state.torn:
-            self.saver.save(self.work.state, order, self.work.evaluation)
-        else:
-            self.post_part(Part(self.name, order.generation, order.step, "", 0.0, 0.0, order.rank, order.world_size,
-                                error=f"{self.name} has not the whole state of step {order.step} any more."))
+        written, work, state = self.parts.get(replace(order, ballot=None)), self.work, self.work.state
+        if written is not None and not written.error:
+            self.rim.post(written)
+            return
+        try:
+            if order.ballot and (state.committed, work.holds) == (order.step - 1, order.step):
+                commit(work, order.ballot)
+            if state.committed != order.step:
+                raise RunFailed(f"{self.name} has not the state of step {order.step} any more.")
+            self.saver.save(state, order, work.evaluation)
+        except RunFailed as failed:
+            self.post_part(Part(self.name, order.generation, order.step, "", 0.0, 0.0, order.rank, order.world_size, error=str(failed)))
 
     def orphan(self, timeout_s: float = LAST_WORDS_S) -> None:
         """From another thread: nobody has answered for too long. Returns when the state is on disk, or cannot be."""
@@ -127,21 +137,24 @@ class Worker:
             self.is_gone.set()
 
     def post_part(self, part: Part) -> None:
-        self.part = part
+        parts = {order: old for order, old in self.parts.items() if (order.generation, order.step) == (part.generation, part.step)}
+        self.parts = {**parts, Save(part.generation, part.step, part.rank, part.world_size): part}
         self.rim.post(part)
 
     def resync(self) -> None:
-        """Says again what a controller may have taken and not yet written down."""
-        if self.part is not None:
-            self.rim.post(self.part)
+        """Says again what a controller may have taken and not yet written down: all of it, where its disk was full."""
+        for word in (self.said, self.stood, *self.parts.values()):
+            if word is not None:
+                self.rim.post(word)
+        self.control.repeat.set()
 
     def take_part(self, generation: Generation) -> Standing:
         """One generation, from meeting to parting, and where this worker stands after it."""
         rank = generation.members.index(self.name)
         group: CollectiveGroup | None = None
         self.control.enter(generation.number, generation.written)
-        self.work.unwritten.clear()  # a generation is published when its past is on disk
-        self.keep_lines(generation.checkpointed, generation.committed)
+        keep_lines(self.work.unwritten, generation.written, generation.committed)
+        keep_lines(self.work.unsaved, generation.checkpointed, generation.committed)
         hashes: Mapping[str, Any] = {}
         reason, error, fatal, rejected = "broken", "", False, ""
         try:
@@ -173,13 +186,6 @@ class Worker:
                         lines=tuple(work.unwritten), compilations=work.backend.compilations(), mesh=(1, *self.place[:3]),
                         seat=self.seat(), kept=work.state.blocks if work.state.committed >= 0 else (), blocks=work.state.num_blocks,
                         torn=work.state.torn, **hashes)
-
-    def keep_lines(self, saved: int, last: int) -> None:
-        """Of those for last words: what is on a machine's disk may go with it as long as no checkpoint was committed since."""
-        lines = self.work.unsaved
-        kept = [fields for fields in lines if saved < fields["step"] <= last]
-        lines.clear()
-        lines.extend(kept)
 
     def seat(self) -> int:
         """The rank within a replica of the seat whose state this worker holds; -1: it holds none."""
@@ -266,7 +272,7 @@ class Worker:
         def tell(done: int) -> None:
             self.control.detail = done
 
-        self.keep_lines(self.saver.newest, order.step)
+        keep_lines(self.work.unsaved, self.saver.newest, order.step)
         self.saver.save(self.work.state, order, evaluation, tell)
 
     def crash(self) -> None:

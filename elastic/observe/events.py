@@ -31,34 +31,32 @@ class JsonLines:
         self._held: deque[bytes] = deque()
         self.error: OSError | None = None  # why lines are held
 
+    def hold(self, fields: Mapping[str, Any]) -> None:
+        """A line for the next `retry`."""
+        self._held.append(line(fields).encode())
+
     def append(self, fields: Mapping[str, Any]) -> bool:
         """Writes one line and hands it to the operating system; False where it is held."""
-        self._held.append(line(fields).encode())
+        self.hold(fields)
         return self.retry()
 
     def retry(self) -> bool:
         """Writes what is held; whether that is everything."""
         while self._held:
-            end = None
             try:
                 if not self._is_whole:
                     cut_torn(self.path)
                     self._is_whole = True
-                end = os.fstat(self._file.fileno()).st_size
-                if self._file.write(self._held[0]) < len(self._held[0]):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                write_whole(self._file, self._held[0])
             except OSError as error:
                 self.error = error
-                if end is not None:
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(self._file.fileno(), end)  # no half of a line stays
                 return False
             self._held.popleft()
         self.error = None
         return True
 
     def cut_back(self, step: int) -> None:
-        """Drops the lines of later steps; the file is replaced whole or not at all."""
+        """Drops the lines of later steps; the file is cut or replaced, whole or not at all."""
         self._held = deque(text for text in self._held if json.loads(text).get("step", 0) <= step)
         rewrite(self.path, lambda fields: fields.get("step", 0) <= step)
         self._file.close()
@@ -76,6 +74,18 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def write_whole(file: Any, piece: bytes) -> None:
+    """All of it at the end of an unbuffered file that is appended to, or nothing: OSError."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(piece) < len(piece):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file.fileno(), end)
+        raise
 
 
 def has_writer(path: str | Path) -> bool:
@@ -173,9 +183,15 @@ def cut_torn(path: Path) -> None:
 
 
 def rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keeps the lines for which `keep` holds."""
-    lines = [fields for fields in iterate(path) if keep(fields)]
-    replace_text(path, "".join(map(line, lines)))
+    """Keeps the lines for which `keep` holds. Where the others lie behind them, that needs no room on a full disk."""
+    kept = [keep(fields) for fields in iterate(path)]
+    lines = path.read_bytes().split(b"\n")[:len(kept)] if kept else []
+    first = kept.index(False) if False in kept else len(kept)
+    if not any(kept[first:]):
+        if path.exists():
+            os.truncate(path, sum(len(text) + 1 for text in lines[:first]))
+        return
+    replace_text(path, "".join(text.decode() + "\n" for text, stays in zip(lines, kept, strict=True) if stays))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """The ledger: which sample fed which logical shard at which step, on disk, and what it proves.
 
 One Arrow IPC stream per generation, one record batch per step, one row per sample. Each batch goes to the operating system in
-one piece before the step's own line does, so every step in metrics.jsonl is in the ledger; a torn tail is cut.
+one piece before the step's own line does, so every step in metrics.jsonl is in the ledger; a torn tail is cut. What a full disk does not
+take is held until it does.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
@@ -19,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from elastic.errors import UserError
+from elastic.observe.events import write_whole
 
 FOLDER = "ledger"
 COLUMNS = ("step", "logical_shard", "position", "epoch", "sample")
@@ -31,6 +34,9 @@ class LedgerFiles:
     def __init__(self, run_dir: str | Path, written: int):
         self.folder = Path(run_dir) / FOLDER
         self.generation, self._file = -1, cast("FileIO | None", None)
+        self._path, self._open = self.folder, self.folder  # of the newest step, and of the file that is open
+        self._held: deque[tuple[int, Path, bytes]] = deque()  # (step, file, rows)
+        self.error: OSError | None = None  # why rows are held
         self.cut_back(written)
 
     def append(self, generation: int, step: int, packed: Mapping[str, Any]) -> None:
@@ -38,28 +44,40 @@ class LedgerFiles:
         rows = np.frombuffer(base64.b64decode(packed["rows"]), "<i8").reshape(-1, 4)
         about = {"sizes": json.dumps(packed["sizes"])}
         schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in zip(COLUMNS, TYPES)], metadata=about)
-        if self._file is None or generation != self.generation:
-            self._begin(generation, step, schema)
         columns = [np.full(len(rows), step), *rows.T]
         batch = pa.record_batch([pa.array(column).cast(kind) for column, kind in zip(columns, TYPES)], schema=schema)
-        self._write(batch.serialize())
+        piece = batch.serialize().to_pybytes()
+        if generation != self.generation:  # a file is never gone on with: the controller that does so has its own
+            self.generation, self._path = generation, self.folder / f"g{generation:06d}-step-{step:08d}.arrow"
+            piece = schema.serialize().to_pybytes() + piece
+        self._held.append((step, self._path, piece))
+        self.retry()
 
-    def _begin(self, generation: int, step: int, schema: pa.Schema) -> None:
-        """A file is never gone on with: the controller that does so has its own."""
+    def retry(self) -> bool:
+        """Writes what is held; whether that is everything."""
+        try:
+            while self._held:
+                _, path, piece = self._held[0]
+                if self._file is None or path != self._open:
+                    self._begin(path)
+                write_whole(self._file, piece)
+                self._held.popleft()
+        except OSError as error:
+            self.error = error
+            return False
+        self.error = None
+        return True
+
+    def _begin(self, path: Path) -> None:
         self.close()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.generation = generation
-        self._file = open(self.folder / f"g{generation:06d}-step-{step:08d}.arrow", "wb", buffering=0)  # noqa: SIM115 - closed by `close`
-        self._write(schema.serialize())
-
-    def _write(self, piece: pa.Buffer) -> None:
-        assert self._file is not None
-        left = memoryview(piece)
-        while len(left):
-            left = left[self._file.write(left):]
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._open = path
 
     def cut_back(self, step: int) -> None:
         """Drops later steps and what is torn."""
+        self.generation = -1
+        self._held = deque(one for one in self._held if one[0] <= step)
         self.close()
         for file in files(self.folder):
             end = 0
@@ -73,13 +91,15 @@ class LedgerFiles:
                 os.truncate(file, end)
 
     def sync(self) -> None:
-        """Returns when all of it is on the disk itself."""
+        """Returns when all of it is on the disk itself; OSError where some is held."""
+        if not self.retry() and self.error:
+            raise self.error
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
-            self.sync()
+            os.fsync(self._file.fileno())
             self._file.close()
         self._file = None
 

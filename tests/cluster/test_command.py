@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from elastic.recipe import load_recipe
+from tests.support.ends import ERRORS, LOSSES, SIGNALS, End
 from tests.support.oracle import undisturbed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +76,15 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], code: int, *word
     assert all(word in last for word in words), last
 
 
+def assert_interrupted(run: Path, process: subprocess.Popen[str], said: str, end: End) -> int:
+    """As the table of ends says, at the step that is saved."""
+    assert process.returncode == end.code and end.says in said and "Traceback" not in said, said
+    stopped = summary(run)
+    assert stopped["status"] == "interrupted"
+    assert (run / "checkpoints" / f"step-{stopped['steps']:08d}" / "manifest.json").exists(), end.kept
+    return int(stopped["steps"])
+
+
 def test_train_verify_replay_evaluate_sample(trained: Path) -> None:
     assert summary(trained / "run")["recoveries"] == 1
     assert (trained / "run" / "report.html").stat().st_size > 1_000_000  # plotly is inside: it opens offline
@@ -90,23 +100,22 @@ def test_train_verify_replay_evaluate_sample(trained: Path) -> None:
 
 
 def test_interrupted_then_resumed_ends_with_the_same_bits(here: Path) -> None:
-    process = subprocess.Popen([*ELASTIC, "train", "r.toml", "--run-dir", "run", *SLOW], cwd=here, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
-    for line in process.stdout:
-        if "checkpoint step-" in line:
+    steps = 0
+    for begin, name in ((["train", "r.toml", "--run-dir", "run", *SLOW], "group"), (["resume", "run"], "interrupt")):
+        process = subprocess.Popen([*ELASTIC, *begin], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+        assert any("checkpoint step-" in line for line in process.stdout)
+        if name == "group":
             os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: to all that the command has in its group
-            break
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    stopped = summary(here / "run")
-    assert stopped["status"] == "interrupted"
-    assert (here / "run" / "checkpoints" / f"step-{stopped['steps']:08d}" / "manifest.json").exists()
-    length = f"run.steps={stopped['steps'] + 50}"
-    resumed = elastic(here, "resume", "run", "--set", length)
+        else:
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+        before, steps = steps, assert_interrupted(here / "run", process, err, SIGNALS[name])
+        assert steps > before
+    resumed = elastic(here, "resume", "run", "--set", f"run.steps={steps + 50}")
     assert resumed.returncode == 0, resumed.stderr
     assert summary(here / "run")["state_sha256"] == undisturbed(load_recipe(here / "run" / "recipe.toml")).sha
-    assert summary(here / "run")["steps"] == stopped["steps"] + 50
+    assert summary(here / "run")["steps"] == steps + 50
     assert elastic(here, "verify", "run").returncode == 0
 
 
@@ -134,12 +143,10 @@ def test_two_interrupts_end_a_run_at_once_and_in_order(here: Path) -> None:
     assert any("checkpoint step-" in line for line in process.stdout)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    assert any("Interrupted: a last checkpoint" in line for line in process.stderr)
+    said = next(line for line in process.stderr if SIGNALS["again"].says in line)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    ended = summary(here / "run")
-    assert ended["status"] == "interrupted" and (here / "run" / "checkpoints" / f"step-{ended['steps']:08d}" / "manifest.json").exists()
+    assert_interrupted(here / "run", process, said + err, SIGNALS["again"])
     assert not psutil.wait_procs(family, timeout=60)[1], "with its command a local run ends"
 
 
@@ -153,7 +160,7 @@ def test_a_killed_driver_leaves_a_run_that_resumes(here: Path) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     agents = [member for member in family if "Agent" in " ".join(member.cmdline())]  # Ray's own, which notice after a minute
     process.kill()
-    process.wait()
+    assert 128 - process.wait() == LOSSES["driver and its Ray"].code
     for agent in agents:
         agent.kill()
     assert not psutil.wait_procs(family, timeout=60)[1], "with its driver a local run ends"
@@ -192,14 +199,14 @@ def test_scale_and_status_of_a_live_run(here: Path) -> None:
         assert_one_sentence(elastic(here, "scale", "run", "--workers", "9"), 2, "--workers 9", "elastic.max_workers = 2")
         assert_one_sentence(elastic(here, "resume", "run", "--set", "optimizer.lr=1"), 2, "is alive")
     finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
-    assert process.returncode == 130
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=120)
+    assert_interrupted(here / "run", process, said, SIGNALS["process"])
 
 
 def test_a_loss_that_is_nan_ends_the_run_with_its_place(here: Path) -> None:
     done = elastic(here, "train", "r.toml", "--run-dir", "run", "--set", "optimizer.lr=1e38", "--set", "optimizer.name=sgd")
-    assert_one_sentence(done, 3, "at step", "logical shard", "sample positions")
+    assert_one_sentence(done, ERRORS["nan"].code, "at step", "logical shard", "sample positions")
     assert summary(here / "run")["status"] == "failed"
 
 

@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 from elastic.observe.events import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.recipe import dumps
+from tests.support.ends import LOSSES
 from tests.support.runs import bits, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +106,7 @@ def test_the_driver_alone_is_killed_and_others_follow(cluster: Cluster, tmp_path
     assert status.startswith("running")
     for process in [start(tmp_path, "resume", str(run)) for _ in range(2)]:
         out, _ = process.communicate(timeout=LIMIT_S)
-        assert process.returncode == 0 and "is alive: following it" in out and "done: " in out, out
+        assert process.returncode == LOSSES["driver lost"].code and "is alive: following it" in out and "done: " in out, out
     lines = assert_ended_well(run)
     assert len([e for e in lines if e["event"] == "run_started"]) == 1, "it was followed, not started anew"
     assert not [e for e in lines if e["event"] in ("worker_lost", "rewound")]

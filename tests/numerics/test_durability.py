@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,8 @@ from typing import Any
 import pytest
 
 from elastic import inprocess as inprocess_fleet
-from elastic.checkpoint import store as stores
 from elastic.checkpoint.commits import Commits
-from elastic.checkpoint.faulty import FaultyFiles
 from elastic.checkpoint.manager import read_manifest, verify
-from elastic.checkpoint.remote import open_files
 from elastic.checkpoint.store import Store
 from elastic.observe.events import JsonLines, read_lines
 from tests.support import modules
@@ -212,30 +208,6 @@ def test_a_disk_that_fails_in_the_middle_costs_one_checkpoint(how: str, oracle: 
         assert rejected["step"] == 20 and Path(rejected["path"]).name == "step-00000020" and "\n" not in rejected["reason"]
         assert not list((tmp_path / "checkpoints").glob("step-00000020/*.safetensors")), "what is left of it is in the way"
 
-
-def test_a_full_disk_ends_a_run_with_one_sentence_and_older_checkpoints_stay(oracle: Result, tmp_path: Path,
-                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    full = threading.Event()
-
-    class Filling(FaultyFiles):
-        def due(self, name: str) -> bool:
-            if full.is_set() and name == "write":
-                self.fired.clear()
-                self.mode, self.at = "full", 1
-            return super().due(name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stores, "open_files", lambda location: (lambda files, root: (Filling(files), root))(*open_files(location)))
-        result = fit(tmp_path, recipe(), hooks={25: lambda run: full.set()})
-    assert result.outcome.status == "failed"
-    assert result.steps == oracle.steps, "training went on to the end"
-    assert result.outcome.error == (f"The checkpoint of step {STEPS} could not be written to {tmp_path}/checkpoints (No space "
-                                    "left on device); make room or mend the storage, then resume the run.")
-    assert [e["step"] for e in result.named("checkpoint_committed")][:2] == [10, 20]
-    store = Store.open(tmp_path / "checkpoints")
-    assert names(tmp_path)[0] == "step-00000010" and all(verify(store, name) for name in names(tmp_path))
-    again = fit(tmp_path, recipe())
-    assert again.outcome.status == "done" and again.sha == oracle.sha
 
 
 def test_who_cannot_see_the_files_says_so_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from elastic.inference import check_checkpoint
 from tests.support import modules
 from tests.support.inprocess import Result, Run, fit, module_recipe
 
@@ -67,21 +65,6 @@ def test_below_min_workers_it_waits_and_goes_on(oracle: Result, tmp_path: Path) 
     assert result.summary["world_sizes"] == [3]
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_interrupted_and_resumed(workers: int, oracle: Result, tmp_path: Path) -> None:
-    options = {"elastic": {"max_workers": workers}}
-    first = fit(tmp_path, recipe(**options), hooks={7: lambda run: run.interrupt()})
-    assert first.outcome.status == first.summary["status"] == "interrupted"
-    at = first.summary["steps"]
-    assert 7 < at < STEPS and (tmp_path / "checkpoints" / f"step-{at:08d}" / "manifest.json").exists()
-    generation = first.named("generation_started")[-1]["generation"]
-    second = fit(tmp_path, recipe(elastic={"max_workers": 5 - workers}))
-    second.assert_sound(STEPS)
-    assert second.sha == oracle.sha
-    assert second.named("generation_started")[-1]["generation"] > generation
-    assert not second.named("rewound")
-
-
 def test_interrupted_in_the_middle_of_a_resize(oracle: Result, tmp_path: Path) -> None:
     def both(run: Run) -> None:
         run.scale(2)
@@ -112,32 +95,6 @@ def test_rank_0_falls_while_it_writes_the_last_checkpoint(oracle: Result, tmp_pa
     assert result.sha == oracle.sha and len(result.named("worker_lost")) == 1
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_poison_step_fails_with_its_error(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = fit(tmp_path, recipe("Trap", model={"row": 70, "what": "poison"}, elastic={"max_workers": workers}))
-    assert result.outcome.status == result.summary["status"] == "failed"
-    assert re.fullmatch(r"ValueError: row 70: poison \(modules.py, line \d+, in loss\)", result.outcome.error)
-    at = result.summary["steps"]
-    assert result.summary["error"] == f"{result.outcome.error}; step {at} is saved: `elastic resume {tmp_path}` goes on from there."
-    assert at % 25 and result.summary["checkpoint"] == str(tmp_path / "checkpoints" / f"step-{at:08d}"), "no other checkpoint was due there"
-    assert len(result.named("step_failed")) == 1 and len(result.named("generation_started")) == 1, "the user's own error is not tried again"
-    assert "Traceback" in capsys.readouterr().err  # in the worker's log
-
-
-@pytest.mark.parametrize("what", ["poison", "nan"])
-def test_who_mends_what_failed_goes_on_from_the_last_step_that_was_whole(what: str, oracle: Result, tmp_path: Path) -> None:
-    failed = fit(tmp_path, recipe("Trap", model={"row": 70, "what": what}, elastic={"max_workers": 3}))
-    at = failed.summary["steps"]
-    assert failed.outcome.status == "failed" and 0 < at < STEPS and verify_checkpoint(tmp_path, at)
-    mended = fit(tmp_path, recipe(elastic={"max_workers": 2}))
-    assert mended.outcome.status == "done" and mended.steps == list(range(1, STEPS + 1)) and mended.sha == oracle.sha
-    assert mended.named("loaded")[0]["step"] == at and not mended.named("rewound")
-
-
-def verify_checkpoint(run_dir: Path, step: int) -> bool:
-    return check_checkpoint(run_dir / "checkpoints" / f"step-{step:08d}").step == step
-
-
 def test_an_error_that_does_not_come_again_is_survived(tmp_path: Path) -> None:
     modules.Trap.caught.clear()
     model = {"row": 70, "what": "hiccup", "once": True}
@@ -166,10 +123,3 @@ def test_a_state_torn_by_its_update_is_healed(tmp_path: Path, monkeypatch: pytes
     assert torn and result.sha == one.sha
     assert [e["error"].partition(" (")[0] for e in result.named("step_failed")] == ["MemoryError: no room"]
     assert len(result.named("healed")) == 1 and not result.named("worker_lost")
-
-
-def test_a_lost_number_fails_at_once_and_says_where(tmp_path: Path) -> None:
-    result = fit(tmp_path, recipe("Trap", model={"row": 70, "what": "nan"}))
-    assert result.outcome.status == "failed" and len(result.named("generation_started")) == 1
-    error = result.summary["error"]
-    assert "The loss is nan at step" in error and "logical shard" in error and "sample positions" in error

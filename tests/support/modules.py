@@ -100,3 +100,37 @@ class Trap(Small):
         if self.what == "nan":
             return found * float("nan")
         raise (OSError if self.once else ValueError)(f"row {self.row}: {self.what}")
+
+
+class Fragile(Small):
+    """Fails in the way that is `armed`. Disarmed, it is what it was: whoever resumes has mended it. `wide`: parameters beside, to share out."""
+
+    armed: set[str] = set()
+
+    def __init__(self, wide: int = 1, width: int = 6):
+        super().__init__(width)
+        self.wide = nn.Parameter(torch.zeros(wide))
+
+    def loss(self, batch: Any) -> Any:
+        found = super().loss(batch) + (self.wide - 1).square().mean()
+        if "warm-up" in self.armed or ("evaluation" in self.armed and not self.training):
+            raise ValueError("no such layer")
+        if not self.training or 70 not in batch["id"].tolist():
+            return found
+        if "loss" in self.armed:
+            raise ValueError("row 70 is poison")
+        if "gradient" in self.armed:
+            found = found + (self.line.bias - self.line.bias.detach()).pow(0.5).sum()  # 0, and infinitely steep
+        return found * float("nan") if "nan" in self.armed else found
+
+    def metrics(self, batch: Any) -> Any:
+        if "metrics" in self.armed:
+            raise KeyError("recall")
+        return {"off": ((self.line(batch["x"]) - batch["y"]).abs().sum(), len(batch["y"]))}
+
+
+class FragileRows(Rows):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if "data" in Fragile.armed and index == 70:
+            raise OSError("row 70 cannot be read")
+        return super().__getitem__(index)

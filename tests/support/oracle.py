@@ -18,7 +18,9 @@ def undisturbed(recipe: Recipe) -> Result:
     size = mesh.pipeline * mesh.tensor * mesh.expert
     alone = recipe.elastic.model_copy(update={"min_workers": size, "max_workers": size, "spares": 0})
     whole = recipe.optimizer.model_copy(update={"sharded": False})
-    return _trained(dumps(recipe.model_copy(update={"elastic": alone, "optimizer": whole})))
+    here = recipe.checkpoint.model_copy(update={"path": ""})
+    data = recipe.data.model_copy(update={"ledger": False})
+    return _trained(dumps(recipe.model_copy(update={"elastic": alone, "optimizer": whole, "checkpoint": here, "data": data})))
 
 
 @cache

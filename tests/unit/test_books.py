@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from elastic.books import Books
 from elastic.errors import UserError
+from elastic.observe import ledger
 from elastic.observe.events import read_lines
 
 
@@ -125,3 +130,31 @@ def test_a_follower_gets_every_line_once(books: Books) -> None:
         seen += new
     assert len(seen) == known == 6 and books.since(6) == ([], 6)
     assert [fields["step"] for fields in seen if "loss" in fields] == [1, 2, 3]
+
+
+def test_a_step_whose_rows_a_full_disk_does_not_take_has_no_line(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step in metrics.jsonl is in the ledger, at any moment; nothing is lost, and what goes back needs no room."""
+
+    def full(file: Any, piece: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fed(step: int, generation: int = 1) -> dict[str, Any]:
+        rows = np.array([[0, step - 1, 0, step - 1]], "<i8")
+        return {**line(step, generation=generation), "samples": 1, "ledger": {"sizes": [9], "rows": base64.b64encode(rows.tobytes()).decode()}}
+
+    books.metric(1, fed(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "write_whole", full)
+        for step, generation in ((2, 1), (3, 2), (4, 2)):
+            books.metric(generation, fed(step, generation))
+        assert on_disk(books) == [1] and (books.written, books.on_disk) == (4, 1)
+        assert not books.retry() and books.error is not None and books.error.errno == errno.ENOSPC
+        with pytest.raises(OSError, match="No space"):
+            books.sync()
+        books.cut_back(3)
+        assert (books.written, books.on_disk) == (3, 1)
+    assert books.retry() and books.on_disk == 3 and on_disk(books) == [1, 2, 3]
+    books.metric(3, fed(4, 3))
+    books.sync()
+    problems, facts = ledger.prove(books.metrics.path.parent, [{"step": step, "samples": 1} for step in range(1, 5)])
+    assert not problems and facts[0].startswith("ledger: 4 positions, each fed once")

@@ -77,6 +77,8 @@ class World:
 
     def on_savealone(self, action: m.SaveAlone) -> None:
         worker = self.workers[action.worker]
+        if action.ballot and (worker.committed, worker.holds) == (action.step - 1, action.step):
+            worker.committed = action.step
         assert worker.at == 0 and worker.committed == action.step > 0 and action.generation == self.generation
         assert action.step == max(w.committed for name, w in self.workers.items() if name in self.group)
         assert (worker.seat, math.prod(worker.degrees)) == (action.rank, action.world_size)

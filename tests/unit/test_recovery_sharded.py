@@ -99,9 +99,46 @@ def test_a_group_with_twins_shrinks_one_by_one_and_one_without_by_way_of_a_check
     assert formed(actions).members == ("a", "b") and formed(actions).committed == -1
 
 
-def test_nobody_writes_down_alone_what_it_has_not() -> None:
+def saves(actions: list[Any]) -> list[tuple[str, int, int]]:
+    return [(a.worker, a.rank, a.world_size) for a in actions if isinstance(a, m.SaveAlone)]
+
+
+def test_too_few_write_down_what_they_own_and_what_they_are_the_twin_of() -> None:
     machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, keepers=2))
     machine.feed(m.Lost("b", "killed"))
     stands(machine, "a", 7)
     actions = stands(machine, "c", 7)
-    assert only(actions, m.Wait).needed == 3 and not [a for a in actions if isinstance(a, m.SaveAlone)]
+    assert only(actions, m.Wait).needed == 3 and saves(actions) == [("a", 0, 3), ("c", 1, 3), ("c", 2, 3)]
+
+
+def test_at_a_failed_end_each_owner_writes_its_part() -> None:
+    machine = running("a", "b", "c", "d", bounds=TWINS)
+    for name in "abc":
+        stands(machine, name, 7, reason="failed", error="no", fatal=True)
+    actions = stands(machine, "d", 7, reason="failed", error="no", fatal=True)
+    assert saves(actions) == [("a", 0, 4), ("b", 1, 4), ("c", 2, 4), ("d", 3, 4)] and only(actions, m.Finish).status == "failed"
+
+
+def test_a_torn_owner_is_its_twin_s_to_write_down() -> None:
+    """b's update failed half-way: it has no state any more."""
+    machine = running("a", "b", "c", bounds=Bounds(1, 3, 9, keepers=2))
+    stands(machine, "b", -1, reason="failed", error="no", fatal=True, kept=(), seat=-1)
+    stands(machine, "a", 7)
+    assert saves(stands(machine, "c", 7)) == [("a", 0, 3), ("c", 1, 3), ("c", 2, 3)]
+
+
+def test_nobody_writes_down_what_is_nowhere() -> None:
+    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, keepers=1))
+    machine.feed(m.Lost("b", "killed"))
+    stands(machine, "a", 7)
+    assert saves(stands(machine, "c", 7)) == []
+
+
+def test_who_holds_the_last_step_applies_it_before_the_end_and_only_then() -> None:
+    """Of three one is lost in a vote that one other saw complete."""
+    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, keepers=2))
+    machine.feed(m.Lost("b", "killed"))
+    stands(machine, "a", 7, ballot=ballot(7))
+    assert saves(stands(machine, "c", 6, holds=7)) == [], "they may go on, from where they say that they stand"
+    actions = machine.feed(m.GiveUp("no more"))
+    assert [(a.worker, a.step, a.ballot) for a in actions if isinstance(a, m.SaveAlone)] == [("a", 7, None), ("c", 7, ballot(7)), ("c", 7, ballot(7))]

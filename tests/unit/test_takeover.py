@@ -12,8 +12,8 @@ from elastic import membership as m
 from elastic.books import Books
 from elastic.chaos import parse
 from elastic.controller import Controller
-from elastic.messages import Standing
-from tests.support.rig import SETTINGS, Rig, save
+from elastic.messages import Progress, Standing
+from tests.support.rig import SETTINGS, Rig, metric, save
 
 
 @pytest.fixture
@@ -114,3 +114,18 @@ def test_first_and_last_line_are_written_by_whoever_comes_to_it_and_once(rig: Ri
     last = successor(rig)  # it fell after its last line
     last.close(m.Finish("done"))
     assert [len(rig.events(name)) for name in ("rewound", "run_started", "run_finished", "run_failed")] == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("word", [Progress("a", 2, 7, "forward", 0, False), Standing("a", 2, "done", 8), metric(3, 2)])
+def test_a_generation_that_the_journal_lacks_ends_the_run(word: Any, rig: Rig) -> None:
+    """The disk was full as it was formed: who is in it nobody knows, and nobody would ever stand by."""
+    rig.start("a")
+    rig.steps(1, 2)
+    again = successor(rig)
+    again.state = again.past.state
+    again.take("a", Progress("a", 1, 7, "forward", 0, False))
+    assert again.outcome is None
+    again.take("a", word)
+    assert again.outcome is not None and again.outcome.status == "failed"
+    assert "its journal lacks generation 2; make room there" in again.outcome.error
+    assert rig.written() == [1, 2] and rig.fleet.of("abandon") == [("a", 2)]
