@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,14 @@ Collate = Callable[[Sequence[Any]], Any]
 STRANGE = "OmMV"  # kinds of NumPy's that no framework computes with, but for bfloat16 and its like, which have names
 PLAIN = (bool, int, float, complex)
 WIDE = ("float128", "complex256")
+
+
+@dataclass(frozen=True)
+class Collated:
+    """What a data set's own `collate_fn` makes of so many items: whatever it is, it cannot be cut by rows."""
+
+    content: Any
+    rows: int
 
 
 def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = True) -> Any:
@@ -107,6 +116,8 @@ def culprit(path: str, items: Sequence[Any], collate: Collate, error: Exception)
 
 def num_rows(batch: Any) -> int:
     """Of the first array in a batch. RecipeError if it has none."""
+    if isinstance(batch, Collated):
+        return batch.rows
     found = _rows(batch)
     if found is None:
         raise RecipeError("data.kind: a batch has no columns; give items with a number or an array at least.")
@@ -123,7 +134,11 @@ def _rows(batch: Any) -> int | None:
 
 
 def sliced(batch: Any, low: int, high: int) -> Any:
-    """Rows low..high-1 of every column."""
+    """Rows low..high-1 of every column. RecipeError for some of the rows that a data set's own collate_fn put together."""
+    if isinstance(batch, Collated):
+        if 0 < high - low < batch.rows:
+            raise RecipeError("data.kind: what its collate_fn gives cannot be cut by rows into micro-batches; set mesh.micro_batches = 1.")
+        return Collated(batch.content, min(batch.rows, high - low))
     if is_texts(batch):
         return batch[low:high]
     if isinstance(batch, Mapping):

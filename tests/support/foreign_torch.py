@@ -21,7 +21,7 @@ def _quiet():
 # ------------------------------------------------------------------ 1. GPT-2, padded, tied, dropout, checkpointed
 
 class Sentences:
-    """Ragged token lists, padded to the longest of the batch by `collate`, labels -100 where there is nothing."""
+    """Ragged token lists, padded to the longest of the batch by `collate_fn`, labels -100 where there is nothing."""
 
     def __init__(self, size=48, vocab=40, longest=9, seed=0):
         draw = np.random.default_rng(seed)
@@ -33,7 +33,7 @@ class Sentences:
     def __getitem__(self, index):
         return {"input_ids": torch.as_tensor(self.rows[index])}
 
-    def collate(self, items):
+    def collate_fn(self, items):
         ids = pad_sequence([item["input_ids"] for item in items], batch_first=True)
         mask = (ids > 0).long()
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
@@ -121,6 +121,13 @@ class T5(nn.Module):
 
 
 # ------------------------------------------------------------------ 4. LLaMA with LoRA, frozen backbone
+
+class Rows(Pairs):
+    """As `datasets` gives them: lists of numbers."""
+
+    def __getitem__(self, index):
+        return {"input_ids": torch.tensor(self.source[index])}
+
 
 class LoRA(nn.Module):
     def __init__(self, base, rank=4, dropout=0.1):
@@ -267,7 +274,7 @@ class Bags:
         return self.rows[index], self.labels[index]
 
     @staticmethod
-    def collate(items):
+    def collate_fn(items):
         lengths = torch.tensor([len(row) for row, _ in items])
         return {"tokens": torch.cat([torch.as_tensor(row) for row, _ in items]), "offsets": torch.cumsum(lengths, 0) - lengths,
                 "label": torch.tensor([int(label) for _, label in items])}
@@ -300,7 +307,7 @@ class Utterances:
     def __getitem__(self, index):
         return torch.from_numpy(self.sound[index]), torch.from_numpy(self.text[index])
 
-    def collate(self, items):
+    def collate_fn(self, items):
         sounds, texts = zip(*items, strict=True)
         return (pad_sequence(sounds, batch_first=True), torch.tensor([len(s) for s in sounds]),
                 torch.cat(texts), torch.tensor([len(t) for t in texts]))
@@ -379,7 +386,7 @@ class Graphs:
     def __getitem__(self, index):
         return self.graphs[index]
 
-    def collate(self, graphs):
+    def collate_fn(self, graphs):
         starts = np.cumsum([0] + [len(g["x"]) for g in graphs])
         return {"x": torch.cat([g["x"] for g in graphs]),
                 "edges": torch.cat([g["edges"] + int(start) for g, start in zip(graphs, starts[:-1], strict=True)], 1),
@@ -420,7 +427,7 @@ class Boxes:
     def __getitem__(self, index):
         return self.images[index], self.targets[index]
 
-    def collate(self, items):
+    def collate_fn(self, items):
         return tuple(zip(*items, strict=True))  # torchvision's
 
 
