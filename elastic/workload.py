@@ -165,9 +165,10 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
 
 
 def check_items(opened: Workload) -> None:
-    """A user's own data set gives the first rows of both splits. UserError before a worker starts."""
+    """A user's own data set gives the first rows of both splits, and the same again. UserError before a worker starts."""
     if isinstance(opened.training, MapStyle):
-        load_batch(opened.training, opened.sampler, 1, 0)
+        epochs, indices = opened.sampler.locate(opened.sampler.positions(1, 0))
+        opened.training.check_repeats(indices[indices >= 0], epochs[indices >= 0])
         if opened.evaluation:
             eval_batches(opened.evaluation, 1)[0]()
 

@@ -151,3 +151,19 @@ def sliced(batch: Any, low: int, high: int) -> Any:
 def is_texts(batch: Any) -> bool:
     """Whether it is a column of texts, which torch leaves a list."""
     return isinstance(batch, (list, tuple)) and bool(batch) and isinstance(batch[0], (str, bytes))
+
+
+def unlike(path: str, one: Any, other: Any) -> str:
+    """The path of the first array, number or text that differs; "" where none does."""
+    if isinstance(one, Collated):
+        return unlike(path, one.content, other.content)
+    inside, its = parts(one), parts(other)
+    if inside is not None:
+        if inside.keys() != (its or {}).keys():
+            return path
+        return next((found for sign, entry in inside.items() if (found := unlike(path + sign, entry, (its or {})[sign]))), "")
+    if isinstance(one, (*PLAIN, str, bytes)):
+        return "" if one == other or one != one else path
+    if not hasattr(one, "dtype") or not hasattr(one, "shape"):
+        return ""  # an object that a collate_fn made
+    return "" if repr(one.dtype) == repr(other.dtype) and shape_of(one) == shape_of(other) and bool(((one == other) | (one != one)).all()) else path

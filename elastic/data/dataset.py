@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from elastic.data.collate import Collate, Collated, batch_of, sliced, stacked
+from elastic.data.collate import Collate, Collated, batch_of, sliced, stacked, unlike
 from elastic.errors import ElasticError, RecipeError
 from elastic.own import place_of
 
@@ -41,6 +41,9 @@ class MapStyle:
                  collate: Collate = stacked, part: range | None = None):
         self.source, self.seed, self.collate = source, seed, collate
         self.seeded = seeded if getattr(source, "draws", True) else no_seed
+        if any(cls.__module__.startswith("keras.") and cls.__name__ == "PyDataset" for cls in type(source).__mro__):
+            raise RecipeError(f"data.kind: {type(source).__name__} is a PyDataset of Keras', whose items are batches; give a data set whose items are "
+                              "single rows, (x, y).")
         for method in ("__len__", "__getitem__"):
             if not hasattr(source, method):
                 raise RecipeError(f"data.kind: {type(source).__name__} has no {method}; a data set needs a length and items by index.")
@@ -71,6 +74,15 @@ class MapStyle:
                 return Collated(asked(self.source, f"collate_fn for items {chosen[0]} to {chosen[-1]}", partial(self.own, items)), len(indices))
             batch = batch_of(items, chosen, self.collate)
         return batch if len(indices) else sliced(batch, 0, 0)
+
+    def check_repeats(self, indices: np.ndarray, epochs: np.ndarray) -> None:
+        """RecipeError where the same rows are something else when they are asked for again: so would they be on another worker."""
+        one, two = self.batch(indices, epochs), self.batch(indices, epochs)
+        path = unlike("batch", one, two)
+        if path:
+            raise RecipeError(f"data.kind: {type(self.source).__name__} gives something else when the same items are asked for again ({path}): it draws "
+                              "from a generator of its own, counts, or writes into what it keeps; draw from the default generators of NumPy, Python or "
+                              "the framework, which are seeded for every batch, and give copies.")
 
 
 def own_collate(source: Any) -> Callable[[Sequence[Any]], Any] | None:

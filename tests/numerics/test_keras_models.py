@@ -15,10 +15,10 @@ from elastic.recipe import Recipe
 from elastic.workload import Workload, check_model, open_model
 from tests.support.frameworks import assert_close, load
 from tests.support.inprocess import Result, fit, module_recipe
+from tests.support.plain_keras import BATCH, LR, STEPS, Plain
 from tests.support.sampling import sample
 
 KINDS = "tests.support.keras_kinds"
-STEPS, BATCH, LR = 20, 12, 0.05
 DISTURBED = ("kill:1@3/vote", "kill:0@7/update")
 ALIKE = ["constrained", "centred", "regularized", "normed", "group_normed", "frozen", "nested", "two_heads", "own_compute_loss", "penalized",
          "recurrent", "averaging", "teacher", "net"]
@@ -40,75 +40,8 @@ def recipe(kind: str, rows: str = "pair", shards: int = 3, workers: int = 1, rul
     return module_recipe("", STEPS, {"kind": rows}, **merged)
 
 
-class AdamW:
-    """Loshchilov and Hutter 2019, algorithm 2, in float64: Keras' own adds epsilon at another place."""
-
-    def build(self, variables: Any) -> None:
-        self.moments = [np.zeros((2, *v.shape)) for v in variables]
-        self.step = 0
-
-    def apply(self, slopes: Any, variables: Any) -> None:
-        self.step += 1
-        for moments, slope, variable in zip(self.moments, slopes, variables, strict=True):
-            for moment, beta, value in zip(moments, (0.9, 0.95), (slope, np.square(slope, dtype=np.float64)), strict=True):
-                moment *= beta
-                moment += (1 - beta) * value
-            mean, square = (moment / (1 - beta ** self.step) for moment, beta in zip(moments, (0.9, 0.95), strict=True))
-            value = variable.numpy() * (1 - LR * 0.1) - LR * mean / (np.sqrt(square) + 1e-3)
-            variable.assign(value.astype(np.float32))
-            if variable.constraint is not None:
-                variable.assign(variable.constraint(variable))
-
-
-class Plain:
-    """Keras by itself: its own optimizer, over whole batches or over the same logical shards one after another."""
-
-    def __init__(self, kinds: Any, model: str, rows: str, rule: str):
-        import keras
-
-        self.keras, self.columns = keras, kinds.Rows(rows).columns()
-        self.model = load("tensorflow", "backend").construct(getattr(kinds, model), {}, 0)
-        self.model.optimizer = keras.optimizers.SGD(LR, momentum=0.9) if rule == "sgd" else AdamW()
-        self.model.optimizer.build(self.model.trainable_variables)
-
-    def rows(self, low: int, high: int) -> Any:
-        return self.keras.tree.map_structure(lambda column: column[low:high], self.columns)
-
-    def fit(self) -> Plain:
-        for step in range(STEPS):
-            low = step * BATCH % len(self.keras.tree.flatten(self.columns)[0])
-            self.model.train_on_batch(*self.rows(low, low + BATCH))
-        return self
-
-    def shards(self, shards: int) -> Plain:
-        model, size = self.model, BATCH // shards
-        kept = [v for v in model.weights if all(v is not t for t in model.trainable_weights)]
-        for step in range(STEPS):
-            first = step * BATCH % len(self.keras.tree.flatten(self.columns)[0])
-            before = [v.numpy() for v in kept]
-            found = [self.shard(self.rows(low, low + size), kept, before) for low in range(first, first + BATCH, size)]
-            for i, variable in enumerate(kept):
-                variable.assign(before[i] + np.mean([changes[i] for _, changes in found], axis=0).astype(before[i].dtype))
-            slopes = [np.mean([grads[i] for grads, _ in found], axis=0) for i in range(len(model.trainable_weights))]
-            model.optimizer.apply(slopes, model.trainable_weights)
-        return self
-
-    def shard(self, batch: Any, kept: Any, before: Any) -> Any:
-        import tensorflow as tf
-
-        for variable, value in zip(kept, before, strict=True):
-            variable.assign(value)
-        x, y, weight = (*batch, None)[:3]
-        batch = self.keras.tree.map_structure(tf.constant, (x, y))
-        with tf.GradientTape() as tape:
-            y_pred = self.model(batch[0], training=True) if self.model._call_has_training_arg else self.model(batch[0])
-            loss = self.model._compute_loss(batch[0], batch[1], y_pred, weight)
-        slopes = tape.gradient(loss, [v.value for v in self.model.trainable_weights])
-        return [np.asarray(tf.convert_to_tensor(slope)) for slope in slopes], [v.numpy() - b for v, b in zip(kept, before, strict=True)]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        named = load("tensorflow", "adapter").named_variables(self.model, self.model.weights)
-        return {name: variable.numpy() for name, variable in named.items()}
+def plain(kinds: Any, model: str, rows: str, rule: str) -> Plain:
+    return Plain(getattr(kinds, model), kinds.Rows(rows).columns(), rule)
 
 
 def assert_same(found: Result, wanted: dict[str, np.ndarray], tolerance: float) -> None:
@@ -123,9 +56,9 @@ def test_one_shard_is_fit_itself(kinds: Any, model: str, tmp_path: Path) -> None
     rows = kinds.ALIKE[model]
     found = fit(tmp_path, recipe(model, rows, shards=1))
     found.assert_sound(STEPS)
-    plain = Plain(kinds, model, rows, "sgd")
-    start = plain.arrays()
-    wanted = plain.fit().arrays()
+    alone = plain(kinds, model, rows, "sgd")
+    start = alone.arrays()
+    wanted = alone.fit().arrays()
     assert any(np.abs(value - start[name]).max() > 1e-3 for name, value in wanted.items())
     assert_same(found, wanted, 1e-6)
 
@@ -136,7 +69,7 @@ def test_shards_are_keras_over_the_same_shards_on_any_number_of_workers(kinds: A
     found = {name: fit(tmp_path / name, recipe(model, rows, rule=name)) for name in OPTIMIZERS}
     for name, tolerance in (("sgd", 1e-6), ("adamw", 1e-5)):
         found[name].assert_sound(STEPS)
-        assert_same(found[name], Plain(kinds, model, rows, name).shards(3).arrays(), tolerance)
+        assert_same(found[name], plain(kinds, model, rows, name).shards(3).arrays(), tolerance)
     for workers, chaos in ((2, DISTURBED[:1]), (3, DISTURBED)):
         again = fit(tmp_path / str(workers), recipe(model, rows, workers=workers, rule="adamw"), chaos)
         again.assert_sound(STEPS)
@@ -152,8 +85,8 @@ def test_layers_that_draw_have_one_hash(kinds: Any, tmp_path: Path) -> None:
 
 
 def test_thaw_overrules_trainable(kinds: Any, tmp_path: Path) -> None:
-    plain = Plain(kinds, "frozen", "pair", "sgd")
-    start = plain.arrays()
+    alone = plain(kinds, "frozen", "pair", "sgd")
+    start = alone.arrays()
     changes = {"model": {"thaw": ["dense.bias"], "freeze": ["dense_1.bias"]}}
     found = fit(tmp_path, recipe("frozen", workers=2, **changes)).arrays()
     moved = {name for name, value in start.items() if not np.array_equal(found.get(f"parameter/{name}", found.get(f"buffer/{name}")), value)}
@@ -165,13 +98,13 @@ def test_metrics_are_those_of_evaluate(kinds: Any, tmp_path: Path) -> None:
                  ) for workers in (1, 3)]
     told = [result.metrics[-1]["eval"] for result in found]
     assert told[0] == told[1] == evaluate(found[0].run.run_dir / "checkpoints" / f"step-{STEPS:08d}")
-    plain = Plain(kinds, "many_metrics", "near weighted", "sgd")
+    alone = plain(kinds, "many_metrics", "near weighted", "sgd")
     arrays = found[0].arrays()
-    for name, variable in load("tensorflow", "adapter").named_variables(plain.model, plain.model.weights).items():
+    for name, variable in load("tensorflow", "adapter").named_variables(alone.model, alone.model.weights).items():
         variable.assign(arrays[f"parameter/{name}"])
-    rows = plain.rows(kinds.ROWS // 2, kinds.ROWS)
+    rows = alone.rows(kinds.ROWS // 2, kinds.ROWS)
     wanted = {}  # Keras' own names count what the process has made
-    for name, value in plain.model.evaluate(*rows[:2], sample_weight=rows[2], batch_size=7, verbose=0, return_dict=True).items():
+    for name, value in alone.model.evaluate(*rows[:2], sample_weight=rows[2], batch_size=7, verbose=0, return_dict=True).items():
         name = re.sub(r"_\d+$", "", name)
         wanted |= {name: float(value)} if np.size(value) == 1 else {f"{name}.{i}": float(v) for i, v in enumerate(np.ravel(value))}
     assert len(wanted) >= 9 and set(told[0]) == set(wanted)

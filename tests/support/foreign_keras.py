@@ -77,31 +77,31 @@ class Vectors:
 
 @keras.saving.register_keras_serializable("foreign")
 class Sampling(layers.Layer):
-    def __init__(self, **options):
+    def __init__(self, noise, **options):
         super().__init__(**options)
-        self.seeds = keras.random.SeedGenerator(7)
+        self.seeds, self.noise = keras.random.SeedGenerator(7), noise
 
     def call(self, inputs):
         mean, log_variance = inputs
         self.add_loss(-0.5 * ops.mean(ops.sum(1 + log_variance - mean ** 2 - ops.exp(log_variance), -1)))
-        return mean + ops.exp(0.5 * log_variance) * keras.random.normal(ops.shape(mean), seed=self.seeds)
+        return mean + self.noise * ops.exp(0.5 * log_variance) * keras.random.normal(ops.shape(mean), seed=self.seeds)
 
 
 class VAE(keras.Model):
     """Subclassed, with add_loss and a seed generator of its own."""
 
-    def __init__(self):
+    def __init__(self, noise):
         super().__init__()
         self.inside, self.mean, self.log_variance = layers.Dense(16, activation="gelu"), layers.Dense(4), layers.Dense(4)
-        self.sample, self.outside = Sampling(), layers.Dense(6)
+        self.sample, self.outside = Sampling(noise), layers.Dense(6)
 
     def call(self, x, training=None):
         h = self.inside(x)
         return self.outside(self.sample([self.mean(h), self.log_variance(h)]))
 
 
-def vae():
-    model = VAE()
+def vae(noise=0.0):
+    model = VAE(noise)
     model.build((None, 6))
     model.compile(loss="mse")
     return model
@@ -119,18 +119,50 @@ class Pictures:
         return self.x[index], self.y[index]
 
 
-def pictures():
+def pictures(noise=False, spectral=False):
     """Augmentation layers, spectral and group norm, attention, noise, focal loss."""
-    inside = keras.Input((8, 8, 3))
-    h = layers.RandomFlip("horizontal")(inside)
-    h = layers.GaussianNoise(0.05)(layers.RandomTranslation(0.1, 0.1)(h))
-    h = layers.SpectralNormalization(layers.Conv2D(8, 3, strides=2, padding="same"))(h)
-    h = layers.SpatialDropout2D(0.2)(layers.GroupNormalization(4)(h))
+    h = inside = keras.Input((8, 8, 3))
+    if noise:
+        h = layers.RandomFlip("horizontal")(h)
+        h = layers.GaussianNoise(0.05)(layers.RandomTranslation(0.1, 0.1)(h))
+    conv = layers.Conv2D(8, 3, strides=2, padding="same")
+    h = layers.GroupNormalization(4)(layers.SpectralNormalization(conv)(h) if spectral else conv(h))
+    if noise:
+        h = layers.SpatialDropout2D(0.2)(h)
     h = layers.Reshape((16, 8))(h)
-    h = layers.LayerNormalization()(h + layers.MultiHeadAttention(2, 4, dropout=0.1)(h, h))
+    h = layers.LayerNormalization()(h + layers.MultiHeadAttention(2, 4, dropout=0.1 * noise)(h, h))
     model = keras.Model(inside, layers.Dense(4, activation="softmax")(layers.GlobalMaxPooling1D()(h)))
     model.compile(loss=keras.losses.CategoricalFocalCrossentropy(), metrics=[keras.metrics.F1Score()])
     return model
+
+
+def tagged():
+    """One label a word, words that are masked: Keras divides by how many there are."""
+    model = keras.Sequential([keras.Input((7,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.GRU(8, return_sequences=True),
+                              layers.Dense(2, activation="softmax")])
+    model.compile(loss="sparse_categorical_crossentropy")
+    return model
+
+
+class Tags(Reviews):
+    def __getitem__(self, index):
+        return self.x[index], self.x[index] % 2
+
+
+class Batches(keras.utils.PyDataset):
+    """Whole batches, as keras.io has it."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        draw = np.random.default_rng(index)
+        return draw.normal(size=(4, 6)).astype(np.float32), draw.normal(size=(4, 6)).astype(np.float32)
+
+
+class Ragged(Vectors):
+    def collate_fn(self, items):
+        return np.stack([x for x, _ in items]), np.stack([y for _, y in items])
 
 
 class Distilled(keras.Model):

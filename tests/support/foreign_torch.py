@@ -54,6 +54,17 @@ class GPT2(nn.Module):
         return self.net(**batch).loss
 
 
+class GPT2Sum(GPT2):
+    """The same as a sum over the tokens that are there, and how many they are."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+
+    def loss(self, batch):
+        count = (batch["labels"][:, 1:] != -100).sum()
+        return self.net(**batch, num_items_in_batch=1).loss, count
+
+
 # ------------------------------------------------------------------ 2. BERT, masked tokens drawn in __getitem__, a sum and a weight
 
 class Masked:
@@ -248,13 +259,18 @@ class SimCLR(nn.Module):
 
     def loss(self, batch):
         x = batch["x"]
-        with torch.no_grad():
-            self.logit_scale.clamp_(0, 4.6052)  # as CLIP's repository does
         one = F.normalize(self.encoder(x + 0.1 * torch.randn_like(x)), dim=-1)
         two = F.normalize(self.encoder(x + 0.1 * torch.randn_like(x)), dim=-1)
-        logits = self.logit_scale.exp() * one @ two.T
+        logits = self.logit_scale.clamp(0, 4.6052).exp() * one @ two.T
         labels = torch.arange(len(x))
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+class CLIP(SimCLR):
+    def loss(self, batch):
+        with torch.no_grad():
+            self.logit_scale.clamp_(0, 4.6052)  # as CLIP's repository does
+        return super().loss(batch)
 
 
 # ------------------------------------------------------------------ 8. embedding bag with offsets, class weights
@@ -291,6 +307,13 @@ class Bag(nn.Module):
 
     def loss(self, batch):
         return self.criterion(self.head(self.bag(batch["tokens"], batch["offsets"])), batch["label"])
+
+
+class BagSum(Bag):
+    def loss(self, batch):
+        weight = self.criterion.weight
+        out = self.head(self.bag(batch["tokens"], batch["offsets"]))
+        return F.cross_entropy(out, batch["label"], weight=weight, reduction="sum"), weight[batch["label"]].sum()
 
 
 # ------------------------------------------------------------------ 9. CTC over a packed bidirectional LSTM
@@ -331,19 +354,52 @@ class CTC(nn.Module):
 class VAE(nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.LazyLinear(8))
+        self.encoder = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 8))
         self.decoder = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 6))
-        self.seen = 0
 
-    def loss(self, batch):
-        x = batch["x"]
+    def both(self, x):
         mean, log_variance = self.encoder(x).chunk(2, -1)
         z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
         rebuilt = F.mse_loss(self.decoder(z), x, reduction="none").sum(-1).mean()
-        kl = -0.5 * (1 + log_variance - mean ** 2 - log_variance.exp()).sum(-1).mean()
-        self.seen += len(x)
-        beta = min(1.0, self.seen / 60)  # warm-up of the KL term, by a plain Python counter
-        return {"loss": rebuilt + beta * kl, "kl": float(kl), "rebuilt": rebuilt.item()}
+        return rebuilt, -0.5 * (1 + log_variance - mean ** 2 - log_variance.exp()).sum(-1).mean()
+
+    def loss(self, batch):
+        return sum(self.both(batch["x"]))
+
+
+class LazyVAE(VAE):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.LazyLinear(8))
+
+
+class WarmVAE(VAE):
+    """The KL term is warmed up by a plain Python counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def loss(self, batch):
+        rebuilt, kl = self.both(batch["x"])
+        self.seen += len(batch["x"])
+        return rebuilt + min(1.0, self.seen / 60) * kl
+
+
+class ToldVAE(VAE):
+    """Figures to log, as Lightning takes them."""
+
+    def loss(self, batch):
+        rebuilt, kl = self.both(batch["x"])
+        return {"loss": rebuilt + kl, "kl": kl.detach(), "rebuilt": rebuilt.item()}
+
+
+class TwoVAE(VAE):
+    """The loss, and a figure beside it."""
+
+    def loss(self, batch):
+        rebuilt, kl = self.both(batch["x"])
+        return rebuilt + kl, kl
 
 
 # ------------------------------------------------------------------ 11. a mean teacher: parameters moved inside the loss
@@ -451,6 +507,18 @@ class Detector(nn.Module):
             wanted[:n] = target["labels"]
             total = total + F.cross_entropy(logits[row], wanted, reduction="sum") + 5 * (boxes[row, :n] - target["boxes"]).abs().sum()
         return total / count
+
+
+class DetectorSum(Detector):
+    """Group norm: nothing else depends on who is in a batch together."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk[1] = nn.GroupNorm(2, 8)
+
+    def loss(self, batch):
+        count = sum(len(t["labels"]) for t in batch[1])
+        return super().loss(batch) * max(1, count), count
 
 
 # ------------------------------------------------------------------ 14. VQ-VAE: a codebook in buffers, moved by averages of what was assigned to it
@@ -583,6 +651,30 @@ class GAN(nn.Module):
         return F.softplus(-self.critic(fake)).mean()
 
 
+class Adversarial(nn.Module):
+    """Rows moved against the gradient (FGSM), which is had the way that tutorials have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
+
+    def loss(self, batch):
+        x = batch["x"].clone().requires_grad_()
+        F.cross_entropy(self.net(x), batch["y"]).backward()
+        moved = (x + 0.05 * x.grad.sign()).detach()
+        self.zero_grad()
+        return F.cross_entropy(self.net(moved), batch["y"])
+
+
+class Scrawl(Adversarial):
+    """Writes noise into the batch that it was given."""
+
+    def loss(self, batch):
+        batch["x"] += 0.1 * torch.randn_like(batch["x"])
+        batch["y"][batch["y"] == 2] = -100
+        return F.cross_entropy(self.net(batch["x"]), batch["y"], reduction="sum") / len(batch["y"])
+
+
 # ------------------------------------------------------------------ 19. a stream
 
 class Stream(torch.utils.data.IterableDataset):
@@ -590,6 +682,33 @@ class Stream(torch.utils.data.IterableDataset):
         draw = np.random.default_rng(0)
         for _ in range(48):
             yield {"x": draw.normal(size=6).astype(np.float32), "y": int(draw.integers(3))}
+
+
+class OwnDraws(Points):
+    """Noise from a generator of its own, seeded as it should be."""
+
+    def __init__(self):
+        super().__init__()
+        self.draw = np.random.default_rng(0)
+
+    def __getitem__(self, index):
+        return {"x": self.x[index] + self.draw.normal(size=6).astype(np.float32), "y": self.y[index]}
+
+
+class Drifting(Points):
+    """Noise written into what it keeps."""
+
+    def __getitem__(self, index):
+        x = self.x[index]
+        x += np.random.normal(0, 0.1, 6)
+        return {"x": x, "y": self.y[index]}
+
+
+class Collater(Points):
+    """fairseq's name."""
+
+    def collater(self, items):
+        return {"x": torch.stack([torch.tensor(item["x"]).flip(0) for item in items]), "y": torch.tensor([int(item["y"]) for item in items])}
 
 
 class Plain(nn.Module):
@@ -601,27 +720,35 @@ class Plain(nn.Module):
         return F.cross_entropy(self.net(batch["x"]), batch["y"])
 
 
-# ------------------------------------------------------------------ 20. a memory queue (MoCo) and a stateful GRU
+# ------------------------------------------------------------------ 20. a memory queue (MoCo), a stateful GRU
 
-class Moco(nn.Module):
-    """Negatives from a queue of earlier batches, its place kept in a plain Python number, the last hidden state carried over as an attribute."""
+class Queue(nn.Module):
+    """Negatives from a queue of earlier batches, and its place in it, in buffers as in MoCo's repository."""
 
     def __init__(self):
         super().__init__()
         self.gru = nn.GRU(3, 16, batch_first=True)
         self.register_buffer("queue", F.normalize(torch.randn(24, 16), dim=-1))
-        self.place = 0
-        self.context = None
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def start(self, rows):
+        return None
 
     def loss(self, batch):
         x = batch["x"].view(-1, 2, 3)
-        start = None if self.context is None else self.context.mean(1, keepdim=True).expand(-1, len(x), -1).contiguous()
-        out, last = self.gru(x, start)
-        self.context = last.detach()
+        out, self.last = self.gru(x, self.start(len(x)))
         one, two = F.normalize(out[:, -1], dim=-1), F.normalize(self.gru(x + 0.1)[0][:, -1], dim=-1).detach()
-        logits = torch.cat([(one * two).sum(-1, keepdim=True), one @ self.queue.T], -1) / 0.2
-        loss = F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long))
-        rows = (self.place + torch.arange(len(two))) % 24
+        logits = torch.cat([(one * two).sum(-1, keepdim=True), one @ self.queue.clone().detach().T], -1) / 0.2
+        rows = (int(self.place) + torch.arange(len(two))) % 24
         self.queue[rows] = two
-        self.place = int(rows[-1] + 1) % 24
-        return loss
+        self.place[0] = (int(rows[-1]) + 1) % 24
+        return F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long))
+
+
+class Stateful(Queue):
+    """Goes on from the hidden state that the last batch left in an attribute."""
+
+    last = None
+
+    def start(self, rows):
+        return None if self.last is None else self.last.detach().mean(1, keepdim=True).expand(-1, rows, -1).contiguous()

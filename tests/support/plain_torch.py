@@ -14,7 +14,7 @@ from elastic.gradients import shard_seed
 
 
 def train(module: torch.nn.Module, rows: Any, steps: int, batch_size: int, num_shards: int, optimizer: str, lr: float,
-          frozen: Sequence[str] = (), thawed: Sequence[str] = (), seed: int = 0) -> dict[str, np.ndarray]:
+          frozen: Sequence[str] = (), thawed: Sequence[str] = (), seed: int = 0, eps: float = 1e-8) -> dict[str, np.ndarray]:
     """The arrays after so many steps over the rows in their order.
 
     A step's gradient is the sum of its shards' losses over the sum of their weights (rows, where the loss is a mean); each shard begins from the
@@ -23,7 +23,7 @@ def train(module: torch.nn.Module, rows: Any, steps: int, batch_size: int, num_s
     for name, p in module.named_parameters():
         p.requires_grad_((p.requires_grad and name not in frozen) or name in thawed)
     trained = [p for p in module.parameters() if p.requires_grad]
-    kinds: dict[str, Callable[..., Any]] = {"sgd": torch.optim.SGD, "adamw": lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.0)}
+    kinds: dict[str, Callable[..., Any]] = {"sgd": torch.optim.SGD, "adamw": lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.0, eps=eps)}
     rule, size = kinds[optimizer](trained, lr=lr), batch_size // num_shards
     for step in range(1, steps + 1):
         grads = [torch.zeros_like(p) for p in trained]
@@ -53,7 +53,9 @@ def train(module: torch.nn.Module, rows: Any, steps: int, batch_size: int, num_s
         rule.step()
         for name, t in arrays_of(module).items():
             if name in began:
-                t.detach().copy_((began[name].to(changes[name].dtype) + changes[name] / whole).to(t.dtype))
+                change = changes[name] / whole
+                rounded = change if t.is_floating_point() or t.is_complex() else change.round()
+                t.detach().copy_((began[name].to(change.dtype) + rounded).to(t.dtype))
     return {name: t.detach().float().numpy() if t.dtype == torch.bfloat16 else t.detach().numpy() for name, t in arrays_of(module).items()}
 
 
