@@ -11,7 +11,7 @@ import pytest
 
 from elastic.errors import UserError
 from elastic.recipe import Recipe
-from elastic.workload import check_model, open_model
+from elastic.workload import Workload, check_items, check_model, open_model
 from tests.support.frameworks import assert_close, load
 from tests.support.inprocess import Result, fit, module_recipe
 from tests.support.plain_gluon import BATCH, DECAY, EPS, LR, Plain
@@ -65,6 +65,11 @@ def test_dropout_has_one_hash(foreign: Any, tmp_path: Path) -> None:
     for result in (one, two):
         result.assert_sound(STEPS)
     assert one.sha == two.sha and two.named("worker_lost")
+
+
+def test_items_that_are_arrays_alone_are_refused(foreign: Any) -> None:
+    with pytest.raises(UserError, match="item 0 is a ndarray; give a dict or a tuple of arrays"):
+        check_items(Workload.open(recipe("Siamese", "Bare"), {}))
 
 
 def test_shapes_that_are_not_known_yet_are_refused(foreign: Any) -> None:

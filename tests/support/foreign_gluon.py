@@ -109,6 +109,13 @@ class Triplets:
         return len(self.x)
 
     def __getitem__(self, index):
+        return (self.x[index],)
+
+
+class Bare(Triplets):
+    """An array by itself, as ArrayDataset gives it of one array."""
+
+    def __getitem__(self, index):
         return self.x[index]
 
 
@@ -125,10 +132,11 @@ class Siamese(nn.HybridBlock):
 
     def embed(self, x):
         h = self.dense(x).expand_dims(1)
-        return self.cell.unroll(2, mx.nd.concat(h, h * 0.5, dim=1), merge_outputs=True)[:, -1]
+        return self.cell.unroll(2, mx.nd.concat(h, h * 0.5, dim=1), merge_outputs=True)[0][:, -1]
 
     def loss(self, batch):
-        one, two, other = (self.embed(batch[:, i]) for i in range(3))
+        rows, = batch
+        one, two, other = (self.embed(rows[:, i]) for i in range(3))
         centre = self.centre.data()
         if autograd.is_training():
             with autograd.pause():

@@ -25,7 +25,7 @@ class Reviews:
 def reviews():
     """Masking, a bidirectional LSTM, AUC and accuracy, sample weights."""
     model = keras.Sequential([
-        keras.Input((7,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.Bidirectional(layers.LSTM(8)),
+        keras.Input((7,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.Bidirectional(layers.LSTM(4)),
         layers.Dense(8, activation="relu", kernel_regularizer="l2"), layers.Dense(1, activation="sigmoid")])
     model.compile(loss=keras.losses.BinaryCrossentropy(label_smoothing=0.1), metrics=["accuracy", keras.metrics.AUC()])
     return model
@@ -102,7 +102,14 @@ class VAE(keras.Model):
 
 def vae(noise=0.0):
     model = VAE(noise)
-    model.build((None, 6))
+    model(np.zeros((2, 6), np.float32))
+    model.compile(loss="mse")
+    return model
+
+
+def unmade():
+    model = VAE(0.0)
+    model.built = True
     model.compile(loss="mse")
     return model
 
@@ -138,7 +145,7 @@ def pictures(noise=False, spectral=False):
 
 def tagged():
     """One label a word, words that are masked: Keras divides by how many there are."""
-    model = keras.Sequential([keras.Input((7,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.GRU(8, return_sequences=True),
+    model = keras.Sequential([keras.Input((7,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.GRU(4, return_sequences=True),
                               layers.Dense(2, activation="softmax")])
     model.compile(loss="sparse_categorical_crossentropy")
     return model
@@ -188,6 +195,6 @@ class Distilled(keras.Model):
 
 def distilled():
     model = Distilled()
-    model.build((None, 6))
+    model(np.zeros((2, 6), np.float32))
     model.compile(loss="mse")
     return model
