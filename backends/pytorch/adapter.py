@@ -212,8 +212,8 @@ def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     if isinstance(found, tuple):
         total, weight = pair(found, "loss(batch)")
         if isinstance(weight, torch.Tensor) and weight.requires_grad:
-            raise UserError("model.kind: loss(batch) gives (sum, weight) with a weight that has a gradient, and none goes through it: give the loss alone "
-                            "if the second is a figure beside it, or weight.detach() if it is what the sum is to be divided by.")
+            raise UserError("model.kind: loss(batch) gives (sum, weight) with a weight that has a gradient, and none goes through it: give the loss "
+                            "alone if the second is a figure beside it, or weight.detach() if it is what the sum is to be divided by.")
         return total, weight
     if not isinstance(found, torch.Tensor) or found.numel() != 1:
         raise UserError(f"model.kind: loss(batch) must give one number or (sum, weight), not {described(found)}.")

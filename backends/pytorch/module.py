@@ -165,8 +165,8 @@ class ModuleBackend(TorchBackend):
             if leaf.data_ptr() != self._where[name]:
                 raise self._own.error(f"gives its parameter {name} other memory while it trains; write into the Parameter that is there.")
             if leaf.grad is not self._aims.get(name):
-                raise self._own.error(f"takes away or replaces the .grad of its parameter {name} in loss(batch), as zero_grad() does, and with it what "
-                                      "other shards have added there; ask for gradients within a loss by torch.autograd.grad().")
+                raise self._own.error(f"takes away or replaces the .grad of its parameter {name} in loss(batch), as zero_grad() does, and with it "
+                                      "what other shards have added there; ask for gradients within a loss by torch.autograd.grad().")
 
     def _aim(self, into: Mapping[str, Buffer]) -> None:
         """Which parameters train is settled by the first call; from then on the module may not change it."""

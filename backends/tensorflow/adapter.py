@@ -68,8 +68,8 @@ class KerasModel:
         self._weights = {name: v for name, v in named.items() if id(v) in trained or (id(v) in weights and v.dtype == "float32")}
         self._kept = {name: v for name, v in named.items() if name not in self._weights}
         if not trained:
-            raise UserError(f"model.kind: {self.kind} has no parameters to train; if its layers make them when they are first called, call it once on "
-                            "an example where it is made.")
+            raise UserError(f"model.kind: {self.kind} has no parameters to train; if its layers make them when they are first called, call it once "
+                            "on an example where it is made.")
         for name, variable in self._weights.items():
             if variable.dtype != "float32":
                 raise UserError(f"model.kind: parameter {name} is {variable.dtype}; parameters must be float32.")

@@ -42,8 +42,8 @@ class MapStyle:
         self.source, self.seed, self.collate = source, seed, collate
         self.seeded = seeded if getattr(source, "draws", True) else no_seed
         if any(cls.__module__.startswith("keras.") and cls.__name__ == "PyDataset" for cls in type(source).__mro__):
-            raise RecipeError(f"data.kind: {type(source).__name__} is a PyDataset of Keras', whose items are batches; give a data set whose items are "
-                              "single rows, (x, y).")
+            raise RecipeError(f"data.kind: {type(source).__name__} is a PyDataset of Keras', whose items are batches; give a data set whose items "
+                              "are single rows, (x, y).")
         for method in ("__len__", "__getitem__"):
             if not hasattr(source, method):
                 raise RecipeError(f"data.kind: {type(source).__name__} has no {method}; a data set needs a length and items by index.")
@@ -80,9 +80,9 @@ class MapStyle:
         one, two = self.batch(indices, epochs), self.batch(indices, epochs)
         path = unlike("batch", one, two)
         if path:
-            raise RecipeError(f"data.kind: {type(self.source).__name__} gives something else when the same items are asked for again ({path}): it draws "
-                              "from a generator of its own, counts, or writes into what it keeps; draw from the default generators of NumPy, Python or "
-                              "the framework, which are seeded for every batch, and give copies.")
+            raise RecipeError(f"data.kind: {type(self.source).__name__} gives something else when the same items are asked for again ({path}): it "
+                              "draws from a generator of its own, counts, or writes into what it keeps; draw from the default generators of NumPy, "
+                              "Python or the framework, which are seeded for every batch, and give copies.")
 
 
 def own_collate(source: Any) -> Callable[[Sequence[Any]], Any] | None:

@@ -77,8 +77,9 @@ class Plain:
             loss = self.block.loss(batch)
             total, weight = loss if isinstance(loss, tuple) else (loss.mean() * len(numbers), len(numbers))
         total.backward()
-        return ({name: p.grad().asnumpy() for name, p in self.trained.items()},
-                {name: p.data().asnumpy() - before[name] for name, p in self.kept.items()}, float(np.ravel(getattr(weight, "asnumpy", lambda: weight)())[0]))
+        changes = {name: p.data().asnumpy() - before[name] for name, p in self.kept.items()}
+        weight = weight.asscalar() if isinstance(weight, mx.nd.NDArray) else weight
+        return {name: p.grad().asnumpy() for name, p in self.trained.items()}, changes, float(weight)
 
     def arrays(self, batch: Any) -> Any:
         if isinstance(batch, (dict, tuple)):
