@@ -104,8 +104,8 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
         source = call_user("data.kind", lambda **keys: own.construct(factory, keys, seed), recipe.data.options)
         whole = MapStyle(source, seed, own.seeded, own.collate)
         if whole.own and recipe.backend.name != "torch":
-            raise RecipeError(f'data.kind: {type(source).__name__} has a collate_fn, which backend.name = "{recipe.backend.name}" does not call; give '
-                              "items of one shape, padded and with their lengths or weights beside them, and take it out.")
+            raise RecipeError(f'data.kind: {type(source).__name__} has a collate_fn, which backend.name = "{recipe.backend.name}" does not call; '
+                              "give items of one shape, padded and with their lengths or weights beside them, and take it out.")
         if info.get("key", found := own_key(source)) != found:
             raise UserError(f"data.kind = {recipe.data.kind!r} has {found} here, and {info['key']} where the run began; give it the same data "
                             "on every machine.")

@@ -27,13 +27,14 @@ EPS = 1e-3  # a key's bias, or one before a batch norm, has a gradient of roundi
 RATE = {"sgd": 0.05, "adamw": 0.003}
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 EQUAL = {"GPT2": "Sentences", "BERT": "Masked", "T5": "Pairs", "Llama": "Rows", "ViT": "Pictures", "Whisper": "Speech", "SimCLR": "Points",
-         "Bag": "Bags", "CTC": "Utterances", "VAE": "Points", "MeanTeacher": "Points", "GraphNet": "Graphs", "Detector": "Boxes", "VQ": "Points",
-         "Quantiles": "Wide", "Experts": "Points", "Mixup": "Points", "Queue": "Points", "Scrawl": "Points"}
-WHOLE = {"T5": "Pairs", "GraphNet": "Graphs", "Quantiles": "Wide", "Plain": "Points", "GPT2Sum": "Sentences", "BagSum": "Bags", "DetectorSum": "Boxes"}
+         "Bag": "Bags", "CTC": "Utterances", "VAE": "Points", "MeanTeacher": "Points", "GraphNet": "Graphs", "Detector": "Boxes",
+         "VQ": "Points", "Quantiles": "Wide", "Experts": "Points", "Mixup": "Points", "Queue": "Points", "Scrawl": "Points"}
+WHOLE = {"T5": "Pairs", "GraphNet": "Graphs", "Quantiles": "Wide", "Plain": "Points", "GPT2Sum": "Sentences", "BagSum": "Bags",
+         "DetectorSum": "Boxes"}
 REFUSED = {"CLIP": r"writes to its parameter logit_scale in place", "LazyVAE": r"no values in encoder\.0\.weight yet", "WarmVAE": "its attribute seen",
            "ToldVAE": r"must give one number or \(sum, weight\), not dict", "TwoVAE": "with a weight that has a gradient",
            "GAN": r"the \.grad of its parameter critic\.weight", "Adversarial": r"the \.grad of its parameter net\.0\.weight",
-           "Stateful": "remembers something in its attribute last"}
+           "Tidy": r"the \.grad of its parameter net\.0\.weight", "Stateful": "remembers something in its attribute last"}
 ROWS_REFUSED = {"Stream": "has no __len__", "OwnDraws": r"something else when the same items are asked for again \(batch\['x'\]\)",
                 "Drifting": "writes into what it keeps", "Collater": "has a method collater, which is not called; name it collate_fn"}
 
