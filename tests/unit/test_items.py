@@ -191,4 +191,7 @@ def test_items_that_are_not_the_same_again_are_told(make: Any, words: str) -> No
 
 def test_items_that_draw_from_seeded_generators_are_the_same_again() -> None:
     made = Made(lambda i: {"a": torch.rand(2), "b": np.random.rand(), "c": random.random(), "d": float("nan"), "e": np.array([np.nan]), "f": "x"})
-    MapStyle(made, seeded=seeded, collate=collate).check_repeats(np.arange(3), np.zeros(3, np.int64))
+    data = MapStyle(made, seeded=seeded, collate=collate)
+    data.check_repeats(np.arange(3), np.zeros(3, np.int64))
+    with pytest.raises(RecipeError, match=r"\(batch\['a'\]\)"):
+        MapStyle(made, collate=collate).check_repeats(np.arange(3), np.zeros(3, np.int64))
