@@ -103,3 +103,14 @@ def test_a_data_set_is_refused_in_a_sentence_before_a_worker_starts(data: str) -
 def assert_sentence(told: str, begins: str, words: str) -> None:
     assert told.startswith(begins) and re.search(words, told), told
     assert "\n" not in told and told.endswith(".") and ". " not in told and len(told) < 500, told
+
+
+def test_what_a_collate_fn_makes_is_evaluated_too(tmp_path: Path) -> None:
+    asked = recipe("BagSum", "Bags")
+    asked = asked.model_copy(update={"data": asked.data.model_copy(update={"eval_fraction": 0.25})})
+    result = fit(tmp_path, asked)
+    made, rows = construct(foreign_torch.BagSum, {}, 0), construct(foreign_torch.Bags, {}, 0)
+    arrays = result.arrays()
+    made.load_state_dict({name: torch.tensor(arrays.get(f"parameter/{name}", arrays.get(f"buffer/{name}"))) for name in made.state_dict()})
+    total, weight = made.eval().loss(rows.collate_fn([rows[i] for i in range(36, 48)]))
+    assert result.metrics[-1]["eval"]["loss"] == pytest.approx(float(total / weight), rel=1e-6)
