@@ -83,7 +83,7 @@ def refuse_unlike(path: str, first: Any, other: Any, number: int, another: int) 
     mine, its = parts(first), parts(other)
     if (mine is None) != (its is None) or (set(mine or ()) != set(its or ()) if mine is not None else shape_of(first) != shape_of(other)):
         raise RecipeError(f"data.kind: {path} is {described(other)} in item {another} and {described(first)} in item {number}; give every item "
-                          "the same structure and shapes.")
+                          "the same structure and shapes (on torch a collate_fn(items) of the data set may put them together).")
     for sign, entry in (mine or {}).items():
         refuse_unlike(path + sign, entry, (its or {})[sign], number, another)
 

@@ -81,8 +81,8 @@ class MapStyle:
         path = unlike("batch", one, two)
         if path:
             raise RecipeError(f"data.kind: {type(self.source).__name__} gives something else when the same items are asked for again ({path}): it "
-                              "draws from a generator of its own, counts, or writes into what it keeps; draw from the default generators of NumPy, "
-                              "Python or the framework, which are seeded for every batch, and give copies.")
+                              "draws from a generator of its own, counts, or writes into what it keeps; draw from numpy.random or random (or "
+                              "torch's default generator, on torch), which are seeded for every batch, and give copies.")
 
 
 def own_collate(source: Any) -> Callable[[Sequence[Any]], Any] | None:
