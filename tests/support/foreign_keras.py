@@ -10,8 +10,8 @@ class Reviews:
 
     def __init__(self, size=48):
         draw = np.random.default_rng(0)
-        self.x = draw.integers(1, 30, (size, 7))
-        for row, length in zip(self.x, draw.integers(2, 8, size), strict=True):
+        self.x = draw.integers(1, 30, (size, 4))
+        for row, length in zip(self.x, draw.integers(1, 5, size), strict=True):
             row[length:] = 0
         self.y, self.weight = draw.integers(0, 2, size), draw.random(size).astype(np.float32) + 0.5
 
@@ -23,9 +23,9 @@ class Reviews:
 
 
 def reviews():
-    """Masking, a bidirectional LSTM, AUC and accuracy, sample weights."""
+    """Masking, a bidirectional network, AUC and accuracy, sample weights."""
     model = keras.Sequential([
-        keras.Input((7,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.Bidirectional(layers.LSTM(4)),
+        keras.Input((4,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.Bidirectional(layers.SimpleRNN(4)),
         layers.Dense(8, activation="relu", kernel_regularizer="l2"), layers.Dense(1, activation="sigmoid")])
     model.compile(loss=keras.losses.BinaryCrossentropy(label_smoothing=0.1), metrics=["accuracy", keras.metrics.AUC()])
     return model
@@ -145,7 +145,7 @@ def pictures(noise=False, spectral=False):
 
 def tagged():
     """One label a word, words that are masked: Keras divides by how many there are."""
-    model = keras.Sequential([keras.Input((7,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.GRU(4, return_sequences=True),
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.GRU(4, return_sequences=True),
                               layers.Dense(2, activation="softmax")])
     model.compile(loss="sparse_categorical_crossentropy")
     return model
