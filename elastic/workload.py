@@ -102,6 +102,9 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
         seed = recipe.run.seed
         source = call_user("data.kind", lambda **keys: own.construct(factory, keys, seed), recipe.data.options)
         whole = MapStyle(source, seed, own.seeded, own.collate)
+        if whole.own and recipe.backend.name != "torch":
+            raise RecipeError(f'data.kind: {type(source).__name__} has a collate_fn, which backend.name = "{recipe.backend.name}" does not call; '
+                              "give items of one shape, padded and with their lengths or weights beside them, and take it out.")
         if info.get("key", found := own_key(source)) != found:
             raise UserError(f"data.kind = {recipe.data.kind!r} has {found} here, and {info['key']} where the run began; give it the same data "
                             "on every machine.")
@@ -161,9 +164,10 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
 
 
 def check_items(opened: Workload) -> None:
-    """A user's own data set gives the first rows of both splits. UserError before a worker starts."""
+    """A user's own data set gives the first rows of both splits, and the same again. UserError before a worker starts."""
     if isinstance(opened.training, MapStyle):
-        load_batch(opened.training, opened.sampler, 1, 0)
+        epochs, indices = opened.sampler.locate(opened.sampler.positions(1, 0))
+        opened.training.check_repeats(indices[indices >= 0], epochs[indices >= 0])
         if opened.evaluation:
             eval_batches(opened.evaluation, 1)[0]()
 

@@ -19,6 +19,7 @@ import torch
 
 from backends.pytorch import watch
 from elastic.backend import Adapted, Spec
+from elastic.data.collate import Collated
 from elastic.errors import UserError
 from elastic.own import described, pair, rebuilt
 
@@ -209,16 +210,22 @@ def given_spec(value: np.ndarray, trainable: bool = True) -> Spec:
 def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     """(sum, weight) as they are; a mean times the number of rows."""
     if isinstance(found, tuple):
-        return pair(found, "loss(batch)")
+        total, weight = pair(found, "loss(batch)")
+        if isinstance(weight, torch.Tensor) and weight.requires_grad:
+            raise UserError("model.kind: loss(batch) gives (sum, weight) with a weight that has a gradient, and none goes through it: give the loss "
+                            "alone if the second is a figure beside it, or weight.detach() if it is what the sum is to be divided by.")
+        return total, weight
     if not isinstance(found, torch.Tensor) or found.numel() != 1:
         raise UserError(f"model.kind: loss(batch) must give one number or (sum, weight), not {described(found)}.")
     return found.reshape(()) * rows, float(rows)
 
 
 def columns(batch: Any, device: torch.device) -> Any:
-    """The batch as its data set made it, dict or tuple, with tensors for arrays (copies, of which float64 becomes float32); texts stay."""
+    """The batch as its data set made it, with copies of its tensors and tensors for arrays (of which float64 becomes float32); all else stays."""
+    if isinstance(batch, Collated):
+        return columns(batch.content, device)
     if isinstance(batch, torch.Tensor):
-        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.clone()
     if isinstance(batch, (str, bytes)):
         return batch
     if isinstance(batch, Mapping):
@@ -226,6 +233,8 @@ def columns(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return rebuilt(batch, lambda value: columns(value, device))
     array = np.asarray(batch)
+    if array.dtype == object:
+        return batch.to(device) if callable(getattr(batch, "to", None)) else batch  # what a collate_fn makes
     if array.dtype.kind not in "biuf":
         return array
     return placed(array, device, torch.float32 if array.dtype == np.float64 else None)

@@ -35,6 +35,7 @@ class ModuleBackend(TorchBackend):
         self._moved = tuple(name for name, leaf in self._leaves.items() if not leaf.requires_grad)  # may be, as long as nothing is known
         self._versions: dict[str, int] = {}
         self._where: dict[str, int] = {}
+        self._aims: dict[str, torch.Tensor] = {}
 
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         """The Parameters stay the objects that they are: no graph, hook or compiled function notices."""
@@ -163,6 +164,9 @@ class ModuleBackend(TorchBackend):
                                       "may name it), and use .detach() for a part of the loss that is not to reach it.")
             if leaf.data_ptr() != self._where[name]:
                 raise self._own.error(f"gives its parameter {name} other memory while it trains; write into the Parameter that is there.")
+            if leaf.grad is not self._aims.get(name):
+                raise self._own.error(f"takes away or replaces the .grad of its parameter {name} in loss(batch), as zero_grad() does, and with it "
+                                      "what other shards have added there; ask for gradients within a loss by torch.autograd.grad().")
 
     def _aim(self, into: Mapping[str, Buffer]) -> None:
         """Which parameters train is settled by the first call; from then on the module may not change it."""
@@ -170,8 +174,9 @@ class ModuleBackend(TorchBackend):
             self._trains = frozenset(into)
             for name, leaf in self._leaves.items():
                 leaf.requires_grad_(name in into)
-        for name, view in into.items():
-            self._leaves[name].grad = as_tensor(view)
+        self._aims = {name: as_tensor(view) for name, view in into.items()}
+        for name, view in self._aims.items():
+            self._leaves[name].grad = view
 
     def _choose_loss(self) -> Callable[..., Any]:
         """The module's own `loss`, compiled by itself: torch counts how often it traces one piece of code, whoever's it is."""

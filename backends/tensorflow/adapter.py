@@ -73,7 +73,8 @@ class KerasModel(Adapted):
         self._weights = {name: v for name, v in named.items() if id(v) in trained or (id(v) in weights and v.dtype == "float32")}
         self._kept = {name: v for name, v in named.items() if name not in self._weights}
         if not trained:
-            raise UserError(f"model.kind: {self.kind} has no parameters to train.")
+            raise UserError(f"model.kind: {self.kind} has no parameters to train; if its layers make them when they are first called, call it once "
+                            "on an example where it is made.")
         for name, variable in self._weights.items():
             if variable.dtype != "float32":
                 raise UserError(f"model.kind: parameter {name} is {variable.dtype}; parameters must be float32.")
@@ -169,14 +170,18 @@ class KerasModel(Adapted):
         """Beside traces: why a batch's loss is not made of its parts', and attributes that change. The model has been called before."""
         before = self._attributes()
         halves = pieces_of(batch)
-        losses = []
-        for rows in ((together(halves), *halves) if not self._own_loss else (batch,)):
-            with self._scope(params, state, 0) as scope:
-                loss, weight = self._found(rows, False, scope.added) if not self._own_loss else self._loss(rows, False, scope.added)
-            losses.append((float(loss), float(weight)))
+
+        def told(rows: Any, seed: int = 0) -> tuple[float, float]:
+            with self._scope(params, state, seed) as scope:
+                loss, weight = (self._loss if self._own_loss else self._found)(rows, False, scope.added)
+            return float(loss), float(weight)
+
+        losses = [told(rows) for rows in ((together(halves), *halves) if not self._own_loss else (batch,))]
         check_attributes(self.kind, before, self._attributes(), KEEP)
         if not self._own_loss and not self.undivided:
-            self.undivided = uneven(self.kind, losses, self.sums)
+            why = uneven(self.kind, losses, self.sums)
+            if why and told(together(halves), 1) == losses[0]:  # what draws in inference as well, as a VAE does, gives other losses anyway
+                self.undivided = why
 
     def loss(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any,
              seed: Any) -> tuple[Any, Any, Mapping[str, Any]]:
@@ -314,7 +319,8 @@ def named_variables(model: keras.Model, variables: list[Any]) -> dict[str, Any]:
     so that every worker finds the same names.
     """
     automatic = {layer.name: snake(type(layer).__name__) for layer in model._flatten_layers(include_self=False)}
-    automatic = {name: base for name, base in automatic.items() if re.fullmatch(rf"{base}(_\d+)?", name)}
+    automatic = {name: found[1] for name, base in automatic.items()  # the prefixes are what Bidirectional puts before a name
+                 if (found := re.fullmatch(rf"((?:forward_|backward_)?{base})(?:_\d+)?", name))}
     renamed: dict[str, str] = {}
     counts: dict[str, int] = {}
     out: dict[str, Any] = {}

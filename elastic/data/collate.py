@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,14 @@ Collate = Callable[[Sequence[Any]], Any]
 STRANGE = "OmMV"  # kinds of NumPy's that no framework computes with, but for bfloat16 and its like, which have names
 PLAIN = (bool, int, float, complex)
 WIDE = ("float128", "complex256")
+
+
+@dataclass(frozen=True)
+class Collated:
+    """What a data set's own `collate_fn` makes of so many items: whatever it is, it cannot be cut by rows."""
+
+    content: Any
+    rows: int
 
 
 def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = True, as_array: Callable[[Any], Any] = np.asarray) -> Any:
@@ -74,7 +83,7 @@ def refuse_unlike(path: str, first: Any, other: Any, number: int, another: int) 
     mine, its = parts(first), parts(other)
     if (mine is None) != (its is None) or (set(mine or ()) != set(its or ()) if mine is not None else shape_of(first) != shape_of(other)):
         raise RecipeError(f"data.kind: {path} is {described(other)} in item {another} and {described(first)} in item {number}; give every item "
-                          "the same structure and shapes.")
+                          "the same structure and shapes (on torch a collate_fn(items) of the data set may put them together).")
     for sign, entry in (mine or {}).items():
         refuse_unlike(path + sign, entry, (its or {})[sign], number, another)
 
@@ -107,6 +116,8 @@ def culprit(path: str, items: Sequence[Any], collate: Collate, error: Exception)
 
 def num_rows(batch: Any) -> int:
     """Of the first array in a batch. RecipeError if it has none."""
+    if isinstance(batch, Collated):
+        return batch.rows
     found = _rows(batch)
     if found is None:
         raise RecipeError("data.kind: a batch has no columns; give items with a number or an array at least.")
@@ -123,7 +134,11 @@ def _rows(batch: Any) -> int | None:
 
 
 def sliced(batch: Any, low: int, high: int) -> Any:
-    """Rows low..high-1 of every column."""
+    """Rows low..high-1 of every column. RecipeError for some of the rows that a data set's own collate_fn put together."""
+    if isinstance(batch, Collated):
+        if 0 < high - low < batch.rows:
+            raise RecipeError("data.kind: what its collate_fn gives cannot be cut by rows into micro-batches; set mesh.micro_batches = 1.")
+        return Collated(batch.content, min(batch.rows, high - low))
     if is_texts(batch):
         return batch[low:high]
     if isinstance(batch, Mapping):
@@ -136,3 +151,19 @@ def sliced(batch: Any, low: int, high: int) -> Any:
 def is_texts(batch: Any) -> bool:
     """Whether it is a column of texts, which torch leaves a list."""
     return isinstance(batch, (list, tuple)) and bool(batch) and isinstance(batch[0], (str, bytes))
+
+
+def unlike(path: str, one: Any, other: Any) -> str:
+    """The path of the first array, number or text that differs; "" where none does."""
+    if isinstance(one, Collated):
+        return unlike(path, one.content, other.content)
+    inside, its = parts(one), parts(other)
+    if inside is not None:
+        if inside.keys() != (its or {}).keys():
+            return path
+        return next((found for sign, entry in inside.items() if (found := unlike(path + sign, entry, (its or {})[sign]))), "")
+    if isinstance(one, (*PLAIN, str, bytes)):
+        return "" if one == other or one != one else path
+    if not hasattr(one, "dtype") or not hasattr(one, "shape"):
+        return ""  # an object that a collate_fn made
+    return "" if repr(one.dtype) == repr(other.dtype) and shape_of(one) == shape_of(other) and bool(((one == other) | (one != one)).all()) else path

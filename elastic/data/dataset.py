@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from elastic.data.collate import Collate, batch_of, sliced, stacked
+from elastic.data.collate import Collate, Collated, batch_of, sliced, stacked, unlike
 from elastic.errors import ElasticError, RecipeError
 from elastic.own import place_of
+
+COLLATES = ("collate", "collater", "collator", "collate_batch", "batchify_fn")  # names that others give to a collate_fn
 
 
 class Dataset(Protocol):
@@ -27,7 +29,7 @@ class Dataset(Protocol):
 class MapStyle:
     """A user's data set with a length and items of any nesting of dicts, lists and tuples; or `part` of it.
 
-    A batch is what `collate`, the framework's own, makes of the items. It holds real rows only, so
+    A batch is what `collate`, the framework's own, makes of the items, or the data set's own `collate_fn`. It holds real rows only, so
     the last one of a run may be shorter, down to none. What items draw at random, as to augment themselves, is a function of the
     run's seed and the batch's positions: they are loaded inside `seeded(number)`, which also keeps other threads from drawing,
     the one that trains above all. Only a data set that says `draws = False` is loaded while the model computes.
@@ -39,9 +41,13 @@ class MapStyle:
                  collate: Collate = stacked, part: range | None = None):
         self.source, self.seed, self.collate = source, seed, collate
         self.seeded = seeded if getattr(source, "draws", True) else no_seed
+        if any(cls.__module__.startswith("keras.") and cls.__name__ == "PyDataset" for cls in type(source).__mro__):
+            raise RecipeError(f"data.kind: {type(source).__name__} is a PyDataset of Keras', whose items are batches; give a data set whose items "
+                              "are single rows, (x, y).")
         for method in ("__len__", "__getitem__"):
             if not hasattr(source, method):
                 raise RecipeError(f"data.kind: {type(source).__name__} has no {method}; a data set needs a length and items by index.")
+        self.own = own_collate(source)
         self.part = range(asked(source, "its length", lambda: len(source))) if part is None else part
         self.num_samples = len(self.part)
         if self.num_samples < 1:
@@ -62,10 +68,30 @@ class MapStyle:
         with self.seeded(batch_seed(self.seed, *first)):
             items = [asked(self.source, f"item {number}", partial(self.source.__getitem__, number)) for number in chosen]
             for item, number in zip(items, chosen, strict=True):
-                if not isinstance(item, (Mapping, tuple, list)):
+                if not self.own and not isinstance(item, (Mapping, tuple, list)):
                     raise RecipeError(f"data.kind: item {number} is a {type(item).__name__}; give a dict or a tuple of arrays.")
+            if self.own:
+                return Collated(asked(self.source, f"collate_fn for items {chosen[0]} to {chosen[-1]}", partial(self.own, items)), len(indices))
             batch = batch_of(items, chosen, self.collate)
         return batch if len(indices) else sliced(batch, 0, 0)
+
+    def check_repeats(self, indices: np.ndarray, epochs: np.ndarray) -> None:
+        """RecipeError where the same rows are something else when they are asked for again: so would they be on another worker."""
+        one, two = self.batch(indices, epochs), self.batch(indices, epochs)
+        path = unlike("batch", one, two)
+        if path:
+            raise RecipeError(f"data.kind: {type(self.source).__name__} gives something else when the same items are asked for again ({path}): it "
+                              "draws from a generator of its own, counts, or writes into what it keeps; draw from numpy.random or random (or "
+                              "torch's default generator, on torch), which are seeded for every batch, and give copies.")
+
+
+def own_collate(source: Any) -> Callable[[Sequence[Any]], Any] | None:
+    """The data set's `collate_fn`. RecipeError where it has one by a name under which nobody calls it."""
+    other = next((name for name in COLLATES if callable(getattr(source, name, None))), None)
+    if other and not callable(getattr(source, "collate_fn", None)):
+        raise RecipeError(f"data.kind: {type(source).__name__} has a method {other}, which is not called; name it collate_fn (a list of items in, a "
+                          "batch out), or take it out.")
+    return getattr(source, "collate_fn", None)
 
 
 def asked(source: Any, what: str, ask: Callable[[], Any]) -> Any:

@@ -18,10 +18,10 @@ from elastic.workload import check_model, open_model
 from tests.support.frameworks import assert_close, load
 from tests.support.inprocess import Result, fit, module_recipe
 from tests.support.models import rig_of
+from tests.support.plain_gluon import BATCH, DECAY, EPS, LR, STEPS, Plain
 from tests.support.sampling import sample
 
 KINDS = "tests.support.gluon_kinds"
-STEPS, BATCH, LR, DECAY, EPS = 20, 12, 0.05, 0.1, 1e-3
 DISTURBED = ("kill:1@3/vote", "kill:0@7/update")
 ALIKE = ["plain", "slow", "no_decay", "mixed", "frozen", "normed", "still", "penalized", "paired", "tied", "recurrent", "teacher",
          "listed", "custom", "sloped", "counted"]
@@ -42,63 +42,9 @@ def recipe(kind: str, shards: int = 3, workers: int = 1, rule: str = "sgd", **ch
     return module_recipe("", STEPS, **{name: {**base.get(name, {}), **changes.get(name, {})} for name in {**base, **changes}})
 
 
-class AdamW:
-    """Loshchilov and Hutter 2019, algorithm 2, with what Gluon's parameters multiply: MXNet's own decays otherwise."""
-
-    def __init__(self, parameters: Any):
-        self.moments, self.count = {name: np.zeros((2, *p.shape)) for name, p in parameters.items()}, 0
-
-    def step(self, parameters: Any) -> None:
-        self.count += 1
-        for name, parameter in parameters.items():
-            slope, value = parameter.grad().asnumpy().astype(np.float64), parameter.data().asnumpy()
-            rate = LR * parameter.lr_mult
-            for moment, beta, new in zip(self.moments[name], (0.9, 0.95), (slope, slope ** 2), strict=True):
-                moment += (1 - beta) * (new - moment)
-            mean, square = (moment / (1 - beta ** self.count) for moment, beta in zip(self.moments[name], (0.9, 0.95), strict=True))
-            parameter.data()[:] = value * (1 - rate * DECAY * parameter.wd_mult) - rate * mean / (np.sqrt(square) + EPS)
-
-
-class Plain:
-    """Gluon by itself, with its own Trainer, over the same logical shards one after another; one shard is the whole batch."""
-
-    def __init__(self, kinds: Any, kind: str, rule: str):
-        self.kinds, self.mx, self.rows = kinds, kinds.mx, kinds.Rows()
-        self.block = load("mxnet", "backend").construct(getattr(kinds, kind), {}, 0)
-        named = load("mxnet", "adapter").named_parameters(self.block)
-        self.trained = {name: p for name, p in named.items() if p.grad_req != "null"}
-        self.kept = {name: p for name, p in named.items() if p.grad_req == "null"}
-        self.named = named
-        self.trainer = self.mx.gluon.Trainer(self.block.collect_params(), "sgd", {"learning_rate": LR, "momentum": 0.9, "wd": DECAY})
-        self.adamw = AdamW(self.trained) if rule == "adamw" else None
-
-    def train(self, shards: int) -> dict[str, np.ndarray]:
-        size = BATCH // shards
-        for step in range(STEPS):
-            first = step * BATCH % self.kinds.ROWS
-            before = {name: p.data().asnumpy() for name, p in self.kept.items()}
-            found = [self.shard(low, low + size, before) for low in range(first, first + BATCH, size)]
-            for name, parameter in self.kept.items():
-                parameter.data()[:] = before[name] + np.mean([changes[name] for _, changes in found], axis=0)
-            for name, parameter in self.trained.items():
-                parameter.grad()[:] = np.mean([slopes[name] for slopes, _ in found], axis=0)
-            if self.adamw:
-                self.adamw.step(self.trained)
-            else:
-                self.trainer.step(1)
-        return {name: p.data().asnumpy() for name, p in self.named.items()}
-
-    def shard(self, low: int, high: int, before: Any) -> Any:
-        mx = self.mx
-        for name, parameter in self.kept.items():
-            parameter.data()[:] = before[name]
-        batch = {name: mx.nd.array(getattr(self.rows, name)[low:high]) for name in ("x", "y", "id")}
-        with mx.autograd.record():
-            loss = self.block.loss(batch)
-            loss = loss[0] / loss[1] if isinstance(loss, tuple) else loss.mean()
-        loss.backward()
-        return ({name: p.grad().asnumpy() for name, p in self.trained.items()},
-                {name: p.data().asnumpy() - before[name] for name, p in self.kept.items()})
+def alone(kinds: Any, kind: str, rule: str) -> Plain:
+    rows = kinds.Rows()
+    return Plain(getattr(kinds, kind), [{"x": rows.x[i], "y": rows.y[i], "id": rows.id[i]} for i in range(kinds.ROWS)], rule)
 
 
 def assert_same(found: Result, wanted: dict[str, np.ndarray], tolerance: float) -> None:
@@ -120,12 +66,12 @@ def assert_exported(found: Result, plain: Plain, file: Path) -> None:
 def test_blocks_are_gluon_over_the_same_shards_on_any_number_of_workers(kinds: Any, kind: str, tmp_path: Path) -> None:
     one = fit(tmp_path / "whole", recipe(kind, shards=1))
     one.assert_sound(STEPS)
-    assert_same(one, Plain(kinds, kind, "sgd").train(1), 1e-6)
-    assert_exported(one, Plain(kinds, kind, "sgd"), tmp_path / "w.safetensors")
+    assert_same(one, alone(kinds, kind, "sgd").train(1), 1e-6)
+    assert_exported(one, alone(kinds, kind, "sgd"), tmp_path / "w.safetensors")
     found = {rule: fit(tmp_path / rule, recipe(kind, rule=rule)) for rule in OPTIMIZERS}
     for rule, tolerance in (("sgd", 1e-6), ("adamw", 1e-5)):
         found[rule].assert_sound(STEPS)
-        assert_same(found[rule], Plain(kinds, kind, rule).train(3), tolerance)
+        assert_same(found[rule], alone(kinds, kind, rule).train(3), tolerance)
     for workers, chaos in ((2, DISTURBED[:1]), (3, DISTURBED)):
         again = fit(tmp_path / str(workers), recipe(kind, workers=workers, rule="adamw"), chaos)
         again.assert_sound(STEPS)
@@ -145,7 +91,7 @@ def test_layers_that_draw_have_one_hash(kinds: Any, tmp_path: Path) -> None:
 
 
 def test_thaw_overrules_grad_req(kinds: Any, tmp_path: Path) -> None:
-    start = {name: p.data().asnumpy() for name, p in Plain(kinds, "frozen", "sgd").named.items()}
+    start = {name: p.data().asnumpy() for name, p in alone(kinds, "frozen", "sgd").named.items()}
     found = fit(tmp_path, recipe("frozen", workers=2, model={"thaw": ["0.bias"], "freeze": ["1.bias"]})).arrays()
     assert {name for name, value in start.items() if not np.array_equal(found[f"parameter/{name}"], value)} == {"0.bias", "1.weight"}
 
@@ -160,7 +106,7 @@ def test_an_evaluation_is_gluon_s_own_and_moves_nothing(kinds: Any, kind: str) -
     backend, rows = load("mxnet", "backend"), kinds.Rows()
     batch = {name: getattr(rows, name)[:BATCH] for name in ("x", "y", "id")}
     with backend.computing(1, False):
-        wanted = Plain(kinds, kind, "sgd").block.loss({name: kinds.mx.nd.array(values) for name, values in batch.items()}).mean().asscalar()
+        wanted = alone(kinds, kind, "sgd").block.loss({name: kinds.mx.nd.array(values) for name, values in batch.items()}).mean().asscalar()
     rig = rig_of("mxnet", backend.construct(getattr(kinds, kind), {}, 0))
     rig.backend.rehearse(batch, lambda: rig.by_name(rig.backend.allocate(rig.layout.trainable)))
     before, state = rig.gradient(batch)[0].copy(), {name: value.copy() for name, value in rig.state.items()}

@@ -18,10 +18,10 @@ from elastic.workload import Workload, check_model, open_model
 from tests.support.frameworks import assert_close, load
 from tests.support.inprocess import Result, fit, module_recipe
 from tests.support.models import rig_of
+from tests.support.plain_keras import BATCH, LR, STEPS, Plain
 from tests.support.sampling import sample
 
 KINDS = "tests.support.keras_objects"  # with all of keras_kinds
-STEPS, BATCH, LR = 20, 12, 0.05
 DISTURBED = ("kill:1@3/vote", "kill:0@7/update")
 ALIKE = ["constrained", "centred", "regularized", "normed", "group_normed", "frozen", "nested", "two_heads", "own_compute_loss", "penalized",
          "recurrent", "averaging", "teacher", "net", "listed", "sloped", "counted"]
@@ -43,76 +43,8 @@ def recipe(kind: str, rows: str = "pair", shards: int = 3, workers: int = 1, rul
     return module_recipe("", STEPS, {"kind": rows}, **merged)
 
 
-class AdamW:
-    """Loshchilov and Hutter 2019, algorithm 2, in float64: Keras' own adds epsilon at another place."""
-
-    def build(self, variables: Any) -> None:
-        self.moments = [np.zeros((2, *v.shape)) for v in variables]
-        self.step = 0
-
-    def apply(self, slopes: Any, variables: Any) -> None:
-        self.step += 1
-        for moments, slope, variable in zip(self.moments, slopes, variables, strict=True):
-            for moment, beta, value in zip(moments, (0.9, 0.95), (slope, np.square(slope, dtype=np.float64)), strict=True):
-                moment *= beta
-                moment += (1 - beta) * value
-            mean, square = (moment / (1 - beta ** self.step) for moment, beta in zip(moments, (0.9, 0.95), strict=True))
-            value = variable.numpy() * (1 - LR * 0.1) - LR * mean / (np.sqrt(square) + 1e-3)
-            variable.assign(value.astype(np.float32))
-            if variable.constraint is not None:
-                variable.assign(variable.constraint(variable))
-
-
-class Plain:
-    """Keras by itself: its own optimizer, over whole batches or over the same logical shards one after another."""
-
-    def __init__(self, kinds: Any, model: str, rows: str, rule: str):
-        import keras
-
-        self.keras, self.columns = keras, kinds.Rows(rows).columns()
-        self.model = load("tensorflow", "backend").construct(getattr(kinds, model), {}, 0)
-        self.model.optimizer = keras.optimizers.SGD(LR, momentum=0.9) if rule == "sgd" else AdamW()
-        self.model.optimizer.build(self.model.trainable_variables)
-
-    def rows(self, low: int, high: int) -> Any:
-        return self.keras.tree.map_structure(lambda column: column[low:high], self.columns)
-
-    def fit(self) -> Plain:
-        for step in range(STEPS):
-            low = step * BATCH % len(self.keras.tree.flatten(self.columns)[0])
-            self.model.train_on_batch(*self.rows(low, low + BATCH))
-        return self
-
-    def shards(self, shards: int) -> Plain:
-        model, size = self.model, BATCH // shards
-        kept = [v for v in model.weights if all(v is not t for t in model.trainable_weights)]
-        for step in range(STEPS):
-            first = step * BATCH % len(self.keras.tree.flatten(self.columns)[0])
-            before = [v.numpy() for v in kept]
-            found = [self.shard(self.rows(low, low + size), kept, before) for low in range(first, first + BATCH, size)]
-            for i, variable in enumerate(kept):
-                variable.assign((before[i].astype(np.float64) + np.mean([changes[i] for _, changes in found], axis=0)).astype(before[i].dtype))
-            slopes = [np.mean([grads[i] for grads, _ in found], axis=0) for i in range(len(model.trainable_weights))]
-            model.optimizer.apply(slopes, model.trainable_weights)
-        return self
-
-    def shard(self, batch: Any, kept: Any, before: Any) -> Any:
-        import tensorflow as tf
-
-        for variable, value in zip(kept, before, strict=True):
-            variable.assign(value)
-        x, y, weight = (*batch, None)[:3]
-        batch = self.keras.tree.map_structure(tf.constant, (x, y))
-        with tf.GradientTape() as tape:
-            y_pred = self.model(batch[0], training=True) if self.model._call_has_training_arg else self.model(batch[0])
-            loss = self.model._compute_loss(batch[0], batch[1], y_pred, weight)
-        slopes = tape.gradient(loss, [v.value for v in self.model.trainable_weights])
-        return [np.asarray(tf.convert_to_tensor(slope)) for slope in slopes], [
-            v.numpy().astype(np.float64) - b.astype(np.float64) for v, b in zip(kept, before, strict=True)]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        named = load("tensorflow", "adapter").named_variables(self.model, self.model.weights)
-        return {name: variable.numpy() for name, variable in named.items()}
+def alone(kinds: Any, model: str, rows: str, rule: str) -> Plain:
+    return Plain(getattr(kinds, model), kinds.Rows(rows).columns(), rule)
 
 
 def assert_same(found: Result, wanted: dict[str, np.ndarray], tolerance: float) -> None:
@@ -127,7 +59,7 @@ def test_one_shard_is_fit_itself(kinds: Any, model: str, tmp_path: Path) -> None
     rows = kinds.ALIKE[model]
     found = fit(tmp_path, recipe(model, rows, shards=1))
     found.assert_sound(STEPS)
-    plain = Plain(kinds, model, rows, "sgd")
+    plain = alone(kinds, model, rows, "sgd")
     start = plain.arrays()
     wanted = plain.fit().arrays()
     assert any(np.abs(value - start[name]).max() > 1e-3 for name, value in wanted.items())
@@ -140,7 +72,7 @@ def test_shards_are_keras_over_the_same_shards_on_any_number_of_workers(kinds: A
     found = {name: fit(tmp_path / name, recipe(model, rows, rule=name)) for name in OPTIMIZERS}
     for name, tolerance in (("sgd", 1e-6), ("adamw", 1e-5)):
         found[name].assert_sound(STEPS)
-        assert_same(found[name], Plain(kinds, model, rows, name).shards(3).arrays(), tolerance)
+        assert_same(found[name], alone(kinds, model, rows, name).shards(3).arrays(), tolerance)
     for workers, chaos in ((2, DISTURBED[:1]), (3, DISTURBED)):
         again = fit(tmp_path / str(workers), recipe(model, rows, workers=workers, rule="adamw"), chaos)
         again.assert_sound(STEPS)
@@ -153,12 +85,12 @@ def test_shards_put_together_by_what_their_losses_are_divided_by_are_fit_itself(
     rows = kinds.PUT_TOGETHER[model]
     found = fit(tmp_path / "1", recipe(model, rows))
     found.assert_sound(STEPS)
-    plain = Plain(kinds, model, rows, "sgd")
+    plain = alone(kinds, model, rows, "sgd")
     start = plain.arrays()
     wanted = plain.fit().arrays()
     assert any(np.abs(value - start[name]).max() > 1e-3 for name, value in wanted.items())
     assert_same(found, wanted, 1e-5)
-    first = Plain(kinds, model, rows, "sgd")
+    first = alone(kinds, model, rows, "sgd")
     assert found.metrics[0]["loss"] == pytest.approx(float(np.ravel(first.model.train_on_batch(*first.rows(0, BATCH)))[0]), rel=1e-5)
     again = fit(tmp_path / "2", recipe(model, rows, workers=2), DISTURBED[:1])
     assert again.sha == found.sha and len(again.named("worker_lost")) == 1
@@ -168,7 +100,7 @@ def test_shards_put_together_by_what_their_losses_are_divided_by_are_fit_itself(
 def test_the_loss_of_what_is_put_together_is_that_of_evaluate(kinds: Any, model: str, tmp_path: Path) -> None:
     rows = kinds.PUT_TOGETHER[model]
     found = fit(tmp_path, recipe(model, rows, workers=2, data={"eval_fraction": 0.5}, run={"eval_every": 0}))
-    plain = Plain(kinds, model, rows, "sgd")
+    plain = alone(kinds, model, rows, "sgd")
     arrays = found.arrays()
     for name, variable in load("tensorflow", "adapter").named_variables(plain.model, plain.model.weights).items():
         variable.assign(arrays.get(f"parameter/{name}", arrays.get(f"buffer/{name}")))
@@ -181,7 +113,7 @@ def test_what_no_shards_make_trains_on_one(kinds: Any, model: str, tmp_path: Pat
     rows = kinds.ONE_SHARD[model]
     found = fit(tmp_path, recipe(model, rows, shards=1))
     found.assert_sound(STEPS)
-    assert_same(found, Plain(kinds, model, rows, "sgd").fit().arrays(), 1e-5)
+    assert_same(found, alone(kinds, model, rows, "sgd").fit().arrays(), 1e-5)
 
 
 def test_layers_that_draw_have_one_hash(kinds: Any, tmp_path: Path) -> None:
@@ -192,7 +124,7 @@ def test_layers_that_draw_have_one_hash(kinds: Any, tmp_path: Path) -> None:
 
 
 def test_thaw_overrules_trainable(kinds: Any, tmp_path: Path) -> None:
-    plain = Plain(kinds, "frozen", "pair", "sgd")
+    plain = alone(kinds, "frozen", "pair", "sgd")
     start = plain.arrays()
     changes = {"model": {"thaw": ["dense.bias"], "freeze": ["dense_1.bias"]}}
     found = fit(tmp_path, recipe("frozen", workers=2, **changes)).arrays()
@@ -205,7 +137,7 @@ def test_metrics_are_those_of_evaluate(kinds: Any, tmp_path: Path) -> None:
                                                          checkpoint={"best": "eval.area", "best_mode": "max"})) for workers in (1, 3)]
     told = [result.metrics[-1]["eval"] for result in found]
     assert told[0] == told[1] == evaluate(found[0].run.run_dir / "checkpoints" / f"step-{STEPS:08d}")
-    plain = Plain(kinds, "many_metrics", "near weighted", "sgd")
+    plain = alone(kinds, "many_metrics", "near weighted", "sgd")
     arrays = found[0].arrays()
     for name, variable in load("tensorflow", "adapter").named_variables(plain.model, plain.model.weights).items():
         variable.assign(arrays[f"parameter/{name}"])
@@ -234,7 +166,7 @@ def by_hand(model: Any) -> dict[str, Any]:
 def test_an_export_is_what_keras_evaluates_alike(kinds: Any, model: str, tmp_path: Path) -> None:
     found = fit(tmp_path / "run", recipe(model, shards=1))
     export(str(found.run.run_dir), "safetensors", str(tmp_path / "w"))
-    arrays, fresh, plain = load_file(tmp_path / "w"), Plain(kinds, model, "pair", "sgd"), Plain(kinds, model, "pair", "sgd").fit()
+    arrays, fresh, plain = load_file(tmp_path / "w"), alone(kinds, model, "pair", "sgd"), alone(kinds, model, "pair", "sgd").fit()
     variables = by_hand(fresh.model)
     assert set(arrays) == set(variables)
     for name, variable in variables.items():
@@ -246,7 +178,7 @@ def test_an_export_is_what_keras_evaluates_alike(kinds: Any, model: str, tmp_pat
 
 @pytest.mark.parametrize("model", ["net", "normed", "frozen", "averaging", "dropped", "sloped"])
 def test_an_evaluation_is_keras_own_and_moves_nothing(kinds: Any, model: str) -> None:
-    plain = Plain(kinds, model, "pair", "sgd")
+    plain = alone(kinds, model, "pair", "sgd")
     batch = plain.rows(0, BATCH)
     wanted = plain.model.evaluate(*batch, batch_size=BATCH, verbose=0)
     rig = rig_of("tensorflow", load("tensorflow", "backend").construct(getattr(kinds, model), {}, 0))
@@ -261,7 +193,7 @@ def test_an_evaluation_is_keras_own_and_moves_nothing(kinds: Any, model: str) ->
 def test_each_of_the_users_functions_has_a_batch_of_its_own(kinds: Any, tmp_path: Path) -> None:
     found = fit(tmp_path, recipe("pops", workers=2, data={"kind": f"{KINDS}:Named", "eval_fraction": 0.5}, run={"eval_every": 0}))
     found.assert_sound(STEPS)
-    plain, arrays = Plain(kinds, "pops", "pair", "sgd"), found.arrays()
+    plain, arrays = alone(kinds, "pops", "pair", "sgd"), found.arrays()
     for name, variable in load("tensorflow", "adapter").named_variables(plain.model, plain.model.weights).items():
         variable.assign(arrays[f"parameter/{name}"])
     x, y = plain.rows(18, 36)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +16,11 @@ from elastic.data.collate import num_rows, sliced, stacked
 from elastic.errors import RecipeError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-from backends.pytorch.adapter import columns  # noqa: E402
+from backends.pytorch.adapter import columns, seeded  # noqa: E402
 from backends.pytorch.backend import collate  # noqa: E402
 
 Pair = namedtuple("Pair", "left right")
+COUNT = itertools.count()
 DTYPES = [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
           torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -152,3 +155,43 @@ def test_an_error_in_an_item_names_file_line_and_item() -> None:
     assert training.num_samples == 4 and evaluation is not None
     with pytest.raises(RecipeError, match="item 4 of Made"):  # as the user counts them
         evaluation.batch(np.array([0]), np.array([0]))
+
+
+class Own(Made):
+    """Puts its own batches together, and not by rows."""
+
+    def collate_fn(self, items: list[Any]) -> Any:
+        return {"flat": np.concatenate(items), "told": str(len(items))}
+
+
+def test_a_collate_fn_of_its_own_makes_the_batch_and_rows_are_items() -> None:
+    data = MapStyle(Own(lambda i: np.full(i, i)), collate=collate)
+    found = data.batch(np.array([3, 1]), np.zeros(2, np.int64))
+    assert num_rows(found) == 2 and columns(found, torch.device("cpu"))["flat"].tolist() == [3, 3, 3, 1]
+    assert num_rows(data.batch(np.array([], np.int64), np.array([], np.int64))) == 0
+    assert num_rows(sliced(found, 0, 2)) == 2 and num_rows(sliced(found, 0, 0)) == 0
+    with pytest.raises(RecipeError, match="cannot be cut by rows into micro-batches; set mesh.micro_batches = 1"):
+        sliced(found, 0, 1)
+
+
+def test_a_collate_fn_that_fails_is_told_with_its_items_and_line() -> None:
+    data = MapStyle(Own(lambda i: "text"), collate=collate)
+    with pytest.raises(RecipeError, match=r"collate_fn for items 2 to 3 of Own cannot be had: Value.*\(test_items.py, line \d+, in collate_fn"):
+        data.batch(np.array([2, 3]), np.zeros(2, np.int64))
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: {"a": [1, {"b": np.random.default_rng().random(2)}]}, r"\(batch\['a'\]\[1\]\['b'\]\)"),
+    (lambda: {"a": torch.empty(2).fill_(float(next(COUNT)))}, r"\['a'\]"),
+    (lambda: (f"{next(COUNT)}",), r"\(batch\[0\]"), (lambda: {f"{next(COUNT)}": 1}, r"\(batch\)")])
+def test_items_that_are_not_the_same_again_are_told(make: Any, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        MapStyle(Made(lambda i: make(), 1), collate=collate).check_repeats(np.array([0]), np.zeros(1, np.int64))
+
+
+def test_items_that_draw_from_seeded_generators_are_the_same_again() -> None:
+    made = Made(lambda i: {"a": torch.rand(2), "b": np.random.rand(), "c": random.random(), "d": float("nan"), "e": np.array([np.nan]), "f": "x"})
+    data = MapStyle(made, seeded=seeded, collate=collate)
+    data.check_repeats(np.arange(3), np.zeros(3, np.int64))
+    with pytest.raises(RecipeError, match=r"\(batch\['a'\]\)"):
+        MapStyle(made, collate=collate).check_repeats(np.arange(3), np.zeros(3, np.int64))

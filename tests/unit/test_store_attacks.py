@@ -227,7 +227,7 @@ def test_keys_of_old_generations_go_and_stay_away(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("card", [b"", b"\xff\xfe", b"one two three four", b"1 2 3", b"99999999999999999999 1 1 4096", b"-1 0 0 4096",
-                                  f"{os.getpid()} 0 0 4096".encode(), b"0 0 0 0", b"1 " * 5000])
+                                  f"{os.getpid()} 0 0 4096".encode(), b"0 0 0 0", b"1 " * 5000], ids=range(9))
 def test_a_malformed_card_breaks_the_group_and_no_member(endpoint: Endpoint, card: bytes) -> None:
     client(endpoint).set("1", card)
     with pytest.raises(GroupBroken, match="Rank 0 of 2"):
