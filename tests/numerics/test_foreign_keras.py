@@ -20,6 +20,7 @@ HERE, STEPS = "tests.support.foreign_keras", 4
 RULES = {"sgd": {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0},
          "adamw": {"name": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-3}}
 EQUAL = {"reviews": "Reviews", "offers": "Offers", "vae": "Vectors", "pictures": "Pictures"}
+DATA = {**EQUAL, "tagged": "Tags"}
 BY_ROWS = ["reviews", "vae", "pictures"]  # a batch norm's rows are its shard's
 DRAWING = {"vae": {"noise": 1.0}, "pictures": {"noise": True}}
 
@@ -41,7 +42,7 @@ def alone(foreign: Any, model: str, rule: str) -> Plain:
     import keras
     import numpy as np
 
-    rows = getattr(foreign, EQUAL[model])()
+    rows = getattr(foreign, DATA[model])()
     return Plain(getattr(foreign, model), keras.tree.map_structure(lambda *x: np.stack(x), *(rows[i] for i in range(len(rows)))), rule)
 
 
@@ -69,6 +70,13 @@ def assert_survives(one: Result, two: Result) -> None:
     assert one.sha == two.sha and two.named("worker_lost")
 
 
+def test_words_that_are_masked_count_as_in_fit(foreign: Any, tmp_path: Path) -> None:
+    """The shards have other numbers of them."""
+    one = fit(tmp_path / "1", recipe("tagged", "Tags"))
+    assert_same(one, alone(foreign, "tagged", "sgd").fit(STEPS).arrays(), 1e-5)
+    assert_survives(one, fit(tmp_path / "2", recipe("tagged", "Tags", 2), ("kill:1@2/vote",)))
+
+
 def test_adamw(foreign: Any, tmp_path: Path) -> None:
     result = fit(tmp_path, recipe("offers", "Offers", rule="adamw"))
     assert_same(result, alone(foreign, "offers", "adamw").shards(2, STEPS).arrays(), 1e-5)
@@ -92,10 +100,7 @@ def test_what_is_refused_before_a_worker_starts(foreign: Any) -> None:
         assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize(("model", "data", "options", "words"), [
-    ("pictures", "Pictures", {"spectral": True}, r"writes to its parameter .*kernel"), ("tagged", "Tags", {}, "has a mask")])
-def test_what_is_refused_before_the_first_step(
-        foreign: Any, model: str, data: str, options: dict[str, Any], words: str, tmp_path: Path) -> None:
-    found = fit(tmp_path, recipe(model, data, 2, **options))
+def test_what_is_refused_before_the_first_step(foreign: Any, tmp_path: Path) -> None:
+    found = fit(tmp_path, recipe("pictures", "Pictures", 2, spectral=True))
     assert found.outcome.status == "failed" and not found.steps
-    assert re.search(words, found.outcome.error) and "\n" not in found.outcome.error, found.outcome.error
+    assert re.search(r"writes to its parameter .*kernel", found.outcome.error) and "\n" not in found.outcome.error, found.outcome.error

@@ -50,7 +50,8 @@ def test_parameters_decay_as_their_pattern_says(kind: str, name: str) -> None:
         for n, view in state.layout.views(gradient, state.layout.trainable_names).items():
             view[...] = draw.standard_normal(view.shape)
             theirs[n].grad = torch.tensor(view / 4)
-        work = SimpleNamespace(plan=SimpleNamespace(optimizer=asked.model_dump(), num_steps=5), state=state, gradient=gradient, backend=backend)
+        work = SimpleNamespace(plan=SimpleNamespace(optimizer=asked.model_dump(), num_steps=5), state=state, gradient=gradient, backend=backend,
+                               sums=False)
         commit(work, Ballot(step, (1.0, 1.0), (2.0, 2.0)))  # type: ignore[arg-type]
         optimizer.step()
     for n, view in state.layout.views(state.param).items():
