@@ -9,6 +9,8 @@ _NEEDED = {
     "MKL_CBWR": "AUTO,STRICT",
     # cuBLAS with several workspaces may reduce in another order from call to call.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # For what a user's own code compiles.
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
 }
 
 # Both libraries read these when they load: set after `import torch` they do nothing, without a word.

@@ -63,7 +63,7 @@ class TorchBackend:
         self._loss = self._choose_loss()
         self._splits = False
         self._runs: dict[Any, Run] = {}
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms() is the same, and loads the compiler: 1.3 s of every start
         # a debugging aid of deterministic mode that costs a pass over every new tensor
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -202,6 +202,7 @@ class TorchBackend:
         import torch._inductor.config
         from torch._inductor.compile_fx import compile_fx
 
+        torch._inductor.config.deterministic = True
         torch._inductor.config.compile_threads = 1  # its pool of compiling processes would outlive a killed worker
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # not other kernels, which have other bits
 

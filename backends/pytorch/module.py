@@ -124,7 +124,7 @@ class ModuleBackend(TorchBackend):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
                     total, weight = as_sum(self._loss(columns(batch, self.device)), rows)
                 if isinstance(total, torch.Tensor) and total.requires_grad:
-                    total.backward(torch.full_like(total, scale))
+                    (total if scale == 1.0 else total * scale).backward()  # a gradient that is handed in loads sympy
                 elif float(weight):
                     raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
             self._refuse_swaps()

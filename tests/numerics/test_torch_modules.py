@@ -12,6 +12,7 @@ from elastic.checkpoint.export import export
 from elastic.inference import evaluate
 from tests.support.frameworks import assert_close
 from tests.support.inprocess import Result, fit, module_recipe
+from tests.support.sampling import sample
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -67,7 +68,7 @@ def test_it_trains_as_in_plain_torch(tmp_path: Path, module: str) -> None:
     assert three.sha == one.sha and three.named("worker_lost")
 
 
-@pytest.mark.parametrize("module", FAITHFUL)
+@pytest.mark.parametrize("module", sample(list(FAITHFUL), 8))
 def test_adamw_as_in_plain_torch(tmp_path: Path, module: str) -> None:
     result = run(tmp_path, module, 2, "adamw")
     assert_same(result, oracle(module, "adamw"), TOLERANCE["adamw"])
