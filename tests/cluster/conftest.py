@@ -24,13 +24,17 @@ class Rays:
         if name not in self.clusters:
             self.clusters[name] = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus})
         if self.joined != name:
-            ray.shutdown()
+            self.leave()
             ray.init(address=self.clusters[name].address, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)
             self.joined = name
         return self.clusters[name]
 
-    def end(self) -> None:
+    def leave(self) -> None:
         ray.shutdown()
+        self.joined = ""
+
+    def end(self) -> None:
+        self.leave()
         for cluster in self.clusters.values():
             cluster.shutdown()
 
@@ -46,6 +50,12 @@ def rays() -> Iterator[Rays]:
 def cluster(rays: Rays) -> Any:
     """A Ray with room for eight workers, whatever the cores."""
     return rays.join("one", 10)
+
+
+@pytest.fixture
+def no_ray(rays: Rays) -> None:
+    """For a run that starts one of its own: it would take the one that its process is connected to."""
+    rays.leave()
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ class Attacker:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_ray")
 def test_attacks_on_all_ports_and_kills_change_nothing(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("".join(f"{n} times {n} is {n * n}; " for n in range(400)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,3 +98,26 @@ def test_what_is_no_sum_and_weight_is_one_sentence() -> None:
         rig_of("torch", Triple()).gradient(batch())
     with pytest.raises(UserError, match=r"metrics\(batch\)\['close'\] must give \(sum, weight\)"):
         rig_of("torch", Bare()).backend.metrics(batch())
+
+
+STARTS = """
+import sys
+from pathlib import Path
+
+from tests.support.inprocess import fit, gpt_recipe, module_recipe
+
+here = Path(sys.argv[1])
+(here / "a.txt").write_text("to be or not to be " * 200)
+for name, recipe in (("own", module_recipe("Small", 3)), ("gpt", gpt_recipe(here / "a.txt", 3))):
+    fit(here / name, recipe).assert_sound(3)
+import torch
+
+assert torch.are_deterministic_algorithms_enabled()
+print(*(name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules))
+"""
+
+
+def test_no_worker_loads_a_compiler_that_nobody_asked_for(tmp_path: Path) -> None:
+    """Its import takes longer than the rest of a start."""
+    done = subprocess.run([sys.executable, "-c", STARTS, str(tmp_path)], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr + done.stdout

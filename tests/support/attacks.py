@@ -27,41 +27,38 @@ def say(client: socket.socket, data: bytes) -> bool:
     return False
 
 
-def half_open(port: int, number: int = ROUND) -> list[socket.socket]:
+def half_open(port: int, number: int = ROUND) -> Iterator[socket.socket]:
     """Connected, and not a word."""
-    return [reach(port) for _ in range(number)]
+    for _ in range(number):
+        yield reach(port)
 
 
-def garbage(port: int, number: int = ROUND) -> list[socket.socket]:
+def garbage(port: int, number: int = ROUND) -> Iterator[socket.socket]:
     """Random bytes, short and long; every other one hangs up at once, some with a reset."""
-    chance, left = random.Random(7), []
+    chance = random.Random(7)
     for n in range(number):
         client = reach(port)
+        yield client
         say(client, chance.randbytes(chance.choice((1, 9, 63, 64, 65, 4096))))
         if n % 4 == 1:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if n % 2:
             client.close()
-        else:
-            left.append(client)
-    return left
 
 
-def large_headers(port: int, number: int = ROUND) -> list[socket.socket]:
+def large_headers(port: int, number: int = ROUND) -> Iterator[socket.socket]:
     """A request whose sizes are 4 GiB, and the first of its bytes."""
-    left = []
     for n in range(number):
         client = reach(port)
+        yield client
         say(client, struct.pack("!cII", b"SGC"[n % 3:n % 3 + 1], FOUR_GIB, FOUR_GIB) + bytes(1024))
-        left.append(client)
-    return left
 
 
-def slow_readers(port: int, number: int = ROUND) -> list[socket.socket]:
+def slow_readers(port: int, number: int = ROUND) -> Iterator[socket.socket]:
     """Ask without end, with a small window, and read nothing."""
-    left = []
     for _ in range(number):
         client = socket.socket()
+        yield client
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         client.settimeout(PATIENCE_S)
         client.connect(("127.0.0.1", port))
@@ -70,8 +67,6 @@ def slow_readers(port: int, number: int = ROUND) -> list[socket.socket]:
         with contextlib.suppress(OSError):
             for _ in range(20):
                 client.send(request * 100)
-        left.append(client)
-    return left
 
 
 KINDS = (half_open, garbage, large_headers, slow_readers)

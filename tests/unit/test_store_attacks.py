@@ -182,7 +182,7 @@ def ask(address: str) -> bytes:
 def test_strangers_that_take_all_descriptors_lose_them(poor: tuple[Any, str]) -> None:
     _, address = poor
     port = int(address.rpartition(":")[2])
-    left = half_open(port, 50) + slow_readers(port, 50)
+    left = [*half_open(port, 50), *slow_readers(port, 50)]
     assert ask(address) == b"value"
     assert len(left) == 100
 
