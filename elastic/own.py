@@ -13,6 +13,7 @@ from elastic.errors import ElasticError, RecipeError, UserError
 OURS = tuple(str(Path(__file__).resolve().parents[1] / folder) + "/" for folder in ("elastic", "backends"))
 
 HOMES = {"keras": ("a Keras model", "tensorflow"), "mxnet": ("a Gluon block", "mxnet"), "torch": ("a torch module", "torch")}  # by package
+MACHINES = ("OutOfMemoryError", "AcceleratorError", "ResourceExhaustedError")  # torch's and TensorFlow's, which are none of Python's own
 
 
 def check_home(kind: str, model: Any, backend: str) -> None:
@@ -26,17 +27,22 @@ def check_home(kind: str, model: Any, backend: str) -> None:
             return
 
 
+def is_of_machine(error: BaseException) -> bool:
+    """Whether the machine lacks something, as room or a device, in Python's words or a framework's: elsewhere or later it may be there."""
+    return isinstance(error, (OSError, MemoryError)) or any(cls.__name__ in MACHINES for cls in type(error).__mro__)
+
+
 @contextmanager
 def users(is_own: bool) -> Iterator[None]:
     """Around what computes with a model and a data set. With `is_own`, what fails there is the user's own code and would fail again on every worker:
-    a UserError, which nobody retries. What the group (GroupBroken) or the machine (OSError, MemoryError) lacks stays what it is.
+    a UserError, which nobody retries. What the group (GroupBroken) or the machine lacks stays what it is.
     """
     try:
         yield
-    except (ElasticError, OSError, MemoryError):
+    except ElasticError:
         raise
     except Exception as error:
-        if not is_own:
+        if not is_own or is_of_machine(error):
             raise
         raise UserError(describe(error)) from error
 
