@@ -7,6 +7,7 @@ platform's, and copies buffers in before a shard and out after it, so a step tha
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from collections.abc import Iterator, Mapping
@@ -228,6 +229,8 @@ def columns(batch: Any, device: torch.device) -> Any:
         return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.clone()
     if isinstance(batch, (str, bytes)):
         return batch
+    if isinstance(batch, torch.nn.utils.rnn.PackedSequence):
+        return copy.deepcopy(batch).to(device)  # its lengths stay on the CPU
     if isinstance(batch, Mapping):
         return {name: columns(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +158,8 @@ def unlike(path: str, one: Any, other: Any) -> str:
     """The path of the first array, number or text that differs; "" where none does."""
     if isinstance(one, Collated):
         return unlike(path, one.content, other.content)
+    if getattr(one, "is_nested", False):
+        return unlike(path, list(one.unbind()), list(other.unbind()))
     inside, its = parts(one), parts(other)
     if inside is not None:
         if inside.keys() != (its or {}).keys():
@@ -166,4 +169,8 @@ def unlike(path: str, one: Any, other: Any) -> str:
         return "" if one == other or one != one else path
     if not hasattr(one, "dtype") or not hasattr(one, "shape"):
         return ""  # an object that a collate_fn made
-    return "" if repr(one.dtype) == repr(other.dtype) and shape_of(one) == shape_of(other) and bool(((one == other) | (one != one)).all()) else path
+    if repr(one.dtype) != repr(other.dtype) or shape_of(one) != shape_of(other):
+        return path
+    with suppress(RuntimeError):  # sparse tensors cannot be compared
+        return "" if bool(((one == other) | (one != one)).all()) else path
+    return ""

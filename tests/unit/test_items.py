@@ -14,6 +14,7 @@ import pytest
 from elastic.data import MapStyle, Sampler, load_batch
 from elastic.data.collate import num_rows, sliced, stacked
 from elastic.errors import RecipeError
+from elastic.preview import num_bytes
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from backends.pytorch.adapter import columns, seeded  # noqa: E402
@@ -187,6 +188,31 @@ def test_a_collate_fn_that_fails_is_told_with_its_items_and_line() -> None:
 def test_items_that_are_not_the_same_again_are_told(make: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         MapStyle(Made(lambda i: make(), 1), collate=collate).check_repeats(np.array([0]), np.zeros(1, np.int64))
+
+
+@pytest.mark.parametrize("make", [lambda: torch.eye(3).to_sparse(), lambda: torch.eye(3).to_sparse_csr(),
+                                  lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+                                  lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)])
+def test_tensors_that_lie_otherwise_are_the_same_again(make: Any) -> None:
+    data = MapStyle(Made(lambda i: 0, 1))
+    data.own = lambda items: {"a": make()}
+    data.check_repeats(np.array([0]), np.zeros(1, np.int64))
+    assert num_bytes(data.batch(np.array([0]), np.zeros(1, np.int64))) >= 0
+
+
+def test_nested_tensors_are_looked_into() -> None:
+    data = MapStyle(Made(lambda i: 0, 1))
+    data.own = lambda items: torch.nested.nested_tensor([torch.ones(2), torch.full((3,), float(next(COUNT)))], layout=torch.jagged)
+    with pytest.raises(RecipeError, match=r"\(batch\[1\]\)"):
+        data.check_repeats(np.array([0]), np.zeros(1, np.int64))
+
+
+def test_packed_sequences_keep_their_lengths_on_the_cpu() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    for device in ("cpu", "meta"):
+        found = columns(packed, torch.device(device))
+        assert type(found) is type(packed) and found.data.device.type == device and found.batch_sizes.tolist() == [2, 2, 1]
+        assert found.data is not packed.data
 
 
 def test_items_that_draw_from_seeded_generators_are_the_same_again() -> None:
