@@ -20,7 +20,7 @@ import torch
 
 from backends.pytorch import watch
 from elastic.backend import Adapted, Spec
-from elastic.data.collate import Collated
+from elastic.data.collate import PLAIN, Collated
 from elastic.errors import UserError
 from elastic.own import described, pair, rebuilt
 
@@ -235,9 +235,9 @@ def columns(batch: Any, device: torch.device) -> Any:
         return {name: columns(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
         return rebuilt(batch, lambda value: columns(value, device))
+    if not isinstance(batch, (np.ndarray, np.generic, *PLAIN)):  # what a collate_fn makes, be it a sequence
+        return batch.to(device) if callable(getattr(batch, "to", None)) else batch
     array = np.asarray(batch)
-    if array.dtype == object:
-        return batch.to(device) if callable(getattr(batch, "to", None)) else batch  # what a collate_fn makes
     if array.dtype.kind not in "biuf":
         return array
     return placed(array, device, torch.float32 if array.dtype == np.float64 else None)

@@ -215,6 +215,24 @@ def test_packed_sequences_keep_their_lengths_on_the_cpu() -> None:
         assert found.data is not packed.data
 
 
+def test_what_a_collate_fn_makes_stays_what_it_is_though_it_is_a_sequence() -> None:
+    class Images:
+        def __init__(self, tensor: Any):
+            self.tensor = tensor
+
+        def __len__(self) -> int:
+            return len(self.tensor)
+
+        def __getitem__(self, row: int) -> Any:
+            return self.tensor[row]
+
+        def to(self, device: Any) -> Any:
+            return Images(self.tensor.to(device))
+
+    found = columns({"images": Images(torch.ones(2, 3)), "sizes": np.ones(2)}, torch.device("meta"))
+    assert isinstance(found["images"], Images) and found["images"].tensor.device.type == "meta" and found["sizes"].dtype == torch.float32
+
+
 def test_items_that_draw_from_seeded_generators_are_the_same_again() -> None:
     made = Made(lambda i: {"a": torch.rand(2), "b": np.random.rand(), "c": random.random(), "d": float("nan"), "e": np.array([np.nan]), "f": "x"})
     data = MapStyle(made, seeded=seeded, collate=collate)
