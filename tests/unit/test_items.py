@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -231,6 +232,22 @@ def test_what_a_collate_fn_makes_stays_what_it_is_though_it_is_a_sequence() -> N
 
     found = columns({"images": Images(torch.ones(2, 3)), "sizes": np.ones(2)}, torch.device("meta"))
     assert isinstance(found["images"], Images) and found["images"].tensor.device.type == "meta" and found["sizes"].dtype == torch.float32
+
+
+def test_a_collate_fn_that_fills_one_buffer_again_and_again_is_told_and_one_that_gives_what_is_fixed_passes() -> None:
+    rows, buffer, fixed = np.arange(2), torch.empty(2), torch.ones(3)
+
+    def filling(items: list[int]) -> Any:
+        return {"fixed": fixed, "x": buffer.copy_(torch.tensor(items))}
+
+    data = MapStyle(Made(lambda i: i))
+    data.own = filling
+    with pytest.raises(RecipeError, match=r"writes into a batch that it gave before \(batch\['x'\]\)"):
+        data.check_repeats(rows, np.zeros(2, np.int64))
+    data.own = lambda items: {"fixed": fixed, "x": filling(items)["x"].clone(), "lock": threading.Lock()}
+    data.check_repeats(rows, np.zeros(2, np.int64))
+    data.own = lambda items: {"fixed": fixed, "x": filling(items)["x"].clone()}
+    data.check_repeats(rows, np.zeros(2, np.int64))
 
 
 def test_items_that_draw_from_seeded_generators_are_the_same_again() -> None:
