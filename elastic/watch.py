@@ -37,12 +37,15 @@ class Watch:
         """Overwritten, by the name of one, if parameters change inside."""
         index = None if whole else np.minimum(self._base + step * TURN % STRIDE * LINE, self._last)
         before = self._look(param, index)
-        yield
-        changed = np.flatnonzero(before != self._look(param, index))
-        if len(changed):
-            name = self._places[changed[0]][2] if index is None else self._holder(int(index[changed[0]]))
-            raise Overwritten(f'model.kind = "{self.kind}" changes its parameter {name} while it computes (seen at step {step}), as a write through '
-                              ".data does; a parameter changes once a step, by the optimizer: compute the changed values from it instead.")
+        try:
+            yield
+        finally:  # whoever leaves with an error is asked for its state, too
+            changed = np.flatnonzero(before != self._look(param, index))
+            if len(changed):
+                name = self._places[changed[0]][2] if index is None else self._holder(int(index[changed[0]]))
+                raise Overwritten(f'model.kind = "{self.kind}" changes its parameter {name} while it computes (seen at step {step}), as a write '
+                                  "through .data does; a parameter changes once a step, by the optimizer: compute the changed values from it "
+                                  "instead.")
 
     def _look(self, param: Buffer, index: np.ndarray | None) -> np.ndarray:
         """Bits of what is looked at: values, or hashes of all parameters."""
