@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,15 @@ def described(found: Any) -> str:
     return type(found).__name__ if shape is None else f"an array of shape {tuple(shape)}"
 
 
-def rebuilt(batch: Sequence[Any], convert: Callable[[Any], Any]) -> Any:
-    """A list or tuple of the same kind, a named one too, of converted entries."""
+def rebuilt(batch: Mapping[Any, Any] | Sequence[Any], convert: Callable[[Any], Any]) -> Any:
+    """A dict, list or tuple of the same kind, a user's own or a named one too, of converted entries."""
+    if isinstance(batch, Mapping):
+        found = {name: convert(entry) for name, entry in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return found
+        again = copy(batch)  # as torch's collate does
+        again.update(found)
+        return again
     entries = [convert(entry) for entry in batch]
     return type(batch)(*entries) if hasattr(batch, "_fields") else type(batch)(entries)  # type: ignore[call-arg]
 

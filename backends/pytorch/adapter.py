@@ -231,9 +231,7 @@ def columns(batch: Any, device: torch.device) -> Any:
         return batch
     if isinstance(batch, torch.nn.utils.rnn.PackedSequence):
         return copy.deepcopy(batch).to(device)  # its lengths stay on the CPU
-    if isinstance(batch, Mapping):
-        return {name: columns(value, device) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, (Mapping, tuple, list)):
         return rebuilt(batch, lambda value: columns(value, device))
     if not isinstance(batch, (np.ndarray, np.generic, *PLAIN)):  # what a collate_fn makes, be it a sequence
         return batch.to(device) if callable(getattr(batch, "to", None)) else batch

@@ -142,9 +142,7 @@ def sliced(batch: Any, low: int, high: int) -> Any:
         return Collated(batch.content, min(batch.rows, high - low))
     if is_texts(batch):
         return batch[low:high]
-    if isinstance(batch, Mapping):
-        return {name: sliced(column, low, high) for name, column in batch.items()}
-    if isinstance(batch, (list, tuple)):
+    if isinstance(batch, (Mapping, list, tuple)):
         return rebuilt(batch, lambda column: sliced(column, low, high))
     return batch[low:high]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -70,20 +70,13 @@ def assert_same(found: Any, wanted: Any) -> None:
         assert found == wanted
 
 
-def plain(structure: Any) -> Any:
-    """An ordered dict as the adapter hands it on: as a dict."""
-    if isinstance(structure, dict):
-        return {name: plain(value) for name, value in structure.items()}
-    return structure
-
-
 @pytest.mark.parametrize("name", NESTINGS)
 def test_torch_gets_what_its_own_loader_would_give(name: str) -> None:
     source = Made(NESTINGS[name])
     found = MapStyle(source, collate=collate).batch(np.array([4, 1, 2]), np.zeros(3, np.int64))
     wanted = next(iter(torch.utils.data.DataLoader(torch.utils.data.Subset(source, [4, 1, 2]), batch_size=3)))
     assert_same(found, wanted)
-    assert_same(columns(found, torch.device("cpu")), plain(wanted))
+    assert_same(columns(found, torch.device("cpu")), wanted)
     assert num_rows(found) == 3
     none = MapStyle(source, collate=collate).batch(np.array([], np.int64), np.array([], np.int64))
     assert num_rows(none) == 0 and num_rows(sliced(found, 1, 3)) == 2
@@ -214,6 +207,21 @@ def test_packed_sequences_keep_their_lengths_on_the_cpu() -> None:
         found = columns(packed, torch.device(device))
         assert type(found) is type(packed) and found.data.device.type == device and found.batch_sizes.tolist() == [2, 2, 1]
         assert found.data is not packed.data
+
+
+def test_a_dict_of_a_user_s_own_kind_stays_of_it_as_in_torch() -> None:
+    class Named(dict[str, Any]):
+        __getattr__ = dict.__getitem__
+
+    class Encoding(UserDict[str, Any]):
+        """As tokenizers give."""
+
+    for kind in (Named, Encoding, OrderedDict, lambda entries: defaultdict(list, entries)):
+        batch = collate([kind({"x": torch.ones(2) * i, "y": {"z": i}}) for i in range(4)])
+        for found in (columns(batch, torch.device("cpu")), sliced(batch, 1, 3)):
+            assert type(found) is type(batch) is type(kind({})) and type(found["y"]) is dict
+        assert found["x"].tolist() == [[1, 1], [2, 2]] and batch["x"].shape == (4, 2), "the whole stays"
+    assert columns(Named(x=torch.ones(2)), torch.device("cpu")).x.tolist() == [1, 1]
 
 
 def test_what_a_collate_fn_makes_stays_what_it_is_though_it_is_a_sequence() -> None:
