@@ -230,7 +230,7 @@ def columns(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (str, bytes)):
         return batch
     if isinstance(batch, torch.nn.utils.rnn.PackedSequence):
-        return copy.deepcopy(batch).to(device)  # its lengths stay on the CPU
+        return copy.deepcopy(batch).to(device=device)  # type: ignore[call-arg]  # its lengths stay on the CPU
     if isinstance(batch, (Mapping, tuple, list)):
         return rebuilt(batch, lambda value: columns(value, device))
     if not isinstance(batch, (np.ndarray, np.generic, *PLAIN)):  # what a collate_fn makes, be it a sequence
