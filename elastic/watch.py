@@ -39,13 +39,19 @@ class Watch:
         before = self._look(param, index)
         try:
             yield
-        finally:  # whoever leaves with an error is asked for its state, too
-            changed = np.flatnonzero(before != self._look(param, index))
-            if len(changed):
-                name = self._places[changed[0]][2] if index is None else self._holder(int(index[changed[0]]))
-                raise Overwritten(f'model.kind = "{self.kind}" changes its parameter {name} while it computes (seen at step {step}), as a write '
-                                  "through .data does; a parameter changes once a step, by the optimizer: compute the changed values from it "
-                                  "instead.")
+        except Overwritten:
+            raise
+        except Exception:  # whoever leaves with an error is asked for its state, too
+            self._compare(before, param, step, index)
+            raise
+        self._compare(before, param, step, index)
+
+    def _compare(self, before: np.ndarray, param: Buffer, step: int, index: np.ndarray | None) -> None:
+        changed = np.flatnonzero(before != self._look(param, index))
+        if len(changed):
+            name = self._places[changed[0]][2] if index is None else self._holder(int(index[changed[0]]))
+            raise Overwritten(f'model.kind = "{self.kind}" changes its parameter {name} while it computes (seen at step {step}), as a write through '
+                              ".data does; a parameter changes once a step, by the optimizer: compute the changed values from it instead.")
 
     def _look(self, param: Buffer, index: np.ndarray | None) -> np.ndarray:
         """Bits of what is looked at: values, or hashes of all parameters."""

@@ -66,3 +66,10 @@ def test_a_write_before_an_error_shows_all_the_same(whole: bool) -> None:
         layout.views(param)["bias"][3] += 1
         raise ValueError("row 7")
     assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_who_has_seen_a_write_closer_is_heard() -> None:
+    layout, seen, param = watch()
+    with pytest.raises(Overwritten, match="^closer$"), seen.over(param, 7, False):
+        layout.views(param)["bias"][3] += 1
+        raise Overwritten("closer")
