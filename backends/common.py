@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from elastic.backend import ShardResult
-from elastic.errors import UserError
-from elastic.own import place_of
+from elastic.errors import ElasticError, UserError
+from elastic.own import is_of_machine, place_of
 
 DEPTH = 4  # of nested containers that are looked into
 TINY = 1e-37  # below it a factor of two need not be exact
@@ -28,9 +28,11 @@ def telling(kind: str, in_one_line: Callable[[Exception], str]) -> Iterator[None
     """What goes wrong in a user's code, in one sentence with its place. `in_one_line`: what the framework says of it."""
     try:
         yield
-    except UserError:
+    except ElasticError:
         raise
     except Exception as error:
+        if is_of_machine(error):
+            raise
         raise UserError(f"model.kind: {kind} cannot be called ({type(error).__name__}: {in_one_line(error)}){place_of(error)}.") from error
 
 

@@ -86,8 +86,7 @@ class Work:
     restore: Callable[[Generation, CollectiveGroup], None] = lambda generation, group: None  # from `generation.load`, a checkpoint
     ready: Callable[[Generation, CollectiveGroup], None] = lambda generation, group: None  # the state is there
     is_busy: Callable[[], bool] = lambda: False  # a checkpoint is still being written
-    own: str = ""  # the name of a user's own model
-    watch: Watch | None = None  # over what it trains
+    watch: Watch | None = None  # over what a user's own model trains
     links: Links | None = None
     gradient: Buffer | None = None
     holds: int = -1
@@ -137,7 +136,6 @@ def link(work: Work, generation: Generation, group: CollectiveGroup) -> Links:
     control = work.control
     links = Links(group, generation.shape, work.portion, lambda: control.collective(control.step, control.phase))
     work.links = links
-    work.watch = Watch(work.own, work.state.layout) if work.own else None
     if work.portion is not None:
         work.backend.connect(links.dims(work.portion.layout.dims))
     return links
@@ -309,7 +307,8 @@ def write_down(work: Work, generation: Generation, group: CollectiveGroup, field
     work.unsaved.append(fields)
     if group.rank == 0:
         repeats = work.control.repeat.is_set()
-        work.control.repeat.clear()
+        if repeats:  # else what is asked for just now would be forgotten
+            work.control.repeat.clear()
         for one in work.unwritten if repeats else (fields,):
             work.post(Line(generation.number, "metrics", one))
 

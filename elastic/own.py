@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from elastic.errors import ElasticError, RecipeError, UserError
 OURS = tuple(str(Path(__file__).resolve().parents[1] / folder) + "/" for folder in ("elastic", "backends"))
 
 HOMES = {"keras": ("a Keras model", "tensorflow"), "mxnet": ("a Gluon block", "mxnet"), "torch": ("a torch module", "torch")}  # by package
+MACHINES = ("OutOfMemoryError", "AcceleratorError", "ResourceExhaustedError")  # torch's and TensorFlow's, which are none of Python's own
 
 
 def check_home(kind: str, model: Any, backend: str) -> None:
@@ -26,17 +28,22 @@ def check_home(kind: str, model: Any, backend: str) -> None:
             return
 
 
+def is_of_machine(error: BaseException) -> bool:
+    """Whether the machine lacks something, as room or a device, in Python's words or a framework's: elsewhere or later it may be there."""
+    return isinstance(error, (OSError, MemoryError)) or any(cls.__name__ in MACHINES for cls in type(error).__mro__)
+
+
 @contextmanager
 def users(is_own: bool) -> Iterator[None]:
     """Around what computes with a model and a data set. With `is_own`, what fails there is the user's own code and would fail again on every worker:
-    a UserError, which nobody retries. What the group (GroupBroken) or the machine (OSError, MemoryError) lacks stays what it is.
+    a UserError, which nobody retries. What the group (GroupBroken) or the machine lacks stays what it is.
     """
     try:
         yield
-    except (ElasticError, OSError, MemoryError):
+    except ElasticError:
         raise
     except Exception as error:
-        if not is_own:
+        if not is_own or is_of_machine(error):
             raise
         raise UserError(describe(error)) from error
 
@@ -66,8 +73,15 @@ def described(found: Any) -> str:
     return type(found).__name__ if shape is None else f"an array of shape {tuple(shape)}"
 
 
-def rebuilt(batch: Sequence[Any], convert: Callable[[Any], Any]) -> Any:
-    """A list or tuple of the same kind, a named one too, of converted entries."""
+def rebuilt(batch: Mapping[Any, Any] | Sequence[Any], convert: Callable[[Any], Any]) -> Any:
+    """A dict, list or tuple of the same kind, a user's own or a named one too, of converted entries."""
+    if isinstance(batch, Mapping):
+        found = {name: convert(entry) for name, entry in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return found
+        again = copy(batch)  # as torch's collate does
+        again.update(found)
+        return again
     entries = [convert(entry) for entry in batch]
     return type(batch)(*entries) if hasattr(batch, "_fields") else type(batch)(entries)  # type: ignore[call-arg]
 

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 
 from elastic.backend import SLOTS, Batch
+from elastic.data.collate import Collated
 from elastic.data.loader import load_batch, rows_of
 from elastic.errors import ElasticError, UserError
 from elastic.mesh import Mesh
@@ -104,9 +105,15 @@ def on_a_part(recipe: Recipe, opened: Workload, rows: int) -> float:
 
 
 def num_bytes(batch: Any) -> int:
+    if isinstance(batch, Collated):
+        return num_bytes(batch.content)
     if isinstance(batch, Mapping):
         return sum(map(num_bytes, batch.values()))
-    return sum(map(num_bytes, batch)) if isinstance(batch, (list, tuple)) else int(getattr(batch, "nbytes", 0))
+    if isinstance(batch, (list, tuple)):
+        return sum(map(num_bytes, batch))
+    with suppress(RuntimeError):  # a sparse tensor does not tell
+        return int(getattr(batch, "nbytes", 0))
+    return 0
 
 
 def reset_peak() -> int:

@@ -37,7 +37,16 @@ class Watch:
         """Overwritten, by the name of one, if parameters change inside."""
         index = None if whole else np.minimum(self._base + step * TURN % STRIDE * LINE, self._last)
         before = self._look(param, index)
-        yield
+        try:
+            yield
+        except Overwritten:
+            raise
+        except Exception:  # whoever leaves with an error is asked for its state, too
+            self._compare(before, param, step, index)
+            raise
+        self._compare(before, param, step, index)
+
+    def _compare(self, before: np.ndarray, param: Buffer, step: int, index: np.ndarray | None) -> None:
         changed = np.flatnonzero(before != self._look(param, index))
         if len(changed):
             name = self._places[changed[0]][2] if index is None else self._holder(int(index[changed[0]]))

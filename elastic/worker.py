@@ -9,8 +9,8 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from elastic.evaluation import measure, named
 from elastic.loop import Work, commit, keep_lines, train
 from elastic.mesh import Mesh
 from elastic.messages import Generation, Job, Line, Part, Ready, Save, Standing, shape
-from elastic.own import describe, users
+from elastic.own import describe, is_of_machine, users
 from elastic.parallel.links import mirrored
 from elastic.parallel.relay import relay, whole_arrays
 from elastic.recipe import loads
@@ -315,13 +315,10 @@ def rehearse(work: Work) -> None:
     state.layout.move([*state.buffers, *habits.moved])
     last = shorter(work)
     if last is not None:
-        try:
-            work.backend.gradients(work.load_batch(plan.num_steps, last), 0, room())
-        except Exception as error:
-            rows = int((work.positions(plan.num_steps, last) >= 0).sum())
-            raise UserError(f"The last step leaves {rows} of a logical shard's {len(work.positions(1, 0))} samples to logical shard {last}, and the "
-                            f"model cannot take that ({describe(error)}); choose run.steps, data.batch_size or elastic.logical_shards so that "
-                            "all shards are alike.") from error
+        batch, rows = work.load_batch(plan.num_steps, last), int((work.positions(plan.num_steps, last) >= 0).sum())
+        with fewer(f"The last step leaves {rows} of a logical shard's {len(work.positions(1, 0))} samples to logical shard {last}",
+                   "choose run.steps, data.batch_size or elastic.logical_shards so that all shards are alike"):
+            work.backend.gradients(batch, 0, room())
     if work.eval_batches:
         rehearse_evaluation(work)
 
@@ -337,12 +334,20 @@ def rehearse_evaluation(work: Work) -> None:
     last = work.eval_batches[-1]()
     if num_rows(last) == num_rows(first):
         return
-    try:
+    with fewer(f"The last batch of the evaluation has {num_rows(last)} rows where the others have {num_rows(first)}",
+               f"choose data.eval_fraction so that the evaluation set has a multiple of {num_rows(first)} rows, or let the model take any number"):
         work.backend.metrics(last)
+
+
+@contextmanager
+def fewer(what: str, remedy: str) -> Iterator[None]:
+    """Inside, the model computes with fewer rows than before: UserError where it cannot."""
+    try:
+        yield
     except Exception as error:
-        raise UserError(f"The last batch of the evaluation has {num_rows(last)} rows where the others have {num_rows(first)}, and the model cannot "
-                        f"take that ({describe(error)}); choose data.eval_fraction so that the evaluation set has a multiple of {num_rows(first)} "
-                        "rows, or let the model take any number.") from error
+        if is_of_machine(error):
+            raise
+        raise UserError(f"{what}, and the model cannot take that ({describe(error)}); {remedy}.") from error
 
 
 def shorter(work: Work) -> int | None:

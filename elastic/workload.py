@@ -31,6 +31,7 @@ from elastic.recipe import Recipe
 from elastic.schedule import scaled
 from elastic.sharded import ShardedState
 from elastic.state import FlatLayout, State, is_frozen, round_up
+from elastic.watch import Watch
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
             "mxnet": "backends.mxnet.backend", "reference": "backends.reference.backend"}
@@ -266,7 +267,7 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     rows = round_up(max(shard_size, EVAL_ROWS), recipe.mesh.expert)
     evaluation = eval_batches(workload.evaluation, rows) if workload.evaluation else []
     return Work(plan, backend, state, load, sampler.positions, evaluation, control, post, save, workload.unit, portion, pipeline,
-                own=recipe.model.kind if ":" in recipe.model.kind and portion is None else "",
+                watch=Watch(recipe.model.kind, state.layout) if ":" in recipe.model.kind and portion is None else None,
                 fills=workload.training.fills, ledger=ledger, is_own=bool(recipe.data.kind) or ":" in recipe.model.kind,
                 tally=lambda: tally_of(workload.model) or tally_of(backend))
 

@@ -7,6 +7,7 @@ platform's, and copies buffers in before a shard and out after it, so a step tha
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ import torch
 
 from backends.pytorch import watch
 from elastic.backend import Adapted, Spec
-from elastic.data.collate import Collated
+from elastic.data.collate import PLAIN, Collated
 from elastic.errors import UserError
 from elastic.own import described, pair, rebuilt
 
@@ -228,13 +229,13 @@ def columns(batch: Any, device: torch.device) -> Any:
         return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.clone()
     if isinstance(batch, (str, bytes)):
         return batch
-    if isinstance(batch, Mapping):
-        return {name: columns(value, device) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
+    if isinstance(batch, torch.nn.utils.rnn.PackedSequence):
+        return copy.deepcopy(batch).to(device=device)  # type: ignore[call-arg]  # its lengths stay on the CPU
+    if isinstance(batch, (Mapping, tuple, list)):
         return rebuilt(batch, lambda value: columns(value, device))
+    if not isinstance(batch, (np.ndarray, np.generic, *PLAIN)):  # what a collate_fn makes, be it a sequence
+        return batch.to(device) if callable(getattr(batch, "to", None)) else batch
     array = np.asarray(batch)
-    if array.dtype == object:
-        return batch.to(device) if callable(getattr(batch, "to", None)) else batch  # what a collate_fn makes
     if array.dtype.kind not in "biuf":
         return array
     return placed(array, device, torch.float32 if array.dtype == np.float64 else None)

@@ -17,6 +17,7 @@ from backends.pytorch.adapter import ModuleModel
 from backends.pytorch.watch import Leaf, checksum, differing, leaves, spoil, told
 from elastic.backend import Batch, Buffer, Habits, ShardResult
 from elastic.errors import UserError
+from elastic.own import is_of_machine
 
 SMALL = 1e-30  # apart by less than this is not apart: below 2^-126 a power of two does not scale exactly
 Views = Mapping[str, Buffer]
@@ -57,7 +58,7 @@ def rehearse(stage: Stage, own: ModuleModel, batch: Batch, room: Callable[[], Vi
     except UserError:
         raise
     except Exception as error:
-        if not left:
+        if not left or is_of_machine(error):
             raise
         raise remembering(own, left[0], after) from error
     now = leaves(own.module)

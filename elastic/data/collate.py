@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,9 +142,7 @@ def sliced(batch: Any, low: int, high: int) -> Any:
         return Collated(batch.content, min(batch.rows, high - low))
     if is_texts(batch):
         return batch[low:high]
-    if isinstance(batch, Mapping):
-        return {name: sliced(column, low, high) for name, column in batch.items()}
-    if isinstance(batch, (list, tuple)):
+    if isinstance(batch, (Mapping, list, tuple)):
         return rebuilt(batch, lambda column: sliced(column, low, high))
     return batch[low:high]
 
@@ -157,6 +156,8 @@ def unlike(path: str, one: Any, other: Any) -> str:
     """The path of the first array, number or text that differs; "" where none does."""
     if isinstance(one, Collated):
         return unlike(path, one.content, other.content)
+    if getattr(one, "is_nested", False):
+        return unlike(path, list(one.unbind()), list(other.unbind()))
     inside, its = parts(one), parts(other)
     if inside is not None:
         if inside.keys() != (its or {}).keys():
@@ -166,4 +167,8 @@ def unlike(path: str, one: Any, other: Any) -> str:
         return "" if one == other or one != one else path
     if not hasattr(one, "dtype") or not hasattr(one, "shape"):
         return ""  # an object that a collate_fn made
-    return "" if repr(one.dtype) == repr(other.dtype) and shape_of(one) == shape_of(other) and bool(((one == other) | (one != one)).all()) else path
+    if repr(one.dtype) != repr(other.dtype) or shape_of(one) != shape_of(other):
+        return path
+    with suppress(RuntimeError):  # sparse tensors cannot be compared
+        return "" if bool(((one == other) | (one != one)).all()) else path
+    return ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from copy import deepcopy
 from functools import partial
 from typing import Any, Protocol
 
@@ -76,10 +77,17 @@ class MapStyle:
         return batch if len(indices) else sliced(batch, 0, 0)
 
     def check_repeats(self, indices: np.ndarray, epochs: np.ndarray) -> None:
-        """RecipeError where the same rows are something else when they are asked for again: so would they be on another worker."""
-        one, two = self.batch(indices, epochs), self.batch(indices, epochs)
-        path = unlike("batch", one, two)
-        if path:
+        """RecipeError where the same rows are something else when they are asked for again: so would they be on another worker; and where a batch
+        changes that was given before: the next are loaded while it is trained on."""
+        one = kept = self.batch(indices, epochs)
+        if self.own:  # else it is a copy
+            with suppress(Exception):  # what cannot be copied is not looked at
+                kept = deepcopy(one)
+            self.batch((indices + 1) % self.num_samples, epochs)
+            if path := unlike("batch", kept, one):
+                raise RecipeError(f"data.kind: the collate_fn of {type(self.source).__name__} writes into a batch that it gave before ({path}), and "
+                                  "batches are loaded ahead; give new arrays each time.")
+        if path := unlike("batch", kept, self.batch(indices, epochs)):
             raise RecipeError(f"data.kind: {type(self.source).__name__} gives something else when the same items are asked for again ({path}): it "
                               "draws from a generator of its own, counts, or writes into what it keeps; draw from numpy.random or random (or "
                               "torch's default generator, on torch), which are seeded for every batch, and give copies.")

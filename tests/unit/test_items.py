@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import OrderedDict, namedtuple
+import threading
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from elastic.data import MapStyle, Sampler, load_batch
 from elastic.data.collate import num_rows, sliced, stacked
 from elastic.errors import RecipeError
+from elastic.preview import num_bytes
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from backends.pytorch.adapter import columns, seeded  # noqa: E402
@@ -68,20 +70,13 @@ def assert_same(found: Any, wanted: Any) -> None:
         assert found == wanted
 
 
-def plain(structure: Any) -> Any:
-    """An ordered dict as the adapter hands it on: as a dict."""
-    if isinstance(structure, dict):
-        return {name: plain(value) for name, value in structure.items()}
-    return structure
-
-
 @pytest.mark.parametrize("name", NESTINGS)
 def test_torch_gets_what_its_own_loader_would_give(name: str) -> None:
     source = Made(NESTINGS[name])
     found = MapStyle(source, collate=collate).batch(np.array([4, 1, 2]), np.zeros(3, np.int64))
     wanted = next(iter(torch.utils.data.DataLoader(torch.utils.data.Subset(source, [4, 1, 2]), batch_size=3)))
     assert_same(found, wanted)
-    assert_same(columns(found, torch.device("cpu")), plain(wanted))
+    assert_same(columns(found, torch.device("cpu")), wanted)
     assert num_rows(found) == 3
     none = MapStyle(source, collate=collate).batch(np.array([], np.int64), np.array([], np.int64))
     assert num_rows(none) == 0 and num_rows(sliced(found, 1, 3)) == 2
@@ -187,6 +182,80 @@ def test_a_collate_fn_that_fails_is_told_with_its_items_and_line() -> None:
 def test_items_that_are_not_the_same_again_are_told(make: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         MapStyle(Made(lambda i: make(), 1), collate=collate).check_repeats(np.array([0]), np.zeros(1, np.int64))
+
+
+@pytest.mark.parametrize("make", [lambda: torch.eye(3).to_sparse(), lambda: torch.eye(3).to_sparse_csr(),
+                                  lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+                                  lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)])
+def test_tensors_that_lie_otherwise_are_the_same_again(make: Any) -> None:
+    data = MapStyle(Made(lambda i: 0, 1))
+    data.own = lambda items: {"a": make()}
+    data.check_repeats(np.array([0]), np.zeros(1, np.int64))
+    assert num_bytes(data.batch(np.array([0]), np.zeros(1, np.int64))) >= 0
+
+
+def test_nested_tensors_are_looked_into() -> None:
+    data = MapStyle(Made(lambda i: 0, 1))
+    data.own = lambda items: torch.nested.nested_tensor([torch.ones(2), torch.full((3,), float(next(COUNT)))], layout=torch.jagged)
+    with pytest.raises(RecipeError, match=r"\(batch\[1\]\)"):
+        data.check_repeats(np.array([0]), np.zeros(1, np.int64))
+
+
+def test_packed_sequences_keep_their_lengths_on_the_cpu() -> None:
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
+    for device in ("cpu", "meta"):
+        found = columns(packed, torch.device(device))
+        assert type(found) is type(packed) and found.data.device.type == device and found.batch_sizes.tolist() == [2, 2, 1]
+        assert found.data is not packed.data
+
+
+def test_a_dict_of_a_user_s_own_kind_stays_of_it_as_in_torch() -> None:
+    class Named(dict[str, Any]):
+        __getattr__ = dict.__getitem__
+
+    class Encoding(UserDict[str, Any]):
+        """As tokenizers give."""
+
+    for kind in (Named, Encoding, OrderedDict, lambda entries: defaultdict(list, entries)):
+        batch = collate([kind({"x": torch.ones(2) * i, "y": {"z": i}}) for i in range(4)])
+        for found in (columns(batch, torch.device("cpu")), sliced(batch, 1, 3)):
+            assert type(found) is type(batch) is type(kind({})) and type(found["y"]) is dict
+        assert found["x"].tolist() == [[1, 1], [2, 2]] and batch["x"].shape == (4, 2), "the whole stays"
+    assert columns(Named(x=torch.ones(2)), torch.device("cpu")).x.tolist() == [1, 1]
+
+
+def test_what_a_collate_fn_makes_stays_what_it_is_though_it_is_a_sequence() -> None:
+    class Images:
+        def __init__(self, tensor: Any):
+            self.tensor = tensor
+
+        def __len__(self) -> int:
+            return len(self.tensor)
+
+        def __getitem__(self, row: int) -> Any:
+            return self.tensor[row]
+
+        def to(self, device: Any) -> Any:
+            return Images(self.tensor.to(device))
+
+    found = columns({"images": Images(torch.ones(2, 3)), "sizes": np.ones(2)}, torch.device("meta"))
+    assert isinstance(found["images"], Images) and found["images"].tensor.device.type == "meta" and found["sizes"].dtype == torch.float32
+
+
+def test_a_collate_fn_that_fills_one_buffer_again_and_again_is_told_and_one_that_gives_what_is_fixed_passes() -> None:
+    rows, buffer, fixed = np.arange(2), torch.empty(2), torch.ones(3)
+
+    def filling(items: list[int]) -> Any:
+        return {"fixed": fixed, "x": buffer.copy_(torch.tensor(items))}
+
+    data = MapStyle(Made(lambda i: i))
+    data.own = filling
+    with pytest.raises(RecipeError, match=r"writes into a batch that it gave before \(batch\['x'\]\)"):
+        data.check_repeats(rows, np.zeros(2, np.int64))
+    data.own = lambda items: {"fixed": fixed, "x": filling(items)["x"].clone(), "lock": threading.Lock()}
+    data.check_repeats(rows, np.zeros(2, np.int64))
+    data.own = lambda items: {"fixed": fixed, "x": filling(items)["x"].clone()}
+    data.check_repeats(rows, np.zeros(2, np.int64))
 
 
 def test_items_that_draw_from_seeded_generators_are_the_same_again() -> None:

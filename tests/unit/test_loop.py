@@ -261,6 +261,21 @@ def test_lines_that_are_on_disk_are_forgotten() -> None:
     assert [("eval" in f, f["step"]) for f in member.work.unwritten] == [(True, 4), (False, 5), (False, 6), (True, 6)]
 
 
+def test_what_is_asked_for_again_while_a_line_is_sent_comes_with_the_next() -> None:
+    class Late(threading.Event):
+        """Set by somebody else right after it was looked at."""
+
+        def is_set(self) -> bool:
+            found = super().is_set()
+            self.set()
+            return found
+
+    member = Member(num_steps=3)
+    member.control.repeat, member.work.eval_batches = Late(), []
+    assert member.train(SoloGroup(), generation_of(1)) == "done"
+    assert [fields["step"] for fields in member.metrics()] == [1, 1, 2, 3]
+
+
 def test_seeds_depend_on_seed_step_and_shard_alone_and_fit_a_signed_word() -> None:
     seeds = {(a, b, c): shard_seed(a, b, c) for a in (0, 1, 2**62) for b in (1, 2, 300) for c in range(8)}
     assert len(set(seeds.values())) == len(seeds)

@@ -10,8 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends.common import telling
 from elastic.errors import GroupBroken, UserError
-from elastic.own import describe, pair, pairs, place_of, rebuilt, users
+from elastic.own import describe, is_of_machine, pair, pairs, place_of, rebuilt, users
+
+
+class AcceleratorError(RuntimeError):
+    """As torch names what a device says."""
 
 
 @pytest.mark.parametrize(("found", "says"), [
@@ -47,12 +52,20 @@ def test_the_user_s_line_stands_behind_an_error(tmp_path: Path) -> None:
     assert describe(UserError("as it is")) == "as it is" and place_of(KeyError("never raised")) == ""
 
 
-@pytest.mark.parametrize("error", [GroupBroken("a peer is gone"), OSError("no space"), MemoryError(), ConnectionResetError(), UserError("mend it")])
+@pytest.mark.parametrize("error", [GroupBroken("a peer is gone"), OSError("no space"), MemoryError(), ConnectionResetError(), UserError("mend it"),
+                                   AcceleratorError("CUDA error: unspecified launch failure"), type("Closer", (AcceleratorError,), {})()])
 def test_what_the_group_or_the_machine_lacks_is_not_the_user_s_fault(error: Exception) -> None:
-    for is_own in (True, False):
-        with pytest.raises(type(error)) as caught, users(is_own):
+    for around in (users(True), users(False), telling("Net", str)):
+        with pytest.raises(type(error)) as caught, around:
             raise error
         assert caught.value is error
+
+
+def test_what_frameworks_lack_is_known_by_their_own_names() -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    assert all(is_of_machine(error("lost")) for error in (torch.OutOfMemoryError, torch.AcceleratorError))
+    tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+    assert is_of_machine(tf.errors.ResourceExhaustedError(None, None, "OOM")) and not is_of_machine(tf.errors.InvalidArgumentError(None, None, ""))
 
 
 def test_what_the_user_s_code_raises_is_theirs_where_it_is_their_code() -> None:

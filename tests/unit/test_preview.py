@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from elastic import preview as door
+from elastic.data.collate import Collated
 from elastic.errors import UserError
 from elastic.mesh import Mesh
 from elastic.parallel import meshes
@@ -131,4 +132,4 @@ def test_a_model_that_cannot_fit_is_told_by_its_workers(tmp_path: Path, monkeypa
 def test_activations_on_a_gpu_are_not_this_machine_s() -> None:
     assert on_gpu(parse({"model": {"kind": f"{__name__}:Wide"}, "data": {"kind": f"{__name__}:Rows"}, "backend": {"device": "cuda"}}))
     assert not on_gpu(own(1))
-    assert num_bytes({"a": [np.zeros(3), (np.zeros(2, np.int8),)], "b": ["text"]}) == 26
+    assert num_bytes({"a": [np.zeros(3), (np.zeros(2, np.int8),)], "b": ["text"]}) == 26 == num_bytes(Collated(np.zeros(26, np.int8), 2))

@@ -57,3 +57,19 @@ def test_what_stays_is_not_told_even_where_it_is_no_number() -> None:
             layout.views(param)["wide"][0] = layout.views(param)["wide"][0].copy()
     with pytest.raises(ZeroDivisionError), seen.over(param, 7, True):
         layout.views(param)["bias"][3] = 1 / 0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_write_before_an_error_shows_all_the_same(whole: bool) -> None:
+    layout, seen, param = watch()
+    with pytest.raises(Overwritten, match="its parameter bias while") as caught, seen.over(param, 7, whole):
+        layout.views(param)["bias"][3] += 1
+        raise ValueError("row 7")
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_who_has_seen_a_write_closer_is_heard() -> None:
+    layout, seen, param = watch()
+    with pytest.raises(Overwritten, match="^closer$"), seen.over(param, 7, False):
+        layout.views(param)["bias"][3] += 1
+        raise Overwritten("closer")
