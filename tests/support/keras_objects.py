@@ -73,7 +73,7 @@ class Counted(layers.Layer):
             for kept in self.kept:
                 kept.assign(ops.logical_not(kept) if kept.dtype == "bool" else kept + ops.cast(0.5 if "float" in kept.dtype else 3, kept.dtype))
             self.scale.assign(self.scale * 0.9)
-        return x * self.scale + ops.cast(self.kept[-1][0] - LARGE, "float32")
+        return x * self.scale + 0.01 * ops.cast(self.kept[-1][0] - LARGE, "float32")
 
 
 def counted() -> Any:
