@@ -22,6 +22,7 @@ from elastic.parallel import costs, meshes
 from elastic.parallel.costs import Candidate, Part, Task
 from elastic.parallel.planner import Question
 from elastic.recipe import Recipe
+from elastic.state import is_frozen
 from elastic.trial import Counted, Timed
 from elastic.workload import Workload, create_backend, framework, open_state
 
@@ -33,13 +34,15 @@ TOLD_BYTES = 64 << 20  # that a part of a shard must take, for its other rows to
 
 @dataclass(frozen=True)
 class Preview:
-    """`parameters` are the model's own, without the padding of the buffers they lie in; `worker_bytes` is a worker's state, buffers and
-    activations beside its process, `shard_bytes` of them what one logical shard needs: activations and batches. All are needed at least."""
+    """`parameters` are the model's own, without the padding of the buffers they lie in, `frozen` those that do not train; `worker_bytes` is a
+    worker's state, buffers and activations beside its process, `shard_bytes` of them what one logical shard needs: activations and batches. All
+    are needed at least."""
 
     parameters: int
     worker_bytes: int
     workers: int
     shard_bytes: int = 0
+    frozen: int = 0
 
     @property
     def bytes(self) -> int:
@@ -65,8 +68,9 @@ def preview(recipe: Recipe, opened: Workload) -> Preview:
     needs = [costs.memory(asked.task, Candidate(replace(layout.mesh, data=data), mesh.micro_batches, parts, held, mesh.schedule, layout.num_chunks))
              for data in sizes]
     most = max(needs, key=lambda one: one.total)
-    parameters = sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in asked.model.parameters.values())
-    return Preview(parameters, int(most.total + shard), elastic.max_workers + elastic.spares, int(most.activations + shard))
+    sizes_of = {name: int(np.prod(spec.shape, dtype=np.int64)) for name, spec in asked.model.parameters.items()}
+    frozen = sum(size for name, size in sizes_of.items() if is_frozen(name, asked.model.parameters[name], recipe.model.freeze, recipe.model.thaw))
+    return Preview(sum(sizes_of.values()), int(most.total + shard), elastic.max_workers + elastic.spares, int(most.activations + shard), frozen)
 
 
 def on_gpu(recipe: Recipe) -> bool:

@@ -107,6 +107,10 @@ def test_check_says_what_it_found(recipe: str, tmp_path: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert "vocab_size" in out and re.search(r"model: \d+ parameters; up to 2 workers", out) and "are sound" in out
     assert not (tmp_path / "runs").exists()
+    assert re.search(r"model: (\d+) parameters;", out) and "\nr: recipe, data" in out, "a run without a name has its file's"
+    assert cli.run(["train", recipe, "--check", "--set", 'model.freeze=["wte", "*.weight"]', "--set", 'model.thaw=["*.weight"]']) == 0
+    embedding = 16 * int(re.findall(r"vocab_size (\d+)", out)[0])
+    assert f" parameters, {embedding} of them frozen;" in capsys.readouterr().out
 
 
 def test_check_refuses_what_cannot_fit(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
