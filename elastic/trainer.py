@@ -65,7 +65,7 @@ class Trainer:
         """
         run_dir = Path(run_dir)
         if not (run_dir / "recipe.toml").exists():
-            raise UserError(f"{run_dir} is no run directory: it has no recipe.toml.")
+            raise UserError(f"{run_dir} is no run directory: it has no recipe.toml; give the directory that `elastic train` named.")
         if live := living(run_dir):
             if overrides or chaos:
                 raise RecipeError(f"The run in {run_dir} is alive, and {[*overrides, *chaos][0]!r} cannot change it; leave it out to follow the run.")

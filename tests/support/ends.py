@@ -33,7 +33,7 @@ class Chapter:
 
 
 ERRORS = {
-    "loss": End("the model raises at a step, and again when that is done anew", 3, LAST,
+    "loss": End("the model raises at a step", 3, LAST,
                 "ValueError: row N is poison (modules.py, line N, in loss)" + SAVED),
     "data": End("the data set raises at a step", 3, LAST, "data.kind: item N of FragileRows cannot be had: OSError: row N cannot be read "
                 "(modules.py, line N, in __getitem__); mend the data set" + SAVED),
