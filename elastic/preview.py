@@ -17,7 +17,7 @@ from elastic.backend import SLOTS, Batch
 from elastic.data.loader import load_batch, rows_of
 from elastic.errors import ElasticError, UserError
 from elastic.mesh import Mesh
-from elastic.own import place_of
+from elastic.own import place_of, users
 from elastic.parallel import costs, meshes
 from elastic.parallel.costs import Candidate, Part, Task
 from elastic.parallel.planner import Question
@@ -105,6 +105,19 @@ def on_a_part(recipe: Recipe, opened: Workload, rows: int) -> float:
         raise UserError(f"model.kind: {count} rows cannot be trained on ({type(error).__name__}: {' '.join(str(error).split())}{place_of(error)}); "
                         "mend the model or its data.") from error
     return max(0, grown) * rows / count
+
+
+def try_loss(recipe: Recipe, opened: Workload) -> None:
+    """Rehearses a user's own model on the first logical shard, as its workers will. UserError for what it raises there, or cannot do."""
+    if isinstance(getattr(opened.model, "parameters", None), Mapping) or on_gpu(recipe) or recipe.mesh.replica_size > 1:
+        return
+    backend = create_backend(recipe, opened.model)
+    state, batch = open_state(recipe, backend), example(opened)
+    state.start(recipe.run.seed)
+    with users(True):
+        habits = backend.rehearse(batch, lambda: state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names))
+    if habits.undivided and recipe.elastic.logical_shards > 1:
+        raise UserError(habits.undivided)
 
 
 def num_bytes(batch: Any) -> int:

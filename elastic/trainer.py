@@ -118,6 +118,12 @@ class Trainer:
             preview.check_memory(found, self.recipe)
         return found
 
+    def check_loss(self) -> None:
+        """That a model of the user's own computes; workers find out by themselves before the first step."""
+        assert self.opened is not None
+        with import_path():
+            preview.try_loss(self.recipe, self.opened)
+
     def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
         if self.follows:
