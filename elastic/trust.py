@@ -52,7 +52,7 @@ def standing(place: str | os.PathLike[str]) -> str:
     if folder is None:
         return "lies in no run directory of yours"
     if users := strangers(folder):
-        return f"lies in a run directory of another user's (uid {min(users)})"
+        return f"belongs to another user's run (uid {min(users)})"
     return f"names other modules than the recipe.toml of the run directory {folder}"
 
 

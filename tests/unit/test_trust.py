@@ -69,7 +69,7 @@ def test_what_somebody_else_s_run_names_is_not_imported(command: str, run_dir: P
     assert cli.run(arguments) == 2
     told = capsys.readouterr().err
     assert not ran()
-    assert f"lies in a run directory of another user's (uid {os.getuid()}), and" in told
+    assert f"belongs to another user's run (uid {os.getuid()}), and" in told
     assert told.count("\n") == 1 and f'would import strange_model (model.kind = "{NAMES}"); look at what that would run, then add --trust' in told
     assert cli.run([*arguments, "--trust"]) == 2 and ran(), "with --trust it is imported"
     assert "cannot be imported (ImportError: this far)" in capsys.readouterr().err
