@@ -42,9 +42,10 @@ Trust = Annotated[bool, typer.Option("--trust", help="Imports a model or data se
 
 @app.command()
 def train(recipe: Recipe,
-          set_: Sets = [], run_dir: Annotated[Path | None, typer.Option(metavar="DIR")] = None,  # noqa: B006 - typer copies it
+          set_: Sets = [],  # noqa: B006 - typer copies it
+          run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where it is written; none: runs/NAME-TIME.")] = None,
           address: Address = "local", chaos: Chaos = [],  # noqa: B006
-          check: Annotated[bool, typer.Option("--check", help="Validates recipe, data and memory, then exits.")] = False) -> int:
+          check: Annotated[bool, typer.Option("--check", help="Opens recipe and data, tries the model, and trains nothing.")] = False) -> int:
     """Trains a recipe."""
     from elastic.recipe import load_recipe
 
@@ -87,7 +88,7 @@ def status(run_dir: RunDir) -> int:
 
 
 @app.command()
-def verify(run_dir: RunDir, replay: Annotated[bool, typer.Option("--replay", help="Runs it again undisturbed and compares.")] = False,
+def verify(run_dir: RunDir, replay: Annotated[bool, typer.Option("--replay", help="Runs it again undisturbed and compares the bits.")] = False,
            address: Address = "local", trust: Trust = False) -> int:
     """Checks a run's steps, generations and every hash."""
     from elastic import replay as door
@@ -226,12 +227,14 @@ def checked(trainer: Trainer) -> int:
     notes = [trainer.settle(info), *trainer.notes]
     recipe = trainer.recipe
     found = trainer.check_memory()
+    trainer.check_loss()
     for line in filter(None, notes):
         say(line)
     facts = ", ".join(f"{key} {value}" for key, value in info.items() if isinstance(value, int))
-    say(f"data: {facts or recipe.data.kind}")
-    say(f"model: {found.parameters} parameters; up to {found.workers} workers, about {found.bytes / 1e9:.1f} GB")
-    say(f"{recipe.run.name}: recipe, data and memory are sound", "bold green")
+    frozen = f", {found.frozen} of them frozen" if found.frozen else ""
+    say(f"data: {facts or recipe.data.kind + ', ' + info['key']}")
+    say(f"model: {found.parameters} parameters{frozen}; up to {found.workers} workers, about {found.bytes / 1e9:.1f} GB")
+    say(f"{recipe.run.name}: recipe, data, model and memory are sound", "bold green")
     return DONE
 
 

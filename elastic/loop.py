@@ -242,7 +242,8 @@ def squared_norm(work: Work, links: Links) -> float:
 
 def check_finite(work: Work, ballot: Ballot) -> None:
     if not sum(ballot.weights) > 0:
-        raise NonFiniteLoss(f"The weights of step {ballot.step} sum to {sum(ballot.weights)}; a model's loss must give a weight above 0.")
+        raise NonFiniteLoss(f"The weights of step {ballot.step} sum to {sum(ballot.weights)}; a model's loss must give a weight above 0: leave out "
+                            "rows of which nothing counts.")
     for shard, loss in enumerate(ballot.losses):
         if not math.isfinite(loss):
             positions = work.positions(ballot.step, shard).tolist()

@@ -16,6 +16,9 @@ OURS = tuple(str(Path(__file__).resolve().parents[1] / folder) + "/" for folder 
 HOMES = {"keras": ("a Keras model", "tensorflow"), "mxnet": ("a Gluon block", "mxnet"), "torch": ("a torch module", "torch")}  # by package
 MACHINES = ("OutOfMemoryError", "AcceleratorError", "ResourceExhaustedError")  # torch's and TensorFlow's, which are none of Python's own
 
+UNTRAINED = ("model.freeze or the model itself leaves the loss without any trainable parameter behind it; freeze less, name some in model.thaw, or "
+             "take out what detaches the loss (detach, no_grad, stop_gradient).")
+
 
 def check_home(kind: str, model: Any, backend: str) -> None:
     """RecipeError where a user's model is of another framework than the one that is to train it, known without importing either."""

@@ -18,11 +18,12 @@ from elastic.data.collate import Collated
 from elastic.data.loader import load_batch, rows_of
 from elastic.errors import ElasticError, UserError
 from elastic.mesh import Mesh
-from elastic.own import place_of
+from elastic.own import place_of, users
 from elastic.parallel import costs, meshes
 from elastic.parallel.costs import Candidate, Part, Task
 from elastic.parallel.planner import Question
 from elastic.recipe import Recipe
+from elastic.state import is_frozen
 from elastic.trial import Counted, Timed
 from elastic.workload import Workload, create_backend, framework, open_state
 
@@ -34,13 +35,15 @@ TOLD_BYTES = 64 << 20  # that a part of a shard must take, for its other rows to
 
 @dataclass(frozen=True)
 class Preview:
-    """`parameters` are the model's own, without the padding of the buffers they lie in; `worker_bytes` is a worker's state, buffers and
-    activations beside its process, `shard_bytes` of them what one logical shard needs: activations and batches. All are needed at least."""
+    """`parameters` are the model's own, without the padding of the buffers they lie in, `frozen` those that do not train; `worker_bytes` is a
+    worker's state, buffers and activations beside its process, `shard_bytes` of them what one logical shard needs: activations and batches. All
+    are needed at least."""
 
     parameters: int
     worker_bytes: int
     workers: int
     shard_bytes: int = 0
+    frozen: int = 0
 
     @property
     def bytes(self) -> int:
@@ -66,8 +69,9 @@ def preview(recipe: Recipe, opened: Workload) -> Preview:
     needs = [costs.memory(asked.task, Candidate(replace(layout.mesh, data=data), mesh.micro_batches, parts, held, mesh.schedule, layout.num_chunks))
              for data in sizes]
     most = max(needs, key=lambda one: one.total)
-    parameters = sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in asked.model.parameters.values())
-    return Preview(parameters, int(most.total + shard), elastic.max_workers + elastic.spares, int(most.activations + shard))
+    sizes_of = {name: int(np.prod(spec.shape, dtype=np.int64)) for name, spec in asked.model.parameters.items()}
+    frozen = sum(size for name, size in sizes_of.items() if is_frozen(name, asked.model.parameters[name], recipe.model.freeze, recipe.model.thaw))
+    return Preview(sum(sizes_of.values()), int(most.total + shard), elastic.max_workers + elastic.spares, int(most.activations + shard), frozen)
 
 
 def on_gpu(recipe: Recipe) -> bool:
@@ -102,6 +106,19 @@ def on_a_part(recipe: Recipe, opened: Workload, rows: int) -> float:
         raise UserError(f"model.kind: {count} rows cannot be trained on ({type(error).__name__}: {' '.join(str(error).split())}{place_of(error)}); "
                         "mend the model or its data.") from error
     return max(0, grown) * rows / count
+
+
+def try_loss(recipe: Recipe, opened: Workload) -> None:
+    """Rehearses a user's own model on the first logical shard, as its workers will. UserError for what it raises there, or cannot do."""
+    if isinstance(getattr(opened.model, "parameters", None), Mapping) or on_gpu(recipe) or recipe.mesh.replica_size > 1:
+        return
+    backend = create_backend(recipe, opened.model)
+    state, batch = open_state(recipe, backend), example(opened)
+    state.start(recipe.run.seed)
+    with users(True):
+        habits = backend.rehearse(batch, lambda: state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names))
+    if habits.undivided and recipe.elastic.logical_shards > 1:
+        raise UserError(habits.undivided)
 
 
 def num_bytes(batch: Any) -> int:

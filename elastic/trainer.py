@@ -65,7 +65,7 @@ class Trainer:
         """
         run_dir = Path(run_dir)
         if not (run_dir / "recipe.toml").exists():
-            raise UserError(f"{run_dir} is no run directory: it has no recipe.toml.")
+            raise UserError(f"{run_dir} is no run directory: it has no recipe.toml; give the directory that `elastic train` named.")
         if live := living(run_dir):
             if overrides or chaos:
                 raise RecipeError(f"The run in {run_dir} is alive, and {[*overrides, *chaos][0]!r} cannot change it; leave it out to follow the run.")
@@ -117,6 +117,12 @@ class Trainer:
         if self.address == "local":
             preview.check_memory(found, self.recipe)
         return found
+
+    def check_loss(self) -> None:
+        """That a model of the user's own computes; workers find out by themselves before the first step."""
+        assert self.opened is not None
+        with import_path():
+            preview.try_loss(self.recipe, self.opened)
 
     def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""

@@ -26,8 +26,8 @@ def check_trust(recipe: Recipe, place: str | os.PathLike[str], trust: bool) -> N
     strange = named(recipe) - own(place) if not trust else set()
     if strange:
         modules = " and ".join(f'{kind.partition(":")[0]} ({key} = "{kind}")' for key, kind in sorted(strange, reverse=True))
-        raise UserError(f"{shown(os.fspath(place))} is no run directory of yours, nor in one that names the same, and would import {modules}; "
-                        "look at what that would run, then add --trust (trust=True in Python).")
+        raise UserError(f"{shown(os.fspath(place))} {standing(place)}, and would import {modules}; look at what that would run, then add --trust "
+                        "(trust=True in Python).")
 
 
 def named(recipe: Recipe) -> set[tuple[str, str]]:
@@ -37,14 +37,34 @@ def named(recipe: Recipe) -> set[tuple[str, str]]:
 
 def own(place: str | os.PathLike[str]) -> set[tuple[str, str]]:
     """What the caller's run directory at or above `place` names; nothing where that is nobody's or somebody else's."""
-    given = os.fspath(place)
-    if "://" in given and not given.startswith("file://"):
-        return set()
-    local = Path(os.path.realpath(unquote(urlsplit(given).path) if "://" in given else given))
-    folder = next((folder for folder in (local, *local.parents) if (folder / RECIPE).is_file()), None)
-    if folder is None or any(path.stat().st_uid != os.geteuid() for path in (folder, folder / RECIPE)):
+    folder = run_dir_of(place)
+    if folder is None or strangers(folder):
         return set()
     try:
         return named(loads((folder / RECIPE).read_text(encoding="utf-8"), locate=False))
     except (RecipeError, OSError, UnicodeDecodeError):
         return set()
+
+
+def standing(place: str | os.PathLike[str]) -> str:
+    """Why the caller's word does not cover `place`, behind its name."""
+    folder = run_dir_of(place)
+    if folder is None:
+        return "lies in no run directory of yours"
+    if users := strangers(folder):
+        return f"belongs to another user's run (uid {min(users)})"
+    return f"names other modules than the recipe.toml of the run directory {folder}"
+
+
+def run_dir_of(place: str | os.PathLike[str]) -> Path | None:
+    """The nearest folder at or above a place on this machine that holds a recipe."""
+    given = os.fspath(place)
+    if "://" in given and not given.startswith("file://"):
+        return None
+    local = Path(os.path.realpath(unquote(urlsplit(given).path) if "://" in given else given))
+    return next((folder for folder in (local, *local.parents) if (folder / RECIPE).is_file()), None)
+
+
+def strangers(folder: Path) -> set[int]:
+    """The user ids of a run directory and its recipe that are not the caller's."""
+    return {path.stat().st_uid for path in (folder, folder / RECIPE)} - {os.geteuid()}

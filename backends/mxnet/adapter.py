@@ -36,7 +36,7 @@ class GluonModel(Adapted):
     def __init__(self, block: mx.gluon.Block):
         self._block, self.kind = block, type(block).__name__
         if not callable(getattr(block, "loss", None)):
-            raise UserError(f"model.kind: {self.kind} has no method loss(batch) that gives the mean loss or (sum, weight).")
+            raise UserError(f"model.kind: {self.kind} has no method loss(batch) that gives the mean loss or (sum, weight); write one.")
         self._named = named_parameters(block)
         for name, parameter in self._named.items():
             if parameter._data is None:

@@ -27,6 +27,7 @@ from backends.mxnet.values import add_fresh, as_array, as_numpy, blocks_of, flat
 from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
 from elastic.data.collate import stacked
 from elastic.errors import UserError
+from elastic.own import UNTRAINED
 
 ALIGN_BYTES = 64
 KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare
@@ -175,7 +176,7 @@ class MXNetBackend:
             if self._differentiated(loss, None if factor == 1.0 else loss.ones_like() * factor):
                 add_fresh(self._leaves, into)
             elif count:
-                raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
+                raise UserError(UNTRAINED)
             return ShardResult(total, count, {name: as_numpy(value) for name, value in new.items()})
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:

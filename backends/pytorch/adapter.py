@@ -54,7 +54,7 @@ class ModuleModel(Adapted):
     def __init__(self, module: torch.nn.Module):
         self.module, self.kind = module, type(module).__name__
         if not callable(getattr(module, "loss", None)):
-            raise self.error("has no method loss(batch) that gives the mean loss or (sum, weight).")
+            raise self.error("has no method loss(batch) that gives the mean loss or (sum, weight); write one.")
         named = dict(module.named_parameters())
         if not named:
             raise self.error("has no parameters to train.")

@@ -19,6 +19,7 @@ from backends.pytorch.ops import TorchOps
 from backends.pytorch.pieces import Run
 from elastic.backend import Batch, Buffer, Habits, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
+from elastic.own import UNTRAINED
 
 ALIGN_BYTES = 64
 KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare
@@ -98,7 +99,7 @@ class TorchBackend:
             for name in into:
                 self._leaves[name].grad = None  # a gradient buffer ends with its generation
         if not loss.requires_grad and float(weight):
-            raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
+            raise UserError(UNTRAINED)
         total, count = torch.stack((loss.detach().double(), as_scalar(weight, loss))).tolist()
         return ShardResult(total, count, {name: value.detach().cpu().numpy() for name, value in new.items()})
 

@@ -19,7 +19,7 @@ from backends.pytorch.rehearsal import rehearse
 from elastic.backend import Batch, Buffer, Habits, ShardResult
 from elastic.data.collate import num_rows
 from elastic.errors import Overwritten, UserError
-from elastic.own import pairs
+from elastic.own import UNTRAINED, pairs
 
 
 class ModuleBackend(TorchBackend):
@@ -126,7 +126,7 @@ class ModuleBackend(TorchBackend):
                 if isinstance(total, torch.Tensor) and total.requires_grad:
                     (total if scale == 1.0 else total * scale).backward()  # a gradient that is handed in loads sympy
                 elif float(weight):
-                    raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
+                    raise UserError(UNTRAINED)
             self._refuse_swaps()
             new = own.found() | {name: as_numpy(self._leaves[name]) for name in kept}
             loss = torch.as_tensor(total).detach()

@@ -21,6 +21,7 @@ from backends.tensorflow.pieces import Pieces, plain
 from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, Tally, UpdateRule
 from elastic.data.collate import stacked
 from elastic.errors import UserError
+from elastic.own import UNTRAINED
 
 ALIGN_BYTES = 64  # TensorFlow ends the process on DLPack memory that is aligned to less
 
@@ -235,7 +236,7 @@ class TensorFlowBackend(Pieces):
             slopes = tape.gradient(loss, [params[name] for name in names],
                                    output_gradients=None if factor is None else tf.cast(factor, loss.dtype))
             if all(slope is None for slope in slopes) and not (isinstance(weight, float) and weight == 0.0):  # a batch without rows
-                raise UserError("model.freeze or the model itself leaves the loss without any trainable parameter behind it.")
+                raise UserError(UNTRAINED)
             return (tf.cast(loss, tf.float64), tf.cast(weight, tf.float64), dict(new),
                     [None if slope is None else tf.convert_to_tensor(slope) for slope in slopes])
 

@@ -72,7 +72,11 @@ class MapStyle:
                 if not self.own and not isinstance(item, (Mapping, tuple, list)):
                     raise RecipeError(f"data.kind: item {number} is a {type(item).__name__}; give a dict or a tuple of arrays.")
             if self.own:
-                return Collated(asked(self.source, f"collate_fn for items {chosen[0]} to {chosen[-1]}", partial(self.own, items)), len(indices))
+                some = ", ".join(map(str, chosen[:3])) + ", ..." * (len(chosen) > 3)
+                made = asked(self.source, f"collate_fn for items {some}", partial(self.own, items))
+                if made is None:
+                    raise RecipeError(f"data.kind: collate_fn of {type(self.source).__name__} gives None for items {some}; let it return the batch.")
+                return Collated(made, len(indices))
             batch = batch_of(items, chosen, self.collate)
         return batch if len(indices) else sliced(batch, 0, 0)
 

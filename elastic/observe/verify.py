@@ -14,6 +14,7 @@ from elastic.errors import BadCheckpoint, UserError
 from elastic.observe.events import read_json, read_lines
 from elastic.observe.ledger import FOLDER, prove
 from elastic.observe.metrics import Lines, build_summary, evaluations_of, steps_of
+from elastic.observe.words import count
 
 MAX_NAMED = 5  # of one kind of problem; the rest is counted
 CheckCheckpoint = Callable[[Any], Any]  # raises BadCheckpoint
@@ -41,8 +42,8 @@ def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint, checkpoints: 
     steps = steps_of(metrics)
     verdict.problems += limited(step_problems(steps)) + limited(evaluation_problems(steps, evaluations_of(metrics)))
     verdict.problems += limited(generation_problems(events)) + limited(membership_problems(events, steps))
-    verdict.facts.append(f"{len(steps)} steps, each once; {len(evaluations_of(metrics))} evaluations")
-    verdict.facts.append(f"{sum(e['event'] == 'generation_started' for e in events)} generations")
+    verdict.facts.append(f"{len(steps)} steps, each once; {count(len(evaluations_of(metrics)), 'evaluation')}")
+    verdict.facts.append(count(sum(e["event"] == "generation_started" for e in events), "generation"))
     if asks_for_ledger(run_dir):
         problems, facts = prove(run_dir, steps)
         verdict.problems += limited(problems)
@@ -145,7 +146,7 @@ def checkpoint_problems(checkpoints: Mapping[str, Any], check_checkpoint: CheckC
             good += 1
         except BadCheckpoint as error:
             problems.append(f"{name}: {error}")
-    facts.append(f"{good} whole checkpoints, every hash checked")
+    facts.append(f"{count(good, 'whole checkpoint')}, every hash checked")
     return problems
 
 

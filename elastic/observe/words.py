@@ -69,7 +69,8 @@ SENTENCES: dict[str, Callable[[Fields], str]] = {
     "optimizer_resharded": lambda e: f"the optimizer's state has moved to new keepers: {size(e['bytes'])} in {duration(e['seconds'])}",
     "resized": lambda e: f"resized from {e['from']} to {count(e['to'], 'worker')}, pause {duration(e['pause_s'])}",
     "recovered": lambda e: f"recovered: pause {duration(e['pause_s'])}, {count(e['steps_lost'], 'step')} lost",
-    "rewound": lambda e: f"rewound from step {e['from']} to step {e['to']}",
+    "rewound": lambda e: f"rewound from step {e['from']} to step {e['to']}" if e["from"] != e["to"] else f"goes on from step {e['to']}",
+    "step_failed": lambda e: f"a step failed on {e['worker']}: {e['error']}",
     "checkpoint_committed": lambda e: f"checkpoint {e['path'].rsplit('/', 1)[-1]}: {size(e['bytes'])} in {duration(e['seconds'])}, "
                                       f"training stalled for {duration(e['stall_s'])}",
     "checkpoint_rejected": lambda e: f"checkpoint {e['path']} is not used: {e['reason']}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ DEFAULT_STEPS = 2000
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), base: Path | None = None) -> Recipe:
     """The recipe in a TOML file or of a shipped name, with `section.key=value` overrides.
 
+    A run without a name has the file's.
     Relative data paths are looked for in the current directory, then in `base` (default: the recipe's own folder).
     """
     file = find_recipe(path)
@@ -30,7 +32,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), base: Path | No
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe {file} cannot be read ({error}); it must be a TOML file in UTF-8.") from None
-    return parse(_tree(text, str(file)), overrides, base or file.resolve().parent)
+    tree = _tree(text, str(file))
+    if isinstance(tree.setdefault("run", {}), dict):
+        tree["run"].setdefault("name", re.sub(r"[^\w.-]+", "-", file.stem)[:100])
+    return parse(tree, overrides, base or file.resolve().parent)
 
 
 def loads(text: str, overrides: Sequence[str] = (), base: Path | None = None, locate: bool = True) -> Recipe:

@@ -38,7 +38,7 @@ def share(default: float, description: str = "a number of at least 0 and below 1
 
 
 class Run(Section):
-    name: str = Field("gpt", pattern=r"^[\w.-]{1,100}$", description="a short name of letters, digits, '.', '_' and '-'")
+    name: str = Field("run", pattern=r"^[\w.-]{1,100}$", description="a short name of letters, digits, '.', '_' and '-'")
     steps: int | None = at_least(1, None)
     epochs: int | None = at_least(1, None)
     seed: int = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")

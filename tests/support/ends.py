@@ -33,7 +33,7 @@ class Chapter:
 
 
 ERRORS = {
-    "loss": End("the model raises at a step, and again when that is done anew", 3, LAST,
+    "loss": End("the model raises at a step", 3, LAST,
                 "ValueError: row N is poison (modules.py, line N, in loss)" + SAVED),
     "data": End("the data set raises at a step", 3, LAST, "data.kind: item N of FragileRows cannot be had: OSError: row N cannot be read "
                 "(modules.py, line N, in __getitem__); mend the data set" + SAVED),
@@ -94,9 +94,13 @@ CHAPTERS = (Chapter("What a user's own code and data do", ERRORS), Chapter("Sign
             Chapter("Disks", DISKS), Chapter("The end of the recipe", LIMITS))
 BEGIN = """# How a run may end
 
-Each row is an end that a test brings about. What is kept is what a resumption goes on from, to the bits of a run that nothing happened to;
-`N`, `RUN`, `PLACE` and `FILE` stand for numbers, the run directory, the place of its checkpoints and a file. The page is written from
-`tests/support/ends.py` (`python -m tests.support.ends`), and a test compares both.
+Exit codes of `elastic train` and `elastic resume`: 0 done; 2 a mistake told before the start; 3 ended by what the sentence says; 130 interrupted;
+137 killed. What is kept is what `elastic resume RUN` goes on from, once what failed is mended: to the bits of a run that nothing happened to. Where
+a run ends with 3, its sentence tells after these words which step that is. `N`, `RUN`, `PLACE` and `FILE` stand for numbers, the run directory, the
+place of its checkpoints and a file.
+"""
+END = """Each row is an end that its test (below `tests/`) brings about. The page is written from `tests/support/ends.py`
+(`python -m tests.support.ends`), and a test compares both.
 """
 
 
@@ -112,9 +116,15 @@ def page() -> str:
     lines = [BEGIN]
     for chapter in CHAPTERS:
         lines += [f"## {chapter.title}", "", "| what happens | exit code | kept | what it says | shown by |", "|---|---|---|---|---|"]
-        lines += [f"| {end.what} | {end.code} | {end.kept} | {end.says.rstrip('.')} | `{end.test}` |" for end in chapter.ends.values()]
+        lines += [f"| {end.what} | {end.code} | {end.kept} | {briefly(end.says)} | `{end.test.removeprefix('tests/')}` |"
+                  for end in chapter.ends.values()]
         lines += [""]
-    return "\n".join(lines)
+    return "\n".join([*lines, END])
+
+
+def briefly(says: str) -> str:
+    """Without the words on what is kept, which has a column of its own."""
+    return says.removesuffix(SAVED).removesuffix(OLDER).rstrip(".")
 
 
 if __name__ == "__main__":

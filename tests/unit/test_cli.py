@@ -107,6 +107,38 @@ def test_check_says_what_it_found(recipe: str, tmp_path: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert "vocab_size" in out and re.search(r"model: \d+ parameters; up to 2 workers", out) and "are sound" in out
     assert not (tmp_path / "runs").exists()
+    assert re.search(r"model: (\d+) parameters;", out) and "\nr: recipe, data, model" in out, "a run without a name has its file's"
+    assert cli.run(["train", recipe, "--check", "--set", 'model.freeze=["wte", "*.weight"]', "--set", 'model.thaw=["*.weight"]']) == 0
+    embedding = 16 * int(re.findall(r"vocab_size (\d+)", out)[0])
+    assert f" parameters, {embedding} of them frozen;" in capsys.readouterr().out
+
+
+OWN = """import torch
+class Rows:
+    def __len__(self): return 8
+    def __getitem__(self, i): return {"x": torch.ones(2) * i}
+class Net(torch.nn.Linear):
+    def __init__(self): super().__init__(2, 1)
+    def loss(self, batch): return LOSS
+"""
+
+
+@pytest.mark.parametrize(("loss", "says"), [
+    ('self(batch["x"]).mean()', ""),
+    ('self(batch["y"]).mean()', "KeyError: 'y' (own_MODULE.py, line 7, in loss)"),
+    ('(self(batch["x"]).sum(), 4, 1)', "(sum, weight)"),
+    ('self(batch["x"]).mean().detach()', "without any trainable parameter behind it; freeze less")], ids=["sound", "raises", "three", "detached"])
+def test_check_tries_ones_own_loss(loss: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                   request: pytest.FixtureRequest) -> None:
+    name = request.node.callspec.id
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"own_{name}.py").write_text(OWN.replace("LOSS", loss))
+    (tmp_path / "r.toml").write_text(f'[model]\nkind = "own_{name}:Net"\n[data]\nkind = "own_{name}:Rows"\nbatch_size = 4\n')
+    assert cli.run(["train", "r.toml", "--check"]) == (2 if says else 0)
+    if says:
+        assert says.replace("MODULE", name) in told(capsys)
+    else:
+        assert "data: own_sound:Rows, 8 samples\nmodel: 3 parameters;" in capsys.readouterr().out
 
 
 def test_check_refuses_what_cannot_fit(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,9 +169,15 @@ def test_a_collate_fn_of_its_own_makes_the_batch_and_rows_are_items() -> None:
         sliced(found, 0, 1)
 
 
+def test_a_collate_fn_that_forgets_to_return_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Own, "collate_fn", lambda self, items: None)
+    with pytest.raises(RecipeError, match=r"collate_fn of Own gives None for items 0, 1, 2, \.\.\.; let it return the batch"):
+        MapStyle(Own(lambda i: np.full(i, i))).batch(np.arange(4), np.zeros(4, int))
+
+
 def test_a_collate_fn_that_fails_is_told_with_its_items_and_line() -> None:
     data = MapStyle(Own(lambda i: "text"), collate=collate)
-    with pytest.raises(RecipeError, match=r"collate_fn for items 2 to 3 of Own cannot be had: Value.*\(test_items.py, line \d+, in collate_fn"):
+    with pytest.raises(RecipeError, match=r"collate_fn for items 2, 3 of Own cannot be had: Value.*\(test_items.py, line \d+, in collate_fn"):
         data.batch(np.array([2, 3]), np.zeros(2, np.int64))
 
 

@@ -149,6 +149,9 @@ def test_every_event_of_the_contract_has_words() -> None:
     assert sentence({"event": "worker_lost", "worker": "w2", "rank": 2, "cause": "killed", "detected_s": 0.05}) == (
         "worker lost (rank 2, w2): killed, noticed after 0.05 s")
     assert sentence({"event": "resized", "pause_s": 0.1}) == "resized pause_s 0.1000"
+    assert sentence({"event": "rewound", "from": 3, "to": 3}) == "goes on from step 3"
+    assert sentence({"event": "rewound", "from": 4, "to": 3}) == "rewound from step 4 to step 3"
+    assert sentence({"event": "step_failed", "worker": "w1", "error": "no"}) == "a step failed on w1: no"
     assert sentence({"event": "unheard_of", "step": 3, "why": "x"}) == "unheard_of why x"
 
 
@@ -286,7 +289,7 @@ def test_bad_checkpoints_and_altered_files_are_problems(run_dir: Path) -> None:
 
     verdict = verify(run_dir, check)
     assert verdict.problems == ["checkpoints/step-00000010: a byte is wrong"]
-    assert "1 whole checkpoints, every hash checked" in verdict.facts
+    assert "1 whole checkpoint, every hash checked" in verdict.facts
     (run_dir / "events.jsonl").write_text("altered\n{}\n")
     assert "line 1 is not JSON" in verify(run_dir, sound).problems[0]
 

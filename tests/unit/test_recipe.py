@@ -15,7 +15,7 @@ from elastic.errors import RecipeError
 from elastic.recipe import Recipe, best_mode, dumps, load_recipe, loads, parse, resolve_paths, shipped, with_mesh
 
 DEFAULTS = {
-    "run": {"name": "gpt", "steps": 2000, "epochs": None, "seed": 0, "eval_every": 200},
+    "run": {"name": "run", "steps": 2000, "epochs": None, "seed": 0, "eval_every": 200},
     "backend": {"name": "torch", "device": "auto", "precision": "float32", "threads": 1, "compile": False},
     "mesh": {"tensor": 1, "pipeline": 1, "expert": 1, "schedule": "1f1b", "micro_batches": 1, "chunks": 2, "layout": {}},
     "elastic": {"min_workers": 1, "max_workers": 2, "logical_shards": 4, "reduction": "exact", "hang_timeout_s": 30.0,
@@ -334,3 +334,11 @@ def test_logical_shards_follow_the_replicas(least: dict[str, Any]) -> None:
     assert shards("elastic.max_workers=4", "data.batch_size=16", "mesh.tensor=2") == 4, "twice the most replicas"
     assert shards("elastic.max_workers=4", "data.batch_size=16", "mesh.pipeline=2", "mesh.micro_batches=8") == 2, "its rows divide"
     assert parse(least, ["mesh.tensor=2", 'mesh.layout={d_ff="tensor"}']).mesh.layout == {"d_ff": "tensor"}
+
+
+def test_a_run_without_a_name_has_the_file_s(tmp_path: Path) -> None:
+    file = tmp_path / "night shift (2).toml"
+    file.write_text('[model]\nkind = "mine.models:Tagger"\n[data]\nkind = "mine.data:Rows"\n')
+    assert load_recipe(file).run.name == "night-shift-2-" and load_recipe(file, ["run.name=mine"]).run.name == "mine"
+    file.write_text(file.read_text() + '[run]\nname = "given"\n')
+    assert load_recipe(file).run.name == "given"

@@ -69,6 +69,7 @@ def test_what_somebody_else_s_run_names_is_not_imported(command: str, run_dir: P
     assert cli.run(arguments) == 2
     told = capsys.readouterr().err
     assert not ran()
+    assert f"belongs to another user's run (uid {os.getuid()}), and" in told
     assert told.count("\n") == 1 and f'would import strange_model (model.kind = "{NAMES}"); look at what that would run, then add --trust' in told
     assert cli.run([*arguments, "--trust"]) == 2 and ran(), "with --trust it is imported"
     assert "cannot be imported (ImportError: this far)" in capsys.readouterr().err
@@ -80,15 +81,17 @@ def test_ones_own_run_is_trusted_and_a_checkpoint_alone_is_not(run_dir: Path, tm
     assert "cannot be imported" in capsys.readouterr().err
     assert cli.run(["evaluate", f"file://{run_dir}/checkpoints/step-00000001"]) == 2 and ran()
     assert cli.run(["evaluate", str(alone)]) == 2 and not ran()
-    assert str(alone) in capsys.readouterr().err
+    assert f"{alone} lies in no run directory of yours, and" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_was_put_into_ones_own_run_names_nothing_else(run_dir: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_put_into_ones_own_run_names_nothing_else(run_dir: Path, tmp_path: Path,
+                                                                           capsys: pytest.CaptureFixture[str]) -> None:
     for name, kind in (("shipped", "nlp.gpt"), ("mine", "own_model:Net")):
         mine = make_run(tmp_path / name, recipe(kind))
         shutil.rmtree(mine / "checkpoints" / "step-00000001")
         shutil.copytree(run_dir / "checkpoints" / "step-00000001", mine / "checkpoints" / "step-00000001")
         assert cli.run(["evaluate", str(mine)]) == 2 and not ran()
+        assert f"names other modules than the recipe.toml of the run directory {mine}, and" in capsys.readouterr().err
     (tmp_path / "linked").symlink_to(run_dir / "checkpoints" / "step-00000001")
     assert own(tmp_path / "linked") == {("model.kind", NAMES)} and not own("s3://bucket/run") and not own(tmp_path / "absent")
 
