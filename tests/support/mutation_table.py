@@ -299,7 +299,7 @@ USERS = (
       "    state, saves = save_alone(replace(state, savers=(), over=action))\n", "    saves = ()\n",
       "tests/numerics/test_ends.py::test_an_error_of_the_user_s[loss]"),
     M("module-of-a-stranger", "evaluate, resume", "What another user's checkpoint names is imported.", "elastic/trust.py",
-      "if folder is None or any(path.stat().st_uid != os.geteuid() for path in (folder, folder / RECIPE)):", "if folder is None:",
+      "(folder, folder / RECIPE)} - {os.geteuid()}", "()}",
       "tests/unit/test_trust.py::test_what_somebody_else_s_run_names_is_not_imported"),
     M("checkpoint-vouches-for-itself", "sample", "A checkpoint that was put into one's own run may name what it likes.", "elastic/trust.py",
       "named(recipe) - own(place) if not trust else set()", "named(recipe) if not trust and not own(place) else set()",
