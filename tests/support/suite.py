@@ -74,6 +74,7 @@ class Running:
     folder: Path
     process: Any = None
     bytes: int = 0
+    worked: float = 0.0  # seconds of a processor, with what it started and waited for
     code: int | None = None
     began: float = field(default_factory=time.monotonic)
 
@@ -100,7 +101,7 @@ class Running:
         """Reaps the process; its largest one's memory is known then."""
         pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
         if pid:
-            self.code, self.bytes = os.waitstatus_to_exitcode(status), usage.ru_maxrss << 10
+            self.code, self.bytes, self.worked = os.waitstatus_to_exitcode(status), usage.ru_maxrss << 10, usage.ru_utime + usage.ru_stime
             self.process.returncode = self.code
         return bool(pid)
 
@@ -147,7 +148,7 @@ def tell_end(one: Running) -> None:
     """A line, and all that it printed where it failed."""
     counts = Counter(line["outcome"] for line in one.lines() if "test" in line)
     print(f"{one.job.name}: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))} in "
-          f"{time.monotonic() - one.began:.0f} s, {one.bytes / (1 << 30):.1f} GB", flush=True)
+          f"{time.monotonic() - one.began:.0f} s, {one.worked:.0f} of a processor, {one.bytes / (1 << 30):.1f} GB", flush=True)
     if one.code:
         print(one.log.read_text(errors="replace"), flush=True)
 
