@@ -22,7 +22,7 @@ PHASES[-1] = "kill:1@40/checkpoint"
 SEVERAL = [["kill:0@20"], ["kill:0@30/vote"], ["kill:0@40/checkpoint"], ["kill:1@50", "kill:2@50"], ["kill:1@60/reduction", "kill:0@61"]]
 
 
-@pytest.mark.parametrize("faults", [sample(PHASES, 3), [fault for each in sample(SEVERAL, 3) for fault in each]], ids=["phases", "rank 0 and several"])
+@pytest.mark.parametrize("faults", [sample(PHASES, 3), [fault for each in sample(SEVERAL, 3) for fault in each]], ids=["phases", "several"])
 def test_kills_one_after_the_other(tmp_path: Path, faults: list[str]) -> None:
     result = train(tmp_path / "run", 3, faults, elastic={"min_workers": 3})
     assert_sound(result, bits())
