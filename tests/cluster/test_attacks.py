@@ -19,7 +19,7 @@ from tests.support.attacks import under_attack
 from tests.support.inprocess import fit, gpt_recipe
 from tests.support.runs import assert_sound, events
 
-STEPS, ROOM = 400, 60  # descriptors that a worker may have beside those that it has
+STEPS, ROOM = 200, 60  # descriptors that a worker may have beside those that it has
 
 
 def ours(pids: list[int]) -> list[tuple[str, int]]:

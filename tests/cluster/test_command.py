@@ -174,13 +174,13 @@ def test_a_killed_driver_leaves_a_run_that_resumes(here: Path) -> None:
 
 def test_of_two_resumes_at_once_one_goes_on_and_the_other_changes_nothing(trained: Path, here: Path) -> None:
     shutil.copytree(trained / "run", here / "run")
-    both = [subprocess.Popen([*ELASTIC, "resume", "run", "--set", "run.steps=700"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    both = [subprocess.Popen([*ELASTIC, "resume", "run", "--set", "run.steps=460"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(2)]
     said = [process.communicate(timeout=240)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
     (refused,) = [err for process, err in zip(both, said) if process.returncode == 2]
     assert "is alive" in refused and len(refused.strip().splitlines()) == 1, refused
-    assert summary(here / "run")["steps"] == 700
+    assert summary(here / "run")["steps"] == 460
     events = [json.loads(line)["event"] for line in (here / "run" / "events.jsonl").read_text().splitlines()]
     assert (events.count("run_started"), events.count("rewound"), events.count("run_finished")) == (2, 1, 2)
     assert elastic(here, "verify", "run").returncode == 0

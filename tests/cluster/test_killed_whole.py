@@ -23,9 +23,9 @@ from tests.support.runs import bits, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = int(os.environ.get("ELASTIC_TEST_ROUNDS", "1"))
-STEPS = max(400, 130 * ROUNDS)  # each round gets some steps further
+STEPS = max(160, 130 * ROUNDS)  # each round gets some steps further
 LIMIT_S = 90.0
-CHANGES: dict[str, Any] = {"run": {"steps": STEPS, "eval_every": 100}, "checkpoint": {"every_steps": 25}}
+LONG = 400  # while three other commands come to it
 
 
 def start(here: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -60,17 +60,21 @@ def with_suppressed(kill: Any) -> None:
         pass
 
 
-def assert_ended_well(run: Path) -> list[dict[str, Any]]:
+def changes(steps: int) -> dict[str, dict[str, Any]]:
+    return {"run": {"steps": steps, "eval_every": 100}, "checkpoint": {"every_steps": 25}}
+
+
+def assert_ended_well(run: Path, steps: int) -> list[dict[str, Any]]:
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["status"] == "done" and summary["state_sha256"] == bits(**CHANGES)
-    assert [fields["step"] for fields in steps_of(read_lines(run / "metrics.jsonl"))] == list(range(1, STEPS + 1))
+    assert summary["status"] == "done" and summary["state_sha256"] == bits(**changes(steps))
+    assert [fields["step"] for fields in steps_of(read_lines(run / "metrics.jsonl"))] == list(range(1, steps + 1))
     return read_lines(run / "events.jsonl")
 
 
 def test_everything_at_once_and_resumed(tmp_path: Path) -> None:
     """At random moments: between two checkpoints, and during one as well, as they follow each other closely."""
     chance = random.Random(7)
-    (tmp_path / "r.toml").write_text(dumps(recipe(2, **CHANGES)))
+    (tmp_path / "r.toml").write_text(dumps(recipe(2, **changes(STEPS))))
     run, reached, rewinds = tmp_path / "run", 0, 0
     process = start(tmp_path, "train", "r.toml", "--run-dir", str(run))
     for _ in range(ROUNDS):
@@ -87,14 +91,14 @@ def test_everything_at_once_and_resumed(tmp_path: Path) -> None:
             break
     out, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, out
-    lines = assert_ended_well(run)
+    lines = assert_ended_well(run, STEPS)
     found = [e for e in lines if e["event"] == "rewound"]
     assert len(found) == rewinds and all(e["from"] >= e["to"] for e in found)
 
 
 def test_the_driver_alone_is_killed_and_others_follow(cluster: Cluster, tmp_path: Path) -> None:
     """On a cluster the run lives on without its driver; `resume` and `status` find it, and `--set` cannot change it. Two follow to the end."""
-    (tmp_path / "r.toml").write_text(dumps(recipe(2, **CHANGES)))
+    (tmp_path / "r.toml").write_text(dumps(recipe(2, **changes(LONG))))
     run = tmp_path / "run"
     driver = start(tmp_path, "train", "r.toml", "--run-dir", str(run), "--address", cluster.address)
     wait_for_step(driver, run, 20)
@@ -107,7 +111,7 @@ def test_the_driver_alone_is_killed_and_others_follow(cluster: Cluster, tmp_path
     for process in [start(tmp_path, "resume", str(run)) for _ in range(2)]:
         out, _ = process.communicate(timeout=LIMIT_S)
         assert process.returncode == LOSSES["driver lost"].code and "is alive: following it" in out and "done: " in out, out
-    lines = assert_ended_well(run)
+    lines = assert_ended_well(run, LONG)
     assert len([e for e in lines if e["event"] == "run_started"]) == 1, "it was followed, not started anew"
     assert not [e for e in lines if e["event"] in ("worker_lost", "rewound")]
     assert not (run / "live.json").exists()

@@ -16,6 +16,7 @@ from nlp.gpt import build, generate
 from tests.support.frameworks import assert_close, load
 from tests.support.models import SMALL, VOCAB, Rig, gpt_rig, token_batch
 from tests.support.rules import BLOCK, RULES
+from tests.support.sampling import sometimes
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -153,6 +154,7 @@ def test_generate_draws_from_the_scores() -> None:
 
 
 @pytest.mark.slow
+@sometimes("compiled", 0.3)
 def test_compiled_once_and_never_again() -> None:
     if not (shutil.which("g++") or shutil.which("c++")):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")

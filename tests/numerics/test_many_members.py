@@ -15,6 +15,7 @@ from elastic.observe.events import read_json, read_lines
 from elastic.observe.metrics import steps_of
 from elastic.recipe import Recipe, dumps
 from tests.support.inprocess import fit, gpt_recipe
+from tests.support.sampling import sometimes
 
 WORKERS, STEPS = 64, 8
 
@@ -30,6 +31,7 @@ def test_members_of_one_node_share_memory_as_long_as_they_fit() -> None:
 
 
 @pytest.mark.slow
+@sometimes("many members", 0.3)
 def test_a_group_grows_beyond_what_shared_memory_holds_and_shrinks_again(tmp_path: Path) -> None:
     """64 processes; the oracle is one of two threads that nothing disturbs."""
     text = tmp_path / "a.txt"

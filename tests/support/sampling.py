@@ -7,6 +7,8 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+import pytest
+
 T = TypeVar("T")
 SEED = int(os.environ.get("ELASTIC_TEST_SEED") or random.SystemRandom().randrange(1_000_000))
 WHOLE = os.environ.get("ELASTIC_TEST_SAMPLE") == "all"
@@ -19,3 +21,8 @@ def sample(cases: Sequence[T], count: int, always: Sequence[T] = ()) -> list[T]:
     rest = [n for n, case in enumerate(cases) if case not in always]
     kept = sorted([n for n, case in enumerate(cases) if case in always] + random.Random(SEED).sample(rest, count - len(always)))
     return [cases[n] for n in kept]
+
+
+def sometimes(name: str, share: float) -> pytest.MarkDecorator:
+    """For one test that is long by itself: chosen by the seed in that share of runs."""
+    return pytest.mark.skipif(not WHOLE and random.Random(f"{SEED} {name}").random() >= share, reason="the seed leaves it out; make chaos runs it")
