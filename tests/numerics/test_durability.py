@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,15 @@ class Deaf(Exception):
 
 
 def orphaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int, **options: Any) -> None:
-    """The controller falls silent at step 12; the workers go on, give up, and save."""
+    """The controller falls silent at step 12, or as soon as a checkpoint of step 10 is committed; the workers go on, give up, and save."""
     monkeypatch.setattr(inprocess_fleet, "ORPHAN_TIMEOUT_S", 0.3)
     run = Run(tmp_path, recipe(elastic={"max_workers": 2}, checkpoint={"every_steps": every_steps}), **options)
 
-    def fall(run: Run) -> None:
+    def fall(run: Run, step: int = 12) -> None:
+        if every_steps and not [e for e in read_lines(tmp_path / "events.jsonl") if (e["event"], e["step"]) == ("checkpoint_committed", 10)]:
+            run.hooks[step + 1] = partial(fall, step=step + 1)
+            return
+
         def deaf(*arguments: Any) -> int:
             raise ConnectionError("the controller is gone")
 
