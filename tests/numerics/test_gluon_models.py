@@ -17,7 +17,7 @@ from elastic.recipe import Recipe
 from elastic.workload import check_model, open_model
 from tests.support.frameworks import assert_close, load
 from tests.support.inprocess import Result, fit, module_recipe
-from tests.support.models import rig_of
+from tests.support.models import assert_evaluates, rig_of
 from tests.support.plain_gluon import BATCH, DECAY, EPS, LR, STEPS, Plain
 from tests.support.sampling import sample
 
@@ -108,12 +108,7 @@ def test_an_evaluation_is_gluon_s_own_and_moves_nothing(kinds: Any, kind: str) -
     with backend.computing(1, False):
         wanted = alone(kinds, kind, "sgd").block.loss({name: kinds.mx.nd.array(values) for name, values in batch.items()}).mean().asscalar()
     rig = rig_of("mxnet", backend.construct(getattr(kinds, kind), {}, 0))
-    rig.backend.rehearse(batch, lambda: rig.by_name(rig.backend.allocate(rig.layout.trainable)))
-    before, state = rig.gradient(batch)[0].copy(), {name: value.copy() for name, value in rig.state.items()}
-    for _ in range(2):
-        total, weight = rig.backend.metrics(batch)["loss"]
-        assert total / weight == pytest.approx(wanted, rel=1e-6)
-    assert np.array_equal(rig.gradient(batch)[0], before) and all(np.array_equal(rig.state[name], state[name]) for name in state)
+    assert_evaluates(rig, batch, wanted)
 
 
 @pytest.mark.parametrize("how", ["pairs", "best", "fixed"])

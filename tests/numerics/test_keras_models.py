@@ -17,7 +17,7 @@ from elastic.recipe import Recipe
 from elastic.workload import Workload, check_model, open_model
 from tests.support.frameworks import assert_close, load
 from tests.support.inprocess import Result, fit, module_recipe
-from tests.support.models import rig_of
+from tests.support.models import assert_evaluates, rig_of
 from tests.support.plain_keras import BATCH, LR, STEPS, Plain
 from tests.support.sampling import sample
 
@@ -47,6 +47,14 @@ def alone(kinds: Any, model: str, rows: str, rule: str) -> Plain:
     return Plain(getattr(kinds, model), kinds.Rows(rows).columns(), rule)
 
 
+def fitted(plain: Plain) -> dict[str, np.ndarray]:
+    """What `fit` makes of it, which is something else than it began with."""
+    start = plain.arrays()
+    wanted = plain.fit().arrays()
+    assert any(np.abs(value - start[name]).max() > 1e-3 for name, value in wanted.items())
+    return wanted
+
+
 def assert_same(found: Result, wanted: dict[str, np.ndarray], tolerance: float) -> None:
     arrays = {name.partition("/")[2]: value for name, value in found.arrays().items() if name.startswith(("parameter/", "buffer/"))}
     assert {name: value.dtype for name, value in arrays.items()} == {name: value.dtype for name, value in wanted.items()}
@@ -59,10 +67,7 @@ def test_one_shard_is_fit_itself(kinds: Any, model: str, tmp_path: Path) -> None
     rows = kinds.ALIKE[model]
     found = fit(tmp_path, recipe(model, rows, shards=1))
     found.assert_sound(STEPS)
-    plain = alone(kinds, model, rows, "sgd")
-    start = plain.arrays()
-    wanted = plain.fit().arrays()
-    assert any(np.abs(value - start[name]).max() > 1e-3 for name, value in wanted.items())
+    wanted = fitted(alone(kinds, model, rows, "sgd"))
     assert_same(found, wanted, 1e-6)
 
 
@@ -85,10 +90,7 @@ def test_shards_put_together_by_what_their_losses_are_divided_by_are_fit_itself(
     rows = kinds.PUT_TOGETHER[model]
     found = fit(tmp_path / "1", recipe(model, rows))
     found.assert_sound(STEPS)
-    plain = alone(kinds, model, rows, "sgd")
-    start = plain.arrays()
-    wanted = plain.fit().arrays()
-    assert any(np.abs(value - start[name]).max() > 1e-3 for name, value in wanted.items())
+    wanted = fitted(alone(kinds, model, rows, "sgd"))
     assert_same(found, wanted, 1e-5)
     first = alone(kinds, model, rows, "sgd")
     assert found.metrics[0]["loss"] == pytest.approx(float(np.ravel(first.model.train_on_batch(*first.rows(0, BATCH)))[0]), rel=1e-5)
@@ -102,8 +104,7 @@ def test_the_loss_of_what_is_put_together_is_that_of_evaluate(kinds: Any, model:
     found = fit(tmp_path, recipe(model, rows, workers=2, data={"eval_fraction": 0.5}, run={"eval_every": 0}))
     plain = alone(kinds, model, rows, "sgd")
     arrays = found.arrays()
-    for name, variable in load("tensorflow", "adapter").named_variables(plain.model, plain.model.weights).items():
-        variable.assign(arrays.get(f"parameter/{name}", arrays.get(f"buffer/{name}")))
+    plain.take(arrays)
     x, y, weight = (*plain.rows(kinds.ROWS // 2, kinds.ROWS), None, None)[:3]
     assert found.metrics[-1]["eval"]["loss"] == pytest.approx(plain.model.evaluate(x, y, sample_weight=weight, verbose=0), rel=1e-5)
 
@@ -139,8 +140,7 @@ def test_metrics_are_those_of_evaluate(kinds: Any, tmp_path: Path) -> None:
     assert told[0] == told[1] == evaluate(found[0].run.run_dir / "checkpoints" / f"step-{STEPS:08d}")
     plain = alone(kinds, "many_metrics", "near weighted", "sgd")
     arrays = found[0].arrays()
-    for name, variable in load("tensorflow", "adapter").named_variables(plain.model, plain.model.weights).items():
-        variable.assign(arrays[f"parameter/{name}"])
+    plain.take(arrays)
     rows = plain.rows(kinds.ROWS // 2, kinds.ROWS)
     wanted = {}  # Keras' own names count what the process has made
     for name, value in plain.model.evaluate(*rows[:2], sample_weight=rows[2], batch_size=7, verbose=0, return_dict=True).items():
@@ -182,20 +182,14 @@ def test_an_evaluation_is_keras_own_and_moves_nothing(kinds: Any, model: str) ->
     batch = plain.rows(0, BATCH)
     wanted = plain.model.evaluate(*batch, batch_size=BATCH, verbose=0)
     rig = rig_of("tensorflow", load("tensorflow", "backend").construct(getattr(kinds, model), {}, 0))
-    rig.backend.rehearse(batch, lambda: rig.by_name(rig.backend.allocate(rig.layout.trainable)))
-    before, state = rig.gradient(batch)[0].copy(), {name: value.copy() for name, value in rig.state.items()}
-    for _ in range(2):
-        total, weight = rig.backend.metrics(batch)["loss"]
-        assert total / weight == pytest.approx(wanted, rel=1e-6)
-    assert np.array_equal(rig.gradient(batch)[0], before) and all(np.array_equal(rig.state[name], state[name]) for name in state)
+    assert_evaluates(rig, batch, wanted)
 
 
 def test_each_of_the_users_functions_has_a_batch_of_its_own(kinds: Any, tmp_path: Path) -> None:
     found = fit(tmp_path, recipe("pops", workers=2, data={"kind": f"{KINDS}:Named", "eval_fraction": 0.5}, run={"eval_every": 0}))
     found.assert_sound(STEPS)
     plain, arrays = alone(kinds, "pops", "pair", "sgd"), found.arrays()
-    for name, variable in load("tensorflow", "adapter").named_variables(plain.model, plain.model.weights).items():
-        variable.assign(arrays[f"parameter/{name}"])
+    plain.take(arrays)
     x, y = plain.rows(18, 36)
     off = plain.model.predict(x, verbose=0) - y
     assert found.metrics[-1]["eval"] == pytest.approx({"loss": np.square(off).mean(), "mae": np.abs(off).mean()}, rel=1e-5)

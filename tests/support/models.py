@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
 from elastic.backend import Spec
 from elastic.starting import initial_values
@@ -128,3 +129,13 @@ def token_batch(rows: int = 3, seed: int = 0, real: int | None = None) -> dict[s
     rng = np.random.default_rng(seed)
     weight = (np.arange(rows) < (rows if real is None else real)).astype(np.float32)
     return {"tokens": rng.integers(0, VOCAB, (rows, SMALL["context"] + 1)).astype(np.int32), "row_weight": weight}
+
+
+def assert_evaluates(rig: Rig, batch: Any, wanted: float) -> None:
+    """To this mean loss, again and again, and without a trace in gradients or state."""
+    rig.backend.rehearse(batch, lambda: rig.by_name(rig.backend.allocate(rig.layout.trainable)))
+    before, state = rig.gradient(batch)[0].copy(), {name: value.copy() for name, value in rig.state.items()}
+    for _ in range(2):
+        total, weight = rig.backend.metrics(batch)["loss"]
+        assert total / weight == pytest.approx(wanted, rel=1e-6)
+    assert np.array_equal(rig.gradient(batch)[0], before) and all(np.array_equal(rig.state[name], state[name]) for name in state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,14 @@ class Plain:
         return [np.asarray(tf.convert_to_tensor(slope)) for slope in slopes], [
             v.numpy().astype(np.float64) - b.astype(np.float64) for v, b in zip(kept, before, strict=True)]
 
+    def named(self) -> dict[str, Any]:
+        found: dict[str, Any] = load("tensorflow", "adapter").named_variables(self.model, self.model.weights)
+        return found
+
     def arrays(self) -> dict[str, np.ndarray]:
-        named = load("tensorflow", "adapter").named_variables(self.model, self.model.weights)
-        return {name: variable.numpy() for name, variable in named.items()}
+        return {name: variable.numpy() for name, variable in self.named().items()}
+
+    def take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """A run's parameters and buffers, in place of its own."""
+        for name, variable in self.named().items():
+            variable.assign(arrays[f"parameter/{name}" if f"parameter/{name}" in arrays else f"buffer/{name}"])
