@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from elastic.backend import ShardResult
 from elastic.errors import ElasticError, UserError
-from elastic.own import is_of_machine, place_of
+from elastic.model.backend import ShardResult
+from elastic.model.user_code import is_of_machine, place_of
 
 DEPTH = 4  # of nested containers that are looked into
 TINY = 1e-37  # below it a factor of two need not be exact
@@ -20,7 +20,7 @@ Told = tuple[str, str]
 
 
 def before_models(settings: Any) -> None:
-    """The default of `elastic.backend.Framework`: this framework needs nothing set before a user's own code computes."""
+    """The default of `elastic.model.backend.Framework`: this framework needs nothing set before a user's own code computes."""
 
 
 @contextmanager

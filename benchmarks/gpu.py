@@ -29,13 +29,13 @@ from benchmarks.kit import results
 from benchmarks.peers.torch_gpt import GPT, optimizer_of
 from elastic.chaos import Injector
 from elastic.collective.gloo import GlooGroup
+from elastic.collective.kv_store import Endpoint
 from elastic.collective.nccl import NcclGroup
-from elastic.collective.store import Endpoint
-from elastic.control import Control
 from elastic.data.loader import Prefetcher
-from elastic.loop import Plan, Work, train
 from elastic.messages import Generation
-from elastic.state import State
+from elastic.state.state import State
+from elastic.worker.loop import Plan, Work, train
+from elastic.worker.loop_control import Control
 from nlp import gpt
 
 VOCAB = 50_304

@@ -19,7 +19,7 @@ from benchmarks.kit import results
 from benchmarks.kit.mesh_case import Case
 from benchmarks.kit.processes import ROOT, free_port, tidy_on_termination
 from benchmarks.kit.turns import Contestant
-from elastic.collective.store import Endpoint
+from elastic.collective.kv_store import Endpoint
 
 CASES = (
     Case("tensor 2", "DTensor", tensor=2),

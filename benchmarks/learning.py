@@ -25,7 +25,7 @@ import psutil
 
 from benchmarks.kit import ours, results
 from benchmarks.kit.processes import python, started, tidy_on_termination
-from elastic.inference import restore
+from elastic.driver.inference import restore
 
 LOOK_S = 2.0
 TIMEOUT_S = 3600

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.kit import results
-from elastic.backend import UpdateRule
-from elastic.state import BLOCK, State
+from elastic.model.backend import UpdateRule
+from elastic.state.flat_layout import BLOCK
+from elastic.state.state import State
 from nlp import gpt
 
 MODEL = {"layers": 4, "heads": 4, "width": 128, "context": 64}

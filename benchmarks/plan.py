@@ -18,11 +18,11 @@ from pathlib import Path
 from benchmarks.kit import results
 from benchmarks.kit.processes import python, run
 from elastic import workload
-from elastic.calibration import calibrate
 from elastic.errors import RunFailed
-from elastic.forecast import named
-from elastic.parallel.planner import Forecast, choose
-from elastic.planning import Plan, Size, cluster_of
+from elastic.planning.calibration import calibrate
+from elastic.planning.plan import Plan, Size, cluster_of
+from elastic.planning.search import Forecast, choose
+from elastic.planning.tables import named
 from elastic.recipe import Recipe, load_recipe
 from elastic.workload import Workload
 

@@ -21,11 +21,11 @@ import numpy as np
 
 from benchmarks.kit import results
 from elastic.collective.gloo import GlooGroup
+from elastic.collective.kv_store import Endpoint
 from elastic.collective.reduction import Scratch, maximal_subtrees, out_size, reduce
 from elastic.collective.shared import SharedGroup
-from elastic.collective.store import Endpoint
 from elastic.mesh import shards_of
-from elastic.state import BLOCK
+from elastic.state.flat_layout import BLOCK
 
 SHARDS = 8
 VOTES = 200

@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks.kit import results
 from elastic.collective.gloo import GlooGroup
+from elastic.collective.kv_store import Endpoint
 from elastic.collective.shared import SharedGroup
-from elastic.collective.store import Endpoint
 from elastic.parallel.actions import NAMES, Schedule
 from elastic.parallel.executor import Executor
 from elastic.parallel.schedules import build

@@ -34,8 +34,8 @@ from benchmarks.kit.logs import Tail
 from benchmarks.kit.processes import ROOT, tidy_on_termination
 from elastic.checkpoint.hashing import state_sha256
 from elastic.checkpoint.manager import committed, load
-from elastic.checkpoint.store import Store
-from elastic.observe.events import read_lines
+from elastic.observe.jsonl import read_lines
+from elastic.storage.store import Store
 
 RECIPE = """
 [run]

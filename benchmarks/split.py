@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.kit import results
+from elastic.collective.kv_store import Endpoint
 from elastic.collective.shared import SharedGroup
-from elastic.collective.store import Endpoint
 from elastic.mesh import Mesh
+from elastic.model.initial import initial_values
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout
-from elastic.starting import initial_values
-from elastic.state import FlatLayout, fill, shaped
+from elastic.state.flat_layout import FlatLayout, shaped
+from elastic.state.state import fill
 from nlp.gpt import build
 
 ROWS, TIME, VOCAB, LAYERS, HEADS = 8, 128, 512, 4, 4

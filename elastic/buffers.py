@@ -5,23 +5,16 @@ A change travels as float32 behind the gradients; a complex number as two. So a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 import numpy as np
 
-from elastic.backend import Spec
 from elastic.errors import UserError
 
 MOST = 1 << 19  # by which a count may change: its mean over hundreds of shards is then right to less than a half
 
 with suppress(ImportError):  # where only torch and NumPy are, nothing is kept as bfloat16
     import ml_dtypes  # noqa: F401  (NumPy knows "bfloat16" by it)
-
-
-def rooms(specs: Mapping[str, Spec], names: Iterable[str]) -> dict[str, Spec]:
-    """What a change of each array takes behind the gradients."""
-    return {name: Spec((*specs[name].shape, *((2,) if specs[name].dtype.startswith("complex") else ()))) for name in names}
 
 
 def wide(values: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from typer.exceptions import TyperException
 from elastic.errors import BadCheckpoint, ElasticError, UserError
 
 if TYPE_CHECKING:
-    from elastic.trainer import Trainer
+    from elastic.driver.trainer import Trainer
 
 DONE, BAD_USAGE, FAILED, INTERRUPTED = 0, 2, 3, 130
 EXIT = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
@@ -50,7 +50,7 @@ def train(recipe: Recipe,
     from elastic.recipe import load_recipe
 
     resolved = load_recipe(recipe, set_)
-    from elastic.trainer import Trainer  # after the recipe: a wrong key is told at once, without loading Ray
+    from elastic.driver.trainer import Trainer  # after the recipe: a wrong key is told at once, without loading Ray
 
     trainer = Trainer(resolved, run_dir, address, tuple(chaos))
     return checked(trainer) if check else fit(trainer)
@@ -59,7 +59,7 @@ def train(recipe: Recipe,
 @app.command()
 def resume(run_dir: RunDir, set_: Sets = [], address: Address = "local", chaos: Chaos = [], trust: Trust = False) -> int:  # noqa: B006
     """Goes on with a run from its newest good checkpoint."""
-    from elastic.trainer import Trainer
+    from elastic.driver.trainer import Trainer
 
     return fit(Trainer.resume(run_dir, set_, address, tuple(chaos), trust))
 
@@ -68,7 +68,7 @@ def resume(run_dir: RunDir, set_: Sets = [], address: Address = "local", chaos: 
 def scale(run_dir: RunDir, workers: Annotated[int, typer.Option(help="How many workers the run should have.")],
           tensor: Degree = None, pipeline: Degree = None, expert: Degree = None, trust: Trust = False) -> int:
     """Grows or shrinks a live run, or lays it on another mesh."""
-    from elastic import trainer
+    from elastic.driver import trainer
 
     degrees = {axis: degree for axis, degree in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert)) if degree}
     trainer.scale(run_dir, workers, trust, **degrees)
@@ -91,7 +91,7 @@ def status(run_dir: RunDir) -> int:
 def verify(run_dir: RunDir, replay: Annotated[bool, typer.Option("--replay", help="Runs it again undisturbed and compares the bits.")] = False,
            address: Address = "local", trust: Trust = False) -> int:
     """Checks a run's steps, generations and every hash."""
-    from elastic import replay as door
+    from elastic.driver import replay as door
 
     verdict = door.verify_run(run_dir)
     if replay and not verdict.problems:
@@ -109,8 +109,8 @@ def verify(run_dir: RunDir, replay: Annotated[bool, typer.Option("--replay", hel
 @app.command()
 def evaluate(checkpoint: Location, trust: Trust = False) -> int:
     """Evaluates a checkpoint on its recipe's evaluation set."""
-    from elastic import inference
-    from elastic.observe.words import numbers
+    from elastic.driver import inference
+    from elastic.humanize import numbers
 
     say(numbers(inference.evaluate(checkpoint, trust)))
     return DONE
@@ -122,7 +122,7 @@ def sample(checkpoint: Location, prompt: Annotated[str, typer.Option(help="What 
            temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
            seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0, trust: Trust = False) -> int:
     """Lets a language model write."""
-    from elastic import inference
+    from elastic.driver import inference
 
     print(inference.sample(checkpoint, prompt, tokens, temperature, seed, trust))
     return DONE
@@ -174,9 +174,9 @@ def plan(recipe: Recipe, set_: Sets = [],  # noqa: B006
          show_layout: Annotated[bool, typer.Option("--show-layout", help="How every parameter lies, and what a step's collectives carry.")] = False,
          calibrate: Annotated[bool, typer.Option("--calibrate", help="First measures this machine, for this plan and later ones.")] = False) -> int:
     """A step's seconds, memory and traffic on every mesh of the cluster's workers, and which to take."""
-    from elastic import planning
+    from elastic.driver.trainer import Trainer
+    from elastic.planning import plan as planning
     from elastic.recipe import load_recipe
-    from elastic.trainer import Trainer
 
     if mesh and not show_layout:
         raise UserError(f"--mesh {mesh} says which layout is to be shown; add --show-layout, or leave it out.")
@@ -197,7 +197,7 @@ def plan(recipe: Recipe, set_: Sets = [],  # noqa: B006
 @app.command()
 def doctor() -> int:
     """What is installed, which devices and frameworks work, and what to do about the rest."""
-    from elastic.doctor import findings
+    from elastic.driver.doctor import findings
 
     console, bad = Console(), False
     table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
@@ -240,8 +240,8 @@ def checked(trainer: Trainer) -> int:
 
 def fit(trainer: Trainer) -> int:
     """Trains with the live line, and says how it ended."""
+    from elastic.humanize import duration, numbers
     from elastic.observe.progress import Progress
-    from elastic.observe.words import duration, numbers
 
     if trainer.follows:
         say(f"{trainer.run_dir} is alive: following it")

@@ -10,28 +10,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from elastic.backend import Backend, Framework
 from elastic.checkpoint.manager import read_start
-from elastic.control import Control
 from elastic.data import table
 from elastic.data.dataset import Dataset, MapStyle
-from elastic.data.ledger import Ledger, NotedLoader
-from elastic.data.loader import Prefetcher, eval_batches, load_batch
+from elastic.data.loader import eval_batches, load_batch
 from elastic.data.sampler import Sampler
 from elastic.errors import RecipeError, UserError
-from elastic.evaluation import tally_of
-from elastic.loop import Plan, Work
-from elastic.mesh import Mesh, Seat
-from elastic.own import check_home, place_of
-from elastic.parallel.layout import Layout
+from elastic.mesh import Mesh
+from elastic.model.backend import Backend, Framework
+from elastic.model.user_code import check_home, place_of
+from elastic.parallel.layout import Layout, Portion
 from elastic.parallel.measure import costs_of
-from elastic.parallel.pipeline import Pipeline
-from elastic.parallel.portion import Portion
 from elastic.recipe import Recipe
-from elastic.schedule import scaled
-from elastic.sharded import ShardedState
-from elastic.state import FlatLayout, State, is_frozen, round_up
-from elastic.watch import Watch
+from elastic.state.flat_layout import FlatLayout, is_frozen
+from elastic.state.state import State
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
             "mxnet": "backends.mxnet.backend", "reference": "backends.reference.backend"}
@@ -125,7 +117,7 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
 class Workload:
     """A recipe's model and data, opened."""
 
-    model: Any  # elastic.backend.Model, or a user's own module of the framework at hand
+    model: Any  # elastic.model.backend.Model, or a user's own module of the framework at hand
     training: Dataset
     evaluation: Dataset | None
     sampler: Sampler
@@ -230,46 +222,6 @@ def create_backend(recipe: Recipe, model: Any) -> Backend:
 def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
     return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
                  recipe.optimizer.decayed, recipe.model.thaw)
-
-
-def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
-    """A worker's: where the optimizer is sharded, with the slots of some blocks only."""
-    if not recipe.optimizer.sharded:
-        return open_state(recipe, backend, portion)
-    return ShardedState(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
-                        recipe.optimizer.decayed, recipe.model.thaw, twin=recipe.optimizer.twin)
-
-
-def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:
-    """What a worker computes with on its seat. Where a replica is one worker, the model is what it is."""
-    if mesh.replica_size == 1:
-        backend = create_backend(recipe, workload.model)
-        return None, backend, seat_state(recipe, backend), None
-    portion = Portion(workload.model, laid(recipe, workload, mesh), seat)
-    backend = create_backend(recipe, portion)
-    pipeline = Pipeline(portion, backend, recipe.mesh.schedule, recipe.mesh.micro_batches) if mesh.pipeline > 1 else None
-    return portion, backend, seat_state(recipe, backend, portion), pipeline
-
-
-def build_work(recipe: Recipe, workload: Workload, control: Control, post: Callable[[Any], None], save: Callable[..., None],
-               seat: Seat | None = None) -> Work:
-    """Everything that the loop needs, built once, on the seat that this worker is likely to get."""
-    portion, backend, state, pipeline = take_seat(recipe, workload, mesh_of(recipe), seat or Seat())
-    sampler = workload.sampler
-    ledger = Ledger(sampler) if recipe.data.ledger else None
-    load = NotedLoader(workload.training, sampler, ledger) if ledger else Prefetcher(
-        lambda step, shard: load_batch(workload.training, sampler, step, shard))
-    optimizer = scaled(recipe.optimizer.model_dump(), recipe.data.batch_size)
-    plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact", optimizer,
-                recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip", recipe.mesh.micro_batches,
-                recipe.checkpoint.best)
-    shard_size = recipe.data.batch_size // recipe.elastic.logical_shards
-    rows = round_up(max(shard_size, EVAL_ROWS), recipe.mesh.expert)
-    evaluation = eval_batches(workload.evaluation, rows) if workload.evaluation else []
-    return Work(plan, backend, state, load, sampler.positions, evaluation, control, post, save, workload.unit, portion, pipeline,
-                watch=Watch(recipe.model.kind, state.layout) if ":" in recipe.model.kind and portion is None else None,
-                fills=workload.training.fills, ledger=ledger, is_own=bool(recipe.data.kind) or ":" in recipe.model.kind,
-                tally=lambda: tally_of(workload.model) or tally_of(backend))
 
 
 EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are

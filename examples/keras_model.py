@@ -6,8 +6,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from elastic.driver.trainer import Trainer
 from elastic.recipe import parse
-from elastic.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent
 

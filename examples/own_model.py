@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from elastic.driver.trainer import Trainer
 from elastic.recipe import parse
-from elastic.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent
 

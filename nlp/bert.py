@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from elastic.backend import Spec
 from elastic.errors import RecipeError
-from elastic.layers import Chained, Layers, one_layer, smoothed
+from elastic.model.backend import Spec
+from elastic.model.layers import Chained, Layers, one_layer, smoothed
 
 Array = Any
 EPS = 1e-12  # of the norms, as in the original
@@ -88,7 +88,7 @@ def specs(config: Config, num_tokens: int) -> dict[str, Spec]:
 
 
 class BERT(Chained):
-    """The model behind `elastic.backend.Chain`. `num_tokens` counts the one for hidden tokens too.
+    """The model behind `elastic.model.backend.Chain`. `num_tokens` counts the one for hidden tokens too.
 
     What travels between its pieces is (rows, context, d_model), at the end logits (rows, hidden, vocab).
     """

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.layers import Layers
+from elastic.model.layers import Layers
 
 Array = Any
 

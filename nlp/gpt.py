@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from elastic.backend import Spec
 from elastic.errors import RecipeError
-from elastic.layers import Chained, Layers, one_layer, smoothed
+from elastic.model.backend import Spec
+from elastic.model.layers import Chained, Layers, one_layer, smoothed
 from nlp.experts import Experts
 
 Array = Any
@@ -118,7 +118,7 @@ def specs(config: Config, vocab_size: int) -> dict[str, Spec]:
 
 
 class GPT(Chained):
-    """The model behind `elastic.backend.Chain`. What travels between its pieces is (rows, time, d_model), at the end logits."""
+    """The model behind `elastic.model.backend.Chain`. What travels between its pieces is (rows, time, d_model), at the end logits."""
 
     def __init__(self, config: Config, vocab_size: int):
         self.config = config

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from elastic.data.permutation import keyed_words, mix
-from elastic.ops import GOLDEN
+from elastic.model.ops import GOLDEN
 
 HIDDEN, OTHER = 0.8, 0.1  # of the chosen tokens: replaced by the hidden token, by any other; the rest stays as it is
 KEY = 5  # apart from what else is drawn from a seed and an epoch

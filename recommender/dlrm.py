@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from elastic.backend import Spec, Tally
 from elastic.errors import RecipeError
-from elastic.layers import Chained, dense_from, dense_into, part_tag
+from elastic.model.backend import Spec
+from elastic.model.layers import Chained, dense_from, dense_into, part_tag
+from elastic.model.tally import Tally
 from recommender.metrics import Curve, Errors, Lists
 
 Array = Any
@@ -169,7 +170,7 @@ def paired(layers: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 class Recommender(Chained):
-    """The model behind `elastic.backend.Chain`. `lists`: rows to evaluate on in lists, and how many of each count.
+    """The model behind `elastic.model.backend.Chain`. `lists`: rows to evaluate on in lists, and how many of each count.
 
     What travels between its pieces is (rows, width): of the layer before, or all that the layers on top read; at the end scores (rows,),
     log-odds, or under the squared loss the value itself.

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from elastic.backend import Spec
 from elastic.errors import RecipeError
+from elastic.model.backend import Spec
 
 
 def whole(config: Any, *keys: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from elastic.layers import smoothed
+from elastic.model.layers import smoothed
 
 Array = Any
 TOP = 5

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic.backend import Spec
 from elastic.errors import RecipeError, UserError
+from elastic.model.backend import Spec
 from vision import config as checks
 from vision.metrics import loss_of, scores_of
 
@@ -152,7 +152,7 @@ def specs(config: Config, channels: int, num_classes: int, counts: Sequence[int]
 
 
 class ResNet:
-    """The model behind `elastic.backend.Model`."""
+    """The model behind `elastic.model.backend.Model`."""
 
     def __init__(self, config: Config, shape: tuple[int, ...], num_classes: int, counts: Sequence[int] = ()):
         self.config, self.shape, self.num_classes = config, shape, num_classes

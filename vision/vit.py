@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic.backend import Spec
 from elastic.errors import RecipeError
-from elastic.layers import Chained, Layers, one_layer
+from elastic.model.backend import Spec
+from elastic.model.layers import Chained, Layers, one_layer
 from vision import config as checks
 from vision.metrics import loss_of, scores_of
 
@@ -88,7 +88,7 @@ def specs(config: Config, shape: tuple[int, ...], num_classes: int, counts: Sequ
 
 
 class ViT(Chained):
-    """The model behind `elastic.backend.Chain`. What travels between its pieces is (rows, places, d_model), at the end logits."""
+    """The model behind `elastic.model.backend.Chain`. What travels between its pieces is (rows, places, d_model), at the end logits."""
 
     layout = {"heads": "tensor", "d_ff": "tensor"}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from backends.mxnet.turn import turn
 from backends.mxnet.values import copied_in
-from elastic import ops as neutral
+from elastic.model import ops as neutral
 from elastic.parallel.axis import span
 
 Array = Any  # mx.np.ndarray

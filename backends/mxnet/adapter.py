@@ -20,10 +20,10 @@ import numpy as np
 from backends.common import plain_attributes, spoiled, telling
 from backends.mxnet.ops import mx
 from backends.mxnet.turn import turn
-from elastic.backend import Adapted, Spec
 from elastic.data.collate import num_rows
 from elastic.errors import UserError
-from elastic.own import described, pair, pairs, rebuilt
+from elastic.model.backend import Adapted, Spec
+from elastic.model.user_code import described, pair, pairs, rebuilt
 
 KEEP = 'keep it in a parameter with grad_req = "null", or leave it as it is'
 READ = "ask the parameter for data() in each call"
@@ -31,7 +31,7 @@ GENERATORS = "draw by mx.random, numpy.random or random, which are seeded for ev
 
 
 class GluonModel(Adapted):
-    """`elastic.backend.Model` over a block; `ops` is not used. Shared parameters appear once, under their first name."""
+    """`elastic.model.backend.Model` over a block; `ops` is not used. Shared parameters appear once, under their first name."""
 
     def __init__(self, block: mx.gluon.Block):
         self._block, self.kind = block, type(block).__name__

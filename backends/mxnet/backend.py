@@ -1,4 +1,4 @@
-"""`elastic.backend.Backend` on MXNet: parameters are arrays over the platform's flat buffers, without a copy.
+"""`elastic.model.backend.Backend` on MXNet: parameters are arrays over the platform's flat buffers, without a copy.
 
 Kernels run in the calling thread (see `backends.mxnet`) and share scratch memory across threads, so one thread computes at a time
 in a process; workers that are processes never wait for one another.
@@ -24,10 +24,10 @@ from backends.mxnet.ops import MXNetOps, mx, to_array
 from backends.mxnet.recording import Unrecordable
 from backends.mxnet.turn import computing, turn
 from backends.mxnet.values import add_fresh, as_array, as_numpy, blocks_of, flat, flattened, number, paired, plain, taken
-from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
 from elastic.data.collate import stacked
 from elastic.errors import UserError
-from elastic.own import UNTRAINED
+from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
+from elastic.model.user_code import UNTRAINED
 
 ALIGN_BYTES = 64
 KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic import ops as neutral
+from elastic.model import ops as neutral
 
 Array = Any  # mx.np.ndarray
 

@@ -1,4 +1,4 @@
-"""`elastic.ops.Ops` on MXNet's native kernels. The shapes are documented there.
+"""`elastic.model.ops.Ops` on MXNet's native kernels. The shapes are documented there.
 
 Calls must stand inside `shapes()`: without it MXNet takes a dim of length 0 and a shape () for "unknown".
 """
@@ -20,7 +20,7 @@ import mxnet as mx
 from backends.mxnet.across import AcrossOps, Guarded
 from backends.mxnet.choices import ChoiceOps
 from backends.mxnet.values import copied_in
-from elastic import ops as neutral
+from elastic.model import ops as neutral
 
 Array = Any  # mx.np.ndarray
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import mxnet as mx
 
-from elastic.backend import UpdateRule
 from elastic.errors import UserError
+from elastic.model.backend import UpdateRule
 
 Array = Any  # an mx.nd.NDArray
 

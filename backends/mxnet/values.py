@@ -8,7 +8,7 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from elastic.backend import Buffer
+from elastic.model.backend import Buffer
 
 
 def as_array(buffer: np.ndarray) -> Any:

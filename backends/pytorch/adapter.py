@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from backends.pytorch import watch
-from elastic.backend import Adapted, Spec
 from elastic.data.collate import PLAIN, Collated
 from elastic.errors import UserError
-from elastic.own import described, pair, rebuilt
+from elastic.model.backend import Adapted, Spec
+from elastic.model.user_code import described, pair, rebuilt
 
 # Random draws in a module or a data set come from the process-wide generators. What one thread seeds and draws must not
 # interleave with another's: the training and the loading ahead of one worker, and the workers that are threads of one process.
@@ -46,7 +46,7 @@ class Slot:
 
 
 class ModuleModel(Adapted):
-    """A module's arrays by name, as `elastic.backend.Model` has them. Tied ones appear once, under their first name.
+    """A module's arrays by name, as `elastic.model.backend.Model` has them. Tied ones appear once, under their first name.
 
     UserError where it cannot be trained.
     """

@@ -1,4 +1,4 @@
-"""`elastic.backend.Backend` on PyTorch for models of named arrays: parameters are leaves over the platform's flat buffers, without a copy.
+"""`elastic.model.backend.Backend` on PyTorch for models of named arrays: parameters are leaves over the platform's flat buffers, without a copy.
 
 Gradients accumulate in place: a leaf's `.grad` is set to the caller's view, and the engine adds to what is there.
 """
@@ -17,9 +17,9 @@ import torch
 from backends.pytorch import adapter, optimizer
 from backends.pytorch.ops import TorchOps
 from backends.pytorch.pieces import Run
-from elastic.backend import Batch, Buffer, Habits, ShardResult, Spec, UpdateRule
 from elastic.errors import UserError
-from elastic.own import UNTRAINED
+from elastic.model.backend import Batch, Buffer, Habits, ShardResult, Spec, UpdateRule
+from elastic.model.user_code import UNTRAINED
 
 ALIGN_BYTES = 64
 KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare

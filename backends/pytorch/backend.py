@@ -15,8 +15,8 @@ from backends.pytorch import adapter, warn_if_late
 from backends.pytorch.adapter import seeded
 from backends.pytorch.arrays import TorchBackend
 from backends.pytorch.module import ModuleBackend
-from elastic.backend import Model
 from elastic.errors import UserError
+from elastic.model.backend import Model
 
 _made: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 

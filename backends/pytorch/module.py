@@ -16,14 +16,14 @@ import torch
 from backends.pytorch.adapter import ModuleModel, as_numpy, as_sum, columns, seeded
 from backends.pytorch.arrays import TorchBackend, as_scalar, as_tensor
 from backends.pytorch.rehearsal import rehearse
-from elastic.backend import Batch, Buffer, Habits, ShardResult
 from elastic.data.collate import num_rows
 from elastic.errors import Overwritten, UserError
-from elastic.own import UNTRAINED, pairs
+from elastic.model.backend import Batch, Buffer, Habits, ShardResult
+from elastic.model.user_code import UNTRAINED, pairs
 
 
 class ModuleBackend(TorchBackend):
-    """`elastic.backend.Backend` over a module."""
+    """`elastic.model.backend.Backend` over a module."""
 
     def __init__(self, model: ModuleModel, settings: Any):
         self._own = model

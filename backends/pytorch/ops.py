@@ -1,4 +1,4 @@
-"""`elastic.ops.Ops` on PyTorch's native kernels. The shapes are documented there."""
+"""`elastic.model.ops.Ops` on PyTorch's native kernels. The shapes are documented there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from backends.pytorch import collectives
-from elastic import ops as neutral
+from elastic.model import ops as neutral
 
 Tensor = torch.Tensor
 
@@ -275,7 +275,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def keep_mask(shape: torch.Size, levels: int, seed: int | Tensor, tag: str, device: torch.device) -> Tensor:
-    """`elastic.ops.keep_mask` in int64 tensor arithmetic; a tensor `seed` keeps a compiled graph free of constants."""
+    """`elastic.model.ops.keep_mask` in int64 tensor arithmetic; a tensor `seed` keeps a compiled graph free of constants."""
     size = shape.numel()
     if not isinstance(seed, Tensor):
         seed = torch.tensor(_signed(seed), dtype=torch.int64, device=device)
@@ -287,7 +287,7 @@ def keep_mask(shape: torch.Size, levels: int, seed: int | Tensor, tag: str, devi
 
 @torch.library.custom_op("elastic::keep_mask", mutates_args=(), schema="(int[] shape, float rate, Tensor seed, str tag) -> Tensor")
 def opaque_mask(shape: Sequence[int], rate: float, seed: Tensor, tag: str) -> Tensor:
-    """`elastic.ops.keep_mask` as one kernel for compiled code: of its int64 arithmetic torch 2.13's compiler makes CPU loops that give other
+    """`elastic.model.ops.keep_mask` as one kernel for compiled code: of its int64 arithmetic torch 2.13's compiler makes CPU loops that give other
     bits, and write outside of their memory, where the last dim is no multiple of its vectors.
     """
     return torch.from_numpy(neutral.keep_mask(shape, rate, int(seed), tag))

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from elastic.backend import UpdateRule
 from elastic.errors import UserError
+from elastic.model.backend import UpdateRule
 
 Blocks = tuple[torch.Tensor, ...]
 

@@ -15,9 +15,9 @@ import torch
 
 from backends.pytorch.adapter import ModuleModel
 from backends.pytorch.watch import Leaf, checksum, differing, leaves, spoil, told
-from elastic.backend import Batch, Buffer, Habits, ShardResult
 from elastic.errors import UserError
-from elastic.own import is_of_machine
+from elastic.model.backend import Batch, Buffer, Habits, ShardResult
+from elastic.model.user_code import is_of_machine
 
 SMALL = 1e-30  # apart by less than this is not apart: below 2^-126 a power of two does not scale exactly
 Views = Mapping[str, Buffer]

@@ -1,4 +1,4 @@
-"""`elastic.backend.Backend` in NumPy, the oracle. In precision "float64" its buffers are float64, unlike any other backend's."""
+"""`elastic.model.backend.Backend` in NumPy, the oracle. In precision "float64" its buffers are float64, unlike any other backend's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from backends.common import before_models as before_models
 from backends.reference import optimizer
 from backends.reference.ops import ReferenceOps
 from backends.reference.tape import Variable, backward, value_of
-from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, UpdateRule
 from elastic.errors import UserError
+from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, UpdateRule
 
 ALIGN_BYTES = 64
 

@@ -1,4 +1,4 @@
-"""`elastic.ops.Ops` in NumPy, each kernel as its formula says. The shapes are documented there."""
+"""`elastic.model.ops.Ops` in NumPy, each kernel as its formula says. The shapes are documented there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from backends.reference.tape import record, value_of
-from elastic import ops as neutral
+from elastic.model import ops as neutral
 from elastic.parallel.axis import span
 
 Array = Any  # a Variable or a NumPy array

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from elastic.backend import UpdateRule
 from elastic.errors import UserError
+from elastic.model.backend import UpdateRule
 
 
 def apply(rule: UpdateRule, param: np.ndarray, grad: np.ndarray, slots: Mapping[str, np.ndarray]) -> None:

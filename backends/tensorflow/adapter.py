@@ -23,11 +23,11 @@ from backends.tensorflow.ops import mixed, tf
 # isort: split
 import keras
 
-from elastic.backend import Adapted, Spec
 from elastic.data.collate import num_rows
 from elastic.errors import UserError
-from elastic.ops import GOLDEN, tag_key
-from elastic.own import pair, pairs, rebuilt
+from elastic.model.backend import Adapted, Spec
+from elastic.model.ops import GOLDEN, tag_key
+from elastic.model.user_code import pair, pairs, rebuilt
 
 COARSELY = 0.05  # as far as two ways of computing in bfloat16 are apart, and much less than a gradient that is lost
 OF_KERAS = frozenset(vars(keras.Model()))
@@ -51,7 +51,7 @@ class Scope(keras.StatelessScope):
 
 
 class KerasModel(Adapted):
-    """`elastic.backend.Model` over a Keras model; `ops` is not used. `tensors` makes its batches.
+    """`elastic.model.backend.Model` over a Keras model; `ops` is not used. `tensors` makes its batches.
 
     `open` must have seen a batch before `loss` and `metrics` are traced. `moved`: frozen weights that the loss writes to.
     """

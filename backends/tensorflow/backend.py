@@ -1,4 +1,4 @@
-"""`elastic.backend.Backend` on TensorFlow: a shard's loss and its gradients are one traced function of the parameters.
+"""`elastic.model.backend.Backend` on TensorFlow: a shard's loss and its gradients are one traced function of the parameters.
 
 Parameters are tensors over the platform's flat buffers, without a copy (DLPack): what the platform writes there, the next
 call reads. They are handed to the traced function as arguments, so it holds no copy and never traces twice for them.
@@ -18,10 +18,11 @@ from backends.common import check_linear, check_read, check_repeats
 from backends.tensorflow import optimizer
 from backends.tensorflow.ops import U64, TensorFlowOps, tf
 from backends.tensorflow.pieces import Pieces, plain
-from elastic.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, Tally, UpdateRule
 from elastic.data.collate import stacked
 from elastic.errors import UserError
-from elastic.own import UNTRAINED
+from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
+from elastic.model.tally import Tally
+from elastic.model.user_code import UNTRAINED
 
 ALIGN_BYTES = 64  # TensorFlow ends the process on DLPack memory that is aligned to less
 

@@ -1,4 +1,4 @@
-"""`elastic.ops.Ops` on TensorFlow's native kernels, eager or traced. The shapes are documented there.
+"""`elastic.model.ops.Ops` on TensorFlow's native kernels, eager or traced. The shapes are documented there.
 
 Shapes must be known when a function is traced. A seed may be a Python number or a scalar uint64 tensor.
 """
@@ -17,7 +17,7 @@ from backends.tensorflow.split import SplitKernels
 # isort: split
 import tensorflow as tf
 
-from elastic import ops as neutral
+from elastic.model import ops as neutral
 
 Tensor = Any  # tf.Tensor
 
@@ -264,7 +264,7 @@ def normalised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
 
 
 def keep_mask(shape: tuple[int, ...], levels: int, seed: Any, tag: str) -> Tensor:
-    """`elastic.ops.keep_mask` in tensor arithmetic, so that the seed may be a tensor."""
+    """`elastic.model.ops.keep_mask` in tensor arithmetic, so that the seed may be a tensor."""
     size = math.prod(shape)
     if isinstance(seed, int):
         seed = tf.constant(np.uint64(seed & U64))

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from elastic.backend import UpdateRule
 from elastic.errors import UserError
+from elastic.model.backend import UpdateRule
 
 STRETCH = 65_536  # elements; 256 KB: shorter ones cost more in calls than they save in the cache
 

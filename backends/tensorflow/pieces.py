@@ -10,7 +10,7 @@ import numpy as np
 
 from backends.tensorflow.ops import U64, TensorFlowOps, tf
 from backends.tensorflow.program import Environment, Program, Recording, signature
-from elastic.backend import Batch, Buffer, ShardResult
+from elastic.model.backend import Batch, Buffer, ShardResult
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Kept:
 
 
 class Pieces:
-    """The half of the backend that `elastic.backend.Chain` is for; `TensorFlowBackend` is the other."""
+    """The half of the backend that `elastic.model.backend.Chain` is for; `TensorFlowBackend` is the other."""
 
     _ops: TensorFlowOps
     _params: Mapping[str, Any]

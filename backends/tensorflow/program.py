@@ -14,8 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-
-from backends.tensorflow.ops import tf
+import tensorflow as tf
 
 Host = Callable[[np.ndarray], np.ndarray]
 Environment = dict[str, Any]  # tensors by their names in the graph

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from elastic import ops as neutral
 from elastic.mesh import shards_of
+from elastic.model import ops as neutral
 
 if TYPE_CHECKING:
     from backends.tensorflow.program import Recording

@@ -14,7 +14,9 @@ from typing import Any
 from benchmarks.kit.logs import Step, Tail
 from benchmarks.kit.mlp import ROWS_PER_WORKER
 from benchmarks.kit.processes import ROOT, python
-from elastic import cli, controller_actor, trainer
+from elastic import cli
+from elastic.controller import actor as controller_actor
+from elastic.driver import trainer
 
 RECIPE = str(ROOT / "benchmarks" / "mlp.toml")
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from benchmarks.kit.steploop import WIDTH, Durable, make_arrays, measure, report
-from elastic.backend import Spec
-from elastic.checkpoint.commits import Commits
-from elastic.checkpoint.saver import Saver
 from elastic.collective.solo import SoloGroup
+from elastic.controller.checkpoints import Commits
 from elastic.messages import Part, Save
-from elastic.state import State
+from elastic.model.backend import Spec
+from elastic.state.state import State
+from elastic.worker.saver import Saver
 
 
 class Memory:

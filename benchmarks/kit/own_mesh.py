@@ -11,12 +11,13 @@ from benchmarks.kit.turns import Turns
 from elastic.chaos import Injector
 from elastic.collective.gloo import GlooGroup
 from elastic.collective.shared import SharedGroup
-from elastic.control import Control
-from elastic.loop import Loader, train
 from elastic.messages import Generation, Line
-from elastic.sharded import ShardedState
-from elastic.worker import warm_up
-from elastic.workload import build_work, mesh_of
+from elastic.state.sharded import ShardedState
+from elastic.worker.build import build_work
+from elastic.worker.loop import Loader, train
+from elastic.worker.loop_control import Control
+from elastic.worker.worker import warm_up
+from elastic.workload import mesh_of
 
 
 class Gate:

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from benchmarks.kit.mesh_case import BETAS, DECAY, LR, MODEL, SEED, Case, opened, tokens_of
 from benchmarks.kit.turns import Turns
 from benchmarks.peers.mesh_gpt import GPT, token_loss
-from elastic.starting import initial_values
+from elastic.model.initial import initial_values
 
 PREPARED = 400  # steps whose rows are loaded before the clock starts; then they come again
 

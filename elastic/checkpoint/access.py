@@ -11,9 +11,9 @@ from pathlib import Path
 from elastic.checkpoint.claim import Claim
 from elastic.checkpoint.claim import read as claim_of
 from elastic.checkpoint.manager import committed, read_manifest
-from elastic.checkpoint.remote import shown
-from elastic.checkpoint.store import Store
 from elastic.errors import BadCheckpoint, UserError
+from elastic.storage.remote import shown
+from elastic.storage.store import Store
 
 ACCESS_S = 30.0  # for a storage to take and give back a few bytes
 AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",

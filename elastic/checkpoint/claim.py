@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from elastic.checkpoint.files import LocalFiles
-from elastic.checkpoint.remote import shown
-from elastic.checkpoint.store import Store
 from elastic.errors import BadCheckpoint, UserError
-from elastic.observe.events import locked
+from elastic.observe.jsonl import locked
+from elastic.storage.files import LocalFiles
+from elastic.storage.remote import shown
+from elastic.storage.store import Store
 
 NAME = "claim.json"
 RENEW_S, LAPSE_S = 10.0, 60.0

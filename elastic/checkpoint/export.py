@@ -19,9 +19,9 @@ from elastic.checkpoint.find import read_newest
 from elastic.checkpoint.hashing import BUFFER, PARAMETER
 from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.safetensors import apart
-from elastic.checkpoint.store import TEMPORARY
 from elastic.errors import UserError
 from elastic.recipe import loads
+from elastic.storage.store import TEMPORARY
 
 Arrays = Mapping[str, np.ndarray]
 PLACES = ("folder", "train_file", "eval_file", "blocks", "splits", "names")  # of the data's facts, what means something here alone

@@ -9,10 +9,10 @@ import numpy as np
 
 from elastic.checkpoint.manager import MANIFEST, newest_good, read_sound, read_weights, split
 from elastic.checkpoint.manifest import Manifest
-from elastic.checkpoint.remote import join, shown
-from elastic.checkpoint.store import Store
 from elastic.errors import BadCheckpoint, UserError
 from elastic.recipe import loads
+from elastic.storage.remote import join, shown
+from elastic.storage.store import Store
 
 
 def find(path: str | os.PathLike[str], refused: Container[str] = ()) -> tuple[Store, str]:

@@ -15,8 +15,8 @@ from elastic.buffers import wide
 from elastic.checkpoint.manager import read_sound
 from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.reader import Reader, read_arrays
-from elastic.checkpoint.store import Store
-from elastic.observe.words import count, numbers, size
+from elastic.humanize import count, numbers, size
+from elastic.storage.store import Store
 
 BLOCK = 1 << 20  # elements that are compared at a time: the wide copies of a block are small
 

@@ -19,9 +19,9 @@ from elastic.checkpoint.hashing import AVERAGE, OPTIMIZER, PARAMETER
 from elastic.checkpoint.manifest import CHUNK, MAX_BYTES, FileEntry, Manifest, parse
 from elastic.checkpoint.part import hash_of, write_arrays
 from elastic.checkpoint.reader import Reader, read_arrays
-from elastic.checkpoint.remote import parted
-from elastic.checkpoint.store import TEMPORARY, Store
 from elastic.errors import BadCheckpoint, RecipeError, UserError
+from elastic.storage.remote import parted
+from elastic.storage.store import TEMPORARY, Store
 
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")

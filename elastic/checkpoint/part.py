@@ -14,8 +14,8 @@ import xxhash
 
 from elastic.checkpoint.manifest import CHUNK, FileEntry, Piece
 from elastic.checkpoint.safetensors import lay_out
-from elastic.checkpoint.sink import aligned
-from elastic.checkpoint.store import Store
+from elastic.storage.sink import aligned
+from elastic.storage.store import Store
 
 PIECE = 4  # chunks that are written in one go
 RUN = 1 << 20  # elements that are copied in one go

@@ -14,8 +14,8 @@ import numpy as np
 from elastic.checkpoint.manifest import FileEntry, Manifest, Piece
 from elastic.checkpoint.part import hash_of
 from elastic.checkpoint.plan import byte_range, overlap
-from elastic.checkpoint.store import Store, patiently
 from elastic.errors import BadCheckpoint, GroupBroken
+from elastic.storage.store import Store, patiently
 
 WINDOW = 16 * 1024 * 1024  # bytes that one rank reads before all exchange what they have
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # start and count

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from elastic.collective.group import SLICE_S
-from elastic.collective.rendezvous import Door
+from elastic.collective.torch_store import Door
 from elastic.collective.torchgroup import OPERATION_S, TorchGroup, brief
 
 SLICE = timedelta(seconds=SLICE_S)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from elastic.collective.group import SLICE_S, Buffer
-from elastic.collective.rendezvous import Door, drop
+from elastic.collective.torch_store import Door, drop
 from elastic.collective.torchgroup import OPERATION_S, TorchGroup, brief
 from elastic.errors import UserError
 

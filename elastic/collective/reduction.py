@@ -10,7 +10,7 @@ A member owns a contiguous run of leaves. It adds them up to the run's maximal s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -176,7 +176,8 @@ def reduce(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shar
         return native(sums, num_shards, out, numel, block)
     owned = checked_nodes(group, sums, num_shards)
     for start, part in chunks(numel, block, group.size, chunk):
-        mine = exchange_and_add(group, sums, owned, num_shards, start, part, numel, scratch)
+        ends = [min(numel, start + rank * part) for rank in range(group.size + 1)]
+        mine = exchange_and_add(group, sums, owned, num_shards, list(zip(ends, ends[1:])), scratch, part)
         group.all_gather(out[start:start + part * group.size], mine)
     return out
 
@@ -194,25 +195,105 @@ def checked_nodes(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], n
     return owned
 
 
-def exchange_and_add(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], owned: Sequence[Sequence[Node]],
-                     num_shards: int, start: int, part: int, numel: int, scratch: Scratch) -> Buffer:
-    """This rank's slice of one chunk, summed along the tree: `part` elements, zeros past `numel`."""
-    lengths = [max(0, min(part, numel - start - rank * part)) for rank in range(group.size)]
-    mine, end = lengths[group.rank], start + sum(lengths)
-    most = max(len(nodes) for nodes in owned)
-    received = scratch.get(part + mine * sum(len(nodes) for nodes in owned))
+def exchange_and_add(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], owned: Sequence[Sequence[Node]], num_shards: int,
+                     spans: Sequence[tuple[int, int]], scratch: Scratch, room: int = 0) -> Buffer:
+    """This member's of everybody's `spans`, summed along the tree; with `room`, that many elements, zeros past the span."""
+    lengths = [high - low for low, high in spans]
+    mine, total = lengths[group.rank], sum(lengths)
+    room = room or mine
+    adjoin = all(one[1] == after[0] for one, after in zip(spans, spans[1:]))  # then nothing is packed: they go straight from the sums' own buffers
+    received = scratch.get(room + mine * sum(len(nodes) for nodes in owned) + (0 if adjoin else total))
+    packed = received[received.shape[0] - total:]
     pieces: list[tuple[Node, Buffer]] = []
     used = 0
-    for index in range(most):  # straight from the sums' own buffers: nothing is packed
+    for index in range(max(len(nodes) for nodes in owned)):
         senders = [rank for rank in range(group.size) if index < len(owned[rank])]
-        has = index < len(sums)
+        sent = received[:0]
+        if index < len(sums):
+            sent = sums[index][1][spans[0][0]:spans[-1][1]] if adjoin else gather(packed, sums[index][1], spans)
         out_counts = [mine if rank in senders else 0 for rank in range(group.size)]
-        group.all_to_all(received[used:used + sum(out_counts)], out_counts,
-                         sums[index][1][start:end] if has else received[:0], lengths if has else [0] * group.size)
+        group.all_to_all(received[used:used + sum(out_counts)], out_counts, sent, lengths if index < len(sums) else [0] * group.size)
         for rank in senders:
             pieces.append((owned[rank][index], received[used:used + mine]))
             used += mine
     pieces.sort(key=lambda piece: piece[0])
     fold(pieces, num_shards, add_into)  # into the first piece, which lies where `received` starts
-    received[mine:part] = 0
-    return received[:part]
+    received[mine:room] = 0
+    return received[:room]
+
+
+def gather(out: Buffer, buffer: Buffer, spans: Sequence[tuple[int, int]]) -> Buffer:
+    """`out`, filled with the spans of `buffer` one behind the other."""
+    at = 0
+    for low, high in spans:
+        out[at:at + high - low] = buffer[low:high]
+        at += high - low
+    return out
+
+
+# Sums of which every member gets its own range alone, and the gathering of what members made of theirs. `cuts` says whose is what: member r owns
+# elements cuts[r]..cuts[r+1]-1. With a twin it also gets the range of the member before it, from that member once it is summed: 1 / (2 (size - 1))
+# more than an all-reduce moves. Bits are those of `reduce`.
+
+
+def wanted(rank: int, size: int, twin: bool) -> list[int]:
+    """Whose stretches a member gets, its own first."""
+    return [rank, (rank - 1) % size] if twin and size > 1 else [rank]
+
+
+def stretches(cuts: Sequence[int], size: int, chunk: int) -> Iterator[list[tuple[int, int]]]:
+    """A part of everybody's stretch at a time."""
+    stride = max(1, chunk // size)
+    longest = max(high - low for low, high in zip(cuts, cuts[1:]))
+    for begin in range(0, longest, stride):
+        yield [(min(high, low + begin), min(high, low + begin + stride)) for low, high in zip(cuts, cuts[1:])]
+
+
+def reduce_kept(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool,
+                scratch: Scratch, chunk: int = CHUNK) -> Buffer:
+    """The sum over all shards along the canonical tree, of this member's stretch and behind it of the one whose twin it is.
+
+    `sums` and what may be used after `GroupBroken` are as for `reduction.reduce`. Returns `out`, or in a group of one a buffer of `sums`.
+    """
+    if group.size == 1:
+        return sums[0][1]
+    native = getattr(group, "reduce_kept", None)
+    if native is not None:
+        return native(sums, num_shards, out, cuts, twin)
+    owned = checked_nodes(group, sums, num_shards)
+    own, before, after = cuts[group.rank + 1] - cuts[group.rank], (group.rank - 1) % group.size, (group.rank + 1) % group.size
+    done, doubled = 0, own
+    for spans in stretches(cuts, group.size, chunk):
+        lengths = [high - low for low, high in spans]
+        mine = lengths[group.rank]
+        part = out[done:done + mine]
+        part[:] = exchange_and_add(group, sums, owned, num_shards, spans, scratch)
+        if twin:
+            theirs = lengths[before]
+            group.all_to_all(out[doubled:doubled + theirs], alone(before, theirs, group.size), part, alone(after, mine, group.size))
+            doubled += theirs
+        done += mine
+    return out
+
+
+def alone(rank: int, count: int, size: int) -> list[int]:
+    """All for one."""
+    return [count if r == rank else 0 for r in range(size)]
+
+
+def gather_owned(group: CollectiveGroup, buffer: Buffer, cuts: Sequence[int], scratch: Scratch, chunk: int = CHUNK) -> None:
+    """Everybody's stretch of `buffer` becomes its owner's. What was received is copied in piece by piece: after `GroupBroken` the others'
+    stretches are of no one time, this member's own and `scratch` apart.
+    """
+    if group.size == 1:
+        return
+    for spans in stretches(cuts, group.size, chunk):
+        most = max(high - low for low, high in spans)
+        low, high = spans[group.rank]
+        space = scratch.get(most * (group.size + 1))
+        mine, out = space[:most], space[most:most * (group.size + 1)]
+        mine[:high - low] = buffer[low:high]
+        group.all_gather(out, mine)
+        for rank, (low, high) in enumerate(spans):
+            if rank != group.rank:
+                buffer[low:high] = out[rank * most:rank * most + high - low]

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from elastic.collective.group import SLICE_S, Buffer
-from elastic.collective.keepers import wanted
+from elastic.collective.kv_store import StoreClient
 from elastic.collective.member import Member
-from elastic.collective.reduction import Node, all_nodes, fold, part_size
+from elastic.collective.reduction import Node, all_nodes, fold, part_size, wanted
 from elastic.collective.segment import GONE, POSTS, Peer, Segment
-from elastic.collective.store import StoreClient
 from elastic.errors import GroupBroken
 
 STAGE = 4 * 1024 * 1024  # bytes staged at a time by calls that can go piece by piece

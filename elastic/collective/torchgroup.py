@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from elastic.collective.group import Buffer
+from elastic.collective.kv_store import StoreClient
 from elastic.collective.member import Member
-from elastic.collective.rendezvous import Door, call_leaving, drop
-from elastic.collective.store import StoreClient
+from elastic.collective.torch_store import Door, call_leaving, drop
 from elastic.errors import GroupBroken
 
 PIECE = 16 * 1024 * 1024  # elements broadcast at a time

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from elastic.errors import RecipeError
-from elastic.own import rebuilt
+from elastic.model.user_code import rebuilt
 
 Collate = Callable[[Sequence[Any]], Any]
 STRANGE = "OmMV"  # kinds of NumPy's that no framework computes with, but for bfloat16 and its like, which have names

@@ -12,7 +12,7 @@ import numpy as np
 
 from elastic.data.collate import Collate, Collated, batch_of, sliced, stacked, unlike
 from elastic.errors import ElasticError, RecipeError
-from elastic.own import place_of
+from elastic.model.user_code import place_of
 
 COLLATES = ("collate", "collater", "collator", "collate_batch", "batchify_fn")  # names that others give to a collate_fn
 

@@ -12,9 +12,9 @@ from urllib.parse import quote, unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from elastic.checkpoint.remote import open_s3, shown
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import resolve_paths
+from elastic.storage.remote import open_s3, shown
 
 MAGIC = "*["
 MARKERS = ("_SUCCESS", "_metadata", "_common_metadata", "_delta_log", "_temporary")  # what Spark and its kin put beside a table's files

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from elastic.humanize import count, duration, numbers
 from elastic.observe.metrics import UNITS
-from elastic.observe.words import count, duration, numbers, sentence, tone
+from elastic.observe.words import sentence, tone
 
 WINDOW = 50  # steps that speed is averaged over
 PLAIN_EVERY_S = 5.0  # between two step lines where there is no terminal

@@ -10,11 +10,17 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from elastic.observe.events import read_json, read_lines, replace_text
+from elastic.errors import UserError
+from elastic.mesh import rounds
+from elastic.observe.jsonl import read_json, read_lines, replace_text
 from elastic.observe.metrics import Lines, evaluations_of, sessions, steps_of, unit_of
 from elastic.observe.words import sentence
+from elastic.parallel.schedules import build
+from elastic.parallel.simulator import Costs, simulate
+from elastic.recipe import loads
 
 MAX_POINTS = 4000
+MOST = 16  # micro-batches drawn: more are too narrow to tell apart
 MAX_RATES = 300  # of throughput: single steps are mostly noise
 COLOURS = {"worker_lost": "#d62728", "hang": "#d62728", "run_failed": "#d62728", "checkpoint_rejected": "#d62728", "rewound": "#ff7f0e",
            "worker_joined": "#2ca02c", "recovered": "#2ca02c", "resized": "#2ca02c", "healed": "#17becf", "chaos": "#9467bd",
@@ -42,14 +48,34 @@ class Clock:
         return round(passed, 3)
 
 
-def write_report(run_dir: str | Path, timeline: Lines = (), title: str = "") -> Path:
-    """Writes report.html from the run directory's own lines and returns its path. `timeline`: rows of `gantt`, if there is a pipeline."""
+def write_report(run_dir: str | Path) -> Path:
+    """Writes report.html from the run directory's own lines, and of a pipeline one step as its schedule has it. Returns its path."""
     run_dir = Path(run_dir)
     events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
     summary = read_json(run_dir / "summary.json") or {"status": "running"}
     path = run_dir / "report.html"
-    replace_text(path, page(run_dir.name, summary, events, metrics, timeline, title))
+    replace_text(path, page(run_dir.name, summary, events, metrics, *pipeline(run_dir)))
     return path
+
+
+def pipeline(run_dir: Path) -> tuple[list[dict[str, Any]], str]:
+    """The timeline of one step of the last generation, with stages that take alike, and its title; none without stages."""
+    meshes = [event["mesh"] for event in read_lines(run_dir / "events.jsonl") if event["event"] == "generation_started" and "mesh" in event]
+    if not meshes or meshes[-1]["pipeline"] < 2:
+        return [], ""
+    try:
+        recipe = loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False)
+    except (OSError, UserError):
+        return [], ""
+    mesh, stages = recipe.mesh, meshes[-1]["pipeline"]
+    is_interleaved = mesh.schedule == "interleaved"
+    count = mesh.micro_batches * (1 if is_interleaved else rounds(recipe.elastic.logical_shards, meshes[-1]["data"]))
+    timeline = simulate(build(mesh.schedule, stages, min(count, MOST), mesh.chunks if is_interleaved else 1), Costs.equal(stages, 1.0, 1.0, 1.0))
+    what = "a logical shard" if is_interleaved else "a step"
+    drawn = f", of which {MOST} are drawn" if count > MOST else ""
+    title = (f"The pipeline of {what} by its schedule, {mesh.schedule}: {stages} stages that take alike, "
+             f"{count} micro-batches{drawn}; bubble {timeline.bubble:.0%}")
+    return timeline.rows(), title
 
 
 def page(name: str, summary: dict[str, Any], events: Lines, metrics: Lines, timeline: Lines = (), caption: str = "") -> str:

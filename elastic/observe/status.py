@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import UserError
-from elastic.observe.events import read_json, read_lines
+from elastic.humanize import duration, numbers
+from elastic.observe.jsonl import read_json, read_lines
 from elastic.observe.metrics import build_summary, evaluations_of, steps_of
 from elastic.observe.progress import WINDOW, Pace
-from elastic.observe.words import duration, numbers, sentence
+from elastic.observe.words import sentence
 
 LATEST = 5  # events shown
 QUIET_S = 60.0  # without any line, a run that has no summary may be dead

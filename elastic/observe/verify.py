@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from elastic.errors import BadCheckpoint, UserError
-from elastic.observe.events import read_json, read_lines
+from elastic.humanize import count
+from elastic.observe.jsonl import read_json, read_lines
 from elastic.observe.ledger import FOLDER, prove
 from elastic.observe.metrics import Lines, build_summary, evaluations_of, steps_of
-from elastic.observe.words import count
 
 MAX_NAMED = 5  # of one kind of problem; the rest is counted
 CheckCheckpoint = Callable[[Any], Any]  # raises BadCheckpoint

@@ -5,38 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from elastic.humanize import count, duration, numbers, size
+
 Fields = dict[str, Any]
 GOOD, BAD, PLAIN = "green", "red", "cyan"
 TONE = {"worker_lost": BAD, "hang": BAD, "run_failed": BAD, "checkpoint_rejected": BAD, "step_failed": BAD, "rewound": "yellow",
         "waiting": "yellow", "node_draining": "yellow", "straggler": "yellow", "chaos": "magenta", "recovered": GOOD,
         "resized": GOOD, "relaid": GOOD, "run_finished": GOOD, "worker_joined": GOOD}
-
-
-def duration(seconds: float) -> str:
-    """0.13 s, 12 s, 3:05 min or 2:03:05 h."""
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
-
-
-def size(num_bytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def numbers(values: Fields) -> str:
-    """{"loss": 1.86} -> loss 1.8600"""
-    return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
 
 
 def names(value: str | list[str]) -> str:

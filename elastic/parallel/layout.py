@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from elastic.backend import Spec
 from elastic.errors import RecipeError
 from elastic.mesh import Mesh, Seat
+from elastic.model.backend import Spec
 from elastic.parallel.axis import span
 
 UNEVEN = ("vocab", "table_row")  # dims whose parts may differ by one: nothing but memory depends on them
@@ -54,7 +54,7 @@ class Layout:
         for axis in ("pipeline", "tensor", "expert"):
             if getattr(mesh, axis) > 1 and not is_chain:
                 raise RecipeError(f"mesh.{axis} = {getattr(mesh, axis)} needs a model in pieces with named dims, which this model.kind is not; write "
-                                  f"mesh.{axis} = 1, or offer what elastic.backend.Chain asks for.")
+                                  f"mesh.{axis} = 1, or offer what elastic.model.backend.Chain asks for.")
         own = dict(model.layout) if is_chain else {}
         check_dims(dims or {}, own)
         self.dims = {dim: axis for dim, axis in (dims or own).items() if getattr(mesh, axis) > 1}
@@ -186,3 +186,31 @@ def balanced(weights: Sequence[float], parts: int) -> list[tuple[int, int]]:
         spans.append((low, high))
         low = high
     return spans
+
+
+class Portion:
+    """What a backend is built over. Where a replica is one worker, all of the model."""
+
+    def __init__(self, model: Any, layout: Layout, seat: Seat):
+        self.model, self.layout, self.seat = model, layout, seat
+        self.parameters: Mapping[str, Spec] = layout.specs(seat)
+        self.buffers: Mapping[str, Spec] = model.buffers
+        self.whole: Mapping[str, Spec] = layout.parameters
+        self.boxes: dict[str, Box] = layout.boxes(seat)
+        self.shared: tuple[Shared, ...] = layout.shared(seat)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.layout.mesh
+
+    @property
+    def is_first(self) -> bool:
+        """Keeps what every worker of a replica has alike."""
+        return (self.seat.pipeline, self.seat.expert, self.seat.tensor) == (0, 0, 0)
+
+    def keeps(self, name: str) -> bool:
+        """Whether this worker is the one that counts its part of a parameter in norms, and saves it."""
+        return self.layout.is_keeper(name, self.seat)

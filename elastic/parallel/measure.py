@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from elastic.backend import Batch, Spec
 from elastic.mesh import Mesh, Seat
+from elastic.model.backend import Batch, Spec
+from elastic.model.shape_ops import FLOAT, MeterOps, Move, Place, Shape
 from elastic.parallel.layout import Layout
-from elastic.parallel.meter import FLOAT, MeterOps, Move, Place, Shape
 
 WHOLE = ""  # the one piece of a model that has none
 

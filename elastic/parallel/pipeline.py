@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from elastic.backend import Backend, Batch, Buffer, ShardResult
 from elastic.collective.group import CollectiveGroup
+from elastic.model.backend import Backend, Batch, Buffer, ShardResult
+from elastic.model.shape_ops import MeterOps, Shape
 from elastic.parallel.executor import Executor
-from elastic.parallel.meter import MeterOps, Shape
-from elastic.parallel.portion import Portion
+from elastic.parallel.layout import Portion
 from elastic.parallel.schedules import build
 
 

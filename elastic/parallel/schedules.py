@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elastic.parallel.actions import Action, Kind, Name, Schedule
-from elastic.parallel.placing import PACE, Pace, place
+from elastic.parallel.message_order import PACE, Pace, place
 
 
 def build(name: Name, num_stages: int, num_micro_batches: int, num_chunks: int = 1, pace: Pace = PACE) -> Schedule:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from elastic.errors import RecipeError
-from elastic.recipe.labelled import check_labelled
-from elastic.recipe.pictured import check_pictured
+from elastic.recipe.images import check_pictured
 from elastic.recipe.sections import MODEL_DEFAULTS, TABLES, Recipe
+from elastic.recipe.tables import check_labelled
 
 STORAGES = ("file", "s3", "gs", "gcs", "hdfs")
 OWN_KIND = ", ".join(f'"{kind}"' for kind in MODEL_DEFAULTS) + ', or "package.module:attribute" for your own'

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, PlainValidator
 
-from elastic.recipe.labelled import NAMES, TABLES, Section, Texts
-from elastic.recipe.pictured import Pictured
+from elastic.recipe.images import Pictured
+from elastic.recipe.tables import NAMES, TABLES, Section, Texts
 
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "nlp.gpt": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "smoothing": 0.0, "recompute": False, "experts": 0,

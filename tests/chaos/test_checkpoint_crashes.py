@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.checkpoint import store as stores
-from elastic.checkpoint.commits import Commits
-from elastic.checkpoint.faulty import Crashed, FaultyFiles
-from elastic.checkpoint.files import Files, Sink
 from elastic.checkpoint.manager import committed, load, newest_good, verify
-from elastic.checkpoint.remote import join, open_files
-from elastic.checkpoint.store import Store
+from elastic.controller.checkpoints import Commits
+from elastic.storage import store as stores
+from elastic.storage.faulty import Crashed, FaultyFiles
+from elastic.storage.files import Files, Sink
+from elastic.storage.remote import join, open_files
+from elastic.storage.store import Store
 from tests.support.checkpoints import assert_refused, assert_same, restore, save, values
 from tests.support.sampling import sample
 

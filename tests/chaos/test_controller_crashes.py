@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from elastic.books import Books
-from elastic.controller import Controller
-from elastic.journal import Journal, decode, encode, replay
+from elastic.controller.controller import Controller
+from elastic.controller.journal import Journal, decode, encode, replay
+from elastic.controller.policy import Bounds
+from elastic.controller.run_log import Books
 from elastic.messages import Ballot, Generation, Holder, Standing
-from elastic.observe.events import read_lines
-from elastic.policy import Bounds
+from elastic.observe.jsonl import read_lines
 from tests.support.inprocess import Result, Run, gpt_recipe
 from tests.support.sampling import sample
 

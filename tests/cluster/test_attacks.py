@@ -13,8 +13,8 @@ import psutil
 import pytest
 from ray._private.state import actors
 
-from elastic.observe.events import read_lines
-from elastic.trainer import Trainer
+from elastic.driver.trainer import Trainer
+from elastic.observe.jsonl import read_lines
 from tests.support.attacks import under_attack
 from tests.support.inprocess import fit, gpt_recipe
 from tests.support.runs import assert_sound, events

@@ -11,8 +11,8 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from elastic.actor import NAMESPACE
-from elastic.trainer import Result, Trainer
+from elastic.driver.trainer import Result, Trainer
+from elastic.worker.actor import NAMESPACE
 from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept, bits, events, recipe, train
 
 pytestmark = pytest.mark.usefixtures("cluster")

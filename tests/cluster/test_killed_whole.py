@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from elastic.observe.events import read_lines
+from elastic.observe.jsonl import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.recipe import dumps
 from tests.support.ends import LOSSES

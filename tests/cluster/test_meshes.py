@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elastic.chaos import parse
-from elastic.trainer import Result, Trainer, scale
+from elastic.driver.trainer import Result, Trainer, scale
 from tests.support.frameworks import load
 from tests.support.oracle import undisturbed
 from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept, bits, events, recipe, steps, train

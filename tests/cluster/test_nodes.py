@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from elastic.trainer import Result, Trainer
+from elastic.driver.trainer import Result, Trainer
 from tests.support.runs import assert_sound, assert_survivors_kept, bits, events, recipe
 
 STEPS = 300

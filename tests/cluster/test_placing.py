@@ -7,8 +7,8 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from elastic import membership as m
-from elastic.cluster import RayFleet, Slot
+from elastic.controller import membership as m
+from elastic.controller.ray_fleet import RayFleet, Slot
 from elastic.messages import Job
 
 LIMIT_S = 60.0

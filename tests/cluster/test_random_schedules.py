@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elastic.chaos import PHASES
-from elastic.inference import check_checkpoint
+from elastic.driver.inference import check_checkpoint
 from elastic.observe.verify import verify
 from tests.support.runs import assert_sound, bits, train
 from tests.support.sampling import sample

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic.chaos import parse
-from elastic.trainer import Trainer
+from elastic.driver.trainer import Trainer
 from tests.support.inprocess import module_recipe
 from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept, bits, events, train
 from tests.support.sampling import sample

@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 
 from elastic.checkpoint.manager import load, split
-from elastic.inference import check_checkpoint
-from elastic.observe.events import read_lines
+from elastic.driver.inference import check_checkpoint
+from elastic.observe.jsonl import read_lines
 from elastic.observe.verify import verify
 from elastic.recipe import dumps
 from tests.support.tables import counting, rows, write

@@ -1,4 +1,4 @@
-"""The contract of `elastic.backend.Backend`, on every backend."""
+"""The contract of `elastic.model.backend.Backend`, on every backend."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.backend import SLOTS, UpdateRule
 from elastic.errors import UserError
+from elastic.model.backend import SLOTS, UpdateRule
 from nlp.gpt import GPT, Config, build
 from tests.support.frameworks import assert_close, load, names, settings
 from tests.support.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from elastic.chaos import Injector
-from elastic.checkpoint.commits import Commits
-from elastic.checkpoint.saver import Saver
 from elastic.collective.solo import SoloGroup
-from elastic.control import Control
-from elastic.loop import Plan, Work, train
+from elastic.controller.checkpoints import Commits
 from elastic.messages import Generation, Save
-from elastic.state import State
+from elastic.state.state import State
+from elastic.worker.loop import Plan, Work, train
+from elastic.worker.loop_control import Control
+from elastic.worker.saver import Saver
 from tests.support.models import SMALL, VOCAB, rig_of, settings, token_batch
 from tests.support.rules import OPTIMIZER
 from tests.support.threads import together

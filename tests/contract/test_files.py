@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from elastic.checkpoint.faulty import FaultyFiles
-from elastic.checkpoint.files import Files, Info, LocalFiles, RemoteFiles
-from elastic.checkpoint.remote import join, open_files, parted, shown
-from elastic.checkpoint.store import TEMPORARY, Store
 from elastic.errors import BadCheckpoint, UserError
+from elastic.storage.faulty import FaultyFiles
+from elastic.storage.files import Files, Info, LocalFiles, RemoteFiles
+from elastic.storage.remote import join, open_files, parted, shown
+from elastic.storage.store import TEMPORARY, Store
 
 KINDS = ["local", "s3", "hdfs-like", "faulty local", "faulty s3"]
 
@@ -172,7 +172,7 @@ def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
 
 
 def test_a_crash_is_for_ever(tmp_path: Path) -> None:
-    from elastic.checkpoint.faulty import Crashed
+    from elastic.storage.faulty import Crashed
 
     files = FaultyFiles(LocalFiles(), "crash", 3)
     with pytest.raises(Crashed):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from elastic.collective.gloo import GlooGroup
-from elastic.collective.store import Endpoint, StoreClient
+from elastic.collective.kv_store import Endpoint, StoreClient
 from elastic.errors import GroupBroken
 from tests.support.attacks import under_attack
 from tests.support.group_cases import NUM, values

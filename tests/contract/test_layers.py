@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.parallel.meter import MeterOps, Place, Shape
+from elastic.model.shape_ops import MeterOps, Place, Shape
 from nlp import bert, gpt
 from tests.support.frameworks import assert_close, differentiate, load, names
 from tests.support.models import Rig, rig_of

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.backend import Spec
 from elastic.errors import GroupBroken, UserError
+from elastic.model.backend import Spec
 from tests.support.frameworks import assert_close, load
 from tests.support.models import Tiny, gpt_rig, rig_of, token_batch
 from vision import resnet

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.ops import DROPOUT_LEVELS, Ops, dropout_levels, keep_mask
+from elastic.model.ops import DROPOUT_LEVELS, Ops, dropout_levels, keep_mask
 from tests.support.frameworks import assert_close, differentiate, load, names
 from tests.support.op_cases import CASES
 

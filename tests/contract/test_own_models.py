@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from elastic.errors import UserError
-from elastic.evaluation import measure, tally_of
+from elastic.model.tally import tally_of
+from elastic.worker.evaluation import measure
 from tests.support.frameworks import assert_close, load
 from tests.support.models import Rig, rig_of
 from tests.support.threads import together

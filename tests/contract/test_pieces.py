@@ -15,9 +15,9 @@ import pytest
 from elastic.collective.local import Hub
 from elastic.errors import GroupBroken
 from elastic.mesh import Mesh
+from elastic.model.initial import initial_values
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout
-from elastic.starting import initial_values
 from tests.support.frameworks import assert_close, load, names
 from tests.support.models import Rig, Tiny, rig_of
 from tests.support.sampling import sample

@@ -10,9 +10,9 @@ import pytest
 
 from elastic.errors import GroupBroken
 from elastic.mesh import Mesh, Seat
+from elastic.model.initial import initial_values
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout
-from elastic.starting import initial_values
 from tests.support import models
 from tests.support.frameworks import assert_close
 from tests.support.models import Rig, Tiny, rig_of

@@ -13,7 +13,7 @@ from elastic.mesh import Mesh
 from elastic.parallel import measure
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout
-from elastic.trial import Local
+from elastic.planning.profile import Local
 from nlp import bert, gpt
 from recommender import dlrm
 from tests.support.frameworks import names

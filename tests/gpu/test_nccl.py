@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from elastic.collective import nccl  # noqa: E402
-from elastic.collective.store import Endpoint  # noqa: E402
+from elastic.collective.kv_store import Endpoint  # noqa: E402
 from elastic.errors import GroupBroken, UserError  # noqa: E402
 
 needs_gpu = pytest.mark.skipif(not nccl.usable(), reason="no CUDA device, or torch was built without NCCL")

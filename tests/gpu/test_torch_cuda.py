@@ -13,9 +13,9 @@ if not torch.cuda.is_available():
 
 from backends.pytorch.backend import create  # noqa: E402
 from benchmarks.gpu import Batches, ours  # noqa: E402
-from elastic.backend import SLOTS, UpdateRule  # noqa: E402
 from elastic.collective import nccl  # noqa: E402
-from elastic.state import State  # noqa: E402
+from elastic.model.backend import SLOTS, UpdateRule  # noqa: E402
+from elastic.state.state import State  # noqa: E402
 from nlp.gpt import build  # noqa: E402
 from tests.support.frameworks import assert_close, settings  # noqa: E402
 from tests.support.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch  # noqa: E402

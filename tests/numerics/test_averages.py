@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from elastic import inference
 from elastic.checkpoint import manager
 from elastic.checkpoint.export import export
+from elastic.driver import inference
+from elastic.model.initial import initial_values
 from elastic.recipe import Recipe
-from elastic.starting import initial_values
 from elastic.workload import open_model, prepare
 from tests.support.frameworks import load, names
 from tests.support.images import idx_files, vision_recipe

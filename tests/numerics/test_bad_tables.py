@@ -11,7 +11,7 @@ import pytest
 
 from elastic import cli
 from elastic.data.order import Blocks
-from elastic.inference import check_checkpoint
+from elastic.driver.inference import check_checkpoint
 from elastic.recipe import dumps
 from tests.support.inprocess import fit
 from tests.support.tables import rows, table_recipe, write

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from elastic import inprocess as inprocess_fleet
-from elastic.checkpoint.commits import Commits
 from elastic.checkpoint.manager import read_manifest, verify
-from elastic.checkpoint.store import Store
-from elastic.observe.events import JsonLines, read_lines
+from elastic.controller import thread_fleet as inprocess_fleet
+from elastic.controller.checkpoints import Commits
+from elastic.observe.jsonl import JsonLines, read_lines
+from elastic.storage.store import Store
 from tests.support import modules
 from tests.support.inprocess import Result, Run, fit, module_recipe
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
-from elastic import cli, worker
-from elastic import membership as m
-from elastic.inference import check_checkpoint
-from elastic.observe import events, ledger
+from elastic import cli
+from elastic.controller import membership as m
+from elastic.driver.inference import check_checkpoint
+from elastic.observe import jsonl as events
+from elastic.observe import ledger
 from elastic.observe.verify import verify
 from elastic.recipe import Recipe
+from elastic.worker import worker
 from tests.support import modules
 from tests.support.ends import CHAPTERS, DISKS, ERRORS, LAST, LIMITS, LOSSES, NEWEST, PAGE, SIGNALS, START, End, page, said
 from tests.support.inprocess import Result, Run, WatchedBooks, fit, module_recipe

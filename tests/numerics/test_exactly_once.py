@@ -14,7 +14,7 @@ import pytest
 
 from elastic.chaos import PHASES
 from elastic.checkpoint.manager import load, split
-from elastic.inference import check_checkpoint
+from elastic.driver.inference import check_checkpoint
 from elastic.observe.ledger import FOLDER, files, pieces
 from elastic.observe.verify import verify
 from tests.support.inprocess import Run

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from elastic.messages import Line, Part, Standing
-from elastic.observe.events import read_lines
+from elastic.observe.jsonl import read_lines
 from tests.support.inprocess import Result, Run, fit, module_recipe
 
 pytest.importorskip("torch", reason="torch is not installed")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.backend import SLOTS
 from elastic.errors import RecipeError
+from elastic.model.backend import SLOTS
 from nlp.gpt import build, generate
 from tests.support.frameworks import assert_close, load
 from tests.support.models import SMALL, VOCAB, Rig, gpt_rig, token_batch

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from elastic.checkpoint.export import export
-from elastic.inference import evaluate
+from elastic.driver.inference import evaluate
 from elastic.recipe import Recipe
 from elastic.workload import Workload, check_model, open_model
 from tests.support.frameworks import assert_close, load

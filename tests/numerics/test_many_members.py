@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from elastic.collective.forming import transport_of
+from elastic.collective.connect import transport_of
 from elastic.collective.segment import MOST_READERS
 from elastic.messages import Ready
-from elastic.observe.events import read_json, read_lines
+from elastic.observe.jsonl import read_json, read_lines
 from elastic.observe.metrics import steps_of
 from elastic.recipe import Recipe, dumps
 from tests.support.inprocess import fit, gpt_recipe

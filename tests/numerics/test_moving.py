@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from backends.reference.backend import create
-from elastic.checkpoint.saver import Saver
 from elastic.errors import GroupBroken
 from elastic.mesh import Mesh, Seat
-from elastic.parallel.layout import Layout
-from elastic.parallel.portion import Portion
-from elastic.parallel.relay import relay, whole_arrays
-from elastic.state import State
+from elastic.parallel.layout import Layout, Portion
+from elastic.state.relayout import relay, whole_arrays
+from elastic.state.state import State
+from elastic.worker.saver import Saver
 from nlp import gpt
 from tests.support.threads import together
 

@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import default_collate
 
 from elastic.data import MapStyle, Sampler
+from elastic.driver.trainer import Trainer
 from elastic.errors import RecipeError
 from elastic.recipe import parse
-from elastic.trainer import Trainer
 from tests.support.frameworks import load
 from tests.support.inprocess import fit, merged
 

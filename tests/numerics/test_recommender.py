@@ -14,8 +14,8 @@ import pytest
 from safetensors import safe_open
 
 from elastic import cli
+from elastic.driver.inference import evaluate, restore
 from elastic.errors import RecipeError, UserError
-from elastic.inference import evaluate, restore
 from elastic.recipe import dumps, load_recipe
 from elastic.workload import open_data, prepare
 from recommender.dlrm import build

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic.state import State
+from elastic.state.state import State
 from tests.support.frameworks import load
 from tests.support.inprocess import Result, fit, gpt_recipe
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elastic.recipe import Recipe
-from elastic.state import BLOCK
+from elastic.state.flat_layout import BLOCK
 from tests.support.frameworks import load, names
 from tests.support.inprocess import Result, Run, fit, gpt_recipe
 from tests.support.oracle import undisturbed

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from elastic import workload
-from elastic.laid_out import traffic
 from elastic.mesh import Mesh
-from elastic.parallel import meshes
-from elastic.preview import example, question
+from elastic.planning import candidates as meshes
+from elastic.planning.memory import example, question
+from elastic.planning.profile import Counted
+from elastic.planning.tables import traffic
 from elastic.recipe import parse
-from elastic.trial import Counted
 from elastic.workload import Workload
 from tests.support.crew import train_on
 

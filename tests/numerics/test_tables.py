@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from elastic.inference import check_checkpoint, evaluate
+from elastic.driver.inference import check_checkpoint, evaluate
 from elastic.observe.verify import verify
 from tests.support.inprocess import fit, gpt_recipe
 from tests.support.tables import counting, rows, table_recipe, write

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elastic.checkpoint.export import export
-from elastic.inference import evaluate
+from elastic.driver.inference import evaluate
 from tests.support.frameworks import assert_close
 from tests.support.inprocess import Result, fit, module_recipe
 from tests.support.sampling import sample

@@ -10,9 +10,9 @@ import pytest
 from elastic.checkpoint import claim as claims
 from elastic.checkpoint.claim import NAME
 from elastic.checkpoint.manager import committed, read_manifest
-from elastic.checkpoint.store import Store
+from elastic.driver.trainer import Trainer
 from elastic.errors import UserError
-from elastic.trainer import Trainer
+from elastic.storage.store import Store
 from tests.support.inprocess import Result, Run, fit, module_recipe
 
 STEPS = 24

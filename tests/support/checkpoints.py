@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from elastic.checkpoint.commits import Commits, Outcome
 from elastic.checkpoint.manifest import Piece
 from elastic.checkpoint.plan import shares
-from elastic.checkpoint.saver import Saver
 from elastic.collective.solo import SoloGroup
+from elastic.controller.checkpoints import Commits, Outcome
 from elastic.errors import GroupBroken
 from elastic.messages import Part, Save
+from elastic.worker.saver import Saver
 from tests.support.threads import together
 
 CHUNK = 1024  # bytes: small, so that small states have many
@@ -30,7 +30,7 @@ def values(step: int, size: int = 1) -> dict[str, np.ndarray]:
 
 
 class Arrays:
-    """What a saver needs of `elastic.state.State`, on NumPy arrays."""
+    """What a saver needs of `elastic.state.state.State`, on NumPy arrays."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], committed: int = -1):
         self.arrays, self.committed = {name: np.array(array) for name, array in arrays.items()}, committed

@@ -13,13 +13,14 @@ import numpy as np
 from elastic import workload
 from elastic.chaos import Injector
 from elastic.checkpoint.hashing import hashes_of
-from elastic.control import Control
-from elastic.loop import Work, train
 from elastic.mesh import Mesh
 from elastic.messages import Generation, Line
-from elastic.parallel.relay import whole_arrays
 from elastic.recipe import Recipe
-from elastic.workload import Workload, build_work
+from elastic.state.relayout import whole_arrays
+from elastic.worker.build import build_work
+from elastic.worker.loop import Work, train
+from elastic.worker.loop_control import Control
+from elastic.workload import Workload
 from tests.support.threads import together
 
 LIMIT_S = 120.0

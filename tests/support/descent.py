@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.starting import initial_values
+from elastic.model.initial import initial_values
 
 ROWS, LR = 6, 0.05
 CLICKS = {"sizes": [5, 3, 7], "num_numeric": 4, "embedding_dim": 6}

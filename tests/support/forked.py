@@ -22,16 +22,16 @@ from typing import Any
 
 import torch.distributed  # noqa: F401 - imported once, for all
 
-from elastic import membership as m
-from elastic.actor import LOOPBACK
 from elastic.chaos import Fault
-from elastic.collective.forming import form, transport_of
+from elastic.collective.connect import form, transport_of
+from elastic.collective.kv_store import Endpoint
 from elastic.collective.segment import usable
-from elastic.collective.store import Endpoint
+from elastic.controller import membership as m
 from elastic.messages import Generation, Job, Ready, Save
-from elastic.outbox import Outbox
 from elastic.recipe import loads
-from elastic.worker import Worker
+from elastic.worker.actor import LOOPBACK
+from elastic.worker.outbox import Outbox
+from elastic.worker.worker import Worker
 from tests.support.inprocess import Run
 
 FORM_S = 120.0
@@ -97,7 +97,7 @@ def be_worker(orders: Any, words: Any) -> None:
 
 
 class ForkedFleet:
-    """`elastic.controller.Fleet` on children that are there already."""
+    """`elastic.controller.controller.Fleet` on children that are there already."""
 
     def __init__(self, number: int):
         self.idle: queue.SimpleQueue[tuple[int, Any, Any]] = queue.SimpleQueue()

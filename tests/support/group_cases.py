@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.collective import keepers, reduction
+from elastic.collective import reduction
 from elastic.collective.local import LocalGroup, die
 from elastic.collective.reduction import Scratch, SubtreeSums, out_size
 from elastic.errors import GroupBroken
@@ -119,12 +119,12 @@ def kept_sum(group: Any, keep: dict[str, Any], num_shards: int, cuts: list[int],
             buffer = sums.begin(shard)
             buffer += leaf(step, shard, numel)
             sums.end(shard)
-        mine = keepers.reduce_kept(group, sums.nodes(), num_shards, out, cuts, twin, scratch, chunk)
-        count = sum(cuts[r + 1] - cuts[r] for r in keepers.wanted(group.rank, group.size, twin))
+        mine = reduction.reduce_kept(group, sums.nodes(), num_shards, out, cuts, twin, scratch, chunk)
+        count = sum(cuts[r + 1] - cuts[r] for r in reduction.wanted(group.rank, group.size, twin))
         low, high = cuts[group.rank], cuts[group.rank + 1]
         whole[low:high] = mine[:high - low]
         kept = mine[:count].tobytes()
-        keepers.gather_owned(group, whole, cuts, scratch, chunk)
+        reduction.gather_owned(group, whole, cuts, scratch, chunk)
         found.append((kept, whole.tobytes()))
     return found
 

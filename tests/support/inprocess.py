@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic import membership as m
 from elastic import workload
-from elastic.books import Books
-from elastic.controller import Controller, Settings
-from elastic.inference import check_checkpoint
-from elastic.inprocess import ThreadFleet
+from elastic.controller import membership as m
+from elastic.controller.controller import Controller, Settings
+from elastic.controller.policy import bounds_of
+from elastic.controller.run_log import Books
+from elastic.controller.thread_fleet import ThreadFleet
+from elastic.driver.inference import check_checkpoint
 from elastic.messages import Job
-from elastic.observe.events import read_lines
+from elastic.observe.jsonl import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.observe.verify import verify
-from elastic.policy import bounds_of
 from elastic.recipe import Recipe, best_mode, dumps, parse
 
 LIMIT_S = 120.0  # a run that takes longer hangs

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from elastic import membership as m
+from elastic.controller import membership as m
+from elastic.controller.policy import Bounds
 from elastic.messages import Ballot, Generation, Ready, Standing, shape
-from elastic.policy import Bounds
 
 BOUNDS = Bounds(min_workers=1, max_workers=4, logical_shards=8)
 PAIRS = Bounds(2, 4, 8, meshes=((1, 2, 1),))  # a replica is two workers along `tensor`, and nothing else will do

@@ -149,7 +149,7 @@ class Processes:
     """Members as spawned processes, made on demand and kept from test to test; a killed one is made anew."""
 
     def __init__(self, transport: str) -> None:
-        from elastic.collective.store import Endpoint
+        from elastic.collective.kv_store import Endpoint
         self.transport, self.endpoint = transport, Endpoint("127.0.0.1")
         self.seats: dict[int, Seat] = {}
         self.processes: dict[int, Any] = {}

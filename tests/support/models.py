@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.backend import Spec
-from elastic.starting import initial_values
-from elastic.state import FlatLayout, shaped
+from elastic.model.backend import Spec
+from elastic.model.initial import initial_values
+from elastic.state.flat_layout import FlatLayout, shaped
 from nlp.gpt import build
 from tests.support.frameworks import load, settings
 
@@ -58,7 +58,7 @@ def gpt_rig(name: str, freeze: tuple[str, ...] = (), config: dict[str, Any] | No
 
 
 class Tiny:
-    """A small `elastic.backend.Chain`: an embedding, two layers with biases split along d_ff, and a head tied to the embedding."""
+    """A small `elastic.model.backend.Chain`: an embedding, two layers with biases split along d_ff, and a head tied to the embedding."""
 
     layout = {"d_ff": "tensor", "vocab": "tensor"}
     pieces = ("embed", "h0", "h1", "head")

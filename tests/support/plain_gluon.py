@@ -9,7 +9,7 @@ import numpy as np
 
 from elastic.data.collate import stacked
 from elastic.data.dataset import batch_seed
-from elastic.gradients import shard_seed
+from elastic.worker.gradients import shard_seed
 from tests.support.frameworks import load
 
 STEPS, BATCH, LR, DECAY, EPS = 20, 12, 0.05, 0.1, 1e-3

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from elastic.data.dataset import batch_seed
-from elastic.gradients import shard_seed
+from elastic.worker.gradients import shard_seed
 
 
 def train(module: torch.nn.Module, rows: Any, steps: int, batch_size: int, num_shards: int, optimizer: str, lr: float,

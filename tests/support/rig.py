@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from elastic import membership as m
-from elastic.books import Books
 from elastic.checkpoint.manager import write_part
 from elastic.checkpoint.manifest import Manifest
-from elastic.checkpoint.store import Store
-from elastic.controller import Controller, Settings
+from elastic.controller import membership as m
+from elastic.controller.controller import Controller, Settings
+from elastic.controller.policy import Bounds
+from elastic.controller.run_log import Books
 from elastic.messages import Job, Line, Part, Progress, Ready
-from elastic.observe.events import read_lines
-from elastic.policy import Bounds
+from elastic.observe.jsonl import read_lines
+from elastic.storage.store import Store
 
 SETTINGS = Settings(Bounds(1, 3, 6), hang_timeout_s=30.0, start_timeout_s=600.0, keep=3, best="")
 

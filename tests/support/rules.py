@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic.backend import UpdateRule
+from elastic.model.backend import UpdateRule
 
 BLOCK = 1024
 RULES = {

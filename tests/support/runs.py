@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic.observe.events import read_lines
+from elastic.driver.trainer import Result, Trainer
+from elastic.observe.jsonl import read_lines
 from elastic.recipe import Recipe, parse
-from elastic.trainer import Result, Trainer
 from tests.support.oracle import undisturbed
 
 STEPS = 120

@@ -22,7 +22,7 @@ class Server:
         return f"s3://{keys}{bucket}{path}?region=us-east-1&allow_bucket_creation=true&endpoint_override={self.endpoint}"
 
     def bucket(self, path: str = "/run/checkpoints") -> str:
-        from elastic.checkpoint.remote import open_files
+        from elastic.storage.remote import open_files
 
         name = f"bucket-{next(numbers)}"
         files, _ = open_files(self.uri(name))

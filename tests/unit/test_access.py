@@ -13,8 +13,8 @@ import pytest
 
 from elastic.checkpoint import access
 from elastic.checkpoint.access import AWS_KEYS, check_access
-from elastic.checkpoint.store import Store
 from elastic.errors import UserError
+from elastic.storage.store import Store
 from tests.support.checkpoints import save
 
 QUICK_S = 20.0  # Amazon's own defaults take minutes; a loaded machine some seconds

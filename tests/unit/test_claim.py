@@ -13,8 +13,8 @@ from elastic.checkpoint import claim as claims
 from elastic.checkpoint.access import check_access, claimed
 from elastic.checkpoint.claim import NAME, Claim, owner_of, read
 from elastic.checkpoint.manager import committed
-from elastic.checkpoint.store import Store
 from elastic.errors import BadCheckpoint, UserError
+from elastic.storage.store import Store
 from tests.support.checkpoints import Arrays, saver, values
 
 WAIT_S = 20.0

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from elastic import cli
-from elastic.doctor import Finding
+from elastic.driver.doctor import Finding
+from elastic.driver.trainer import Result
 from elastic.errors import NonFiniteLoss, RecipeError, RunFailed
 from elastic.observe.verify import Verdict
-from elastic.trainer import Result
 
 RECIPE = """[run]
 steps = 4
@@ -171,7 +171,7 @@ class FakeTrainer:
     (NonFiniteLoss("The loss of step 3, shard 1 is NaN."), 3), (RecipeError("run.steps is wrong."), 2), (KeyboardInterrupt(), 130),
 ])
 def test_exit_codes(recipe: str, ending: Any, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("elastic.trainer.Trainer", FakeTrainer)
+    monkeypatch.setattr("elastic.driver.trainer.Trainer", FakeTrainer)
     monkeypatch.setattr(FakeTrainer, "ending", ending)
     arguments = ["train", recipe, "--run-dir", "here", "--address", "auto", "--chaos", "kill:0@1", "--chaos", "kill:1@2"]
     assert cli.run(arguments) == code
@@ -201,8 +201,8 @@ def test_verify_tells_sound_from_unsound(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_replay_s_problems_are_the_run_s(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("elastic.replay.verify_run", lambda run_dir: Verdict())
-    monkeypatch.setattr("elastic.replay.replay", lambda *arguments: asked.append(arguments) or Verdict(["other bits"], ["trained again"]))
+    monkeypatch.setattr("elastic.driver.replay.verify_run", lambda run_dir: Verdict())
+    monkeypatch.setattr("elastic.driver.replay.replay", lambda *arguments: asked.append(arguments) or Verdict(["other bits"], ["trained again"]))
     assert cli.run(["verify", "x"]) == 0 and not asked
     assert cli.run(["verify", "x", "--replay", "--address", "auto"]) == 3 and asked == [(Path("x"), "auto", False)]
     captured = capsys.readouterr()
@@ -213,10 +213,10 @@ def test_what_is_given_arrives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     """Every option of the commands that hand theirs on."""
     given: list[Any] = []
     monkeypatch.setattr(cli, "fit", lambda trainer: 0)
-    monkeypatch.setattr("elastic.trainer.Trainer.resume", lambda *arguments: given.append(arguments))
-    monkeypatch.setattr("elastic.trainer.scale", lambda *arguments, **degrees: given.append((*arguments, degrees)))
-    monkeypatch.setattr("elastic.inference.sample", lambda *arguments: given.append(arguments) or "KING:")
-    monkeypatch.setattr("elastic.inference.evaluate", lambda *arguments: given.append(arguments) or {"loss": 1.5})
+    monkeypatch.setattr("elastic.driver.trainer.Trainer.resume", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr("elastic.driver.trainer.scale", lambda *arguments, **degrees: given.append((*arguments, degrees)))
+    monkeypatch.setattr("elastic.driver.inference.sample", lambda *arguments: given.append(arguments) or "KING:")
+    monkeypatch.setattr("elastic.driver.inference.evaluate", lambda *arguments: given.append(arguments) or {"loss": 1.5})
     for command in ("resume x --set run.steps=9 --set optimizer.lr=0.1 --address auto --chaos kill:0@1 --trust",
                     "scale x --workers 4 --tensor 2 --pipeline 1 --expert 2 --trust",
                     "sample s3://b/x --prompt KING --tokens 5 --temperature 0.5 --seed 3 --trust", "evaluate s3://b/x --trust"):
@@ -229,7 +229,7 @@ def test_what_is_given_arrives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_doctor_tells_ill_from_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ill = Finding("torch", "does not import", False, "reinstall it")
     for found, code in (([Finding("python", "3.11"), Finding("gpu", "none", None)], 0), ([ill, Finding("python", "3.11")], 3)):
-        monkeypatch.setattr("elastic.doctor.findings", lambda: iter(found))
+        monkeypatch.setattr("elastic.driver.doctor.findings", lambda: iter(found))
         assert cli.run(["doctor"]) == code
     assert "reinstall it" in capsys.readouterr().out
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from elastic import controller as controllers
-from elastic import membership as m
 from elastic.chaos import parse
-from elastic.controller import FENCED
-from elastic.journal import replay
+from elastic.controller import controller as controllers
+from elastic.controller import membership as m
+from elastic.controller.controller import FENCED
+from elastic.controller.journal import replay
+from elastic.controller.policy import Bounds
 from elastic.messages import Ballot, Line, Part, Progress, Ready, Save, Standing
-from elastic.observe.events import read_lines
-from elastic.policy import Bounds
+from elastic.observe.jsonl import read_lines
 from tests.support.rig import SETTINGS, Clock, Rig, metric, save
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic import doctor
+from elastic.driver import doctor
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from elastic.checkpoint import safetensors
 from elastic.checkpoint.manager import commit, load, split, write_part
 from elastic.checkpoint.manifest import Manifest, Piece
 from elastic.checkpoint.part import Image
-from elastic.checkpoint.store import Store
 from elastic.errors import BadCheckpoint
 from elastic.recipe import Recipe, dumps, parse
+from elastic.storage.store import Store
 from tests.support import modules
 from tests.support.inprocess import fit, module_recipe
 

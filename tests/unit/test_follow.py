@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import ray
 
-from elastic import follow as door
-from elastic.books import Books
+from elastic.controller.run_log import Books
+from elastic.driver import follow as door
+from elastic.driver.follow import Telling, result_of, see_out
+from elastic.driver.rundir import LIVE, live_of
 from elastic.errors import RunFailed
-from elastic.follow import Telling, result_of, see_out
 from elastic.messages import Begin
-from elastic.rundir import LIVE, live_of
 
 
 def step(number: int, time: float = 0.0, generation: int = 1) -> dict[str, Any]:

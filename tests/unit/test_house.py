@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {"elastic", "backends", "nlp", "vision", "recommender"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-LEVEL = {room: level for level, rooms in enumerate((
-    "errors recipe mesh backend observe", "membership policy data checkpoint collective state chaos",
-    "parallel", "loop", "worker", "controller", "trainer", "cli")) for room in rooms.split()}
+FLOORS = (  # a folder of elastic, or a file at its root, imports those of lower floors and of its own
+    ("errors", "humanize"), ("boxes", "buffers", "mesh"), ("model", "messages", "chaos", "storage", "collective", "recipe"),
+    ("data", "parallel", "observe"), ("checkpoint",), ("state",), ("workload",), ("worker", "planning"), ("controller",), ("driver",), ("cli",))
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 RIM = {
     "torch": ("backends/pytorch/", "elastic/collective/"),
     "tensorflow": ("backends/tensorflow/",), "keras": ("backends/tensorflow/",), "mxnet": ("backends/mxnet/",),
@@ -64,7 +66,7 @@ def absolute(name: str, node: ast.ImportFrom) -> str:
 
 @cache
 def imports(name: str) -> tuple[Import, ...]:
-    """All of a file's imports, those within functions too; what only the type checker sees is left out."""
+    """All of a file's imports, those within functions and for the type checker alone too: a reader follows those as well."""
     found: list[Import] = []
 
     def walk(node: ast.AST, top: bool) -> None:
@@ -72,10 +74,6 @@ def imports(name: str) -> tuple[Import, ...]:
             found.extend(Import(node.lineno, alias.name, (), top) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             found.append(Import(node.lineno, absolute(name, node), tuple(alias.name for alias in node.names), top))
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.orelse:
-                walk(child, top)
-            return
         inner = top and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         for child in ast.iter_child_nodes(node):
             walk(child, inner)
@@ -112,18 +110,40 @@ def test_the_platform_imports_no_sibling_and_siblings_import_only_the_platform()
     assert not crossed
 
 
-def test_arrows_inside_the_platform_point_down() -> None:
-    upward = []
+def room_of(name: str) -> str:
+    return name.split("/")[1].removesuffix(".py")
+
+
+def test_every_room_has_a_floor_and_arrows_point_down() -> None:
+    wrong = []
     for name in files():
-        if not name.startswith("elastic/"):
+        if not name.startswith("elastic/") or name == "elastic/__init__.py":
             continue
-        here = LEVEL.get(name.split("/")[1].removesuffix(".py"))
+        here = LEVEL.get(room_of(name))
+        if here is None:
+            wrong.append(f"{name} is in a room without a floor")
+            continue
         for i in imports(name):
-            if here is None or i.root != "elastic":
-                continue
-            rooms = [i.module.split(".")[1]] if "." in i.module else list(i.names)
-            upward += [f"{name}:{i.line} imports elastic.{room}" for room in rooms if LEVEL.get(room, -1) > here]
-    assert not upward
+            if i.root == "elastic":
+                rooms = [i.module.split(".")[1]] if "." in i.module else list(i.names)
+                wrong += [f"{name}:{i.line} imports elastic.{room}" for room in rooms if LEVEL.get(room, -1) > here]
+    assert not wrong
+
+
+def test_few_files_stand_beside_the_rooms() -> None:
+    assert len({name for name in files() if name.startswith("elastic/") and name.count("/") == 1} - {"elastic/__init__.py"}) <= 9
+
+
+def test_the_tree_in_the_readme_says_what_the_files_say() -> None:
+    """A line for every folder of elastic and every file at its root, and for the packages beside it, with their first sentence."""
+    said = dict(line.strip().split(maxsplit=1) for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+                if re.match(r" *[a-z_/]+(/|\.py) +[A-Z]", line))
+    wanted = {f"{name.split('/')[1]}/" if name.endswith("__init__.py") else name.split("/")[1]: name for name in files()
+              if name.startswith("elastic/") and (name.endswith("/__init__.py") or name.count("/") == 1) and name != "elastic/__init__.py"}
+    wanted |= {name.removesuffix("__init__.py"): name for name in files()
+               if name.endswith("__init__.py") and name.split("/")[0] in SHIPPED - {"elastic"}}
+    assert {entry: said.get(entry) for entry in wanted} == {
+        entry: (ast.get_docstring(tree(name)) or "").partition("\n")[0] for entry, name in wanted.items()}
 
 
 def test_a_framework_is_imported_in_its_rim_only() -> None:
@@ -189,7 +209,7 @@ def test_the_import_walker_sees_lazy_and_relative_imports(monkeypatch: pytest.Mo
     imports.cache_clear()
     seen = [(i.module, i.top) for i in imports("elastic/data/made_up.py")]
     imports.cache_clear()
-    assert seen == [("__future__", True), ("elastic.errors", True), ("ray.util", False)]
+    assert seen == [("__future__", True), ("elastic.errors", True), ("torch", True), ("ray.util", False)]
 
 
 def test_every_test_asserts() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from elastic.errors import RecipeError
-from elastic.starting import initial_values
+from elastic.model.initial import initial_values
 from tests.support.images import everything, png, section
 from vision.data import prepare
 from vision.images import decode

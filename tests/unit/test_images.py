@@ -15,7 +15,7 @@ import pytest
 
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import load_recipe
-from elastic.state import matches
+from elastic.state.flat_layout import matches
 from tests.support.images import CLASSES, draw, everything, idx_files, png, section, vision_recipe, write_idx
 from vision.data import open_dataset, prepare
 from vision.images import BadImage, decode

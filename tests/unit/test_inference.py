@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic import inference, workload
-from elastic.checkpoint.commits import Commits
-from elastic.checkpoint.saver import Saver
+from elastic import workload
+from elastic.controller.checkpoints import Commits
+from elastic.driver import inference
 from elastic.errors import BadCheckpoint, UserError
-from elastic.evaluation import figures
 from elastic.messages import Part, Save
 from elastic.recipe import Recipe, dumps, parse
+from elastic.worker.evaluation import figures
+from elastic.worker.saver import Saver
 
 
 @pytest.fixture

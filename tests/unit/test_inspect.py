@@ -14,7 +14,7 @@ from elastic.checkpoint.find import find
 from elastic.checkpoint.inspect import array_rows, differences, distance, file_rows, values_apart
 from elastic.checkpoint.manager import commit, read_manifest, write_part
 from elastic.checkpoint.manifest import Manifest
-from elastic.checkpoint.store import Store
+from elastic.storage.store import Store
 
 RECIPE = '[run]\nname = "small"\n'
 

@@ -15,7 +15,7 @@ import pytest
 from elastic.data import MapStyle, Sampler, load_batch
 from elastic.data.collate import num_rows, sliced, stacked
 from elastic.errors import RecipeError
-from elastic.preview import num_bytes
+from elastic.planning.memory import num_bytes
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from backends.pytorch.adapter import columns, seeded  # noqa: E402

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.backend import Spec
 from elastic.errors import RecipeError
 from elastic.mesh import Mesh, Seat
+from elastic.model.backend import Spec
 from elastic.parallel.layout import Layout, balanced
-from elastic.parallel.relay import moves
+from elastic.state.relayout import moves
 
 
 class Model:

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from elastic.books import Books
+from elastic.controller.run_log import Books
 from elastic.data import Sampler
 from elastic.data.ledger import Ledger, NotedLoader, digest
 from elastic.data.order import Mixture, Rows
 from elastic.errors import RunFailed
-from elastic.observe.events import read_lines
+from elastic.observe.jsonl import read_lines
 from elastic.observe.ledger import FOLDER, LedgerFiles, files, pieces, prove
 
 SIZE, BATCH, SHARDS, EPOCHS = 21, 8, 4, 2

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.backend import ShardResult, Spec
 from elastic.chaos import Injector
 from elastic.collective.local import Hub
 from elastic.collective.solo import SoloGroup
-from elastic.control import Control
 from elastic.errors import GroupBroken, NonFiniteLoss
-from elastic.gradients import shard_seed
-from elastic.loop import Plan, Work, commit, train
 from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Line
-from elastic.state import State
+from elastic.model.backend import ShardResult, Spec
+from elastic.state.state import State
+from elastic.worker.gradients import shard_seed
+from elastic.worker.loop import Plan, Work, commit, train
+from elastic.worker.loop_control import Control
 from tests.support.rules import OPTIMIZER
 
 SHARDS, STEPS = 4, 6

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from elastic import membership as m
+from elastic.controller import membership as m
+from elastic.controller.policy import Bounds
 from elastic.messages import STOP, STOP_AND_SAVE, Ready, Standing
-from elastic.policy import Bounds
 from tests.support.machine import BOUNDS, Machine, ballot, kinds, only
 
 

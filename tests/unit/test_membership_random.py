@@ -10,9 +10,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic import membership as m
+from elastic.controller import membership as m
+from elastic.controller.policy import Bounds, Degrees, fewest, legal
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Ready, Standing
-from elastic.policy import Bounds, Degrees, fewest, legal
 
 END = 60  # steps of the run
 

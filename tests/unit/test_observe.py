@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from elastic import reporting
 from elastic.errors import BadCheckpoint, UserError
-from elastic.observe.events import JsonLines, read_lines
+from elastic.humanize import duration, size
+from elastic.observe.jsonl import JsonLines, read_lines
 from elastic.observe.metrics import build_summary, goodput, sessions, world_sizes
 from elastic.observe.progress import Pace, Progress
-from elastic.observe.report import gantt, write_report
+from elastic.observe.report import gantt, pipeline, write_report
 from elastic.observe.status import status_lines
 from elastic.observe.verify import verify
-from elastic.observe.words import SENTENCES, duration, sentence, size
+from elastic.observe.words import SENTENCES, sentence
 from elastic.parallel.schedules import build
 from elastic.parallel.simulator import Costs, simulate
 
@@ -36,7 +36,7 @@ def story() -> tuple[Lines, Lines]:
         return {"time": START + at, "event": name, "generation": generation, "step": step, **more}
 
     def members(number: int) -> dict[str, Any]:
-        return {"world_size": number, "mesh": {"data": number},
+        return {"world_size": number, "mesh": {"data": number, "pipeline": 1, "tensor": 1, "expert": 1},
                 "workers": [{"worker": f"w{r}", "rank": r, "node": "n", "pid": 10 + r} for r in range(number)]}
 
     events = [event(0, "noted", 0, 0, why="Net is made with norm in evaluation mode"), event(0, "run_started", 0, 0),
@@ -308,7 +308,7 @@ def test_the_report_of_a_pipeline_shows_its_schedule(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "recipe.toml").write_text('[model]\nkind = "nlp.gpt"\n[data]\nformat = "text"\npath = "x"\nbatch_size = 16\n'
                                           "[elastic]\nmax_workers = 4\nlogical_shards = 4\n[mesh]\npipeline = 2\nmicro_batches = 2\n")
-    rows, title = reporting.pipeline(tmp_path)
+    rows, title = pipeline(tmp_path)
     assert "1f1b: 2 stages that take alike, 4 micro-batches; bubble 20%" in title  # (K - 1) / (M + K - 1)
     assert {row["stage"] for row in rows} == {0, 1} and {row["micro_batch"] for row in rows} == {0, 1, 2, 3}
-    assert "bubble 20%" in reporting.write_report(tmp_path).read_text()
+    assert "bubble 20%" in write_report(tmp_path).read_text()

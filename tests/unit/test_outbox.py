@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from elastic.control import Control
-from elastic.inbox import Inbox
+from elastic.controller.mailbox import Inbox
 from elastic.messages import Line, Part, Progress
-from elastic.outbox import Outbox
+from elastic.worker.loop_control import Control
+from elastic.worker.outbox import Outbox
 
 LIMIT_S = 10.0
 

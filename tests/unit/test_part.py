@@ -13,14 +13,14 @@ import pytest
 import xxhash
 
 from elastic.checkpoint import part, reader
-from elastic.checkpoint import saver as module
 from elastic.checkpoint.manager import committed
 from elastic.checkpoint.manifest import Manifest, Piece
 from elastic.checkpoint.part import Image
-from elastic.checkpoint.store import Store
 from elastic.collective.solo import SoloGroup
 from elastic.errors import GroupBroken, NonFiniteLoss, UserError
 from elastic.messages import Part, Save
+from elastic.storage.store import Store
+from elastic.worker import saver as module
 from tests.support.checkpoints import Arrays, restore, saver, values
 
 VALUES = np.arange(5000, dtype=np.float32)

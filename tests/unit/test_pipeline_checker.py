@@ -10,7 +10,7 @@ import pytest
 
 from elastic.parallel.actions import NAMES, Action, Kind, Name, Schedule
 from elastic.parallel.checker import ScheduleError, check
-from elastic.parallel.placing import place
+from elastic.parallel.message_order import place
 from elastic.parallel.schedules import build, one_forward_one_backward
 
 CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb-h1": 1}

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from elastic import calibration, cli, workload
-from elastic.calibration import Constants
-from elastic.forecast import sentences, too_large
+from elastic import cli, workload
 from elastic.mesh import Mesh
-from elastic.parallel import costs
-from elastic.parallel.planner import forecasts
-from elastic.planning import Plan, Shown, Size, cluster_of, parts, settle
+from elastic.planning import calibration, costs
+from elastic.planning.calibration import Constants
+from elastic.planning.plan import Plan, Shown, Size, cluster_of, parts, settle
+from elastic.planning.profile import Counted
+from elastic.planning.search import forecasts
+from elastic.planning.tables import sentences, too_large
 from elastic.recipe import Recipe, dumps, load_recipe, loads
-from elastic.sharded import ShardedState
-from elastic.state import State
-from elastic.trial import Counted
-from elastic.workload import Workload, laid, lay_out, take_seat
+from elastic.state.sharded import ShardedState
+from elastic.state.state import State
+from elastic.worker.build import take_seat
+from elastic.workload import Workload, laid, lay_out
 from tests.support.inprocess import module_recipe
 
 RECIPE = """[model]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.policy import (
+from elastic.controller.policy import (
     BACKOFF_S,
     MAX_FRUITLESS,
     NODE_BAN_S,

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic.checkpoint import store as stores
 from elastic.checkpoint.manager import load, read_init, read_manifest, read_weights, split, verify
 from elastic.checkpoint.part import write_arrays
 from elastic.checkpoint.reader import Reader, read_arrays, windows
-from elastic.checkpoint.remote import join
-from elastic.checkpoint.store import Store
 from elastic.errors import BadCheckpoint, RecipeError
+from elastic.storage import store as stores
+from elastic.storage.remote import join
+from elastic.storage.store import Store
 from tests.support.checkpoints import CHUNK, Arrays, assert_same, restore, save, saver, values
 
 SIZES = (1, 2, 3, 4)
@@ -100,7 +100,7 @@ def test_boxes_that_are_no_runs_are_loaded_too(tmp_path: Path) -> None:
     """Columns, as a tensor-parallel writer would cut them."""
     from elastic.checkpoint.manager import commit
     from elastic.checkpoint.manifest import Manifest
-    from elastic.checkpoint.store import Store
+    from elastic.storage.store import Store
 
     store, arrays = Store.open(tmp_path), values(0)
     w = arrays.pop("parameter/w")
@@ -146,7 +146,7 @@ def test_absurd_sizes_allocate_nothing(tmp_path: Path) -> None:
 
     from elastic.checkpoint.manager import commit
     from elastic.checkpoint.manifest import MAX_CHUNK
-    from elastic.checkpoint.store import Store
+    from elastic.storage.store import Store
 
     save(str(tmp_path), 50, 1)
     store = Store.open(tmp_path)

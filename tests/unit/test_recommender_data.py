@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from elastic.errors import RecipeError, UserError
+from elastic.model.initial import initial_values
 from elastic.recipe import parse
-from elastic.starting import initial_values
 from recommender.data import HASHED_ROWS, open_dataset, prepare
 from recommender.dlrm import build
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from elastic import membership as m
+from elastic.controller import membership as m
+from elastic.controller.policy import Bounds, choose, fewest, legal, world_size
+from elastic.controller.recovery import find_whole, gaps, rejoin, seat
 from elastic.messages import STOP, STOP_AND_SAVE, Holder, Standing, shape
-from elastic.policy import Bounds, choose, fewest, legal, world_size
-from elastic.recovery import find_whole, gaps, rejoin, seat
 from tests.support.machine import PAIRS, ballot, formed, kinds, only, running, stand
 
 FALLBACK = Bounds(1, 4, 8, meshes=((1, 2, 1), (1, 1, 1)))

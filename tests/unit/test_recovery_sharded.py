@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from elastic import membership as m
-from elastic.keeping import kept
+from elastic.controller import membership as m
+from elastic.controller.policy import Bounds
 from elastic.messages import STOP, STOP_AND_SAVE, Generation
-from elastic.policy import Bounds
+from elastic.state.ownership import kept
 from tests.support.machine import Machine, ballot, formed, only, running, stand
 
 TWINS, SINGLE = Bounds(1, 4, 8, keepers=2), Bounds(1, 4, 8, keepers=1)

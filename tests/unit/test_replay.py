@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from elastic import replay as door
+from elastic.driver import replay as door
+from elastic.driver.follow import Result
+from elastic.driver.replay import replay, undisturbed, verify_run
 from elastic.errors import UserError
-from elastic.follow import Result
 from elastic.recipe import Recipe, dumps, load_recipe, parse
-from elastic.replay import replay, undisturbed, verify_run
 from tests.support.checkpoints import Arrays, saver, values
 
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.checkpoint import store as stores
-from elastic.checkpoint.commits import Commits
-from elastic.checkpoint.faulty import FaultyFiles
 from elastic.checkpoint.manager import committed, load, read_manifest
-from elastic.checkpoint.remote import open_files
-from elastic.checkpoint.saver import Saver
-from elastic.checkpoint.store import Store
+from elastic.controller.checkpoints import Commits
 from elastic.errors import NonFiniteLoss, RunFailed
 from elastic.messages import Part, Save
+from elastic.storage import store as stores
+from elastic.storage.faulty import FaultyFiles
+from elastic.storage.remote import open_files
+from elastic.storage.store import Store
+from elastic.worker.saver import Saver
 from tests.support.checkpoints import Arrays, assert_same, saver, values, write_parts
 
 

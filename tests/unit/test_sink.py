@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic.checkpoint import sink as module
-from elastic.checkpoint.sink import PAGE, LocalSink, aligned
-from elastic.checkpoint.store import Store
+from elastic.storage import sink as module
+from elastic.storage.sink import PAGE, LocalSink, aligned
+from elastic.storage.store import Store
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.backend import Spec
 from elastic.collective.local import Hub
 from elastic.errors import RecipeError
-from elastic.starting import initial_values
-from elastic.state import ALIGN, BLOCK, FlatLayout, State
+from elastic.model.backend import Spec
+from elastic.model.initial import initial_values
+from elastic.state.flat_layout import ALIGN, BLOCK, FlatLayout
+from elastic.state.state import State
 from tests.support.threads import together
 
 PARAMETERS = {"wte": Spec((10, 7)), "h0.ln.weight": Spec((7,), init="ones"), "h0.up": Spec((7, 5)), "h0.ln.bias": Spec((7,), init="zeros"),

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from elastic import membership as m
-from elastic.books import Books
 from elastic.chaos import parse
-from elastic.controller import Controller
+from elastic.controller import membership as m
+from elastic.controller.controller import Controller
+from elastic.controller.run_log import Books
 from elastic.messages import Progress, Standing
 from tests.support.rig import SETTINGS, Rig, metric, save
 

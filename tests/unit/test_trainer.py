@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from elastic import trainer as door
-from elastic.books import Books
+from elastic.controller.run_log import Books
+from elastic.driver import trainer as door
+from elastic.driver.follow import Result
+from elastic.driver.replay import replay
+from elastic.driver.rundir import held
+from elastic.driver.trainer import Trainer
 from elastic.errors import RecipeError, UserError
-from elastic.follow import Result
 from elastic.messages import Job
-from elastic.observe.events import JsonLines, read_lines
+from elastic.observe.jsonl import JsonLines, read_lines
 from elastic.recipe import Recipe, dumps
-from elastic.replay import replay
-from elastic.rundir import held
-from elastic.trainer import Trainer
 from tests.support import modules
 from tests.support.inprocess import fit, gpt_recipe, module_recipe
 
@@ -151,7 +151,7 @@ def test_a_best_by_a_figure_needs_something_to_evaluate_on() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from elastic.rundir import held
+from elastic.driver.rundir import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from elastic import cli, trainer
-from elastic.checkpoint.saver import Saver
+from elastic import cli
+from elastic.driver import trainer
+from elastic.driver.trust import check_trust, own
 from elastic.observe.verify import Verdict
 from elastic.recipe import Recipe, dumps, parse
-from elastic.trust import check_trust, own
+from elastic.worker.saver import Saver
 from tests.support.checkpoints import Arrays, values
 
 NAMES = "strange_model:Net"
@@ -62,7 +63,7 @@ def of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", ["evaluate {}", "evaluate {}/checkpoints/step-00000001", "sample {}", "resume {}", "verify {} --replay"])
 def test_what_somebody_else_s_run_names_is_not_imported(command: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("elastic.replay.verify", lambda *arguments: Verdict())
+    monkeypatch.setattr("elastic.driver.replay.verify", lambda *arguments: Verdict())
     monkeypatch.setattr(trainer.Trainer, "fit", lambda self, *calls: self.check())
     arguments = command.format(run_dir).split()
     of_somebody_else(monkeypatch)

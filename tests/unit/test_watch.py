@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from elastic.backend import Spec
 from elastic.errors import Overwritten
-from elastic.state import BLOCK, FlatLayout
-from elastic.watch import SMALL, STRIDE, Watch
+from elastic.model.backend import Spec
+from elastic.state.flat_layout import BLOCK, FlatLayout
+from elastic.worker.watch import SMALL, STRIDE, Watch
 
 SHAPES = {"wide": (3, BLOCK), "bias": (SMALL,), "odd": (SMALL + 1,), "none": (0, 4), "scale": (), "frozen": (5, 900)}
 

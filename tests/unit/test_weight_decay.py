@@ -10,10 +10,11 @@ import pytest
 
 from backends.reference.backend import create
 from elastic.errors import RecipeError
-from elastic.loop import commit
 from elastic.messages import Ballot
 from elastic.recipe import dumps, loads, parse
-from elastic.state import FlatLayout, State
+from elastic.state.flat_layout import FlatLayout
+from elastic.state.state import State
+from elastic.worker.loop import commit
 from recommender.dlrm import build
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

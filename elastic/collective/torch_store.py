@@ -1,0 +1,106 @@
+"""How torch.distributed's process groups form: at our own store, and in a thread, so that a blocking call can be left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from elastic.collective.group import SLICE_S
+from elastic.collective.kv_store import Endpoint, StoreClient
+from elastic.errors import GroupBroken, UserError
+
+__all__ = ["Door", "Endpoint", "call_leaving", "drop"]
+T = TypeVar("T")
+
+
+class Door(dist.Store):
+    """A `StoreClient` as the library wants it."""
+
+    def __init__(self, client: StoreClient, prefix: str = "", is_sound: Callable[[bytes, bytes], bool] | None = None):
+        super().__init__()
+        self._client, self._prefix, self._is_sound, self._mine = client, prefix, is_sound, b""
+        self._clones: list[Door] = []  # the library's own reference does not keep the Python half alive
+
+    def under(self, *parts: Any) -> Door:
+        return Door(self._client, self._prefix + "/".join(map(str, parts)) + "/")
+
+    def clone(self) -> Door:
+        """A door with a connection of its own, for the library's threads."""
+        self._clones.append(Door(self._client.clone(), self._prefix))
+        return self._clones[-1]
+
+    def checked(self, is_sound: Callable[[bytes, bytes], bool]) -> Door:
+        """A door for a library that believes all it reads: `is_sound(found, what this member set last)`."""
+        self._clones.append(Door(self._client, self._prefix, is_sound))
+        return self._clones[-1]
+
+    def set(self, key: str, value: bytes | str) -> None:
+        self._mine = value.encode() if isinstance(value, str) else bytes(value)
+        self._client.set(self._prefix + key, self._mine)
+
+    def get(self, key: str) -> bytes:
+        found = self._client.get(self._prefix + key)
+        if self._is_sound is not None and not self._is_sound(found, self._mine):
+            raise GroupBroken(f"What a member has left under {key} is malformed.")
+        return found
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        for key in keys:
+            self._client.get(self._prefix + key)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return all(self._client.check(self._prefix + key) for key in keys)
+
+
+def call_leaving(blocking: Callable[[], T], abandoned: threading.Event, timeout_s: float, what: str) -> T:
+    """`blocking()` in a daemon thread. Raises `GroupBroken` if it fails, takes too long, or `abandoned` is set meanwhile.
+
+    A call that was left ends by its own time limit; what it made dies in its thread, for dropping a group can block.
+    """
+    made: list[T] = []
+    failed: list[Exception] = []
+    left, done, lock = threading.Event(), threading.Event(), threading.Lock()
+
+    def work() -> None:
+        result = None
+        try:
+            result = blocking()
+        except Exception as error:
+            failed.append(error)
+        with lock:
+            if result is not None and not left.is_set():
+                made.append(result)
+        done.set()
+
+    threading.Thread(target=work, name=f"elastic-{what}", daemon=True).start()
+    deadline = time.monotonic() + timeout_s
+    while not done.wait(SLICE_S) and not abandoned.is_set() and time.monotonic() < deadline:
+        continue
+    with lock:
+        if made:
+            return made.pop()
+        left.set()
+    if abandoned.is_set():
+        raise GroupBroken(f"{what} was abandoned.")
+    if failed and isinstance(failed[0], UserError):
+        raise failed[0]
+    if failed:
+        raise GroupBroken(f"{what} failed: {failed[0]}") from failed[0]
+    raise GroupBroken(f"{what} took more than {timeout_s:g} s.")
+
+
+def drop(things: list[object], *first: Callable[[], None]) -> None:
+    """Calls `first`, then forgets `things`, last first, in a daemon thread: freeing a group whose peer hangs blocks until it is gone."""
+
+    def work() -> None:
+        for call in first:
+            call()
+        while things:
+            things.pop()
+
+    threading.Thread(target=work, name="elastic-drop", daemon=True).start()

@@ -1,0 +1,98 @@
+"""The end of a run: the last words of those who have a state that no checkpoint has, then what is written down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elastic.checkpoint.manager import folder_of
+from elastic.controller import membership as m
+from elastic.messages import Line, Part
+from elastic.observe.jsonl import read_lines, replace_text
+from elastic.observe.metrics import build_summary
+from elastic.storage.remote import shown
+
+if TYPE_CHECKING:
+    from elastic.controller.controller import Controller
+
+LOOK_S = 0.1
+
+
+def close(controller: Controller, outcome: m.Finish) -> None:
+    """Ends the workers, and writes down how the run ended."""
+    books, commits = controller.books, controller.commits
+    await_words(controller, controller.settings.start_timeout_s)
+    controller.inbox.over = True
+    controller.inbox.gone.set()
+    controller.fleet.close()
+    while not controller.inbox.empty():  # lines and checkpoints that were under way
+        hear(controller, controller.inbox.get(0.0))
+    commits.settle()
+    saved = commits.newest if outcome.status != "done" else 0
+    error = with_checkpoint(outcome.error, saved, books.written, controller.job.run_dir) if outcome.error else ""
+    if not books.retry() and outcome.status == "done":
+        outcome = m.Finish("failed", full(controller, books.error))
+        error = outcome.error
+    if not books.told & {"run_failed", "run_finished"}:  # else by a controller that fell right after
+        if outcome.status == "failed":
+            books.event("run_failed", error=error)
+        else:
+            books.event("run_finished", status=outcome.status)
+    word = outcome.standing
+    summary = build_summary(read_lines(books.events.path), read_lines(books.metrics.path), outcome.status,
+                            word.parameters_sha256 if word else "", word.state_sha256 if word else "", error)
+    if saved:
+        summary["checkpoint"] = shown(commits.path(folder_of(saved)))
+    try:
+        replace_text(Path(controller.job.run_dir) / "summary.json", json.dumps(summary, indent=2) + "\n")
+    except OSError as refused:
+        controller.outcome = m.Finish("failed", error or full(controller, refused))
+    with contextlib.suppress(OSError):
+        books.close()
+
+
+def full(controller: Controller, error: OSError | None) -> str:
+    """Why a run that has trained to its end is not done."""
+    why = error.strerror if error else "it takes no more lines"
+    return (f"The run directory {controller.job.run_dir} cannot be written ({why}); make room there, then `elastic resume "
+            f"{controller.job.run_dir}`.")
+
+
+def behind(controller: Controller, generation: int) -> m.Finish:
+    """Workers are in a generation that the journal lacks: who is in it nobody can say any more."""
+    for worker in controller.state.ready:
+        controller.fleet.abandon(worker, generation)
+    return m.Finish("failed", f"A controller fell while the run directory {controller.job.run_dir} could not be written, and its journal lacks "
+                              f"generation {generation}; make room there, then resume the run.")
+
+
+def await_words(controller: Controller, timeout_s: float) -> None:
+    """Returns when all that was ordered of `do_savealone` is on disk, or will not be."""
+    until = time.monotonic() + timeout_s
+    if controller.past:  # they may have said it to a controller that fell
+        for worker in set(controller.saving.values()):
+            controller.fleet.resync(worker)
+    while controller.saving and time.monotonic() < until:
+        item = controller.inbox.get(LOOK_S)
+        hear(controller, item)
+        if isinstance(item, m.Lost) and item.worker in controller.saving.values():
+            return  # a part of it will never come
+        if isinstance(item, m.GiveUp):
+            return
+
+
+def hear(controller: Controller, item: Any) -> None:
+    """What still counts when the machine has finished."""
+    if isinstance(item, tuple) and isinstance(item[1], (Line, Part)):
+        controller.take(*item)
+
+
+def with_checkpoint(error: str, step: int, written: int, run_dir: str) -> str:
+    """The sentence of a run that failed, with what is left of it."""
+    if not step:
+        return error
+    where = f"step {step} is saved" if step >= written else f"the newest checkpoint is that of step {step}, of {written}"
+    return f"{error.rstrip('. ')}; {where}: `elastic resume {run_dir}` goes on from there."

@@ -1,0 +1,359 @@
+"""Who is in the group: a pure state machine. `advance(state, event) -> (state, actions)`; no Ray, no clock, no file.
+
+    waiting ----------- enough workers are ready ----------> running
+    running -- a loss, a broken collective, an error -------> regrouping   (Abandon: leave the collectives, stand by)
+    running -- a resize, a drain, an interrupt -------------> stopping     (RequestStop: leave together after a vote)
+    regrouping, stopping -- every survivor stands by -------> running (the next generation), waiting, or finished
+
+A run that fails is finished when every survivor stands by too: the last state that counts is saved by then (SaveAlone).
+
+It counts in replicas: a group lies on one of the meshes that the bounds allow, the first whose replica is complete. What counts of the
+state, who sits where and who heals whom is `recovery`'s to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from elastic.controller.events import (
+    Abandon,
+    Drain,
+    Finish,
+    Form,
+    GiveUp,
+    Interrupt,
+    Lost,
+    Release,
+    RequestStop,
+    SaveAlone,
+    ScaleTo,
+    Starting,
+    Wait,
+    Want,
+)
+from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, world_size
+from elastic.controller.recovery import Whole, covers, find_whole, rejoin, seat, writers
+from elastic.messages import STOP, STOP_AND_SAVE, Axes, Ready, Standing
+from elastic.state.ownership import kept, lacking
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the machine knows."""
+
+    bounds: Bounds
+    phase: str = "waiting"
+    generation: int = 0
+    target: int = 0
+    group: tuple[str, ...] = ()
+    mesh: Axes = (0, 1, 1, 1)  # of the group
+    ready: Mapping[str, Ready] = field(default_factory=dict)
+    starting: frozenset[str] = frozenset()
+    standing: Mapping[str, Standing] = field(default_factory=dict)
+    leaving: frozenset[str] = frozenset()
+    last: Mapping[str, Standing] = field(default_factory=dict)  # the word of those who stood and are in no group since
+    ending: bool = False
+    over: Finish | None = None  # how the run will have ended once its state is saved
+    failure: tuple[int, int, str] = (0, -1, "")  # generation, step and error of the last failed step
+    cause: str = "start"
+    told: int = -1  # how many were ready when a wait was last spoken of
+    savers: tuple[str, ...] = ()  # who was asked to save alone during this wait
+    drained: frozenset[str] = frozenset()  # nodes that will go away
+    reached: int = -1  # where the last generation started
+    barren: int = 0  # generations in a row that started there
+
+
+def begin(bounds: Bounds, generation: int = 0) -> tuple[State, tuple[Any, ...]]:
+    """A run's first state; `generation` is the last one of the run that is resumed."""
+    target = bounds.max_workers
+    return State(bounds, target=target, generation=generation), (Want(wanted(bounds, target)),)
+
+
+def wanted(bounds: Bounds, target: int, leaving: int = 0) -> int:
+    """Worker processes to have: a group, its spares, and a replacement for everyone who is about to leave."""
+    return max(1, world_size(target, target, bounds)) + bounds.spares + leaving
+
+
+def advance(state: State, event: Any) -> tuple[State, tuple[Any, ...]]:
+    """One event in, the new state and what is to be done out."""
+    if state.phase == "finished":
+        return state, ()
+    state, actions = HANDLERS[type(event)](state, event)
+    more: tuple[Any, ...] = actions or (None,)
+    while more:  # a group that was just formed may be due for another resize
+        state, more = settle(state)
+        actions += more
+    return state, actions
+
+
+def on_starting(state: State, event: Starting) -> tuple[State, tuple[Any, ...]]:
+    return replace(state, starting=state.starting | {event.worker}), ()
+
+
+def on_ready(state: State, event: Ready) -> tuple[State, tuple[Any, ...]]:
+    state = replace(state, starting=state.starting - {event.worker}, ready={**state.ready, event.worker: event})
+    if event.node not in state.drained:
+        return state, ()
+    state = replace(state, leaving=state.leaving | {event.worker})
+    return state, (Want(wanted(state.bounds, state.target, len(state.leaving))),)
+
+
+def on_lost(state: State, event: Lost) -> tuple[State, tuple[Any, ...]]:
+    ready = {w: r for w, r in state.ready.items() if w != event.worker}
+    last = {w: s for w, s in state.last.items() if w != event.worker}
+    standing = {w: s for w, s in state.standing.items() if w != event.worker}
+    state = replace(state, starting=state.starting - {event.worker}, ready=ready, last=last, standing=standing,
+                    leaving=state.leaving - {event.worker})
+    if event.worker in state.group and state.phase in ("running", "stopping"):
+        return regroup(state, event.cause)
+    return state, ()
+
+
+def on_standing(state: State, event: Standing) -> tuple[State, tuple[Any, ...]]:
+    if event.generation != state.generation or event.worker not in state.group or event.worker not in state.ready:
+        return state, ()  # an older generation's word changes nothing
+    state = replace(state, standing={**state.standing, event.worker: event})
+    if event.reason == "failed" and not event.rejected:
+        failure = (event.generation, failed_step(event), event.error)
+        is_redone = state.failure[0] < event.generation
+        if event.fatal or (is_redone and failure[1:] == state.failure[1:]):
+            return fail(state, Finish("failed", event.error))
+        state = replace(state, failure=failure)
+    if event.reason in ("broken", "failed") and state.phase in ("running", "stopping"):
+        return regroup(state, event.reason)
+    return state, ()
+
+
+def failed_step(word: Standing) -> int:
+    """The step that a worker failed in, also where it failed half-way through its update."""
+    if word.committed >= 0 or word.ballot is None:
+        return word.committed + 1
+    return word.ballot.step
+
+
+def on_scale(state: State, event: ScaleTo) -> tuple[State, tuple[Any, ...]]:
+    bounds = state.bounds
+    if event.degrees:
+        bounds = replace(bounds, meshes=(event.degrees, *(mesh for mesh in bounds.meshes if mesh != event.degrees)))
+    target = max(fewest(bounds), min(event.workers, bounds.max_workers))
+    return replace(state, bounds=bounds, target=target), (Want(wanted(bounds, target, len(state.leaving))),)
+
+
+def on_drain(state: State, event: Drain) -> tuple[State, tuple[Any, ...]]:
+    leaving = state.leaving | {w for w, ready in state.ready.items() if ready.node in event.nodes}
+    state = replace(state, leaving=leaving, drained=state.drained | set(event.nodes))
+    return state, (Want(wanted(state.bounds, state.target, len(leaving))),)
+
+
+def on_interrupt(state: State, event: Interrupt) -> tuple[State, tuple[Any, ...]]:
+    if state.ending or state.over:
+        return state, ()
+    state = replace(state, ending=True)
+    if state.phase == "waiting":  # survivors with steps that no checkpoint has form once more, to save them
+        return (state, ()) if find_whole(state.last, state.group) else finish(state, Finish("interrupted"))
+    return state, tuple(RequestStop(w, state.generation, STOP_AND_SAVE) for w in state.group)
+
+
+def on_give_up(state: State, event: GiveUp) -> tuple[State, tuple[Any, ...]]:
+    return fail(state, Finish(event.status, event.error))
+
+
+HANDLERS: dict[type, Callable[[State, Any], tuple[State, tuple[Any, ...]]]] = {
+    Starting: on_starting, Ready: on_ready, Lost: on_lost, Standing: on_standing, ScaleTo: on_scale, Drain: on_drain,
+    Interrupt: on_interrupt, GiveUp: on_give_up}
+
+
+def finish(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
+    return replace(state, phase="finished"), (action,)
+
+
+def fail(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
+    """The run ends so, once all have left their collectives and the state is saved. The first reason is the one."""
+    state = replace(state, over=state.over or action)
+    return regroup(state, "failed") if state.phase in ("running", "stopping") else (state, ())
+
+
+def regroup(state: State, cause: str) -> tuple[State, tuple[Any, ...]]:
+    still = [w for w in state.group if w in state.ready and w not in state.standing]
+    return replace(state, phase="regrouping", cause=cause), tuple(Abandon(w, state.generation) for w in still)
+
+
+def settle(state: State) -> tuple[State, tuple[Any, ...]]:
+    """What follows from the state itself, whatever event led to it."""
+    if state.phase == "finished":
+        return state, ()
+    survivors = [w for w in state.group if w in state.ready]
+    if state.over and (state.phase == "waiting" or all(w in state.standing for w in survivors)):
+        return last_words(replace(state, last={w: s for w, s in {**state.last, **state.standing}.items() if w in state.ready}), state.over)
+    if state.phase == "waiting":
+        is_time = state.ending or not state.starting or len(usable(state)) >= state.target
+        return form(state) if is_time else (state, ())
+    if all(w in state.standing for w in survivors):
+        return depart(state, survivors)
+    mesh = resized(state) if state.phase == "running" and not state.ending else None
+    if mesh:
+        cause = "drain" if state.leaving & set(state.group) else "resize"
+        code = STOP if hands_over(state, survivors, mesh) else STOP_AND_SAVE
+        return replace(state, phase="stopping", cause=cause), tuple(RequestStop(w, state.generation, code) for w in survivors)
+    return state, ()
+
+
+def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
+    """Whether those who stay have the whole state, and a place each for its parts; else the next group gets it from a checkpoint."""
+    data, size, keepers = state.mesh[0], math.prod(state.mesh[1:]), state.bounds.keepers
+    staying = [state.group.index(w) for w in survivors if w not in state.leaving]
+    if not covers([rank % size for rank in staying], state.mesh[1:]) or math.prod(mesh) < size:
+        return False
+    if not keepers:
+        return True
+    if mesh[1:] != state.mesh[1:] or (keepers == 1 and mesh[0] < data):
+        return False
+    return all(not lacking([kept(rank // size, data, data, keepers > 1) for rank in staying if rank % size == place], data)
+               for place in range(size))
+
+
+def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
+    """Every survivor stands by: end the run, or go on in another group."""
+    words = [state.standing[w] for w in survivors]
+    if is_saved(state, "done"):
+        return finish(state, done(words))
+    if state.ending and is_saved(state, "stopped"):
+        return finish(state, Finish("interrupted", standing=words[0]))
+    return form(state)
+
+
+def is_saved(state: State, reason: str) -> bool:
+    """Every member stands by for this reason, after each has saved its part. Without one nobody knows whether it came to that."""
+    words = [state.standing.get(w) for w in state.group]
+    if not words or any(s is None or s.reason != reason for s in words):
+        return False
+    return reason == "done" or all(s and s.ballot and s.ballot.stop == STOP_AND_SAVE for s in words)
+
+
+def done(words: list[Standing]) -> Finish:
+    """All replicas must hold the same bits; anything else is a fault that no result should hide."""
+    if len({s.state_sha256 for s in words}) > 1:
+        return Finish("failed", "The workers' states differ at the end: " + ", ".join(f"{s.worker} {s.state_sha256[:12]}" for s in words))
+    return Finish("done", standing=words[0])
+
+
+def usable(state: State) -> list[str]:
+    """Workers that may be in the next group: survivors, the furthest first, then joiners in the order they became ready.
+
+    Who is to leave stays as long as nobody else has the state and it is not saved.
+    """
+    words = {**state.last, **state.standing}
+    survivors = sorted((w for w in state.group if w in state.ready), key=lambda w: -words[w].committed if w in words else 0)
+    everybody = survivors + [w for w in state.ready if w not in state.group]
+    staying = [w for w in everybody if w not in state.leaving]
+    if not staying or state.phase == "running" or is_saved(state, "stopped"):
+        return staying or everybody
+    whole = find_whole(words, survivors)
+    still = whole and find_whole({w: words[w] for w in staying if w in words}, survivors)
+    return everybody if whole and not (still and still.step == whole.step) else staying
+
+
+def resized(state: State) -> Axes | None:
+    """The mesh for which a running group is to stop; None if it is right as it is."""
+    candidates = usable(state)
+    mesh = choose(len(candidates), state.target, state.bounds)
+    if state.leaving & set(state.group) and not state.leaving.issuperset(candidates):
+        return mesh
+    if mesh is None or mesh == state.mesh:
+        return None
+    size = math.prod(mesh)
+    is_all = size == world_size(state.target, state.target, state.bounds)  # nobody who is still starting is needed
+    return mesh if size <= len(state.group) or is_all or not state.starting else None
+
+
+def form(state: State) -> tuple[State, tuple[Any, ...]]:
+    """The next generation from whoever is usable, or a wait for more."""
+    words = {**state.last, **state.standing}
+    candidates = usable(state)
+    here = {w: words[w] for w in candidates if w in words}
+    mesh, whole = next_mesh(state, candidates, here)
+    leavers = [w for w in state.ready if w in state.leaving and w not in candidates]
+    leaving = state.leaving & set(candidates)
+    want = Want(wanted(state.bounds, state.target, len(leaving)))
+    gone = (*([want] if leavers else []), *(Release(w) for w in leavers))  # first: nobody is to replace a leaver twice
+    ready = {w: r for w, r in state.ready.items() if w not in leavers}
+    state = replace(state, ready=ready, leaving=leaving, standing={}, last={w: s for w, s in words.items() if w in ready})
+    if mesh is None and state.ending:
+        return finish(state, Finish("interrupted"))
+    if mesh is None:
+        told = len(candidates)
+        waiting = () if told == state.told else (Wait(told, fewest(state.bounds)),)
+        state, saves = save_alone(state)
+        return replace(state, phase="waiting", told=told), (*gone, *waiting, *saves)
+    members = seat(candidates, mesh, whole, {w: r.node for w, r in ready.items()})
+    extra = [w for w in candidates if w not in members]
+    surplus = extra[max(0, want.workers - len(members)):]
+    generation = rejoin(state.generation + 1, members, ready[members[0]].endpoint, mesh, whole)
+    is_barren = generation.committed == state.reached and not any(s.rejected for s in words.values())
+    barren = state.barren + 1 if is_barren else 0
+    if barren > MAX_FRUITLESS + len(members):
+        why = next((s.error for s in words.values() if s.error), state.cause)
+        return last_words(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
+    action = Form(generation, state.cause, len(state.group), state.mesh)
+    idle = {w: replace(s, holds=-1, ballot=None) for w, s in here.items()
+            if w in extra and w not in surplus and s.committed <= generation.committed}
+    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle, told=-1, savers=(),
+                    cause="resize", reached=generation.committed, barren=barren,
+                    ready={w: r for w, r in ready.items() if w not in surplus})
+    stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
+    return state, (*gone, *(Release(w) for w in surplus), action, *stops)
+
+
+def next_mesh(state: State, candidates: list[str], words: Mapping[str, Standing]) -> tuple[Axes | None, Whole | None]:
+    """What the next group lies on, and the state that it starts from.
+
+    A mesh that has no place for all parts of a state that is nowhere else has to wait until a group that has one has saved it; one with too
+    few keepers of a sharded optimizer shrinks step by step.
+    """
+    bounds = replace(state.bounds, min_workers=1) if state.ending else state.bounds
+    mesh = choose(len(candidates), state.target, bounds)
+    whole = find_whole(words, state.group, mesh[1:] if mesh else (1, 1, 1))
+    if not mesh or not whole or is_saved(state, "stopped"):
+        return mesh, whole
+    if math.prod(mesh) < math.prod(whole.degrees):
+        mesh = (1, *whole.degrees)
+    while (whole.degrees == mesh[1:] and (mesh[0] + 1) * math.prod(mesh[1:]) <= len(candidates)
+           and not whole.is_in(seat(candidates, mesh, whole, {}))):
+        mesh = (mesh[0] + 1, *mesh[1:])  # who leaves next has a copy elsewhere by then
+    return mesh, whole
+
+
+def last_words(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
+    """The end, before which those who are left write down what they have."""
+    state, saves = save_alone(replace(state, savers=(), over=action))
+    state, finished = finish(state, action)
+    return state, (*saves, *finished)
+
+
+def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
+    """Too few are left: those who have it write down what there is, once. Whoever goes on after that stays where it said that it stands."""
+    words = state.last if state.over else {w: replace(s, holds=-1) for w, s in state.last.items()}
+    whole = find_whole(words, state.group)
+    savers = writers(whole, state.mesh[0], state.bounds.max_workers) if whole and whole.step > 0 else ()
+    if not whole or not savers or savers == state.savers:
+        return state, ()
+    orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers), None if w in whole.exact else whole.ballot)
+                   for rank, w in enumerate(savers))
+    return replace(state, savers=savers), orders
+
+
+def confirmed(state: State, word: Standing, newest: int, error: str) -> Standing:
+    """The last word of a group that ends with its state saved is another if no checkpoint of that step was committed after all.
+
+    `newest`: step of the newest committed checkpoint; `error`: why the last one was not. With a reason it is a failure, which ends the run
+    when it comes again; without one parts of it fell with a controller, no member is to blame, and the group saves once more.
+    """
+    ends = word.reason == "done" or (word.reason == "stopped" and word.ballot and word.ballot.stop == STOP_AND_SAVE)
+    others = [w for w in state.group if w != word.worker]
+    is_last = word.generation == state.generation and all(w in state.standing for w in others)
+    if not ends or not is_last or word.committed <= newest:
+        return word
+    return replace(word, reason="failed" if error else "broken", error=error or f"The checkpoint of step {word.committed} was not committed.")

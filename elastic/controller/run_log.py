@@ -1,0 +1,198 @@
+"""What the controller has on disk: events.jsonl and metrics.jsonl, each committed step once, and what follows from them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from elastic.errors import UserError
+from elastic.messages import Axes, Begin, shape
+from elastic.observe.jsonl import JsonLines, read_lines
+from elastic.observe.ledger import LedgerFiles
+from elastic.observe.metrics import evaluations_of, steps_of
+
+RECENT = 50  # steps whose median is an ordinary one
+FEED = 20_000  # lines kept for a driver that polls several times a second
+NEW = Begin()  # a run that has no past
+
+
+class Books:
+    """The only writer of the run directory's logs. Every line is flushed at once."""
+
+    def __init__(self, run_dir: Path, written: int = 0, evaluated: int = 0, generation: int = 0, events: JsonLines | None = None):
+        self.events = events or claimed(run_dir)
+        self.metrics, self.ledger = JsonLines(run_dir / "metrics.jsonl"), LedgerFiles(run_dir, written)
+        self.written, self.evaluated = written, evaluated
+        self.on_disk = written  # steps whose lines are there: those after them are held while the disk is full
+        self.generation = generation
+        self.feed: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FEED)  # the latest lines, numbered, for the driver
+        self.fed, self.is_behind = 0, False
+        self.told: set[str] = set()  # the events there were in this run
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        self.last_commit = 0.0
+        self.stepped = 0  # generation of the last step
+        self.pause: dict[str, Any] | None = None
+
+    @classmethod
+    def take_over(cls, run_dir: Path, begin: Begin = NEW, events: JsonLines | None = None) -> Books:
+        """The books of a controller that was killed, from its files alone; `begin`: what they held before its run."""
+        metrics, told = read_lines(run_dir / "metrics.jsonl"), read_lines(run_dir / "events.jsonl")
+        steps, evaluated = steps_of(metrics), max((fields["step"] for fields in evaluations_of(metrics)), default=0)
+        books = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in told), default=0), events)
+        if steps:
+            books.last_commit, books.stepped = steps[-1]["time"], steps[-1]["generation"]
+        books.recent.extend(s["step_s"] for s in steps[-RECENT:])
+        for fields in in_order(told[begin.events:], since(begin, metrics))[-FEED:]:
+            books.feed.append((books.fed, fields))
+            books.fed += 1
+        books.told = {fields["event"] for fields in told[begin.events:]}
+        return books
+
+    def event(self, name: str, step: int | None = None, generation: int | None = None, **fields: Any) -> None:
+        """One event line; generation and step are where the run is, unless given."""
+        line = {"time": time.time(), "event": name, "generation": self.generation if generation is None else generation,
+                "step": self.written if step is None else step, **fields}
+        self._write(self.events, line)
+        self.told.add(name)
+
+    def metric(self, generation: int, fields: dict[str, Any]) -> None:
+        """A worker's line. A step that is on disk already is dropped: a new rank 0 repeats what may have been lost."""
+        if "eval" in fields:
+            if fields["step"] > self.evaluated:
+                self.evaluated = fields["step"]
+                self._write(self.metrics, fields)
+            return
+        if fields["step"] <= self.written:
+            return
+        if fields["step"] > self.written + 1:  # those between come with the next word of whoever has them
+            if not self.is_behind:
+                self.event("lines_missing", first=self.written + 1, last=fields["step"] - 1)
+            self.is_behind = True
+            return
+        self.is_behind = False
+        if "ledger" in fields:
+            fields = dict(fields)
+            self.ledger.append(fields["generation"], fields["step"], fields.pop("ledger"))
+        self.written = fields["step"]
+        self._write(self.metrics, fields)
+        if self.pause and fields["generation"] >= self.pause["generation"]:
+            self._resume(fields["time"])
+        self.recent.append(fields["step_s"])
+        self.last_commit, self.stepped = fields["time"], fields["generation"]
+
+    def _write(self, file: JsonLines, fields: dict[str, Any]) -> None:
+        file.hold(fields)
+        if file is self.metrics:
+            self._retry_steps()
+        else:
+            file.retry()
+        self.feed.append((self.fed, fields))
+        self.fed += 1
+
+    def retry(self) -> bool:
+        """Writes what a full disk did not take; whether it takes everything now."""
+        return self._retry_steps() and self.events.retry()
+
+    def _retry_steps(self) -> bool:
+        """A step's line comes after its rows."""
+        if not (self.ledger.retry() and self.metrics.retry()):
+            return False
+        self.on_disk = self.written
+        return True
+
+    @property
+    def error(self) -> OSError | None:
+        """Why lines are held."""
+        return self.ledger.error or self.metrics.error or self.events.error
+
+    def cut_back(self, step: int) -> None:
+        """Drops the lines of later steps."""
+        self.ledger.cut_back(step)
+        self.metrics.cut_back(step)
+        self.written, self.on_disk, self.evaluated = step, min(self.on_disk, step), min(self.evaluated, step)
+
+    def sync(self) -> None:
+        """Returns when every committed step is on the disk itself."""
+        self.ledger.sync()
+        self.metrics.sync()
+        self.on_disk = self.written
+
+    def sync_past(self) -> None:
+        """As `sync`, where the disk lets it: who joins a group has none of the lines so far to bring along."""
+        with contextlib.suppress(OSError):
+            self.sync()
+
+    def close(self) -> None:
+        self.ledger.close()
+        self.metrics.close()
+        self.events.close()
+
+    def since(self, number: int) -> tuple[list[dict[str, Any]], int]:
+        """The lines from the `number`-th on, as far back as they are kept, and the number of the next. From any thread."""
+        if number >= self.fed:
+            return [], number
+        found = [(n, line) for n, line in self.feed.copy() if n >= number]
+        return [line for _, line in found], found[-1][0] + 1 if found else number
+
+    def interrupted(self, generation: int, cause: str, before: int, after: int, steps_lost: int, was: Axes = (0, 1, 1, 1),
+                    mesh: Axes = (0, 1, 1, 1)) -> None:
+        """A generation was formed after another: its first commit ends the pause that is measured from the last one."""
+        since = self.pause["since"] if self.pause else self.last_commit
+        lost = steps_lost + (self.pause["steps_lost"] if self.pause else 0)
+        first = self.pause["before"] if self.pause else before
+        was = self.pause["was"] if self.pause else was
+        causes = (*self.pause["causes"], cause) if self.pause else (cause,)
+        self.pause = {"generation": generation, "since": since, "causes": causes, "before": first, "after": after, "steps_lost": lost,
+                      "was": was, "mesh": mesh}
+
+    def _resume(self, time_s: float) -> None:
+        """pause_s is the time between the two commits beyond one ordinary step."""
+        pause, self.pause = self.pause, None
+        assert pause is not None
+        step_s = statistics.median(self.recent) if self.recent else 0.0
+        pause_s = max(0.0, time_s - pause["since"] - step_s)
+        is_other = pause["was"][1:] != pause["mesh"][1:]
+        more: dict[str, Any] = {"mesh": shape(pause["mesh"], pause["after"]).as_dict()} if is_other else {}
+        if any(cause not in ("resize", "drain") for cause in pause["causes"]):
+            self.event("recovered", pause_s=pause_s, steps_lost=pause["steps_lost"], **more)
+        if pause["before"] != pause["after"] or is_other:
+            self.event("resized", pause_s=pause_s, **{"from": pause["before"], "to": pause["after"]}, **more)
+
+
+def claimed(run_dir: Path, wait_s: float = 0.0) -> JsonLines:
+    """events.jsonl, with this process as its only writer. Nothing else of the run may be touched before.
+
+    UserError where another one is, still after `wait_s`.
+    """
+    events = JsonLines(run_dir / "events.jsonl")
+    if not events.claim(wait_s):
+        raise UserError(f"The run in {run_dir} is alive: another controller writes there.")
+    return events
+
+
+def since(begin: Begin, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines that came after `begin`. Those before may have been cut back since, too."""
+    start = max((n + 1 for n, fields in enumerate(metrics) if fields.get("generation", math.inf) <= begin.generation), default=0)
+    while start < len(metrics) and "eval" in metrics[start] and metrics[start]["step"] <= begin.evaluated:
+        start += 1
+    return metrics[start:]
+
+
+def in_order(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of both files by time, each file's in its own order; a generation's steps follow its start, an evaluation its step."""
+    timed, time_s, started = [], 0.0, dict[int, float]()
+    for fields in events:
+        time_s = max(time_s, fields["time"])
+        timed.append((time_s, fields))
+        if fields["event"] == "generation_started":
+            started[fields["generation"]] = time_s
+    time_s = 0.0
+    for fields in metrics:
+        time_s = max(time_s, fields.get("time", 0.0), started.get(fields.get("generation", 0), 0.0))
+        timed.append((time_s, fields))
+    return [fields for _, fields in sorted(timed, key=lambda pair: pair[0])]

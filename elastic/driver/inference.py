@@ -1,0 +1,103 @@
+"""A checkpoint put to use in this process, without Ray: its evaluation, and text from a language model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from elastic.checkpoint import manager
+from elastic.checkpoint.find import read_newest
+from elastic.checkpoint.hashing import OPTIMIZER
+from elastic.checkpoint.manifest import Manifest
+from elastic.data.loader import eval_batches
+from elastic.driver.trust import check_trust
+from elastic.errors import BadCheckpoint, UserError
+from elastic.model.backend import Backend
+from elastic.model.tally import tally_of
+from elastic.recipe import Recipe, loads
+from elastic.worker.evaluation import figures, measure
+from elastic.workload import EVAL_ROWS, create_backend, door, open_data, open_model, open_state, prepare
+
+DEFAULT_PROMPT = "\n"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model with a checkpoint's parameters, on this process's device."""
+
+    recipe: Recipe
+    manifest: Manifest
+    info: Mapping[str, Any]  # the data's facts; empty for a data set of the user's
+    backend: Backend
+    model: Any
+
+
+def check_checkpoint(path: str | os.PathLike[str]) -> Manifest:
+    """Reads every byte of a checkpoint against its hashes; BadCheckpoint names what is wrong."""
+    return manager.verify(*manager.split(path))
+
+
+def restore(path: str | os.PathLike[str], device: str = "auto", trust: bool = False) -> Restored:
+    """The model of a checkpoint. BadCheckpoint before anything of a damaged one is used.
+
+    UserError where it would import what `elastic.driver.trust` does not let in; `trust` lets in all.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads: the same bits as the workers'
+    arrays, manifest = read_newest(path)
+    recipe = loads(manifest.recipe, locate=False)
+    check_trust(recipe, path, trust)
+    recipe = recipe.model_copy(update={"backend": recipe.backend.model_copy(update={"device": device, "compile": False})})
+    info = manifest.extra.get("info") or prepare(recipe)
+    model = open_model(recipe, info)
+    backend = create_backend(recipe, model)
+    state = open_state(recipe, backend)
+    try:
+        state.load(arrays, manifest.step, without=OPTIMIZER)
+    except (KeyError, ValueError) as error:
+        raise BadCheckpoint(f"{path} holds other arrays than the model of its recipe: {error}.") from error
+    return Restored(recipe, manifest, info, backend, model)
+
+
+def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, float]:
+    """The mean of every metric over the recipe's evaluation set, the same numbers as in a run whose replicas are one worker each; other
+    degrees add up in another order.
+    """
+    restored = restore(path, trust=trust)
+    recipe = restored.recipe
+    _, dataset, _ = open_data(recipe, restored.info)
+    if dataset is None:
+        raise UserError("The recipe sets nothing aside to evaluate on; set data.eval_fraction or data.eval_path.")
+    rows = max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS)
+    tally = tally_of(restored.model) or tally_of(restored.backend)
+    found = [measure(restored.backend, tally, batch()) for batch in eval_batches(dataset, rows)]
+    names = sorted({name for part in found for name in part})  # a user's module need not give every figure of every batch
+    tables = {name: np.array([part.get(name, (0.0, 0.0)) for part in found]) for name in names}
+    return figures(tables, tally, tally.counts if tally else np.zeros(0))
+
+
+def sample(path: str | os.PathLike[str], prompt: str = "", tokens: int = 300, temperature: float = 0.8, seed: int = 0,
+           trust: bool = False) -> str:
+    """`prompt` and what a language model writes after it. UserError where the model writes no text."""
+    if tokens < 0 or temperature < 0:
+        raise UserError(f"--tokens {tokens} and --temperature {temperature} must be at least 0.")
+    restored = restore(path, trust=trust)
+    kind, logits = restored.recipe.model.kind, getattr(restored.backend, "logits", None)
+    if kind != "nlp.gpt" or logits is None:
+        raise UserError(f'The model of this checkpoint ("{kind}") writes no text; only nlp.gpt does.')
+    text, model = door(kind, "data"), door(kind, "gpt")
+    start = text.encode(restored.info, prompt or first_of(text, restored.info))
+    written = model.generate(logits, start, tokens, restored.recipe.model.config["context"], temperature, None, seed)
+    return prompt + text.decode(restored.info, written)
+
+
+def first_of(text: Any, info: Mapping[str, Any]) -> str:
+    """What to begin with where no prompt is given: a new line, or any token if the vocabulary has none."""
+    try:
+        text.encode(info, DEFAULT_PROMPT)
+    except UserError:
+        return text.decode(info, [0])
+    return DEFAULT_PROMPT

@@ -1,0 +1,105 @@
+"""A run's directory: who may start a run there, where it goes on, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from elastic.checkpoint.access import remedy
+from elastic.checkpoint.manager import read_manifest, split
+from elastic.controller.checkpoints import Commits
+from elastic.errors import UserError
+from elastic.messages import Begin
+from elastic.observe.jsonl import GLANCE_S, has_writer, locked, read_json, read_lines
+from elastic.observe.metrics import evaluations_of, steps_of
+from elastic.recipe import Recipe
+from elastic.storage.remote import shown
+
+RECIPE = "recipe.toml"
+LIVE = "live.json"  # while the run lives: where its Ray is
+LOCK = "driver.lock"  # held by the process that starts the run. It stays: whoever removed it might remove a lock that another has just taken
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """The directory is this process's to start a run in: nobody else's, and no run lives there. UserError otherwise, with nothing changed.
+
+    A controller's own claim, on events.jsonl, begins while this lasts and goes on without it.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / LOCK, "a", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with --run-dir.") from error
+    with file:
+        if not locked(file, GLANCE_S) or has_writer(run_dir / "events.jsonl"):
+            raise taken(run_dir)
+        yield
+
+
+def refuse_taken(run_dir: Path) -> None:
+    """What `held` would say, before anything costly is done."""
+    if has_writer(run_dir / LOCK) or has_writer(run_dir / "events.jsonl"):
+        raise taken(run_dir)
+
+
+def taken(run_dir: Path) -> UserError:
+    return UserError(f"The run in {run_dir} is alive, or is being started; stop it first, or look with `elastic status {run_dir}`.")
+
+
+def in_use(run_dir: Path) -> bool:
+    """A start that was killed before its recipe was in place has left nothing."""
+    return any(path.name not in (f"{RECIPE}.new", LOCK) for path in run_dir.iterdir())
+
+
+def checkpoints_of(recipe: Recipe, run_dir: Path) -> str:
+    """Where a run's checkpoints lie: a path or URI."""
+    return recipe.checkpoint.path or str(run_dir / "checkpoints")
+
+
+def beginning(recipe: Recipe, run_dir: Path) -> Begin:
+    """Where a run that is over goes on: at its newest good checkpoint, as far as its lines go."""
+    metrics, events = read_lines(run_dir / "metrics.jsonl"), read_lines(run_dir / "events.jsonl")
+    step, info = newest_of(checkpoints_of(recipe, run_dir))
+    last = max((fields["step"] for fields in steps_of(metrics)), default=0)
+    step = min(step, last)  # a checkpoint ahead of the lines brings its own
+    evaluated = max((fields["step"] for fields in evaluations_of(metrics) if fields["step"] <= step), default=0)
+    return Begin(step, evaluated, max((fields["generation"] for fields in events), default=0), len(events), last, info.get("key") or "")
+
+
+def newest_of(location: str) -> tuple[int, dict[str, Any]]:
+    """(step, the data's facts) of the newest good checkpoint; (0, {}) if there is none."""
+    try:
+        path, step, _ = Commits(location, 1, "").newest_good()
+        return step, read_manifest(*split(path)).extra.get("info", {}) if path else {}
+    except OSError as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f'checkpoint.path = "{shown(location)}" cannot be read ({why}); {remedy(location)}.') from error
+
+
+def summary_of(run_dir: Path) -> dict[str, Any] | None:
+    """How the run ended; None while it has not. A resumption takes the old summary away before it starts."""
+    return read_json(run_dir / "summary.json")
+
+
+def live_of(run_dir: Path) -> dict[str, str] | None:
+    """The address and run_id of the run that lives here, as far as the files say: its machines may be gone."""
+    if summary_of(run_dir) is not None:  # its controller may still wait for a driver
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        found: dict[str, str] = json.loads((run_dir / LIVE).read_text())
+        return found
+    return None
+
+
+def clear_live(run_dir: Path, run_id: str) -> bool:
+    """The run is over. Whether this process is the one that took the word of it away, of several that followed the run."""
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((run_dir / LIVE).read_text())["run_id"] == run_id:
+            (run_dir / LIVE).unlink()
+            return True
+    return False

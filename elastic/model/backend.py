@@ -1,0 +1,234 @@
+"""What the platform asks of a framework and of a model: protocols, owned here, implemented in `backends/`, `nlp/` and so on.
+
+A buffer is a flat float32 array on the worker's device: a NumPy array on the CPU (whatever the framework), a torch
+tensor on a GPU. Both slice, reshape and add in place with the same syntax, which is all the platform does with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Array = Any  # an array of the framework at hand
+Buffer = Any  # a flat, 64-byte-aligned float32 array on the worker's device
+Batch = Mapping[str, Any]  # NumPy arrays, one per column, rows first
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One named array of a model. `dims` names each dimension; layouts map these names to mesh axes.
+
+    `init` is "normal" (standard deviation `scale`), "uniform" (-scale..scale), "zeros", "ones", "values" (as `values` lists them, in C
+    order) or "given" (the values come with the model, as from a user's own module). `trainable` false: the model itself says that the array
+    is frozen. `whole`: an update needs all of it at once, so no optimizer may be sharded.
+    """
+
+    shape: tuple[int, ...]
+    dims: tuple[str, ...] = ()
+    init: str = "normal"
+    scale: float = 0.02
+    dtype: str = "float32"
+    values: tuple[float, ...] = ()
+    trainable: bool = True
+    whole: bool = False
+
+
+class Model(Protocol):
+    """A model without a framework: named arrays and a function of them that has no side effects."""
+
+    parameters: Mapping[str, Spec]
+    buffers: Mapping[str, Spec]
+
+    def loss(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array], batch: Mapping[str, Array],
+             seed: int) -> tuple[Array, Array, Mapping[str, Array]]:
+        """The sum of the loss over the batch, the weight it is to be divided by, and the new buffers."""
+
+    def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
+                batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
+        """Sums and weights by name for evaluation, without dropout; always with "loss".
+
+        In place of a sum there may be an array, one value a row, for the model's tally: see `Tally`.
+        """
+
+
+class Adapted(Protocol):
+    """A user's own model as the door of its framework adapts it, for that framework's backend alone. Adapters inherit the default."""
+
+    parameters: Mapping[str, Spec]
+    buffers: Mapping[str, Spec]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever starts a run with it should know, a sentence each."""
+        return ()
+
+
+class Chain(Model, Protocol):
+    """A model in pieces, one after the other: what can be laid out on a mesh. `elastic.model.layers.Chained` makes a `Model` of it.
+
+    `layout` names the axis along which each dim may be split, {"heads": "tensor", "d_ff": "tensor"}; the model puts `ops.enter` and
+    `ops.leave` around what is split. Where no axis has more than one worker they do nothing.
+    """
+
+    layout: Mapping[str, str]
+    pieces: Sequence[str]
+
+    def names(self, piece: str) -> Sequence[str]:
+        """The parameters that a piece reads. Two pieces may read the same one (a head tied to the embedding)."""
+
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
+        """One piece: from what the piece before made (None for the first) to one floating-point array with the rows first.
+
+        `seed` None means evaluation: no dropout.
+        """
+
+    def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
+        """The loss's sum and weight, of what the last piece made."""
+
+    def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
+        """What `metrics` gives, of what the last piece made."""
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What one logical shard contributes beside its gradient. `buffers` are the new buffers, as NumPy arrays, and with them the frozen
+    parameters that the model moves (see `Habits`).
+    """
+
+    loss_sum: float
+    weight: float
+    buffers: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What `Backend.rehearse` has found out about a model, the same on every worker.
+
+    `apart`: its gradients are added in several goes, so every shard needs a buffer of its own. `moved`: frozen parameters that its loss
+    writes to, as to an average of weights; each shard begins from the same values, and a step takes over the weighted mean of the changes.
+    `sums`: a step's loss is the sum of its shards', by whose gradient it is trained, and not their mean. `undivided`: why a batch's loss is not
+    made of its shards', as a UserError is to say it; such a model trains on one logical shard.
+    """
+
+    apart: bool = False
+    moved: tuple[str, ...] = ()
+    sums: bool = False
+    undivided: str = ""
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """One optimizer step on flat buffers; plain numbers, already scheduled for this step.
+
+    The gradient is multiplied by `scale` first (division by the weight, clipping). `step` counts from 1.
+    """
+
+    name: str
+    lr: float
+    weight_decay: float
+    scale: float
+    step: int
+    beta1: float
+    beta2: float
+    eps: float
+    momentum: float
+
+
+class Backend(Protocol):
+    """One framework on one device. Built once per worker process; it outlives generations, so nothing compiles twice."""
+
+    name: str
+    parameters: Mapping[str, Spec]
+    buffers: Mapping[str, Spec]
+
+    def allocate(self, size: int) -> Buffer:
+        """A zeroed buffer of `size` float32 elements on the device, 64-byte aligned."""
+
+    def initial(self) -> Mapping[str, Any]:
+        """NumPy values of the arrays whose spec says "given" (a user's own module); else empty."""
+
+    def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
+        """From now on the model's parameters are these shaped views, and its buffers these NumPy arrays."""
+
+    def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
+        """Adds the gradient of one shard's loss sum to `into` (shaped views of a flat buffer, trainable names only)."""
+
+    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
+        """Computes one shard, as often as it takes to know the model, before any step, and leaves parameters and buffers as they were.
+
+        `room` gives a zeroed place for gradients, as `into` of `gradients`. UserError where a user's own model cannot be trained faithfully.
+        """
+
+    def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
+        """Sums and weights of one evaluation shard; what is no scalar comes as a NumPy array."""
+
+    def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
+        """Applies `rule` in place to a flat range, block by block. `grad` may be overwritten."""
+
+    def squared_norms(self, grad: Buffer, block: int) -> Any:
+        """The squared norm of every block of `grad`, float64 NumPy, computed block by block."""
+
+    # Of a model that is a `Chain`, on a mesh.
+
+    def connect(self, axes: Mapping[str, Any]) -> None:
+        """From now on, until the next call, dims are split over these axes: `elastic.parallel.axis.Axis` by dim. Once a generation.
+
+        The model's parameters are already the parts that this worker holds; `parameters` has their shapes.
+        """
+
+    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
+                ) -> Buffer | ShardResult:
+        """Runs pieces of the model on one micro-batch and keeps what their backward pass needs under `key`.
+
+        `inputs`: what the pieces before made, flat, to be read as `shape`; None where `pieces` begins the model. The result, flat, or
+        where `pieces` ends the model the loss. It is not written to again, and neither is `inputs` before the backward pass.
+        """
+
+    def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
+        """Adds the gradients of the pieces' parameters to `into` and returns that of `inputs`, flat; None where there were none.
+
+        `gradient` is that of the result, flat; None where the result was the loss. What was kept under `key` is let go.
+        """
+
+    def backward_input(self, key: Any, gradient: Buffer | None) -> Buffer | None:
+        """The first half of `backward`: the gradient of `inputs`, the same bits. `backward_weight` follows."""
+
+    def backward_weight(self, key: Any, into: Mapping[str, Buffer]) -> None:
+        """The second half of `backward`; the same bits."""
+
+    def forget(self) -> None:
+        """Lets go of all that is kept: a step was cut off."""
+
+    def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
+        """Pieces for evaluation: a flat buffer, or where `pieces` ends the model what `metrics` gives."""
+
+    def compilations(self) -> int:
+        """How many traces or compilations this process has done so far."""
+
+
+class Framework(Protocol):
+    """The door of a framework, a module found by `backend.name`. The one of the reference backend, which takes no model of the user's own, has
+    `create` and `before_models`."""
+
+    def before_models(self, settings: Any) -> None:
+        """Sets what has to be set before a user's own code computes anything; called before every other. The default is that of `backends.common`."""
+
+    def create(self, model: Any, settings: Any) -> Backend:
+        """A backend over a model, shipped or the user's own. `settings`: the recipe's `[backend]`. UserError where it cannot be had."""
+
+    def adapt(self, model: Any) -> Adapted:
+        """A user's own model. UserError where it cannot serve."""
+
+    def construct(self, factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
+        """A user's model or data set; what it draws to begin with is a function of `seed`."""
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """A user's items as a batch."""
+
+    def seeded(self, seed: int) -> AbstractContextManager[None]:
+        """Inside, all that a user's code may draw from starts from `seed`; then it is as before."""
+
+
+SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",), "adagrad": ("sum",)}

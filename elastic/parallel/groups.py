@@ -1,0 +1,107 @@
+"""One generation's groups: the world, and this worker's lines through the mesh."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from elastic.collective.group import Buffer, CollectiveGroup
+from elastic.collective.solo import SoloGroup
+from elastic.errors import GroupBroken
+from elastic.mesh import Mesh
+from elastic.parallel.axis import Axis
+from elastic.parallel.layout import SPLITTING, Portion
+
+Watch = Callable[[], AbstractContextManager[Any]]
+
+
+class Links:
+    """Every member makes its own, all in the same order: a group forms when all of its members have come to it.
+
+    `watch()` surrounds each call inside a replica: who has not entered one that others wait in is the suspect of a hang.
+    """
+
+    def __init__(self, group: CollectiveGroup, mesh: Mesh, portion: Portion | None, watch: Watch):
+        if mesh.world_size != group.size:
+            raise ValueError(f"a mesh of {mesh.world_size} workers on a group of {group.size}.")
+        self.world, self.mesh, self.seat = group, mesh, mesh.seat(group.rank)
+        self.broken: list[GroupBroken] = []
+        self.counts: Counter[str] = Counter()
+        self.data = self._group(mesh.line(group.rank, "data"))
+        lines = {axis: self._watched(self._group(mesh.line(group.rank, axis)), watch) for axis in (*SPLITTING, "pipeline")}
+        self.pipeline = lines["pipeline"]
+        self.axes = {axis: Axis(axis, lines[axis], self.counts) for axis in SPLITTING}
+        self.replica = self._group(mesh.replica(group.rank))
+        self.shared: list[tuple[Axis, tuple[str, ...]]] = []
+        for one in sorted(portion.shared, key=lambda shared: [mesh.rank(seat) for seat in shared.seats]) if portion else ():
+            ranks = [mesh.rank(replace(seat, data=self.seat.data)) for seat in one.seats]
+            self.shared.append((Axis("shared", self._watched(self._group(ranks), watch), self.counts), one.names))
+
+    def _group(self, ranks: Sequence[int]) -> CollectiveGroup:
+        if len(ranks) == self.world.size:
+            return self.world
+        return SoloGroup(getattr(self.world, "_abandoned", None)) if len(ranks) == 1 else self.world.subgroup(tuple(ranks))
+
+    def _watched(self, group: CollectiveGroup, watch: Watch) -> CollectiveGroup:
+        return group if group.size == 1 else Watched(group, watch, self.broken)  # type: ignore[return-value]
+
+    def dims(self, layout: dict[str, str]) -> dict[str, Axis]:
+        """The axis of every dim that is split."""
+        return {dim: self.axes[axis] for dim, axis in layout.items() if self.axes[axis].size > 1}
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this worker says what its replica's losses are: of those that know the same, one."""
+        return self.seat.tensor == 0 and self.seat.pipeline == self.mesh.pipeline - 1
+
+
+class Watched:
+    """A group whose calls are seen to wait. `broken` keeps its end: a framework may turn the error into one of its own."""
+
+    def __init__(self, group: CollectiveGroup, watch: Watch, broken: list[GroupBroken]):
+        self._group, self._watch, self._broken = group, watch, broken
+        self.rank, self.size = group.rank, group.size
+        self.sums_in_order = getattr(group, "sums_in_order", False)
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._group, name)
+        if not callable(call):
+            return call
+
+        def watched(*arguments: Any) -> Any:
+            try:
+                with self._watch():
+                    return call(*arguments)
+            except GroupBroken as error:
+                self._broken.append(error)
+                raise
+
+        return watched
+
+
+class Mirror:
+    """A group whose every member is this worker, for a first run that compiles and allocates: what the others would send is what it gave."""
+
+    sums_in_order = True
+
+    def __init__(self, size: int, rank: int):
+        self.rank, self.size = rank, size
+
+    def all_reduce(self, buffer: Buffer) -> None:
+        return None
+
+    def all_gather(self, out: Buffer, part: Buffer) -> None:
+        for rank in range(self.size):
+            out[rank * part.shape[0]:(rank + 1) * part.shape[0]] = part
+
+    def all_to_all(self, out: Buffer, out_counts: Sequence[int], buffer: Buffer, counts: Sequence[int]) -> None:
+        out[:] = buffer[:out.shape[0]] if out.shape[0] <= buffer.shape[0] else 0
+
+
+def mirrored(portion: Portion) -> dict[str, Axis]:
+    """Axes that lead nowhere."""
+    sizes = {axis: (getattr(portion.mesh, axis), getattr(portion.seat, axis)) for axis in SPLITTING}
+    return {dim: Axis(axis, Mirror(*sizes[axis])) for dim, axis in portion.layout.dims.items() if sizes[axis][0] > 1}  # type: ignore[arg-type]

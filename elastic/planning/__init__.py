@@ -1,0 +1,1 @@
+"""What a recipe will cost, in seconds and bytes, and which mesh to take."""

@@ -1,0 +1,163 @@
+"""A plan made: the cluster by its numbers, every mesh forecast on it, and what `mesh = "auto"` becomes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import psutil
+
+from elastic.collective.segment import MOST_READERS
+from elastic.errors import UserError
+from elastic.mesh import Mesh
+from elastic.planning import tables as laid_out
+from elastic.planning.calibration import cache_file, calibrate, known
+from elastic.planning.costs import Cluster
+from elastic.planning.memory import PROCESS_BYTES, example, measured, question
+from elastic.planning.profile import Counted, seconds
+from elastic.planning.search import Forecast, Question, choose, forecasts
+from elastic.planning.tables import Variant, brief, named, reason, sentences, table, too_large
+from elastic.recipe import Recipe, with_mesh
+from elastic.workload import Workload, open_model
+
+COPY = 1 << 23  # elements
+LATENCY_S, FAR_S = 50e-6, 500e-6  # of a call on one node over shared memory, and over TCP (benchmarks/results/reduction.md)
+GIGABIT = 1e9 / 8
+GIGABYTE = 1e9
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Size:
+    """A cluster as the command names it; what is 0 is found out here, and no nodes are this machine."""
+
+    nodes: int = 0
+    workers_per_node: int = 1
+    memory_gb: float = 0.0
+    intra_gbps: float = 0.0
+    inter_gbps: float = 10.0
+
+
+def cluster_of(recipe: Recipe, size: Size) -> Cluster:
+    """This machine's memory is copied to learn its bandwidth, unless a calibration knows better."""
+    here, workers = not size.nodes, size.workers_per_node
+    memory = size.memory_gb * GIGABYTE or psutil.virtual_memory().total / workers - PROCESS_BYTES
+    constants = known(recipe, workers) if here else None
+    if constants and workers > 1:
+        crowding = workers / constants.cores  # is in what was measured already
+        return Cluster(1, workers, size.intra_gbps * GIGABIT or constants.shared_bytes_s * crowding, size.inter_gbps * GIGABIT,
+                       constants.shared_latency_s, memory, constants.cores, reduction=constants.reduction_bytes_s * crowding)
+    intra = size.intra_gbps * GIGABIT or copied_bytes_s()
+    return Cluster(size.nodes or 1, workers, intra, size.inter_gbps * GIGABIT, LATENCY_S, memory, (os.cpu_count() or 1) if here else 0.0, FAR_S)
+
+
+def copied_bytes_s() -> float:
+    source, target = np.ones(COPY, np.float32), np.empty(COPY, np.float32)
+    return source.nbytes / seconds(lambda: np.copyto(target, source))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`found`: the forecast of every mesh."""
+
+    recipe: Recipe
+    asked: Question
+    cluster: Cluster
+    work: Counted
+    found: Sequence[Forecast]
+
+    @classmethod
+    def make(cls, recipe: Recipe, opened: Workload, cluster: Cluster, flops_s: float = 0.0) -> Plan:
+        asked, work = measured(recipe, opened, flops_s)
+        if recipe.mesh.auto:
+            asked = replace(asked, micro_batches=0)
+        found = forecasts(asked, cluster, work)
+        return cls(recipe, asked, cluster, work, found)
+
+    def variants(self, info: Mapping[str, Any]) -> list[Variant]:
+        """Changes to the recipe that may make it fit, the mildest first."""
+        optimizer, task = self.recipe.optimizer, self.asked.task
+
+        def again(asked: Question, cluster: Cluster = self.cluster, model: Any = self.work.model) -> Sequence[Forecast]:
+            return forecasts(replace(asked, micro_batches=0), cluster, Counted(model, self.work.batch, 0.0))
+
+        def other(**changes: Any) -> Sequence[Forecast]:
+            return again(replace(self.asked, task=replace(task, **changes)))
+
+        def recomputed() -> Sequence[Forecast]:
+            section = self.recipe.model.model_copy(update={"recompute": True})
+            recipe = self.recipe.model_copy(update={"model": section})
+            model = open_model(recipe, info)
+            return again(replace(self.asked, model=question(recipe, model).model), model=model)
+
+        found: list[Variant] = []
+        if self.asked.micro_batches:
+            found.append(('write mesh = "auto", for more micro-batches would make it fit', lambda: again(self.asked)))
+        if self.recipe.model.config.get("recompute") is False:
+            found.append(("set model.recompute = true", recomputed))
+        if not optimizer.sharded:
+            found.append(("set optimizer.sharded = true", lambda: other(is_sharded=True, has_twin=optimizer.twin)))
+        if task.shard_rows > 1:
+            found.append((f"lower data.batch_size to {task.num_shards} (one sample a shard), or raise elastic.logical_shards",
+                          lambda: other(shard_rows=1)))
+        if hasattr(self.asked.model, "pieces"):
+            more = replace(self.cluster, nodes=8 * self.cluster.nodes)
+            found.append(("take more workers: a larger mesh.tensor or mesh.pipeline would make it fit", lambda: again(self.asked, more)))
+        return found
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Whether a layout is to be shown in place of the table, and of which mesh; "" is the best."""
+
+    layout: bool = False
+    mesh: str = ""
+
+
+def parts(recipe: Recipe, info: Mapping[str, Any], opened: Workload, size: Size, flops_s: float, shown: Shown) -> Iterator[Any]:
+    """What `elastic plan` prints: tables and sentences. UserError where nothing fits."""
+    cluster = cluster_of(recipe, size)
+    if shown.layout and shown.mesh:
+        asked, work = question(recipe, opened.model, opened.balance), Counted(opened.model, example(opened), 0.0)
+        yield from laid_out.show(asked, work, laid_out.parsed(shown.mesh), recipe.mesh.micro_batches)
+        return
+    plan = Plan.make(recipe, opened, cluster, flops_s)
+    best = choose(plan.found, cluster)
+    if not shown.layout:
+        yield table(plan.found, cluster)
+    yield from sentences(recipe, plan.asked, cluster, plan.found, plan.variants(info))
+    if shown.layout and best:
+        yield from laid_out.show(plan.asked, plan.work, best.mesh, best.candidate.micro_batches)
+
+
+def calibrated(recipe: Recipe, info: Mapping[str, Any], size: Size) -> list[str]:
+    """Measures this machine. UserError for a cluster elsewhere, which cannot be measured from here."""
+    if size.nodes:
+        raise UserError(f"--calibrate measures this machine, and --nodes {size.nodes} is a cluster; leave one of them out.")
+    if size.workers_per_node > MOST_READERS:
+        raise UserError(f"--calibrate measures at most {MOST_READERS} workers, as many as share memory on a node, and not {size.workers_per_node}; "
+                        f"give --gpus-per-node {MOST_READERS}.")
+    return [*calibrate(recipe, info, size.workers_per_node).lines(), f"kept in {cache_file()}"]
+
+
+def settle(recipe: Recipe, info: Mapping[str, Any], opened: Workload, nodes: int = 0) -> tuple[Recipe, str]:
+    """A recipe whose mesh is "auto" with the numbers that the planner chose for elastic.max_workers workers, and why. UserError if none fits."""
+    least, most = recipe.elastic.min_workers, recipe.elastic.max_workers
+    cluster = cluster_of(recipe, Size(nodes, -(-most // max(1, nodes))))
+    plan = Plan.make(recipe, opened, cluster)
+    widest: dict[Mesh, Forecast] = {}  # the elastic run takes every worker that there is: of each layout the most replicas
+    for one in plan.found:
+        shape = replace(one.mesh, data=1)
+        in_whole = not any(n > shape.world_size and n % shape.world_size for n in (least, most))  # as the recipe's check has it
+        if in_whole and one.workers <= most and (shape not in widest or widest[shape].workers < one.workers):
+            widest[shape] = one
+    best = choose(widest.values(), cluster)
+    if best is None:
+        raise UserError(too_large(plan.found, cluster, plan.variants(info)))
+    mesh, number = best.mesh, best.candidate.micro_batches
+    turns = f" with {number} micro-batches" if number > 1 else ""
+    why = f"mesh = \"auto\" is {named(mesh)}{turns}: {reason(best, plan.found, cluster)}; a step should take {brief(best.step_s)}"
+    return with_mesh(recipe, pipeline=mesh.pipeline, tensor=mesh.tensor, expert=mesh.expert, micro_batches=number), why

@@ -1,0 +1,1 @@
+"""The process that trains: built once, it takes part in one generation after another."""

@@ -1,0 +1,188 @@
+"""A worker as a Ray actor: one process that owns one device, and its surroundings."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from elastic.chaos import CutShort, Fault, strike_process
+from elastic.errors import UserError
+from elastic.messages import Generation, Job, Save
+
+NAMESPACE = "elastic"
+LOOPBACK = "127.0.0.1"
+RETRY_S = 0.2  # between tries to reach a controller that is away
+DELIVER_S = 5.0  # for the controller to take a batch of messages
+WATCH_S = 10.0  # how long one call waits for a worker's end
+FLUSH_S = 10.0  # how long a released worker waits for its last lines to be acknowledged
+
+
+def prepare_process(threads: int, log: Path, sys_path: Sequence[str]) -> None:
+    """Before any framework is imported: bits depend on the thread count and on MKL's strict mode, both read at load time."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ["MKL_CBWR"] = "AUTO,STRICT"
+    sys.path[:0] = [p for p in sys_path if p not in sys.path]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
+
+
+class Forgiving(io.TextIOBase):
+    """A log's stream. What a full disk does not take is lost, and nobody fails for that."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def fileno(self) -> int:
+        found: int = self.stream.fileno()
+        return found
+
+
+class ProcessRim:
+    """A Ray worker process's surroundings."""
+
+    def __init__(self, name: str, job: Job, controller: Any, timeout_s: float):
+        from elastic.collective.segment import usable
+        from elastic.collective.torch_store import Endpoint
+
+        self.name, self.run_id, self.secret, self.controller, self.timeout_s = name, job.run_id, job.secret, controller, timeout_s
+        self.node = ray.get_runtime_context().get_node_id()
+        self.pid = os.getpid()
+        self.host = LOOPBACK if job.is_local else ray.util.get_node_ip_address()
+        self.store = Endpoint(self.host, job.secret)
+        self.endpoint = self.store.place
+        self.shares = usable()
+        self.outbox: Any = None
+
+    def form(self, generation: Generation, rank: int, control: Any) -> Any:
+        from elastic.collective.connect import form
+
+        self.store.drop_before(self.run_id, generation.number)
+        return form(generation.transport, rank, len(generation.members), f"{self.secret}@{generation.endpoint}",
+                    f"{self.run_id}/{generation.number}", control.abandoned, self.timeout_s, self.host)
+
+    def post(self, message: Any) -> None:
+        self.outbox.post(message)
+
+    def announce(self, spec: str) -> None:
+        """Again and again while the controller is away: one that comes back knows what was announced before."""
+        while True:
+            try:
+                return ray.get(self.controller.announce.remote(self.name, spec))
+            except ray.exceptions.RayError as error:
+                print(f"The controller could not be told of {spec}: {type(error).__name__}", flush=True)
+                time.sleep(RETRY_S)
+
+    def strike(self, fault: Fault) -> None:
+        strike_process(fault)
+
+    def cut_short(self, fault: Fault, group: Any) -> Any:
+        """Where the group can, exactly one peer receives; else as many as it comes to."""
+        if hasattr(group, "cut_short"):
+            group.cut_short({(group.rank + 1) % group.size}, partial(strike_process, fault))
+            return group
+        return CutShort(group, partial(strike_process, fault))
+
+
+class WorkerActor:
+    """The actor. `serve` runs for the worker's life; the other calls come beside it, on other threads."""
+
+    def __init__(self, name: str, job: Job, threads: int, hang_timeout_s: float, orphan_timeout_s: float):
+        prepare_process(threads, Path(job.run_dir) / "logs" / f"{name}.log", job.sys_path)
+        self.name, self.job = name, job
+        self.worker: Any = None
+        self.idle, self.over = threading.Lock(), threading.Event()
+        self.error: Exception | None = None
+        self.hang_timeout_s, self.orphan_timeout_s = hang_timeout_s, orphan_timeout_s
+
+    def serve(self) -> None:
+        """Works until released, whoever asked for it may be gone by then. `watch` tells how it ended."""
+        from elastic.model.user_code import describe
+
+        if not self.idle.acquire(blocking=False):
+            return  # asked for a second time, by a controller that came back
+        try:
+            self._serve()
+        except UserError as error:
+            self.error = error
+        except Exception as error:
+            traceback.print_exc()
+            self.error = RuntimeError(describe(error))  # a framework's own may not pickle
+        finally:
+            self.over.set()
+
+    def watch(self) -> bool:
+        """Waits a while for the end of `serve`: True, or its error, once it has ended. A caller that is gone leaves no thread behind."""
+        over = self.over.wait(WATCH_S)
+        if self.error is not None:
+            raise self.error
+        return over
+
+    def _serve(self) -> None:
+        from elastic.worker.outbox import Outbox
+        from elastic.worker.worker import Worker
+
+        controller = ray.get_actor(f"{self.job.run_id}/controller", NAMESPACE)
+        rim = ProcessRim(self.name, self.job, controller, self.hang_timeout_s)
+        self.worker = Worker(self.name, self.job, rim)
+        rim.outbox = Outbox(self.name, self.worker.control,
+                            lambda messages, number: ray.get(controller.hear.remote(self.name, messages, number), timeout=DELIVER_S),
+                            self.orphan_timeout_s, self.orphan, leave)
+        rim.outbox.start()
+        self.worker.serve()
+        rim.outbox.flush(FLUSH_S)
+
+    def orphan(self) -> None:
+        """Nobody has answered for too long: this worker writes down what it has, and goes."""
+        self.worker.orphan()
+        leave()
+
+    def assign(self, order: Generation | Save) -> None:
+        self.worker.orders.put(order)
+
+    def abandon(self, generation: int) -> None:
+        self.worker.control.abandon(generation)
+
+    def request_stop(self, generation: int, code: int) -> None:
+        self.worker.control.request_stop(generation, code)
+
+    def resync(self) -> None:
+        if self.worker is not None:
+            self.worker.resync()
+
+    def release(self) -> None:
+        if self.worker is None:
+            os._exit(0)  # still building: nothing is lost
+        self.worker.orders.put(None)
+
+
+def leave() -> None:
+    """Ends this process and gives its place back: a fenced worker has no business here, an orphan nobody who would do it."""
+    place = ray.util.get_current_placement_group()
+    if place is not None:
+        ray.util.remove_placement_group(place)
+    os._exit(0)

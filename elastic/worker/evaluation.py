@@ -1,0 +1,89 @@
+"""An evaluation, and what it adds up: means over all rows, and a model's own figures over whole numbers that were counted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elastic.collective.group import CollectiveGroup
+from elastic.model.backend import Backend, Batch
+from elastic.model.tally import Tally
+from elastic.model.user_code import users
+from elastic.parallel.groups import Links
+from elastic.worker.gradients import rows_of
+
+if TYPE_CHECKING:
+    from elastic.worker.loop import Work
+
+
+def evaluate(work: Work, links: Links, step: int) -> dict[str, float]:
+    """The mean of every metric over the evaluation set. A batch is computed whole by one replica: the split changes no bit."""
+    batches, tally, counted = work.eval_batches, work.tally(), work.tally()
+    parts: dict[str, np.ndarray] = {}
+    own = range(links.data.rank, len(batches), links.data.size)
+    for index in own or range(1):  # a replica without a batch still has to know the names
+        work.control.at(step, "evaluate", index)
+        with users(work.is_own):
+            found = one_batch(work, links, counted if own else tally, rows_of(batches[index](), links, 0, 1))
+        for name, pair in found.items():
+            table = parts.setdefault(name, np.zeros((len(batches), 2)))
+            if own and links.speaks:
+                table[index] = pair
+    names = agreed(links.pipeline, sorted(parts))
+    tables = [parts.get(name, np.zeros((len(batches), 2))).reshape(-1) for name in names]
+    counts = np.zeros(0) if counted is None else counted.counts if links.speaks else np.zeros_like(counted.counts)
+    mine = np.concatenate([*tables, counts])
+    out = np.empty(links.world.size * len(mine))
+    with work.control.collective(step, "evaluate"):
+        links.world.all_gather(out, mine)
+    sums = out.reshape(links.world.size, -1).sum(axis=0)
+    length = 2 * len(names) * len(batches)
+    return figures(dict(zip(names, sums[:length].reshape(len(names), len(batches), 2), strict=True)), counted, sums[length:])
+
+
+def one_batch(work: Work, links: Links, tally: Tally | None, batch: Batch) -> dict[str, tuple[float, float]]:
+    """Through the stages, where there are some: then only the last knows what came out."""
+    if work.pipeline is None:
+        return measure(work.backend, tally, batch)
+    found = work.pipeline.infer(links.pipeline, batch)
+    return {} if found is None else scalars(found, tally, batch)
+
+
+def agreed(group: CollectiveGroup, names: list[str]) -> list[str]:
+    """What the last stage says."""
+    if group.size == 1:
+        return names
+    text = np.frombuffer(json.dumps(names).encode(), np.uint8).copy()
+    length = np.array([len(text)], np.int64)
+    group.broadcast(length, group.size - 1)
+    text = np.resize(text, int(length[0])) if group.rank != group.size - 1 else text
+    group.broadcast(text, group.size - 1)
+    return list(json.loads(text.tobytes()))
+
+
+def measure(backend: Backend, tally: Tally | None, batch: Batch) -> dict[str, tuple[float, float]]:
+    """Sums and weights of one batch; arrays, one value a row, go to the tally."""
+    return scalars(backend.metrics(batch), tally, batch)
+
+
+def scalars(found: Mapping[str, tuple[Any, float]], tally: Tally | None, batch: Batch) -> dict[str, tuple[float, float]]:
+    if tally is not None:
+        tally.add(batch, found)
+    return {name: pair for name, pair in found.items() if not np.ndim(pair[0])}
+
+
+def named(found: Mapping[str, tuple[Any, float]], tally: Tally | None) -> list[str]:
+    """What an evaluation tells, from what `measure` has found in one batch."""
+    tables = {name: np.array([pair], np.float64) for name, pair in found.items()}
+    return sorted(figures(tables, tally, np.zeros(0) if tally is None else tally.counts))
+
+
+def figures(tables: Mapping[str, np.ndarray], tally: Tally | None, counts: np.ndarray) -> dict[str, float]:
+    """`tables`: by name, (batches, 2), the sum and weight of every batch; NaN where the weights are 0. `counts`: all members' tallies, added."""
+    totals = {name: (math.fsum(table[:, 0]), math.fsum(table[:, 1])) for name, table in tables.items()}
+    means = {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
+    return means if tally is None else {**means, **tally.figures(counts, means)}
