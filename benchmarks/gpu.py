@@ -34,8 +34,10 @@ from elastic.collective.nccl import NcclGroup
 from elastic.data.loader import Prefetcher
 from elastic.messages import Generation
 from elastic.state.state import State
-from elastic.worker.loop import Plan, Work, train
+from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
+from elastic.worker.member import Member
+from elastic.worker.training import Placement, Plan, Training
 from nlp import gpt
 
 VOCAB = 50_304
@@ -69,16 +71,16 @@ def ours(state: State, batches: Batches, device: torch.device) -> Contestant:
     """The platform's loop, in a group of one."""
     lines: list[Any] = []
     positions = np.arange(len(batches.weight))
-    work = Work(Plan(0, 1, 0, True, OPTIMIZER), state.backend, state, Prefetcher(batches), lambda step, shard: positions, [], Control(), lines.append,
-                lambda order, evaluation: None)
+    training = Training(Plan(0, 1, 0, True, OPTIMIZER), Prefetcher(batches), lambda step, shard: positions)
+    member = Member(training, Placement(state.backend, state), Control(), lines.append)
     endpoint = Endpoint()
     form = (NcclGroup if device.type == "cuda" else GlooGroup).form
     group = form(0, 1, endpoint.address, "gpu", threading.Event(), 120, "127.0.0.1")
 
     def run(steps: int) -> float:
         torch.use_deterministic_algorithms(True)
-        work.plan = replace(work.plan, num_steps=state.committed + steps)
-        train(work, Generation(1, ("gpu",), endpoint.address, "", state.committed), group, Injector([], 0, print, print, print))
+        training.plan = replace(training.plan, num_steps=state.committed + steps)
+        train(begin(member, Generation(1, ("gpu",), endpoint.address, "", state.committed), group, Injector([], 0, print, print, print)))
         return lines[-1].fields["loss"]
 
     return run

@@ -23,6 +23,7 @@ from elastic.parallel.layout import Layout, Portion
 from elastic.parallel.measure import costs_of
 from elastic.recipe import Recipe
 from elastic.state.flat_layout import FlatLayout, is_frozen
+from elastic.state.sharded import ShardedState
 from elastic.state.state import State
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
@@ -219,9 +220,11 @@ def create_backend(recipe: Recipe, model: Any) -> Backend:
     return framework(recipe).create(model, recipe.backend)
 
 
-def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
-    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
-                 recipe.optimizer.decayed, recipe.model.thaw)
+def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None, sharded: bool = False) -> State:
+    """With `sharded`, as a worker of a sharded optimizer has it: with the slots of some blocks only."""
+    options = (backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
+               recipe.optimizer.decayed, recipe.model.thaw)
+    return ShardedState(*options, twin=recipe.optimizer.twin) if sharded else State(*options)
 
 
 EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are

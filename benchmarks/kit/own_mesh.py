@@ -13,10 +13,12 @@ from elastic.collective.gloo import GlooGroup
 from elastic.collective.shared import SharedGroup
 from elastic.messages import Generation, Line
 from elastic.state.sharded import ShardedState
-from elastic.worker.build import build_work
-from elastic.worker.loop import Loader, train
+from elastic.worker.build import build_training, take_seat
+from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
-from elastic.worker.worker import warm_up
+from elastic.worker.member import Member
+from elastic.worker.rehearsal import warm_up
+from elastic.worker.training import Loader
 from elastic.workload import mesh_of
 
 
@@ -47,17 +49,18 @@ def take_part(rank: int, turns: Turns, case: Case, text: str, address: str, tran
         if isinstance(message, Line) and message.file == "metrics":
             turns.note(message.fields["step"], message.fields["loss"])
 
-    mesh = mesh_of(recipe, case.data)
-    work = build_work(recipe, opened(recipe), control, post, lambda order, found: None, mesh.seat(rank))
-    warm_up(work)
-    if isinstance(work.state, ShardedState):
-        work.state.keep(mesh.seat(rank).data, case.data)
-    work.state.start(recipe.run.seed)
-    work.load_batch = Gate(work.load_batch, turns)
+    mesh, workload = mesh_of(recipe, case.data), opened(recipe)
+    training, place = build_training(recipe, workload), take_seat(recipe, workload, mesh, mesh.seat(rank))
+    warm_up(training, place)
+    if isinstance(place.state, ShardedState):
+        place.state.keep(mesh.seat(rank).data, case.data)
+    place.state.start(recipe.run.seed)
+    training.load_batch = Gate(training.load_batch, turns)
     group: Any = (SharedGroup.form(rank, case.size, address, transport, threading.Event(), 60.0) if transport == "shared"
                   else GlooGroup.form(rank, case.size, address, transport, threading.Event(), 60.0, "127.0.0.1"))
     control.enter(1)
     control.attach(group)
     generation = Generation(1, tuple(f"worker-{r}" for r in range(case.size)), address, transport, 0, load="recipe",
                             mesh=(0, mesh.pipeline, mesh.tensor, 1))
-    train(work, generation, group, Injector((), rank, lambda spec: None, lambda fault: None, lambda fault, g: g))
+    injector = Injector((), rank, lambda spec: None, lambda fault: None, lambda fault, g: g)
+    train(begin(Member(training, place, control, post), generation, group, injector))

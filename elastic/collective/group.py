@@ -7,7 +7,7 @@ thread; a waiter notices within `SLICE_S`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 Buffer = Any
@@ -44,6 +44,14 @@ class CollectiveGroup(Protocol):
 
     def subgroup(self, ranks: Sequence[int]) -> CollectiveGroup:
         """The group of these members only; each of them calls it, with the same ranks. It shares this group's fate."""
+
+    def allocator(self, otherwise: Callable[[int], Buffer]) -> Callable[[int], Buffer]:
+        """Where buffers for its reductions are best allocated, by their size: `otherwise` where any memory will do."""
+
+    def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
+        """For fault injection: in the next call only the ranks in `delivered_to` get what this member gives, as far as the transport can tell them
+        apart; then `then()`, which ends the member.
+        """
 
     def barrier(self) -> None:
         """Returns once every member has entered."""

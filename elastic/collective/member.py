@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from elastic.errors import GroupBroken
 
@@ -27,6 +29,9 @@ class Member:
         if not self._reason:
             self._reason = f"Rank {self.rank} of {self.size}: the group {what}."
         return GroupBroken(self._reason)
+
+    def allocator(self, otherwise: Callable[[int], Any]) -> Callable[[int], Any]:
+        return otherwise
 
     def abandon(self) -> None:
         self._abandoned.set()

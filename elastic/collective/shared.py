@@ -72,6 +72,9 @@ class SharedGroup(Member):
         """A zeroed float32 buffer that `reduce_tree` and `all_reduce` need not copy. It lives as long as the group."""
         return self._segment.allocate(size)
 
+    def allocator(self, otherwise: Callable[[int], Buffer]) -> Callable[[int], Buffer]:
+        return self.allocate
+
     def _meet(self, *payload: np.ndarray) -> list[np.ndarray]:
         """Every member's payload as bytes, where it lies, in rank order; to be read before the next meeting but one."""
         self._check()

@@ -34,6 +34,8 @@ class ThreadRim:
     def __init__(self, fleet: ThreadFleet, name: str, node: str):
         self.fleet, self.name, self.node, self.pid, self.endpoint, self.shares = fleet, name, node, 0, "local", False
         self.rank, self.generation = -1, 0
+        self.control = Control()
+        self.worker: Worker | None = None  # once it is built
         self.dead = threading.Event()
         self.outbox: Outbox | None = None
 
@@ -82,7 +84,7 @@ class ThreadRim:
         if isinstance(group, SoloGroup) or group.size == 1:
             self.strike(fault)
         self.dead.set()
-        group.cut_short({(group.rank + 1) % group.size}, die)  # type: ignore[attr-defined]
+        group.cut_short({(group.rank + 1) % group.size}, die)
         return group
 
 
@@ -94,8 +96,8 @@ class ThreadFleet:
         self.hub = Hub()
         self.controller: Any = None  # set by whoever builds both
         self.crash: Callable[[], None] = lambda: None  # ends the controller; whoever builds another one sets it
-        self.workers: dict[str, Worker] = {}
-        self.rims: dict[str, ThreadRim] = {}
+        self.workers: dict[str, ThreadRim] = {}  # of those that count
+        self.rims: dict[str, ThreadRim] = {}  # of all that there ever were
         self.threads: list[threading.Thread] = []
         self.released: set[str] = set()
         self.fenced: list[str] = []  # workers that were told that they are given up
@@ -123,20 +125,20 @@ class ThreadFleet:
 
     def prepare(self, name: str, node: str) -> threading.Thread:
         rim = ThreadRim(self, name, node)
-        worker = Worker(name, self.job, rim)
-        rim.outbox = Outbox(name, worker.control, rim.deliver, ORPHAN_TIMEOUT_S, worker.orphan, lambda: self.fenced.append(name), PULSE_S)
-        self.workers[name], self.rims[name] = worker, rim
+        rim.outbox = Outbox(name, rim.control, rim.deliver, ORPHAN_TIMEOUT_S, rim.control.orphan, lambda: self.fenced.append(name), PULSE_S)
+        self.workers[name] = self.rims[name] = rim
         self.controller.post(m.Starting(name))
-        thread = threading.Thread(target=self.live, args=(name, worker, rim), name=name, daemon=True)
+        thread = threading.Thread(target=self.live, args=(name, rim), name=name, daemon=True)
         self.threads.append(thread)
         return thread
 
-    def live(self, name: str, worker: Worker, rim: ThreadRim) -> None:
+    def live(self, name: str, rim: ThreadRim) -> None:
         cause, raised = "released", False
         assert rim.outbox is not None
         rim.outbox.start()
         try:
-            worker.serve()
+            rim.worker = Worker.open(name, self.job, rim, rim.control)
+            rim.worker.serve()
         except Killed:
             cause = "killed"
         except UserError as error:  # every other worker would say the same
@@ -148,8 +150,8 @@ class ThreadFleet:
             rim.outbox.flush(FLUSH_S)
         rim.dead.set()
         rim.outbox.close()
-        if hasattr(worker, "work"):
-            worker.work.load_batch.close()  # a process would take its threads with it
+        if rim.worker is not None:
+            rim.worker.training.load_batch.close()  # a process would take its threads with it
         with self.lock:
             self.workers.pop(name, None)
             lost = name not in self.released and not self.closed
@@ -157,26 +159,26 @@ class ThreadFleet:
             self.controller.post(m.Lost(name, cause, raised))
             self.fill(())
 
-    def call(self, worker: str, act: Callable[[Worker], Any]) -> None:
+    def call(self, worker: str, act: Callable[[Control], Any]) -> None:
         found = self.workers.get(worker)
         if found is not None:
-            act(found)
+            act(found.control)
 
     def assign(self, worker: str, order: Generation | Save) -> None:
-        self.call(worker, lambda w: w.orders.put(order))
+        self.call(worker, lambda control: control.orders.put(order))
 
     def abandon(self, worker: str, generation: int) -> None:
-        self.call(worker, lambda w: w.control.abandon(generation))
+        self.call(worker, lambda control: control.abandon(generation))
 
     def request_stop(self, worker: str, generation: int, code: int) -> None:
-        self.call(worker, lambda w: w.control.request_stop(generation, code))
+        self.call(worker, lambda control: control.request_stop(generation, code))
 
     def release(self, worker: str) -> None:
         with self.lock:
             self.released.add(worker)
             found = self.workers.pop(worker, None)
         if found is not None:
-            found.orders.put(None)
+            found.control.orders.put(None)
 
     def kill(self, worker: str) -> None:
         """A stopped thread stays stopped until it is continued, like a process that a signal cannot reach yet."""
@@ -211,14 +213,16 @@ class ThreadFleet:
         self.crash()
 
     def resync(self, worker: str) -> None:
-        self.call(worker, lambda w: w.resync())
+        found = self.workers.get(worker)
+        if found is not None and found.worker is not None:
+            found.worker.resync()
 
     def close(self) -> None:
         with self.lock:
             self.closed = True
             left = list(self.workers.values())
         for worker in left:
-            worker.orders.put(None)
+            worker.control.orders.put(None)
         for name, rim in self.rims.items():
             if rim.outbox and rim.outbox.halted.is_set():
                 self.resume(name)

@@ -72,7 +72,7 @@ def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, flo
     if dataset is None:
         raise UserError("The recipe sets nothing aside to evaluate on; set data.eval_fraction or data.eval_path.")
     rows = max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS)
-    tally = tally_of(restored.model) or tally_of(restored.backend)
+    tally = tally_of(restored.model, restored.backend)
     found = [measure(restored.backend, tally, batch()) for batch in eval_batches(dataset, rows)]
     names = sorted({name for part in found for name in part})  # a user's module need not give every figure of every batch
     tables = {name: np.array([part.get(name, (0.0, 0.0)) for part in found]) for name in names}

@@ -27,6 +27,6 @@ class Tally(Protocol):
         """From the counts of all batches and the means of all metrics."""
 
 
-def tally_of(model: Any) -> Tally | None:
-    """A new one, of a model that counts."""
-    return model.tally() if hasattr(model, "tally") else None
+def tally_of(*models: Any) -> Tally | None:
+    """A new one, of the first that counts: a model, which may be a user's own object, or its backend."""
+    return next((tally for model in models if hasattr(model, "tally") and (tally := model.tally()) is not None), None)

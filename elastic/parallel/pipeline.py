@@ -6,9 +6,10 @@ from shard to shard at different times, runs shard by shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,28 +20,45 @@ from elastic.parallel.executor import Executor
 from elastic.parallel.layout import Portion
 from elastic.parallel.schedules import build
 
+PACE = (1, 1, 1)  # the same on all stages: it decides at which points messages pass
 
-@dataclass(frozen=True)
-class Shards:
-    """What a stage needs of a step, by the shard's place in the run or by micro-batch of the step."""
 
-    rows: Callable[[int], tuple[Batch, int]]  # of a micro-batch: this worker's rows and the seed
-    begin: Callable[[int], Mapping[str, Buffer]]  # of a shard: where its gradients go, zeros
-    end: Callable[[int], None]
-    add: Callable[[int, ShardResult], None]  # a micro-batch's loss, to its shard's
+class Shards(Protocol):
+    """What a stage needs of a step: its replica's shards, of which each is begun and ended once."""
+
+    @property
+    def run(self) -> Sequence[int]:
+        """Their numbers."""
+
+    def rows(self, shard: int, micro: int) -> tuple[Batch, int]:
+        """Of a micro-batch: this worker's rows and the seed."""
+
+    def begin(self, shard: int) -> Mapping[str, Buffer]:
+        """Where its gradients go, zeros."""
+
+    def add(self, shard: int, result: ShardResult) -> None:
+        """A micro-batch's loss; they come in order."""
+
+    def end(self, shard: int) -> None:
+        """Its gradients are all there."""
 
 
 class Pipeline:
-    """The chunks of one seat. Receive buffers belong to a group and are dropped with it."""
+    """The chunks of one coordinate, and `elastic.parallel.executor.Stage` for the shards that it runs. Receive buffers belong to a group and are
+    dropped with it.
+    """
 
     def __init__(self, portion: Portion, backend: Backend, schedule: str, micro_batches: int):
         self.portion, self.backend, self.schedule, self.micro_batches = portion, backend, schedule, micro_batches
-        layout = portion.layout
-        self.depths = layout.stage_depths(portion.seat.pipeline)
-        self.last = len(layout.depths) - 1
+        self.depths = portion.layout.stage_depths(portion.seat.pipeline)
+        self.last = len(portion.layout.depths) - 1
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
         self._group: CollectiveGroup | None = None
         self._executors: dict[tuple[int, int], Executor] = {}
+        self._shards: Shards
+        self._run: Sequence[int] = ()  # those of the shards that are on their way; the executor counts micro-batches from the first on
+        self._into: Mapping[str, Buffer] = {}
+        self._left = 0  # backward passes, or their second halves, of the shard whose gradients are being added
 
     def pieces(self, depth: int) -> tuple[str, ...]:
         return self.portion.layout.depths[depth]
@@ -52,42 +70,76 @@ class Pipeline:
             self._shapes[rows] = boundaries(self.portion, batch)
         return self._shapes[rows]
 
-    def run(self, group: CollectiveGroup, shards: Sequence[int], work: Shards) -> None:
-        """Forward and backward. When it raises, what was kept is let go."""
+    def run(self, group: CollectiveGroup, shards: Shards) -> None:
+        """Forward and backward. When it raises, what was held is let go."""
         if group is not self._group:
             self._group, self._executors = group, {}
-        per = 1 if self.schedule == "interleaved" else len(shards)
+        per = 1 if self.schedule == "interleaved" else len(shards.run)
+        self._shards = shards
         try:
-            for first in range(0, len(shards), per):
-                stage = AtWork(self, work, first, shards[first:first + per])
-                shapes = self.shapes(work.rows(first * self.micro_batches)[0])
-                self._executor(per * self.micro_batches, shapes).run(stage)
+            for first in range(0, len(shards.run), per):
+                self._run, self._left = shards.run[first:first + per], 0
+                sizes = tuple(map(prod, self.shapes(shards.rows(self._run[0], 0)[0])))
+                self._executor(group, per * self.micro_batches, sizes).run(self)
         except BaseException:
             self._executors = {}
             self.backend.forget()
             raise
+        finally:
+            del self._shards  # and with it a generation's buffers
 
-    def _executor(self, count: int, shapes: Sequence[Sequence[int]]) -> Executor:
-        sizes = tuple(size_of(shape) for shape in shapes)
+    def _executor(self, group: CollectiveGroup, count: int, sizes: tuple[int, ...]) -> Executor:
         key = count, sum(sizes)
         if key not in self._executors:
-            assert self._group is not None
-            schedule = build(self.schedule, self._group.size, count, self.portion.layout.num_chunks, PACE)  # type: ignore[arg-type]
-            self._executors[key] = Executor(schedule, self._group, sizes, self.backend.allocate)
+            schedule = build(self.schedule, group.size, count, self.portion.layout.num_chunks, PACE)  # type: ignore[arg-type]
+            self._executors[key] = Executor(schedule, group, sizes, self.backend.allocate)
         return self._executors[key]
+
+    def forward(self, chunk: int, micro_batch: int, inputs: Buffer | None) -> Buffer | None:
+        number, micro = divmod(micro_batch, self.micro_batches)
+        rows, seed = self._shards.rows(self._run[number], micro)
+        depth = self.depths[chunk]
+        shape = self.shapes(rows)[depth - 1] if depth else ()
+        found = self.backend.forward((chunk, micro_batch), self.pieces(depth), inputs, shape, rows, seed)
+        if depth < self.last:
+            return found
+        self._shards.add(self._run[number], found)
+        return None
+
+    def backward(self, chunk: int, micro_batch: int, output_gradients: Buffer | None) -> Buffer | None:
+        with self._adding(chunk, micro_batch) as into:
+            return self.backend.backward((chunk, micro_batch), output_gradients, into)
+
+    def backward_input(self, chunk: int, micro_batch: int, output_gradients: Buffer | None) -> Buffer | None:
+        return self.backend.backward_input((chunk, micro_batch), output_gradients)
+
+    def backward_weight(self, chunk: int, micro_batch: int) -> None:
+        with self._adding(chunk, micro_batch) as into:
+            self.backend.backward_weight((chunk, micro_batch), into)
+
+    @contextmanager
+    def _adding(self, chunk: int, micro_batch: int) -> Iterator[Mapping[str, Buffer]]:
+        """Weight gradients come shard after shard, so one shard's buffer is open at a time."""
+        shard = self._run[micro_batch // self.micro_batches]
+        if not self._left:
+            self._into, self._left = self._shards.begin(shard), self.micro_batches * len(self.depths)
+        yield self._own(self.depths[chunk], self._into)
+        self._left -= 1
+        if not self._left:
+            self._shards.end(shard)
+
+    def _own(self, depth: int, into: Mapping[str, Buffer]) -> Mapping[str, Buffer]:
+        return {name: into[name] for name in self.portion.layout.read_at(depth) if name in into}
 
     def infer(self, group: CollectiveGroup, batch: Batch) -> Any:
         """Metrics of one evaluation batch at the model's end; None on the other stages."""
         shapes, stages, rank = self.shapes(batch), group.size, group.rank
         found = None
         for depth in self.depths:
-            inputs: Buffer | None = None
-            shape: tuple[int, ...] = ()
+            inputs = self._inputs(depth, shapes)
             if depth:
-                shape = shapes[depth - 1]
-                inputs = self.backend.allocate(size_of(shape))
                 group.receive(inputs, (rank - 1) % stages)
-            found = self.backend.infer(self.pieces(depth), inputs, shape, batch)
+            found = self.backend.infer(self.pieces(depth), inputs, shapes[depth - 1] if depth else (), batch)
             if depth < self.last:
                 group.send(found, (rank + 1) % stages)
                 found = None
@@ -97,60 +149,12 @@ class Pipeline:
         """A micro-batch through this stage's chunks alone, for what compiles and allocates."""
         shapes = self.shapes(batch)
         for depth in self.depths:
-            inputs = self.backend.allocate(size_of(shapes[depth - 1])) if depth else None
-            self.backend.forward((0, 0), self.pieces(depth), inputs, shapes[depth - 1] if depth else (), batch, 0)
-            gradient = self.backend.allocate(size_of(shapes[depth])) if depth < self.last else None
-            names = self.portion.layout.read_at(depth)
-            self.backend.backward((0, 0), gradient, {name: into[name] for name in names if name in into})
+            self.backend.forward((0, 0), self.pieces(depth), self._inputs(depth, shapes), shapes[depth - 1] if depth else (), batch, 0)
+            self.backend.backward((0, 0), self._inputs(depth + 1, shapes) if depth < self.last else None, self._own(depth, into))
 
-
-PACE = (1, 1, 1)  # the same on all stages: it decides at which points messages pass
-
-
-class AtWork:
-    """`elastic.parallel.executor.Stage` for a run of shards of one step; micro-batches count from the run's first."""
-
-    def __init__(self, pipeline: Pipeline, work: Shards, first: int, shards: Sequence[int]):
-        self.pipeline, self.work, self.first, self.shards = pipeline, work, first, shards
-        self.left = dict.fromkeys(range(len(shards)), pipeline.micro_batches * len(pipeline.depths))
-        self.into: Mapping[str, Buffer] = {}
-
-    def _micro(self, micro_batch: int) -> int:
-        return self.first * self.pipeline.micro_batches + micro_batch
-
-    def forward(self, chunk: int, micro_batch: int, inputs: Buffer | None) -> Buffer | None:
-        depth = self.pipeline.depths[chunk]
-        rows, seed = self.work.rows(self._micro(micro_batch))
-        shape = self.pipeline.shapes(rows)[depth - 1] if depth else ()
-        found = self.pipeline.backend.forward((chunk, micro_batch), self.pipeline.pieces(depth), inputs, shape, rows, seed)
-        if depth < self.pipeline.last:
-            return found
-        self.work.add(self._micro(micro_batch), found)
-        return None
-
-    def backward(self, chunk: int, micro_batch: int, output_gradients: Buffer | None) -> Buffer | None:
-        return self._summing(micro_batch, lambda: self.pipeline.backend.backward((chunk, micro_batch), output_gradients, self._own(chunk)))
-
-    def backward_input(self, chunk: int, micro_batch: int, output_gradients: Buffer | None) -> Buffer | None:
-        return self.pipeline.backend.backward_input((chunk, micro_batch), output_gradients)
-
-    def backward_weight(self, chunk: int, micro_batch: int) -> None:
-        self._summing(micro_batch, lambda: self.pipeline.backend.backward_weight((chunk, micro_batch), self._own(chunk)))
-
-    def _own(self, chunk: int) -> Mapping[str, Buffer]:
-        names = self.pipeline.portion.layout.read_at(self.pipeline.depths[chunk])
-        return {name: self.into[name] for name in names if name in self.into}
-
-    def _summing(self, micro_batch: int, act: Callable[[], Any]) -> Any:
-        """Weight gradients come shard after shard, so one shard's buffer is open at a time."""
-        shard = micro_batch // self.pipeline.micro_batches
-        if self.left[shard] == self.pipeline.micro_batches * len(self.pipeline.depths):
-            self.into = self.work.begin(self.first + shard)
-        found = act()
-        self.left[shard] -= 1
-        if not self.left[shard]:
-            self.work.end(self.first + shard)
-        return found
+    def _inputs(self, depth: int, shapes: Sequence[Sequence[int]]) -> Buffer | None:
+        """Room for what comes to a depth; None at the model's beginning."""
+        return self.backend.allocate(prod(shapes[depth - 1])) if depth else None
 
 
 def boundaries(portion: Portion, batch: Batch) -> list[tuple[int, ...]]:
@@ -168,10 +172,3 @@ def boundaries(portion: Portion, batch: Batch) -> list[tuple[int, ...]]:
         assert x is not None
         shapes.append(tuple(x.shape))
     return shapes
-
-
-def size_of(shape: Sequence[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

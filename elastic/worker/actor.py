@@ -9,16 +9,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from elastic.chaos import CutShort, Fault, strike_process
+from elastic.chaos import Fault, strike_process
 from elastic.errors import UserError
 from elastic.messages import Generation, Job, Save
+from elastic.worker.loop_control import Control
 
 NAMESPACE = "elastic"
 LOOPBACK = "127.0.0.1"
@@ -63,22 +64,26 @@ class Forgiving(io.TextIOBase):
 
 
 class ProcessRim:
-    """A Ray worker process's surroundings."""
+    """A Ray worker process's surroundings. `orphaned()` is called when no controller has answered for `orphan_timeout_s`."""
 
-    def __init__(self, name: str, job: Job, controller: Any, timeout_s: float):
+    def __init__(self, name: str, job: Job, control: Control, timeout_s: float, orphan_timeout_s: float, orphaned: Callable[[], None]):
         from elastic.collective.segment import usable
         from elastic.collective.torch_store import Endpoint
+        from elastic.worker.outbox import Outbox
 
-        self.name, self.run_id, self.secret, self.controller, self.timeout_s = name, job.run_id, job.secret, controller, timeout_s
+        self.name, self.run_id, self.secret, self.timeout_s = name, job.run_id, job.secret, timeout_s
+        self.controller = controller = ray.get_actor(f"{job.run_id}/controller", NAMESPACE)
         self.node = ray.get_runtime_context().get_node_id()
         self.pid = os.getpid()
         self.host = LOOPBACK if job.is_local else ray.util.get_node_ip_address()
         self.store = Endpoint(self.host, job.secret)
         self.endpoint = self.store.place
         self.shares = usable()
-        self.outbox: Any = None
+        self.outbox = Outbox(name, control, lambda messages, number: ray.get(controller.hear.remote(name, messages, number), timeout=DELIVER_S),
+                             orphan_timeout_s, orphaned, leave)
+        self.outbox.start()
 
-    def form(self, generation: Generation, rank: int, control: Any) -> Any:
+    def form(self, generation: Generation, rank: int, control: Control) -> Any:
         from elastic.collective.connect import form
 
         self.store.drop_before(self.run_id, generation.number)
@@ -102,10 +107,8 @@ class ProcessRim:
 
     def cut_short(self, fault: Fault, group: Any) -> Any:
         """Where the group can, exactly one peer receives; else as many as it comes to."""
-        if hasattr(group, "cut_short"):
-            group.cut_short({(group.rank + 1) % group.size}, partial(strike_process, fault))
-            return group
-        return CutShort(group, partial(strike_process, fault))
+        group.cut_short({(group.rank + 1) % group.size}, partial(strike_process, fault))
+        return group
 
 
 class WorkerActor:
@@ -114,6 +117,7 @@ class WorkerActor:
     def __init__(self, name: str, job: Job, threads: int, hang_timeout_s: float, orphan_timeout_s: float):
         prepare_process(threads, Path(job.run_dir) / "logs" / f"{name}.log", job.sys_path)
         self.name, self.job = name, job
+        self.control = Control()
         self.worker: Any = None
         self.idle, self.over = threading.Lock(), threading.Event()
         self.error: Exception | None = None
@@ -143,32 +147,26 @@ class WorkerActor:
         return over
 
     def _serve(self) -> None:
-        from elastic.worker.outbox import Outbox
         from elastic.worker.worker import Worker
 
-        controller = ray.get_actor(f"{self.job.run_id}/controller", NAMESPACE)
-        rim = ProcessRim(self.name, self.job, controller, self.hang_timeout_s)
-        self.worker = Worker(self.name, self.job, rim)
-        rim.outbox = Outbox(self.name, self.worker.control,
-                            lambda messages, number: ray.get(controller.hear.remote(self.name, messages, number), timeout=DELIVER_S),
-                            self.orphan_timeout_s, self.orphan, leave)
-        rim.outbox.start()
+        rim = ProcessRim(self.name, self.job, self.control, self.hang_timeout_s, self.orphan_timeout_s, self.orphan)
+        self.worker = Worker.open(self.name, self.job, rim, self.control)
         self.worker.serve()
         rim.outbox.flush(FLUSH_S)
 
     def orphan(self) -> None:
         """Nobody has answered for too long: this worker writes down what it has, and goes."""
-        self.worker.orphan()
+        self.control.orphan()
         leave()
 
     def assign(self, order: Generation | Save) -> None:
-        self.worker.orders.put(order)
+        self.control.orders.put(order)
 
     def abandon(self, generation: int) -> None:
-        self.worker.control.abandon(generation)
+        self.control.abandon(generation)
 
     def request_stop(self, generation: int, code: int) -> None:
-        self.worker.control.request_stop(generation, code)
+        self.control.request_stop(generation, code)
 
     def resync(self) -> None:
         if self.worker is not None:
@@ -177,7 +175,7 @@ class WorkerActor:
     def release(self) -> None:
         if self.worker is None:
             os._exit(0)  # still building: nothing is lost
-        self.worker.orders.put(None)
+        self.control.orders.put(None)
 
 
 def leave() -> None:

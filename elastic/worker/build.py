@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 from elastic.data.ledger import Ledger, NotedLoader
 from elastic.data.loader import Prefetcher, eval_batches, load_batch
 from elastic.mesh import Mesh, Seat
-from elastic.model.backend import Backend
-from elastic.model.tally import tally_of
 from elastic.parallel.layout import Portion
 from elastic.parallel.pipeline import Pipeline
 from elastic.recipe import Recipe
 from elastic.state.flat_layout import round_up
-from elastic.state.sharded import ShardedState
-from elastic.state.state import State
-from elastic.worker.loop import Plan, Work
-from elastic.worker.loop_control import Control
 from elastic.worker.lr_schedule import scaled
+from elastic.worker.training import Placement, Plan, Training
 from elastic.worker.watch import Watch
-from elastic.workload import EVAL_ROWS, Workload, create_backend, laid, mesh_of, open_state
+from elastic.workload import EVAL_ROWS, Workload, create_backend, laid, open_state
 
 
-def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
-    """A worker's: where the optimizer is sharded, with the slots of some blocks only."""
-    if not recipe.optimizer.sharded:
-        return open_state(recipe, backend, portion)
-    return ShardedState(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
-                        recipe.optimizer.decayed, recipe.model.thaw, twin=recipe.optimizer.twin)
-
-
-def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:
-    """What a worker computes with on its seat. Where a replica is one worker, the model is what it is."""
+def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> Placement:
+    """Where a replica is one worker, the model is what it is."""
+    mesh, seat = replace(mesh, data=1), replace(seat, data=0)
     if mesh.replica_size == 1:
         backend = create_backend(recipe, workload.model)
-        return None, backend, seat_state(recipe, backend), None
+        state = open_state(recipe, backend, sharded=recipe.optimizer.sharded)
+        return Placement(backend, state, watch=Watch(recipe.model.kind, state.layout) if ":" in recipe.model.kind else None)
     portion = Portion(workload.model, laid(recipe, workload, mesh), seat)
     backend = create_backend(recipe, portion)
     pipeline = Pipeline(portion, backend, recipe.mesh.schedule, recipe.mesh.micro_batches) if mesh.pipeline > 1 else None
-    return portion, backend, seat_state(recipe, backend, portion), pipeline
+    return Placement(backend, open_state(recipe, backend, portion, recipe.optimizer.sharded), mesh, seat, portion, pipeline)
 
 
-def build_work(recipe: Recipe, workload: Workload, control: Control, post: Callable[[Any], None], save: Callable[..., None],
-               seat: Seat | None = None) -> Work:
-    """Everything that the loop needs, built once, on the seat that this worker is likely to get."""
-    portion, backend, state, pipeline = take_seat(recipe, workload, mesh_of(recipe), seat or Seat())
+def build_training(recipe: Recipe, workload: Workload) -> Training:
+    """Of a run, once a worker."""
     sampler = workload.sampler
     ledger = Ledger(sampler) if recipe.data.ledger else None
     load = NotedLoader(workload.training, sampler, ledger) if ledger else Prefetcher(
@@ -54,10 +40,6 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact", optimizer,
                 recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip", recipe.mesh.micro_batches,
                 recipe.checkpoint.best)
-    shard_size = recipe.data.batch_size // recipe.elastic.logical_shards
-    rows = round_up(max(shard_size, EVAL_ROWS), recipe.mesh.expert)
-    evaluation = eval_batches(workload.evaluation, rows) if workload.evaluation else []
-    return Work(plan, backend, state, load, sampler.positions, evaluation, control, post, save, workload.unit, portion, pipeline,
-                watch=Watch(recipe.model.kind, state.layout) if ":" in recipe.model.kind and portion is None else None,
-                fills=workload.training.fills, ledger=ledger, is_own=bool(recipe.data.kind) or ":" in recipe.model.kind,
-                tally=lambda: tally_of(workload.model) or tally_of(backend))
+    rows = round_up(max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS), recipe.mesh.expert)
+    return Training(plan, load, sampler.positions, eval_batches(workload.evaluation, rows) if workload.evaluation else [], workload.model,
+                    workload.unit, bool(recipe.data.kind) or ":" in recipe.model.kind, workload.training.fills, ledger)

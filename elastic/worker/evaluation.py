@@ -5,30 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from elastic.collective.group import CollectiveGroup
 from elastic.model.backend import Backend, Batch
-from elastic.model.tally import Tally
+from elastic.model.tally import Tally, tally_of
 from elastic.model.user_code import users
-from elastic.parallel.groups import Links
+from elastic.worker.context import StepContext
 from elastic.worker.gradients import rows_of
 
-if TYPE_CHECKING:
-    from elastic.worker.loop import Work
 
-
-def evaluate(work: Work, links: Links, step: int) -> dict[str, float]:
+def evaluate(context: StepContext) -> dict[str, float]:
     """The mean of every metric over the evaluation set. A batch is computed whole by one replica: the split changes no bit."""
-    batches, tally, counted = work.eval_batches, work.tally(), work.tally()
+    training, links, world, batches = context.training, context.links, context.links.world, context.training.eval_batches
+    tally, counted = (tally_of(training.model, context.backend) for _ in range(2))
     parts: dict[str, np.ndarray] = {}
     own = range(links.data.rank, len(batches), links.data.size)
     for index in own or range(1):  # a replica without a batch still has to know the names
-        work.control.at(step, "evaluate", index)
-        with users(work.is_own):
-            found = one_batch(work, links, counted if own else tally, rows_of(batches[index](), links, 0, 1))
+        context.at("evaluate", index)
+        with users(training.is_own):
+            found = one_batch(context, counted if own else tally, rows_of(batches[index](), links, 0, 1))
         for name, pair in found.items():
             table = parts.setdefault(name, np.zeros((len(batches), 2)))
             if own and links.speaks:
@@ -37,19 +35,20 @@ def evaluate(work: Work, links: Links, step: int) -> dict[str, float]:
     tables = [parts.get(name, np.zeros((len(batches), 2))).reshape(-1) for name in names]
     counts = np.zeros(0) if counted is None else counted.counts if links.speaks else np.zeros_like(counted.counts)
     mine = np.concatenate([*tables, counts])
-    out = np.empty(links.world.size * len(mine))
-    with work.control.collective(step, "evaluate"):
-        links.world.all_gather(out, mine)
-    sums = out.reshape(links.world.size, -1).sum(axis=0)
+    out = np.empty(world.size * len(mine))
+    with context.waiting("evaluate"):
+        world.all_gather(out, mine)
+    sums = out.reshape(world.size, -1).sum(axis=0)
     length = 2 * len(names) * len(batches)
     return figures(dict(zip(names, sums[:length].reshape(len(names), len(batches), 2), strict=True)), counted, sums[length:])
 
 
-def one_batch(work: Work, links: Links, tally: Tally | None, batch: Batch) -> dict[str, tuple[float, float]]:
+def one_batch(context: StepContext, tally: Tally | None, batch: Batch) -> dict[str, tuple[float, float]]:
     """Through the stages, where there are some: then only the last knows what came out."""
-    if work.pipeline is None:
-        return measure(work.backend, tally, batch)
-    found = work.pipeline.infer(links.pipeline, batch)
+    pipeline = context.place.pipeline
+    if pipeline is None:
+        return measure(context.backend, tally, batch)
+    found = pipeline.infer(context.links.pipeline, batch)
     return {} if found is None else scalars(found, tally, batch)
 
 

@@ -2,64 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from elastic.chaos import Injector
-from elastic.collective.group import CollectiveGroup
-from elastic.collective.reduction import Scratch, SubtreeSums, out_size
+from elastic.collective.reduction import SubtreeSums
 from elastic.data.collate import num_rows, sliced
 from elastic.mesh import shards_of
-from elastic.model.backend import Buffer, ShardResult
+from elastic.model.backend import Batch, Buffer, ShardResult
 from elastic.model.user_code import users
 from elastic.parallel.axis import empty_like, span
 from elastic.parallel.groups import Links
-from elastic.parallel.pipeline import Pipeline, Shards
-from elastic.state.flat_layout import BLOCK, FlatLayout
-
-if TYPE_CHECKING:
-    from elastic.worker.loop import Work
-
-
-class Buffers:
-    """One generation's communication buffers. A broken group's are never used again: a stopped peer may still write to them."""
-
-    def __init__(self, work: Work, group: CollectiveGroup):
-        allocate = getattr(group, "allocate", work.backend.allocate)
-        self.layout = work.state.layout
-        self.numel = self.layout.gradient
-        state, rest = work.state, self.numel - self.layout.trainable
-        size = state.tail + out_size(rest, BLOCK, group.size) if state.num_blocks else out_size(self.numel, BLOCK, group.size)
-        self.out = allocate(size) if group.size > 1 else None
-        self.scratch = Scratch(work.backend.allocate)
-        self._allocate = allocate
-        self._all: list[Buffer] = []
-        self._free: list[Buffer] = []
-
-    def reset(self) -> None:
-        self._free = list(self._all)
-
-    def take(self) -> Buffer:
-        """A zeroed buffer for gradients."""
-        if not self._free:
-            self._all.append(self._allocate(self.numel))
-            return self._all[-1]
-        buffer = self._free.pop()
-        buffer[:] = 0
-        return buffer
-
-    def give(self, buffer: Buffer) -> None:
-        self._free.append(buffer)
+from elastic.state.flat_layout import FlatLayout
+from elastic.worker.context import Buffers, StepContext
 
 
 class PlainSum:
     """For `reduction = "fast"`: all shards of a member in one buffer, in its own order."""
 
-    def __init__(self, take: Callable[[], Buffer]):
-        self.buffer = take()
+    def __init__(self, buffers: Buffers):
+        self.buffer = buffers.take()
 
     def begin(self, shard: int) -> Buffer:
         return self.buffer
@@ -68,76 +31,68 @@ class PlainSum:
         return None
 
 
-@dataclass
-class Found:
-    """What a member's shards gave: `sums` of gradients, and each shard's loss sum and weight as far as this member is to say them."""
+class Shards:
+    """A member's logical shards in one step: `sums` of their gradients, and each shard's loss sum and weight, as far as it is to say them."""
 
-    sums: Any
-    losses: dict[int, float] = field(default_factory=dict)
-    weights: dict[int, float] = field(default_factory=dict)
+    def __init__(self, context: StepContext):
+        plan, buffers, links = context.plan, context.buffers, context.links
+        buffers.reset()
+        self.context, self.layout = context, buffers.layout
+        self.run = shards_of(links.data.rank, links.data.size, plan.num_shards)
+        apart = context.place.habits.apart or plan.micro_batches > 1
+        self.sums: Any = SubtreeSums(self.run, plan.num_shards, buffers.take, buffers.give, apart) if plan.exact else PlainSum(buffers)
+        self.losses, self.weights = np.zeros(plan.num_shards), np.zeros(plan.num_shards)
+        self.loaded = -1
+        self.batch: Batch = {}
+        self.buffer: Buffer = None
+
+    def compute(self) -> None:
+        """A shard at a time, by a member that has the whole depth of the model."""
+        backend, state = self.context.backend, self.context.state
+        for shard in self.run:
+            into = self.begin(shard)
+            with users(self.context.training.is_own):
+                for micro in range(self.context.plan.micro_batches):
+                    result = backend.gradients(*self.rows(shard, micro), into)
+                    if result.buffers:
+                        state.add_statistics(self.buffer, result.buffers, result.weight)
+                    self.add(shard, result)
+            self.end(shard)
+
+    def rows(self, shard: int, micro: int) -> tuple[Batch, int]:
+        """This member's rows of one micro-batch, and a counter-based seed for whatever is random in it."""
+        context, links, each = self.context, self.context.links, self.context.plan.micro_batches
+        if shard != self.loaded:
+            context.at("forward", shard)
+            context.fire("forward")
+            with users(context.training.is_own):
+                self.batch, self.loaded = context.training.load_batch(context.step, shard), shard
+        parts, part = links.mesh.expert * each, links.seat.expert * each + micro
+        return rows_of(self.batch, links, micro, each), shard_seed(context.plan.seed, context.step, shard, *([part] if parts > 1 else []))
+
+    def begin(self, shard: int) -> Mapping[str, Buffer]:
+        """Where a shard's gradients go."""
+        self.buffer = self.sums.begin(shard)
+        return self.layout.views(self.buffer, self.layout.trainable_names)
 
     def add(self, shard: int, result: ShardResult) -> None:
-        """One micro-batch; they come in order."""
-        self.losses[shard] = self.losses.get(shard, 0.0) + result.loss_sum
-        self.weights[shard] = self.weights.get(shard, 0.0) + result.weight
+        """One micro-batch's loss; they come in order."""
+        if self.context.links.speaks:
+            self.losses[shard] += result.loss_sum
+            self.weights[shard] += result.weight
+
+    def end(self, shard: int) -> None:
+        self.sums.end(shard)
+        self.context.fire("backward")
 
 
-def add_up_shards(work: Work, links: Links, buffers: Buffers, step: int, injector: Injector) -> Found:
-    """The gradients of this member's shards, added along the tree; the losses of those shards, if it is the one to say them."""
-    run = shards_of(links.data.rank, links.data.size, work.plan.num_shards)
-    buffers.reset()
-    several = work.apart or work.plan.micro_batches > 1
-    found = Found(SubtreeSums(run, work.plan.num_shards, buffers.take, buffers.give, several) if work.plan.exact else PlainSum(buffers.take))
-    if work.pipeline is not None:
-        through_stages(work, work.pipeline, links, buffers, found, run, step, injector)
+def add_up_shards(context: StepContext) -> Shards:
+    shards, pipeline = Shards(context), context.place.pipeline
+    if pipeline is None:
+        shards.compute()
     else:
-        for shard in run:
-            one_shard(work, links, buffers, found, step, shard, injector)
-    if not links.speaks:
-        found.losses, found.weights = {}, {}
-    return found
-
-
-def one_shard(work: Work, links: Links, buffers: Buffers, found: Found, step: int, shard: int, injector: Injector) -> None:
-    work.control.at(step, "forward", shard)
-    injector.at(step, "forward")
-    buffer = found.sums.begin(shard)
-    views = buffers.layout.views(buffer, buffers.layout.trainable_names)
-    with users(work.is_own):
-        batch = work.load_batch(step, shard)
-        for micro in range(work.plan.micro_batches):
-            rows = rows_of(batch, links, micro, work.plan.micro_batches)
-            result = work.backend.gradients(rows, micro_seed(work, links, step, shard, micro), views)
-            if result.buffers:
-                work.state.add_statistics(buffer, result.buffers, result.weight)
-            found.add(shard, result)
-    found.sums.end(shard)
-    injector.at(step, "backward")
-
-
-def through_stages(work: Work, pipeline: Pipeline, links: Links, buffers: Buffers, found: Found, run: range, step: int,
-                   injector: Injector) -> None:
-    """This member's stage of all its shards."""
-    each = work.plan.micro_batches
-    loaded: dict[int, Mapping[str, Any]] = {}
-
-    def rows(number: int) -> tuple[Mapping[str, Any], int]:
-        shard, micro = run[number // each], number % each
-        if shard not in loaded:
-            work.control.at(step, "forward", shard)
-            injector.at(step, "forward")
-            loaded.clear()
-            loaded[shard] = work.load_batch(step, shard)
-        return rows_of(loaded[shard], links, micro, each), micro_seed(work, links, step, shard, micro)
-
-    def begin(index: int) -> Mapping[str, Buffer]:
-        return buffers.layout.views(found.sums.begin(run[index]), buffers.layout.trainable_names)
-
-    def end(index: int) -> None:
-        found.sums.end(run[index])
-        injector.at(step, "backward")
-
-    pipeline.run(links.pipeline, run, Shards(rows, begin, end, lambda number, result: found.add(run[number // each], result)))
+        pipeline.run(context.links.pipeline, shards)
+    return shards
 
 
 def sum_shared(links: Links, layout: FlatLayout, gradient: Buffer) -> None:
@@ -164,12 +119,6 @@ def rows_of(batch: Mapping[str, Any], links: Links, micro: int, micro_batches: i
         return batch
     low, count = span(num_rows(batch), parts, links.seat.expert * micro_batches + micro)
     return sliced(batch, low, low + count)
-
-
-def micro_seed(work: Work, links: Links, step: int, shard: int, micro: int) -> int:
-    """A counter-based seed for whatever is random in one micro-batch of one shard of one step."""
-    place = links.seat.expert * work.plan.micro_batches + micro
-    return shard_seed(work.plan.seed, step, shard, *([place] if links.mesh.expert * work.plan.micro_batches > 1 else []))
 
 
 def shard_seed(*key: int) -> int:

@@ -1,20 +1,31 @@
-"""What other threads may ask of a running loop, and what it tells them: stop requests, abandonment, and where it stands."""
+"""What other threads may ask of a worker, from its first moment on, and what it tells them: orders, stop requests, and where it is."""
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from elastic.errors import GroupBroken
-from elastic.messages import GO
+from elastic.messages import GO, Generation, Save
+
+ORPHAN_S = 600.0  # for an orphan to write its state
+
+
+class Orphan:
+    """An order that a worker gives itself: leave."""
 
 
 class Control:
-    """Shared between a worker's loop and the thread that takes the controller's orders. Every order names its generation."""
+    """Shared between a worker's thread and those that take the controller's orders. `orders`: generations to take part in, what is to be
+    saved, and None to release it.
+    """
 
     def __init__(self) -> None:
+        self.orders: queue.SimpleQueue[Generation | Save | Orphan | None] = queue.SimpleQueue()
+        self.is_gone = threading.Event()  # an orphan has written its state, as far as it can
         self._lock = threading.Lock()
         self._stops: dict[int, int] = {}
         self._abandoned = -1
@@ -53,6 +64,12 @@ class Control:
         if group is not None:
             group.abandon()
 
+    def orphan(self, timeout_s: float = ORPHAN_S) -> None:
+        """Nobody has answered for too long. Returns when the worker's state is on disk, or cannot be."""
+        self.orders.put(Orphan())
+        self.abandon(self.generation)
+        self.is_gone.wait(timeout_s)
+
     def request_stop(self, generation: int, code: int) -> None:
         with self._lock:
             self._stops[generation] = max(code, self._stops.get(generation, GO))
@@ -66,10 +83,16 @@ class Control:
         if self.abandoned.is_set():
             raise GroupBroken(f"Generation {self.generation} was abandoned.")
 
+    def note(self, detail: int) -> None:
+        """How far a long phase is, from inside a wait that an abandoned generation does not end."""
+        self.detail = detail
+
     @contextmanager
-    def collective(self, step: int, phase: str) -> Iterator[None]:
-        """Marks the time inside a collective: who has not entered one that others wait in is the suspect of a hang."""
-        self.at(step, phase)
+    def collective(self, step: int | None = None, phase: str = "", detail: int = 0) -> Iterator[None]:
+        """Marks the time inside a collective, of the step and phase at hand unless told: who has not entered one that others wait in is the
+        suspect of a hang.
+        """
+        self.at(self.step if step is None else step, phase or self.phase, detail)
         self.inside += 1
         self.waiting = True
         try:

@@ -16,9 +16,11 @@ from elastic.collective.solo import SoloGroup
 from elastic.controller.checkpoints import Commits
 from elastic.messages import Generation, Save
 from elastic.state.state import State
-from elastic.worker.loop import Plan, Work, train
+from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
+from elastic.worker.member import Member
 from elastic.worker.saver import Saver
+from elastic.worker.training import Placement, Plan, Training
 from tests.support.models import SMALL, VOCAB, rig_of, settings, token_batch
 from tests.support.rules import OPTIMIZER
 from tests.support.threads import together
@@ -106,10 +108,10 @@ def trained(backends: list[Any], module: bool) -> list[State]:
     def member(rank: int, group: Any) -> None:
         states[rank].start(3)
         optimizer = {**OPTIMIZER, "name": "adamw", "lr": 1e-2, "clip_norm": 0.5}
-        work = Work(Plan(3, 4, 5, True, optimizer), backends[rank], states[rank], Batches(module), lambda step, shard: np.arange(2), [],
-                    Control(), lambda message: None, lambda order, found: None)
-        train(work, Generation(1, tuple(f"w{i}" for i in range(len(backends))), "", "local", 0), group,
-              Injector((), rank, print, print, lambda fault, same: same))
+        training = Training(Plan(3, 4, 5, True, optimizer), Batches(module), lambda step, shard: np.arange(2))
+        member = Member(training, Placement(backends[rank], states[rank]), Control(), lambda message: None)
+        generation = Generation(1, tuple(f"w{i}" for i in range(len(backends))), "", "local", 0)
+        train(begin(member, generation, group, Injector((), rank, print, print, lambda fault, same: same)))
 
     together(len(backends), member)
     return states

@@ -32,12 +32,14 @@ def snapshot(run: Run, names: list[str]) -> dict[str, bytes]:
     """Every byte that the survivors and the run directory hold."""
     out = {}
     for name in names:
-        work = run.fleet.workers[name].work
-        flat = {"param": work.state.param, **work.state.slots, **work.state.buffers}
-        if work.gradient is not None:
-            flat["gradient"] = work.gradient
+        worker = run.fleet.workers[name].worker
+        assert worker is not None
+        state, held = worker.place.state, worker.held
+        flat = {"param": state.param, **state.slots, **state.buffers}
+        if held.gradient is not None:
+            flat["gradient"] = held.gradient
         out |= {f"{name}/{key}": array.tobytes() for key, array in flat.items()}
-        out[f"{name}/committed"] = bytes(str((work.state.committed, work.holds, work.ballot)), "utf-8")
+        out[f"{name}/committed"] = bytes(str((state.committed, held.step, held.ballot)), "utf-8")
     for path in sorted(run.run_dir.rglob("*")):
         if path.is_file() and not is_leftover(path):
             out[str(path)] = path.read_bytes()

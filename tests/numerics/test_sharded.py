@@ -123,8 +123,9 @@ def test_a_worker_holds_slots_for_what_it_keeps_and_no_more(workers: int, plays:
     held: dict[str, list[int]] = {}
 
     def look(run: Run) -> None:
-        for name, worker in run.fleet.workers.items():
-            held[name] = [buffer.nbytes for buffer in worker.work.state.slots.values()]
+        for name, rim in run.fleet.workers.items():
+            assert rim.worker is not None
+            held[name] = [buffer.nbytes for buffer in rim.worker.place.state.slots.values()]
 
     fit(tmp_path / "run", recipe(plays, workers), hooks={3: look}).assert_sound(STEPS)
     assert len(held) == workers and all(len(sizes) == 3 for sizes in held.values()), "two moments and an average"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ from elastic.mesh import Mesh
 from elastic.messages import Generation, Line
 from elastic.recipe import Recipe
 from elastic.state.relayout import whole_arrays
-from elastic.worker.build import build_work
-from elastic.worker.loop import Work, train
+from elastic.worker import member
+from elastic.worker.build import build_training, take_seat
+from elastic.worker.context import StepContext
+from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
 from elastic.workload import Workload
 from tests.support.threads import together
@@ -38,33 +40,33 @@ class Trained:
     counts: list[Counter[str]]  # bytes of collectives, by rank
 
 
-class Member:
+class Member(member.Member):
     """One worker. `gradient` is its part of the first step's, before anything is applied."""
 
+    context: StepContext
+
     def __init__(self, recipe: Recipe, info: Mapping[str, Any], mesh: Mesh, rank: int):
-        self.lines: list[Any] = []
-        self.rank, self.mesh = rank, mesh
-        self.work: Work = build_work(recipe, Workload.open(recipe, info), Control(), self.lines.append, lambda order, evaluation: None,
-                                     replace(mesh.seat(rank), data=0))
-        self.work.state.keep(mesh.seat(rank).data, mesh.data)
-        self.work.state.start(recipe.run.seed)
+        self.sent: list[Any] = []
+        workload = Workload.open(recipe, info)
+        super().__init__(build_training(recipe, workload), take_seat(recipe, workload, mesh, mesh.seat(rank)), Control(), self.sent.append)
+        self.rank, state = rank, self.place.state
+        state.keep(mesh.seat(rank).data, mesh.data)
+        state.start(recipe.run.seed)
         self.gradient: dict[str, np.ndarray] = {}
-        update = self.work.backend.update
+        update = self.place.backend.update
 
         def noted(*arguments: Any) -> None:
-            if not self.gradient and not self.work.state.num_blocks:
-                layout = self.work.state.layout
-                assert self.work.gradient is not None
-                self.gradient = {name: np.array(view) for name, view in layout.views(self.work.gradient, layout.trainable_names).items()}
+            if not self.gradient and not state.num_blocks:
+                self.gradient = {name: np.array(view) for name, view in state.layout.views(self.held.gradient, state.layout.trainable_names).items()}
             update(*arguments)
 
-        self.work.backend.update = noted  # type: ignore[method-assign]
+        self.place.backend.update = noted  # type: ignore[method-assign]
 
     def live(self, generation: Generation, group: Any) -> dict[str, np.ndarray]:
-        train(self.work, generation, group, Injector((), self.rank, lambda spec: None, lambda fault: None, lambda fault, group: group))
-        links = self.work.links
-        assert links is not None
-        wholes = whole_arrays(self.work.state, links.replica, lambda number: nullcontext(), links.data)
+        self.context = begin(self, generation, group, Injector((), self.rank, lambda spec: None, lambda fault: None, lambda fault, group: group))
+        train(self.context)
+        links = self.context.links
+        wholes = whole_arrays(self.place.state, links.replica, lambda number: nullcontext(), links.data)
         return {name: np.array(array) for name, array in wholes}
 
 
@@ -74,17 +76,17 @@ def train_on(recipe: Recipe, mesh: Mesh) -> Trained:
     members = [Member(recipe, info, mesh, rank) for rank in range(mesh.world_size)]
     generation = Generation(1, tuple(f"w{r}" for r in range(mesh.world_size)), "", "local", 0, checkpointed=1 << 40,
                             mesh=(mesh.data, mesh.pipeline, mesh.tensor, mesh.expert),
-                            kept=tuple(member.work.state.blocks for member in members))
+                            kept=tuple(member.place.state.blocks for member in members))
     found = together(len(members), lambda rank, group: members[rank].live(generation, group), LIMIT_S)
-    lines = [line.fields for line in members[0].lines if isinstance(line, Line) and line.file == "metrics"]
+    lines = [line.fields for line in members[0].sent if isinstance(line, Line) and line.file == "metrics"]
     return Trained([fields["loss"] for fields in lines if "loss" in fields], [fields["eval"] for fields in lines if "eval" in fields],
                    assembled(members), found[0], {hashes_of(arrays.items(), 0)[1] for arrays in found},
-                   [member.work.links.counts for member in members if member.work.links])
+                   [member.context.links.counts for member in members])
 
 
 def assembled(members: Sequence[Member]) -> dict[str, np.ndarray]:
     """The first gradients of replica 0, whole: each part from its keeper."""
-    first = members[0].work
+    first = members[0].place
     if first.portion is None or first.state.num_blocks:
         return first_of(members, 0)
     layout, out = first.portion.layout, {}

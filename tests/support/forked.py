@@ -30,6 +30,7 @@ from elastic.controller import membership as m
 from elastic.messages import Generation, Job, Ready, Save
 from elastic.recipe import loads
 from elastic.worker.actor import LOOPBACK
+from elastic.worker.loop_control import Control
 from elastic.worker.outbox import Outbox
 from elastic.worker.worker import Worker
 from tests.support.inprocess import Run
@@ -46,6 +47,7 @@ class ForkedRim:
         self.job, self.words, self.pid = job, words, os.getpid()
         self.store = Endpoint(LOOPBACK, job.secret)
         self.endpoint = self.store.place
+        self.control = Control()
         self.outbox: Any = None
         self.asking = threading.Lock()
 
@@ -76,23 +78,22 @@ def be_worker(orders: Any, words: Any) -> None:
     """A child's life: it waits until somebody wants it."""
     name, job = orders.recv()
     rim = ForkedRim(job, words)
-    worker = Worker(name, job, rim)
-    rim.outbox = Outbox(name, worker.control, lambda messages, number: rim.ask("hear", messages, number), FORM_S, lambda: os._exit(1),
+    rim.outbox = Outbox(name, rim.control, lambda messages, number: rim.ask("hear", messages, number), FORM_S, lambda: os._exit(1),
                         lambda: os._exit(1))
 
     def listen() -> None:
         while True:
             method, *arguments = orders.recv()
             if method == "assign":
-                worker.orders.put(*arguments)
+                rim.control.orders.put(*arguments)
             elif method == "release":
-                worker.orders.put(None)
+                rim.control.orders.put(None)
             else:
-                getattr(worker.control, method)(*arguments)
+                getattr(rim.control, method)(*arguments)
 
     threading.Thread(target=listen, daemon=True).start()
     rim.outbox.start()
-    worker.serve()
+    Worker.open(name, job, rim, rim.control).serve()
     rim.outbox.flush(10.0)
 
 

@@ -13,12 +13,14 @@ from elastic.chaos import Injector
 from elastic.collective.local import Hub
 from elastic.collective.solo import SoloGroup
 from elastic.errors import GroupBroken, NonFiniteLoss
-from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Line
+from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Line, Save
 from elastic.model.backend import ShardResult, Spec
 from elastic.state.state import State
+from elastic.worker import member as module
 from elastic.worker.gradients import shard_seed
-from elastic.worker.loop import Plan, Work, commit, train
+from elastic.worker.loop import begin, commit, train
 from elastic.worker.loop_control import Control
+from elastic.worker.training import Placement, Plan, Training
 from tests.support.rules import OPTIMIZER
 
 SHARDS, STEPS = 4, 6
@@ -67,8 +69,8 @@ class Loader:
         """Nothing is loaded ahead."""
 
 
-class Member:
-    """One worker's work, with everything that it posts and saves."""
+class Member(module.Member):
+    """One without a worker, with everything that it posts and saves."""
 
     def __init__(self, loader: Loader | None = None, optimizer: dict[str, Any] | None = None, **plan: Any):
         self.posted: list[Any] = []
@@ -76,21 +78,23 @@ class Member:
         backend = Backend()
         state = State(backend, "sgd")
         state.start(0)
-        self.control = Control()
-        self.work = Work(Plan(**{"num_steps": STEPS, "num_shards": SHARDS, "seed": 5, "exact": True,
-                                 "optimizer": {**OPTIMIZER, **(optimizer or {})}, **plan}), backend, state, loader or Loader(),
-                         lambda step, shard: np.array([(step - 1) * SHARDS + shard]), [lambda: {"value": 3.0}, lambda: {"value": 5.0}],
-                         self.control, self.posted.append, lambda order, found: self.saved.append((order.generation, order.step, order.wait)))
+        training = Training(Plan(**{"num_steps": STEPS, "num_shards": SHARDS, "seed": 5, "exact": True,
+                                    "optimizer": {**OPTIMIZER, **(optimizer or {})}, **plan}), loader or Loader(),
+                            lambda step, shard: np.array([(step - 1) * SHARDS + shard]), [lambda: {"value": 3.0}, lambda: {"value": 5.0}])
+        super().__init__(training, Placement(backend, state), Control(), self.posted.append)
+
+    def save(self, order: Save) -> None:
+        self.saved.append((order.generation, order.step, order.wait))
 
     @property
     def w(self) -> float:
-        return float(self.work.state.param[0])
+        return float(self.place.state.param[0])
 
     def train(self, group: Any, generation: Generation) -> str:
         self.control.enter(generation.number)
         self.control.attach(group)
         silent = Injector((), group.rank, lambda spec: None, lambda fault: None, lambda fault, g: g)
-        return train(self.work, generation, group, silent)
+        return train(begin(self, generation, group, silent))
 
     def metrics(self) -> list[dict[str, Any]]:
         return [m.fields for m in self.posted if isinstance(m, Line) and m.file == "metrics" and "eval" not in m.fields]
@@ -137,7 +141,7 @@ def test_a_run_by_hand(size: int) -> None:
     assert evaluations == [{"step": 3, "eval": {"loss": 4.0}}, {"step": 6, "eval": {"loss": 4.0}}]
     assert all(m.saved == [(1, 4, False), (1, 6, True)] for m in members)
     assert all(not m.posted for m in members[1:])
-    assert all([f["step"] for f in m.work.unwritten if "eval" not in f] == list(range(1, STEPS + 1)) for m in members)
+    assert all([f["step"] for f in m.unwritten if "eval" not in f] == list(range(1, STEPS + 1)) for m in members)
 
 
 @pytest.mark.parametrize(("codes", "saves"), [((0, STOP, 0), False), ((STOP, STOP_AND_SAVE, 0), True)])
@@ -147,9 +151,9 @@ def test_one_member_s_stop_request_stops_all_at_the_same_step(codes: tuple[int, 
         if code:
             member.control.request_stop(1, code)
     assert run_all(members, generation_of(3)) == ["stopped"] * 3
-    assert [m.work.state.committed for m in members] == [1, 1, 1]
+    assert [m.place.state.committed for m in members] == [1, 1, 1]
     assert all(m.saved == ([(1, 1, True)] if saves else []) for m in members)
-    assert all(m.work.ballot == Ballot(1, (10.0, 11.0, 12.0, 13.0), (2.0,) * 4, max(codes)) for m in members)
+    assert all(m.held.ballot == Ballot(1, (10.0, 11.0, 12.0, 13.0), (2.0,) * 4, max(codes)) for m in members)
 
 
 def test_a_stop_at_the_last_step_is_the_end() -> None:
@@ -162,7 +166,7 @@ def test_what_is_saved_already_is_not_saved_again() -> None:
     member = Member(num_steps=0)
     assert run_all([member], generation_of(1)) == ["done"] and member.saved == []
     member = Member()
-    member.work.state.committed = STEPS
+    member.place.state.committed = STEPS
     assert run_all([member], generation_of(1, committed=STEPS, checkpointed=STEPS - 1)) == ["done"]
     assert member.saved == [(1, STEPS, True)]
 
@@ -170,11 +174,11 @@ def test_what_is_saved_already_is_not_saved_again() -> None:
 def test_a_member_that_missed_the_vote_applies_what_it_holds() -> None:
     seen, missed = Member(), Member()
     for member in (seen, missed):
-        member.work.gradient = np.zeros(member.work.state.layout.gradient, np.float32)
-        member.work.gradient[0] = 46.0
-        member.work.holds = 1
+        member.held.gradient = np.zeros(member.place.state.layout.gradient, np.float32)
+        member.held.gradient[0] = 46.0
+        member.held.step = 1
     ballot = Ballot(1, (10.0, 11.0, 12.0, 13.0), (2.0,) * 4)
-    commit(seen.work, ballot)
+    commit(seen, ballot)
     assert run_all([seen, missed], generation_of(2, number=2, committed=1, ballot=ballot)) == ["done", "done"]
     assert seen.w == missed.w == np.float32(expected(STEPS))
 
@@ -182,7 +186,7 @@ def test_a_member_that_missed_the_vote_applies_what_it_holds() -> None:
 def test_nobody_saw_the_vote_and_the_step_is_redone_from_scratch() -> None:
     members = [Member(), Member()]
     for member in members:
-        member.work.gradient, member.work.holds = np.full(member.work.state.layout.gradient, 99.0, np.float32), 1
+        member.held.gradient, member.held.step = np.full(member.place.state.layout.gradient, 99.0, np.float32), 1
     assert run_all(members, generation_of(2, number=2)) == ["done", "done"]
     assert {m.w for m in members} == {np.float32(expected(STEPS))}
 
@@ -191,9 +195,9 @@ def test_a_joiner_is_healed_and_the_others_do_not_wait_for_it() -> None:
     members = [Member() for _ in range(3)]
     assert run_all(members[:2], generation_of(2)) == ["done", "done"]
     for member in members:
-        member.work.plan = Plan(**{**member.work.plan.__dict__, "num_steps": STEPS + 2})
-    members[2].work.state.committed = -1
-    members[2].work.state.param[:] = 7.0
+        member.training.plan = Plan(**{**member.training.plan.__dict__, "num_steps": STEPS + 2})
+    members[2].place.state.committed = -1
+    members[2].place.state.param[:] = 7.0
     assert run_all(members, generation_of(3, number=2, committed=STEPS, healers=((1, (2,)),))) == ["done"] * 3
     assert {m.w for m in members} == {np.float32(expected(STEPS + 2))}
     healed = [m.fields for member in members for m in member.posted if m.fields.get("event") == "healed"]
@@ -210,7 +214,7 @@ def test_nothing_is_changed_before_the_vote() -> None:
     good, bad = Member(), Member(Loader(lost))
     broken, failed = run_all([good, bad], generation_of(2))
     assert isinstance(broken, GroupBroken) and isinstance(failed, OSError)
-    assert [m.work.state.committed for m in (good, bad)] == [2, 2]
+    assert [m.place.state.committed for m in (good, bad)] == [2, 2]
     assert good.w == bad.w == np.float32(expected(2))
 
 
@@ -224,17 +228,17 @@ def test_a_lost_number_is_named_and_changes_nothing(value: float) -> None:
 
 def test_an_update_that_fails_half_way_leaves_the_state_torn() -> None:
     member = Member()
-    update = member.work.backend.update
+    update = member.place.backend.update
 
     def failing(*arguments: Any) -> None:
         update(*arguments)
         if member.w == np.float32(expected(3)):
             raise MemoryError
 
-    member.work.backend.update = failing
+    member.place.backend.update = failing
     (found,) = run_all([member], generation_of(1))
     assert isinstance(found, MemoryError)
-    assert member.work.state.committed == -1 and member.work.ballot is not None and member.work.ballot.step == 3
+    assert member.place.state.committed == -1 and member.held.ballot is not None and member.held.ballot.step == 3
 
 
 def test_clipping_is_by_the_norm_of_the_mean_gradient() -> None:
@@ -256,9 +260,9 @@ def test_lines_that_are_on_disk_are_forgotten() -> None:
             member.control.written = next(wanted)
         return 1.0
 
-    member.work.load_batch = Loader(change)
+    member.training.load_batch = Loader(change)
     assert member.train(SoloGroup(), generation_of(1)) == "done"
-    assert [("eval" in f, f["step"]) for f in member.work.unwritten] == [(True, 4), (False, 5), (False, 6), (True, 6)]
+    assert [("eval" in f, f["step"]) for f in member.unwritten] == [(True, 4), (False, 5), (False, 6), (True, 6)]
 
 
 def test_what_is_asked_for_again_while_a_line_is_sent_comes_with_the_next() -> None:
@@ -271,7 +275,7 @@ def test_what_is_asked_for_again_while_a_line_is_sent_comes_with_the_next() -> N
             return found
 
     member = Member(num_steps=3)
-    member.control.repeat, member.work.eval_batches = Late(), []
+    member.control.repeat, member.training.eval_batches = Late(), []
     assert member.train(SoloGroup(), generation_of(1)) == "done"
     assert [fields["step"] for fields in member.metrics()] == [1, 1, 2, 3]
 

@@ -22,7 +22,8 @@ from elastic.planning.costs import Candidate, Cluster, Holding, Part, Task
 from elastic.planning.memory import question
 from elastic.planning.search import Forecast, choose, enough_shards, forecast, ranked, verdict
 from elastic.recipe import parse
-from elastic.worker.gradients import Buffers
+from elastic.worker.context import Buffers
+from elastic.worker.training import Placement
 from elastic.workload import create_backend, open_model, open_state
 from tests.support.threads import together
 
@@ -81,7 +82,7 @@ def test_the_bytes_that_a_worker_really_holds(workers: int) -> None:
     model = open_model(recipe, {"vocab_size": 60})
     backend, taken = create_backend(recipe, model), []
     state = open_state(recipe, backend)
-    buffers = Buffers(type("Work", (), {"state": state, "backend": backend}), Hub().form(1, 0, workers))  # type: ignore[arg-type]
+    buffers = Buffers(Placement(backend, state), Hub().form(1, 0, workers))
     sums = SubtreeSums(shards_of(0, workers, 8), 8, buffers.take, buffers.give)
     for shard in shards_of(0, workers, 8):
         sums.begin(shard)

@@ -15,6 +15,9 @@ from elastic.recipe import dumps, loads, parse
 from elastic.state.flat_layout import FlatLayout
 from elastic.state.state import State
 from elastic.worker.loop import commit
+from elastic.worker.loop_control import Control
+from elastic.worker.member import Member
+from elastic.worker.training import Placement, Plan, Training
 from recommender.dlrm import build
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -46,14 +49,15 @@ def test_parameters_decay_as_their_pattern_says(kind: str, name: str) -> None:
     makers = {"sgd": lambda: torch.optim.SGD(groups, 0.1, 0.9), "adam": lambda: torch.optim.Adam(groups, 0.1),
               "adamw": lambda: torch.optim.AdamW(groups, 0.1)}
     optimizer, draw = makers[name](), np.random.default_rng(0)
+    training = Training(Plan(5, 2, 0, True, asked.model_dump()), None, lambda step, shard: np.zeros(1))  # type: ignore[arg-type]
+    member = Member(training, Placement(backend, state), Control(), print)
     for step in range(1, 6):
         gradient = backend.allocate(state.layout.gradient)
         for n, view in state.layout.views(gradient, state.layout.trainable_names).items():
             view[...] = draw.standard_normal(view.shape)
             theirs[n].grad = torch.tensor(view / 4)
-        work = SimpleNamespace(plan=SimpleNamespace(optimizer=asked.model_dump(), num_steps=5), state=state, gradient=gradient, backend=backend,
-                               sums=False)
-        commit(work, Ballot(step, (1.0, 1.0), (2.0, 2.0)))  # type: ignore[arg-type]
+        member.held.gradient = gradient
+        commit(member, Ballot(step, (1.0, 1.0), (2.0, 2.0)))
         optimizer.step()
     for n, view in state.layout.views(state.param).items():
         np.testing.assert_allclose(view, theirs[n].numpy(), rtol=2e-5, atol=2e-6, err_msg=n)

@@ -1,0 +1,91 @@
+"""One generation as its steps see it: who is in it, what it computes with, and how it waits for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import Any
+
+from elastic.chaos import Injector
+from elastic.collective.group import CollectiveGroup
+from elastic.collective.reduction import Scratch, out_size
+from elastic.messages import Generation
+from elastic.model.backend import Buffer
+from elastic.parallel.groups import Links
+from elastic.state.flat_layout import BLOCK
+from elastic.worker.member import Member
+from elastic.worker.training import Placement
+
+
+class StepContext:
+    """Made once a generation, when its members are on their coordinates. `step` is the one at hand, the newest committed one between two."""
+
+    def __init__(self, member: Member, generation: Generation, group: CollectiveGroup, injector: Injector):
+        self.member, self.generation, self.group, self.injector = member, generation, group, injector
+        self.training, self.plan, self.control, self.held = member.training, member.training.plan, member.control, member.held
+        self.place, self.backend, self.state = member.place, member.place.backend, member.place.state
+        self.step = generation.committed
+        portion = self.place.portion
+        self.links = Links(group, generation.shape, portion, self.control.collective)
+        if portion is not None:
+            self.backend.connect(self.links.dims(portion.layout.dims))
+
+    @cached_property
+    def buffers(self) -> Buffers:
+        """For the first step: what a member keeps of a sharded state is known by then."""
+        return Buffers(self.place, self.links.data)
+
+    def at(self, phase: str, detail: int = 0) -> None:
+        """Says where the step is; `GroupBroken` if the generation was abandoned meanwhile."""
+        self.control.at(self.step, phase, detail)
+
+    def fire(self, phase: str) -> None:
+        """A chance for the faults that are due."""
+        self.injector.at(self.step, phase)
+
+    @contextmanager
+    def waiting(self, phase: str, group: Any = None) -> Iterator[Any]:
+        """Inside, this member is in a collective: who has not entered one that others wait in is the suspect of a hang. Gives `group`, cut short
+        where a fault is due in this phase.
+        """
+        chosen = None if group is None else self.injector.cut(group, self.step, phase)
+        with self.control.collective(self.step, phase):
+            yield chosen
+
+    def untouched(self, whole: bool) -> AbstractContextManager[None]:
+        """Inside, users' code computes. Overwritten where it changes parameters; `whole`: all of them are looked at."""
+        watch = self.place.watch
+        return watch.over(self.state.param, self.step, whole) if watch else nullcontext()
+
+
+class Buffers:
+    """One generation's communication buffers. A broken group's are never used again: a stopped peer may still write to them."""
+
+    def __init__(self, place: Placement, group: CollectiveGroup):
+        state = place.state
+        self.layout = state.layout
+        self.numel = self.layout.gradient
+        self._allocate = group.allocator(place.backend.allocate)
+        size = out_size(self.numel, BLOCK, group.size)
+        if state.num_blocks:
+            size = state.tail + out_size(self.numel - self.layout.trainable, BLOCK, group.size)
+        self.out = self._allocate(size) if group.size > 1 else None
+        self.scratch = Scratch(place.backend.allocate)
+        self._all: list[Buffer] = []
+        self._free: list[Buffer] = []
+
+    def reset(self) -> None:
+        self._free = list(self._all)
+
+    def take(self) -> Buffer:
+        """A zeroed buffer for gradients."""
+        if not self._free:
+            self._all.append(self._allocate(self.numel))
+            return self._all[-1]
+        buffer = self._free.pop()
+        buffer[:] = 0
+        return buffer
+
+    def give(self, buffer: Buffer) -> None:
+        self._free.append(buffer)
