@@ -12,9 +12,10 @@ from typing import Any
 
 from elastic.errors import UserError
 from elastic.messages import Axes, Begin, shape
-from elastic.observe.jsonl import JsonLines, read_lines
+from elastic.observe.jsonl import JsonLines
 from elastic.observe.ledger import LedgerFiles
 from elastic.observe.metrics import evaluations_of, steps_of
+from elastic.observe.run_files import lines_of
 
 RECENT = 50  # steps whose median is an ordinary one
 FEED = 20_000  # lines kept for a driver that polls several times a second
@@ -41,7 +42,7 @@ class Books:
     @classmethod
     def take_over(cls, run_dir: Path, begin: Begin = NEW, events: JsonLines | None = None) -> Books:
         """The books of a controller that was killed, from its files alone; `begin`: what they held before its run."""
-        metrics, told = read_lines(run_dir / "metrics.jsonl"), read_lines(run_dir / "events.jsonl")
+        told, metrics = lines_of(run_dir)
         steps, evaluated = steps_of(metrics), max((fields["step"] for fields in evaluations_of(metrics)), default=0)
         books = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in told), default=0), events)
         if steps:
