@@ -6,8 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
 from elastic.worker.actor import NAMESPACE
 
 AFRESH = "put that data back, or start a new run, with a checkpoint as its model.init."
+USED = "The run directory {run_dir} is already in use; name another with --run-dir, or `elastic resume` it."
 AGAIN = "put that data back, then replay it again."
 
 
@@ -83,16 +83,17 @@ class Trainer:
         began, remedy = (self.begin.data, AFRESH) if self.begin else (self.data, AGAIN)
         if began and not self.recipe.data.kind and began != info.get("key"):
             raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {remedy}")
-        with import_path():
-            self.opened = opened = workload.Workload.open(self.recipe, info)
-            if opened.key:
-                info = {**info, "key": opened.key}
-            if began and opened.key and began != opened.key:
-                raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {remedy}")
-            self.num_steps = opened.sampler.num_steps
-            workload.check_items(opened)
-            workload.check_best(self.recipe, opened)
-            self.notes = (*info.get("notes", ()), *workload.check_model(self.recipe, opened.model))
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # where a user's modules lie, also when the command is an installed script
+        self.opened = opened = workload.Workload.open(self.recipe, info)
+        if opened.key:
+            info = {**info, "key": opened.key}
+        if began and opened.key and began != opened.key:
+            raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {remedy}")
+        self.num_steps = opened.sampler.num_steps
+        workload.check_items(opened)
+        workload.check_best(self.recipe, opened)
+        self.notes = (*info.get("notes", ()), *workload.check_model(self.recipe, opened.model))
         return info
 
     def settle(self, info: dict[str, Any], nodes: int = 0) -> str:
@@ -100,15 +101,13 @@ class Trainer:
         if not self.recipe.mesh.auto:
             return ""
         assert self.opened is not None
-        with import_path():
-            self.recipe, why = planning.settle(self.recipe, info, self.opened, nodes)
+        self.recipe, why = planning.settle(self.recipe, info, self.opened, nodes)
         return why
 
     def check_memory(self) -> preview.Preview:
         """What the largest group needs. UserError where it cannot fit on this machine, and is to run here."""
         assert self.opened is not None
-        with import_path():
-            found = preview.preview(self.recipe, self.opened)
+        found = preview.preview(self.recipe, self.opened)
         if self.address == "local":
             preview.check_memory(found, self.recipe)
         return found
@@ -116,8 +115,7 @@ class Trainer:
     def check_loss(self) -> None:
         """That a model of the user's own computes; workers find out by themselves before the first step."""
         assert self.opened is not None
-        with import_path():
-            preview.try_loss(self.recipe, self.opened)
+        preview.try_loss(self.recipe, self.opened)
 
     def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
@@ -131,15 +129,16 @@ class Trainer:
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
             why = self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()))
             notes = [("noted", line) for line in self.notes] + [("mesh_chosen", why)] * bool(why)
-            run, checkpoints = run_id(run_dir), checkpoints_of(self.recipe, run_dir)
+            run, checkpoints = f"{run_dir.name}-{time.time_ns():x}", checkpoints_of(self.recipe, run_dir)  # unique on a cluster
             if self.begin or self.recipe.checkpoint.path:  # else the place is not there yet
                 claimed(checkpoints, run, owner_of(run_dir))
             if self.address == "local":
                 self.check_memory()
             self.opened = None  # the workers have their own
             begin = self.open_run_dir(run_dir)
-            job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path(), tuple(self.chaos),
-                      self.num_steps, is_local, tuple(notes))
+            search_path = tuple(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))  # for a user's own modules: as in this process
+            job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path, tuple(self.chaos), self.num_steps, is_local,
+                      tuple(notes))
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))
             return see_out(start_controller(job, self.recipe, begin), job.run_id, run_dir, Telling(on_step, on_eval, on_event))
 
@@ -157,15 +156,11 @@ class Trainer:
         """Where the run will write; `UserError` if it cannot, or if something is there already that is not this run's."""
         run_dir = Path(self.run_dir or Path("runs") / f"{self.recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
         if not self.begin and run_dir.exists() and (not run_dir.is_dir() or in_use(run_dir)):
-            raise self.used(run_dir)
+            raise UserError(USED.format(run_dir=run_dir))
         nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"The run directory {run_dir} cannot be written: {nearest} lets nobody write; name another with --run-dir.")
         return run_dir
-
-    @staticmethod
-    def used(run_dir: Path) -> UserError:
-        return UserError(f"The run directory {run_dir} is already in use; name another with --run-dir, or `elastic resume` it.")
 
     def open_run_dir(self, run_dir: Path) -> Begin:
         """Makes the directory a run's, or cuts the one to resume back to its checkpoint. Only who holds it may; see `held`."""
@@ -175,7 +170,7 @@ class Trainer:
                 raise UserError(f"The run in {run_dir} was resumed by somebody else meanwhile, with another recipe; `elastic resume` it again.")
             begin = beginning(self.recipe, run_dir)  # it may have gone further since it was looked at
         elif in_use(run_dir):
-            raise self.used(run_dir)
+            raise UserError(USED.format(run_dir=run_dir))
         try:
             replace_text(run_dir / RECIPE, dumps(self.recipe))  # first and whole: what is here from now on can be resumed
             if not self.recipe.checkpoint.path:
@@ -186,25 +181,6 @@ class Trainer:
             JsonLines(run_dir / "metrics.jsonl").cut_back(begin.written)
             (run_dir / "summary.json").unlink(missing_ok=True)
         return begin
-
-
-def run_id(run_dir: Path) -> str:
-    """Unique on a cluster: the directory's name and the moment."""
-    return f"{run_dir.name}-{time.time_ns():x}"
-
-
-def search_path() -> tuple[str, ...]:
-    """Where workers look for a user's own modules: as this process does."""
-    return tuple(dict.fromkeys([os.getcwd(), *[p for p in sys.path if p]]))
-
-
-@contextmanager
-def import_path() -> Iterator[None]:
-    """A user's modules lie in the current directory, also when the command is an installed script."""
-    added = os.getcwd() not in sys.path
-    if added:
-        sys.path.insert(0, os.getcwd())
-    yield
 
 
 def start_controller(job: Job, recipe: Recipe, begin: Begin) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from elastic.chaos import CutShort, Fault, strike_process
+from elastic.chaos import Fault, strike_process
 from elastic.errors import UserError
 from elastic.messages import Generation, Job, Save
 
@@ -101,11 +101,12 @@ class ProcessRim:
         strike_process(fault)
 
     def cut_short(self, fault: Fault, group: Any) -> Any:
-        """Where the group can, exactly one peer receives; else as many as it comes to."""
-        if hasattr(group, "cut_short"):
+        """Where the group can, exactly one peer receives; else as many as it comes to. Alone there is none."""
+        if group.size == 1:
+            strike_process(fault)
+        else:
             group.cut_short({(group.rank + 1) % group.size}, partial(strike_process, fault))
-            return group
-        return CutShort(group, partial(strike_process, fault))
+        return group
 
 
 class WorkerActor:
