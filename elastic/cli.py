@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 DONE, BAD_USAGE, FAILED, INTERRUPTED = 0, 2, 3, 130
 EXIT = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
 WIDE = 10_000  # columns
-LATER = {"submit": "Ray job submission", "ui": "a page that follows a run"}
 
 app = typer.Typer(name="elastic", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Elastic training on Ray: workers come and go, the result stays the same to the bit.")
@@ -207,18 +206,6 @@ def doctor() -> int:
         bad = bad or finding.good is False
     console.print(table)
     return FAILED if bad else DONE
-
-
-def refuse_later(name: str, what: str) -> None:
-    """A command of a later version: known, and refused whatever follows it."""
-
-    @app.command(name, help=f"{what.capitalize()} (not yet).", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-    def later(context: typer.Context) -> int:
-        raise UserError(f"`elastic {name}` ({what}) is not yet supported; `elastic --help` lists what is.")
-
-
-for _name, _what in LATER.items():
-    refuse_later(_name, _what)
 
 
 def checked(trainer: Trainer) -> int:

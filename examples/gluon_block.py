@@ -9,7 +9,7 @@ if "bool" not in vars(np):
     np.bool = np.bool_  # MXNet 1.9.1 still uses this name
 from mxnet import gluon
 
-from elastic.driver.trainer import Trainer
+from elastic import Trainer
 from elastic.recipe import parse
 
 

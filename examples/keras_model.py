@@ -6,7 +6,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from elastic.driver.trainer import Trainer
+from elastic import Trainer
 from elastic.recipe import parse
 
 HERE = Path(__file__).resolve().parent

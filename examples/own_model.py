@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from elastic.driver.trainer import Trainer
+from elastic import Trainer
 from elastic.recipe import parse
 
 HERE = Path(__file__).resolve().parent

@@ -14,16 +14,15 @@ from typing import Any
 import ray
 
 from elastic.controller import membership as m
+from elastic.controller import session
 from elastic.controller.controller import Controller, Settings
+from elastic.controller.ending import close
 from elastic.controller.journal import Journal
 from elastic.controller.policy import Degrees
 from elastic.controller.ray_fleet import RayFleet
 from elastic.controller.run_log import Books, claimed
 from elastic.messages import Begin, Job
 from elastic.observe.report import write_report
-from elastic.worker.actor import NAMESPACE
-
-__all__ = ["NAMESPACE", "ControllerActor"]
 
 CLAIM_S = 100.0  # for the lock of a controller that fell: on a shared directory it may last as long as the server's lease, 90 s by default
 LINGER_S = 60.0  # how long the controller of a finished run waits for a driver
@@ -42,19 +41,19 @@ class ControllerActor:
         self.books = (Books.take_over(run_dir, begin, events) if journal.is_continued
                       else Books(run_dir, begin.written, begin.evaluated, begin.generation, events))
         self.fleet = RayFleet(job, lambda event: self.controller.post(event), **fleet)
-        self.controller = Controller(job, settings, self.fleet, self.books, begin.written, begin.generation, journal)
-        self.controller.opened(begin.rewound_from)
+        self.controller = Controller(job, settings, self.fleet, self.books, begin, journal)
+        self.controller.opened()
         self.error = ""
         self.done, self.polled = threading.Event(), time.monotonic()
         threading.Thread(target=self.run, name="controller", daemon=True).start()
 
     def run(self) -> None:
         try:
-            self.controller.run()
+            session.run(self.controller)
         except BaseException as error:
             self.error = f"The controller failed: {type(error).__name__}: {error}"
             traceback.print_exc()
-            self.controller.close(m.Finish("failed", self.error))
+            close(self.controller, m.Finish("failed", self.error))
         finally:
             self.done.set()
         if time.monotonic() - self.polled > ABSENT_S:
@@ -90,9 +89,6 @@ class ControllerActor:
         finished = self.done.wait(POLL_S)
         self.polled = time.monotonic()
         return os.getpid(), *self.books.since(since if pid == os.getpid() else 0), finished
-
-    def snapshot(self) -> dict[str, Any]:
-        return self.controller.snapshot()
 
     def outcome(self) -> tuple[str, str]:
         """Status and error of a run that has ended."""

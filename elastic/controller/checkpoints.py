@@ -178,7 +178,7 @@ class Commits:
         self.settle()
         name, rejected = newest_good(self.store, self.refused)
         bad = [(shown(self.path(n)), reason) for n, reason in rejected]
-        return (self.path(name), int(name.removeprefix("step-")), bad) if name else ("", 0, bad)
+        return (self.path(name), self.read(self.store, name).step, bad) if name else ("", 0, bad)
 
     def lines_of(self, path: str) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl that a checkpoint carries, for it was committed with nobody there to write them down."""

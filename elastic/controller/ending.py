@@ -1,4 +1,4 @@
-"""The end of a run: the last words of those who have a state that no checkpoint has, then what is written down."""
+"""The end of a run: the final checkpoint of those who have a state that no other has, then what is written down."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import contextlib
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elastic.checkpoint.manager import folder_of
 from elastic.controller import membership as m
+from elastic.controller.controller import Controller
 from elastic.messages import Line, Part
 from elastic.observe.jsonl import read_lines, replace_text
 from elastic.observe.metrics import build_summary
 from elastic.storage.remote import shown
-
-if TYPE_CHECKING:
-    from elastic.controller.controller import Controller
 
 LOOK_S = 0.1
 
@@ -24,12 +22,12 @@ LOOK_S = 0.1
 def close(controller: Controller, outcome: m.Finish) -> None:
     """Ends the workers, and writes down how the run ended."""
     books, commits = controller.books, controller.commits
-    await_words(controller, controller.settings.start_timeout_s)
+    await_parts(controller, controller.settings.start_timeout_s)
     controller.inbox.over = True
     controller.inbox.gone.set()
     controller.fleet.close()
     while not controller.inbox.empty():  # lines and checkpoints that were under way
-        hear(controller, controller.inbox.get(0.0))
+        take(controller, controller.inbox.get(0.0))
     commits.settle()
     saved = commits.newest if outcome.status != "done" else 0
     error = with_checkpoint(outcome.error, saved, books.written, controller.job.run_dir) if outcome.error else ""
@@ -41,9 +39,9 @@ def close(controller: Controller, outcome: m.Finish) -> None:
             books.event("run_failed", error=error)
         else:
             books.event("run_finished", status=outcome.status)
-    word = outcome.standing
+    last = outcome.standing
     summary = build_summary(read_lines(books.events.path), read_lines(books.metrics.path), outcome.status,
-                            word.parameters_sha256 if word else "", word.state_sha256 if word else "", error)
+                            last.parameters_sha256 if last else "", last.state_sha256 if last else "", error)
     if saved:
         summary["checkpoint"] = shown(commits.path(folder_of(saved)))
     try:
@@ -61,30 +59,22 @@ def full(controller: Controller, error: OSError | None) -> str:
             f"{controller.job.run_dir}`.")
 
 
-def behind(controller: Controller, generation: int) -> m.Finish:
-    """Workers are in a generation that the journal lacks: who is in it nobody can say any more."""
-    for worker in controller.state.ready:
-        controller.fleet.abandon(worker, generation)
-    return m.Finish("failed", f"A controller fell while the run directory {controller.job.run_dir} could not be written, and its journal lacks "
-                              f"generation {generation}; make room there, then resume the run.")
-
-
-def await_words(controller: Controller, timeout_s: float) -> None:
-    """Returns when all that was ordered of `do_savealone` is on disk, or will not be."""
+def await_parts(controller: Controller, timeout_s: float) -> None:
+    """Returns when all that was ordered of `do_save_alone` is on disk, or will not be."""
     until = time.monotonic() + timeout_s
-    if controller.past:  # they may have said it to a controller that fell
+    if controller.journal.is_continued:  # they may have reported it to a controller that fell
         for worker in set(controller.saving.values()):
             controller.fleet.resync(worker)
     while controller.saving and time.monotonic() < until:
         item = controller.inbox.get(LOOK_S)
-        hear(controller, item)
+        take(controller, item)
         if isinstance(item, m.Lost) and item.worker in controller.saving.values():
             return  # a part of it will never come
         if isinstance(item, m.GiveUp):
             return
 
 
-def hear(controller: Controller, item: Any) -> None:
+def take(controller: Controller, item: Any) -> None:
     """What still counts when the machine has finished."""
     if isinstance(item, tuple) and isinstance(item[1], (Line, Part)):
         controller.take(*item)

@@ -1,4 +1,4 @@
-"""What the controller asks of whoever starts and ends the workers' processes: `cluster` does it on Ray, `inprocess` with threads."""
+"""What the controller asks of whoever starts and ends the workers' processes: `RayFleet` has them on Ray, `ThreadFleet` as threads."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Fleet(Protocol):
     def transport(self, ready: Sequence[Ready]) -> str:
         """Which collective group serves these members best."""
 
-    def inject(self, fault: Fault, stopped: Ready | None) -> None:
-        """Carries out a fault that is not a worker's own."""
+    def inject(self, fault: Fault, stopped: Ready | None = None) -> None:
+        """Carries out a fault that is not a worker's own: it continues who was `stopped`, or ends the controller itself, at once."""
 
     def adopt(self, known: Iterable[str]) -> Sequence[str]:
         """Takes charge of the workers that an earlier controller of this run has left alive, and returns their names.
@@ -41,9 +41,6 @@ class Fleet(Protocol):
 
     def resync(self, worker: str) -> None:
         """Have it say again what only a controller's memory held."""
-
-    def kill_controller(self) -> None:
-        """Ends the controller itself, at once."""
 
     def close(self) -> None:
         """Ends every worker and waits for it."""

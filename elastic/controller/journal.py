@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from elastic import messages
+from elastic import chaos, messages
 from elastic.controller import membership as m
 from elastic.controller.policy import Bounds
+from elastic.controller.workers import Workers
 from elastic.messages import Generation, Ready, Standing
 from elastic.observe.jsonl import JsonLines, read_lines
 
@@ -85,15 +86,13 @@ class Journal:
 
 @dataclass
 class Past:
-    """What a journal says."""
+    """What a journal says; at a run's start, what there is to begin with."""
 
     state: m.State
     actions: list[Any]  # since the last group was formed, that included: some of them may not have been carried out
+    workers: Workers = field(default_factory=Workers)  # all that there ever were
     published: Generation | None = None
-    spent: dict[str, Ready | None] = field(default_factory=dict)  # faults that have fired, with whom they have stopped
-    known: set[str] = field(default_factory=set)  # every worker there ever was
-    lost: set[str] = field(default_factory=set)
-    released: set[str] = field(default_factory=set)
+    spent: set[str] = field(default_factory=set)  # faults that have fired
     refused: list[str] = field(default_factory=list)  # checkpoints that turned out bad
 
 
@@ -105,7 +104,9 @@ def replay(records: Sequence[Mapping[str, Any]], bounds: Bounds, generation: int
         if "published" in record:
             past.published = decode(record["published"])
         elif "spent" in record:
-            past.spent[record["spent"]] = decode(record["stopped"])
+            past.spent.add(record["spent"])
+            if stopped := decode(record["stopped"]):
+                past.workers.stop(stopped.worker, chaos.parse(record["spent"]).number)
         else:
             take(past, decode(record["event"]))
     return past
@@ -113,15 +114,12 @@ def replay(records: Sequence[Mapping[str, Any]], bounds: Bounds, generation: int
 
 def take(past: Past, event: Any) -> None:
     past.state, actions = m.advance(past.state, event)
-    if isinstance(event, (m.Starting, Ready, m.Lost)):
-        past.known.add(event.worker)
-    if isinstance(event, m.Lost):
-        past.lost.add(event.worker)
+    past.workers.note(event)
     if isinstance(event, Standing) and event.rejected:
         past.refused.append(event.rejected)
     for action in actions:
         if isinstance(action, m.Form):
             past.actions = [a for a in past.actions if isinstance(a, m.Want)][-1:]
         if isinstance(action, m.Release):
-            past.released.add(action.worker)
+            past.workers[action.worker].released = True
         past.actions.append(action)

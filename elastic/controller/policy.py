@@ -6,10 +6,9 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from elastic.recipe import Recipe
+from elastic.messages import Progress
+from elastic.recipe import Recipe
 
 BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the n-th start after failures without a step between them
 MAX_FRUITLESS = 8  # starts in a row that failed without a single committed step between them
@@ -120,34 +119,34 @@ SLOW_PHASES = ("start", "checkpoint", "restore")  # a first compile, a large sta
 
 
 @dataclass(frozen=True)
-class Pulse:
-    """The last word of one worker and when its content last changed."""
+class Heartbeat:
+    """The last report of one worker, and when its content last changed."""
 
-    step: int
-    phase: str
-    inside: int
-    waiting: bool
+    progress: Progress
     changed_s: float
     heard_s: float
-    detail: int = 0
+
+    def followed(self, progress: Progress, now_s: float) -> Heartbeat:
+        return Heartbeat(progress, self.changed_s if progress == self.progress else now_s, now_s)
 
 
-def suspects(pulses: Mapping[str, Pulse], now_s: float, timeout_s: float, start_timeout_s: float) -> tuple[str, ...]:
+def suspects(beats: Mapping[str, Heartbeat], now_s: float, timeout_s: float, start_timeout_s: float) -> tuple[str, ...]:
     """Who holds the group up: nobody has moved for `timeout_s`, and these are in no collective while others wait in one.
 
     Where all wait, it is the one that entered the fewest: one alone, for the members of a replica enter different ones, and a count that
     is behind may be as it should be. A worker that compiles or waits for a disk has `start_timeout_s`. A worker that is not heard of at all
     is always suspect.
     """
-    silent = tuple(w for w, p in pulses.items() if now_s - p.heard_s > timeout_s)
+    silent = tuple(w for w, beat in beats.items() if now_s - beat.heard_s > timeout_s)
     if silent:
         return silent
-    stuck = bool(pulses) and all(
-        now_s - p.changed_s > (start_timeout_s if p.phase in SLOW_PHASES else timeout_s) for p in pulses.values())
+    stuck = bool(beats) and all(
+        now_s - beat.changed_s > (start_timeout_s if beat.progress.phase in SLOW_PHASES else timeout_s) for beat in beats.values())
     if not stuck:
         return ()
-    outside = tuple(w for w, p in pulses.items() if not p.waiting)
+    outside = tuple(w for w, beat in beats.items() if not beat.progress.waiting)
     if outside:
-        return outside if len(outside) < len(pulses) or len(pulses) == 1 else ()
-    last = min(pulses, key=lambda w: pulses[w].inside)
-    return (last,) if pulses[last].inside < max(p.inside for p in pulses.values()) else ()
+        return outside if len(outside) < len(beats) or len(beats) == 1 else ()
+    entered = {w: beat.progress.inside for w, beat in beats.items()}
+    last = min(entered, key=lambda w: entered[w])
+    return (last,) if entered[last] < max(entered.values()) else ()

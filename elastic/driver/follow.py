@@ -17,10 +17,11 @@ from typing import Any
 import ray
 
 from elastic.controller.run_log import in_order
-from elastic.driver.rundir import clear_live, summary_of
+from elastic.driver.rundir import clear_live
 from elastic.errors import RunFailed
-from elastic.observe.jsonl import line, read_lines
+from elastic.observe.jsonl import line
 from elastic.observe.report import write_report
+from elastic.observe.run_files import lines_of, summary_of
 
 Callback = Callable[[dict[str, Any]], None]
 AWAY_S, AGAIN_S = 120.0, 0.1  # how long a controller may take to come back, and between tries
@@ -77,10 +78,10 @@ class Telling:
 
     def rest(self, run_dir: Path) -> None:
         """What came after the last event that was told, from the files: another driver has seen the run out."""
-        events = read_lines(run_dir / "events.jsonl")
+        events, metrics = lines_of(run_dir)
         after = max((n + 1 for n, fields in enumerate(events) if line(fields) in self.events), default=None)
         if after is not None:
-            self.tell(in_order(events[after:], read_lines(run_dir / "metrics.jsonl")))
+            self.tell(in_order(events[after:], metrics))
 
 
 def see_out(controller: Any, run_id: str, run_dir: Path, telling: Telling) -> Result:

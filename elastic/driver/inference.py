@@ -16,7 +16,6 @@ from elastic.checkpoint.manifest import Manifest
 from elastic.data.loader import eval_batches
 from elastic.driver.trust import check_trust
 from elastic.errors import BadCheckpoint, UserError
-from elastic.model.backend import Backend
 from elastic.model.tally import tally_of
 from elastic.recipe import Recipe, loads
 from elastic.worker.evaluation import figures, measure
@@ -32,7 +31,7 @@ class Restored:
     recipe: Recipe
     manifest: Manifest
     info: Mapping[str, Any]  # the data's facts; empty for a data set of the user's
-    backend: Backend
+    backend: Any  # with a shipped language model it has `logits`, too
     model: Any
 
 
@@ -85,12 +84,12 @@ def sample(path: str | os.PathLike[str], prompt: str = "", tokens: int = 300, te
     if tokens < 0 or temperature < 0:
         raise UserError(f"--tokens {tokens} and --temperature {temperature} must be at least 0.")
     restored = restore(path, trust=trust)
-    kind, logits = restored.recipe.model.kind, getattr(restored.backend, "logits", None)
-    if kind != "nlp.gpt" or logits is None:
+    kind = restored.recipe.model.kind
+    if kind != "nlp.gpt":
         raise UserError(f'The model of this checkpoint ("{kind}") writes no text; only nlp.gpt does.')
     text, model = door(kind, "data"), door(kind, "gpt")
     start = text.encode(restored.info, prompt or first_of(text, restored.info))
-    written = model.generate(logits, start, tokens, restored.recipe.model.config["context"], temperature, None, seed)
+    written = model.generate(restored.backend.logits, start, tokens, restored.recipe.model.config["context"], temperature, None, seed)
     return prompt + text.decode(restored.info, written)
 
 

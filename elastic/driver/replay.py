@@ -11,9 +11,9 @@ from elastic.driver.rundir import checkpoints_of, newest_of
 from elastic.driver.trainer import Trainer
 from elastic.driver.trust import check_trust
 from elastic.errors import RunFailed, UserError
-from elastic.observe.jsonl import read_json, read_lines
+from elastic.observe.run_files import RECIPE, lines_of, recipe_of, summary_of
 from elastic.observe.verify import Verdict, verify
-from elastic.recipe import load_recipe, loads
+from elastic.recipe import load_recipe
 from elastic.storage.remote import join, shown
 from elastic.storage.store import Store
 
@@ -27,9 +27,7 @@ def undisturbed(workers: int) -> tuple[str, ...]:
 
 def verify_run(run_dir: Path) -> Verdict:
     """Steps, generations, summary and every hash. UserError where there is no run."""
-    if not (run_dir / "recipe.toml").exists():
-        raise UserError(f"{run_dir} is no run directory: it has no recipe.toml; give the directory that `elastic train` named.")
-    location = loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False).checkpoint.path
+    location = recipe_of(run_dir).checkpoint.path
     return verify(run_dir, check_checkpoint, elsewhere(location) if location else None)
 
 
@@ -46,16 +44,16 @@ def elsewhere(location: str) -> dict[str, str]:
 def replay(run_dir: Path, address: str = "local", trust: bool = False) -> Verdict:
     """Trains the same recipe again with one worker that nobody disturbs, and compares the bits. UserError where that has nothing to say, as of
     data that are not those the run began with."""
-    trained = loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False)
+    trained = recipe_of(run_dir)
     mesh = trained.mesh
-    recipe = load_recipe(run_dir / "recipe.toml", undisturbed(mesh.replica_size))
+    recipe = load_recipe(run_dir / RECIPE, undisturbed(mesh.replica_size))
     check_trust(recipe, run_dir, trust)
-    summary = read_json(run_dir / "summary.json") or {}
+    summary = summary_of(run_dir) or {}
     if summary.get("status") != "done":
         raise UserError(f"The run in {run_dir} has not ended; `elastic resume {run_dir}` first, then replay it.")
     if recipe.elastic.reduction != "exact":
         raise UserError('elastic.reduction = "fast" promises no bits; there is nothing to compare a replay with.')
-    meshes = [e.get("mesh", WHOLE) for e in read_lines(run_dir / "events.jsonl") if e["event"] == "generation_started"]
+    meshes = [e.get("mesh", WHOLE) for e in lines_of(run_dir)[0] if e["event"] == "generation_started"]
     if any(lain[axis] != getattr(mesh, axis) for lain in meshes for axis in WHOLE):
         raise UserError(f"The run in {run_dir} has trained on meshes of other degrees than its recipe's, which add up in another order; "
                         "there is nothing to compare a replay with.")

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from elastic.checkpoint.access import remedy
-from elastic.checkpoint.manager import read_manifest, split
-from elastic.controller.checkpoints import Commits
+from elastic.checkpoint.manager import newest_good, read_manifest
 from elastic.errors import UserError
 from elastic.messages import Begin
-from elastic.observe.jsonl import GLANCE_S, has_writer, locked, read_json, read_lines
+from elastic.observe.jsonl import GLANCE_S, has_writer, locked
 from elastic.observe.metrics import evaluations_of, steps_of
+from elastic.observe.run_files import RECIPE, lines_of, summary_of
 from elastic.recipe import Recipe
 from elastic.storage.remote import shown
+from elastic.storage.store import Store
 
-RECIPE = "recipe.toml"
 LIVE = "live.json"  # while the run lives: where its Ray is
 LOCK = "driver.lock"  # held by the process that starts the run. It stays: whoever removed it might remove a lock that another has just taken
 
@@ -63,7 +63,7 @@ def checkpoints_of(recipe: Recipe, run_dir: Path) -> str:
 
 def beginning(recipe: Recipe, run_dir: Path) -> Begin:
     """Where a run that is over goes on: at its newest good checkpoint, as far as its lines go."""
-    metrics, events = read_lines(run_dir / "metrics.jsonl"), read_lines(run_dir / "events.jsonl")
+    events, metrics = lines_of(run_dir)
     step, info = newest_of(checkpoints_of(recipe, run_dir))
     last = max((fields["step"] for fields in steps_of(metrics)), default=0)
     step = min(step, last)  # a checkpoint ahead of the lines brings its own
@@ -74,16 +74,13 @@ def beginning(recipe: Recipe, run_dir: Path) -> Begin:
 def newest_of(location: str) -> tuple[int, dict[str, Any]]:
     """(step, the data's facts) of the newest good checkpoint; (0, {}) if there is none."""
     try:
-        path, step, _ = Commits(location, 1, "").newest_good()
-        return step, read_manifest(*split(path)).extra.get("info", {}) if path else {}
+        store = Store.open(location)
+        name, _ = newest_good(store)
+        manifest = read_manifest(store, name) if name else None
+        return (manifest.step, manifest.extra.get("info", {})) if manifest else (0, {})
     except OSError as error:
         why = " ".join(str(error).split())[:300]
         raise UserError(f'checkpoint.path = "{shown(location)}" cannot be read ({why}); {remedy(location)}.') from error
-
-
-def summary_of(run_dir: Path) -> dict[str, Any] | None:
-    """How the run ended; None while it has not. A resumption takes the old summary away before it starts."""
-    return read_json(run_dir / "summary.json")
 
 
 def live_of(run_dir: Path) -> dict[str, str] | None:

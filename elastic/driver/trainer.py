@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import services
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic import chaos, workload
@@ -24,21 +19,22 @@ from elastic.checkpoint.access import check_access, claimed
 from elastic.checkpoint.claim import owner_of
 from elastic.controller.actor import ControllerActor
 from elastic.controller.controller import Settings
-from elastic.controller.policy import bounds_of
+from elastic.driver.connect import answers, connected, controller_of
 from elastic.driver.follow import Callback, Result, Telling, ask, result_of, see_out
 from elastic.driver.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
 from elastic.driver.trust import check_trust
 from elastic.errors import RecipeError, RunFailed, UserError
 from elastic.messages import Begin, Job
 from elastic.observe.jsonl import JsonLines, replace_text
+from elastic.observe.run_files import RECIPE, recipe_text
 from elastic.planning import memory as preview
 from elastic.planning import plan as planning
-from elastic.recipe import Recipe, best_mode, check_resumed, dumps, load_recipe, loads
+from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
 from elastic.worker.actor import NAMESPACE
 
 AFRESH = "put that data back, or start a new run, with a checkpoint as its model.init."
+USED = "The run directory {run_dir} is already in use; name another with --run-dir, or `elastic resume` it."
 AGAIN = "put that data back, then replay it again."
-CONNECT_S = 5.0  # for a Ray at a given address to take a connection
 
 
 @dataclass
@@ -66,16 +62,13 @@ class Trainer:
         `elastic.driver.trust` does not let in.
         """
         run_dir = Path(run_dir)
-        if not (run_dir / "recipe.toml").exists():
-            raise UserError(f"{run_dir} is no run directory: it has no recipe.toml; give the directory that `elastic train` named.")
+        began = recipe_text(run_dir)
         if live := living(run_dir):
             if overrides or chaos:
                 raise RecipeError(f"The run in {run_dir} is alive, and {[*overrides, *chaos][0]!r} cannot change it; leave it out to follow the run.")
-            return cls(loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False), run_dir.absolute(), live["address"],
-                       follows=live["run_id"])
+            return cls(loads(began, locate=False), run_dir.absolute(), live["address"], follows=live["run_id"])
         refuse_taken(run_dir)
-        began = (run_dir / "recipe.toml").read_text(encoding="utf-8")
-        recipe = load_recipe(run_dir / "recipe.toml", overrides)
+        recipe = load_recipe(run_dir / RECIPE, overrides)
         check_resumed(loads(began, locate=False), recipe)
         check_trust(recipe, run_dir, trust)
         return cls(recipe, run_dir, address, chaos, beginning(recipe, run_dir), began)
@@ -90,16 +83,17 @@ class Trainer:
         began, remedy = (self.begin.data, AFRESH) if self.begin else (self.data, AGAIN)
         if began and not self.recipe.data.kind and began != info.get("key"):
             raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {remedy}")
-        with import_path():
-            self.opened = opened = workload.Workload.open(self.recipe, info)
-            if opened.key:
-                info = {**info, "key": opened.key}
-            if began and opened.key and began != opened.key:
-                raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {remedy}")
-            self.num_steps = opened.sampler.num_steps
-            workload.check_items(opened)
-            workload.check_best(self.recipe, opened)
-            self.notes = (*info.get("notes", ()), *workload.check_model(self.recipe, opened.model))
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # where a user's modules lie, also when the command is an installed script
+        self.opened = opened = workload.Workload.open(self.recipe, info)
+        if opened.key:
+            info = {**info, "key": opened.key}
+        if began and opened.key and began != opened.key:
+            raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {remedy}")
+        self.num_steps = opened.sampler.num_steps
+        workload.check_items(opened)
+        workload.check_best(self.recipe, opened)
+        self.notes = (*info.get("notes", ()), *workload.check_model(self.recipe, opened.model))
         return info
 
     def settle(self, info: dict[str, Any], nodes: int = 0) -> str:
@@ -107,15 +101,13 @@ class Trainer:
         if not self.recipe.mesh.auto:
             return ""
         assert self.opened is not None
-        with import_path():
-            self.recipe, why = planning.settle(self.recipe, info, self.opened, nodes)
+        self.recipe, why = planning.settle(self.recipe, info, self.opened, nodes)
         return why
 
     def check_memory(self) -> preview.Preview:
         """What the largest group needs. UserError where it cannot fit on this machine, and is to run here."""
         assert self.opened is not None
-        with import_path():
-            found = preview.preview(self.recipe, self.opened)
+        found = preview.preview(self.recipe, self.opened)
         if self.address == "local":
             preview.check_memory(found, self.recipe)
         return found
@@ -123,8 +115,7 @@ class Trainer:
     def check_loss(self) -> None:
         """That a model of the user's own computes; workers find out by themselves before the first step."""
         assert self.opened is not None
-        with import_path():
-            preview.try_loss(self.recipe, self.opened)
+        preview.try_loss(self.recipe, self.opened)
 
     def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
@@ -138,15 +129,16 @@ class Trainer:
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
             why = self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()))
             notes = [("noted", line) for line in self.notes] + [("mesh_chosen", why)] * bool(why)
-            run, checkpoints = run_id(run_dir), checkpoints_of(self.recipe, run_dir)
+            run, checkpoints = f"{run_dir.name}-{time.time_ns():x}", checkpoints_of(self.recipe, run_dir)  # unique on a cluster
             if self.begin or self.recipe.checkpoint.path:  # else the place is not there yet
                 claimed(checkpoints, run, owner_of(run_dir))
             if self.address == "local":
                 self.check_memory()
             self.opened = None  # the workers have their own
             begin = self.open_run_dir(run_dir)
-            job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path(), tuple(self.chaos),
-                      self.num_steps, is_local, tuple(notes))
+            search_path = tuple(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))  # for a user's own modules: as in this process
+            job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path, tuple(self.chaos), self.num_steps, is_local,
+                      tuple(notes))
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))
             return see_out(start_controller(job, self.recipe, begin), job.run_id, run_dir, Telling(on_step, on_eval, on_event))
 
@@ -155,7 +147,7 @@ class Trainer:
         assert self.run_dir is not None
         with connected(self.address, self.recipe):
             try:
-                controller = ray.get_actor(f"{self.follows}/controller", NAMESPACE)
+                controller = controller_of(self.follows)
             except ValueError:  # another driver has seen it out meanwhile
                 return result_of(self.run_dir)
             return see_out(controller, self.follows, self.run_dir, Telling(on_step, on_eval, on_event))
@@ -164,27 +156,23 @@ class Trainer:
         """Where the run will write; `UserError` if it cannot, or if something is there already that is not this run's."""
         run_dir = Path(self.run_dir or Path("runs") / f"{self.recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
         if not self.begin and run_dir.exists() and (not run_dir.is_dir() or in_use(run_dir)):
-            raise self.used(run_dir)
+            raise UserError(USED.format(run_dir=run_dir))
         nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"The run directory {run_dir} cannot be written: {nearest} lets nobody write; name another with --run-dir.")
         return run_dir
 
-    @staticmethod
-    def used(run_dir: Path) -> UserError:
-        return UserError(f"The run directory {run_dir} is already in use; name another with --run-dir, or `elastic resume` it.")
-
     def open_run_dir(self, run_dir: Path) -> Begin:
         """Makes the directory a run's, or cuts the one to resume back to its checkpoint. Only who holds it may; see `held`."""
         begin = Begin()
         if self.begin:
-            if (run_dir / "recipe.toml").read_text(encoding="utf-8") != self.began:
+            if recipe_text(run_dir) != self.began:
                 raise UserError(f"The run in {run_dir} was resumed by somebody else meanwhile, with another recipe; `elastic resume` it again.")
             begin = beginning(self.recipe, run_dir)  # it may have gone further since it was looked at
         elif in_use(run_dir):
-            raise self.used(run_dir)
+            raise UserError(USED.format(run_dir=run_dir))
         try:
-            replace_text(run_dir / "recipe.toml", dumps(self.recipe))  # first and whole: what is here from now on can be resumed
+            replace_text(run_dir / RECIPE, dumps(self.recipe))  # first and whole: what is here from now on can be resumed
             if not self.recipe.checkpoint.path:
                 (run_dir / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
@@ -195,89 +183,8 @@ class Trainer:
         return begin
 
 
-def run_id(run_dir: Path) -> str:
-    """Unique on a cluster: the directory's name and the moment."""
-    return f"{run_dir.name}-{time.time_ns():x}"
-
-
-def search_path() -> tuple[str, ...]:
-    """Where workers look for a user's own modules: as this process does."""
-    return tuple(dict.fromkeys([os.getcwd(), *[p for p in sys.path if p]]))
-
-
-@contextmanager
-def import_path() -> Iterator[None]:
-    """A user's modules lie in the current directory, also when the command is an installed script."""
-    added = os.getcwd() not in sys.path
-    if added:
-        sys.path.insert(0, os.getcwd())
-    yield
-
-
-@contextmanager
-def connected(address: str, recipe: Recipe | None) -> Iterator[str]:
-    """A Ray to run on; one that was started here ends here."""
-    if ":" in address:
-        answers(address)
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
-    if ray.is_initialized():
-        yield ray.get_runtime_context().gcs_address
-        return
-    try:
-        if address == "local":
-            cpus = recipe.elastic.max_workers + recipe.elastic.spares + 1 if recipe else 1
-            with apart():
-                ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
-        else:
-            use_token()
-            ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"No Ray answers at --address {address} ({str(error).splitlines()[0]}); start one with `ray start --head`, "
-                        "or leave --address out.") from error
-    try:
-        yield ray.get_runtime_context().gcs_address
-    finally:
-        ray.shutdown()
-
-
-class Apart(services.ConsolePopen):
-    """A process of Ray in a group of its own."""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options, process_group=0)
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """Ray processes that are started inside get no signal that is meant for the command's process group: it ends the run in order first."""
-    before = services.ConsolePopen
-    services.ConsolePopen = Apart
-    try:
-        yield
-    finally:
-        services.ConsolePopen = before
-
-
-def use_token() -> None:
-    """Ray gives a cluster a token by default, but shows it at an explicit address only where RAY_AUTH_MODE says so."""
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-
-
-def answers(address: str) -> None:
-    """Ray itself tries for minutes, and says so on stderr."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.rpartition("/")[2], int(port)), CONNECT_S).close()
-    except (OSError, ValueError) as error:
-        raise UserError(f"No Ray answers at --address {address} ({error}); start one with `ray start --head`, or leave --address out.") from None
-
-
 def start_controller(job: Job, recipe: Recipe, begin: Begin) -> Any:
-    elastic = recipe.elastic
-    settings = Settings(bounds_of(recipe), elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best,
-                        recipe.checkpoint.keep_every, best_mode(recipe) or "min")
-    device = recipe.backend.device
+    device, elastic = recipe.backend.device, recipe.elastic
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
     fleet = {"device": device, "threads": recipe.backend.threads, "hang_timeout_s": elastic.hang_timeout_s,
@@ -285,7 +192,7 @@ def start_controller(job: Job, recipe: Recipe, begin: Begin) -> Any:
     options = {"name": f"{job.run_id}/controller", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0,
                "max_concurrency": 64, "max_restarts": -1,
                "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)}
-    return ray.remote(ControllerActor).options(**options).remote(job, settings, fleet, begin)
+    return ray.remote(ControllerActor).options(**options).remote(job, Settings.of(recipe), fleet, begin)
 
 
 def living(run_dir: Path) -> dict[str, str] | None:
@@ -295,8 +202,8 @@ def living(run_dir: Path) -> dict[str, str] | None:
         return None
     try:
         answers(live["address"])
-        with connected(live["address"], None):
-            ray.get_actor(f"{live['run_id']}/controller", NAMESPACE)
+        with connected(live["address"]):
+            controller_of(live["run_id"])
     except (ValueError, UserError):
         return None
     return live
@@ -309,7 +216,7 @@ def scale(run_dir: str | Path, workers: int, trust: bool = False, **degrees: int
         raise UserError(f"No live run in {run_dir}; `elastic status {run_dir}` says how it ended.")
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1.")
-    recipe = load_recipe(Path(run_dir) / "recipe.toml", [f"mesh.{axis}={degree}" for axis, degree in degrees.items()])
+    recipe = load_recipe(Path(run_dir) / RECIPE, [f"mesh.{axis}={degree}" for axis, degree in degrees.items()])
     low, high, mesh = recipe.elastic.min_workers, recipe.elastic.max_workers, recipe.mesh
     if not low <= workers <= high:
         raise UserError(f"--workers {workers} is outside elastic.min_workers = {low} .. elastic.max_workers = {high} of this run.")
@@ -321,6 +228,6 @@ def scale(run_dir: str | Path, workers: int, trust: bool = False, **degrees: int
     preferred = (mesh.pipeline, mesh.tensor, mesh.expert) if degrees else None
     with connected(live["address"], recipe):
         try:
-            ask(ray.get_actor(f"{live['run_id']}/controller", NAMESPACE), "scale", workers, preferred)
+            ask(controller_of(live["run_id"]), "scale", workers, preferred)
         except ValueError as error:
             raise RunFailed(f"The run in {run_dir} has no controller any more; `elastic resume` it.") from error

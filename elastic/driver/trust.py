@@ -14,11 +14,10 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from elastic.errors import RecipeError, UserError
-from elastic.recipe import Recipe, loads
+from elastic.errors import UserError
+from elastic.observe.run_files import RECIPE, recipe_of
+from elastic.recipe import Recipe
 from elastic.storage.remote import shown
-
-RECIPE = "recipe.toml"
 
 
 def check_trust(recipe: Recipe, place: str | os.PathLike[str], trust: bool) -> None:
@@ -41,8 +40,8 @@ def own(place: str | os.PathLike[str]) -> set[tuple[str, str]]:
     if folder is None or strangers(folder):
         return set()
     try:
-        return named(loads((folder / RECIPE).read_text(encoding="utf-8"), locate=False))
-    except (RecipeError, OSError, UnicodeDecodeError):
+        return named(recipe_of(folder))
+    except (UserError, OSError, UnicodeDecodeError):
         return set()
 
 

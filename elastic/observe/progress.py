@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.text import Text
 
 from elastic.humanize import count, duration, numbers
+from elastic.observe.events import kind_of, sentence
 from elastic.observe.metrics import UNITS
-from elastic.observe.words import sentence, tone
 
 WINDOW = 50  # steps that speed is averaged over
 PLAIN_EVERY_S = 5.0  # between two step lines where there is no terminal
@@ -88,7 +88,7 @@ class Progress:
         num_steps = event.get("num_steps")
         if num_steps:
             self.pace.num_steps = num_steps
-        self._say(f"step {event.get('step', 0)}: {sentence(event)}", tone(event))
+        self._say(f"step {event.get('step', 0)}: {sentence(event)}", kind_of(event).tone)
 
     def _say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style=style), soft_wrap=True)

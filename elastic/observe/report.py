@@ -12,19 +12,16 @@ from plotly.subplots import make_subplots
 
 from elastic.errors import UserError
 from elastic.mesh import rounds
-from elastic.observe.jsonl import read_json, read_lines, replace_text
+from elastic.observe.events import EVENTS, kind_of, sentence
+from elastic.observe.jsonl import replace_text
 from elastic.observe.metrics import Lines, evaluations_of, sessions, steps_of, unit_of
-from elastic.observe.words import sentence
+from elastic.observe.run_files import lines_of, recipe_of, summary_of
 from elastic.parallel.schedules import build
 from elastic.parallel.simulator import Costs, simulate
-from elastic.recipe import loads
 
 MAX_POINTS = 4000
 MOST = 16  # micro-batches drawn: more are too narrow to tell apart
 MAX_RATES = 300  # of throughput: single steps are mostly noise
-COLOURS = {"worker_lost": "#d62728", "hang": "#d62728", "run_failed": "#d62728", "checkpoint_rejected": "#d62728", "rewound": "#ff7f0e",
-           "worker_joined": "#2ca02c", "recovered": "#2ca02c", "resized": "#2ca02c", "healed": "#17becf", "chaos": "#9467bd",
-           "checkpoint_committed": "#7f7f7f", "generation_started": "#1f77b4"}
 ACTIONS = {"forward": "#1f77b4", "backward": "#2ca02c", "backward_input": "#2ca02c", "backward_weight": "#9467bd"}
 MESSAGE = "#7f7f7f"
 DISTURBING = ("worker_lost", "worker_joined", "resized", "rewound", "hang", "run_failed")
@@ -51,20 +48,19 @@ class Clock:
 def write_report(run_dir: str | Path) -> Path:
     """Writes report.html from the run directory's own lines, and of a pipeline one step as its schedule has it. Returns its path."""
     run_dir = Path(run_dir)
-    events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
-    summary = read_json(run_dir / "summary.json") or {"status": "running"}
+    events, metrics = lines_of(run_dir)
     path = run_dir / "report.html"
-    replace_text(path, page(run_dir.name, summary, events, metrics, *pipeline(run_dir)))
+    replace_text(path, page(run_dir.name, summary_of(run_dir) or {"status": "running"}, events, metrics, *pipeline(run_dir, events)))
     return path
 
 
-def pipeline(run_dir: Path) -> tuple[list[dict[str, Any]], str]:
+def pipeline(run_dir: Path, events: Lines) -> tuple[list[dict[str, Any]], str]:
     """The timeline of one step of the last generation, with stages that take alike, and its title; none without stages."""
-    meshes = [event["mesh"] for event in read_lines(run_dir / "events.jsonl") if event["event"] == "generation_started" and "mesh" in event]
+    meshes = [event["mesh"] for event in events if event["event"] == "generation_started" and "mesh" in event]
     if not meshes or meshes[-1]["pipeline"] < 2:
         return [], ""
     try:
-        recipe = loads((run_dir / "recipe.toml").read_text(encoding="utf-8"), locate=False)
+        recipe = recipe_of(run_dir)
     except (OSError, UserError):
         return [], ""
     mesh, stages = recipe.mesh, meshes[-1]["pipeline"]
@@ -150,10 +146,10 @@ def add_events(chart: go.Figure, clock: Clock, events: Lines) -> None:
     for name in dict.fromkeys(e["event"] for e in events):
         some = [e for e in events if e["event"] == name]
         chart.add_trace(go.Scatter(x=[clock.at(e["time"]) for e in some], y=[name] * len(some), mode="markers", showlegend=False,
-                                   marker={"color": COLOURS.get(name, "#444"), "size": 9, "symbol": "diamond"}, name=name,
+                                   marker={"color": kind_of(some[0]).colour, "size": 9, "symbol": "diamond"}, name=name,
                                    text=[f"step {e['step']}: {sentence(e)}" for e in some], hovertemplate="%{text}<extra></extra>"), 4, 1)
     chart.update_layout(shapes=[{"type": "line", "xref": "x", "yref": "paper", "x0": clock.at(e["time"]), "x1": clock.at(e["time"]),
-                                 "y0": 0, "y1": 1, "line": {"color": COLOURS[e["event"]], "width": 1, "dash": "dot"}, "opacity": 0.5}
+                                 "y0": 0, "y1": 1, "line": {"color": EVENTS[e["event"]].colour, "width": 1, "dash": "dot"}, "opacity": 0.5}
                                 for e in events if e["event"] in DISTURBING])
 
 

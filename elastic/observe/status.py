@@ -7,12 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from elastic.errors import UserError
 from elastic.humanize import duration, numbers
-from elastic.observe.jsonl import read_json, read_lines
-from elastic.observe.metrics import build_summary, evaluations_of, steps_of
+from elastic.observe.events import sentence
+from elastic.observe.metrics import Lines, build_summary, evaluations_of, steps_of
 from elastic.observe.progress import WINDOW, Pace
-from elastic.observe.words import sentence
+from elastic.observe.run_files import lines_of, recipe_text, summary_of
 
 LATEST = 5  # events shown
 QUIET_S = 60.0  # without any line, a run that has no summary may be dead
@@ -21,11 +20,9 @@ QUIET_S = 60.0  # without any line, a run that has no summary may be dead
 def status_lines(run_dir: str | Path, now_s: float | None = None) -> list[str]:
     """What `elastic status` prints. UserError where there is no run."""
     run_dir = Path(run_dir)
-    if not (run_dir / "recipe.toml").exists():
-        raise UserError(f"{run_dir} is no run directory: it has no recipe.toml; give the directory that `elastic train` named.")
-    events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
-    ended = read_json(run_dir / "summary.json")
-    lines = ended_lines(ended) if ended else live_lines(run_dir, events, metrics, time.time() if now_s is None else now_s)
+    recipe = recipe_text(run_dir)
+    (events, metrics), ended = lines_of(run_dir), summary_of(run_dir)
+    lines = ended_lines(ended) if ended else live_lines(run_dir, recipe, events, metrics, time.time() if now_s is None else now_s)
     checkpoints = sorted(path.parent.name for path in run_dir.glob("checkpoints/*/manifest.json"))
     if not (run_dir / "checkpoints").exists():  # they lie elsewhere: what the events say of them
         checkpoints = sorted({e["path"].rpartition("/")[2] for e in events if e["event"] == "checkpoint_committed"})
@@ -40,10 +37,11 @@ def ended_lines(summary: dict[str, Any]) -> list[str]:
             f"steps lost {summary['steps_lost']}, workers {' -> '.join(map(str, summary['world_sizes']))}"]
 
 
-def live_lines(run_dir: Path, events: list[dict[str, Any]], metrics: list[dict[str, Any]], now_s: float) -> list[str]:
+def live_lines(run_dir: Path, recipe: str, events: Lines, metrics: Lines, now_s: float) -> list[str]:
     steps, evaluations = steps_of(metrics), evaluations_of(metrics)
     latest = max([fields["time"] for fields in (*events[-1:], *steps[-1:])], default=0.0)
-    pace = Pace(num_steps(run_dir, events))
+    told = [event["num_steps"] for event in events if event["event"] == "run_started" and "num_steps" in event]
+    pace = Pace(told[-1] if told else tomllib.loads(recipe)["run"].get("steps"))
     for step in steps[-WINDOW:]:
         pace.add(step)
     quiet = now_s - latest
@@ -51,9 +49,3 @@ def live_lines(run_dir: Path, events: list[dict[str, Any]], metrics: list[dict[s
     summary = build_summary(events, metrics, "running")
     return [head, pace.line(), f"evaluation {numbers(evaluations[-1]['eval']) if evaluations else 'none'}, recoveries "
             f"{summary['recoveries']}, steps lost {summary['steps_lost']}, goodput {summary['goodput']:.1%}"]
-
-
-def num_steps(run_dir: Path, events: list[dict[str, Any]]) -> int | None:
-    """How many steps the run will have, as far as the files say."""
-    told = [event["num_steps"] for event in events if event["event"] == "run_started" and "num_steps" in event]
-    return told[-1] if told else tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))["run"].get("steps")

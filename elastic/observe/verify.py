@@ -12,9 +12,9 @@ from typing import Any
 
 from elastic.errors import BadCheckpoint, UserError
 from elastic.humanize import count
-from elastic.observe.jsonl import read_json, read_lines
 from elastic.observe.ledger import FOLDER, prove
 from elastic.observe.metrics import Lines, build_summary, evaluations_of, steps_of
+from elastic.observe.run_files import RECIPE, lines_of, summary_of
 
 MAX_NAMED = 5  # of one kind of problem; the rest is counted
 CheckCheckpoint = Callable[[Any], Any]  # raises BadCheckpoint
@@ -35,8 +35,7 @@ def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint, checkpoints: 
         checkpoints = {f"checkpoints/{m.parent.name}": m.parent for m in sorted(run_dir.glob("checkpoints/*/manifest.json"))}
     verdict = Verdict()
     try:
-        events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
-        summary = read_json(run_dir / "summary.json")
+        (events, metrics), summary = lines_of(run_dir), summary_of(run_dir)
     except UserError as error:
         return Verdict([str(error)])
     steps = steps_of(metrics)
@@ -59,7 +58,7 @@ def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint, checkpoints: 
 
 def asks_for_ledger(run_dir: Path) -> bool:
     try:
-        return bool(tomllib.loads((run_dir / "recipe.toml").read_text(encoding="utf-8"))["data"].get("ledger"))
+        return bool(tomllib.loads((run_dir / RECIPE).read_text(encoding="utf-8"))["data"].get("ledger"))
     except (OSError, KeyError, ValueError):
         return (run_dir / FOLDER).exists()
 

@@ -106,8 +106,11 @@ class ProcessRim:
         strike_process(fault)
 
     def cut_short(self, fault: Fault, group: Any) -> Any:
-        """Where the group can, exactly one peer receives; else as many as it comes to."""
-        group.cut_short({(group.rank + 1) % group.size}, partial(strike_process, fault))
+        """Where the group can, exactly one peer receives; else as many as it comes to. Alone there is none."""
+        if group.size == 1:
+            strike_process(fault)
+        else:
+            group.cut_short({(group.rank + 1) % group.size}, partial(strike_process, fault))
         return group
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from elastic.controller import session
 from elastic.controller.controller import Controller
 from elastic.controller.journal import Journal, decode, encode, replay
 from elastic.controller.policy import Bounds
-from elastic.controller.run_log import Books
 from elastic.messages import Ballot, Generation, Holder, Standing
 from elastic.observe.jsonl import read_lines
-from tests.support.inprocess import Result, Run, gpt_recipe
+from tests.support.inprocess import CheckedBooks, Result, Run, gpt_recipe
 from tests.support.sampling import sample
 
 STEPS = 12
@@ -51,7 +51,7 @@ class FragileJournal(Journal):
         clock.point()
 
 
-class FragileBooks(Books):
+class FragileBooks(CheckedBooks):
     clock: Clock
 
     def event(self, name: str, *where: Any, **fields: Any) -> None:
@@ -85,7 +85,7 @@ class FragileRun(Run):
             books = FragileBooks(self.run_dir)
         self.books, books.clock = books, self.clock
         journal = FragileJournal(self.run_dir / "journal.jsonl", self.job.run_id, self.clock)
-        controller = FragileController(self.job, self.settings, self.fleet, books, 0, 0, journal)
+        controller = FragileController(self.job, self.settings, self.fleet, books, None, journal)
         controller.clock = self.clock
         self.fleet.controller = controller
         return controller
@@ -97,7 +97,7 @@ class FragileRun(Run):
         while not found:
             try:
                 self.controller.opened()
-                found.append(self.controller.run())
+                found.append(session.run(self.controller))
             except Crash:
                 self.crashes += 1
                 self.controller.journal.close()

@@ -170,7 +170,7 @@ class ForkedFleet:
     def transport(self, ready: Sequence[Ready]) -> str:
         return transport_of(ready)
 
-    def inject(self, fault: Fault, stopped: Ready | None) -> None:
+    def inject(self, fault: Fault, stopped: Ready | None = None) -> None:
         raise NotImplementedError(fault.spec)
 
     def adopt(self, known: Iterable[str]) -> list[str]:
@@ -178,9 +178,6 @@ class ForkedFleet:
 
     def resync(self, worker: str) -> None:
         raise NotImplementedError(worker)
-
-    def kill_controller(self) -> None:
-        raise NotImplementedError
 
     def close(self) -> None:
         for worker in list(self.living):

@@ -12,23 +12,33 @@ from typing import Any
 
 from elastic import workload
 from elastic.controller import membership as m
+from elastic.controller import session
 from elastic.controller.controller import Controller, Settings
-from elastic.controller.policy import bounds_of
 from elastic.controller.run_log import Books
 from elastic.controller.thread_fleet import ThreadFleet
 from elastic.driver.inference import check_checkpoint
-from elastic.messages import Job
+from elastic.messages import Begin, Job
+from elastic.observe.events import mismatch
 from elastic.observe.jsonl import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.observe.verify import verify
-from elastic.recipe import Recipe, best_mode, dumps, parse
+from elastic.recipe import Recipe, dumps, parse
 
 LIMIT_S = 120.0  # a run that takes longer hangs
 MODULES = "tests.support.modules"
 Hook = Callable[["Run"], None]
 
 
-class WatchedBooks(Books):
+class CheckedBooks(Books):
+    """Every event is one of the table's, with its fields."""
+
+    def event(self, name: str, step: int | None = None, generation: int | None = None, **fields: Any) -> None:
+        if found := mismatch({"time": 0.0, "event": name, "generation": 0, "step": 0, **fields}):
+            raise AssertionError(found)
+        super().event(name, step, generation, **fields)
+
+
+class WatchedBooks(CheckedBooks):
     """Calls `on_step(step)` and `on_event(name)` once the line is on disk, in the controller's thread."""
 
     on_step: Callable[[int], None] = staticmethod(lambda step: None)
@@ -51,34 +61,31 @@ class Run:
     def __init__(self, run_dir: Path, recipe: Recipe, chaos: Sequence[str] = (), capacity: int = 0, nodes: int = 1,
                  hooks: Mapping[int, Hook] | None = None):
         self.run_dir, self.recipe, self.hooks = run_dir, recipe, dict(hooks or {})
-        begin = self.open()
-        elastic = recipe.elastic
+        self.begin, elastic = self.open(), recipe.elastic
         self.checkpoints = recipe.checkpoint.path or str(run_dir / "checkpoints")
         job = Job(f"run-{time.time_ns():x}", dumps(recipe), workload.prepare(recipe), str(run_dir), self.checkpoints, (), tuple(chaos))
-        settings = Settings(bounds_of(recipe), elastic.hang_timeout_s, elastic.start_timeout_s, recipe.checkpoint.keep, recipe.checkpoint.best,
-                            recipe.checkpoint.keep_every, best_mode(recipe) or "min")
-        self.job, self.settings = job, settings
+        self.job, self.settings = job, Settings.of(recipe)
         self.fleet = ThreadFleet(job, capacity or elastic.max_workers + elastic.spares, nodes)
-        self.controller = self.build(WatchedBooks(run_dir, *begin))
+        self.controller = self.build(WatchedBooks(run_dir, self.begin.written, self.begin.evaluated, self.begin.generation))
         self.opened()
 
     def build(self, books: WatchedBooks) -> Controller:
         self.books = books
         books.on_step = self.after_step
-        controller = Controller(self.job, self.settings, self.fleet, books, books.written)
+        controller = Controller(self.job, self.settings, self.fleet, books, self.begin)
         self.fleet.controller = controller
         return controller
 
     def opened(self) -> None:
         self.controller.opened()
 
-    def open(self) -> tuple[int, int, int]:
-        """A fresh run directory, or the place at which a run that has ended goes on: (written, evaluated, generation)."""
+    def open(self) -> Begin:
+        """A fresh run directory, or the place at which a run that has ended goes on."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "recipe.toml").write_text(dumps(self.recipe))
         lines, events = (read_lines(self.run_dir / f"{name}.jsonl") for name in ("metrics", "events"))
-        return (max((f["step"] for f in lines if "eval" not in f), default=0), max((f["step"] for f in lines if "eval" in f), default=0),
-                max((f["generation"] for f in events), default=0))
+        return Begin(max((f["step"] for f in lines if "eval" not in f), default=0), max((f["step"] for f in lines if "eval" in f), default=0),
+                     max((f["generation"] for f in events), default=0))
 
     def after_step(self, step: int) -> None:
         hook = self.hooks.pop(step, None)
@@ -88,7 +95,7 @@ class Run:
     def work(self, found: list[Any]) -> None:
         """The controller's life; `found` gets its outcome, or its error."""
         try:
-            found.append(self.controller.run())
+            found.append(session.run(self.controller))
         except BaseException as error:
             found.append(error)
 

@@ -14,10 +14,10 @@ from elastic.checkpoint.manifest import Manifest
 from elastic.controller import membership as m
 from elastic.controller.controller import Controller, Settings
 from elastic.controller.policy import Bounds
-from elastic.controller.run_log import Books
-from elastic.messages import Job, Line, Part, Progress, Ready
+from elastic.messages import Begin, Job, Line, Part, Progress, Ready
 from elastic.observe.jsonl import read_lines
 from elastic.storage.store import Store
+from tests.support.inprocess import CheckedBooks
 
 SETTINGS = Settings(Bounds(1, 3, 6), hang_timeout_s=30.0, start_timeout_s=600.0, keep=3, best="")
 
@@ -54,11 +54,10 @@ class Rig:
     def __init__(self, run_dir: Path, clock: Clock | None = None, settings: Settings = SETTINGS, chaos: tuple[str, ...] = (), **books: int):
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         self.run_dir, self.clock, self.fleet = run_dir, clock or Clock(), Fleet()
-        self.books = Books(run_dir, **books)
-        job = Job("run", "", {}, str(run_dir), str(run_dir / "checkpoints"), (), chaos)
-        self.controller = Controller(job, settings, self.fleet, self.books, books.get("written", 0))
-        self.controller.state, actions = m.begin(settings.bounds, self.books.generation)
-        self.controller.perform(actions)
+        self.books = CheckedBooks(run_dir, **books)
+        job = Job(f"run-{self.books.generation}", "", {}, str(run_dir), str(run_dir / "checkpoints"), (), chaos)
+        self.controller = Controller(job, settings, self.fleet, self.books, Begin(**books))
+        self.controller.perform(self.controller.past.actions)
         self.controller.check()
 
     def start(self, *names: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.driver.trainer import Result, Trainer
+from elastic.observe.events import mismatch
 from elastic.observe.jsonl import read_lines
 from elastic.recipe import Recipe, parse
 from tests.support.oracle import undisturbed
@@ -40,7 +41,9 @@ def bits(workers: int = 1, **changes: dict[str, Any]) -> str:
 
 def events(result: Result, name: str = "") -> list[dict[str, Any]]:
     """All, or those of a name."""
-    return [line for line in read_lines(result.run_dir / "events.jsonl") if line["event"] == (name or line["event"])]
+    found = read_lines(result.run_dir / "events.jsonl")
+    assert not [wrong for line in found if (wrong := mismatch(line))]
+    return [line for line in found if line["event"] == (name or line["event"])]
 
 
 def steps(result: Result) -> list[int]:

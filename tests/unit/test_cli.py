@@ -78,11 +78,8 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
     ("evaluate absent", "no good checkpoint at absent"),
     ("sample absent", "no good checkpoint at absent"),
     ("sample used", "no good checkpoint"),
-    ("submit r.toml --address http://head:8265", "`elastic submit` (Ray job submission) is not yet supported"),
-    ("ui used --port 80", "not yet"),
     ("inspect used", "no good checkpoint at used"),
     ("export used --format torch --out x", "no good checkpoint at used"),
-    ("ui runs/x --port 3", "not yet"),
 ])
 def test_a_mistake_is_one_sentence_and_exit_code_2(recipe: str, tmp_path: Path, arguments: str, says: str,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,5 +236,15 @@ def test_the_command_is_installed_and_loads_no_framework_for_help() -> None:
               "heavy = {'ray', 'torch', 'tensorflow', 'mxnet'} & set(sys.modules)\nassert not heavy, heavy\nsys.exit(code)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "resume", "submit", "scale", "status", "ui", "evaluate", "sample", "verify", "inspect", "export", "plan", "doctor"):
+    for command in ("train", "resume", "scale", "status", "evaluate", "sample", "verify", "inspect", "export", "plan", "doctor"):
         assert f"  {command} " in done.stdout
+
+
+def test_a_script_takes_what_it_needs_from_one_place_and_ray_comes_with_the_trainer() -> None:
+    script = ("import sys, elastic\nfrom elastic import BadCheckpoint, Recipe, RecipeError, RunFailed, load_recipe\nfrom elastic import chaos\n"
+              "heavy = {'ray', 'torch', 'tensorflow', 'mxnet'} & set(sys.modules)\nassert not heavy, heavy\n"
+              "from elastic.driver import follow, trainer\nassert elastic.Trainer is trainer.Trainer and elastic.Result is follow.Result\n"
+              "assert issubclass(RecipeError, elastic.UserError) and issubclass(elastic.NonFiniteLoss, RunFailed)\n"
+              "assert not [name for name in elastic.__all__ if getattr(elastic, name).__name__ != name]\nassert not hasattr(elastic, 'trainer')\n")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

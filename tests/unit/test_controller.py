@@ -14,6 +14,7 @@ from elastic.chaos import parse
 from elastic.controller import controller as controllers
 from elastic.controller import membership as m
 from elastic.controller.controller import FENCED
+from elastic.controller.ending import close
 from elastic.controller.journal import replay
 from elastic.controller.policy import Bounds
 from elastic.messages import Ballot, Line, Part, Progress, Ready, Save, Standing
@@ -270,7 +271,7 @@ def test_the_end_is_written_down(rig: Rig) -> None:
     rig.say(Standing("a", 1, "done", 2, state_sha256="s", parameters_sha256="p"))
     assert rig.controller.outcome is not None
     rig.controller.inbox.put(("a", metric(3)))  # a line that was under way
-    rig.controller.close(rig.controller.outcome)
+    close(rig.controller, rig.controller.outcome)
     summary = json.loads((rig.run_dir / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["state_sha256"], summary["parameters_sha256"]) == ("done", 3, "s", "p")
     assert rig.events("run_finished") and rig.fleet.of("close") == [()]
@@ -281,6 +282,6 @@ def test_a_failure_is_written_down_with_its_error(rig: Rig) -> None:
     rig.say(Standing("a", 1, "failed", 2, error="The loss is nan at step 3.", fatal=True))
     assert rig.controller.outcome is not None and rig.fleet.of("assign")[-1] == ("a", Save(1, 2))
     rig.controller.inbox.put(("a", Part("a", 1, 2, "", 0.0, 0.0, error="no room")))
-    rig.controller.close(rig.controller.outcome)
+    close(rig.controller, rig.controller.outcome)
     assert rig.events("step_failed")[0]["error"] == rig.events("run_failed")[0]["error"] == "The loss is nan at step 3."
     assert json.loads((rig.run_dir / "summary.json").read_text())["error"] == "The loss is nan at step 3."

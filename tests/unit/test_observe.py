@@ -16,13 +16,13 @@ from rich.console import Console
 
 from elastic.errors import BadCheckpoint, UserError
 from elastic.humanize import duration, size
+from elastic.observe.events import EVENTS, mismatch, sentence
 from elastic.observe.jsonl import JsonLines, read_lines
 from elastic.observe.metrics import build_summary, goodput, sessions, world_sizes
 from elastic.observe.progress import Pace, Progress
 from elastic.observe.report import gantt, pipeline, write_report
 from elastic.observe.status import status_lines
 from elastic.observe.verify import verify
-from elastic.observe.words import SENTENCES, sentence
 from elastic.parallel.schedules import build
 from elastic.parallel.simulator import Costs, simulate
 
@@ -141,11 +141,11 @@ def test_numbers_that_people_read() -> None:
     assert [size(b) for b in (5, 13_600_000, 2e12)] == ["5 B", "13.6 MB", "2.0 TB"]
 
 
-def test_every_event_of_the_contract_has_words() -> None:
+def test_every_event_of_the_contract_has_a_sentence() -> None:
     named = {"run_started", "generation_started", "worker_lost", "worker_joined", "healed", "resized", "recovered", "rewound",
-             "checkpoint_committed", "checkpoint_rejected", "node_draining", "straggler", "hang", "controller_restarted", "run_finished",
+             "checkpoint_committed", "checkpoint_rejected", "node_draining", "hang", "controller_restarted", "run_finished",
              "run_failed"}
-    assert named <= set(SENTENCES)
+    assert named <= set(EVENTS)
     assert sentence({"event": "worker_lost", "worker": "w2", "rank": 2, "cause": "killed", "detected_s": 0.05}) == (
         "worker lost (rank 2, w2): killed, noticed after 0.05 s")
     assert sentence({"event": "resized", "pause_s": 0.1}) == "resized pause_s 0.1000"
@@ -153,6 +153,16 @@ def test_every_event_of_the_contract_has_words() -> None:
     assert sentence({"event": "rewound", "from": 4, "to": 3}) == "rewound from step 4 to step 3"
     assert sentence({"event": "step_failed", "worker": "w1", "error": "no"}) == "a step failed on w1: no"
     assert sentence({"event": "unheard_of", "step": 3, "why": "x"}) == "unheard_of why x"
+
+
+def test_an_event_is_held_against_the_table() -> None:
+    everywhere = {"time": 1.0, "generation": 1, "step": 3}
+    recovered = {**everywhere, "event": "recovered", "pause_s": 1.0, "steps_lost": 0}
+    assert not mismatch(recovered) and not mismatch({**recovered, "mesh": {"data": 2}})
+    assert mismatch({**everywhere, "event": "recovered", "pause_s": 1.0, "step_lost": 0}) == (
+        "event recovered: lacks ['steps_lost'], has ['step_lost'] beside its fields")
+    assert mismatch({**everywhere, "event": "unheard_of"}) == "event unheard_of: unknown"
+    assert "lacks ['time']" in mismatch({name: value for name, value in recovered.items() if name != "time"})
 
 
 def test_the_live_line() -> None:
@@ -308,7 +318,7 @@ def test_the_report_of_a_pipeline_shows_its_schedule(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "recipe.toml").write_text('[model]\nkind = "nlp.gpt"\n[data]\nformat = "text"\npath = "x"\nbatch_size = 16\n'
                                           "[elastic]\nmax_workers = 4\nlogical_shards = 4\n[mesh]\npipeline = 2\nmicro_batches = 2\n")
-    rows, title = pipeline(tmp_path)
+    rows, title = pipeline(tmp_path, [line])
     assert "1f1b: 2 stages that take alike, 4 micro-batches; bubble 20%" in title  # (K - 1) / (M + K - 1)
     assert {row["stage"] for row in rows} == {0, 1} and {row["micro_batch"] for row in rows} == {0, 1, 2, 3}
     assert "bubble 20%" in write_report(tmp_path).read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,8 +16,8 @@ from elastic.controller.policy import (
     NODE_LOSSES,
     NODE_WINDOW_S,
     Bounds,
+    Heartbeat,
     Losses,
-    Pulse,
     banned_nodes,
     gives_up,
     note_loss,
@@ -24,6 +25,7 @@ from elastic.controller.policy import (
     suspects,
     world_size,
 )
+from elastic.messages import Progress
 
 
 @given(low=st.integers(1, 6), more=st.integers(0, 6), shards=st.integers(1, 32), available=st.integers(0, 20), target=st.integers(1, 20))
@@ -104,55 +106,51 @@ def test_not_all_nodes_are_banned() -> None:
     assert banned_nodes(losses_on("", 0.0, 1.0, 2.0), 3.0, ["a", "b"]) == ()  # a worker that never said where it was
 
 
-def pulse(inside: int = 3, waiting: bool = True, changed_s: float = 0.0, heard_s: float = 100.0, phase: str = "reduction") -> Pulse:
-    return Pulse(7, phase, inside, waiting, changed_s, heard_s)
+def beat(inside: int = 3, waiting: bool = True, changed_s: float = 0.0, heard_s: float = 100.0, phase: str = "reduction") -> Heartbeat:
+    return Heartbeat(Progress("w", 1, 7, phase, inside, waiting), changed_s, heard_s)
 
 
-def suspected(pulses: dict[str, Pulse], now_s: float = 100.0) -> tuple[str, ...]:
-    return suspects(pulses, now_s, timeout_s=30.0, start_timeout_s=600.0)
+def suspected(beats: dict[str, Heartbeat], now_s: float = 100.0) -> tuple[str, ...]:
+    return suspects(beats, now_s, timeout_s=30.0, start_timeout_s=600.0)
 
 
 def test_whoever_has_not_entered_the_collective_is_the_suspect() -> None:
-    assert suspected({"a": pulse(), "b": pulse(inside=2, waiting=False, phase="forward"), "c": pulse()}) == ("b",)
-    assert suspected({"a": pulse(), "b": pulse(inside=2), "c": pulse()}) == ("b",)  # it waits in the one before
+    assert suspected({"a": beat(), "b": beat(inside=2, waiting=False, phase="forward"), "c": beat()}) == ("b",)
+    assert suspected({"a": beat(), "b": beat(inside=2), "c": beat()}) == ("b",)  # it waits in the one before
 
 
 def test_the_stages_of_a_pipeline_enter_different_collectives_and_only_who_waits_in_none_is_the_suspect() -> None:
     """The first and the last stage of two replicas, of which one loads data for ever: its peers' counts say nothing."""
-    first, last = pulse(inside=5), pulse(inside=9)
-    assert suspected({"a0": first, "a1": last, "b0": first, "b1": pulse(inside=8, waiting=False, phase="forward")}) == ("b1",)
+    first, last = beat(inside=5), beat(inside=9)
+    assert suspected({"a0": first, "a1": last, "b0": first, "b1": beat(inside=8, waiting=False, phase="forward")}) == ("b1",)
     assert suspected({"a0": first, "a1": last, "b0": first, "b1": last}) == ("a0",)  # not both who hold the first stage
 
 
 def test_nobody_is_suspect_while_anybody_moves() -> None:
-    assert suspected({"a": pulse(), "b": pulse(inside=2, waiting=False, changed_s=80.0)}) == ()
-    assert suspected({"a": pulse(changed_s=71.0), "b": pulse(inside=2, waiting=False)}) == ()
+    assert suspected({"a": beat(), "b": beat(inside=2, waiting=False, changed_s=80.0)}) == ()
+    assert suspected({"a": beat(changed_s=71.0), "b": beat(inside=2, waiting=False)}) == ()
 
 
 @pytest.mark.parametrize("phase", ["start", "checkpoint"])
 def test_the_first_compile_and_the_disk_have_their_own_limit(phase: str) -> None:
-    waiting, compiling = pulse(inside=1), pulse(inside=0, waiting=False, phase=phase)
+    waiting, compiling = beat(inside=1), beat(inside=0, waiting=False, phase=phase)
     assert suspected({"a": waiting, "b": compiling}) == ()
-    assert suspects({"a": replace_heard(waiting, 700), "b": replace_heard(compiling, 700)}, 700.0, 30.0, 600.0) == ("b",)
-
-
-def replace_heard(word: Pulse, heard_s: float) -> Pulse:
-    return Pulse(word.step, word.phase, word.inside, word.waiting, word.changed_s, heard_s)
+    assert suspects({"a": replace(waiting, heard_s=700), "b": replace(compiling, heard_s=700)}, 700.0, 30.0, 600.0) == ("b",)
 
 
 def test_one_that_is_not_heard_of_is_always_suspect() -> None:
-    pulses = {"a": pulse(changed_s=99.0), "b": pulse(changed_s=60.0, heard_s=60.0)}
-    assert suspected(pulses) == ("b",)
+    beats = {"a": beat(changed_s=99.0), "b": beat(changed_s=60.0, heard_s=60.0)}
+    assert suspected(beats) == ("b",)
 
 
 def test_all_in_the_same_collective_blame_nobody_and_one_alone_itself() -> None:
-    assert suspected({"a": pulse(), "b": pulse()}) == ()
-    assert suspected({"a": pulse(waiting=False)}) == ("a",)
+    assert suspected({"a": beat(), "b": beat()}) == ()
+    assert suspected({"a": beat(waiting=False)}) == ("a",)
     assert suspected({}) == ()
 
 
 @pytest.mark.parametrize("who", ["a", "b"])
 def test_all_stuck_outside_blame_nobody(who: str) -> None:
     """Where nobody waits for anybody, no peer can tell who hangs."""
-    stuck = {name: pulse(waiting=False) for name in "ab"}
+    stuck = {name: beat(waiting=False) for name in "ab"}
     assert who not in suspected(stuck)

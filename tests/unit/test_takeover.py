@@ -11,8 +11,9 @@ import pytest
 from elastic.chaos import parse
 from elastic.controller import membership as m
 from elastic.controller.controller import Controller
+from elastic.controller.ending import close
 from elastic.controller.run_log import Books
-from elastic.messages import Progress, Standing
+from elastic.messages import Begin, Progress, Standing
 from tests.support.rig import SETTINGS, Rig, metric, save
 
 
@@ -25,18 +26,18 @@ class Fallen(BaseException):
     """The controller's process is gone."""
 
 
-def successor(rig: Rig) -> Controller:
+def successor(rig: Rig, rewound_from: int = -1) -> Controller:
     """Who comes after a controller that fell."""
     rig.books.close()
     rig.controller.journal.close()
-    return Controller(rig.controller.job, SETTINGS, rig.fleet, Books.take_over(rig.run_dir))
+    return Controller(rig.controller.job, SETTINGS, rig.fleet, Books.take_over(rig.run_dir), Begin(rewound_from=rewound_from))
 
 
 def test_a_continuation_finds_whom_a_controller_before_has_stopped(tmp_path: Path) -> None:
     rig = Rig(tmp_path, chaos=("stop:1@5", "cont:1@9"))
     rig.start("a", "b", "c")
     rig.controller.take_fault("b", parse("stop:1@5"))
-    stopped = rig.controller.live["b"]
+    stopped = rig.controller.workers["b"].ready
     rig.controller.give_up_on("b", "hangs")
     again = successor(rig)
     assert again.chaos == ["cont:1@9"]
@@ -57,7 +58,7 @@ def test_a_fault_that_may_come_twice_is_not_lost_with_a_controller(spec: str, tm
         with pytest.raises(Fallen):
             rig.controller.take_fault("a", parse(spec))
     again = successor(rig)
-    assert again.past is not None and (again.past.state.target == 1 or rig.fleet.of("inject")) and again.chaos == [spec]
+    assert (again.state.target == 1 or rig.fleet.of("inject")) and again.chaos == [spec]
 
 
 def done(rig: Rig, generation: int, step: int) -> None:
@@ -100,19 +101,18 @@ def test_a_disk_that_does_not_take_the_last_checkpoint_ends_the_run_with_what_it
 def test_first_and_last_line_are_written_by_whoever_comes_to_it_and_once(rig: Rig) -> None:
     rig.books.event("rewound", **{"from": 7, "to": 0})
     rig.books.event("noted", why="norm is in evaluation mode")
-    again = successor(rig)  # it fell between the first lines
+    again = successor(rig, 7)  # it fell between the first lines
     again.job = replace(again.job, notes=(("noted", "norm is in evaluation mode"), ("mesh_chosen", "tensor = 2: it fits")))
-    again.opened(7)
+    again.opened()
     assert [(e["from"], e["to"]) for e in rig.events("rewound")] == [(7, 0)] and len(rig.events("run_started")) == 1
     assert [e["why"] for name in ("noted", "mesh_chosen") for e in rig.events(name)] == [why for _, why in again.job.notes]
     rig.controller, rig.books = again, again.books
-    once_more = successor(rig)
-    once_more.opened(7)
-    once_more.state = rig.controller.past.state  # type: ignore[union-attr]
-    once_more.close(m.Finish("done"))
+    once_more = successor(rig, 7)
+    once_more.opened()
+    close(once_more, m.Finish("done"))
     rig.controller, rig.books = once_more, once_more.books
     last = successor(rig)  # it fell after its last line
-    last.close(m.Finish("done"))
+    close(last, m.Finish("done"))
     assert [len(rig.events(name)) for name in ("rewound", "run_started", "run_finished", "run_failed")] == [1, 1, 1, 0]
 
 
@@ -122,7 +122,6 @@ def test_a_generation_that_the_journal_lacks_ends_the_run(word: Any, rig: Rig) -
     rig.start("a")
     rig.steps(1, 2)
     again = successor(rig)
-    again.state = again.past.state
     again.take("a", Progress("a", 1, 7, "forward", 0, False))
     assert again.outcome is None
     again.take("a", word)

@@ -1,0 +1,80 @@
+"""The way to a Ray: one that is started on this machine for a run, or one that is there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private import services
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+from elastic.errors import UserError
+from elastic.recipe import Recipe
+from elastic.worker.actor import NAMESPACE
+
+CONNECT_S = 5.0  # for a Ray at a given address to take a connection
+REMEDY = "start one with `ray start --head`, or leave --address out."
+
+
+@contextmanager
+def connected(address: str, recipe: Recipe | None = None) -> Iterator[str]:
+    """A Ray to run on, of which the address is given; one that was started here ends here."""
+    if ":" in address:
+        answers(address)
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
+    if ray.is_initialized():
+        yield ray.get_runtime_context().gcs_address
+        return
+    try:
+        if address == "local":
+            cpus = recipe.elastic.max_workers + recipe.elastic.spares + 1 if recipe else 1
+            with apart():
+                ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        else:
+            # Ray gives a cluster a token by default, but shows it at an explicit address only where RAY_AUTH_MODE says so.
+            logging.getLogger("ray").setLevel(logging.ERROR)
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"No Ray answers at --address {address} ({str(error).splitlines()[0]}); {REMEDY}") from error
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+
+
+class Apart(services.ConsolePopen):
+    """A process of Ray in a group of its own."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options, process_group=0)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Ray processes that are started inside get no signal that is meant for the command's process group: it ends the run in order first."""
+    before = services.ConsolePopen
+    services.ConsolePopen = Apart
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
+
+
+def answers(address: str) -> None:
+    """Ray itself tries for minutes, and writes about it on stderr."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.rpartition("/")[2], int(port)), CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"No Ray answers at --address {address} ({error}); {REMEDY}") from None
+
+
+def controller_of(run_id: str) -> Any:
+    """The controller of a run on the Ray that is connected to; ValueError where there is none."""
+    return ray.get_actor(f"{run_id}/controller", NAMESPACE)
