@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from elastic.data.arrow import FORMAT, read_tokens, write_atomically, write_tokens
+from elastic.data.arrow import FORMAT, read_tokens, write_tokens
 from elastic.data.files import find, left_out
 from elastic.data.permutation import keyed_words
 from elastic.data.text import read_column, read_text
 from elastic.errors import RecipeError, UserError
+from elastic.storage.atomic import write_atomically
 from nlp import tokens as tokenizing
 from nlp.gpt import Config
 from nlp.masking import MaskedWindows
@@ -161,7 +162,7 @@ def tokenise(source: Source, folder: Path, facts: Path) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         for split, tokens in splits.items():
             write_tokens(folder / f"{split}.arrow", tokens)
-        write_atomically(facts, json.dumps(known).encode())
+        write_atomically(facts, json.dumps(known))
     except OSError as error:
         raise UserError(f"The token cache {folder} cannot be written ({error.strerror}); make it writable or free some space.") from error
     return known

@@ -30,10 +30,11 @@ from elastic.driver.rundir import LIVE, beginning, checkpoints_of, held, in_use,
 from elastic.driver.trust import check_trust
 from elastic.errors import RecipeError, RunFailed, UserError
 from elastic.messages import Begin, Job
-from elastic.observe.jsonl import JsonLines, replace_text
+from elastic.observe.jsonl import JsonLines
 from elastic.planning import memory as preview
 from elastic.planning import plan as planning
 from elastic.recipe import Recipe, best_mode, check_resumed, dumps, load_recipe, loads
+from elastic.storage.atomic import write_atomically
 from elastic.worker.actor import NAMESPACE
 
 AFRESH = "put that data back, or start a new run, with a checkpoint as its model.init."
@@ -184,7 +185,7 @@ class Trainer:
         elif in_use(run_dir):
             raise self.used(run_dir)
         try:
-            replace_text(run_dir / "recipe.toml", dumps(self.recipe))  # first and whole: what is here from now on can be resumed
+            write_atomically(run_dir / "recipe.toml", dumps(self.recipe))  # first and whole: what is here from now on can be resumed
             if not self.recipe.checkpoint.path:
                 (run_dir / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:

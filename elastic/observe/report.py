@@ -12,12 +12,13 @@ from plotly.subplots import make_subplots
 
 from elastic.errors import UserError
 from elastic.mesh import rounds
-from elastic.observe.jsonl import read_json, read_lines, replace_text
+from elastic.observe.jsonl import read_json, read_lines
 from elastic.observe.metrics import Lines, evaluations_of, sessions, steps_of, unit_of
 from elastic.observe.words import sentence
 from elastic.parallel.schedules import build
 from elastic.parallel.simulator import Costs, simulate
 from elastic.recipe import loads
+from elastic.storage.atomic import write_atomically
 
 MAX_POINTS = 4000
 MOST = 16  # micro-batches drawn: more are too narrow to tell apart
@@ -54,7 +55,7 @@ def write_report(run_dir: str | Path) -> Path:
     events, metrics = read_lines(run_dir / "events.jsonl"), read_lines(run_dir / "metrics.jsonl")
     summary = read_json(run_dir / "summary.json") or {"status": "running"}
     path = run_dir / "report.html"
-    replace_text(path, page(run_dir.name, summary, events, metrics, *pipeline(run_dir)))
+    write_atomically(path, page(run_dir.name, summary, events, metrics, *pipeline(run_dir)))
     return path
 
 

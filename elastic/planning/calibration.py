@@ -23,11 +23,11 @@ from elastic.data.loader import load_batch
 from elastic.errors import ElasticError
 from elastic.humanize import size
 from elastic.mesh import shards_of
-from elastic.observe.jsonl import replace_text
 from elastic.parallel.measure import measure
 from elastic.planning.costs import FLOAT
 from elastic.recipe import Recipe, dumps, loads
 from elastic.state.flat_layout import BLOCK
+from elastic.storage.atomic import write_atomically
 from elastic.workload import Workload, cache_dir, create_backend, open_state
 
 LITTLE, MUCH = 256, 1 << 20  # elements of a call that is all latency, and of one that is all bandwidth
@@ -93,7 +93,7 @@ def keep(recipe: Recipe, found: Constants) -> None:
         whole = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         whole = {}
-    replace_text(file, json.dumps({**whole, key_of(recipe, found.workers): asdict(found)}, indent=1))
+    write_atomically(file, json.dumps({**whole, key_of(recipe, found.workers): asdict(found)}, indent=1))
 
 
 def calibrate(recipe: Recipe, info: Mapping[str, Any], workers: int) -> Constants:
