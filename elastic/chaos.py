@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,6 @@ from typing import Any
 from elastic.errors import RecipeError
 
 PHASES = ("forward", "backward", "reduction", "vote", "update", "gather", "heal", "checkpoint")
-CUT_S = 0.001  # how far a collective that is cut short may get
 SELF = ("kill", "stop", "node")  # a worker does these to itself; rank 0 asks the controller for the others
 DISK = ("error", "short", "full", "delay", "crash")  # what a file system can do
 PATTERN = re.compile(r"(?:(kill|stop|cont|node|scale|disk):(\d+)|(controller|corrupt))@(\d+)(?:/([a-z]+))?")
@@ -95,33 +93,6 @@ class Injector:
                 self.announce(fault.spec)
                 return self._cut_short(fault, group)
         return group
-
-
-class CutShort:
-    """A group whose next delivering collective is started in another thread and struck at once: it may reach some peers."""
-
-    def __init__(self, group: Any, strike: Callable[[], None]):
-        self._group, self._strike = group, strike
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("all_gather", "all_reduce", "reduce_tree", "reduce_kept"):
-            return getattr(self._group, name)
-        call = getattr(self._group, name)  # AttributeError where the group has no such call
-        return lambda *arguments: self._struck(call, arguments)
-
-    def _struck(self, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        started = threading.Event()
-
-        def work() -> None:
-            started.set()
-            call(*arguments)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        started.wait()
-        thread.join(CUT_S)
-        self._strike()
-        thread.join()  # only a process that was stopped and continued comes here: its group is long abandoned
 
 
 def strike_process(fault: Fault) -> None:

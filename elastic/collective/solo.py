@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from elastic.collective.group import Buffer
 from elastic.collective.member import Member
@@ -17,10 +17,6 @@ class SoloGroup(Member):
 
     def all_reduce(self, buffer: Buffer) -> None:
         self._check()
-
-    def reduce_scatter(self, out: Buffer, buffer: Buffer) -> None:
-        self._check()
-        out[:] = buffer
 
     def all_gather(self, out: Buffer, part: Buffer) -> None:
         self._check()
@@ -41,6 +37,9 @@ class SoloGroup(Member):
 
     def barrier(self) -> None:
         self._check()
+
+    def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
+        then()
 
     def subgroup(self, ranks: Sequence[int]) -> SoloGroup:
         self._check()

@@ -82,7 +82,7 @@ class ThreadRim:
         if isinstance(group, SoloGroup) or group.size == 1:
             self.strike(fault)
         self.dead.set()
-        group.cut_short({(group.rank + 1) % group.size}, die)  # type: ignore[attr-defined]
+        group.cut_short({(group.rank + 1) % group.size}, die)
         return group
 
 

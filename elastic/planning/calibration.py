@@ -18,7 +18,7 @@ import numpy as np
 
 from elastic.collective.connect import form
 from elastic.collective.kv_store import Endpoint
-from elastic.collective.reduction import Scratch, maximal_subtrees, out_size, reduce
+from elastic.collective.reduction import Scratch, maximal_subtrees, out_size
 from elastic.data.loader import load_batch
 from elastic.errors import ElasticError
 from elastic.humanize import size
@@ -171,7 +171,7 @@ def reduction_of(group: Any, num_shards: int, numel: int) -> float:
     nodes = maximal_subtrees(shards_of(group.rank, group.size, num_shards), num_shards)
     sums = [(node, group.allocate(numel)) for node in nodes]
     out, scratch = group.allocate(out_size(numel, BLOCK, group.size)), Scratch(lambda size: np.zeros(size, np.float32))
-    taken = median(lambda: reduce(group, sums, num_shards, out, numel, BLOCK, scratch))
+    taken = median(lambda: group.reduce_tree(sums, num_shards, out, numel, BLOCK, scratch))
     return (len(nodes) + 1) * (group.size - 1) / group.size * numel * FLOAT / taken
 
 

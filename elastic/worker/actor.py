@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from elastic.chaos import CutShort, Fault, strike_process
+from elastic.chaos import Fault, strike_process
 from elastic.errors import UserError
 from elastic.messages import Generation, Job, Save
 
@@ -101,11 +101,9 @@ class ProcessRim:
         strike_process(fault)
 
     def cut_short(self, fault: Fault, group: Any) -> Any:
-        """Where the group can, exactly one peer receives; else as many as it comes to."""
-        if hasattr(group, "cut_short"):
-            group.cut_short({(group.rank + 1) % group.size}, partial(strike_process, fault))
-            return group
-        return CutShort(group, partial(strike_process, fault))
+        """Exactly one peer receives, where the transport can tell."""
+        group.cut_short({(group.rank + 1) % group.size}, partial(strike_process, fault))
+        return group
 
 
 class WorkerActor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class Buffers:
     """One generation's communication buffers. A broken group's are never used again: a stopped peer may still write to them."""
 
     def __init__(self, work: Work, group: CollectiveGroup):
-        allocate = getattr(group, "allocate", work.backend.allocate)
+        allocate = partial(group.allocate, plain=work.backend.allocate)
         self.layout = work.state.layout
         self.numel = self.layout.gradient
         state, rest = work.state, self.numel - self.layout.trainable

@@ -19,7 +19,7 @@ import numpy as np
 
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
-from elastic.collective.reduction import reduce, tree_sum
+from elastic.collective.reduction import tree_sum
 from elastic.errors import NonFiniteLoss
 from elastic.mesh import shards_of
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Line, Save
@@ -194,7 +194,7 @@ def reduce_sums(work: Work, links: Links, buffers: Buffers, sums: Any, step: int
         if isinstance(work.state, ShardedState):
             return reduce_own(work, work.state, links, group, buffers, sums)
         if work.plan.exact:
-            gradient = reduce(group, sums.nodes(), work.plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
+            gradient = group.reduce_tree(sums.nodes(), work.plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
         else:
             gradient = sums.buffer
             group.all_reduce(gradient)

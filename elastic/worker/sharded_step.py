@@ -14,7 +14,7 @@ import numpy as np
 
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
-from elastic.collective.reduction import gather_owned, out_size, reduce, reduce_kept
+from elastic.collective.reduction import gather_owned, out_size
 from elastic.messages import Generation, Line
 from elastic.model.backend import Buffer
 from elastic.parallel.groups import Links
@@ -44,10 +44,10 @@ def reduce_own(work: Work, state: ShardedState, links: Links, group: CollectiveG
         take_kept(state, out, plain, 0, layout.trainable)
         out[tail:tail + statistics] = plain[layout.trainable:layout.gradient]
     else:
-        reduce_kept(group, sums.nodes(), num_shards, out[:tail], state.cuts, state.twin, buffers.scratch)
+        group.reduce_kept(sums.nodes(), num_shards, out[:tail], state.cuts, state.twin, buffers.scratch)
         if statistics:
             rest = [(node, buffer[layout.trainable:]) for node, buffer in sums.nodes()]
-            reduce(group, rest, num_shards, out[tail:], statistics, BLOCK, buffers.scratch)
+            group.reduce_tree(rest, num_shards, out[tail:], statistics, BLOCK, buffers.scratch)
     for axis, names in links.shared:
         for place in (layout.places[name] for name in names if name in layout.trainable_set):
             if plain is not None:
@@ -55,7 +55,7 @@ def reduce_own(work: Work, state: ShardedState, links: Links, group: CollectiveG
             else:  # the members of one replica keep other stretches of it: all get all
                 parts = [(node, buffer[place.offset:place.offset + place.size]) for node, buffer in sums.nodes()]
                 space = work.backend.allocate(out_size(place.size, BLOCK, group.size))
-                whole = reduce(group, parts, num_shards, space, place.size, BLOCK, buffers.scratch)[:place.size]
+                whole = group.reduce_tree(parts, num_shards, space, place.size, BLOCK, buffers.scratch)[:place.size]
             take_kept(state, out, axis.sum(whole), place.offset, place.offset + place.size)
     return out
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from elastic.chaos import CutShort, Fault, Injector, parse
+from elastic.chaos import Fault, Injector, parse
 from elastic.errors import RecipeError
 
 
@@ -74,25 +74,3 @@ def test_a_collective_is_cut_short_once() -> None:
     assert rim.injector.cut("group", 5, "reduction") == "cut group"
     assert rim.injector.cut("group", 5, "reduction") == "group"
     assert rim.log == ["announce kill:0@5/reduction", "cut kill:0@5/reduction"]
-
-
-class Group:
-    size = 3
-
-    def __init__(self) -> None:
-        self.called: list[str] = []
-
-    def all_to_all(self, number: int) -> int:
-        return number + 1
-
-    def all_gather(self, word: str) -> None:
-        self.called.append(word)
-
-
-def test_only_a_delivering_collective_is_struck() -> None:
-    group, struck = Group(), []
-    cut = CutShort(group, lambda: struck.append(list(group.called)))
-    assert (cut.size, cut.all_to_all(1), struck) == (3, 2, [])
-    cut.all_gather("x")
-    assert len(struck) == 1 and group.called == ["x"]
-    assert not hasattr(cut, "reduce_tree")  # this group has none, and the caller must see that
