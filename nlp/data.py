@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from elastic.data.arrow import FORMAT, read_tokens, write_tokens
+from elastic.data.dataset import Dataset
 from elastic.data.files import find, left_out
 from elastic.data.permutation import keyed_words
 from elastic.data.text import read_column, read_text
@@ -80,14 +81,12 @@ def decode(info: Mapping[str, Any], tokens: Sequence[int]) -> str:
     return tokenizing.build(info["tokenizer"]).decode(tokens)
 
 
-class TokenWindows:
+class TokenWindows(Dataset):
     """Windows of `context` + 1 tokens, the last `context` of which are the targets of the first.
 
     Window i of epoch e starts at i * context + offset(e), with an offset in [0, context) drawn from (seed, e), so that over the
     epochs a model sees other cuts of the text; without a seed the offset is 0. No token is a target twice in an epoch.
     """
-
-    fills = True
 
     def __init__(self, tokens: np.ndarray, context: int, seed: int | None):
         self.tokens, self.context, self.seed = tokens, context, seed

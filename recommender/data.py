@@ -20,6 +20,7 @@ import numpy as np
 from elastic.data.arrow import read_tokens, write_tokens
 from elastic.data.columns import Column
 from elastic.data.convert import write
+from elastic.data.dataset import Dataset
 from elastic.data.files import File, find, left_out, told
 from elastic.data.formats import Arrays
 from elastic.data.index import Facts, Part
@@ -99,12 +100,10 @@ class Vocabulary:
     extra: int = 0  # rows at the end, for what no training row holds
 
 
-class Samples:
+class Samples(Dataset):
     """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1 over the training
     rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns, in training now and then one for unknown
     values. Rows to evaluate on in lists have "group" and "row" (rows,), the list and the row's own number."""
-
-    fills = True
 
     def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], seed: int | None):
         """`seed` is for training, None for evaluation, in which nothing is hidden."""

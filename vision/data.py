@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from elastic.data.dataset import Dataset
 from elastic.errors import RecipeError, UserError
 from elastic.storage.atomic import in_turn, write_atomically
 from vision import augment
@@ -97,10 +98,8 @@ def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Images:
     return Images(store, rows, info, seed if split == "train" else None)
 
 
-class Images:
+class Images(Dataset):
     """Rows of a store, normalised to mean 0 and standard deviation 1 by channel. Without a seed each sample is as it is."""
-
-    fills = True
 
     def __init__(self, store: Store, rows: np.ndarray, info: Mapping[str, Any], seed: int | None):
         self.store, self.rows, self.seed = store, rows, seed

@@ -141,7 +141,8 @@ class Optimizer(Section):
     base_batch: int = at_least(0, 0, ": the batch size that lr and min_lr are meant for, to whose multiple they are scaled; 0 for no scaling")
     schedule: Literal["constant", "cosine", "linear", "step", "one-cycle"] = "constant"
     warmup_steps: int = at_least(0, 0)
-    milestones: Rising = Field((), strict=False, description="a list of whole numbers of at least 1 that rise from each to the next: the steps after which the rate falls")
+    milestones: Rising = Field((), strict=False, description=(
+        "a list of whole numbers of at least 1 that rise from each to the next: the steps after which the rate falls"))
     gamma: FiniteFloat = Field(0.1, gt=0, le=1, description="a number above 0 and at most 1: what the rate is multiplied by at each milestone")
     pct_start: float = share(0.3, "a number of at least 0 and below 1: the share of the run over which the rate rises")
     div_factor: FiniteFloat = Field(25.0, ge=1, description="a number of at least 1: lr over the rate at the start")
