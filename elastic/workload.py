@@ -83,12 +83,6 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
     return door(domain, "data").prepare(recipe.data, recipe.model.config, cache_dir())
 
 
-def own_key(source: Any) -> str:
-    """What tells a user's data set from another: its length, and what its own `key()` says where it has one."""
-    named = f", key() = {call_user('data.kind: key()', source.key, {})!r}" if callable(getattr(source, "key", None)) else ""
-    return f"{len(source)} samples{named}"
-
-
 def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset | None, str]:
     """The training set, the evaluation set if there is one, and the unit that weights count ("tokens") or ""."""
     if recipe.data.kind:
@@ -99,8 +93,8 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
         if whole.own and recipe.backend.name != "torch":
             raise RecipeError(f'data.kind: {type(source).__name__} has a collate_fn, which backend.name = "{recipe.backend.name}" does not call; '
                               "give items of one shape, padded and with their lengths or weights beside them, and take it out.")
-        if info.get("key", found := own_key(source)) != found:
-            raise UserError(f"data.kind = {recipe.data.kind!r} has {found} here, and {info['key']} where the run began; give it the same data "
+        if info.get("key", whole.key) != whole.key:
+            raise UserError(f"data.kind = {recipe.data.kind!r} has {whole.key} here, and {info['key']} where the run began; give it the same data "
                             "on every machine.")
         return *whole.split(recipe.data.eval_fraction), ""
     if recipe.data.is_table:
@@ -123,22 +117,21 @@ class Workload:
     evaluation: Dataset | None
     sampler: Sampler
     unit: str
-    key: str = ""  # of a data set of the user's own
     names: Mapping[str, str] = field(default_factory=dict)  # a torch module's keys of its state dict, each with the array's first name
 
     @classmethod
     def open(cls, recipe: Recipe, info: Mapping[str, Any]) -> Workload:
         training, evaluation, unit = open_data(recipe, info)
         sampler = Sampler(training.num_samples, recipe.data.batch_size, recipe.elastic.logical_shards, recipe.run.seed,
-                          recipe.data.shuffle, recipe.run.epochs, recipe.run.steps, getattr(training, "order", None))
-        model, key = open_model(recipe, info), own_key(training.source) if isinstance(training, MapStyle) else ""
+                          recipe.data.shuffle, recipe.run.epochs, recipe.run.steps, training.order)
+        model = open_model(recipe, info)
         own = recipe.backend.name == "torch" and ":" in recipe.model.kind
         names = importlib.import_module("backends.pytorch.export").names(model) if own else {}
-        return cls(model, training, evaluation, sampler, unit, key, names)
+        return cls(model, training, evaluation, sampler, unit, names)
 
     def facts(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """The data's facts, with what is known once a data set and a model of the user's own are open."""
-        return {**info, **({"key": self.key} if self.key else {}), **({"names": dict(self.names)} if self.names else {})}
+        return {**info, **({"key": self.training.key} if self.training.key else {}), **({"names": dict(self.names)} if self.names else {})}
 
     @cached_property
     def balance(self) -> Mapping[str, float] | None:

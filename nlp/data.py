@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from elastic.data.arrow import FORMAT, read_tokens, write_atomically, write_tokens
+from elastic.data.arrow import FORMAT, read_tokens, write_tokens
+from elastic.data.dataset import Dataset
 from elastic.data.files import find, left_out
 from elastic.data.permutation import keyed_words
 from elastic.data.text import read_column, read_text
 from elastic.errors import RecipeError, UserError
+from elastic.storage.atomic import write_atomically
 from nlp import tokens as tokenizing
 from nlp.gpt import Config
 from nlp.masking import MaskedWindows
@@ -79,14 +81,12 @@ def decode(info: Mapping[str, Any], tokens: Sequence[int]) -> str:
     return tokenizing.build(info["tokenizer"]).decode(tokens)
 
 
-class TokenWindows:
+class TokenWindows(Dataset):
     """Windows of `context` + 1 tokens, the last `context` of which are the targets of the first.
 
     Window i of epoch e starts at i * context + offset(e), with an offset in [0, context) drawn from (seed, e), so that over the
     epochs a model sees other cuts of the text; without a seed the offset is 0. No token is a target twice in an epoch.
     """
-
-    fills = True
 
     def __init__(self, tokens: np.ndarray, context: int, seed: int | None):
         self.tokens, self.context, self.seed = tokens, context, seed
@@ -161,7 +161,7 @@ def tokenise(source: Source, folder: Path, facts: Path) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         for split, tokens in splits.items():
             write_tokens(folder / f"{split}.arrow", tokens)
-        write_atomically(facts, json.dumps(known).encode())
+        write_atomically(facts, json.dumps(known))
     except OSError as error:
         raise UserError(f"The token cache {folder} cannot be written ({error.strerror}); make it writable or free some space.") from error
     return known

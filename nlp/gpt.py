@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class Config:
     width: int = 128
     context: int = 64
     dropout: float = 0.0
-    bias: bool = False
+    bias: bool = field(default=False, metadata={"written": False})
     smoothing: float = 0.0
     recompute: bool = False
     experts: int = 0

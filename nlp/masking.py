@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from elastic.data.dataset import Dataset
 from elastic.data.permutation import keyed_words, mix
 from elastic.model.ops import GOLDEN
 
@@ -14,13 +15,11 @@ HIDDEN, OTHER = 0.8, 0.1  # of the chosen tokens: replaced by the hidden token, 
 KEY = 5  # apart from what else is drawn from a seed and an epoch
 
 
-class MaskedWindows:
+class MaskedWindows(Dataset):
     """`windows` of tokens with the same number of tokens chosen in each: "tokens", "places" and "targets" as `nlp.bert` reads them.
 
     `vocab_size` is also the number of the hidden token. Every epoch hides other tokens.
     """
-
-    fills = True
 
     def __init__(self, windows: Any, vocab_size: int, mask: float, seed: int):
         self.windows, self.vocab_size, self.seed = windows, vocab_size, seed

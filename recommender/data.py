@@ -17,15 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from elastic.data.arrow import read_tokens, write_atomically, write_tokens
+from elastic.data.arrow import read_tokens, write_tokens
 from elastic.data.columns import Column
-from elastic.data.convert import locked, write
+from elastic.data.convert import write
+from elastic.data.dataset import Dataset
 from elastic.data.files import File, find, left_out, told
 from elastic.data.formats import Arrays
 from elastic.data.index import Facts, Part
 from elastic.data.permutation import keyed_words, mix, permute
 from elastic.data.table import Store
 from elastic.errors import UserError
+from elastic.storage.atomic import in_turn, write_atomically
 from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, hashed
 
 VERSION = 4
@@ -56,13 +58,13 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     asked = json.dumps([VERSION, is_binary, settings, files])
     folder = Path(cache_dir) / f"columns-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
     facts = folder / "facts.json"
-    with locked(folder):
+    with in_turn(folder):
         try:
             known = json.loads(facts.read_text())
             (folder / VOCABULARIES).stat()
         except (OSError, ValueError):
             known = read(Encoder(data, is_binary), sources, folder, settings)
-            write_atomically(facts, json.dumps(known).encode())
+            write_atomically(facts, json.dumps(known))
     notes = [line for key, _ in sources for line in left_out(key, getattr(data, key.removeprefix("data.")))]
     notes += told("data.path", known["unused"], "as columns that neither data.categorical nor data.numeric names")
     return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder),
@@ -98,12 +100,10 @@ class Vocabulary:
     extra: int = 0  # rows at the end, for what no training row holds
 
 
-class Samples:
+class Samples(Dataset):
     """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1 over the training
     rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns, in training now and then one for unknown
     values. Rows to evaluate on in lists have "group" and "row" (rows,), the list and the row's own number."""
-
-    fills = True
 
     def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], seed: int | None):
         """`seed` is for training, None for evaluation, in which nothing is hidden."""
@@ -203,7 +203,7 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
                  for (name, column), base in zip(encoder.codes.items(), first) if not column.buckets}
         write_tokens(folder / "hiding.arrow", np.concatenate([hiding(part) for part in parts]))
         digest += hashlib.sha256(codes.tobytes()).hexdigest()
-    write_atomically(folder / VOCABULARIES, json.dumps(known).encode())
+    write_atomically(folder / VOCABULARIES, json.dumps(known))
     said = json.dumps([VERSION, digest, settings, counted, [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
     return {**info, "unused": encoder.unused, "label_mean": label_mean, "mean": mean, "scale": scale,
             "first_codes": first, "sizes": [part.size for part in parts],

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from elastic.data.arrow import write_atomically
-from elastic.data.convert import locked
+from elastic.data.dataset import Dataset
 from elastic.errors import RecipeError, UserError
+from elastic.storage.atomic import in_turn, write_atomically
 from vision import augment
 from vision.classes import Classes
 from vision.images import sources
@@ -42,12 +42,12 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
         split: [[f.where, f.size, f.mtime_ns, f.below] for f in files] for split, (files, _) in found.items()}]
     folder = Path(cache_dir) / f"images-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}"
     facts = folder / "facts.json"
-    with locked(folder):
+    with in_turn(folder):
         try:
             known = json.loads(facts.read_text())
         except (OSError, ValueError):
             known = look(data, paths, folder)
-            write_atomically(facts, json.dumps(known).encode())
+            write_atomically(facts, json.dumps(known))
     if data.crop >= min(known["shape"][:2]):
         raise RecipeError(f"data.crop = {data.crop} moves images of {sized(known['shape'])} out of sight; write less than {min(known['shape'][:2])}.")
     files = {f"{split}_file": str(path_of(folder / (split if split in paths else "train"), "labels")) for split in SPLITS}
@@ -98,10 +98,8 @@ def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Images:
     return Images(store, rows, info, seed if split == "train" else None)
 
 
-class Images:
+class Images(Dataset):
     """Rows of a store, normalised to mean 0 and standard deviation 1 by channel. Without a seed each sample is as it is."""
-
-    fills = True
 
     def __init__(self, store: Store, rows: np.ndarray, info: Mapping[str, Any], seed: int | None):
         self.store, self.rows, self.seed = store, rows, seed

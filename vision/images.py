@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -23,6 +24,7 @@ from elastic.errors import RecipeError, UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 UNSIGNED_BYTES = 8  # the third byte of an IDX file
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, SyntaxError, struct.error)  # EXIF of any bytes
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
 
 
@@ -94,7 +96,7 @@ def upright(image: Any, transpose: Callable[[Any], Any]) -> Any:
     """An orientation that cannot be read is none."""
     try:
         return transpose(image)
-    except Exception:
+    except UNREADABLE:
         return image
 
 

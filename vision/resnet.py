@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from elastic.errors import RecipeError, UserError
@@ -39,8 +39,8 @@ class Config:
     bottleneck: bool = False
     stem: str = "large"
     norm: str = "batch"
-    groups: int = 8
-    momentum: float = 0.1
+    groups: int = field(default=8, metadata={"written": False})
+    momentum: float = field(default=0.1, metadata={"written": False})
     smoothing: float = 0.0
     bias_init: str = "zeros"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from elastic.data.arrow import write_atomically
 from elastic.errors import UserError
+from elastic.storage.atomic import appearing, write_atomically
 from vision.classes import Classes
 from vision.images import BadImage, samples
 
@@ -36,9 +34,8 @@ def write(key: str, data: Any, paths: Sequence[str], prefix: Path, classes: Clas
     UserError names the file and row of an image that is damaged or of another size, unless the recipe says that such are skipped.
     """
     target, labels, skipped, digest = path_of(prefix, "pixels"), list[int](), 0, hashlib.sha256()
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with appearing(target) as file:
             for sample in samples(key, data, paths):
                 try:
                     pixels = sample.pixels(data.image_size, data.channels)
@@ -55,16 +52,13 @@ def write(key: str, data: Any, paths: Sequence[str], prefix: Path, classes: Clas
                 content = pixels.tobytes()
                 file.write(content)
                 digest.update(content)
-        if not labels or not shape:
-            raise UserError(f"{key} gives no image ({skipped} skipped); give a path with some.")
-        numbers = np.array(labels, np.int64) if classes.count else classes.close()[labels]
-        os.replace(temporary, target)
+            if not labels or not shape:
+                raise UserError(f"{key} gives no image ({skipped} skipped); give a path with some.")
+            numbers = np.array(labels, np.int64) if classes.count else classes.close()[labels]
         write_atomically(path_of(prefix, "labels"), numbers.tobytes())
     except OSError as error:
         raise UserError(f"The image cache {target.parent} cannot be written ({error.strerror or error}); "
                         "make it writable or free some space.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     digest.update(numbers.tobytes())
     return Written(shape, len(labels), skipped, digest.hexdigest())
 

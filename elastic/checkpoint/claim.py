@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from elastic.errors import BadCheckpoint, UserError
-from elastic.observe.jsonl import locked
+from elastic.storage.atomic import locked
 from elastic.storage.files import LocalFiles
 from elastic.storage.remote import shown
 from elastic.storage.store import Store

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.safetensors import apart
 from elastic.errors import UserError
 from elastic.recipe import loads
-from elastic.storage.store import TEMPORARY
+from elastic.storage.atomic import beside
 
 Arrays = Mapping[str, np.ndarray]
 PLACES = ("folder", "train_file", "eval_file", "blocks", "splits", "names")  # of the data's facts, what means something here alone
@@ -52,23 +50,14 @@ def export(path: str, form: str, out: str) -> tuple[int, int]:
     kept = {key.partition("/")[2]: array for key, array in arrays.items() if key.startswith((PARAMETER, BUFFER))}
     names = manifest.extra.get("info", {}).get("names") or {name: name for name in kept}
     taken = Taken(kept, {key: name for key, name in names.items() if name in kept}, manifest)
-    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write(taken, unfinished)
-        os.rename(unfinished, free(out))
+        with beside(target) as unfinished:
+            write(taken, unfinished)
+            free(out)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror or error}); name another place.") from error
-    finally:
-        clear(unfinished)
     return manifest.step, sum(key.startswith(PARAMETER) for key in arrays)
-
-
-def clear(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
 
 
 def free(out: str) -> Path:

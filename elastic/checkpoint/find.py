@@ -66,5 +66,5 @@ def places(given: str) -> list[str]:
     recipe, named = os.path.join(given, "recipe.toml"), ""
     if "://" not in given and os.path.isfile(recipe):
         with open(recipe, encoding="utf-8") as file:
-            named = getattr(loads(file.read(), locate=False).checkpoint, "path", "")
+            named = loads(file.read(), locate=False).checkpoint.path
     return [named] if named else [join(given, "checkpoints"), given]

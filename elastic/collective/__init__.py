@@ -2,10 +2,10 @@
 
     group      the contract
     reduction  the canonical tree over logical shards; the sum along it across a group
-    keepers    sums of which each member gets a stretch
+    member     what all implementations share
     solo       a group of one
     local      threads of one process, for tests
-    store      where processes meet
+    kv_store   where processes meet
     gloo       processes over TCP
     shared     processes of one node over shared memory
     nccl       GPUs

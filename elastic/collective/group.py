@@ -8,6 +8,7 @@ thread; a waiter notices within `SLICE_S`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 Buffer = Any
@@ -15,17 +16,22 @@ Buffer = Any
 SLICE_S = 0.02  # how long one wait may hold before it looks whether the group was abandoned
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A call that was started. `finish`, once, waits for its end; after that its buffers are the caller's again. It raises as any call does,
+    also where the group was abandoned since the start."""
+
+    finish: Callable[[], None]
+
+
 class CollectiveGroup(Protocol):
-    """Buffers are flat arrays (NumPy or torch) of one dtype; all sizes are in elements."""
+    """Buffers are flat arrays (NumPy or torch) of one dtype; all sizes are in elements. What is optional has its default in `member.Member`."""
 
     rank: int
     size: int
 
     def all_reduce(self, buffer: Buffer) -> None:
         """Sum over the members, in place, in the library's own order."""
-
-    def reduce_scatter(self, out: Buffer, buffer: Buffer) -> None:
-        """`out` = this rank's of `size` equal parts of the sum, summed in rank order."""
 
     def all_gather(self, out: Buffer, part: Buffer) -> None:
         """`out` = the members' parts in rank order; every part has the same size."""
@@ -45,16 +51,28 @@ class CollectiveGroup(Protocol):
     def subgroup(self, ranks: Sequence[int]) -> CollectiveGroup:
         """The group of these members only; each of them calls it, with the same ranks. It shares this group's fate."""
 
-    def allocator(self, otherwise: Callable[[int], Buffer]) -> Callable[[int], Buffer]:
-        """Where buffers for its reductions are best allocated, by their size: `otherwise` where any memory will do."""
-
-    def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
-        """For fault injection: in the next call only the ranks in `delivered_to` get what this member gives, as far as the transport can tell them
-        apart; then `then()`, which ends the member.
-        """
-
     def barrier(self) -> None:
         """Returns once every member has entered."""
+
+    def start(self, call: str, *arguments: Any) -> Pending:
+        """Begins `call` ("all_reduce" and so on) beside the computation: no other call of this group before it is finished, and its buffers are
+        neither read nor written until then. By default all of it is done in `finish`, where its wait is in any case."""
+
+    def allocate(self, size: int, plain: Callable[[int], Buffer] = ...) -> Buffer:
+        """A zeroed float32 buffer of which `all_reduce` and sums along the tree need no copy; of `plain` where there are none. It lives as
+        long as the group."""
+
+    def reduce_tree(self, sums: Sequence[tuple[Any, Buffer]], num_shards: int, out: Buffer, numel: int, block: int, scratch: Any,
+                    chunk: int = ...) -> Buffer:
+        """What `reduction.reduce` does, to the bit."""
+
+    def reduce_kept(self, sums: Sequence[tuple[Any, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Any,
+                    chunk: int = ...) -> Buffer:
+        """What `reduction.reduce_kept` does, to the bit."""
+
+    def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
+        """For fault injection: in the next call, the data reaches these ranks alone, or on some transports whom chance says; then `then()`,
+        which ends the member."""
 
     def abandon(self) -> None:
         """Gives the group up without waiting for anybody: all calls, running ones too, raise `GroupBroken`."""

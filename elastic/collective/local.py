@@ -154,13 +154,6 @@ class LocalGroup(Member):
         for part in parts[1:]:
             buffer += part
 
-    def reduce_scatter(self, out: Buffer, buffer: Buffer) -> None:
-        size = out.shape[0]
-        parts = [part[self.rank * size:(self.rank + 1) * size] for part in self._exchange(copied(buffer))]
-        out[:] = parts[0]
-        for part in parts[1:]:
-            out += part
-
     def all_gather(self, out: Buffer, part: Buffer) -> None:
         size = part.shape[0]
         for rank, piece in enumerate(self._exchange(copied(part))):
@@ -200,12 +193,10 @@ class LocalGroup(Member):
             buffer[:] = box.popleft()
 
     def subgroup(self, ranks: Sequence[int]) -> LocalGroup:
-        """The group of these members only; each of them calls it, with the same ranks. It shares this group's fate."""
         self._check()
         return LocalGroup(self._world, tuple(self._ranks[r] for r in ranks), list(ranks).index(self.rank), self._abandoned)
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
-        """For fault injection: in the next call, the data reaches these ranks alone; then `then()`, which ends the member."""
         self._world.change(lambda world: world.doomed.update({self._me: (frozenset(self._ranks[r] for r in delivered_to), then)}))
 
     def abandon(self) -> None:
@@ -214,4 +205,4 @@ class LocalGroup(Member):
 
 
 def copied(buffer: Buffer) -> Buffer:
-    return buffer.clone() if hasattr(buffer, "clone") else buffer.copy()
+    return buffer.copy() if isinstance(buffer, np.ndarray) else buffer.clone()

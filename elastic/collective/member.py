@@ -1,15 +1,26 @@
-"""What every implementation of `CollectiveGroup` keeps: its place, and whether the group is finished."""
+"""What every implementation of `CollectiveGroup` keeps: its place, whether the group is finished, and what is optional."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Self
 
+import numpy as np
+
+from elastic.collective import reduction
+from elastic.collective.group import Buffer, CollectiveGroup, Pending
+from elastic.collective.reduction import CHUNK, Node, Scratch
 from elastic.errors import GroupBroken
 
 
-class Member:
+def zeros(size: int) -> Buffer:
+    return np.zeros(size, np.float32)
+
+
+class Member(CollectiveGroup):
     """One member's end of a group. `abandoned` may be set by any thread; waiters look at it every slice."""
 
     def __init__(self, rank: int, size: int, abandoned: threading.Event | None = None):
@@ -30,8 +41,54 @@ class Member:
             self._reason = f"Rank {self.rank} of {self.size}: the group {what}."
         return GroupBroken(self._reason)
 
-    def allocator(self, otherwise: Callable[[int], Any]) -> Callable[[int], Any]:
-        return otherwise
-
     def abandon(self) -> None:
         self._abandoned.set()
+
+    def start(self, call: str, *arguments: Any) -> Pending:
+        self._check()
+        return Pending(partial(getattr(self, call), *arguments))
+
+    def allocate(self, size: int, plain: Callable[[int], Buffer] = zeros) -> Buffer:
+        return plain(size)
+
+    def reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int, block: int, scratch: Scratch,
+                    chunk: int = CHUNK) -> Buffer:
+        return reduction.reduce(self, sums, num_shards, out, numel, block, scratch, chunk)
+
+    def reduce_kept(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch,
+                    chunk: int = CHUNK) -> Buffer:
+        return reduction.reduce_kept(self, sums, num_shards, out, cuts, twin, scratch, chunk)
+
+
+class Meeting(Member):
+    """A member of a group whose processes meet at a store: pairs and subgroups are groups of their own, formed there."""
+
+    def __init__(self, rank: int, size: int, abandoned: threading.Event):
+        super().__init__(rank, size, abandoned)
+        self._pairs: dict[tuple[int, ...], Self] = {}
+        self._formed: dict[tuple[int, ...], int] = {}
+
+    @abstractmethod
+    def _form_sub(self, ranks: tuple[int, ...], kind: str) -> Self:
+        """The group of these members, met under a key that `kind` and `ranks` name."""
+
+    def send(self, buffer: Buffer, to: int) -> None:
+        self._pair(to).broadcast(buffer, int(self.rank > to))
+
+    def receive(self, buffer: Buffer, source: int) -> None:
+        self._pair(source).broadcast(buffer, int(source > self.rank))
+
+    def _pair(self, peer: int) -> Self:
+        ranks = (min(self.rank, peer), max(self.rank, peer))
+        if ranks not in self._pairs:
+            self._pairs[ranks] = self._form_sub(ranks, "pair")
+        return self._pairs[ranks]
+
+    def subgroup(self, ranks: Sequence[int]) -> Self:
+        number = self._formed[tuple(ranks)] = self._formed.get(tuple(ranks), 0) + 1
+        return self._form_sub(tuple(ranks), f"sub{number}")
+
+    def abandon(self) -> None:
+        super().abandon()
+        for pair in list(self._pairs.values()):
+            pair.abandon()

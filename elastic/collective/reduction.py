@@ -163,7 +163,8 @@ def out_size(numel: int, block: int, size: int) -> int:
 
 def reduce(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int,
            block: int, scratch: Scratch, chunk: int = CHUNK) -> Buffer:
-    """The sum over all shards along the canonical tree; every member gets the same bits, whatever the group's size.
+    """The sum over all shards along the canonical tree; every member gets the same bits, whatever the group's size. Callers ask for
+    `group.reduce_tree`, which may have a faster way.
 
     `sums` is what `SubtreeSums.nodes` gave for this member's `shards_of`. Returns a buffer whose first `numel` elements are
     the sum: `out` (of `out_size(numel, block, group.size)` elements or more), or a buffer of `sums` in a group of one.
@@ -171,9 +172,6 @@ def reduce(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shar
     """
     if group.size == 1:
         return sums[0][1]
-    native = getattr(group, "reduce_tree", None)
-    if native is not None:
-        return native(sums, num_shards, out, numel, block)
     owned = checked_nodes(group, sums, num_shards)
     for start, part in chunks(numel, block, group.size, chunk):
         ends = [min(numel, start + rank * part) for rank in range(group.size + 1)]
@@ -257,9 +255,6 @@ def reduce_kept(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num
     """
     if group.size == 1:
         return sums[0][1]
-    native = getattr(group, "reduce_kept", None)
-    if native is not None:
-        return native(sums, num_shards, out, cuts, twin)
     owned = checked_nodes(group, sums, num_shards)
     own, before, after = cuts[group.rank + 1] - cuts[group.rank], (group.rank - 1) % group.size, (group.rank + 1) % group.size
     done, doubled = 0, own

@@ -38,7 +38,14 @@ class _Timespec(ctypes.Structure):
 
 def usable() -> bool:
     """Whether this machine can share memory in this way."""
-    return sys.platform == "linux" and platform.machine() == "x86_64" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    try:
+        for descriptor in (os.memfd_create("elastic"), os.pidfd_open(os.getpid())):
+            os.close(descriptor)
+    except (AttributeError, OSError):  # an older system or Python, or a container that forbids it
+        return False
+    return True
 
 
 def started_at(pid: int) -> str:

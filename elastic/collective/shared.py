@@ -17,8 +17,8 @@ import numpy as np
 
 from elastic.collective.group import SLICE_S, Buffer
 from elastic.collective.kv_store import StoreClient
-from elastic.collective.member import Member
-from elastic.collective.reduction import Node, all_nodes, fold, part_size, wanted
+from elastic.collective.member import Meeting, zeros
+from elastic.collective.reduction import CHUNK, Node, Scratch, all_nodes, fold, part_size, wanted
 from elastic.collective.segment import GONE, POSTS, Peer, Segment
 from elastic.errors import GroupBroken
 
@@ -27,7 +27,7 @@ PIECE = 32 * 1024  # elements summed at a time: what is being added stays in the
 LITTLE = 16 * 1024  # elements up to which every member sums everything by itself
 
 
-class SharedGroup(Member):
+class SharedGroup(Meeting):
     """Made by `form`. Buffers are NumPy arrays or CPU tensors; those from `allocate` are reduced where they lie."""
 
     sums_in_order = True  # `all_reduce` adds in rank order
@@ -42,8 +42,6 @@ class SharedGroup(Member):
         self._views: list[np.ndarray] = [peer.bytes if peer else segment.bytes for peer in peers]
         self._kept: dict[Any, np.ndarray] = {}
         self._spare: dict[Any, np.ndarray] = {}
-        self._pairs: dict[tuple[int, ...], SharedGroup] = {}
-        self._formed: dict[tuple[int, ...], int] = {}
         self._cut: tuple[Collection[int], Callable[[], None]] | None = None
 
     @classmethod
@@ -68,12 +66,8 @@ class SharedGroup(Member):
         segment.close()
         return group
 
-    def allocate(self, size: int) -> np.ndarray:
-        """A zeroed float32 buffer that `reduce_tree` and `all_reduce` need not copy. It lives as long as the group."""
+    def allocate(self, size: int, plain: Callable[[int], Buffer] = zeros) -> np.ndarray:
         return self._segment.allocate(size)
-
-    def allocator(self, otherwise: Callable[[int], Buffer]) -> Callable[[int], Buffer]:
-        return self.allocate
 
     def _meet(self, *payload: np.ndarray) -> list[np.ndarray]:
         """Every member's payload as bytes, where it lies, in rank order; to be read before the next meeting but one."""
@@ -131,11 +125,8 @@ class SharedGroup(Member):
     def abandon(self) -> None:
         super().abandon()
         self._leave()
-        for pair in list(self._pairs.values()):
-            pair.abandon()
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
-        """For fault injection: in the next call, the data reaches these ranks alone; then `then()`, which ends the process."""
         self._cut = delivered_to, then
 
     def barrier(self) -> None:
@@ -163,17 +154,6 @@ class SharedGroup(Member):
             out[at:at + count] = theirs[8 * self.size:].view(buffer.dtype)[start:start + count]
             at += count
 
-    def reduce_scatter(self, out: Buffer, buffer: Buffer) -> None:
-        out, buffer = flat(out), flat(buffer)
-        size = out.shape[0]
-        rows = buffer.reshape(self.size, size)
-        for low, high in pieces(size, STAGE // buffer.itemsize // self.size):
-            found = self._meet(np.ascontiguousarray(rows[:, low:high]).reshape(-1))
-            parts = [theirs.view(buffer.dtype).reshape(self.size, -1)[self.rank] for theirs in found]
-            out[low:high] = parts[0]
-            for part in parts[1:]:
-                out[low:high] += part
-
     def all_reduce(self, buffer: Buffer) -> None:
         self._sum(flat(buffer), flat(buffer))
 
@@ -197,12 +177,13 @@ class SharedGroup(Member):
         else:
             self._reduce([x], in_rank_order(self.size), [1] * self.size, equal_cuts(x.shape[0], 16, self.size), range(self.size), out)
 
-    def reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int, block: int) -> Buffer:
-        """The sum over all shards along the canonical tree: what `reduction.reduce` does, by reading the peers' sums in place."""
+    def reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int, block: int, scratch: Scratch,
+                    chunk: int = CHUNK) -> Buffer:
+        """By reading the peers' sums in place, as all that follows."""
         return self._reduce_tree(sums, num_shards, equal_cuts(numel, block, self.size), range(self.size), out)
 
-    def reduce_kept(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool) -> Buffer:
-        """What `keepers.reduce_kept` does, by reading in place."""
+    def reduce_kept(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch,
+                    chunk: int = CHUNK) -> Buffer:
         return self._reduce_tree(sums, num_shards, cuts, wanted(self.rank, self.size, twin), out)
 
     def _reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, cuts: Sequence[int], ranks: Sequence[int],
@@ -246,23 +227,6 @@ class SharedGroup(Member):
         if key not in self._kept or self._kept[key].shape[0] < size:
             self._kept[key] = self._segment.allocate(size, dtype)
         return self._kept[key][:size]
-
-    def send(self, buffer: Buffer, to: int) -> None:
-        self._pair(to).broadcast(buffer, int(self.rank > to))
-
-    def receive(self, buffer: Buffer, source: int) -> None:
-        self._pair(source).broadcast(buffer, int(source > self.rank))
-
-    def _pair(self, peer: int) -> SharedGroup:
-        ranks = (min(self.rank, peer), max(self.rank, peer))
-        if ranks not in self._pairs:
-            self._pairs[ranks] = self._form_sub(ranks, "pair")
-        return self._pairs[ranks]
-
-    def subgroup(self, ranks: Sequence[int]) -> SharedGroup:
-        """The group of these members only; each of them calls it, with the same ranks. It shares this group's fate."""
-        number = self._formed[tuple(ranks)] = self._formed.get(tuple(ranks), 0) + 1
-        return self._form_sub(tuple(ranks), f"sub{number}")
 
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> SharedGroup:
         self._check()

@@ -18,10 +18,6 @@ class SoloGroup(Member):
     def all_reduce(self, buffer: Buffer) -> None:
         self._check()
 
-    def reduce_scatter(self, out: Buffer, buffer: Buffer) -> None:
-        self._check()
-        out[:] = buffer
-
     def all_gather(self, out: Buffer, part: Buffer) -> None:
         self._check()
         out[:] = part

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from elastic.collective.group import Buffer
+from elastic.collective.group import Buffer, Pending
 from elastic.collective.kv_store import StoreClient
-from elastic.collective.member import Member
+from elastic.collective.member import Meeting
 from elastic.collective.torch_store import Door, call_leaving, drop
 from elastic.errors import GroupBroken
 
 PIECE = 16 * 1024 * 1024  # elements broadcast at a time
+OPERATIONS: dict[str, Callable[..., Any]] = {  # on a process group and tensors
+    "all_reduce": lambda pg, tensor: pg.allreduce([tensor]), "all_gather": lambda pg, whole, mine: pg._allgather_base(whole, mine)}
 OPERATION_S = 86_400.0  # never what ends a wait: that is a broken connection or `abandon`
 
 
@@ -26,7 +30,7 @@ def brief(error: BaseException) -> str:
     return str(error).split("\n")[0].split(". This is typically")[0].rpartition("] ")[2]
 
 
-class TorchGroup(Member, ABC):
+class TorchGroup(Meeting, ABC):
     """Made by `form`. A subclass says how members connect, how a call is waited for, and what a buffer is to the library."""
 
     def __init__(self, pg: Any, store: Door, rank: int, size: int, abandoned: threading.Event, host: str, timeout_s: float):
@@ -36,8 +40,6 @@ class TorchGroup(Member, ABC):
         self._lock = threading.Lock()
         self._running = False
         self._cut: Callable[[], None] | None = None
-        self._pairs: dict[tuple[int, ...], Self] = {}
-        self._formed: dict[tuple[int, ...], int] = {}
 
     @staticmethod
     @abstractmethod
@@ -75,12 +77,23 @@ class TorchGroup(Member, ABC):
         self.barrier()
         return self
 
-    def _call(self, start: Callable[..., Any], *buffers: Buffer) -> None:
-        """Starts one operation, `start(pg, *tensors)`, and waits for it."""
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """While this member is in a call: what that holds is dropped by whoever breaks the group, once nobody is in it."""
         with self._lock:
             self._running = True
         try:
             self._check()
+            yield
+        finally:
+            with self._lock:
+                self._running = False
+                if self._reason:
+                    self._hand_over()
+
+    def _begin(self, start: Callable[..., Any], *buffers: Buffer) -> Pending:
+        """Starts one operation, `start(pg, *tensors)`."""
+        with self._inside():
             tensors = [self._lend(buffer) for buffer in buffers]
             self._flight += tensors
             try:
@@ -89,15 +102,18 @@ class TorchGroup(Member, ABC):
                 raise self._break(f"lost a member: {brief(error)}") from error
             if self._cut:
                 self._cut()
+        return Pending(partial(self._finish, buffers))
+
+    def _finish(self, buffers: Sequence[Buffer]) -> None:
+        with self._inside():
             self._wait(self._flight[-1])
+            tensors = self._flight[1:-1]
             del self._flight[1:]
             for buffer, tensor in zip(buffers, tensors, strict=True):
                 self._return(buffer, tensor)
-        finally:
-            with self._lock:
-                self._running = False
-                if self._reason:
-                    self._hand_over()
+
+    def start(self, call: str, *arguments: Any) -> Pending:
+        return self._begin(OPERATIONS[call], *arguments) if call in OPERATIONS else super().start(call, *arguments)
 
     def _hand_over(self) -> None:
         flight, self._flight = self._flight, []
@@ -109,32 +125,18 @@ class TorchGroup(Member, ABC):
             if not self._running:
                 self._break("was abandoned")
                 self._hand_over()
-        for pair in list(self._pairs.values()):
-            pair.abandon()
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
-        """For fault injection: `then()`, which ends the process, comes in the midst of the next call. Chance says whom it reached."""
         self._cut = then
 
     def all_reduce(self, buffer: Buffer) -> None:
-        self._call(lambda pg, tensor: pg.allreduce([tensor]), buffer)
-
-    def reduce_scatter(self, out: Buffer, buffer: Buffer) -> None:
-        mine = self._lend(out)
-        parts = torch.empty(self.size * out.shape[0], dtype=mine.dtype, device=mine.device)
-        counts = [out.shape[0]] * self.size
-        self.all_to_all(parts, counts, buffer, counts)
-        total, *others = parts.view(self.size, -1)
-        for part in others:
-            total += part
-        mine.copy_(total)
-        self._return(out, mine)
+        self.start("all_reduce", buffer).finish()
 
     def all_gather(self, out: Buffer, part: Buffer) -> None:
-        self._call(lambda pg, whole, mine: pg._allgather_base(whole, mine), out, part)
+        self.start("all_gather", out, part).finish()
 
     def all_to_all(self, out: Buffer, out_counts: Sequence[int], buffer: Buffer, counts: Sequence[int]) -> None:
-        self._call(lambda pg, to, source: pg.alltoall_base(to, source, list(out_counts), list(counts)), out, buffer)
+        self._begin(lambda pg, to, source: pg.alltoall_base(to, source, list(out_counts), list(counts)), out, buffer).finish()
 
     def broadcast(self, buffer: Buffer, root: int) -> None:
         """Received beside and copied: a state that is being healed must not be written by a root that was only stopped."""
@@ -144,31 +146,14 @@ class TorchGroup(Member, ABC):
         for low in range(0, max(1, whole.shape[0]), PIECE):
             piece = whole[low:low + PIECE]
             moved = piece if self.rank == root else torch.empty_like(piece)
-            self._call(lambda pg, tensor: pg.broadcast([tensor], options), moved)
+            self._begin(lambda pg, tensor: pg.broadcast([tensor], options), moved).finish()
             if self.rank != root:
                 piece.copy_(moved)
         if self.rank != root:
             self._return(buffer, whole)
 
     def barrier(self) -> None:
-        self._call(lambda pg, tensor: pg.allreduce([tensor]), np.zeros(1, np.float32))
-
-    def send(self, buffer: Buffer, to: int) -> None:
-        self._pair(to).broadcast(buffer, int(self.rank > to))
-
-    def receive(self, buffer: Buffer, source: int) -> None:
-        self._pair(source).broadcast(buffer, int(source > self.rank))
-
-    def _pair(self, peer: int) -> Self:
-        ranks = (min(self.rank, peer), max(self.rank, peer))
-        if ranks not in self._pairs:
-            self._pairs[ranks] = self._form_sub(ranks, "pair")
-        return self._pairs[ranks]
-
-    def subgroup(self, ranks: Sequence[int]) -> Self:
-        """The group of these members only; each of them calls it, with the same ranks. It shares this group's fate."""
-        number = self._formed[tuple(ranks)] = self._formed.get(tuple(ranks), 0) + 1
-        return self._form_sub(tuple(ranks), f"sub{number}")
+        self.all_reduce(np.zeros(1, np.float32))
 
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> Self:
         self._check()

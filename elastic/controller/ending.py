@@ -12,8 +12,9 @@ from elastic.checkpoint.manager import folder_of
 from elastic.controller import membership as m
 from elastic.controller.controller import Controller
 from elastic.messages import Line, Part
-from elastic.observe.jsonl import read_lines, replace_text
+from elastic.observe.jsonl import read_lines
 from elastic.observe.metrics import build_summary
+from elastic.storage.atomic import write_atomically
 from elastic.storage.remote import shown
 
 LOOK_S = 0.1
@@ -45,7 +46,7 @@ def close(controller: Controller, outcome: m.Finish) -> None:
     if saved:
         summary["checkpoint"] = shown(commits.path(folder_of(saved)))
     try:
-        replace_text(Path(controller.job.run_dir) / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(Path(controller.job.run_dir) / "summary.json", json.dumps(summary, indent=2) + "\n")
     except OSError as refused:
         controller.outcome = m.Finish("failed", error or full(controller, refused))
     with contextlib.suppress(OSError):

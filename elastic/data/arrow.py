@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from elastic.errors import UserError
+from elastic.storage.atomic import write_atomically
 
 FORMAT = "1"
-
-
-def write_atomically(path: Path, payload: bytes | pa.Buffer) -> None:
-    """`path` appears whole or not at all; of several writers the last wins. The folder must exist."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_tokens(path: Path, tokens: np.ndarray) -> None:

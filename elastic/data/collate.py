@@ -34,7 +34,7 @@ def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = T
         return {key: stacked([item[key] for item in items], kinds, False, as_array) for key in first}
     if isinstance(first, (list, tuple)) and (is_item or not (isinstance(first, list) and all(type(entry) in PLAIN for entry in first))):
         columns = [stacked(column, kinds, False, as_array) for column in zip(*items, strict=True)]
-        return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)
+        return type(first)(*columns) if is_named(first) else type(first)(columns)
     found = np.stack([as_array(item) for item in items])
     name = found.dtype.name
     if (found.dtype.kind in STRANGE and not name.startswith(("bfloat", "float"))) or name in WIDE:
@@ -65,14 +65,14 @@ def alike(items: Sequence[Any]) -> bool:
         return len(set(map(len, items))) == 1 and all(map(alike, zip(*items, strict=True)))
     if isinstance(first, Mapping):
         return all(item.keys() == first.keys() for item in items) and all(alike([item[key] for item in items]) for key in first)
-    return len({getattr(item, "shape", ()) for item in items}) == 1
+    return len(set(map(shape_of, items))) == 1
 
 
 def parts(value: Any) -> dict[str, Any] | None:
     """What a dict, list or tuple holds, by the sign that leads there; None for a leaf."""
     if isinstance(value, Mapping):
         return {f"[{key!r}]": entry for key, entry in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
+    if is_named(value):
         return {f".{name}": entry for name, entry in zip(value._fields, value, strict=True)}
     if isinstance(value, (list, tuple)):
         return {f"[{place}]": entry for place, entry in enumerate(value)}
@@ -89,6 +89,10 @@ def refuse_unlike(path: str, first: Any, other: Any, number: int, another: int) 
         refuse_unlike(path + sign, entry, (its or {})[sign], number, another)
 
 
+def is_named(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
 def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(getattr(value, "shape", ()))
 
@@ -99,8 +103,8 @@ def described(value: Any) -> str:
         return f"a dict with {', '.join(map(repr, value)) or 'nothing'}"
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
-    shape = getattr(value, "shape", None)
-    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")
+    shape = shape_of(value)
+    return f"a {type(value).__name__}" + (f" of shape {shape}" if shape else "")
 
 
 def culprit(path: str, items: Sequence[Any], collate: Collate, error: Exception) -> tuple[str, str, Exception]:
@@ -110,8 +114,9 @@ def culprit(path: str, items: Sequence[Any], collate: Collate, error: Exception)
         column = [each[sign] for each in inside]
         try:
             collate([{"": entry} for entry in column])
-        except Exception as deeper:
-            return culprit(path + sign, column, collate, deeper)
+        except Exception as deeper:  # frameworks and users' own objects raise what they like
+            path, error = path + sign, deeper
+            return culprit(path, column, collate, error)
     return path, described(items[0]), error
 
 
@@ -165,10 +170,11 @@ def unlike(path: str, one: Any, other: Any) -> str:
         return next((found for sign, entry in inside.items() if (found := unlike(path + sign, entry, (its or {})[sign]))), "")
     if isinstance(one, (*PLAIN, str, bytes)):
         return "" if one == other or one != one else path
-    if not hasattr(one, "dtype") or not hasattr(one, "shape"):
-        return ""  # an object that a collate_fn made
-    if repr(one.dtype) != repr(other.dtype) or shape_of(one) != shape_of(other):
-        return path
+    try:
+        if (repr(one.dtype), tuple(one.shape)) != (repr(other.dtype), tuple(other.shape)):
+            return path
+    except AttributeError:  # an object that a collate_fn made
+        return ""
     with suppress(RuntimeError):  # sparse tensors cannot be compared
         return "" if bool(((one == other) | (one != one)).all()) else path
     return ""

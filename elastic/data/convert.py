@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +13,7 @@ from elastic.data.columns import Column, values
 from elastic.data.files import File
 from elastic.data.formats import Arrays, batches
 from elastic.errors import UserError
+from elastic.storage.atomic import appearing
 
 BATCH_BYTES = 32 << 20  # of a record batch: one is in memory while it is written
 
@@ -32,25 +29,18 @@ def convert(kind: str, files: Sequence[File], columns: Sequence[Column], types: 
 def write(parts: Iterator[Arrays], columns: Sequence[Column], target: Path) -> tuple[list[int], str]:
     """Writes `parts` one after the other, like `convert`. Peak memory is two record batches."""
     most = max(1, BATCH_BYTES // sum(column.row_bytes for column in columns))
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     schema, rows, digest = pa.schema([pa.field(c.name, stored_type(c), nullable=False) for c in columns]), [], xxhash.xxh3_128()
     try:
-        with open(temporary, "xb") as raw:
-            with pa.ipc.new_file(raw, schema) as writer:
-                for part in cut(parts, most):
-                    batch = pa.record_batch([stored(part[c.name], c) for c in columns], schema=schema)
-                    for column in columns:
-                        digest.update(np.ascontiguousarray(part[column.name]).view(np.uint8).reshape(-1).data)
-                    writer.write_batch(batch)
-                    rows.append(batch.num_rows)
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, target)
+        with appearing(target) as raw, pa.ipc.new_file(raw, schema) as writer:
+            for part in cut(parts, most):
+                batch = pa.record_batch([stored(part[c.name], c) for c in columns], schema=schema)
+                for column in columns:
+                    digest.update(np.ascontiguousarray(part[column.name]).view(np.uint8).reshape(-1).data)
+                writer.write_batch(batch)
+                rows.append(batch.num_rows)
     except OSError as error:
         raise UserError(f"The table cache {target.parent} cannot be written ({error.strerror or error}); make it writable or free some space, or "
                         'write data.shuffle_by = "blocks", which converts nothing.') from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return rows, digest.hexdigest()
 
 
@@ -91,15 +81,3 @@ def stored(array: np.ndarray, column: Column) -> pa.Array:
     flat = np.ascontiguousarray(array).reshape(-1)
     found = pa.array(flat.view(np.uint8) if column.dtype == "bool" else flat)
     return pa.FixedSizeListArray.from_arrays(found, type=stored_type(column)) if column.width else found
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Of several processes of this machine, one at a time; the others find its work done. Makes the folder. UserError if it cannot."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise UserError(f"The table cache {folder} cannot be written ({error.strerror}); make it writable or free some space.") from error

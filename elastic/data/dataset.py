@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from copy import deepcopy
+from copy import copy, deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from elastic.data.collate import Collate, Collated, batch_of, sliced, stacked, unlike
+from elastic.data.order import Order
 from elastic.errors import ElasticError, RecipeError
 from elastic.model.user_code import place_of
 
@@ -18,16 +20,41 @@ COLLATES = ("collate", "collater", "collator", "collate_batch", "batchify_fn")  
 
 
 class Dataset(Protocol):
-    """Samples by index. `fills`: filler rows stay in the batch with weight 0, so shapes never change; else they are dropped."""
+    """Samples by index. What a batch holds follows from its indices and epochs alone, so every worker has the same.
+
+    `fills`: filler rows stay in the batch with weight 0, so shapes never change; else they are dropped. `order`: the one in which it is
+    trained on; None for that of the run's seed. `key`: of a user's own, what tells it from others.
+    """
 
     num_samples: int
-    fills: bool
+    fills: bool = True
+    order: Order | None = None
+    key: str = ""
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Any:
         """Columns by name (a user's own may be a tuple), one row for each index; the epoch may vary what a sample looks like."""
 
 
-class MapStyle:
+@dataclass(frozen=True)
+class Said:
+    """What a user's data set says of itself beside its length and items, as far as it says anything."""
+
+    collate: Callable[[Sequence[Any]], Any] | None  # `collate_fn`
+    draws: bool  # whether it draws at random, and so is loaded while nothing else does
+    key: Callable[[], Any] | None
+
+    @classmethod
+    def by(cls, source: Any) -> Said:
+        """RecipeError where it has a collate_fn by a name under which nobody calls it."""
+        collate, key = getattr(source, "collate_fn", None), getattr(source, "key", None)
+        other = next((name for name in COLLATES if callable(getattr(source, name, None))), None)
+        if other and not callable(collate):
+            raise RecipeError(f"data.kind: {type(source).__name__} has a method {other}, which is not called; name it collate_fn (a list of items "
+                              "in, a batch out), or take it out.")
+        return cls(collate, getattr(source, "draws", True), key if callable(key) else None)
+
+
+class MapStyle(Dataset):
     """A user's data set with a length and items of any nesting of dicts, lists and tuples; or `part` of it.
 
     A batch is what `collate`, the framework's own, makes of the items, or the data set's own `collate_fn`. It holds real rows only, so
@@ -39,28 +66,26 @@ class MapStyle:
     fills = False
 
     def __init__(self, source: Any, seed: int = 0, seeded: Callable[[int], AbstractContextManager[Any]] = nullcontext,
-                 collate: Collate = stacked, part: range | None = None):
-        self.source, self.seed, self.collate = source, seed, collate
-        self.seeded = seeded if getattr(source, "draws", True) else no_seed
+                 collate: Collate = stacked):
         if any(cls.__module__.startswith("keras.") and cls.__name__ == "PyDataset" for cls in type(source).__mro__):
             raise RecipeError(f"data.kind: {type(source).__name__} is a PyDataset of Keras', whose items are batches; give a data set whose items "
                               "are single rows, (x, y).")
         for method in ("__len__", "__getitem__"):
             if not hasattr(source, method):
                 raise RecipeError(f"data.kind: {type(source).__name__} has no {method}; a data set needs a length and items by index.")
-        self.own = own_collate(source)
-        self.part = range(asked(source, "its length", lambda: len(source))) if part is None else part
-        self.num_samples = len(self.part)
-        if self.num_samples < 1:
+        said, self.part = Said.by(source), range(asked(source, "its length", lambda: len(source)))
+        if not self.part:
             raise RecipeError(f"data.kind: {type(source).__name__} has no samples; give one with at least one.")
+        self.source, self.seed, self.collate, self.own, self.num_samples = source, seed, collate, said.collate, len(self.part)
+        self.seeded = seeded if said.draws else no_seed
+        self.key = f"{self.num_samples} samples" + (f", key() = {asked(source, 'key()', said.key)!r}" if said.key else "")
 
     def split(self, eval_fraction: float) -> tuple[MapStyle, MapStyle | None]:
         """The items to train on, and the last ones, to evaluate on, if there are any."""
-        kept = self.num_samples - int(self.num_samples * eval_fraction)
-        parts = (MapStyle(self.source, self.seed, self.seeded, self.collate, part) if part else None for part in (self.part[:kept], self.part[kept:]))
-        training, evaluation = parts
-        assert training is not None
-        return training, evaluation
+        kept, parts = self.num_samples - int(self.num_samples * eval_fraction), (copy(self), copy(self))
+        for one, part in zip(parts, (self.part[:kept], self.part[kept:])):
+            one.part, one.num_samples = part, len(part)
+        return parts[0], parts[1] if parts[1].part else None
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Any:
         """Users' mistakes are RecipeErrors that name the item, and the path within it or the line of code."""
@@ -95,15 +120,6 @@ class MapStyle:
             raise RecipeError(f"data.kind: {type(self.source).__name__} gives something else when the same items are asked for again ({path}): it "
                               "draws from a generator of its own, counts, or writes into what it keeps; draw from numpy.random or random (or "
                               "torch's default generator, on torch), which are seeded for every batch, and give copies.")
-
-
-def own_collate(source: Any) -> Callable[[Sequence[Any]], Any] | None:
-    """The data set's `collate_fn`. RecipeError where it has one by a name under which nobody calls it."""
-    other = next((name for name in COLLATES if callable(getattr(source, name, None))), None)
-    if other and not callable(getattr(source, "collate_fn", None)):
-        raise RecipeError(f"data.kind: {type(source).__name__} has a method {other}, which is not called; name it collate_fn (a list of items in, a "
-                          "batch out), or take it out.")
-    return getattr(source, "collate_fn", None)
 
 
 def asked(source: Any, what: str, ask: Callable[[], Any]) -> Any:

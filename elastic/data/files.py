@@ -183,5 +183,5 @@ def _remote(key: str, uri: str, left: list[str]) -> list[File]:
 
 def describe(error: BaseException) -> str:
     """An operating system's error without its path; Arrow's own first sentence, on one line."""
-    text = str(getattr(error, "strerror", None) or error).split(". Detail", 1)[0]
+    text = str(isinstance(error, OSError) and error.strerror or error).split(". Detail", 1)[0]
     return "".join(sign if sign.isprintable() else "?" for sign in " ".join(text.split()).rstrip(".")[:300])

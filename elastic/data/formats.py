@@ -143,7 +143,7 @@ def arrow_contents(file: File, wanted: Sequence[str]) -> Contents:
 def lies_in(batch: pa.RecordBatch, mapped: pa.Buffer) -> bool:
     """Whether a batch's values are the file's own bytes, as NumPy wants them: neither compressed nor packed into bits."""
     found = [buffer for column in batch.columns for buffer in column.buffers() if buffer is not None and buffer.size]
-    packed = any(pa.types.is_boolean(getattr(column.type, "value_type", column.type)) for column in batch.columns)
+    packed = any(pa.types.is_boolean(column.type.value_type if pa.types.is_fixed_size_list(column.type) else column.type) for column in batch.columns)
     return not packed and all(mapped.address <= buffer.address < mapped.address + mapped.size for buffer in found)
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from elastic.data.arrow import write_atomically
 from elastic.data.columns import Column, check_same, choose, column_of
-from elastic.data.convert import convert, locked
+from elastic.data.convert import convert
 from elastic.data.files import File, find
 from elastic.data.formats import Contents, TooNarrow, contents, schema_of
 from elastic.errors import UserError
+from elastic.storage.atomic import in_turn, write_atomically
 
 FACTS = "facts.json"
 VERSION = 2
@@ -83,11 +83,11 @@ def find_facts(data: Any, cache_dir: Path) -> tuple[Path, Facts]:
     folder = cache_dir / f"table-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
     facts = kept_facts(folder)
     if facts is None:
-        with locked(folder):
+        with in_turn(folder):
             facts = kept_facts(folder)  # by now another process may have made them
             if facts is None:
                 facts = look(data, sources, folder)
-                write_atomically(folder / FACTS, facts.dumps().encode())
+                write_atomically(folder / FACTS, facts.dumps())
     return folder, facts
 
 

@@ -13,10 +13,11 @@ from elastic.checkpoint.access import remedy
 from elastic.checkpoint.manager import newest_good, read_manifest
 from elastic.errors import UserError
 from elastic.messages import Begin
-from elastic.observe.jsonl import GLANCE_S, has_writer, locked
+from elastic.observe.jsonl import GLANCE_S, has_writer
 from elastic.observe.metrics import evaluations_of, steps_of
 from elastic.observe.run_files import RECIPE, lines_of, summary_of
 from elastic.recipe import Recipe
+from elastic.storage.atomic import locked
 from elastic.storage.remote import shown
 from elastic.storage.store import Store
 
@@ -53,7 +54,7 @@ def taken(run_dir: Path) -> UserError:
 
 def in_use(run_dir: Path) -> bool:
     """A start that was killed before its recipe was in place has left nothing."""
-    return any(path.name not in (f"{RECIPE}.new", LOCK) for path in run_dir.iterdir())
+    return any(path.name != LOCK and not path.name.startswith(f"{RECIPE}.") for path in run_dir.iterdir())
 
 
 def checkpoints_of(recipe: Recipe, run_dir: Path) -> str:

@@ -25,11 +25,12 @@ from elastic.driver.rundir import LIVE, beginning, checkpoints_of, held, in_use,
 from elastic.driver.trust import check_trust
 from elastic.errors import RecipeError, RunFailed, UserError
 from elastic.messages import Begin, Job
-from elastic.observe.jsonl import JsonLines, replace_text
+from elastic.observe.jsonl import JsonLines
 from elastic.observe.run_files import RECIPE, recipe_text
 from elastic.planning import memory as preview
 from elastic.planning import plan as planning
 from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
+from elastic.storage.atomic import write_atomically
 from elastic.worker.actor import NAMESPACE
 
 AFRESH = "put that data back, or start a new run, with a checkpoint as its model.init."
@@ -86,10 +87,10 @@ class Trainer:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())  # where a user's modules lie, also when the command is an installed script
         self.opened = opened = workload.Workload.open(self.recipe, info)
-        if opened.key:
-            info = {**info, "key": opened.key}
-        if began and opened.key and began != opened.key:
-            raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {remedy}")
+        if opened.training.key:
+            info = {**info, "key": opened.training.key}
+        if began and opened.training.key and began != opened.training.key:
+            raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.training.key}, and this run began with {began}; {remedy}")
         self.num_steps = opened.sampler.num_steps
         workload.check_items(opened)
         workload.check_best(self.recipe, opened)
@@ -172,7 +173,7 @@ class Trainer:
         elif in_use(run_dir):
             raise UserError(USED.format(run_dir=run_dir))
         try:
-            replace_text(run_dir / RECIPE, dumps(self.recipe))  # first and whole: what is here from now on can be resumed
+            write_atomically(run_dir / RECIPE, dumps(self.recipe))  # first and whole: what is here from now on can be resumed
             if not self.recipe.checkpoint.path:
                 (run_dir / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
 import math
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from elastic.errors import UserError
+from elastic.storage.atomic import locked, write_atomically, write_whole
 
-LOOK_S = 0.05  # between two tries for a lock
 GLANCE_S = 0.2  # who looks whether a lock is free has it for an instant: nobody is refused for that
 
 
@@ -78,18 +74,6 @@ class JsonLines:
         self._file.close()
 
 
-def write_whole(file: Any, piece: bytes) -> None:
-    """All of it at the end of an unbuffered file that is appended to, or nothing: OSError."""
-    end = os.fstat(file.fileno()).st_size
-    try:
-        if file.write(piece) < len(piece):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.ftruncate(file.fileno(), end)
-        raise
-
-
 def has_writer(path: str | Path) -> bool:
     """Whether a living process has claimed the file."""
     try:
@@ -99,24 +83,6 @@ def has_writer(path: str | Path) -> bool:
         return False
     except OSError as error:
         raise UserError(f"{path} cannot be opened for writing ({error.strerror}); only who may write there may go on with its run.") from error
-
-
-def locked(file: Any, wait_s: float = 0.0) -> bool:
-    """Takes the operating system's lock of an open file, which ends with the file or the process; False if another still has it after `wait_s`.
-
-    The file must be open for writing: NFS locks no other. UserError where the file system keeps no locks.
-    """
-    until = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                return False
-            time.sleep(LOOK_S)
-        except OSError as error:
-            raise UserError(f"{file.name} cannot be locked ({error.strerror}); put the run directory on a file system that keeps locks.") from error
 
 
 def line(fields: Mapping[str, Any]) -> str:
@@ -193,18 +159,4 @@ def rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         if path.exists():
             os.truncate(path, sum(len(text) + 1 for text in lines[:first]))
         return
-    replace_text(path, "".join(text.decode() + "\n" for text, stays in zip(lines, kept, strict=True) if stays))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a whole file beside the old one and puts it in its place."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    write_atomically(path, "".join(text.decode() + "\n" for text, stays in zip(lines, kept, strict=True) if stays))

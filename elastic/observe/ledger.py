@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from elastic.errors import UserError
-from elastic.observe.jsonl import write_whole
+from elastic.storage.atomic import write_whole
 
 FOLDER = "ledger"
 COLUMNS = ("step", "logical_shard", "position", "epoch", "sample")

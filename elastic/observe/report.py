@@ -13,11 +13,11 @@ from plotly.subplots import make_subplots
 from elastic.errors import UserError
 from elastic.mesh import rounds
 from elastic.observe.events import EVENTS, kind_of, sentence
-from elastic.observe.jsonl import replace_text
 from elastic.observe.metrics import Lines, evaluations_of, sessions, steps_of, unit_of
 from elastic.observe.run_files import lines_of, recipe_of, summary_of
 from elastic.parallel.schedules import build
 from elastic.parallel.simulator import Costs, simulate
+from elastic.storage.atomic import write_atomically
 
 MAX_POINTS = 4000
 MOST = 16  # micro-batches drawn: more are too narrow to tell apart
@@ -50,7 +50,7 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     events, metrics = lines_of(run_dir)
     path = run_dir / "report.html"
-    replace_text(path, page(run_dir.name, summary_of(run_dir) or {"status": "running"}, events, metrics, *pipeline(run_dir, events)))
+    write_atomically(path, page(run_dir.name, summary_of(run_dir) or {"status": "running"}, events, metrics, *pipeline(run_dir, events)))
     return path
 
 

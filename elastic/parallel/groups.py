@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from elastic.collective.group import Buffer, CollectiveGroup
+from elastic.collective.group import Buffer, CollectiveGroup, Pending
 from elastic.collective.solo import SoloGroup
 from elastic.errors import GroupBroken
 from elastic.mesh import Mesh
@@ -68,18 +69,20 @@ class Watched:
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._group, name)
-        if not callable(call):
-            return call
+        return partial(self._seen, self._watch, call) if callable(call) else call
 
-        def watched(*arguments: Any) -> Any:
-            try:
-                with self._watch():
-                    return call(*arguments)
-            except GroupBroken as error:
-                self._broken.append(error)
-                raise
+    def start(self, call: str, *arguments: Any) -> Pending:
+        """The wait is in `finish`."""
+        pending = self._seen(nullcontext, self._group.start, call, *arguments)
+        return Pending(partial(self._seen, self._watch, pending.finish))
 
-        return watched
+    def _seen(self, watch: Watch, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            with watch():
+                return call(*arguments)
+        except GroupBroken as error:
+            self._broken.append(error)
+            raise
 
 
 class Mirror:

@@ -18,16 +18,16 @@ import numpy as np
 
 from elastic.collective.connect import form
 from elastic.collective.kv_store import Endpoint
-from elastic.collective.reduction import Scratch, maximal_subtrees, out_size, reduce
+from elastic.collective.reduction import Scratch, maximal_subtrees, out_size
 from elastic.data.loader import load_batch
 from elastic.errors import ElasticError
 from elastic.humanize import size
 from elastic.mesh import shards_of
-from elastic.observe.jsonl import replace_text
 from elastic.parallel.measure import measure
 from elastic.planning.costs import FLOAT
 from elastic.recipe import Recipe, dumps, loads
 from elastic.state.flat_layout import BLOCK
+from elastic.storage.atomic import write_atomically
 from elastic.workload import Workload, cache_dir, create_backend, open_state
 
 LITTLE, MUCH = 256, 1 << 20  # elements of a call that is all latency, and of one that is all bandwidth
@@ -93,7 +93,7 @@ def keep(recipe: Recipe, found: Constants) -> None:
         whole = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         whole = {}
-    replace_text(file, json.dumps({**whole, key_of(recipe, found.workers): asdict(found)}, indent=1))
+    write_atomically(file, json.dumps({**whole, key_of(recipe, found.workers): asdict(found)}, indent=1))
 
 
 def calibrate(recipe: Recipe, info: Mapping[str, Any], workers: int) -> Constants:
@@ -171,7 +171,7 @@ def reduction_of(group: Any, num_shards: int, numel: int) -> float:
     nodes = maximal_subtrees(shards_of(group.rank, group.size, num_shards), num_shards)
     sums = [(node, group.allocate(numel)) for node in nodes]
     out, scratch = group.allocate(out_size(numel, BLOCK, group.size)), Scratch(lambda size: np.zeros(size, np.float32))
-    taken = median(lambda: reduce(group, sums, num_shards, out, numel, BLOCK, scratch))
+    taken = median(lambda: group.reduce_tree(sums, num_shards, out, numel, BLOCK, scratch))
     return (len(nodes) + 1) * (group.size - 1) / group.size * numel * FLOAT / taken
 
 

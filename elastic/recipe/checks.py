@@ -1,4 +1,4 @@
-"""What must hold between keys, and which known values this version does not serve yet. Pure; `RecipeError` in one sentence."""
+"""What must hold between keys. Pure; `RecipeError` in one sentence."""
 
 from __future__ import annotations
 
@@ -6,44 +6,14 @@ from typing import Any, Literal
 
 from elastic.errors import RecipeError
 from elastic.recipe.images import check_pictured
-from elastic.recipe.sections import MODEL_DEFAULTS, TABLES, Recipe
-from elastic.recipe.tables import check_labelled
+from elastic.recipe.sections import TABLES, Recipe
+from elastic.recipe.tables import check_labelled, refuse_given, shown
 
 STORAGES = ("file", "s3", "gs", "gcs", "hdfs")
-OWN_KIND = ", ".join(f'"{kind}"' for kind in MODEL_DEFAULTS) + ', or "package.module:attribute" for your own'
-LATER: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> (what works today, what to write)
-    "optimizer.name": (("adamw", "adam", "sgd", "adagrad"), '"adamw", "adam", "sgd" or "adagrad"'),
-    "embedding.placement": (("workers",), "nothing: leave it out"),
-    "embedding.servers": ((1,), "nothing: leave it out"),
-    "embedding.consistency": (("sync",), "nothing: leave it out"),
-    "embedding.staleness": ((0,), "nothing: leave it out"),
-}
-
-
-def shown(value: Any) -> str:
-    """A value as a recipe would write it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(shown(item) for item in value) + "]"
-    return str(value)
-
-
-def check_later(recipe: Recipe) -> None:
-    """Refuses what is known but not served yet."""
-    for key, (served, remedy) in LATER.items():
-        section, name = key.split(".")
-        value = getattr(getattr(recipe, section), name)
-        if value not in served:
-            raise RecipeError(f"{key} = {shown(value)} is not yet supported; write {remedy}.")
 
 
 def check_model(recipe: Recipe) -> None:
     kind, data = recipe.model.kind, recipe.data
-    if ":" not in kind and kind not in MODEL_DEFAULTS:
-        raise RecipeError(f"model.kind = {shown(kind)} is no kind of model; write {OWN_KIND}.")
     if ":" in kind and recipe.backend.name == "reference":
         raise RecipeError(f'model.kind = {shown(kind)} is a model of one framework; write backend.name = "torch", "tensorflow" or "mxnet", '
                           "whichever it is of.")
@@ -75,10 +45,8 @@ def check_tables(recipe: Recipe) -> None:
     if recipe.model.kind.startswith("nlp.") and data.format in TABLES and not data.text:
         raise RecipeError(f"data.text is missing; model.kind = {shown(recipe.model.kind)} reads a column of text: write its name.")
     if not data.is_table:
-        for key, value, default in (("columns", data.columns, ()), ("weights", data.weights, ()), ("shuffle_by", data.shuffle_by, "auto")):
-            if value != default:
-                raise RecipeError(f"data.{key} = {shown(value)} has a meaning only for tables of numbers "
-                                  f"(data.format one of {', '.join(map(shown, TABLES))}, without data.text); leave it out.")
+        refuse_given("data", data, ("columns", "weights", "shuffle_by"),
+                     f"for tables of numbers (data.format one of {', '.join(map(shown, TABLES))}, without data.text)")
     if data.format == "csv" and data.shuffle_by == "blocks":
         raise RecipeError('data.shuffle_by = "blocks" is not for CSV, which is converted first; write "rows", or leave it out.')
     if data.weights and len(data.weights) != len(data.path):
@@ -133,25 +101,22 @@ def check_mesh(recipe: Recipe) -> None:
     if mesh.schedule == "interleaved" and mesh.pipeline < 2:
         raise RecipeError(f'mesh.schedule = "interleaved" needs at least two stages, and mesh.pipeline = {mesh.pipeline}; write mesh.pipeline = 2 '
                           "or more, or leave mesh.schedule out.")
-    if mesh.schedule != "interleaved" and mesh.chunks != type(mesh).model_fields["chunks"].default:
-        raise RecipeError(f'mesh.chunks = {mesh.chunks} has a meaning only under mesh.schedule = "interleaved"; leave it out.')
+    if mesh.schedule != "interleaved":
+        refuse_given("mesh", mesh, ("chunks",), 'under mesh.schedule = "interleaved"')
 
 
 ONE_CYCLE = ("pct_start", "div_factor", "final_div_factor")
-BY_SCHEDULE = {"milestones": "step", "gamma": "step", **dict.fromkeys(ONE_CYCLE, "one-cycle")}
+BY_SCHEDULE = {"step": ("milestones", "gamma"), "one-cycle": ONE_CYCLE}
 
 
 def check_schedule(recipe: Recipe) -> None:
     """The keys that one schedule alone reads."""
-    optimizer, rising = recipe.optimizer, recipe.optimizer.milestones
-    for key, schedule in BY_SCHEDULE.items():
-        value = getattr(optimizer, key)
-        if optimizer.schedule != schedule and value != type(optimizer).model_fields[key].default:
-            raise RecipeError(f"optimizer.{key} = {shown(value)} has a meaning only under optimizer.schedule = {shown(schedule)}; leave it out.")
-    if optimizer.schedule == "step" and not rising:
+    optimizer = recipe.optimizer
+    for schedule, keys in BY_SCHEDULE.items():
+        if optimizer.schedule != schedule:
+            refuse_given("optimizer", optimizer, keys, f"under optimizer.schedule = {shown(schedule)}")
+    if optimizer.schedule == "step" and not optimizer.milestones:
         raise RecipeError('optimizer.milestones is missing; optimizer.schedule = "step" needs the steps after which the rate falls, as [1000, 1500].')
-    if any(low >= high for low, high in zip(rising, rising[1:])):
-        raise RecipeError(f"optimizer.milestones = {shown(rising)} must rise from each to the next; sort it and leave doubles out.")
     for key in ("warmup_steps", "min_lr"):
         if optimizer.schedule == "one-cycle" and getattr(optimizer, key):
             raise RecipeError(f'optimizer.{key} = {getattr(optimizer, key)} has no meaning under optimizer.schedule = "one-cycle"; '
@@ -203,7 +168,7 @@ def check_checkpoint(recipe: Recipe) -> None:
 
 def check(recipe: Recipe) -> None:
     """Everything that a single key cannot tell."""
-    for look in (check_later, check_data, check_tables, check_labelled, check_pictured, check_model, check_numbers, check_mesh,
+    for look in (check_data, check_tables, check_labelled, check_pictured, check_model, check_numbers, check_mesh,
                  check_schedule, check_backend, check_checkpoint):
         look(recipe)
 

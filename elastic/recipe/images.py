@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, FiniteFloat
 
 from elastic.errors import RecipeError
-from elastic.recipe.tables import Labelled, shown
+from elastic.recipe.tables import Labelled, refuse_given, shown
 
 FORMATS = ("idx", "imagefolder")
 IMAGE_TABLES = ("parquet", "arrow")
@@ -33,11 +33,7 @@ def check_pictured(recipe: Any) -> None:
         if data.format in FORMATS:
             raise RecipeError(f"data.format = {shown(data.format)} holds images, which model.kind = {shown(kind)} does not read; write "
                               'model.kind = "vision.resnet" or "vision.vit", or another format.')
-        for key in ONLY_HERE:
-            value = getattr(data, key)
-            if value != Pictured.model_fields[key].default:
-                raise RecipeError(f"data.{key} = {shown(value) if isinstance(value, str) else str(value).lower()} has a meaning only for "
-                                  'image models; leave it out, or write model.kind = "vision.resnet" or "vision.vit".')
+        refuse_given("data", data, ONLY_HERE, 'for image models (model.kind = "vision.resnet" or "vision.vit")')
         return
     if data.format not in (*FORMATS, *IMAGE_TABLES):
         known = ", ".join(map(shown, (*FORMATS, *IMAGE_TABLES)))

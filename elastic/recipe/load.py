@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from elastic.errors import RecipeError
-from elastic.recipe.checks import check, shown
+from elastic.recipe.checks import check
 from elastic.recipe.paths import absolute, find_recipe
-from elastic.recipe.sections import MODEL_DEFAULTS, Recipe
+from elastic.recipe.sections import KINDS, Recipe
+from elastic.recipe.tables import shown
 
 DEFAULT_STEPS = 2000
+GONE = {"embedding": {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0}}  # what earlier versions wrote, and never read
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), base: Path | None = None) -> Recipe:
@@ -58,6 +62,8 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | N
     for key, other in (("steps", "epochs"), ("epochs", "steps")):  # an override of one takes the recipe's other away
         if f"run.{key}" in given and f"run.{other}" not in given and isinstance(full.get("run"), dict):
             full["run"].pop(other, None)
+    if isinstance(gone := full.get("embedding"), dict) and gone.items() <= GONE["embedding"].items():
+        del full["embedding"]
     if full.get("mesh") == "auto":
         full["mesh"] = {"auto": True}
     for name in ("model", "data"):
@@ -121,9 +127,7 @@ def _complete(recipe: Recipe) -> Recipe:
     run, model, elastic = recipe.run, recipe.model, recipe.elastic
     if run.steps is None and run.epochs is None:
         run = run.model_copy(update={"steps": DEFAULT_STEPS})
-    defaults = MODEL_DEFAULTS.get(model.kind, {})
-    given = model.model_dump(exclude_defaults=True)
-    model = type(model).model_validate({**defaults, **given})
+    model = type(model).model_validate({**model_defaults(model.kind), **model.model_dump(exclude_defaults=True)})
     if not elastic.logical_shards:
         mesh, batch = recipe.mesh, recipe.data.batch_size
         most = 2 * max(1, elastic.max_workers // mesh.replica_size)
@@ -131,6 +135,12 @@ def _complete(recipe: Recipe) -> Recipe:
         shards = next((n for n in dividing if batch // n % (mesh.expert * mesh.micro_batches) == 0), dividing[0])
         elastic = elastic.model_copy(update={"logical_shards": shards})
     return recipe.model_copy(update={"run": run, "model": model, "elastic": elastic})
+
+
+def model_defaults(kind: str) -> dict[str, Any]:
+    """What a model takes for the keys that a recipe leaves out, as its domain's `Config` says, but for those that are not written down."""
+    found = fields(importlib.import_module(kind).Config) if kind in KINDS else ()
+    return {f.name: _plain(f.default) for f in found if f.metadata.get("written", True)}
 
 
 def _located(recipe: Recipe, base: Path | None) -> Recipe:
@@ -190,6 +200,4 @@ def _right(section: str, key: str) -> str:
 
 def _choices(annotation: Any) -> list[Any]:
     """The values of a Literal, also within a union."""
-    inner = getattr(annotation, "__args__", ())
-    deeper = [_choices(part) if hasattr(part, "__args__") else [part] for part in inner]
-    return [value for values in deeper for value in values if isinstance(value, str)]
+    return [value for part in get_args(annotation) for value in (_choices(part) if get_args(part) else [part]) if isinstance(value, str)]

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, FiniteFloat, PlainValidator
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, PlainValidator
 
 from elastic.recipe.images import Pictured
 from elastic.recipe.tables import NAMES, TABLES, Section, Texts
 
-MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "nlp.gpt": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "smoothing": 0.0, "recompute": False, "experts": 0,
-                "expert_every": 2, "top": 1, "capacity": 1.25, "balance": 0.01},
-    "nlp.bert": {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "mask": 0.15, "smoothing": 0.0,
-                 "recompute": False},
-    "vision.resnet": {"blocks": [2, 2, 2, 2], "width": 64, "bottleneck": False, "stem": "large", "norm": "batch", "smoothing": 0.0,
-                      "bias_init": "zeros"},
-    "vision.vit": {"layers": 6, "heads": 4, "width": 128, "patch": 4, "mlp": 4, "dropout": 0.0, "smoothing": 0.0, "recompute": False,
-                   "bias_init": "zeros"},
-    "recommender.dlrm": {"arch": "dlrm", "bottom": [64], "top": [64, 32], "layers": 2, "dropout": 0.0, "loss": "binary",
-                         "embedding_init": "", "bias_init": "zeros"},
-}
-Rising = tuple[Annotated[int, Field(ge=1, strict=True)], ...]
+KINDS = ("nlp.gpt", "nlp.bert", "vision.resnet", "vision.vit", "recommender.dlrm")  # modules, each with a `Config` and a `build`
 WEIGHTS = "a list of numbers above 0, one for each entry of data.path"
 PATTERNS = 'a list of name patterns, as ["*.bias", "ln_f.*"]'
+
+
+def rising(values: tuple[int, ...]) -> tuple[int, ...]:
+    if any(low >= high for low, high in zip(values, values[1:])):
+        raise ValueError("a number is not above the one before")
+    return values
+
+
+Rising = Annotated[tuple[Annotated[int, Field(ge=1, strict=True)], ...], AfterValidator(rising)]
 
 
 def at_least(low: int, default: Any = ..., extra: str = "") -> Any:
@@ -49,8 +47,8 @@ class ModelSection(Section):
     """Every other key belongs to the model itself: see `config`."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-    kind: str = Field(pattern=r"^([A-Za-z_]\w*\.)*[A-Za-z_]\w*(:[A-Za-z_][\w.]*|\.[A-Za-z_]\w*)$",
-                      description=f'one of {", ".join(MODEL_DEFAULTS)}, or "package.module:attribute" for a model of your own')
+    kind: str = Field(pattern=rf"^({'|'.join(map(re.escape, KINDS))}|([A-Za-z_]\w*\.)*[A-Za-z_]\w*:[A-Za-z_][\w.]*)$",
+                      description=f'one of {", ".join(KINDS)}, or "package.module:attribute" for a model of your own')
     init: str = Field("", description="the path of a safetensors file or of a checkpoint")
     freeze: Texts = Field((), description=PATTERNS)
     thaw: Texts = Field((), description=PATTERNS)
@@ -131,7 +129,7 @@ def decays(value: Any) -> float | dict[str, float]:
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adam", "sgd", "adagrad", "lamb"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "adagrad"] = "adamw"
     lr: FiniteFloat = Field(1e-3, ge=0, description="a number of at least 0")
     beta1: float = share(0.9)
     beta2: float = share(0.999)
@@ -143,7 +141,8 @@ class Optimizer(Section):
     base_batch: int = at_least(0, 0, ": the batch size that lr and min_lr are meant for, to whose multiple they are scaled; 0 for no scaling")
     schedule: Literal["constant", "cosine", "linear", "step", "one-cycle"] = "constant"
     warmup_steps: int = at_least(0, 0)
-    milestones: Rising = Field((), strict=False, description="a list of rising whole numbers of at least 1: the steps after which the rate falls")
+    milestones: Rising = Field((), strict=False, description=(
+        "a list of whole numbers of at least 1 that rise from each to the next: the steps after which the rate falls"))
     gamma: FiniteFloat = Field(0.1, gt=0, le=1, description="a number above 0 and at most 1: what the rate is multiplied by at each milestone")
     pct_start: float = share(0.3, "a number of at least 0 and below 1: the share of the run over which the rate rises")
     div_factor: FiniteFloat = Field(25.0, ge=1, description="a number of at least 1: lr over the rate at the start")
@@ -174,13 +173,6 @@ class Checkpoint(Section):
     path: str = Field("", description='"" for the run directory, a path, or a URI such as s3://BUCKET/PATH')
 
 
-class Embedding(Section):
-    placement: Literal["workers", "servers"] = "workers"
-    servers: int = at_least(1, 1)
-    consistency: Literal["sync", "ssp", "async"] = "sync"
-    staleness: int = at_least(0, 0)
-
-
 class Recipe(Section):
     """A whole recipe, resolved: defaults filled in, paths absolute, `elastic.logical_shards` chosen."""
 
@@ -192,4 +184,3 @@ class Recipe(Section):
     elastic: Elastic = Elastic()
     optimizer: Optimizer = Optimizer()
     checkpoint: Checkpoint = Checkpoint()
-    embedding: Embedding = Embedding()

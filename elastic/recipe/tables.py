@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -57,17 +57,27 @@ ONLY_HERE = ("negative", "positive", "categorical", "numeric", "log", "buckets",
 
 
 def shown(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(list(value)) if isinstance(value, (tuple, Mapping)) else str(value)
+    """A value as a recipe would write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown, value))}]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def refuse_given(name: str, section: Section, keys: Iterable[str], only: str) -> None:
+    """RecipeError for one of these keys that is not at its default."""
+    for key in keys:
+        if (value := getattr(section, key)) != type(section).model_fields[key].default:
+            raise RecipeError(f"{name}.{key} = {shown(value)} has a meaning only {only}; leave it out.")
 
 
 def check_labelled(recipe: Any) -> None:
     """`RecipeError` in one sentence."""
     data, kind = recipe.data, recipe.model.kind
     if not kind.startswith("recommender."):
-        for key in ONLY_HERE if kind.startswith("vision.") else ("label", *ONLY_HERE):
-            if getattr(data, key) != Labelled.model_fields[key].default:
-                raise RecipeError(f"data.{key} = {shown(getattr(data, key))} has a meaning only for the recommenders; leave it out, or write "
-                                  'model.kind = "recommender.dlrm".')
+        keys = ONLY_HERE if kind.startswith("vision.") else ("label", *ONLY_HERE)
+        refuse_given("data", data, keys, 'for the recommenders (model.kind = "recommender.dlrm")')
         return
     if data.format not in TABLES:
         raise RecipeError(f"data.format = {shown(data.format)} does not feed model.kind = {shown(kind)}, which reads tables; write one of "
@@ -95,9 +105,8 @@ def check_columns(data: Any) -> None:
     both = [value for value in data.negative if value in data.positive]
     if both:
         raise RecipeError(f'"{both[0]}" stands in data.negative and in data.positive; leave it in one of them.')
-    for key in ("names", "delimiter", "comment"):
-        if data.format != "csv" and getattr(data, key) != Labelled.model_fields[key].default:
-            raise RecipeError(f"data.{key} = {shown(getattr(data, key))} has a meaning only for CSV; leave it out.")
+    if data.format != "csv":
+        refuse_given("data", data, ("names", "delimiter", "comment"), "for CSV")
     if data.group and data.group in (data.label, *data.numeric):
         raise RecipeError(f'data.group = "{data.group}" is the label or a number; it must be another column, which may be among data.categorical.')
     missing = [name for name in (*used, *filter(None, (data.split_column, data.group))) if data.names and name not in data.names]

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 WRITE = 16 * 1024 * 1024  # bytes handed to the system in one call
 PAGE = 4096  # what goes past the cache begins and ends at multiples of it, in memory as in the file
 LARGE_PAGE = 2 * 1024 * 1024
-DIRECT = getattr(os, "O_DIRECT", 0)
+DIRECT = os.O_DIRECT if sys.platform == "linux" else 0
 REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)  # by file systems that cannot, or whose blocks are larger than a page
 
 

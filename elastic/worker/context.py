@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from elastic.chaos import Injector
@@ -66,7 +66,7 @@ class Buffers:
         state = place.state
         self.layout = state.layout
         self.numel = self.layout.gradient
-        self._allocate = group.allocator(place.backend.allocate)
+        self._allocate = partial(group.allocate, plain=place.backend.allocate)
         size = out_size(self.numel, BLOCK, group.size)
         if state.num_blocks:
             size = state.tail + out_size(self.numel - self.layout.trainable, BLOCK, group.size)

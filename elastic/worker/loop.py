@@ -13,7 +13,7 @@ from typing import Any
 
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
-from elastic.collective.reduction import reduce, tree_sum
+from elastic.collective.reduction import tree_sum
 from elastic.mesh import shards_of
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Save
 from elastic.model.backend import SLOTS, Buffer, UpdateRule
@@ -108,7 +108,7 @@ def reduce_sums(context: StepContext, sums: Any) -> Buffer:
         if isinstance(state, ShardedState):
             return reduce_own(context, state, group, sums)
         if plan.exact:
-            gradient = reduce(group, sums.nodes(), plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
+            gradient = group.reduce_tree(sums.nodes(), plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
         else:
             gradient = sums.buffer
             group.all_reduce(gradient)

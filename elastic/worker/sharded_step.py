@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from elastic.collective.group import CollectiveGroup
-from elastic.collective.reduction import gather_owned, out_size, reduce, reduce_kept
+from elastic.collective.reduction import gather_owned, out_size
 from elastic.messages import Generation
 from elastic.model.backend import Buffer
 from elastic.state.flat_layout import BLOCK
@@ -41,10 +41,10 @@ def reduce_own(context: StepContext, state: ShardedState, group: CollectiveGroup
         take_held(state, out, plain, 0, layout.trainable)
         out[tail:tail + statistics] = plain[layout.trainable:layout.gradient]
     else:
-        reduce_kept(group, sums.nodes(), num_shards, out[:tail], state.cuts, state.twin, buffers.scratch)
+        group.reduce_kept(sums.nodes(), num_shards, out[:tail], state.cuts, state.twin, buffers.scratch)
         if statistics:
             rest = [(node, buffer[layout.trainable:]) for node, buffer in sums.nodes()]
-            reduce(group, rest, num_shards, out[tail:], statistics, BLOCK, buffers.scratch)
+            group.reduce_tree(rest, num_shards, out[tail:], statistics, BLOCK, buffers.scratch)
     for axis, names in links.shared:
         for place in (layout.places[name] for name in names if name in layout.trainable_set):
             if plain is not None:
@@ -52,7 +52,7 @@ def reduce_own(context: StepContext, state: ShardedState, group: CollectiveGroup
             else:  # the members of one replica hold other ranges of it: all get all
                 parts = [(node, buffer[place.offset:place.offset + place.size]) for node, buffer in sums.nodes()]
                 space = context.backend.allocate(out_size(place.size, BLOCK, group.size))
-                whole = reduce(group, parts, num_shards, space, place.size, BLOCK, buffers.scratch)[:place.size]
+                whole = group.reduce_tree(parts, num_shards, space, place.size, BLOCK, buffers.scratch)[:place.size]
             take_held(state, out, axis.sum(whole), place.offset, place.offset + place.size)
     return out
 

@@ -84,10 +84,10 @@ def test_every_call_against_numpy(world: Any, size: int, dtype: str) -> None:
         pytest.skip("a group of one is SoloGroup's, which the threads use")
     results = run_all(world, size, "every_call", dtype)
     parts = [values(rank, NUM, dtype) for rank in range(size)]
-    total = sum(values(rank, NUM * size, dtype) for rank in range(size))
     for rank, found in enumerate(results):
         expected = {"all_reduce": sum(parts), "sum over an axis": sum(parts), "all_gather": np.concatenate(parts),
-                    "reduce_scatter": total[rank * NUM:(rank + 1) * NUM], "all_to_all": expected_all_to_all(rank, size, dtype)}
+                    "all_to_all": expected_all_to_all(rank, size, dtype), "started all_reduce": sum(parts),
+                    "started all_gather": np.concatenate(parts), "started broadcast": parts[1 % size]}
         expected |= {f"broadcast {root}": parts[root] for root in range(size)}
         if size > 1 and rank in (0, size - 1):
             expected["receive"] = parts[size - 1 - rank]
@@ -140,7 +140,7 @@ def test_exact_sum_of_what_is_kept(world: Any, num_shards: int, cuts: list[int],
             assert (kept, gathered) == (b"".join(parts), whole.tobytes())
 
 
-@pytest.mark.parametrize("call", sample(["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "barrier", "receive again"], 3))
+@pytest.mark.parametrize("call", sample(["all_reduce", "started", "all_gather", "all_to_all", "broadcast", "barrier", "receive again"], 3))
 def test_a_killed_member_breaks_the_group(world: Any, call: str) -> None:
     members = [0] if call == "receive again" else [0, 2]
     name = start_all(world, len(members) + 1, "enter", call, 1)
@@ -195,7 +195,19 @@ def test_a_group_dropped_at_once_has_still_formed_for_all(world: Any) -> None:
         assert run_all(world, 3, "nothing") == ["formed"] * 3
 
 
-@pytest.mark.parametrize("call", ["all_reduce", "all_gather", "barrier", "receive"])
+@pytest.mark.parametrize("silent", [1, -1])
+@pytest.mark.parametrize("call", ["all_reduce", "all_gather"])
+def test_abandon_between_start_and_finish(world: Any, call: str, silent: int) -> None:
+    """Whether the peers have started or not, nobody's buffers count: `finish` raises, and every later call."""
+    for rank, said in enumerate(run_all(world, 2, "started", call, silent)):
+        assert len(said) == (0 if rank == silent else 3) and all("the group was abandoned" in one for one in said)
+
+
+def test_a_started_call_is_one_wait(world: Any) -> None:
+    assert run_all(world, 2, "one_wait") == [[0, 1, [2.0, 2.0, 2.0]]] * 2
+
+
+@pytest.mark.parametrize("call", ["all_reduce", "all_gather", "barrier", "receive", "started"])
 def test_abandon_wakes_a_waiter(world: Any, call: str) -> None:
     name = start_all(world, 2, "enter", call, 1)
     wait_formed(world, name, 2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ from elastic.collective.reduction import Scratch, SubtreeSums, out_size
 from elastic.errors import GroupBroken
 from elastic.mesh import shards_of
 from elastic.parallel.axis import Axis
+from elastic.parallel.groups import Watched
 
+STARTED = ("all_reduce", "all_gather", "broadcast")  # the last is done in `finish` on every transport
 NUM = 13  # odd, and no multiple of any group's size
 
 
@@ -38,8 +42,11 @@ def every_call(group: Any, keep: dict[str, Any], dtype: str) -> dict[str, np.nda
     found["sum over an axis"] = Axis("tensor", group).sum(mine)
     found["all_gather"] = np.zeros(NUM * size, dtype)
     group.all_gather(found["all_gather"], mine)
-    found["reduce_scatter"] = np.zeros(NUM, dtype)
-    group.reduce_scatter(found["reduce_scatter"], values(rank, NUM * size, dtype))
+    for call in STARTED:
+        found[f"started {call}"] = np.zeros(NUM * size, dtype) if call == "all_gather" else mine.copy()
+        pending = group.start(call, found[f"started {call}"], *([mine] if call == "all_gather" else [1 % size] if call == "broadcast" else []))
+        (np.ones((32, 32)) @ np.ones((32, 32))).sum()
+        pending.finish()
     counts, out_counts = to_rank(rank, size), [to_rank(peer, size)[rank] for peer in range(size)]
     found["all_to_all"] = np.zeros(sum(out_counts), dtype)
     group.all_to_all(found["all_to_all"], out_counts, values(rank, sum(counts), dtype), counts)
@@ -86,7 +93,7 @@ def many_calls(group: Any, keep: dict[str, Any], rounds: int) -> float:
 
 def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, block: int, chunk: int, steps: int) -> list[bytes]:
     """The canonical reduction as the loop does it, in buffers of the group's own where it has some."""
-    allocate = getattr(group, "allocate", lambda n: np.zeros(n, np.float32))
+    allocate = group.allocate
     out, scratch, free = allocate(out_size(numel, block, group.size)), Scratch(lambda n: np.zeros(n, np.float32)), []
     found = []
     for step in range(steps):
@@ -101,15 +108,14 @@ def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, blo
             buffer = sums.begin(shard)
             buffer += leaf(step, shard, numel)
             sums.end(shard)
-        found.append(reduction.reduce(group, sums.nodes(), num_shards, out, numel, block, scratch, chunk)[:numel].tobytes())
+        found.append(group.reduce_tree(sums.nodes(), num_shards, out, numel, block, scratch, chunk)[:numel].tobytes())
         free += [buffer for _, buffer in sums.nodes()]
     return found
 
 
 def kept_sum(group: Any, keep: dict[str, Any], num_shards: int, cuts: list[int], twin: bool, chunk: int, steps: int) -> list[tuple[bytes, bytes]]:
     """The same sum, of which this member keeps two stretches; then all put their own together."""
-    allocate = getattr(group, "allocate", lambda n: np.zeros(n, np.float32))
-    numel = cuts[-1]
+    allocate, numel = group.allocate, cuts[-1]
     out, whole, scratch = allocate(numel), np.zeros(numel, np.float32), Scratch(lambda n: np.zeros(n, np.float32))
     found = []
     for step in range(steps):
@@ -119,7 +125,7 @@ def kept_sum(group: Any, keep: dict[str, Any], num_shards: int, cuts: list[int],
             buffer = sums.begin(shard)
             buffer += leaf(step, shard, numel)
             sums.end(shard)
-        mine = reduction.reduce_kept(group, sums.nodes(), num_shards, out, cuts, twin, scratch, chunk)
+        mine = group.reduce_kept(sums.nodes(), num_shards, out, cuts, twin, scratch, chunk)
         count = sum(cuts[r + 1] - cuts[r] for r in reduction.wanted(group.rank, group.size, twin))
         low, high = cuts[group.rank], cuts[group.rank + 1]
         whole[low:high] = mine[:high - low]
@@ -155,12 +161,43 @@ def one(group: Any, call: str) -> None:
     call, size, wide = call.split()[0], group.size, np.ones(12, np.float32)
     peer = next(rank for rank in (1, 0) if rank != group.rank)
     {"all_reduce": lambda: group.all_reduce(wide),
-     "reduce_scatter": lambda: group.reduce_scatter(np.zeros(12 // size, np.float32), wide[:12 // size * size]),
+     "started": lambda: group.start("all_reduce", wide).finish(),
      "all_gather": lambda: group.all_gather(np.zeros(12 * size, np.float32), wide),
      "all_to_all": lambda: group.all_to_all(np.zeros(2 * size, np.float32), [2] * size, wide[:2 * size], [2] * size),
      "broadcast": lambda: group.broadcast(wide, 1),
      "receive": lambda: group.receive(wide, peer),
      "barrier": group.barrier}[call]()
+
+
+def started(group: Any, keep: dict[str, Any], call: str, silent: int) -> list[str]:
+    """What a watched group says of calls after it was abandoned between the start of one and its end; rank `silent` starts nothing."""
+    if group.rank == silent:
+        keep["idle"] = group
+        return []
+    wide, broken = np.ones(12, np.float32), list[GroupBroken]()
+    watched = Watched(group, nullcontext, broken)
+    pending = watched.start(call, *([np.zeros(12 * group.size, np.float32), wide] if call == "all_gather" else [wide]))
+    group.abandon()
+    for use in (pending.finish, lambda: watched.all_reduce(wide), lambda: watched.start(call, wide)):
+        with suppress(GroupBroken):
+            use()
+    return list(map(str, broken))
+
+
+def one_wait(group: Any, keep: dict[str, Any]) -> list[Any]:
+    """How often a watched group is seen to wait once a call was started, and once it was finished; and its result."""
+    waits = list[str]()
+
+    @contextmanager
+    def watch() -> Iterator[None]:
+        waits.append("wait")
+        yield
+
+    wide = np.ones(3, np.float32)
+    pending = Watched(group, watch, []).start("all_reduce", wide)
+    begun = len(waits)
+    pending.finish()
+    return [begun, len(waits), wide.tolist()]
 
 
 def wide_sum(group: Any, keep: dict[str, Any], numel: int) -> bytes:
@@ -172,7 +209,7 @@ def wide_sum(group: Any, keep: dict[str, Any], numel: int) -> bytes:
 
 def hold(group: Any, keep: dict[str, Any], numel: int) -> str:
     """Fills buffers in a new group and keeps them and the group."""
-    keep["mine"] = [getattr(group, "allocate", lambda n: np.zeros(n, np.float32))(numel), np.zeros(numel, np.float32)]
+    keep["mine"] = [group.allocate(numel), np.zeros(numel, np.float32)]
     for buffer in keep["mine"]:
         buffer[:] = np.arange(numel, dtype=np.float32)
         group.broadcast(buffer, 0)
