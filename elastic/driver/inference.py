@@ -17,7 +17,6 @@ from elastic.data.loader import eval_batches
 from elastic.driver.trust import check_trust
 from elastic.errors import BadCheckpoint, UserError
 from elastic.model.backend import Backend
-from elastic.model.tally import tally_of
 from elastic.recipe import Recipe, loads
 from elastic.worker.evaluation import figures, measure
 from elastic.workload import EVAL_ROWS, create_backend, door, open_data, open_model, open_state, prepare
@@ -33,7 +32,6 @@ class Restored:
     manifest: Manifest
     info: Mapping[str, Any]  # the data's facts; empty for a data set of the user's
     backend: Backend
-    model: Any
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> Manifest:
@@ -52,14 +50,13 @@ def restore(path: str | os.PathLike[str], device: str = "auto", trust: bool = Fa
     check_trust(recipe, path, trust)
     recipe = recipe.model_copy(update={"backend": recipe.backend.model_copy(update={"device": device, "compile": False})})
     info = manifest.extra.get("info") or prepare(recipe)
-    model = open_model(recipe, info)
-    backend = create_backend(recipe, model)
+    backend = create_backend(recipe, open_model(recipe, info))
     state = open_state(recipe, backend)
     try:
         state.load(arrays, manifest.step, without=OPTIMIZER)
     except (KeyError, ValueError) as error:
         raise BadCheckpoint(f"{path} holds other arrays than the model of its recipe: {error}.") from error
-    return Restored(recipe, manifest, info, backend, model)
+    return Restored(recipe, manifest, info, backend)
 
 
 def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, float]:
@@ -72,7 +69,7 @@ def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, flo
     if dataset is None:
         raise UserError("The recipe sets nothing aside to evaluate on; set data.eval_fraction or data.eval_path.")
     rows = max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS)
-    tally = tally_of(restored.model) or tally_of(restored.backend)
+    tally = restored.backend.tally()
     found = [measure(restored.backend, tally, batch()) for batch in eval_batches(dataset, rows)]
     names = sorted({name for part in found for name in part})  # a user's module need not give every figure of every batch
     tables = {name: np.array([part.get(name, (0.0, 0.0)) for part in found]) for name in names}
@@ -85,12 +82,12 @@ def sample(path: str | os.PathLike[str], prompt: str = "", tokens: int = 300, te
     if tokens < 0 or temperature < 0:
         raise UserError(f"--tokens {tokens} and --temperature {temperature} must be at least 0.")
     restored = restore(path, trust=trust)
-    kind, logits = restored.recipe.model.kind, getattr(restored.backend, "logits", None)
-    if kind != "nlp.gpt" or logits is None:
+    kind = restored.recipe.model.kind
+    if kind != "nlp.gpt":
         raise UserError(f'The model of this checkpoint ("{kind}") writes no text; only nlp.gpt does.')
     text, model = door(kind, "data"), door(kind, "gpt")
     start = text.encode(restored.info, prompt or first_of(text, restored.info))
-    written = model.generate(logits, start, tokens, restored.recipe.model.config["context"], temperature, None, seed)
+    written = model.generate(restored.backend.logits, start, tokens, restored.recipe.model.config["context"], temperature, None, seed)
     return prompt + text.decode(restored.info, written)
 
 

@@ -9,7 +9,6 @@ from elastic.data.ledger import Ledger, NotedLoader
 from elastic.data.loader import Prefetcher, eval_batches, load_batch
 from elastic.mesh import Mesh, Seat
 from elastic.model.backend import Backend
-from elastic.model.tally import tally_of
 from elastic.parallel.layout import Portion
 from elastic.parallel.pipeline import Pipeline
 from elastic.recipe import Recipe
@@ -60,4 +59,4 @@ def build_work(recipe: Recipe, workload: Workload, control: Control, post: Calla
     return Work(plan, backend, state, load, sampler.positions, evaluation, control, post, save, workload.unit, portion, pipeline,
                 watch=Watch(recipe.model.kind, state.layout) if ":" in recipe.model.kind and portion is None else None,
                 fills=workload.training.fills, ledger=ledger, is_own=bool(recipe.data.kind) or ":" in recipe.model.kind,
-                tally=lambda: tally_of(workload.model) or tally_of(backend))
+                tally=backend.tally)
