@@ -1,26 +1,162 @@
-"""What is checked of every user's own model alike, before the first step: attributes that change, values that two runs give differently."""
+"""What backends share, without a framework: their door and buffers, a user's own data in and out, and what is checked of every user's own model
+before the first step: attributes that change, values that two runs give differently.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 
+from elastic.data.collate import stacked
 from elastic.errors import ElasticError, UserError
-from elastic.model.backend import ShardResult
-from elastic.model.user_code import is_of_machine, place_of
+from elastic.model.backend import Adapted, Backend, Batch, Buffer, Framework, ShardResult, Spec
+from elastic.model.tally import Tally, tally_of
+from elastic.model.user_code import is_of_machine, place_of, rebuilt
 
+ALIGN_BYTES = 64
 DEPTH = 4  # of nested containers that are looked into
 TINY = 1e-37  # below it a factor of two need not be exact
+KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare
 
 Told = tuple[str, str]
 
 
-def before_models(settings: Any) -> None:
-    """The default of `elastic.model.backend.Framework`: this framework needs nothing set before a user's own code computes."""
+class Door(Framework):
+    """What a framework's door does unless it says otherwise. `name` is the recipe's; `trains`: of a user's own, "a Gluon block"."""
+
+    name: str
+    trains: str
+
+    def adapt(self, model: Any) -> Any:
+        if not isinstance(getattr(model, "parameters", None), Mapping):
+            raise UserError(f'model.kind gives a {type(model).__name__}, which is no {self.trains}; backend.name = "{self.name}" trains those.')
+        return model
+
+    def construct(self, factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
+        with self.seeded(seed):
+            return factory(**config)
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        return stacked(items)
+
+    def seeded(self, seed: int) -> AbstractContextManager[None]:
+        return drawing(seed)
+
+
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """Inside, the generators of Python and NumPy start from `seed`; then they are as before. For one thread at a time."""
+    own, theirs = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed & (1 << 32) - 1)
+    try:
+        yield
+    finally:
+        random.setstate(own)
+        np.random.set_state(theirs)
+
+
+class HostBackend(Backend):
+    """A backend whose buffers are NumPy's, in float32 or, for tests, float64."""
+
+    def __init__(self, model: Any, settings: Any):
+        if settings.device not in ("cpu", "auto"):
+            raise UserError(f'backend.device = {settings.device!r} is not for the {self.name} backend, which runs on "cpu"; '
+                            'write backend.name = "torch" for a GPU.')
+        if settings.precision not in ("float32", "float64"):
+            raise UserError(f'backend.precision = {settings.precision!r} must be "float32" with the {self.name} backend.')
+        self.parameters: Mapping[str, Spec] = model.parameters
+        self.buffers: Mapping[str, Spec] = model.buffers
+        self._model = model
+        self._own: Any = model if isinstance(model, Adapted) else None
+        self._dtype = np.dtype(settings.precision)
+        self._state: Mapping[str, np.ndarray] = {}
+
+    def allocate(self, size: int) -> Buffer:
+        return aligned(size, self._dtype)
+
+    def initial(self) -> Mapping[str, Any]:
+        return self._own.given if self._own else {}
+
+    def tally(self) -> Tally | None:
+        return tally_of(self._model)
+
+    def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
+        """Each by itself, in NumPy's pairwise order: a BLAS has threads of its own."""
+        return np.array([np.square(grad[i:i + block], dtype=np.float64).sum() for i in range(0, len(grad), block)])
+
+
+def aligned(size: int, dtype: np.dtype) -> np.ndarray:
+    """Zeros, from a multiple of 64 bytes."""
+    room = np.zeros(size * dtype.itemsize + ALIGN_BYTES, np.uint8)
+    start = -room.ctypes.data % ALIGN_BYTES
+    return room[start:start + size * dtype.itemsize].view(dtype)
+
+
+def neutral(batch: Batch, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The columns of a model of named arrays: whole numbers as int64, floats as `dtype`."""
+    kinds: dict[str, Any] = {"f": dtype, "i": np.int64, "u": np.int64, "b": np.bool_}
+    return {name: np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False) for name, column in batch.items()}
+
+
+def tallied(found: Mapping[str, tuple[Any, Any]], as_numpy: Callable[[Any], Any] = np.asarray) -> dict[str, tuple[Any, float]]:
+    """Sums and weights as numbers; a sum that is no scalar as float64 NumPy."""
+    sums = {name: np.asarray(as_numpy(total)) for name, (total, _) in found.items()}
+    return {name: (total.astype(np.float64) if total.ndim else float(total), float(found[name][1])) for name, total in sums.items()}
+
+
+def address_of(buffer: np.ndarray) -> int:
+    return buffer.__array_interface__["data"][0]  # type: ignore[no-any-return]
+
+
+class Blocks:
+    """Recent ranges of buffers, cut into the framework's arrays. Only of buffers that live as long as the model: what is kept holds its memory, so
+    the address cannot pass to another.
+    """
+
+    def __init__(self, cut: Callable[[Buffer, int], Sequence[Any]], address: Callable[[Buffer], int] = address_of):
+        self._cut, self._address, self._kept = cut, address, OrderedDict[tuple[int, int, int], Sequence[Any]]()
+
+    def __call__(self, buffer: Buffer, block: int) -> Sequence[Any]:
+        key = self._address(buffer), len(buffer), block
+        if key not in self._kept:
+            self._kept[key] = self._cut(buffer, block)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+def given_spec(value: np.ndarray, trainable: bool = True, whole: bool = False) -> Spec:
+    return Spec(tuple(value.shape), (), "given", dtype=value.dtype.name, trainable=trainable, whole=whole)
+
+
+def check_loss(kind: str, model: Any) -> None:
+    if not callable(getattr(model, "loss", None)):
+        raise UserError(f"model.kind: {kind} has no method loss(batch) that gives the mean loss or (sum, weight); write one.")
+
+
+def check_float32(dtypes: Mapping[str, Any]) -> None:
+    """UserError where a parameter that is to train is of another kind; `dtypes` as the framework writes them."""
+    for name, dtype in dtypes.items():
+        if str(dtype).rpartition(".")[2] != "float32":
+            raise UserError(f"model.kind: parameter {name} is {dtype}; parameters must be float32.")
+
+
+def mapped(batch: Any, convert: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+    """Other containers with the same entries, or what `convert` makes of them: a user's function may take entries out."""
+    if isinstance(batch, Mapping):
+        return {name: mapped(value, convert) for name, value in batch.items()}
+    return rebuilt(batch, lambda entry: mapped(entry, convert)) if isinstance(batch, (tuple, list)) else convert(batch)
 
 
 @contextmanager
@@ -78,20 +214,26 @@ def differing(first: ShardResult, second: ShardResult) -> str:
     return next((what for what, value in one.items() if not np.array_equal(value, other[what], equal_nan=value.dtype.kind in "fc")), "")
 
 
-def check_repeats(kind: str, first: ShardResult, second: ShardResult, remedy: str) -> None:
-    """UserError unless one shard, computed twice from one seed, has given the same bits."""
-    if what := differing(first, second):
-        raise UserError(f"model.kind: {kind} gives another {what} when one shard is computed twice from one seed; {remedy}.")
+def rehearse(own: Any, names: Sequence[str], run: Callable[[Sequence[str], float], tuple[ShardResult, Mapping[str, np.ndarray]]],
+             attributes: Callable[[], Mapping[str, Told]] = dict) -> Mapping[str, np.ndarray]:
+    """The gradients of one shard, computed twice from one seed. UserError where the user's own model `own` would train wrong without a word.
 
-
-def check_read(kind: str, names: Iterable[str], first: ShardResult, hidden: ShardResult, again: Callable[[str], ShardResult], remedy: str) -> None:
-    """UserError where the loss reads arrays that the model was made with, though training goes on in others. `hidden`: `first` once more, with
-    all of those spoiled; `again`: with the one of this name, or with none ("")."""
-    if differing(first, hidden) and not differing(first, again("")):
+    `run(hidden, factor)` gives the shard's result and `factor` times its gradients, while those of the arrays that the model was made with which
+    are `hidden` hold what nothing should read. The second time all `names` are, and the slope is two.
+    """
+    first, once = run((), 1.0)
+    before = attributes()
+    second, twice = run(names, 2.0)
+    check_attributes(own.kind, before, attributes(), own.KEEP)
+    if differing(first, second) and not differing(first, run((), 1.0)[0]):
         for name in names:
-            if differing(first, again(name)):
-                raise UserError(f"model.kind: {kind} reads its parameter or buffer {name} as it was when it was made, by an array that was taken "
-                                f"out of it, which no training changes; {remedy}.")
+            if differing(first, run((name,), 1.0)[0]):
+                raise UserError(f"model.kind: {own.kind} reads its parameter or buffer {name} as it was when it was made, by an array that was taken "
+                                f"out of it, which no training changes; {own.READ}.")
+    if what := differing(first, second):
+        raise UserError(f"model.kind: {own.kind} gives another {what} when one shard is computed twice from one seed; {own.GENERATORS}.")
+    check_linear(own.kind, once, twice)
+    return once
 
 
 def spoiled(value: np.ndarray) -> np.ndarray:

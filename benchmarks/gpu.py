@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.pytorch.backend import create
+from backends.pytorch.backend import framework
 
 # isort: split
 import torch
@@ -176,7 +176,7 @@ def main() -> None:
         return
     device, model = torch.device(given.device), {key: getattr(given, key) for key in ("layers", "heads", "width", "context")}
     settings = SimpleNamespace(device=given.device, precision="bfloat16", threads=1, compile=given.compile)
-    state = State(create(gpt.build(model, {"vocab_size": given.vocab}), settings), "adamw")
+    state = State(framework.create(gpt.build(model, {"vocab_size": given.vocab}), settings), "adamw")
     state.start(0)
     module = GPT(model, given.vocab)
     take_over(module, state.layout.views(state.param))

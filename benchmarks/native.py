@@ -34,7 +34,7 @@ FOLDERS = {"torch": "pytorch"}  # of backends, where it is not the name
 
 
 def ours(name: str, batch: dict[str, np.ndarray]) -> Callable[[], float]:
-    create = importlib.import_module(f"backends.{FOLDERS.get(name, name)}.backend").create
+    create = importlib.import_module(f"backends.{FOLDERS.get(name, name)}.backend").framework.create
     settings = SimpleNamespace(device="cpu", precision="float32", threads=1, compile=False)
     backend = create(gpt.build(MODEL, {"vocab_size": VOCAB}), settings)
     state = State(backend, "adamw")

@@ -58,7 +58,7 @@ class Timed(Axis):
 
 def member(rank: int, size: int, job: Job, pipe: Any) -> None:
     """Sends the seconds of each step, those of them between workers, and the loss."""
-    backends = importlib.import_module(f"backends.{job.backend}.backend")
+    backends = importlib.import_module(f"backends.{job.backend}.backend").framework
     model = build({"layers": LAYERS, "heads": HEADS, "width": job.width, "context": TIME}, {"vocab_size": VOCAB})
     layout, values = Layout(model, Mesh(1, tensor=size)), initial_values(model.parameters, 1, {})
     seat = layout.mesh.seat(rank)

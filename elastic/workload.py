@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from elastic.checkpoint.manager import read_start
 from elastic.data import table
@@ -38,11 +38,11 @@ def cache_dir() -> Path:
 def framework(recipe: Recipe) -> Framework:
     """The door of the recipe's backend, with all set that must be before a user's own model computes. UserError where it cannot be imported."""
     try:
-        module: Any = importlib.import_module(BACKENDS[recipe.backend.name])
+        found: Framework = importlib.import_module(BACKENDS[recipe.backend.name]).framework
     except ImportError as error:
         raise UserError(f"backend.name = {recipe.backend.name!r} cannot be imported ({error}); see `elastic doctor`.") from error
-    module.before_models(recipe.backend)
-    return cast(Framework, module)
+    found.before_models(recipe.backend)
+    return found
 
 
 def attribute(key: str, name: str) -> Any:

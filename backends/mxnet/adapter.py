@@ -9,34 +9,31 @@ and decays that parameters multiply (`lr_mult`, `wd_mult`) count as in gluon.Tra
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from backends.common import plain_attributes, spoiled, telling
+from backends.common import check_loss, drawing, given_spec, mapped, plain_attributes, spoiled, telling
 from backends.mxnet.ops import mx
 from backends.mxnet.turn import turn
 from elastic.data.collate import num_rows
 from elastic.errors import UserError
-from elastic.model.backend import Adapted, Spec
-from elastic.model.user_code import described, pair, pairs, rebuilt
-
-KEEP = 'keep it in a parameter with grad_req = "null", or leave it as it is'
-READ = "ask the parameter for data() in each call"
-GENERATORS = "draw by mx.random, numpy.random or random, which are seeded for every shard, and count nothing in the loss"
+from elastic.model.backend import Adapted
+from elastic.model.user_code import described, pair, pairs
 
 
 class GluonModel(Adapted):
     """`elastic.model.backend.Model` over a block; `ops` is not used. Shared parameters appear once, under their first name."""
 
+    KEEP = 'keep it in a parameter with grad_req = "null", or leave it as it is'
+    READ = "ask the parameter for data() in each call"
+    GENERATORS = "draw by mx.random, numpy.random or random, which are seeded for every shard, and count nothing in the loss"
+
     def __init__(self, block: mx.gluon.Block):
         self._block, self.kind = block, type(block).__name__
-        if not callable(getattr(block, "loss", None)):
-            raise UserError(f"model.kind: {self.kind} has no method loss(batch) that gives the mean loss or (sum, weight); write one.")
+        check_loss(self.kind, block)
         self._named = named_parameters(block)
         for name, parameter in self._named.items():
             if parameter._data is None:
@@ -51,14 +48,10 @@ class GluonModel(Adapted):
         self.multiplied = {name: self._asked[name][1:] for name in trained if self._asked[name][1:] != (1.0, 1.0)}
         self.numpy = isinstance(self._named[trained[0]].data(), mx.np.ndarray)  # made under mx.npx.set_np()
         self._made = {name: parameter.data() for name, parameter in self._named.items()}
-        self._given = {name: made.asnumpy() for name, made in self._made.items()}
-        self.parameters = {name: replace(given_spec(self._given[name]), trainable=name in trained) for name, parameter in self._named.items()
+        self.given = {name: made.asnumpy() for name, made in self._made.items()}
+        self.parameters = {name: given_spec(self.given[name], name in trained) for name, parameter in self._named.items()
                            if name in trained or is_weight(parameter)}
-        self.buffers = {name: given_spec(value) for name, value in self._given.items() if name not in self.parameters}
-
-    def initial(self) -> Mapping[str, np.ndarray]:
-        """The values that the block was made with, parameters and buffers."""
-        return self._given
+        self.buffers = {name: given_spec(value) for name, value in self.given.items() if name not in self.parameters}
 
     def array(self, values: Any, is_exact: bool = False) -> Any:
         """A copy in the block's kind of array; float64 becomes float32, unless `is_exact`, and what is no number stays as it is."""
@@ -70,11 +63,7 @@ class GluonModel(Adapted):
 
     def arrays(self, batch: Any) -> Any:
         """The batch as its data set made it, dict or tuple, with arrays for NumPy's."""
-        if isinstance(batch, Mapping):
-            return {name: self.arrays(value) for name, value in batch.items()}
-        if isinstance(batch, (tuple, list)):
-            return rebuilt(batch, self.arrays)
-        return self.array(batch)
+        return mapped(batch, self.array)
 
     def loss(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any,
              seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
@@ -94,9 +83,9 @@ class GluonModel(Adapted):
             return {"loss": (0.0, 0.0)}
         copies = {name: value.copy() for name, value in params.items()}  # in predict mode kernels rearrange weights in place
         with seeded(0), mx.autograd.predict_mode(), self._holding(copies, state):
-            out = {"loss": self._sum(self._block.loss(held_again(batch)), rows)}
+            out = {"loss": self._sum(self._block.loss(mapped(batch)), rows)}
             if hasattr(self._block, "metrics"):
-                out |= pairs(self._block.metrics(held_again(batch)), "metrics(batch)")
+                out |= pairs(self._block.metrics(mapped(batch)), "metrics(batch)")
         return out
 
     @contextmanager
@@ -126,12 +115,12 @@ class GluonModel(Adapted):
         chosen = tuple(names)
         with turn:
             for name in chosen:
-                self._made[name][:] = spoiled(self._given[name])
+                self._made[name][:] = spoiled(self.given[name])
             try:
                 yield
             finally:
                 for name in chosen:
-                    self._made[name][:] = self._given[name]
+                    self._made[name][:] = self.given[name]
 
     def telling(self) -> AbstractContextManager[None]:
         return telling(self.kind, in_one_line)
@@ -171,13 +160,6 @@ def check_parameter(kind: str, name: str, parameter: mx.gluon.Parameter) -> None
                         "leave out sparse_grad = True.")
 
 
-def held_again(batch: Any) -> Any:
-    """Other containers with the same arrays: a user's function may take entries out."""
-    if isinstance(batch, Mapping):
-        return {name: held_again(value) for name, value in batch.items()}
-    return rebuilt(batch, held_again) if isinstance(batch, (tuple, list)) else batch
-
-
 def named_parameters(block: mx.gluon.Block) -> dict[str, Any]:
     """Parameters by their place in the block ("layers.0.weight"): the names of their own count what the process has made so far."""
     out: dict[str, Any] = {}
@@ -192,23 +174,12 @@ def named_parameters(block: mx.gluon.Block) -> dict[str, Any]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, the generators of MXNet, NumPy and Python start from `seed`; afterwards those of NumPy and Python are as they were."""
-    with turn:
-        numpy_state, python_state = np.random.get_state(), random.getstate()
+    with turn, drawing(seed):
         mx.random.seed(seed & (1 << 31) - 1)
-        np.random.seed(seed & (1 << 32) - 1)
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
+        yield
 
 
 def in_one_line(error: Exception) -> str:
     """What MXNet says of an error, without the stack of its own calls."""
     told = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in reversed(told) if "Error" in line), told[-1] if told else "no words").rstrip(".")
-
-
-def given_spec(value: np.ndarray) -> Spec:
-    return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype))

@@ -7,60 +7,51 @@ in a process; workers that are processes never wait for one another.
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from backends.common import before_models as before_models
-from backends.common import check_attributes, check_linear, check_read, check_repeats
+from backends.common import Blocks, Door, HostBackend, rehearse, tallied
 from backends.mxnet import adapter, optimizer, warn_if_late
 from backends.mxnet.adapter import seeded
-from backends.mxnet.graph import Graph, key_of
+from backends.mxnet.arrays import add_fresh, as_array, as_numpy, blocks_of, flat, flattened, number, paired, taken
 from backends.mxnet.ops import MXNetOps, mx, to_array
-from backends.mxnet.recording import Unrecordable
+from backends.mxnet.tracing import Graph, Unrecordable, key_of
 from backends.mxnet.turn import computing, turn
-from backends.mxnet.values import add_fresh, as_array, as_numpy, blocks_of, flat, flattened, number, paired, plain, taken
 from elastic.data.collate import stacked
 from elastic.errors import UserError
-from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
+from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, UpdateRule
 from elastic.model.user_code import UNTRAINED
 
-ALIGN_BYTES = 64
-KEPT = 8  # block lists of recent ranges: parameters and two slots in two segments, and some to spare
 KINDS = ("bool", "int8", "int32", "int64", "uint8", "float16", "float32", "float64")  # of the library's arrays
 
 _autograd = mx.autograd
 
 
-def create(model: Model | Any, settings: Any) -> MXNetBackend:
-    """`settings` has device ("cpu", "auto"), precision ("float32", "float64" for tests), threads and compile. UserError."""
-    warn_if_late()
-    return MXNetBackend(adapt(model), settings)
+class MXNet(Door):
+    name, trains = "mxnet", "Gluon block"
+    seeded = staticmethod(seeded)
 
+    def create(self, model: Model | Any, settings: Any) -> MXNetBackend:
+        """`settings` has device ("cpu", "auto"), precision ("float32", "float64" for tests), threads and compile. UserError."""
+        warn_if_late()
+        return MXNetBackend(self.adapt(model), settings)
 
-def adapt(model: Any) -> Any:
-    """A user's Gluon block as a model; others as they are. UserError where a block cannot serve."""
-    if isinstance(model, mx.gluon.Block):
+    def adapt(self, model: Any) -> Any:
+        if not isinstance(model, mx.gluon.Block):
+            return super().adapt(model)
         with turn:
             return adapter.GluonModel(model)
-    if not isinstance(getattr(model, "parameters", None), Mapping):
-        raise UserError(f'model.kind gives a {type(model).__name__}, which is no Gluon block; backend.name = "mxnet" trains mxnet.gluon.Block.')
-    return model
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """MXNet's own arrays may be among them."""
+        return stacked(items, KINDS, as_array=lambda item: taken_out(item) if isinstance(item, mx.nd.NDArray) else np.asarray(item))
 
 
-def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
-    """A user's block or data set; what it draws to begin with is a function of `seed`, so every worker builds the same."""
-    with seeded(seed):
-        return factory(**config)
-
-
-def collate(items: Sequence[Any]) -> Any:
-    """A user's items, among them MXNet's own arrays, as a batch."""
-    return stacked(items, KINDS, as_array=lambda item: taken_out(item) if isinstance(item, mx.nd.NDArray) else np.asarray(item))
+framework = MXNet()
 
 
 def taken_out(array: Any) -> np.ndarray:
@@ -78,41 +69,23 @@ class Pass:
     gradients: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-class MXNetBackend:
+class MXNetBackend(HostBackend):
     """One model on the CPU. Calls may come from any thread; processes may hold several backends."""
 
     name = "mxnet"
 
     def __init__(self, model: Any, settings: Any):
-        if settings.device not in ("cpu", "auto"):
-            raise UserError(f'backend.device = {settings.device!r} is not for the mxnet backend, which runs on "cpu"; '
-                            'write backend.name = "torch" for a GPU.')
-        if settings.precision not in ("float32", "float64"):
-            raise UserError(f'backend.precision = {settings.precision!r} must be "float32" with the mxnet backend.')
-        self.parameters: Mapping[str, Spec] = model.parameters
-        self.buffers: Mapping[str, Spec] = model.buffers
-        self._model = model
-        self._dtype = np.dtype(settings.precision)
+        super().__init__(model, settings)
         self._ops = MXNetOps(self._dtype)
-        self._own = model if isinstance(model, adapter.GluonModel) else None
         self._way = int(settings.threads), self._own is None or self._own.numpy  # how `computing` is entered
         self._leaves: dict[str, Any] = {}
         self._moved: tuple[str, ...] = ()
         self._multiplied: list[tuple[int, int, tuple[float, float]]] = []  # address, elements, and what rate and decay are multiplied by
-        self._state: Mapping[str, np.ndarray] = {}
         self._trainable: set[str] = set()
         self._graphs: dict[Any, Callable[..., dict[str, Any]]] = {}
         self._compilations = 0
-        self._kept: OrderedDict[tuple[int, int, int], list[Any]] = OrderedDict()
+        self._blocks = Blocks(blocks_of)
         self._passes: dict[Any, Pass] = {}
-
-    def allocate(self, size: int) -> Buffer:
-        room = np.zeros(size * self._dtype.itemsize + ALIGN_BYTES, np.uint8)
-        start = -room.ctypes.data % ALIGN_BYTES
-        return room[start:start + size * self._dtype.itemsize].view(self._dtype)
-
-    def initial(self) -> Mapping[str, Any]:
-        return self._model.initial() if hasattr(self._model, "initial") else {}
 
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         with computing(*self._way):
@@ -121,7 +94,7 @@ class MXNetBackend:
                 self._leaves = {name: leaf.as_np_ndarray() for name, leaf in self._leaves.items()}
         self._state = {name: buffers[name] for name in self.buffers}
         self._trainable = set()
-        self._kept.clear()
+        self._blocks.clear()
         rates = self._own.multiplied if self._own else {}
         self._multiplied = sorted((params[name].ctypes.data, params[name].size, both) for name, both in rates.items())
 
@@ -129,26 +102,18 @@ class MXNetBackend:
         return self._computed(batch, seed, into)
 
     def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
-        if self._own is None:
-            self.gradients(batch, 0, room())
-            return Habits()
-        once = {name: np.zeros(view.shape, view.dtype) for name, view in room().items()}
-        self._find_moved(batch, once)
-        for view in once.values():
-            view[...] = 0
         own = self._own
-        first, attributes = self._computed(batch, 0, once), own.attributes()
-        twice, names = {name: np.zeros_like(view) for name, view in once.items()}, (*self.parameters, *self.buffers)
+        if own is None:
+            return super().rehearse(batch, room)
+        like = room()
 
-        def again(hidden: Iterable[str], into: Mapping[str, Buffer], factor: float) -> ShardResult:
+        def run(hidden: Sequence[str], factor: float) -> tuple[ShardResult, Mapping[str, np.ndarray]]:
+            into = {name: np.zeros(view.shape, view.dtype) for name, view in like.items()}
             with own.hidden(hidden):
-                return self._computed(batch, 0, into, factor)
+                return self._computed(batch, 0, into, factor), into
 
-        second, kind = again(names, twice, 2.0), own.kind
-        check_attributes(kind, attributes, own.attributes(), adapter.KEEP)
-        check_read(kind, names, first, second, lambda name: again([name] if name else [], room(), 1.0), adapter.READ)
-        check_repeats(kind, first, second, adapter.GENERATORS)
-        check_linear(kind, once, twice)
+        self._find_moved(batch, like)
+        rehearse(own, (*self.parameters, *self.buffers), run, own.attributes)
         return Habits(moved=self._moved)
 
     def _find_moved(self, batch: Batch, into: Mapping[str, Buffer]) -> None:
@@ -185,19 +150,18 @@ class MXNetBackend:
             return self._told(self._measured(self._device_state(), self._columns(batch)))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """The scores of a model that offers `logits`."""
         with computing(*self._way), _autograd.train_mode():
             return self._model.logits(self._ops, self._leaves, to_array(tokens, self._dtype)).asnumpy()
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         with computing(*self._way):
-            for low, high, rates in self._stretches(param):
+            for low, high, rates in self._ranges(param):
                 own = rule if rates is None else replace(rule, lr=rule.lr * rates[0], weight_decay=rule.weight_decay * rates[1])
                 kept = {name: self._blocks(slot[low:high], block) for name, slot in slots.items()}
                 for i, (values, slope) in enumerate(zip(self._blocks(param[low:high], block), blocks_of(grad[low:high], block))):
                     optimizer.apply(own, values, slope, {name: blocks[i] for name, blocks in kept.items()})
 
-    def _stretches(self, param: Buffer) -> Iterator[tuple[int, int, tuple[float, float] | None]]:
+    def _ranges(self, param: Buffer) -> Iterator[tuple[int, int, tuple[float, float] | None]]:
         """A range of the parameters, cut where some have a rate or decay of their own."""
         at = 0
         for offset, size, rates in self._multiplied:
@@ -210,10 +174,6 @@ class MXNetBackend:
                 at = high
         if at < len(param):
             yield at, len(param), None
-
-    def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
-        # NumPy sums in pairs, in one thread; its dot product would go to a BLAS with a thread count of its own
-        return np.array([np.square(grad[i:i + block], dtype=np.float64).sum() for i in range(0, len(grad), block)])
 
     def connect(self, axes: Mapping[str, Any]) -> None:
         self._ops.axes = dict(axes)
@@ -287,8 +247,9 @@ class MXNetBackend:
         return paired(self._graph(results, "metrics", state, columns, 0))
 
     def _told(self, found: Mapping[str, tuple[Any, Any]]) -> Mapping[str, tuple[Any, float]]:
-        value = plain if hasattr(self._model, "tally") else number
-        return {name: (value(total), number(weight)) for name, (total, weight) in found.items()}
+        if self._own is None:
+            return tallied(found, as_numpy)
+        return {name: (number(total), number(weight)) for name, (total, weight) in found.items()}
 
     def _entering(self, inputs: Buffer | None, shape: Sequence[int]) -> dict[str, Any]:
         return {} if inputs is None else {"inputs": as_array(inputs.reshape(tuple(shape))).as_np_ndarray()}
@@ -357,14 +318,3 @@ class MXNetBackend:
 
     def _columns(self, batch: Any) -> Any:
         return self._own.arrays(batch) if self._own else {name: to_array(column, self._dtype) for name, column in batch.items()}
-
-    def _blocks(self, buffer: Buffer, block: int) -> list[Any]:
-        # only of buffers that live as long as the model: a kept array holds its memory, so the address cannot pass to another
-        key = (buffer.__array_interface__["data"][0], len(buffer), block)
-        found = self._kept.get(key)
-        if found is None:
-            found = self._kept[key] = blocks_of(buffer, block)
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return found

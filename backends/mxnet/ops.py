@@ -17,9 +17,9 @@ import backends.mxnet  # noqa: F401  (sets what MXNet reads when it loads)
 # isort: split
 import mxnet as mx
 
-from backends.mxnet.across import AcrossOps, Guarded
-from backends.mxnet.choices import ChoiceOps
-from backends.mxnet.values import copied_in
+from backends.mxnet.arrays import copied_in
+from backends.mxnet.collectives import AcrossOps, Guarded
+from backends.mxnet.routing import ChoiceOps
 from elastic.model import ops as neutral
 
 Array = Any  # mx.np.ndarray

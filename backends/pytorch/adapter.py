@@ -7,7 +7,6 @@ platform's, and copies buffers in before a shard and out after it, so a step tha
 
 from __future__ import annotations
 
-import copy
 import random
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from backends.common import check_float32, check_loss, given_spec
 from backends.pytorch import watch
-from elastic.data.collate import PLAIN, Collated
+from backends.pytorch.arrays import as_numpy, as_torch, plain
 from elastic.errors import UserError
-from elastic.model.backend import Adapted, Spec
-from elastic.model.user_code import described, pair, rebuilt
+from elastic.model.backend import Adapted
+from elastic.model.user_code import described, pair
 
 # Random draws in a module or a data set come from the process-wide generators. What one thread seeds and draws must not
 # interleave with another's: the training and the loading ahead of one worker, and the workers that are threads of one process.
@@ -53,8 +53,7 @@ class ModuleModel(Adapted):
 
     def __init__(self, module: torch.nn.Module):
         self.module, self.kind = module, type(module).__name__
-        if not callable(getattr(module, "loss", None)):
-            raise self.error("has no method loss(batch) that gives the mean loss or (sum, weight); write one.")
+        check_loss(self.kind, module)
         named = dict(module.named_parameters())
         if not named:
             raise self.error("has no parameters to train.")
@@ -64,9 +63,7 @@ class ModuleModel(Adapted):
             if p.layout != torch.strided or p.is_quantized or p.dtype not in KEPT:
                 what = p.dtype if p.layout == torch.strided else p.layout
                 raise self.error(f"keeps {name} as {what}, which no checkpoint holds; keep it dense, as one of torch's plain kinds of numbers.")
-        wrong = [name for name, p in named.items() if p.requires_grad and p.dtype != torch.float32]
-        if wrong:
-            raise UserError(f"model.kind: parameter {wrong[0]} is {named[wrong[0]].dtype}; parameters must be float32.")
+        check_float32({name: p.dtype for name, p in named.items() if p.requires_grad})
         watch.refuse_hooks(self.kind, named, seeded)
         watch.refuse_views(self.kind, module, named)
         self.tensors = {name: p for name, p in named.items() if p.dtype == torch.float32}
@@ -77,13 +74,12 @@ class ModuleModel(Adapted):
         self._kinds = {name: (value.dtype, value.shape) for name, value in kept.items()}
         self._values: list[torch.Tensor] = []
         self._into: list[torch.Tensor] = []
-        self._given = {name: as_numpy(value) for name, value in [*self.tensors.items(), *kept.items()]}
-        self.parameters = {name: given_spec(self._given[name], p.requires_grad) for name, p in self.tensors.items()}
-        self.buffers = {name: given_spec(self._given[name]) for name in kept}
+        self.given = {name: as_numpy(value) for name, value in [*self.tensors.items(), *kept.items()]}
+        self.parameters = {name: given_spec(self.given[name], p.requires_grad) for name, p in self.tensors.items()}
+        self.buffers = {name: given_spec(self.given[name]) for name in kept}
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What whoever starts a run should know."""
+    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
         still = [name or self.kind for name, part in self.module.named_modules() if not part.training and isinstance(part, IDLE)]
         if not still:
             return ()
@@ -93,10 +89,6 @@ class ModuleModel(Adapted):
 
     def error(self, what: str) -> UserError:
         return UserError(f"model.kind: {self.kind} {what}")
-
-    def initial(self) -> Mapping[str, np.ndarray]:
-        """The values that the module was built with, parameters and buffers."""
-        return self._given
 
     def bind(self, state: Mapping[str, np.ndarray]) -> None:
         """From now on `begin` takes the buffers' values from there."""
@@ -133,10 +125,6 @@ class ModuleModel(Adapted):
         return now
 
 
-def plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def is_lazy(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer))
 
@@ -164,23 +152,6 @@ def aliases(module: torch.nn.Module) -> list[tuple[Slot, Slot]]:
     return out
 
 
-def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A copy."""
-    tensor = tensor.detach().cpu()
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(np.dtype("bfloat16")).copy()
-    return tensor.numpy().copy(order="C")
-
-
-def as_torch(array: np.ndarray) -> torch.Tensor:
-    """Where it lies."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, the default generators of torch, NumPy and Python start from `seed`.
@@ -204,10 +175,6 @@ def seeded(seed: int) -> Iterator[None]:
             random.seed(follows)
 
 
-def given_spec(value: np.ndarray, trainable: bool = True) -> Spec:
-    return Spec(tuple(value.shape), (), "given", dtype=value.dtype.name, trainable=trainable)
-
-
 def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     """(sum, weight) as they are; a mean times the number of rows."""
     if isinstance(found, tuple):
@@ -219,29 +186,3 @@ def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     if not isinstance(found, torch.Tensor) or found.numel() != 1:
         raise UserError(f"model.kind: loss(batch) must give one number or (sum, weight), not {described(found)}.")
     return found.reshape(()) * rows, float(rows)
-
-
-def columns(batch: Any, device: torch.device) -> Any:
-    """The batch as its data set made it, with copies of its tensors and tensors for arrays (of which float64 becomes float32); all else stays."""
-    if isinstance(batch, Collated):
-        return columns(batch.content, device)
-    if isinstance(batch, torch.Tensor):
-        return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.clone()
-    if isinstance(batch, (str, bytes)):
-        return batch
-    if isinstance(batch, torch.nn.utils.rnn.PackedSequence):
-        return copy.deepcopy(batch).to(device=device)  # type: ignore[call-arg]  # its lengths stay on the CPU
-    if isinstance(batch, (Mapping, tuple, list)):
-        return rebuilt(batch, lambda value: columns(value, device))
-    if not isinstance(batch, (np.ndarray, np.generic, *PLAIN)):  # what a collate_fn makes, be it a sequence
-        return batch.to(device) if callable(getattr(batch, "to", None)) else batch
-    array = np.asarray(batch)
-    if array.dtype.kind not in "biuf":
-        return array
-    return placed(array, device, torch.float32 if array.dtype == np.float64 else None)
-
-
-def placed(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A copy on the device. Through pinned memory, so that the host need not wait until a GPU is done with all that it was given."""
-    copy = torch.tensor(array, dtype=dtype)
-    return copy.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else copy

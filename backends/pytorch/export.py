@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.pytorch.adapter import as_torch
+from backends.pytorch.arrays import as_torch
 
 
 def names(module: Any) -> dict[str, str]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from backends.pytorch.adapter import ModuleModel, as_numpy, as_sum, columns, seeded
-from backends.pytorch.arrays import TorchBackend, as_scalar, as_tensor
+from backends.pytorch.adapter import ModuleModel, as_sum, seeded
+from backends.pytorch.arrays import as_numpy, as_scalar, as_tensor, columns
+from backends.pytorch.neutral import TorchBackend
 from backends.pytorch.rehearsal import rehearse
 from elastic.data.collate import num_rows
 from elastic.errors import Overwritten, UserError
@@ -37,6 +38,9 @@ class ModuleBackend(TorchBackend):
         self._where: dict[str, int] = {}
         self._aims: dict[str, torch.Tensor] = {}
 
+    def initial(self) -> Mapping[str, Any]:
+        return self._own.given
+
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         """The Parameters stay the objects that they are: no graph, hook or compiled function notices."""
         for name, leaf in self._leaves.items():
@@ -44,7 +48,7 @@ class ModuleBackend(TorchBackend):
         self._where = {name: leaf.data_ptr() for name, leaf in self._leaves.items()}
         self._state = {name: buffers[name] for name in self.buffers}
         self._own.bind(self._state)
-        self._kept.clear()
+        self._blocks.clear()
 
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
         self._enter()
@@ -86,7 +90,7 @@ class ModuleBackend(TorchBackend):
                 own.begin()
                 own.module.eval()
                 out |= pairs(self._asked("metrics", batch), "metrics(batch)")
-            found = self._tallied(out)
+            found = {name: (float(total), float(weight)) for name, (total, weight) in out.items()}
         self._refuse_writes()
         return found
 

@@ -6,7 +6,7 @@ multiples the tail falls on the same elements however the buffer is shared out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch
 from elastic.errors import UserError
 from elastic.model.backend import UpdateRule
 
-Blocks = tuple[torch.Tensor, ...]
+Blocks = Sequence[torch.Tensor]
 
 
 def apply(rule: UpdateRule, params: Blocks, grads: Blocks, slots: Mapping[str, Blocks]) -> None:

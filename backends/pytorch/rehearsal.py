@@ -8,12 +8,13 @@ first run left in plain attributes is spoiled before the second: who reads it gi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from backends.pytorch.adapter import ModuleModel
+from backends.pytorch.arrays import as_tensor
 from backends.pytorch.watch import Leaf, checksum, differing, leaves, spoil, told
 from elastic.errors import UserError
 from elastic.model.backend import Batch, Buffer, Habits, ShardResult
@@ -132,7 +133,3 @@ def filling(g: torch.Tensor) -> torch.Tensor:
 def differ(wanted: torch.Tensor, found: torch.Tensor) -> bool:
     near = (wanted == found) | ((wanted - found).abs() < SMALL) | ~wanted.isfinite()
     return not bool(near.all())
-
-
-def as_tensor(buffer: Any) -> torch.Tensor:
-    return buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import check_attributes, plain_attributes, spoiled, telling
-from backends.tensorflow.compiled import check_compiled, divisor, is_sum, parts, uneven
-from backends.tensorflow.figures import VARIABLES, Figures, MetricTally, snake
+from backends.common import check_attributes, check_float32, given_spec, mapped, plain_attributes, spoiled, telling
+from backends.tensorflow.compiled import VARIABLES, Figures, MetricTally, check_compiled, divisor, is_sum, parts, snake, uneven
 from backends.tensorflow.ops import mixed, tf
 
 # isort: split
@@ -25,13 +24,12 @@ import keras
 
 from elastic.data.collate import num_rows
 from elastic.errors import UserError
-from elastic.model.backend import Adapted, Spec
+from elastic.model.backend import Adapted
 from elastic.model.ops import GOLDEN, tag_key
-from elastic.model.user_code import pair, pairs, rebuilt
+from elastic.model.user_code import pair, pairs
 
 COARSELY = 0.05  # as far as two ways of computing in bfloat16 are apart, and much less than a gradient that is lost
 OF_KERAS = frozenset(vars(keras.Model()))
-KEEP = "keep it in a weight of the model (add_weight(trainable=False)), or leave it as it is"
 
 
 class Scope(keras.StatelessScope):
@@ -51,10 +49,15 @@ class Scope(keras.StatelessScope):
 
 
 class KerasModel(Adapted):
-    """`elastic.model.backend.Model` over a Keras model; `ops` is not used. `tensors` makes its batches.
+    """`elastic.model.backend.Model` over a Keras model; `ops` is not used.
 
     `open` must have seen a batch before `loss` and `metrics` are traced. `moved`: frozen weights that the loss writes to.
     """
+
+    KEEP = "keep it in a weight of the model (add_weight(trainable=False)), or leave it as it is"
+    READ = "keep the variable itself, and ask for its value in each call"
+    GENERATORS = ("let layers draw by a keras.random.SeedGenerator that is an attribute of theirs (one made elsewhere, and tf.random, go on from "
+                  "call to call), and count nothing in the loss")
 
     def __init__(self, model: keras.Model):
         self._model, self.kind = model, type(model).__name__
@@ -75,21 +78,15 @@ class KerasModel(Adapted):
         if not trained:
             raise UserError(f"model.kind: {self.kind} has no parameters to train; if its layers make them when they are first called, call it once "
                             "on an example where it is made.")
-        for name, variable in self._weights.items():
-            if variable.dtype != "float32":
-                raise UserError(f"model.kind: parameter {name} is {variable.dtype}; parameters must be float32.")
+        check_float32({name: v.dtype for name, v in self._weights.items()})
         self.constraints = {name: v.constraint for name, v in self._weights.items() if v.constraint is not None}
-        self._given = {name: np.array(v.numpy()) for name, v in named.items()}
-        self.parameters = {name: given_spec(self._given[name], trainable=id(v) in trained, whole=name in self.constraints)
+        self.given = {name: np.array(v.numpy()) for name, v in named.items()}
+        self.parameters = {name: given_spec(self.given[name], trainable=id(v) in trained, whole=name in self.constraints)
                            for name, v in self._weights.items()}
-        self.buffers = {name: given_spec(self._given[name]) for name in self._kept}
+        self.buffers = {name: given_spec(self.given[name]) for name in self._kept}
         self._figures: Figures | None = None
         self.moved: tuple[str, ...] = ()
         self.sums, self.undivided = not self._own_loss and is_sum(model), ""
-
-    def initial(self) -> Mapping[str, np.ndarray]:
-        """The values that the model was built with."""
-        return self._given
 
     @contextmanager
     def _lent(self, values: Mapping[str, Any]) -> Iterator[None]:
@@ -101,11 +98,11 @@ class KerasModel(Adapted):
             yield
         finally:
             for name in values:
-                variables[name].assign(self._given[name])
+                variables[name].assign(self.given[name])
 
     def hidden(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Inside, these of the variables themselves hold what nothing should read."""
-        return self._lent({name: spoiled(self._given[name]) for name in names})
+        return self._lent({name: spoiled(self.given[name]) for name in names})
 
     def check_gradients(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any, found: Mapping[str, np.ndarray]) -> None:
         """UserError where Keras by itself, with variables instead of a scope's tensors, has other gradients than were `found`."""
@@ -122,9 +119,6 @@ class KerasModel(Adapted):
                 raise UserError(f"model.kind: {self.kind} has another gradient of {name} here than in Keras itself: keras.remat, tf.recompute_grad "
                                 "and a tf.custom_gradient do not see the variables that are read inside of them; take them out, or hand the "
                                 "variables' values to them as arguments.")
-
-    def tensors(self, batch: Any) -> Any:
-        return columns(batch)
 
     def tally(self) -> MetricTally:
         return MetricTally(self)
@@ -177,7 +171,7 @@ class KerasModel(Adapted):
             return float(loss), float(weight)
 
         losses = [told(rows) for rows in ((together(halves), *halves) if not self._own_loss else (batch,))]
-        check_attributes(self.kind, before, self._attributes(), KEEP)
+        check_attributes(self.kind, before, self._attributes(), self.KEEP)
         if not self._own_loss and not self.undivided:
             why = uneven(self.kind, losses, self.sums)
             if why and told(together(halves), 1) == losses[0]:  # what draws in inference as well, as a VAE does, gives other losses anyway
@@ -210,7 +204,7 @@ class KerasModel(Adapted):
         with self._scope(params, state, 0) as scope:
             out = {"loss": self._loss(batch, False, scope.added)}
             if hasattr(self._model, "batch_metrics"):
-                out |= pairs(self._model.batch_metrics(columns_again(batch)), "batch_metrics(batch)")
+                out |= pairs(self._model.batch_metrics(mapped(batch)), "batch_metrics(batch)")
             if self._figures is not None and self._figures.variables:
                 out[VARIABLES] = self._figures.change(map(scope.get_current_value, self._figures.variables)), 1.0
         return out
@@ -231,7 +225,7 @@ class KerasModel(Adapted):
         """(sum, weight), with what was `added` by add_loss until then. An evaluation weighs batches by their rows, as `evaluate` does."""
         rows = num_rows(batch)
         if self._own_loss:
-            return as_sum(self._model.batch_loss(columns_again(batch)), rows)
+            return as_sum(self._model.batch_loss(mapped(batch)), rows)
         loss, weight = self._found(batch, training, added)
         if not training:
             return loss * rows, float(rows)
@@ -352,10 +346,6 @@ def in_one_line(error: Exception) -> str:
     return " ".join(next((part for part in told if not part.startswith("Exception encountered")), told[0]).split()).rstrip(".")
 
 
-def given_spec(value: np.ndarray, trainable: bool = True, whole: bool = False) -> Spec:
-    return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype), trainable=trainable, whole=whole)
-
-
 def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     """(sum, weight) as they are; a mean times the number of rows."""
     if isinstance(found, tuple):
@@ -364,20 +354,3 @@ def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
     if found.shape.num_elements() != 1:
         raise UserError(f"model.kind: batch_loss(batch) must give one number or (sum, weight), not a tensor of shape {tuple(found.shape)}.")
     return tf.reshape(found, ()) * rows, float(rows)
-
-
-def columns_again(batch: Any) -> Any:
-    """Other containers with the same tensors: a user's function may take entries out."""
-    if isinstance(batch, Mapping):
-        return {name: columns_again(value) for name, value in batch.items()}
-    return rebuilt(batch, columns_again) if isinstance(batch, (tuple, list)) else batch
-
-
-def columns(batch: Any) -> Any:
-    """The batch as its data set made it, dict or tuple, with tensors for arrays; float64 becomes float32."""
-    if isinstance(batch, Mapping):
-        return {name: columns(value) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return rebuilt(batch, columns)
-    array = np.asarray(batch)
-    return tf.constant(array.astype(np.float32) if array.dtype == np.float64 else array)

@@ -6,83 +6,58 @@ call reads. They are handed to the traced function as arguments, so it holds no 
 
 from __future__ import annotations
 
-import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
 
-from backends.common import check_linear, check_read, check_repeats
+from backends.common import Door, drawing, rehearse, tallied
 from backends.tensorflow import optimizer
-from backends.tensorflow.ops import U64, TensorFlowOps, tf
-from backends.tensorflow.pieces import Pieces, plain
-from elastic.data.collate import stacked
+from backends.tensorflow.arrays import lies_in, tensor_over
+from backends.tensorflow.ops import U64, tf
+from backends.tensorflow.stages import Stages
 from elastic.errors import UserError
-from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
-from elastic.model.tally import Tally
+from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, UpdateRule
 from elastic.model.user_code import UNTRAINED
-
-ALIGN_BYTES = 64  # TensorFlow ends the process on DLPack memory that is aligned to less
-
-GENERATORS = ("let layers draw by a keras.random.SeedGenerator that is an attribute of theirs (one made elsewhere, and tf.random, go on from call "
-              "to call), and count nothing in the loss")
-
-READ = "keep the variable itself, and ask for its value in each call"
 
 _start = threading.Lock()
 
 # Starting values and a data set's draws come from process-wide generators: what one thread seeds and draws must not interleave
 # with another's.
-drawing = threading.RLock()
+_generators = threading.RLock()
 
 
-def create(model: Model | Any, settings: Any) -> TensorFlowBackend:
-    """`settings` has device ("cpu", "auto"), precision ("float32", "float64"), threads and compile. UserError."""
-    return TensorFlowBackend(adapt(model), settings)
+class TensorFlow(Door):
+    name, trains = "tensorflow", "Keras model"
 
+    def before_models(self, settings: Any) -> None:
+        """TensorFlow starts with the first variable. What cannot be had any more, `create` tells: a process that only looks at a model need not
+        compute like a worker.
+        """
+        with suppress(UserError):
+            start(int(settings.threads))
 
-def adapt(model: Model | Any) -> Any:
-    """A user's Keras model as a model; others as they are. UserError where it cannot serve."""
-    if isinstance(getattr(model, "parameters", None), Mapping):
-        return model
-    from backends.tensorflow.adapter import KerasModel, keras
+    def create(self, model: Model | Any, settings: Any) -> TensorFlowBackend:
+        """`settings` has device ("cpu", "auto"), precision ("float32", "float64"), threads and compile. UserError."""
+        return TensorFlowBackend(self.adapt(model), settings)
 
-    if not isinstance(model, keras.Model):
-        raise UserError(f'model.kind gives {type(model).__name__}, which is no Keras model; backend.name = "tensorflow" trains those.')
-    return KerasModel(model)
+    def adapt(self, model: Model | Any) -> Any:
+        if isinstance(getattr(model, "parameters", None), Mapping):
+            return model
+        from backends.tensorflow.adapter import KerasModel, keras
 
+        return KerasModel(model) if isinstance(model, keras.Model) else super().adapt(model)
 
-def before_models(settings: Any) -> None:
-    """To be called before a user's code makes variables, with which TensorFlow starts. What cannot be had any more, `create` tells:
-    a process that only looks at a model need not compute like a worker.
-    """
-    with suppress(UserError):
-        start(int(settings.threads))
-
-
-def construct(factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
-    """A user's model or data set; what it draws to begin with is a function of `seed`, so every worker builds the same."""
-    with seeded(seed):
-        return factory(**config)
-
-
-collate = stacked  # a user's items as a batch
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, the generators of Python and NumPy, from which Keras draws starting values, start from `seed`; then they are as before."""
-    with drawing:
-        own, theirs = random.getstate(), np.random.get_state()
-        random.seed(seed)
-        np.random.seed(seed & (1 << 32) - 1)
-        try:
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Keras draws starting values from the generators of Python and NumPy."""
+        with _generators, drawing(seed):
             yield
-        finally:
-            random.setstate(own)
-            np.random.set_state(theirs)
+
+
+framework = TensorFlow()
 
 
 def start(threads: int) -> None:
@@ -100,39 +75,17 @@ def start(threads: int) -> None:
         tf.config.experimental.enable_op_determinism()
 
 
-class TensorFlowBackend(Pieces):
+class TensorFlowBackend(Stages):
     """One model on the CPU. Calls may come from any thread, one at a time; processes may hold several backends."""
 
     name = "tensorflow"
 
     def __init__(self, model: Any, settings: Any):
-        if settings.device not in ("cpu", "auto"):
-            raise UserError(f'backend.device = {settings.device!r} is not for the tensorflow backend, which runs on "cpu"; use "torch" on a GPU.')
-        if settings.precision not in ("float32", "float64"):
-            raise UserError(f"backend.precision = {settings.precision!r} must be float32 with the tensorflow backend.")
+        super().__init__(model, settings)
         start(int(settings.threads))
-        super().__init__(model)
-        self.parameters: Mapping[str, Spec] = model.parameters
-        self.buffers: Mapping[str, Spec] = model.buffers
-        self._own: Any = model if hasattr(model, "tensors") else None  # a user's, `adapter.KerasModel`
-        self._columns = self._own.tensors if self._own else self._neutral_columns
-        self._dtype = np.dtype(settings.precision)
-        self._ops = TensorFlowOps(self._dtype)
-        self._jit = bool(settings.compile)
-        self._params: dict[str, Any] = {}
-        self._state: Mapping[str, np.ndarray] = {}
         self._steps: dict[tuple[str, ...], Callable[..., Any]] = {}
-        self._compilations = 0
         self._metrics = self._traced(self._measured)
         self._constrained: dict[str, np.ndarray] = {}
-
-    def allocate(self, size: int) -> Buffer:
-        room = np.zeros(size * self._dtype.itemsize + ALIGN_BYTES, np.uint8)
-        first = -room.ctypes.data % ALIGN_BYTES
-        return room[first:first + size * self._dtype.itemsize].view(self._dtype)
-
-    def initial(self) -> Mapping[str, Any]:
-        return self._model.initial() if hasattr(self._model, "initial") else {}
 
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         self._params = {name: tensor_over(params[name]) for name in self.parameters}
@@ -147,23 +100,16 @@ class TensorFlowBackend(Pieces):
         return result
 
     def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
-        into = room()
         if self._own is None:
-            self.gradients(batch, 0, into)
-            return Habits()
-        names, columns = tuple(into), self._columns(batch)
-        self._own.open(self._params, self._device_state(), columns)
-        own, everything = self._own, (*self.parameters, *self.buffers)
+            return super().rehearse(batch, room)
+        own, names, columns = self._own, tuple(room()), self._columns(batch)
+        own.open(self._params, self._device_state(), columns)
 
-        def again(hidden: Iterable[str], factor: float) -> tuple[ShardResult, dict[str, np.ndarray]]:
+        def run(hidden: Sequence[str], factor: float) -> tuple[ShardResult, dict[str, np.ndarray]]:
             with own.hidden(hidden):
                 return self._computed(names, batch, 0, factor)
 
-        first, once = self._computed(names, batch, 0)
-        second, twice = again(everything, 2.0)
-        check_read(own.kind, everything, first, second, lambda name: again([name] if name else [], 1.0)[0], READ)
-        check_repeats(own.kind, first, second, GENERATORS)
-        check_linear(own.kind, once, twice)
+        once = rehearse(own, (*self.parameters, *self.buffers), run)
         own.rehearse(self._params, self._device_state(), columns)
         own.check_gradients(self._params, self._device_state(), columns, {name: once.get(name, np.zeros(())) for name in names})
         return Habits(moved=own.moved, sums=own.sums, undivided=own.undivided)
@@ -192,17 +138,14 @@ class TensorFlowBackend(Pieces):
         with self._telling():
             found = (self._call(("metrics",), self._measured, (self._params, state, columns)) if self.is_split
                      else self._metrics(self._params, state, columns))
-        return {name: (plain(total), float(weight)) for name, (total, weight) in found.items()}
-
-    def tally(self) -> Tally | None:
-        return self._model.tally() if hasattr(self._model, "tally") else None
+        return tallied(found)
 
     def _telling(self) -> AbstractContextManager[Any]:
         """Around a user's own kernels: what fails in them is the user's error."""
         return self._own.telling() if self._own else nullcontext()
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """The scores of a model that offers `logits`. Not traced: a text that grows has another shape with every token."""
+        """Not traced: a text that grows has another shape with every token."""
         return self._model.logits(self._ops, self._params, tf.constant(np.asarray(tokens, np.int64))).numpy()
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
@@ -210,12 +153,6 @@ class TensorFlowBackend(Pieces):
         for name, view in self._constrained.items():
             if lies_in(view, param):
                 view[...] = self._own.constraints[name](tf.constant(view)).numpy()
-
-    def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
-        return optimizer.squared_norms(grad, block)
-
-    def compilations(self) -> int:
-        return self._compilations
 
     def _traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any) -> Any:
@@ -245,18 +182,3 @@ class TensorFlowBackend(Pieces):
 
     def _device_state(self) -> dict[str, Any]:
         return {name: tf.constant(value) for name, value in self._state.items()}
-
-    def _neutral_columns(self, batch: Batch) -> dict[str, Any]:
-        kinds = {"f": self._dtype, "i": np.dtype(np.int64), "u": np.dtype(np.int64), "b": np.dtype(np.bool_)}
-        return {name: tf.constant(np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False)) for name, column in batch.items()}
-
-
-def tensor_over(view: np.ndarray) -> Any:
-    """A tensor that shares the memory of a view."""
-    assert view.ctypes.data % ALIGN_BYTES == 0, "parameters begin at multiples of 64 bytes"
-    return tf.experimental.dlpack.from_dlpack(view.__dlpack__())
-
-
-def lies_in(view: np.ndarray, buffer: np.ndarray) -> bool:
-    first = view.ctypes.data - buffer.ctypes.data
-    return first >= 0 and first + view.nbytes <= buffer.nbytes

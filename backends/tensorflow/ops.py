@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.tensorflow.split import SplitKernels
+from backends.tensorflow.collectives import SplitKernels
 
 # isort: split
 import tensorflow as tf

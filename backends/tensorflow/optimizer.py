@@ -1,4 +1,4 @@
-"""Optimizer steps and norms on flat NumPy ranges, in place.
+"""Optimizer steps on flat NumPy ranges, in place.
 
 TensorFlow's own updates write to variables, and those copy a buffer that anybody else holds. These are elementwise NumPy loops of
 exactly rounded operations, so no cut of a range can show in the bits; a stretch at a time, so that its temporaries stay in the cache.
@@ -77,16 +77,3 @@ def adagrad(rule: UpdateRule, p: Array, g: Array, scale: float, slots: Mapping[s
     g /= root
     g *= rule.lr
     p -= g
-
-
-def squared_norms(grad: Array, block: int) -> Array:
-    """float64 squared norm of each block, each by itself, in NumPy's pairwise order: a threaded BLAS has no say in it."""
-    wide = np.empty(min(block, len(grad)))
-    out = np.empty(-(-len(grad) // block))
-    for i in range(len(out)):
-        values = grad[i * block:(i + 1) * block]
-        square = wide[:len(values)]
-        square[:] = values
-        square *= square
-        out[i] = square.sum()
-    return out

@@ -16,7 +16,7 @@ from elastic.checkpoint.manifest import Manifest
 from elastic.data.loader import eval_batches
 from elastic.driver.trust import check_trust
 from elastic.errors import BadCheckpoint, UserError
-from elastic.model.tally import tally_of
+from elastic.model.backend import Backend
 from elastic.recipe import Recipe, loads
 from elastic.worker.evaluation import figures, measure
 from elastic.workload import EVAL_ROWS, create_backend, door, open_data, open_model, open_state, prepare
@@ -31,8 +31,7 @@ class Restored:
     recipe: Recipe
     manifest: Manifest
     info: Mapping[str, Any]  # the data's facts; empty for a data set of the user's
-    backend: Any  # with a shipped language model it has `logits`, too
-    model: Any
+    backend: Backend
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> Manifest:
@@ -51,14 +50,13 @@ def restore(path: str | os.PathLike[str], device: str = "auto", trust: bool = Fa
     check_trust(recipe, path, trust)
     recipe = recipe.model_copy(update={"backend": recipe.backend.model_copy(update={"device": device, "compile": False})})
     info = manifest.extra.get("info") or prepare(recipe)
-    model = open_model(recipe, info)
-    backend = create_backend(recipe, model)
+    backend = create_backend(recipe, open_model(recipe, info))
     state = open_state(recipe, backend)
     try:
         state.load(arrays, manifest.step, without=OPTIMIZER)
     except (KeyError, ValueError) as error:
         raise BadCheckpoint(f"{path} holds other arrays than the model of its recipe: {error}.") from error
-    return Restored(recipe, manifest, info, backend, model)
+    return Restored(recipe, manifest, info, backend)
 
 
 def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, float]:
@@ -71,7 +69,7 @@ def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, flo
     if dataset is None:
         raise UserError("The recipe sets nothing aside to evaluate on; set data.eval_fraction or data.eval_path.")
     rows = max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS)
-    tally = tally_of(restored.model, restored.backend)
+    tally = restored.backend.tally()
     found = [measure(restored.backend, tally, batch()) for batch in eval_batches(dataset, rows)]
     names = sorted({name for part in found for name in part})  # a user's module need not give every figure of every batch
     tables = {name: np.array([part.get(name, (0.0, 0.0)) for part in found]) for name in names}

@@ -11,6 +11,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from elastic.errors import UserError
+from elastic.model.tally import Tally
+
 Array = Any  # an array of the framework at hand
 Buffer = Any  # a flat, 64-byte-aligned float32 array on the worker's device
 Batch = Mapping[str, Any]  # NumPy arrays, one per column, rows first
@@ -53,16 +56,13 @@ class Model(Protocol):
         """
 
 
-class Adapted(Protocol):
-    """A user's own model as the door of its framework adapts it, for that framework's backend alone. Adapters inherit the default."""
+class Adapted:
+    """A user's own model as the door of its framework adapts it, for that framework's backend alone."""
 
     parameters: Mapping[str, Spec]
     buffers: Mapping[str, Spec]
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What whoever starts a run with it should know, a sentence each."""
-        return ()
+    notes: tuple[str, ...] = ()  # what whoever starts a run with it should know, a sentence each
+    given: Mapping[str, Any]  # the NumPy values that it was made with, parameters and buffers
 
 
 class Chain(Model, Protocol):
@@ -137,7 +137,10 @@ class UpdateRule:
 
 
 class Backend(Protocol):
-    """One framework on one device. Built once per worker process; it outlives generations, so nothing compiles twice."""
+    """One framework on one device. Built once per worker process; it outlives generations, so nothing compiles twice.
+
+    Backends inherit the defaults.
+    """
 
     name: str
     parameters: Mapping[str, Spec]
@@ -148,6 +151,7 @@ class Backend(Protocol):
 
     def initial(self) -> Mapping[str, Any]:
         """NumPy values of the arrays whose spec says "given" (a user's own module); else empty."""
+        return {}
 
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         """From now on the model's parameters are these shaped views, and its buffers these NumPy arrays."""
@@ -160,9 +164,19 @@ class Backend(Protocol):
 
         `room` gives a zeroed place for gradients, as `into` of `gradients`. UserError where a user's own model cannot be trained faithfully.
         """
+        self.gradients(batch, 0, room())
+        return Habits()
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         """Sums and weights of one evaluation shard; what is no scalar comes as a NumPy array."""
+
+    def tally(self) -> Tally | None:
+        """A new one for an evaluation, of a model that counts."""
+        return None
+
+    def logits(self, tokens: Any) -> Any:
+        """Of a model that offers `logits`: NumPy integers (rows, time) -> the scores of each next token, (rows, time, vocab)."""
+        raise UserError(f'backend.name = "{self.name}" scores no tokens; write another.')
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         """Applies `rule` in place to a flat range, block by block. `grad` may be overwritten."""
@@ -175,8 +189,14 @@ class Backend(Protocol):
     def connect(self, axes: Mapping[str, Any]) -> None:
         """From now on, until the next call, dims are split over these axes: `elastic.parallel.axis.Axis` by dim. Once a generation.
 
-        The model's parameters are already the parts that this worker holds; `parameters` has their shapes.
+        The model's parameters are already the parts that this worker holds; `parameters` has their shapes. The default refuses a split.
         """
+        if any(axis.size > 1 for axis in axes.values()):
+            raise self.whole()
+
+    def whole(self) -> UserError:
+        """What a backend says that trains whole models alone."""
+        return UserError(f'[mesh]: backend.name = "{self.name}" does not split a model; write 1 for every degree, or another backend.')
 
     def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
                 ) -> Buffer | ShardResult:
@@ -185,41 +205,49 @@ class Backend(Protocol):
         `inputs`: what the pieces before made, flat, to be read as `shape`; None where `pieces` begins the model. The result, flat, or
         where `pieces` ends the model the loss. It is not written to again, and neither is `inputs` before the backward pass.
         """
+        raise self.whole()
 
     def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
         """Adds the gradients of the pieces' parameters to `into` and returns that of `inputs`, flat; None where there were none.
 
         `gradient` is that of the result, flat; None where the result was the loss. What was kept under `key` is let go.
         """
+        slope = self.backward_input(key, gradient)
+        self.backward_weight(key, into)
+        return slope
 
     def backward_input(self, key: Any, gradient: Buffer | None) -> Buffer | None:
         """The first half of `backward`: the gradient of `inputs`, the same bits. `backward_weight` follows."""
+        raise self.whole()
 
     def backward_weight(self, key: Any, into: Mapping[str, Buffer]) -> None:
         """The second half of `backward`; the same bits."""
+        raise self.whole()
 
     def forget(self) -> None:
         """Lets go of all that is kept: a step was cut off."""
 
     def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
         """Pieces for evaluation: a flat buffer, or where `pieces` ends the model what `metrics` gives."""
+        raise self.whole()
 
     def compilations(self) -> int:
         """How many traces or compilations this process has done so far."""
+        return 0
 
 
 class Framework(Protocol):
-    """The door of a framework, a module found by `backend.name`. The one of the reference backend, which takes no model of the user's own, has
-    `create` and `before_models`."""
+    """The door of a framework: `framework` in the module that `backend.name` finds. `backends.common.Door` has the defaults."""
 
     def before_models(self, settings: Any) -> None:
-        """Sets what has to be set before a user's own code computes anything; called before every other. The default is that of `backends.common`."""
+        """Sets what has to be set before a user's own code computes anything, for most frameworks nothing; called before every other."""
+        return
 
     def create(self, model: Any, settings: Any) -> Backend:
         """A backend over a model, shipped or the user's own. `settings`: the recipe's `[backend]`. UserError where it cannot be had."""
 
-    def adapt(self, model: Any) -> Adapted:
-        """A user's own model. UserError where it cannot serve."""
+    def adapt(self, model: Any) -> Any:
+        """A user's own model as an `Adapted`; a model of named arrays as it is. UserError where it cannot serve."""
 
     def construct(self, factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
         """A user's model or data set; what it draws to begin with is a function of `seed`."""

@@ -33,6 +33,11 @@ class Shape:
         return math.prod(self.shape)
 
 
+def learns(x: Any) -> bool:
+    """Whether a gradient is wanted for it; for a number none is."""
+    return isinstance(x, Shape) and x.grad
+
+
 @dataclass(frozen=True)
 class Place:
     """One place of an axis of the mesh, as ops ask for it."""
@@ -72,7 +77,7 @@ class MeterOps(Kernels):
                 self._kept[id(array.root)] = array.root
 
     def _new(self, shape: Sequence[int], *inputs: Any) -> Shape:
-        return Shape(shape, any(isinstance(x, Shape) and x.grad for x in inputs))
+        return Shape(shape, any(map(learns, inputs)))
 
     def _view(self, x: Shape, shape: Sequence[int]) -> Shape:
         return Shape(shape, x.grad, root=x.root)
@@ -148,11 +153,11 @@ class MeterOps(Kernels):
         return self._elementwise(x, y)
 
     def multiply(self, x: Any, y: Any) -> Shape:
-        self._keep(*([x] if getattr(y, "grad", False) else []), *([y] if getattr(x, "grad", False) else []))
+        self._keep(*([x] if learns(y) else []), *([y] if learns(x) else []))
         return self._elementwise(x, y)
 
     def divide(self, x: Any, y: Any) -> Shape:
-        self._keep(*([x] if getattr(y, "grad", False) else []), *([y] if getattr(x, "grad", False) or getattr(y, "grad", False) else []))
+        self._keep(*([x] if learns(y) else []), *([y] if learns(x) or learns(y) else []))
         return self._elementwise(x, y)
 
     def _by_input(self, x: Shape) -> Shape:

@@ -7,8 +7,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from elastic.model.backend import Batch
-
 
 class Tally(Protocol):
     """Figures that are no means over rows, as the area under a curve: computed from whole numbers, counted batch by batch.
@@ -20,13 +18,13 @@ class Tally(Protocol):
     def counts(self) -> np.ndarray:
         """float64, one-dimensional, always of the same length."""
 
-    def add(self, batch: Batch, found: Mapping[str, tuple[Any, float]]) -> None:
+    def add(self, batch: Mapping[str, np.ndarray], found: Mapping[str, tuple[Any, float]]) -> None:
         """Counts one batch; `found` is what `metrics` said of it, arrays as NumPy arrays."""
 
     def figures(self, counts: np.ndarray, means: Mapping[str, float]) -> Mapping[str, float]:
         """From the counts of all batches and the means of all metrics."""
 
 
-def tally_of(*models: Any) -> Tally | None:
-    """A new one, of the first that counts: a model, which may be a user's own object, or its backend."""
-    return next((tally for model in models if hasattr(model, "tally") and (tally := model.tally()) is not None), None)
+def tally_of(model: Any) -> Tally | None:
+    """A new one, of a model that counts; whoever brings one need not say that it does not."""
+    return model.tally() if hasattr(model, "tally") else None

@@ -11,7 +11,7 @@ import numpy as np
 
 from elastic.collective.group import CollectiveGroup
 from elastic.model.backend import Backend, Batch
-from elastic.model.tally import Tally, tally_of
+from elastic.model.tally import Tally
 from elastic.model.user_code import users
 from elastic.worker.context import StepContext
 from elastic.worker.gradients import rows_of
@@ -20,7 +20,7 @@ from elastic.worker.gradients import rows_of
 def evaluate(context: StepContext) -> dict[str, float]:
     """The mean of every metric over the evaluation set. A batch is computed whole by one replica: the split changes no bit."""
     training, links, world, batches = context.training, context.links, context.links.world, context.training.eval_batches
-    tally, counted = (tally_of(training.model, context.backend) for _ in range(2))
+    tally, counted = context.backend.tally(), context.backend.tally()
     parts: dict[str, np.ndarray] = {}
     own = range(links.data.rank, len(batches), links.data.size)
     for index in own or range(1):  # a replica without a batch still has to know the names

@@ -9,7 +9,6 @@ from typing import Any
 
 from elastic.data.collate import num_rows, sliced
 from elastic.errors import UserError
-from elastic.model.tally import tally_of
 from elastic.model.user_code import describe, is_of_machine, users
 from elastic.parallel.groups import mirrored
 from elastic.worker.evaluation import measure, named
@@ -56,7 +55,7 @@ def rehearse(training: Training, place: Placement) -> None:
 
 def rehearse_evaluation(training: Training, place: Placement) -> None:
     """Of the first batch, and of the last where it has fewer rows."""
-    tally, first = tally_of(training.model, place.backend), first_rows(place, training.eval_batches[0](), 1)
+    tally, first = place.backend.tally(), first_rows(place, training.eval_batches[0](), 1)
     found, best = measure(place.backend, tally, first), training.plan.best.removeprefix("eval.")
     if best and best not in found and best not in (known := named(found, tally)):
         raise UserError(f'checkpoint.best = "{training.plan.best}" is none of the figures of this evaluation, {", ".join(known)}; '

@@ -55,7 +55,6 @@ class Training:
     load_batch: Loader
     positions: Callable[[int, int], np.ndarray]  # by step and shard
     eval_batches: Sequence[Callable[[], Mapping[str, Any]]] = ()
-    model: Any = None  # as `elastic.workload.Workload` has it
     unit: str = ""  # that weights count, beside samples
     is_own: bool = False  # model or data set is the user's: what fails in computing a shard is their code
     fills: bool = True  # a batch that lacks samples has rows of weight 0 in their place

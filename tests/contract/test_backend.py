@@ -14,7 +14,7 @@ import pytest
 from elastic.errors import UserError
 from elastic.model.backend import SLOTS, UpdateRule
 from nlp.gpt import GPT, Config, build
-from tests.support.frameworks import assert_close, load, names, settings
+from tests.support.frameworks import assert_close, door, names, settings
 from tests.support.models import SMALL, VOCAB, gpt_rig, rig_of, token_batch
 from tests.support.rules import BLOCK, RULES
 from tests.support.threads import together
@@ -221,7 +221,7 @@ def test_logits_score_the_next_token(name: str) -> None:
     ("reference", {"device": "cuda"}, "device"), ("reference", {"precision": "bfloat16"}, "precision")])
 def test_impossible_settings_are_named(name: str, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        load(name, "backend").create(build(SMALL, {"vocab_size": VOCAB}), settings(**changes))
+        door(name).create(build(SMALL, {"vocab_size": VOCAB}), settings(**changes))
 
 
 def test_cuda_where_there_is_none() -> None:
@@ -230,8 +230,8 @@ def test_cuda_where_there_is_none() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA GPU here")
     with pytest.raises(UserError, match="cuda"):
-        load("torch", "backend").create(build(SMALL, {"vocab_size": VOCAB}), settings(device="cuda"))
-    assert load("torch", "backend").create(build(SMALL, {"vocab_size": VOCAB}), settings(device="auto")).device.type == "cpu"
+        door("torch").create(build(SMALL, {"vocab_size": VOCAB}), settings(device="cuda"))
+    assert door("torch").create(build(SMALL, {"vocab_size": VOCAB}), settings(device="auto")).device.type == "cpu"
 
 
 def test_every_thread_computes_with_the_recipe_s_thread_count() -> None:

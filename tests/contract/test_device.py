@@ -27,7 +27,7 @@ from tests.support.threads import together
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from backends.pytorch.backend import TorchBackend, create  # noqa: E402  (they need torch)
+from backends.pytorch.backend import TorchBackend, framework  # noqa: E402  (they need torch)
 from benchmarks.gpu import take_over  # noqa: E402
 from benchmarks.peers.torch_gpt import GPT  # noqa: E402
 from nlp import gpt  # noqa: E402
@@ -83,7 +83,7 @@ def test_without_a_gpu_the_benchmark_says_so() -> None:
 
 def in_tensors(model: Any) -> TorchBackend:
     """A backend whose buffers are tensors, as on a GPU, on the CPU."""
-    backend = create(model, settings())
+    backend = framework.create(model, settings())
     backend.allocate = torch.zeros  # type: ignore[method-assign]
     return backend
 
@@ -128,7 +128,7 @@ def test_a_loop_over_tensors_has_the_bits_of_one_over_arrays(module: bool) -> No
     def model() -> Any:
         return Net() if module else gpt.build(SMALL, {"vocab_size": VOCAB})
 
-    (wanted,) = trained([create(model(), settings())], module)
+    (wanted,) = trained([framework.create(model(), settings())], module)
     assert wanted.committed == 3
     for size in (1, 3):
         for state in trained([in_tensors(model()) for _ in range(size)], module):

@@ -61,7 +61,7 @@ with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     from backends.mxnet import backend
     from nlp.gpt import build
-    backend.create(build({"layers": 1, "heads": 1, "width": 4, "context": 4}, {"vocab_size": 3}),
+    backend.framework.create(build({"layers": 1, "heads": 1, "width": 4, "context": 4}, {"vocab_size": 3}),
                    SimpleNamespace(device="cpu", precision="float32", threads=1, compile=False))
 assert any("imported before backends.mxnet" in str(w.message) for w in told)
 """

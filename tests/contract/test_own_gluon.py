@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from elastic.errors import UserError
-from tests.support.frameworks import load
+from tests.support.frameworks import door
 from tests.support.models import rig_of
 
-backend = load("mxnet", "backend")
+backend = door("mxnet")
 
 from tests.support.own_gluon import Net, batch, computing, gluon, mx  # noqa: E402  (it needs MXNet)
 

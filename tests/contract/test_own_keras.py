@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from elastic.errors import UserError
-from tests.support.frameworks import load
+from tests.support.frameworks import door
 from tests.support.models import Rig, rig_of
 
-backend = load("tensorflow", "backend")
+backend = door("tensorflow")
 
 from tests.support.own_keras import Net, Sums, batch, keras, statistics, sums_batch  # noqa: E402  (it needs TensorFlow)
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from elastic.errors import UserError
-from elastic.model.tally import tally_of
 from elastic.worker.evaluation import measure
-from tests.support.frameworks import assert_close, load
+from tests.support.frameworks import assert_close, door
 from tests.support.models import Rig, rig_of
 from tests.support.threads import together
 
@@ -34,7 +33,7 @@ class Own(SimpleNamespace):
 
 @pytest.fixture(params=BUILDERS)
 def own(request: pytest.FixtureRequest) -> Own:
-    backend = load(request.param, "backend")  # first, for it sets what its framework reads when it loads
+    backend = door(request.param)  # first, for it sets what its framework reads when it loads
     return Own(name=request.param, backend=backend, models=importlib.import_module(f"tests.support.{BUILDERS[request.param]}"))
 
 
@@ -76,7 +75,7 @@ def test_buffers_come_back_and_a_redone_step_counts_once(own: Own) -> None:
 
 def evaluated(backend: Any, batch: Any) -> dict[str, float]:
     """The figures of one batch: means of sums, and what is told of merged counts."""
-    tally = tally_of(backend)
+    tally = backend.tally()
     means = {name: total / weight for name, (total, weight) in measure(backend, tally, batch).items()}
     return means if tally is None else {**means, **tally.figures(tally.counts, means)}
 

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA GPU here", allow_module_level=True)
 
-from backends.pytorch.backend import create  # noqa: E402
+from backends.pytorch.backend import framework  # noqa: E402
 from benchmarks.gpu import Batches, ours  # noqa: E402
 from elastic.collective import nccl  # noqa: E402
 from elastic.model.backend import SLOTS, UpdateRule  # noqa: E402
@@ -110,7 +110,7 @@ def test_a_user_s_module() -> None:
 
 
 def trained(compiled: bool) -> State:
-    backend = create(build(SMALL, {"vocab_size": VOCAB}), settings(device="cuda", precision="bfloat16", compile=compiled))
+    backend = framework.create(build(SMALL, {"vocab_size": VOCAB}), settings(device="cuda", precision="bfloat16", compile=compiled))
     state = State(backend, "adamw")
     state.start(3)
     ours(state, Batches(4, SMALL["context"], VOCAB), torch.device("cuda"))(5)

@@ -20,7 +20,7 @@ from tests.support.sampling import sample
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from backends.pytorch.backend import construct  # noqa: E402  (it needs torch)
+from backends.pytorch.backend import framework  # noqa: E402  (it needs torch)
 from tests.support import foreign_habits, foreign_torch, foreign_transformers, plain_torch  # noqa: E402
 
 HOMES = (foreign_transformers, foreign_torch, foreign_habits)
@@ -58,7 +58,7 @@ def run(folder: Path, model: str, data: str, workers: int = 1, optimizer: str = 
 
 
 def oracle(model: str, data: str, optimizer: str, shards: int = SHARDS) -> dict[str, np.ndarray]:
-    made, rows = (construct(getattr(home(name), name), {}, 0) for name in (model, data))
+    made, rows = (framework.construct(getattr(home(name), name), {}, 0) for name in (model, data))
     return plain_torch.train(made, rows, STEPS, BATCH, shards, optimizer, RATE[optimizer], eps=EPS)
 
 
@@ -110,7 +110,7 @@ def test_what_a_collate_fn_makes_is_evaluated_too(tmp_path: Path) -> None:
     asked = recipe("BagSum", "Bags")
     asked = asked.model_copy(update={"data": asked.data.model_copy(update={"eval_fraction": 0.25})})
     result = fit(tmp_path, asked)
-    made, rows = construct(foreign_torch.BagSum, {}, 0), construct(foreign_torch.Bags, {}, 0)
+    made, rows = framework.construct(foreign_torch.BagSum, {}, 0), framework.construct(foreign_torch.Bags, {}, 0)
     arrays = result.arrays()
     made.load_state_dict({name: torch.tensor(arrays.get(f"parameter/{name}", arrays.get(f"buffer/{name}"))) for name in made.state_dict()})
     total, weight = made.eval().loss(rows.collate_fn([rows[i] for i in range(36, 48)]))

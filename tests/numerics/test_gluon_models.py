@@ -107,7 +107,7 @@ def test_an_evaluation_is_gluon_s_own_and_moves_nothing(kinds: Any, kind: str) -
     batch = {name: getattr(rows, name)[:BATCH] for name in ("x", "y", "id")}
     with backend.computing(1, False):
         wanted = alone(kinds, kind, "sgd").block.loss({name: kinds.mx.nd.array(values) for name, values in batch.items()}).mean().asscalar()
-    rig = rig_of("mxnet", backend.construct(getattr(kinds, kind), {}, 0))
+    rig = rig_of("mxnet", backend.framework.construct(getattr(kinds, kind), {}, 0))
     assert_evaluates(rig, batch, wanted)
 
 

@@ -181,7 +181,7 @@ def test_an_evaluation_is_keras_own_and_moves_nothing(kinds: Any, model: str) ->
     plain = alone(kinds, model, "pair", "sgd")
     batch = plain.rows(0, BATCH)
     wanted = plain.model.evaluate(*batch, batch_size=BATCH, verbose=0)
-    rig = rig_of("tensorflow", load("tensorflow", "backend").construct(getattr(kinds, model), {}, 0))
+    rig = rig_of("tensorflow", load("tensorflow", "backend").framework.construct(getattr(kinds, model), {}, 0))
     assert_evaluates(rig, batch, wanted)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.reference.backend import create
+from backends.reference.backend import framework
 from elastic.errors import GroupBroken
 from elastic.mesh import Mesh, Seat
 from elastic.parallel.layout import Layout, Portion
@@ -26,7 +26,7 @@ MODEL = gpt.build({"layers": 3, "heads": 4, "width": 16, "context": 4, "bias": T
 def state_on(mesh: Mesh, seat: Seat, values: dict[str, np.ndarray] | None = None) -> State:
     """A seat's state, with these whole arrays in it."""
     portion = Portion(MODEL, Layout(MODEL, mesh), seat)
-    state = State(create(portion, SETTINGS), "adamw", ("h1.mlp.*",), ("*ln*",), True, portion)
+    state = State(framework.create(portion, SETTINGS), "adamw", ("h1.mlp.*",), ("*ln*",), True, portion)
     for name, view in state.views.items():
         box = state.box(name)
         view[...] = -1.0 if values is None else values[name] if box is None else values[name][

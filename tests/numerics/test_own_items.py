@@ -164,8 +164,8 @@ def test_a_model_gets_its_items_leaf_by_leaf(framework: str, given: str) -> None
     give: Give = adapter.keras.ops.convert_to_tensor if framework == "tensorflow" else lambda values: adapter.mx.nd.array(values, dtype=values.dtype)
     items = [GIVEN[given](i, give) for i in range(6)]
     source = type("Given", (Nested,), {"__len__": lambda self: 6, "__getitem__": lambda self, i: items[i]})()
-    batch = MapStyle(source, collate=backend.collate).batch(np.array([4, 1, 2]), np.zeros(3, np.int64))
-    columns = adapter.columns if framework == "tensorflow" else adapter.GluonModel(module.Net()).arrays
+    batch = MapStyle(source, collate=backend.framework.collate).batch(np.array([4, 1, 2]), np.zeros(3, np.int64))
+    columns = load(framework, "arrays").columns if framework == "tensorflow" else adapter.GluonModel(module.Net()).arrays
     assert_stacked(columns(batch), [items[4], items[1], items[2]])
 
 

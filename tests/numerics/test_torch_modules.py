@@ -16,8 +16,8 @@ from tests.support.sampling import sample
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from backends.pytorch.adapter import as_numpy  # noqa: E402
-from backends.pytorch.backend import construct  # noqa: E402  (it needs torch)
+from backends.pytorch.arrays import as_numpy  # noqa: E402
+from backends.pytorch.backend import framework  # noqa: E402  (it needs torch)
 from tests.support import plain_torch, torch_modules  # noqa: E402
 
 STEPS, BATCH, SHARDS = 20, 12, 3
@@ -41,7 +41,7 @@ def run(folder: Path, module: str, workers: int, optimizer: str = "sgd", chaos: 
 
 
 def oracle(module: str, optimizer: str, **how: Any) -> dict[str, np.ndarray]:
-    made = construct(getattr(torch_modules, module), {}, 0)
+    made = framework.construct(getattr(torch_modules, module), {}, 0)
     return plain_torch.train(made, torch_modules.Rows(), STEPS, BATCH, SHARDS, optimizer, RATE[optimizer], **how)
 
 
@@ -79,7 +79,7 @@ def test_freeze_adds_to_what_the_module_freezes_and_thaw_overrules(tmp_path: Pat
     assert_same(added, oracle("Frozen", "sgd", frozen=["head.bias"]), 1e-6)
     thawed = run(tmp_path / "thaw", "Frozen", 2, model={"freeze": ["head.bias"], "thaw": ["body.weight", "head.bias"]})
     assert_same(thawed, oracle("Frozen", "sgd", thawed=["body.weight"]), 1e-6)
-    begun = construct(torch_modules.Frozen, {}, 0).body.bias.detach().numpy()
+    begun = framework.construct(torch_modules.Frozen, {}, 0).body.bias.detach().numpy()
     assert np.array_equal(thawed.arrays()["parameter/body.bias"], begun), "what the module freezes and nobody thaws stays to the bit"
 
 
@@ -90,10 +90,10 @@ def test_what_moves_with_the_shards_is_saved_healed_and_averaged_to_the_bit(tmp_
     other.assert_sound(STEPS)
     assert other.sha == one.sha
     kinds = {name: array.dtype.name for name, array in one.arrays().items()}
-    for name, tensor in construct(getattr(torch_modules, module), {}, 0).named_buffers():
+    for name, tensor in framework.construct(getattr(torch_modules, module), {}, 0).named_buffers():
         assert kinds[f"buffer/{name}"] == kinds[f"optimizer/ema/{name}"] == str(tensor.dtype).removeprefix("torch.")
     export(str(tmp_path / "one"), "torch", str(tmp_path / "out.pt"))
-    made = construct(getattr(torch_modules, module), {}, 0)
+    made = framework.construct(getattr(torch_modules, module), {}, 0)
     made.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True), strict=True)
     arrays = one.arrays()
     for name, tensor in made.state_dict().items():  # the averages, where there are some

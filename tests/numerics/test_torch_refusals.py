@@ -15,7 +15,7 @@ from tests.support.models import Rig, rig_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from backends.pytorch.backend import adapt, construct  # noqa: E402  (it needs torch)
+from backends.pytorch.backend import framework  # noqa: E402  (it needs torch)
 from tests.support import odd_modules, torch_modules  # noqa: E402
 
 REFUSED = [
@@ -54,8 +54,8 @@ def test_it_is_refused_in_one_sentence_that_names_it(module: str, words: str) ->
 def test_a_rehearsal_leaves_everything_as_it_was() -> None:
     for module, moved, apart in (("Slow", ("slow.weight", "slow.bias"), False), ("Sparse", (), True), ("Reentrant", (), True), ("Base", (), False),
                                  ("Brain", (), False), ("OldSpectral", (), False), ("Noted", (), False)):
-        made = construct(getattr(torch_modules, module), {}, 0)
-        plain = construct(getattr(torch_modules, module), {}, 0)
+        made = framework.construct(getattr(torch_modules, module), {}, 0)
+        plain = framework.construct(getattr(torch_modules, module), {}, 0)
         rig, habits = rehearsed(made)
         assert (habits.moved, habits.apart) == (moved, apart), module
         for (name, found), (_, wanted) in zip([*made.named_parameters(), *made.named_buffers()], [*plain.named_parameters(), *plain.named_buffers()]):
@@ -66,10 +66,10 @@ def test_a_rehearsal_leaves_everything_as_it_was() -> None:
 def test_a_module_that_was_there_before_is_refused() -> None:
     kept = torch_modules.Base()
     with pytest.raises(UserError, match="Base that was there before"):
-        construct(odd_modules.same, {}, 0)
-    made = construct(lambda: kept, {}, 0)
+        framework.construct(odd_modules.same, {}, 0)
+    made = framework.construct(lambda: kept, {}, 0)
     with pytest.raises(UserError, match="a new one in each call"):
-        construct(lambda: made, {}, 0)
+        framework.construct(lambda: made, {}, 0)
 
 
 def run(folder: Path, module: str, workers: int = 2, size: int = 32, eval_fraction: float = 0.0, every: int = 1, home: Any = odd_modules) -> Result:
@@ -138,12 +138,12 @@ def test_a_gradient_within_an_evaluation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", ["Base", "Pops", "Sloped", "EvalNorm", "Seen", "Switching", "Sampling"])
 def test_an_evaluation_is_plain_torch_s_and_moves_nothing(module: str) -> None:
     def asked(method: str) -> Any:
-        plain = construct(getattr(torch_modules, module), {}, 0).eval()
+        plain = framework.construct(getattr(torch_modules, module), {}, 0).eval()
         torch.manual_seed(0)
         with torch.no_grad():
             return getattr(plain, method)({name: torch.tensor(values) for name, values in batch().items()})
 
-    made = construct(getattr(torch_modules, module), {}, 0)
+    made = framework.construct(getattr(torch_modules, module), {}, 0)
     rig, _ = rehearsed(made)
     wanted = {"loss": asked("loss").item(), **({name: (total / weight).item() for name, (total, weight) in asked("metrics").items()}
                                                if hasattr(made, "metrics") else {})}
@@ -156,14 +156,14 @@ def test_an_evaluation_is_plain_torch_s_and_moves_nothing(module: str) -> None:
 
 
 def test_a_module_made_in_evaluation_mode_is_noted() -> None:
-    note, = adapt(construct(torch_modules.EvalNorm, {}, 0)).notes
-    assert "EvalNorm is made with norm in evaluation mode" in note and not adapt(torch_modules.Base()).notes
+    note, = framework.adapt(framework.construct(torch_modules.EvalNorm, {}, 0)).notes
+    assert "EvalNorm is made with norm in evaluation mode" in note and not framework.adapt(torch_modules.Base()).notes
 
 
 def test_compiled_once_over_averages_and_seeds_and_never_again_and_again() -> None:
     if __import__("shutil").which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
-    made = construct(torch_modules.Penalised, {}, 0)
+    made = framework.construct(torch_modules.Penalised, {}, 0)
     rig, _ = rehearsed(made, compile=True)
     count, views = rig.backend.compilations(), rig.layout.views(rig.param)
     other = rig.layout.views(rig.backend.allocate(rig.layout.size))
@@ -173,7 +173,7 @@ def test_compiled_once_over_averages_and_seeds_and_never_again_and_again() -> No
         rig.backend.bind(views, rig.state)
         found = rig.gradient(batch(), seed)[0]
     assert rig.backend.compilations() == count > 0
-    assert_close(found, rig_of("torch", construct(torch_modules.Penalised, {}, 0)).gradient(batch())[0], 1e-5)
+    assert_close(found, rig_of("torch", framework.construct(torch_modules.Penalised, {}, 0)).gradient(batch())[0], 1e-5)
     with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(UserError, match="again and again"):
         for rows in range(2, 8):
             rig.gradient(batch(rows))

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic.model.backend import Framework
+
 FOLDERS = {"reference": "reference", "torch": "pytorch", "tensorflow": "tensorflow", "mxnet": "mxnet"}
 SELECTED = [name for name in os.environ.get("ELASTIC_TEST_BACKENDS", "").split(",") if name]
 
@@ -31,6 +33,12 @@ def load(name: str, file: str) -> Any:
         if name in SELECTED:
             pytest.fail(f"{name} is required by ELASTIC_TEST_BACKENDS and does not load: {error}")
         pytest.skip(f"{name} does not load: {error}")
+
+
+def door(name: str) -> Framework:
+    """The framework's door, or as `load`."""
+    found: Framework = load(name, "backend").framework
+    return found
 
 
 def names(without: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from elastic.model.backend import Spec
 from elastic.model.initial import initial_values
 from elastic.state.flat_layout import FlatLayout, shaped
 from nlp.gpt import build
-from tests.support.frameworks import load, settings
+from tests.support.frameworks import door, settings
 
 VOCAB = 13
 SMALL = {"layers": 2, "heads": 2, "width": 16, "context": 8}
@@ -41,7 +41,7 @@ class Rig:
 def rig_of(name: str, model: Any, freeze: tuple[str, ...] = (), no_decay: tuple[str, ...] = (), seed: int = 3,
            values: dict[str, np.ndarray] | None = None, **changes: Any) -> Rig:
     """`values`: in place of what the seed says, the parameters to start from."""
-    backend = load(name, "backend").create(model, settings(**changes))
+    backend = door(name).create(model, settings(**changes))
     layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay)
     param = backend.allocate(layout.size)
     given = backend.initial()

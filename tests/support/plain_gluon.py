@@ -39,7 +39,7 @@ class Plain:
         import mxnet
 
         self.mx, self.rows = mxnet, rows
-        self.block = load("mxnet", "backend").construct(factory, {}, 0)
+        self.block = load("mxnet", "backend").framework.construct(factory, {}, 0)
         named = load("mxnet", "adapter").named_parameters(self.block)
         self.trained = {name: p for name, p in named.items() if p.grad_req != "null"}
         self.kept = {name: p for name, p in named.items() if p.grad_req == "null"}

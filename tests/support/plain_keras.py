@@ -39,7 +39,7 @@ class Plain:
         import keras
 
         self.keras, self.columns = keras, columns
-        self.model = load("tensorflow", "backend").construct(factory, {}, 0)
+        self.model = load("tensorflow", "backend").framework.construct(factory, {}, 0)
         self.model.optimizer = keras.optimizers.SGD(LR, momentum=0.9) if rule == "sgd" else AdamW()
         self.model.optimizer.build(self.model.trainable_variables)
 

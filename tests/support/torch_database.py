@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from backends.pytorch.backend import construct, seeded
+from backends.pytorch.backend import framework
 from benchmarks.kit import results
 from elastic.recipe import Recipe
 from tests.support import plain_torch
@@ -44,7 +44,7 @@ def database() -> dict[str, Any]:
 def inputs(name: str) -> list[Any]:
     """ModuleInputs, of which nobody changes the arrays."""
     info = database()[name]
-    with seeded(0):
+    with framework.seeded(0):
         listed = info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=False, training=True)
     return [entry for entry in listed if entry.forward_input is not None]
 
@@ -106,7 +106,7 @@ def oracle(name: str) -> Oracle:
     """On the first of its inputs with which it trains to numbers. ValueError where there is none, or whatever building it raises."""
     for number in range(len(inputs(name))):
         config = {"name": name, "number": number, **({"called": True} if name.startswith("nn.Lazy") else {})}
-        made = construct(Held, config, 0)
+        made = framework.construct(Held, config, 0)
         start = {key: p.detach().numpy().copy() for key, p in made.named_parameters()}
         wanted = plain_torch.train(made, Rows(), STEPS, BATCH, SHARDS, "sgd", RATE)
         if all(np.isfinite(value).all() for value in wanted.values()):

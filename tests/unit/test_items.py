@@ -18,8 +18,8 @@ from elastic.errors import RecipeError
 from elastic.planning.memory import num_bytes
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-from backends.pytorch.adapter import columns, seeded  # noqa: E402
-from backends.pytorch.backend import collate  # noqa: E402
+from backends.pytorch.arrays import columns  # noqa: E402
+from backends.pytorch.backend import framework  # noqa: E402
 
 Pair = namedtuple("Pair", "left right")
 COUNT = itertools.count()
@@ -73,12 +73,12 @@ def assert_same(found: Any, wanted: Any) -> None:
 @pytest.mark.parametrize("name", NESTINGS)
 def test_torch_gets_what_its_own_loader_would_give(name: str) -> None:
     source = Made(NESTINGS[name])
-    found = MapStyle(source, collate=collate).batch(np.array([4, 1, 2]), np.zeros(3, np.int64))
+    found = MapStyle(source, collate=framework.collate).batch(np.array([4, 1, 2]), np.zeros(3, np.int64))
     wanted = next(iter(torch.utils.data.DataLoader(torch.utils.data.Subset(source, [4, 1, 2]), batch_size=3)))
     assert_same(found, wanted)
     assert_same(columns(found, torch.device("cpu")), wanted)
     assert num_rows(found) == 3
-    none = MapStyle(source, collate=collate).batch(np.array([], np.int64), np.array([], np.int64))
+    none = MapStyle(source, collate=framework.collate).batch(np.array([], np.int64), np.array([], np.int64))
     assert num_rows(none) == 0 and num_rows(sliced(found, 1, 3)) == 2
 
 
@@ -86,7 +86,7 @@ def test_torch_gets_what_its_own_loader_would_give(name: str) -> None:
 def test_every_dtype_of_torch_is_stacked(dtype: Any) -> None:
     tensors = [torch.tensor([[1, 0], [0, number]]).to(dtype) for number in range(2)]
     wanted = torch.utils.data.default_collate([{"a": [0, tensor]} for tensor in tensors])
-    assert_same(MapStyle(Made(lambda i: {"a": [0, tensors[i]]}, 2), collate=collate).batch(np.arange(2), np.zeros(2)), wanted)
+    assert_same(MapStyle(Made(lambda i: {"a": [0, tensors[i]]}, 2), collate=framework.collate).batch(np.arange(2), np.zeros(2)), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64",
@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
     "a set": (lambda i: {"s": {1, 2}}, r"item\['s'\] cannot be put into a batch: it is a set")}
 
 
-@pytest.mark.parametrize("put", [collate, stacked])
+@pytest.mark.parametrize("put", [framework.collate, stacked])
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_in_a_batch_is_refused_by_its_path(name: str, put: Callable[..., Any]) -> None:
     make, words = REFUSED[name]
@@ -160,7 +160,7 @@ class Own(Made):
 
 
 def test_a_collate_fn_of_its_own_makes_the_batch_and_rows_are_items() -> None:
-    data = MapStyle(Own(lambda i: np.full(i, i)), collate=collate)
+    data = MapStyle(Own(lambda i: np.full(i, i)), collate=framework.collate)
     found = data.batch(np.array([3, 1]), np.zeros(2, np.int64))
     assert num_rows(found) == 2 and columns(found, torch.device("cpu"))["flat"].tolist() == [3, 3, 3, 1]
     assert num_rows(data.batch(np.array([], np.int64), np.array([], np.int64))) == 0
@@ -176,7 +176,7 @@ def test_a_collate_fn_that_forgets_to_return_is_told(monkeypatch: pytest.MonkeyP
 
 
 def test_a_collate_fn_that_fails_is_told_with_its_items_and_line() -> None:
-    data = MapStyle(Own(lambda i: "text"), collate=collate)
+    data = MapStyle(Own(lambda i: "text"), collate=framework.collate)
     with pytest.raises(RecipeError, match=r"collate_fn for items 2, 3 of Own cannot be had: Value.*\(test_items.py, line \d+, in collate_fn"):
         data.batch(np.array([2, 3]), np.zeros(2, np.int64))
 
@@ -187,7 +187,7 @@ def test_a_collate_fn_that_fails_is_told_with_its_items_and_line() -> None:
     (lambda: (f"{next(COUNT)}",), r"\(batch\[0\]"), (lambda: {f"{next(COUNT)}": 1}, r"\(batch\)")])
 def test_items_that_are_not_the_same_again_are_told(make: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        MapStyle(Made(lambda i: make(), 1), collate=collate).check_repeats(np.array([0]), np.zeros(1, np.int64))
+        MapStyle(Made(lambda i: make(), 1), collate=framework.collate).check_repeats(np.array([0]), np.zeros(1, np.int64))
 
 
 @pytest.mark.parametrize("make", [lambda: torch.eye(3).to_sparse(), lambda: torch.eye(3).to_sparse_csr(),
@@ -223,7 +223,7 @@ def test_a_dict_of_a_user_s_own_kind_stays_of_it_as_in_torch() -> None:
         """As tokenizers give."""
 
     for kind in (Named, Encoding, OrderedDict, lambda entries: defaultdict(list, entries)):
-        batch = collate([kind({"x": torch.ones(2) * i, "y": {"z": i}}) for i in range(4)])
+        batch = framework.collate([kind({"x": torch.ones(2) * i, "y": {"z": i}}) for i in range(4)])
         for found in (columns(batch, torch.device("cpu")), sliced(batch, 1, 3)):
             assert type(found) is type(batch) is type(kind({})) and type(found["y"]) is dict
         assert found["x"].tolist() == [[1, 1], [2, 2]] and batch["x"].shape == (4, 2), "the whole stays"
@@ -266,7 +266,7 @@ def test_a_collate_fn_that_fills_one_buffer_again_and_again_is_told_and_one_that
 
 def test_items_that_draw_from_seeded_generators_are_the_same_again() -> None:
     made = Made(lambda i: {"a": torch.rand(2), "b": np.random.rand(), "c": random.random(), "d": float("nan"), "e": np.array([np.nan]), "f": "x"})
-    data = MapStyle(made, seeded=seeded, collate=collate)
+    data = MapStyle(made, seeded=framework.seeded, collate=framework.collate)
     data.check_repeats(np.arange(3), np.zeros(3, np.int64))
     with pytest.raises(RecipeError, match=r"\(batch\['a'\]\)"):
-        MapStyle(made, collate=collate).check_repeats(np.arange(3), np.zeros(3, np.int64))
+        MapStyle(made, collate=framework.collate).check_repeats(np.arange(3), np.zeros(3, np.int64))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.reference.backend import create
+from backends.reference.backend import framework
 from elastic.errors import RecipeError
 from elastic.messages import Ballot
 from elastic.recipe import dumps, loads, parse
@@ -41,7 +41,7 @@ def recipe(decay: Any, no_decay: tuple[str, ...] = (), name: str = "adamw") -> A
 def test_parameters_decay_as_their_pattern_says(kind: str, name: str) -> None:
     decay, no_decay, wanted = DECAYS[kind]
     asked = recipe(decay, no_decay, name).optimizer
-    backend = create(MODEL, SimpleNamespace(device="cpu", precision="float32", threads=1, compile=False))
+    backend = framework.create(MODEL, SimpleNamespace(device="cpu", precision="float32", threads=1, compile=False))
     state = State(backend, name, no_decay=no_decay, decayed=asked.decayed)
     state.start(3)
     theirs = {n: torch.tensor(np.array(v)) for n, v in state.layout.views(state.param).items()}

@@ -16,7 +16,7 @@ from elastic.mesh import shards_of
 from elastic.model import ops as neutral
 
 if TYPE_CHECKING:
-    from backends.tensorflow.program import Recording
+    from backends.tensorflow.tracing import Recording
 
 Tensor = Any  # tf.Tensor
 Pull = Callable[[Tensor], Any]

@@ -11,8 +11,8 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
+from backends.mxnet.arrays import copied_in
 from backends.mxnet.turn import turn
-from backends.mxnet.values import copied_in
 from elastic.model import ops as neutral
 from elastic.parallel.axis import span
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from backends.common import HostBackend, neutral, tallied
+from backends.tensorflow.arrays import columns, shaped
 from backends.tensorflow.ops import U64, TensorFlowOps, tf
-from backends.tensorflow.program import Environment, Program, Recording, signature
+from backends.tensorflow.tracing import Environment, Program, Recording, signature
 from elastic.model.backend import Batch, Buffer, ShardResult
 
 
@@ -23,17 +25,14 @@ class Kept:
     num_inputs: int | None
 
 
-class Pieces:
+class Stages(HostBackend):
     """The half of the backend that `elastic.model.backend.Chain` is for; `TensorFlowBackend` is the other."""
 
-    _ops: TensorFlowOps
-    _params: Mapping[str, Any]
-    _columns: Callable[[Any], Any]
-    _jit: bool
-    _compilations: int
-
-    def __init__(self, model: Any):
-        self._model = model
+    def __init__(self, model: Any, settings: Any):
+        super().__init__(model, settings)
+        self._ops, self._jit = TensorFlowOps(self._dtype), bool(settings.compile)
+        self._params: dict[str, Any] = {}
+        self._compilations = 0
         self._programs: dict[Any, list[Program]] = {}
         self._kept: dict[Any, Kept] = {}
         self._degrees: tuple[tuple[str, int], ...] = ()
@@ -59,11 +58,6 @@ class Pieces:
         if self._ends(pieces):
             return ShardResult(float(result[0]), float(result[1]), {})
         return result.numpy().reshape(-1)
-
-    def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
-        slope = self.backward_input(key, gradient)
-        self.backward_weight(key, into)
-        return slope
 
     def backward_input(self, key: Any, gradient: Buffer | None) -> Buffer | None:
         kept = self._kept[key]
@@ -95,7 +89,7 @@ class Pieces:
         arguments = {name: self._params[name] for name in names}, shaped(inputs, shape), self._columns(batch)
         found = self._call(("infer", tuple(pieces)), function, arguments)
         if self._ends(pieces):
-            return {name: (plain(total), float(weight)) for name, (total, weight) in found.items()}
+            return tallied(found)
         return found.numpy().reshape(-1)
 
     def _passes(self, pieces: Sequence[str], names: Sequence[str], recording: Recording) -> Callable[..., Any]:
@@ -116,6 +110,14 @@ class Pieces:
             return result, slope[0] if slope else None, slopes
 
         return function
+
+    def compilations(self) -> int:
+        return self._compilations
+
+    def _columns(self, batch: Any) -> Any:
+        if self._own:
+            return columns(batch)
+        return {name: tf.constant(column) for name, column in neutral(batch, self._dtype).items()}
 
     def _run(self, pieces: Sequence[str], params: Mapping[str, Any], x: Any, batch: Any, seed: Any) -> Any:
         for piece in pieces:
@@ -147,12 +149,3 @@ class Pieces:
             self._ops.recording = None
         self._compilations += 1
         return programs[-1]
-
-
-def shaped(inputs: Buffer | None, shape: Sequence[int]) -> Any:
-    return None if inputs is None else tf.constant(np.asarray(inputs).reshape(tuple(shape)))
-
-
-def plain(total: Any) -> Any:
-    """A number, or float64 NumPy where there are several."""
-    return np.asarray(total, np.float64) if len(np.shape(total)) else float(total)

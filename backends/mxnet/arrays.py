@@ -41,12 +41,6 @@ def number(value: Any) -> float:
     return float(as_numpy(value))
 
 
-def plain(value: Any) -> Any:
-    """A number, or float64 NumPy where there are several."""
-    value = as_numpy(value)
-    return np.asarray(value, np.float64) if np.ndim(value) else float(value)
-
-
 def copied_in(values: np.ndarray) -> Any:
     """A copy as an array of the same type; `mx.np.array` takes 63 us for 262 KB, this 18."""
     array = mx.np.empty(values.shape, dtype=values.dtype)
