@@ -12,7 +12,6 @@ from elastic.chaos import Injector
 from elastic.collective.gloo import GlooGroup
 from elastic.collective.shared import SharedGroup
 from elastic.messages import Generation, Line
-from elastic.state.sharded import ShardedState
 from elastic.worker.build import build_work
 from elastic.worker.loop import Loader, train
 from elastic.worker.loop_control import Control
@@ -50,7 +49,7 @@ def take_part(rank: int, turns: Turns, case: Case, text: str, address: str, tran
     mesh = mesh_of(recipe, case.data)
     work = build_work(recipe, opened(recipe), control, post, lambda order, found: None, mesh.seat(rank))
     warm_up(work)
-    if isinstance(work.state, ShardedState):
+    if work.state.is_sharded:
         work.state.keep(mesh.seat(rank).data, case.data)
     work.state.start(recipe.run.seed)
     work.load_batch = Gate(work.load_batch, turns)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 
+from elastic.collective.group import CollectiveGroup
 from elastic.errors import GroupBroken
 
 
-class Member:
+class Member(CollectiveGroup):
     """One member's end of a group. `abandoned` may be set by any thread; waiters look at it every slice."""
 
     def __init__(self, rank: int, size: int, abandoned: threading.Event | None = None):
         self.rank, self.size = rank, size
-        self._abandoned = abandoned or threading.Event()
+        self.abandoned = self._abandoned = abandoned or threading.Event()
         self._reason = ""
 
     def _check(self) -> None:

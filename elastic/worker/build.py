@@ -14,7 +14,6 @@ from elastic.parallel.layout import Portion
 from elastic.parallel.pipeline import Pipeline
 from elastic.recipe import Recipe
 from elastic.state.flat_layout import round_up
-from elastic.state.sharded import ShardedState
 from elastic.state.state import State
 from elastic.worker.loop import Plan, Work
 from elastic.worker.loop_control import Control
@@ -25,10 +24,7 @@ from elastic.workload import EVAL_ROWS, Workload, create_backend, laid, mesh_of,
 
 def seat_state(recipe: Recipe, backend: Backend, portion: Portion | None = None) -> State:
     """A worker's: where the optimizer is sharded, with the slots of some blocks only."""
-    if not recipe.optimizer.sharded:
-        return open_state(recipe, backend, portion)
-    return ShardedState(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
-                        recipe.optimizer.decayed, recipe.model.thaw, twin=recipe.optimizer.twin)
+    return open_state(recipe, backend, portion, 1 + recipe.optimizer.twin if recipe.optimizer.sharded else 0)
 
 
 def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> tuple[Portion | None, Backend, State, Pipeline | None]:

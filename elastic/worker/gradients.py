@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elastic.buffers import empty_like
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import Scratch, SubtreeSums, out_size
@@ -15,7 +16,7 @@ from elastic.data.collate import num_rows, sliced
 from elastic.mesh import shards_of
 from elastic.model.backend import Buffer, ShardResult
 from elastic.model.user_code import users
-from elastic.parallel.axis import empty_like, span
+from elastic.parallel.axis import span
 from elastic.parallel.groups import Links
 from elastic.parallel.pipeline import Pipeline, Shards
 from elastic.state.flat_layout import BLOCK, FlatLayout

@@ -29,7 +29,6 @@ from elastic.parallel.groups import Links
 from elastic.parallel.layout import Portion
 from elastic.parallel.pipeline import Pipeline
 from elastic.state.flat_layout import BLOCK
-from elastic.state.sharded import ShardedState
 from elastic.state.state import State
 from elastic.worker.evaluation import evaluate
 from elastic.worker.gradients import Buffers, Found, add_up_shards, sum_shared
@@ -162,7 +161,7 @@ def begin(work: Work, generation: Generation, group: CollectiveGroup, injector: 
     if generation.load not in ("", "recipe"):
         work.restore(generation, group)
     links = link(work, generation, group)
-    if isinstance(work.state, ShardedState) and not generation.load:
+    if work.state.is_sharded and not generation.load:
         bring(work, work.state, generation, links, injector)
     else:
         heal(work, generation, group, injector)
@@ -191,7 +190,7 @@ def reduce_sums(work: Work, links: Links, buffers: Buffers, sums: Any, step: int
     """Over the replicas along the tree; then over the members of this replica that hold the same parameters and found other parts."""
     group = injector.cut(links.data, step, "reduction")
     with work.control.collective(step, "reduction"):
-        if isinstance(work.state, ShardedState):
+        if work.state.is_sharded:
             return reduce_own(work, work.state, links, group, buffers, sums)
         if work.plan.exact:
             gradient = reduce(group, sums.nodes(), work.plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
@@ -233,7 +232,7 @@ def squared_norm(work: Work, links: Links) -> float:
     if not work.plan.optimizer["clip_norm"] > 0 or (links.data.rank and not state.num_blocks):
         return 0.0
     assert gradient is not None
-    if isinstance(state, ShardedState):
+    if state.is_sharded:
         with work.control.collective(work.holds, "vote"):
             norms = block_norms(work, state, links)
         found = [norms[low // BLOCK:high // BLOCK] for low, high in state.layout.counted]

@@ -1,7 +1,7 @@
 """A step of workers that each own a stretch of the optimizer's state: what differs from one in which everybody updates everything.
 
 Everybody gets the reduced gradient of what it keeps and updates that; then owners give their parameters to the others. Who falls before
-has a twin that made the same update. `elastic.state.sharded` says what is kept, `elastic.state.resharding` how it moves.
+has a twin that made the same update. `elastic.state.holding` says what is kept, `elastic.state.resharding` how it moves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elastic.boxes import size_of
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import gather_owned, out_size, reduce, reduce_kept
@@ -19,16 +20,16 @@ from elastic.messages import Generation, Line
 from elastic.model.backend import Buffer
 from elastic.parallel.groups import Links
 from elastic.state.flat_layout import BLOCK
-from elastic.state.ownership import by_twins, size_of
+from elastic.state.ownership import by_twins
 from elastic.state.resharding import Resharding, plan, reshard
-from elastic.state.sharded import ShardedState
+from elastic.state.state import State
 from elastic.worker.gradients import Buffers, PlainSum, sum_shared
 
 if TYPE_CHECKING:
     from elastic.worker.loop import Work
 
 
-def reduce_own(work: Work, state: ShardedState, links: Links, group: CollectiveGroup, buffers: Buffers, sums: Any) -> Buffer:
+def reduce_own(work: Work, state: State, links: Links, group: CollectiveGroup, buffers: Buffers, sums: Any) -> Buffer:
     """The sum over all shards of what this member keeps, and of the statistics."""
     layout, tail, num_shards = state.layout, state.tail, work.plan.num_shards
     plain = sums.buffer if isinstance(sums, PlainSum) else None
@@ -60,13 +61,13 @@ def reduce_own(work: Work, state: ShardedState, links: Links, group: CollectiveG
     return out
 
 
-def take_kept(state: ShardedState, out: Buffer, values: Buffer, low: int, high: int) -> None:
+def take_kept(state: State, out: Buffer, values: Buffer, low: int, high: int) -> None:
     """Of `values`, the elements low..high-1, what is kept."""
     for first, last, at in state.runs(low, high):
         out[at:at + last - first] = values[first - low:last - low]
 
 
-def block_norms(work: Work, state: ShardedState, links: Links) -> np.ndarray:
+def block_norms(work: Work, state: State, links: Links) -> np.ndarray:
     """The squared norm of every block of the reduced gradient, each from its owner."""
     cuts = [cut // BLOCK for cut in state.cuts]
     counts = [high - low for low, high in zip(cuts, cuts[1:])]
@@ -82,7 +83,7 @@ def block_norms(work: Work, state: ShardedState, links: Links) -> np.ndarray:
 def share(work: Work, links: Links, buffers: Buffers, step: int, injector: Injector) -> None:
     """After a commit, owners give the parameters that they have updated to the others."""
     state = work.state
-    if not isinstance(state, ShardedState) or links.data.size == 1 or (state.twin and links.data.size == 2):
+    if not state.is_sharded or links.data.size == 1 or (state.twin and links.data.size == 2):
         return
     group = injector.cut(links.data, step, "gather")
     with work.control.collective(step, "gather"):
@@ -90,7 +91,7 @@ def share(work: Work, links: Links, buffers: Buffers, step: int, injector: Injec
     state.torn = False
 
 
-def bring(work: Work, state: ShardedState, generation: Generation, links: Links, injector: Injector) -> None:
+def bring(work: Work, state: State, generation: Generation, links: Links, injector: Injector) -> None:
     """Every member gets what it is to keep, and all parameters, from whoever keeps them."""
     group, mesh, step, seat = links.world, links.mesh, generation.committed, links.replica.rank
     found = [plan_of(state, generation, mesh.line(place, "data"), place == seat) for place in range(mesh.replica_size)]
@@ -122,7 +123,7 @@ def bring(work: Work, state: ShardedState, generation: Generation, links: Links,
             tell(work, generation, "optimizer_resharded", bytes=moved * len(state.slots) * block, seconds=seconds)
 
 
-def plan_of(state: ShardedState, generation: Generation, ranks: Sequence[int], is_own: bool) -> Resharding:
+def plan_of(state: State, generation: Generation, ranks: Sequence[int], is_own: bool) -> Resharding:
     """For the members at `ranks`, who sit on one seat of as many replicas."""
     have = [generation.kept[rank] for rank in ranks]
     torn = [place for place, rank in enumerate(ranks) if rank in generation.torn]
