@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.kit import results
+from elastic.buffers import fill
 from elastic.collective.kv_store import Endpoint
 from elastic.collective.shared import SharedGroup
 from elastic.mesh import Mesh
@@ -29,7 +30,6 @@ from elastic.model.initial import initial_values
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout
 from elastic.state.flat_layout import FlatLayout, shaped
-from elastic.state.state import fill
 from nlp.gpt import build
 
 ROWS, TIME, VOCAB, LAYERS, HEADS = 8, 128, 512, 4, 4
@@ -68,7 +68,7 @@ def member(rank: int, size: int, job: Job, pipe: Any) -> None:
     flat = FlatLayout(backend.parameters)
     param, gradient = backend.allocate(flat.size), backend.allocate(flat.trainable)
     for name, view in flat.views(param).items():
-        fill(view, values[name][tuple(slice(s, s + n) for s, n in zip(boxes[name].start, boxes[name].count))])
+        fill(view, values[name][boxes[name].slices])
     backend.bind(flat.views(param), {})
     axis = None
     if size > 1:

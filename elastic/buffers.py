@@ -1,11 +1,13 @@
-"""A model's own buffers, of any dtype that a checkpoint holds: what one shard changed in them, and how they take a step's change over.
+"""Arrays that are NumPy's or torch's, asked nowhere else which; and a model's own buffers, of any dtype that a checkpoint holds.
 
-A change travels as float32 behind the gradients; a complex number as two. So a count's must be small enough to come out right.
+What one shard changed in a buffer travels as float32 behind the gradients; a complex number as two. So a count's change must be small enough
+to come out right.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,39 @@ MOST = 1 << 19  # by which a count may change: its mean over hundreds of shards 
 
 with suppress(ImportError):  # where only torch and NumPy are, nothing is kept as bfloat16
     import ml_dtypes  # noqa: F401  (NumPy knows "bfloat16" by it)
+
+
+def like(array: Any, values: Any) -> Any:
+    """Values, NumPy's or of the array's own kind, as its kind, dtype and device have them; NumPy's for NumPy as they are."""
+    return values if isinstance(array, np.ndarray) or isinstance(values, type(array)) else array.new_tensor(values)
+
+
+def fill(view: Any, values: Any) -> None:
+    """Copies values into a view on any device."""
+    view[...] = like(view, values)
+
+
+def to_numpy(view: Any) -> np.ndarray:
+    """A NumPy array of a view on any device; shares memory on the CPU."""
+    return view if isinstance(view, np.ndarray) else view.detach().cpu().numpy()
+
+
+def copied(x: Any) -> Any:
+    return x.copy() if isinstance(x, np.ndarray) else x.clone()
+
+
+def empty_like(x: Any, size: int) -> Any:
+    """Flat."""
+    return np.empty(size, x.dtype) if isinstance(x, np.ndarray) else x.new_empty(size)
+
+
+def maximum(x: Any, y: Any) -> Any:
+    return np.maximum(x, y) if isinstance(x, np.ndarray) else x.maximum(y)
+
+
+def spec_of(view: Any) -> tuple[str, tuple[int, ...]]:
+    """(dtype, shape)."""
+    return str(view.dtype).removeprefix("torch."), tuple(view.shape)
 
 
 def wide(values: np.ndarray) -> np.ndarray:

@@ -17,13 +17,12 @@ from elastic.data.loader import eval_batches, load_batch
 from elastic.data.sampler import Sampler
 from elastic.errors import RecipeError, UserError
 from elastic.mesh import Mesh
-from elastic.model.backend import Backend, Framework
+from elastic.model.backend import Backend, Framework, is_neutral
 from elastic.model.user_code import check_home, place_of
 from elastic.parallel.layout import Layout, Portion
 from elastic.parallel.measure import costs_of
 from elastic.recipe import Recipe
 from elastic.state.flat_layout import FlatLayout, is_frozen
-from elastic.state.sharded import ShardedState
 from elastic.state.state import State
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
@@ -173,7 +172,7 @@ def check_model(recipe: Recipe, model: Any) -> tuple[str, ...]:
     Returns what a user's own model should have said about it.
     """
     notes: tuple[str, ...] = ()
-    if not isinstance(getattr(model, "parameters", None), Mapping):
+    if not is_neutral(model):
         model = framework(recipe).adapt(model)
         notes = model.notes
     FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay, decayed=recipe.optimizer.decayed,
@@ -213,11 +212,10 @@ def create_backend(recipe: Recipe, model: Any) -> Backend:
     return framework(recipe).create(model, recipe.backend)
 
 
-def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None, sharded: bool = False) -> State:
-    """With `sharded`, as a worker of a sharded optimizer has it: with the slots of some blocks only."""
-    options = (backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
-               recipe.optimizer.decayed, recipe.model.thaw)
-    return ShardedState(*options, twin=recipe.optimizer.twin) if sharded else State(*options)
+def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None, holders: int = 0) -> State:
+    """`holders` of each block of the optimizer's slots; 0: every worker holds all."""
+    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
+                 recipe.optimizer.decayed, recipe.model.thaw, holders)
 
 
 EVAL_ROWS = 32  # rows of an evaluation batch: enough for speed, fixed so that its bits are

@@ -12,7 +12,6 @@ from elastic.chaos import Injector
 from elastic.collective.gloo import GlooGroup
 from elastic.collective.shared import SharedGroup
 from elastic.messages import Generation, Line
-from elastic.state.sharded import ShardedState
 from elastic.worker.build import build_training, take_seat
 from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
@@ -52,7 +51,7 @@ def take_part(rank: int, turns: Turns, case: Case, text: str, address: str, tran
     mesh, workload = mesh_of(recipe, case.data), opened(recipe)
     training, place = build_training(recipe, workload), take_seat(recipe, workload, mesh, mesh.seat(rank))
     warm_up(training, place)
-    if isinstance(place.state, ShardedState):
+    if place.state.is_sharded:
         place.state.keep(mesh.seat(rank).data, case.data)
     place.state.start(recipe.run.seed)
     training.load_batch = Gate(training.load_batch, turns)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from elastic.boxes import Box
 from elastic.errors import BadCheckpoint, UserError
 
 FORMAT = 2
@@ -38,20 +39,8 @@ class Piece:
         return math.prod(self.count) * ITEM_BYTES[self.dtype]
 
     @property
-    def run(self) -> tuple[int, int] | None:
-        """The elements (low, high) of the whole array, in C order, that the box is; None where it is no single run of them."""
-        size = math.prod(self.count)
-        if not size:
-            return 0, 0
-        inside = [(c, n) for c, n in zip(self.count, self.shape, strict=True)]
-        while inside and inside[0][0] == 1:
-            inside.pop(0)
-        if any(c != n for c, n in inside[1:]):
-            return None
-        low = 0
-        for s, n in zip(self.start, self.shape, strict=True):
-            low = low * n + s
-        return low, low + size
+    def box(self) -> Box:
+        return Box(self.shape, self.start, self.count)
 
 
 @dataclass(frozen=True)
@@ -225,15 +214,10 @@ def check_pieces(manifest: Manifest) -> None:
 
 def are_apart(pieces: list[Piece]) -> bool:
     """No element is in two of them."""
-    runs = [piece.run for piece in pieces if piece.bytes]
+    boxes = [piece.box for piece in pieces if piece.bytes]
+    runs = [box.run for box in boxes]
     if None not in runs:
         ordered = sorted(run for run in runs if run)
         return all(one[1] <= two[0] for one, two in zip(ordered, ordered[1:], strict=False))
     need(len(pieces) <= MAX_PIECES, f"{pieces[0].name} has {len(pieces)} pieces, more than {MAX_PIECES}")
-    return all(not overlap(p, q) for n, p in enumerate(pieces) for q in pieces[:n])
-
-
-def overlap(p: Piece, q: Piece) -> bool:
-    if not math.prod(p.count) or not math.prod(q.count):
-        return False
-    return all(a < b + m and b < a + n for a, n, b, m in zip(p.start, p.count, q.start, q.count, strict=True))
+    return all(not p.meet(q) for n, p in enumerate(boxes) for q in boxes[:n])

@@ -32,7 +32,7 @@ class Image:
         ValueError for an array that a checkpoint cannot hold.
         """
         self.boxes, self.sources = boxes, sources or boxes
-        self._runs = {(piece.name, piece.start): source.run for piece, source in zip(boxes, self.sources, strict=True)}
+        self._runs = {(piece.name, piece.start): source.box.run for piece, source in zip(boxes, self.sources, strict=True)}
         header, self.pieces = lay_out(boxes)
         size = len(header) + sum(piece.bytes for piece in boxes)
         if memory is None or not size <= len(memory) <= 2 * size + CHUNK:

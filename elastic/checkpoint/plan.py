@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from elastic.boxes import Box
 from elastic.checkpoint.manifest import ITEM_BYTES, Piece
 
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]  # array name -> (dtype, shape)
@@ -44,40 +45,9 @@ def box(name: str, dtype: str, shape: Sequence[int], axis: int | None, low: int,
     return Piece(name, dtype, tuple(shape), tuple(start), tuple(count))
 
 
-def runs_of(shape: Sequence[int], low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements low..high-1 of an array in C order as boxes (start, count), in order, each one run of elements.
-
-    A matrix has at most three: the end of a row, whole rows, the beginning of one.
-    """
-    if low >= high:
-        return []
-    if not shape:
-        return [((), ())]
-    row = math.prod(shape[1:])
-    first, last = -(-low // row), high // row  # whole rows
-    if first > last:  # within a row
-        return [((low // row, *start), (1, *count)) for start, count in runs_of(shape[1:], low % row, high - low // row * row)]
-    head = [((first - 1, *start), (1, *count)) for start, count in runs_of(shape[1:], low % row, row)] if low % row else []
-    rest = (0,) * (len(shape) - 1)
-    whole = [((first, *rest), (last - first, *shape[1:]))] if first < last else []
-    return head + whole + [((last, *start), (1, *count)) for start, count in runs_of(shape[1:], 0, high % row)]
-
-
-def overlap(one: Piece, other: Piece) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where two boxes of one array meet: as slices of the first and of the second; None where they do not."""
-    mine, theirs = [], []
-    for a, m, b, n in zip(one.start, one.count, other.start, other.count, strict=True):
-        low, high = max(a, b), min(a + m, b + n)
-        if low >= high:
-            return None
-        mine.append(slice(low - a, high - a))
-        theirs.append(slice(low - b, high - b))
-    return tuple(mine), tuple(theirs)
-
-
-def byte_range(piece: Piece, inside: Sequence[slice]) -> tuple[int, int]:
-    """The bytes (low, high) of the piece's file that hold `inside`, a box within the piece: the rows of its first axis."""
-    if not inside or not math.prod(piece.count):
+def byte_range(piece: Piece, inside: Box) -> tuple[int, int]:
+    """The bytes (low, high) of the piece's file that hold `inside`, a box of the array that the piece is by itself: rows of its first axis."""
+    if not inside.count:
         return piece.offset, piece.offset + piece.bytes
     row = piece.bytes // piece.count[0]
-    return piece.offset + inside[0].start * row, piece.offset + inside[0].stop * row
+    return piece.offset + inside.start[0] * row, piece.offset + (inside.start[0] + inside.count[0]) * row

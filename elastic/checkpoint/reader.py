@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from elastic.boxes import Box
 from elastic.checkpoint.manifest import FileEntry, Manifest, Piece
 from elastic.checkpoint.part import hash_of
-from elastic.checkpoint.plan import byte_range, overlap
+from elastic.checkpoint.plan import byte_range
 from elastic.errors import BadCheckpoint, GroupBroken
 from elastic.storage.store import Store, patiently
 
 WINDOW = 16 * 1024 * 1024  # bytes that one rank reads before all exchange what they have
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # start and count
 Put = Callable[[Piece, int, np.ndarray], None]  # values of a piece from one of its elements on
 
 
@@ -59,7 +58,7 @@ class Reader:
         return content[low - first * size:high - first * size]
 
 
-def read_arrays(reader: Reader, wanted: Mapping[str, Box | None]) -> dict[str, np.ndarray]:
+def read_arrays(reader: Reader, wanted: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]] | None]) -> dict[str, np.ndarray]:
     """Arrays, or boxes (start, count) of them, by name. Only the byte ranges that hold them are read.
 
     BadCheckpoint where the checkpoint has no such array, or its bytes are not good.
@@ -73,27 +72,21 @@ def read_arrays(reader: Reader, wanted: Mapping[str, Box | None]) -> dict[str, n
         if name not in pieces:
             raise BadCheckpoint(f"{reader.name} holds no array {name}.")
         first = pieces[name][0][1]
-        start, count = cut or ((0,) * len(first.shape), first.shape)
-        box = Piece(name, first.dtype, first.shape, tuple(start), tuple(count))
+        box = Box(first.shape, *cut) if cut else Box.all(first.shape)
         found[name] = read_box(reader, box, pieces[name])
     return found
 
 
-def read_box(reader: Reader, box: Piece, pieces: list[tuple[FileEntry, Piece]]) -> np.ndarray:
+def read_box(reader: Reader, box: Box, pieces: list[tuple[FileEntry, Piece]]) -> np.ndarray:
     """One box, out of every piece that meets it."""
-    out = np.empty(box.count, np.dtype(box.dtype))
+    out = np.empty(box.count, np.dtype(pieces[0][1].dtype))
     for entry, piece in pieces:
-        meeting = overlap(piece, box)
-        if meeting is None or not math.prod(piece.count):
-            continue
-        inside, target = meeting
-        low, high = byte_range(piece, inside)
-        rows = np.frombuffer(reader.range(entry, low, high), np.dtype(piece.dtype).newbyteorder("<"))
-        if not inside:
-            out[()] = rows[0]
-            continue
-        shape = (inside[0].stop - inside[0].start, *piece.count[1:])
-        out[target] = rows.reshape(shape)[(slice(None), *inside[1:])]
+        if meeting := piece.box.meet(box):
+            inside = meeting.relative(piece.box)
+            low, high = byte_range(piece, inside)
+            rows = np.frombuffer(reader.range(entry, low, high), np.dtype(piece.dtype).newbyteorder("<"))
+            rows = rows.reshape(inside.count[:1] + piece.count[1:])
+            out[meeting.relative(box).slices] = rows[(slice(None), *inside.slices[1:])] if piece.count else rows
     return out
 
 

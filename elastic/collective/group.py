@@ -7,9 +7,12 @@ thread; a waiter notices within `SLICE_S`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from elastic.buffers import copied, empty_like
 
 Buffer = Any
 
@@ -29,9 +32,28 @@ class CollectiveGroup(Protocol):
 
     rank: int
     size: int
+    sums_in_order: bool = False  # `all_reduce` adds in rank order
+    abandoned: threading.Event  # set once the group is given up
 
     def all_reduce(self, buffer: Buffer) -> None:
         """Sum over the members, in place, in the library's own order."""
+
+    def summed(self, x: Buffer) -> Buffer:
+        """The sum over the members in rank order, a new buffer."""
+        if self.size <= 2 or self.sums_in_order:  # of two numbers there is but one sum
+            total = copied(x)
+            self.all_reduce(total)
+            return total
+        part = -(-x.shape[0] // self.size)
+        padded, received, out = (empty_like(x, part * self.size) for _ in range(3))
+        padded[:x.shape[0]] = x
+        padded[x.shape[0]:] = 0
+        self.all_to_all(received, [part] * self.size, padded, [part] * self.size)
+        total = copied(received[:part])
+        for rank in range(1, self.size):
+            total += received[rank * part:(rank + 1) * part]
+        self.all_gather(out, total)
+        return out[:x.shape[0]]
 
     def all_gather(self, out: Buffer, part: Buffer) -> None:
         """`out` = the members' parts in rank order; every part has the same size."""

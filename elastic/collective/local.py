@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from elastic.buffers import copied
 from elastic.collective.group import SLICE_S, Buffer
 from elastic.collective.member import Member
 from elastic.errors import GroupBroken
@@ -202,7 +203,3 @@ class LocalGroup(Member):
     def abandon(self) -> None:
         super().abandon()
         self._world.change(lambda world: world.gone.add(self._me))
-
-
-def copied(buffer: Buffer) -> Buffer:
-    return buffer.copy() if isinstance(buffer, np.ndarray) else buffer.clone()

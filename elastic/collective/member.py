@@ -25,7 +25,7 @@ class Member(CollectiveGroup):
 
     def __init__(self, rank: int, size: int, abandoned: threading.Event | None = None):
         self.rank, self.size = rank, size
-        self._abandoned = abandoned or threading.Event()
+        self.abandoned = self._abandoned = abandoned or threading.Event()
         self._reason = ""
 
     def _check(self) -> None:

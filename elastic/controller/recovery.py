@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from elastic.boxes import without
 from elastic.controller.policy import Degrees
 from elastic.messages import Axes, Ballot, Generation, Holder, Standing
-from elastic.state.ownership import lacking, owned, without
+from elastic.state.ownership import lacking, owned
 
 
 @dataclass(frozen=True)

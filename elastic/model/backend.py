@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from elastic.errors import UserError
 from elastic.model.tally import Tally
@@ -65,18 +65,23 @@ class Adapted:
     given: Mapping[str, Any]  # the NumPy values that it was made with, parameters and buffers
 
 
-class Chain(Model, Protocol):
-    """A model in pieces, one after the other: what can be laid out on a mesh. `elastic.model.layers.Chained` makes a `Model` of it.
-
-    `layout` names the axis along which each dim may be split, {"heads": "tensor", "d_ff": "tensor"}; the model puts `ops.enter` and
-    `ops.leave` around what is split. Where no axis has more than one worker they do nothing.
-    """
+@runtime_checkable
+class Pieces(Protocol):
+    """What the platform asks of a `Chain` beside its kernels: where it may be cut."""
 
     layout: Mapping[str, str]
     pieces: Sequence[str]
 
     def names(self, piece: str) -> Sequence[str]:
         """The parameters that a piece reads. Two pieces may read the same one (a head tied to the embedding)."""
+
+
+class Chain(Model, Pieces, Protocol):
+    """A model in pieces, one after the other: what can be laid out on a mesh. `elastic.model.layers.Chained` makes a `Model` of it.
+
+    `layout` names the axis along which each dim may be split, {"heads": "tensor", "d_ff": "tensor"}; the model puts `ops.enter` and
+    `ops.leave` around what is split. Where no axis has more than one worker they do nothing.
+    """
 
     def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
         """One piece: from what the piece before made (None for the first) to one floating-point array with the rows first.
@@ -89,6 +94,16 @@ class Chain(Model, Protocol):
 
     def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
         """What `metrics` gives, of what the last piece made."""
+
+
+def is_chain(model: Any) -> TypeGuard[Chain]:
+    """Whether a model comes in pieces; what does not cannot be laid out on a mesh."""
+    return isinstance(model, Pieces)
+
+
+def is_neutral(model: Any) -> bool:
+    """Whether a model is written in ops; else it is an object of a framework's, to be adapted by that framework's door."""
+    return isinstance(getattr(model, "parameters", None), Mapping)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-
+from elastic.buffers import copied, empty_like, maximum
 from elastic.collective.group import Buffer, CollectiveGroup
-from elastic.collective.local import copied
 from elastic.mesh import shards_of
 
 
@@ -28,19 +25,7 @@ class Axis:
     def sum(self, x: Buffer) -> Buffer:
         """The sum over the axis in rank order, a new buffer."""
         self._count("all_reduce", x)
-        if hasattr(self.group, "summed"):  # in rank order, and without a copy
-            return self.group.summed(x)
-        if self.size <= 2 or getattr(self.group, "sums_in_order", False):  # of two numbers there is but one sum
-            total = copied(x)
-            self.group.all_reduce(total)
-            return total
-        length = x.shape[0]
-        padded = empty_like(x, -(-length // self.size) * self.size)
-        padded[:length] = x
-        padded[length:] = 0
-        out = empty_like(x, padded.shape[0])
-        self.group.all_gather(out, self._scattered(padded))
-        return out[:length]
+        return self.group.summed(x)
 
     def max(self, x: Buffer) -> Buffer:
         """The elementwise maximum over the axis, a new buffer."""
@@ -63,16 +48,6 @@ class Axis:
         self.group.all_to_all(out, list(out_counts), x, list(counts))
         return out
 
-    def _scattered(self, x: Buffer) -> Buffer:
-        """This place's of `size` equal parts of the sum in rank order."""
-        part = x.shape[0] // self.size
-        received = empty_like(x, x.shape[0])
-        self.group.all_to_all(received, [part] * self.size, x, [part] * self.size)
-        total = copied(received[:part])
-        for r in range(1, self.size):
-            total += received[r * part:(r + 1) * part]
-        return total
-
     def span(self, length: int) -> tuple[int, int]:
         """(start, count) of this place's share of a dim of this length."""
         return span(length, self.size, self.rank)
@@ -90,11 +65,3 @@ def span(length: int, size: int, rank: int) -> tuple[int, int]:
     """(start, count) of part `rank` of `size` of a dim; the first parts are one longer where it does not divide."""
     run = shards_of(rank, size, length)
     return run.start, len(run)
-
-
-def empty_like(x: Buffer, size: int) -> Buffer:
-    return x.new_empty(size) if hasattr(x, "new_empty") else np.empty(size, x.dtype)
-
-
-def maximum(x: Any, y: Any) -> Any:
-    return x.maximum(y) if hasattr(x, "maximum") else np.maximum(x, y)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from elastic.buffers import copied
 from elastic.collective.group import Buffer, CollectiveGroup, Pending
 from elastic.collective.solo import SoloGroup
 from elastic.errors import GroupBroken
@@ -44,7 +45,7 @@ class Links:
     def _group(self, ranks: Sequence[int]) -> CollectiveGroup:
         if len(ranks) == self.world.size:
             return self.world
-        return SoloGroup(getattr(self.world, "_abandoned", None)) if len(ranks) == 1 else self.world.subgroup(tuple(ranks))
+        return SoloGroup(self.world.abandoned) if len(ranks) == 1 else self.world.subgroup(tuple(ranks))
 
     def _watched(self, group: CollectiveGroup, watch: Watch) -> CollectiveGroup:
         return group if group.size == 1 else Watched(group, watch, self.broken)  # type: ignore[return-value]
@@ -65,7 +66,6 @@ class Watched:
     def __init__(self, group: CollectiveGroup, watch: Watch, broken: list[GroupBroken]):
         self._group, self._watch, self._broken = group, watch, broken
         self.rank, self.size = group.rank, group.size
-        self.sums_in_order = getattr(group, "sums_in_order", False)
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._group, name)
@@ -88,13 +88,11 @@ class Watched:
 class Mirror:
     """A group whose every member is this worker, for a first run that compiles and allocates: what the others would send is what it gave."""
 
-    sums_in_order = True
-
     def __init__(self, size: int, rank: int):
         self.rank, self.size = rank, size
 
-    def all_reduce(self, buffer: Buffer) -> None:
-        return None
+    def summed(self, x: Buffer) -> Buffer:
+        return copied(x)
 
     def all_gather(self, out: Buffer, part: Buffer) -> None:
         for rank in range(self.size):

@@ -12,26 +12,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from elastic.boxes import Box
 from elastic.errors import RecipeError
 from elastic.mesh import Mesh, Seat
-from elastic.model.backend import Spec
+from elastic.model.backend import Spec, is_chain
 from elastic.parallel.axis import span
 
 UNEVEN = ("vocab", "table_row")  # dims whose parts may differ by one: nothing but memory depends on them
 SPLITTING = ("tensor", "expert")  # axes along which a dim can be split
-
-
-@dataclass(frozen=True)
-class Box:
-    """The part of an array that a worker holds: of `shape`, `count` places from `start` on."""
-
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
-    count: tuple[int, ...]
-
-    @property
-    def is_whole(self) -> bool:
-        return self.shape == self.count
 
 
 @dataclass(frozen=True)
@@ -50,32 +38,34 @@ class Layout:
         """`dims`: dim -> axis in place of the model's own; `costs`: of each piece, in any unit, to balance the stages; else they count alike."""
         self.mesh, self.num_chunks = mesh, num_chunks
         self.parameters: Mapping[str, Spec] = model.parameters
-        is_chain = hasattr(model, "pieces") and hasattr(model, "layout")
+        chain = model if is_chain(model) else None
         for axis in ("pipeline", "tensor", "expert"):
-            if getattr(mesh, axis) > 1 and not is_chain:
+            if getattr(mesh, axis) > 1 and chain is None:
                 raise RecipeError(f"mesh.{axis} = {getattr(mesh, axis)} needs a model in pieces with named dims, which this model.kind is not; write "
                                   f"mesh.{axis} = 1, or offer what elastic.model.backend.Chain asks for.")
-        own = dict(model.layout) if is_chain else {}
+        own = dict(chain.layout) if chain else {}
         check_dims(dims or {}, own)
         self.dims = {dim: axis for dim, axis in (dims or own).items() if getattr(mesh, axis) > 1}
-        self._check_divides(model)
-        depths = mesh.pipeline * num_chunks
-        if is_chain:
-            if len(model.pieces) < depths:
-                most = len(model.pieces) // num_chunks
-                remedy = f"mesh.pipeline = {most} or less" if num_chunks == 1 or most > 1 else "fewer mesh.chunks, or another mesh.schedule"
-                raise RecipeError(f"mesh.pipeline = {mesh.pipeline}" + (f" with mesh.chunks = {num_chunks}" if num_chunks > 1 else "") +
-                                  f" needs {depths} pieces, and the model has {len(model.pieces)} ({', '.join(model.pieces[:4])}, ...); write "
-                                  f"{remedy}.")
-            weights = [1.0 if costs is None else costs[piece] for piece in model.pieces]
-            self.depths = tuple(tuple(model.pieces[low:high]) for low, high in balanced(weights, depths))
-            reads = {piece: tuple(model.names(piece)) for piece in model.pieces}
+        self._check_divides()
+        self.depths: tuple[tuple[str, ...], ...] = ((),)
+        self._held = [tuple(self.parameters)]
+        if chain:
+            self.depths = self._cut(chain.pieces, costs)
+            reads = {piece: tuple(chain.names(piece)) for piece in chain.pieces}
             self._held = [tuple(dict.fromkeys(name for piece in pieces for name in reads[piece])) for pieces in self.depths]
-        else:
-            self.depths = ((),)
-            self._held = [tuple(self.parameters)]
 
-    def _check_divides(self, model: Any) -> None:
+    def _cut(self, pieces: Sequence[str], costs: Mapping[str, float] | None) -> tuple[tuple[str, ...], ...]:
+        """By depth. RecipeError where there are too few pieces."""
+        depths = self.mesh.pipeline * self.num_chunks
+        if len(pieces) < depths:
+            most = len(pieces) // self.num_chunks
+            remedy = f"mesh.pipeline = {most} or less" if self.num_chunks == 1 or most > 1 else "fewer mesh.chunks, or another mesh.schedule"
+            raise RecipeError(f"mesh.pipeline = {self.mesh.pipeline}" + (f" with mesh.chunks = {self.num_chunks}" if self.num_chunks > 1 else "") +
+                              f" needs {depths} pieces, and the model has {len(pieces)} ({', '.join(pieces[:4])}, ...); write {remedy}.")
+        weights = [1.0 if costs is None else costs[piece] for piece in pieces]
+        return tuple(tuple(pieces[low:high]) for low, high in balanced(weights, depths))
+
+    def _check_divides(self) -> None:
         for name, spec in self.parameters.items():
             for dim, length in zip(spec.dims, spec.shape, strict=False):
                 axis = self.dims.get(dim)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from elastic.mesh import Mesh, Seat
-from elastic.model.backend import Batch, Spec
+from elastic.model.backend import Batch, Spec, is_chain
 from elastic.model.shape_ops import FLOAT, MeterOps, Move, Place, Shape
 from elastic.parallel.layout import Layout
 
@@ -46,7 +46,7 @@ def pieces(model: Any, batch: Batch, layout: Layout, seat: Seat) -> dict[str, Me
 
     `batch`: the rows of one micro-batch that a worker of the seat's place on the expert axis gets.
     """
-    if not hasattr(model, "pieces"):
+    if not is_chain(model):
         return {WHOLE: measure(model, batch)}
     axes = {dim: Place(axis, getattr(layout.mesh, axis), getattr(seat, axis)) for dim, axis in layout.dims.items()}
     params = shapes({name: Spec(layout.box(name, seat).count) for name in layout.parameters}, True)
@@ -89,6 +89,5 @@ def totals(moves: Sequence[Move]) -> dict[str, tuple[int, int]]:
 
 def costs_of(model: Any, batch: Batch) -> dict[str, float] | None:
     """What a pass over each piece takes, in operations: what to balance stages by. The same wherever it is asked. None without pieces."""
-    if not hasattr(model, "pieces"):
-        return None
-    return {name: float(one.flops) for name, one in pieces(model, batch, Layout(model, Mesh(1)), Seat()).items()}
+    measured = pieces(model, batch, Layout(model, Mesh(1)), Seat()) if is_chain(model) else {}
+    return {name: float(one.flops) for name, one in measured.items()} or None

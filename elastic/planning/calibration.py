@@ -23,6 +23,7 @@ from elastic.data.loader import load_batch
 from elastic.errors import ElasticError
 from elastic.humanize import size
 from elastic.mesh import shards_of
+from elastic.model.backend import is_neutral
 from elastic.parallel.measure import measure
 from elastic.planning.costs import FLOAT
 from elastic.recipe import Recipe, dumps, loads
@@ -142,7 +143,7 @@ def member(rank: int, workers: int, address: str, text: str, info: Mapping[str, 
     found["together_s"] = median(run)
     if rank:
         found["alone_s"] = found["together_s"]
-    if isinstance(getattr(work.model, "parameters", None), Mapping):
+    if is_neutral(work.model):
         found["flops_s"] = measure(work.model, batch).flops / found["together_s"]
     source, target = np.ones(8 * MUCH, np.float32), np.empty(8 * MUCH, np.float32)
     found["copy_bytes_s"] = source.nbytes / median(lambda: np.copyto(target, source))

@@ -8,6 +8,7 @@ from typing import Any
 
 from elastic.errors import RecipeError
 from elastic.mesh import Mesh, Seat, useful_sizes
+from elastic.model.backend import is_chain
 from elastic.parallel.layout import Layout
 from elastic.planning.costs import Holding
 from elastic.recipe import Recipe
@@ -51,7 +52,7 @@ def lay(model: Any, mesh: Mesh, rules: Rules, costs: Mapping[str, float] | None)
 
 def replicas(model: Any, most: int, rows: int, rules: Rules, costs: Mapping[str, float] | None) -> Iterator[Layout]:
     """Every way to lay one replica out on at most `most` workers; members of the expert axis share the `rows` of a shard."""
-    depths = useful_sizes(len(getattr(model, "pieces", ("",))), most)  # more stages must make the longest shorter
+    depths = useful_sizes(len(model.pieces) if is_chain(model) else 1, most)  # more stages must make the longest shorter
     for tensor in range(1, most + 1):
         for expert in (n for n in range(1, most // tensor + 1) if rows % n == 0):
             if fitting(model, Mesh(1, 1, tensor, expert), rules, costs):

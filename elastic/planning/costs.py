@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
+from elastic.boxes import size_of
 from elastic.collective.reduction import SubtreeSums, all_nodes, out_size
 from elastic.mesh import Mesh, rounds, shards_of
 from elastic.model.shape_ops import FLOAT, Move
@@ -19,7 +20,7 @@ from elastic.parallel import simulator
 from elastic.parallel.actions import Name, Schedule
 from elastic.parallel.schedules import build
 from elastic.state.flat_layout import BLOCK
-from elastic.state.ownership import kept, size_of
+from elastic.state.ownership import kept
 
 
 @dataclass(frozen=True)

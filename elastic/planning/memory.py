@@ -17,7 +17,7 @@ from elastic.data.collate import Collated
 from elastic.data.loader import load_batch, rows_of
 from elastic.errors import ElasticError, UserError
 from elastic.mesh import Mesh
-from elastic.model.backend import SLOTS, Batch
+from elastic.model.backend import SLOTS, Batch, is_neutral
 from elastic.model.user_code import place_of, users
 from elastic.planning import candidates as meshes
 from elastic.planning import costs
@@ -54,7 +54,7 @@ class Preview:
 def preview(recipe: Recipe, opened: Workload) -> Preview:
     """The most that a worker of any of the recipe's groups needs. A shipped model's activations are counted by their shapes, those of a
     module of the user's own measured on a part of a shard, where the shard is large."""
-    asked, is_own = question(recipe, opened.model), not isinstance(getattr(opened.model, "parameters", None), Mapping)
+    asked, is_own = question(recipe, opened.model), not is_neutral(opened.model)
     mesh, elastic, rows = recipe.mesh, recipe.elastic, recipe.data.batch_size // recipe.elastic.logical_shards
     layout = meshes.lay(asked.model, Mesh(1, mesh.pipeline, mesh.tensor, mesh.expert), asked.rules, asked.balance)
     held, parts = meshes.holdings(layout, asked.model, asked.rules), (Part(0.0, 0.0, 0),) * len(layout.depths)
@@ -111,7 +111,7 @@ def on_a_part(recipe: Recipe, opened: Workload, rows: int) -> float:
 
 def try_loss(recipe: Recipe, opened: Workload) -> None:
     """Rehearses a user's own model on the first logical shard, as its workers will. UserError for what it raises there, or cannot do."""
-    if isinstance(getattr(opened.model, "parameters", None), Mapping) or on_gpu(recipe) or recipe.mesh.replica_size > 1:
+    if is_neutral(opened.model) or on_gpu(recipe) or recipe.mesh.replica_size > 1:
         return
     backend = create_backend(recipe, opened.model)
     state, batch = open_state(recipe, backend), example(opened)
@@ -129,8 +129,8 @@ def num_bytes(batch: Any) -> int:
         return sum(map(num_bytes, batch.values()))
     if isinstance(batch, (list, tuple)):
         return sum(map(num_bytes, batch))
-    with suppress(RuntimeError):  # a sparse tensor does not tell
-        return int(getattr(batch, "nbytes", 0))
+    with suppress(AttributeError, RuntimeError):  # a sparse tensor does not tell
+        return int(batch.nbytes)
     return 0
 
 
@@ -152,7 +152,7 @@ def peak() -> int:
 
 def question(recipe: Recipe, model: Any, balance: Mapping[str, float] | None = None) -> Question:
     """A run as the planner sees it. `balance`: as `Workload` has it."""
-    if not isinstance(getattr(model, "parameters", None), Mapping):
+    if not is_neutral(model):
         model = framework(recipe).adapt(model)
     mesh, optimizer, elastic = recipe.mesh, recipe.optimizer, recipe.elastic
     task = Task(elastic.logical_shards, recipe.data.batch_size // elastic.logical_shards, len(SLOTS[optimizer.name]) + (optimizer.ema > 0),
@@ -174,7 +174,7 @@ def measured(recipe: Recipe, work: Workload, flops_s: float = 0.0) -> tuple[Ques
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads: as the workers have it
     batch = example(work)
     asked = question(recipe, work.model, work.balance)
-    if flops_s and not isinstance(getattr(work.model, "parameters", None), Mapping):
+    if flops_s and not is_neutral(work.model):
         raise UserError(f"--tflops {flops_s / 1e12:g} says nothing of model.kind = {recipe.model.kind!r}, whose operations nobody counts; "
                         "leave it out.")
     if flops_s:

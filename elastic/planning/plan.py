@@ -13,6 +13,7 @@ import psutil
 from elastic.collective.segment import MOST_READERS
 from elastic.errors import UserError
 from elastic.mesh import Mesh
+from elastic.model.backend import is_chain
 from elastic.planning import tables as laid_out
 from elastic.planning.calibration import cache_file, calibrate, known
 from elastic.planning.costs import Cluster
@@ -103,7 +104,7 @@ class Plan:
         if task.shard_rows > 1:
             found.append((f"lower data.batch_size to {task.num_shards} (one sample a shard), or raise elastic.logical_shards",
                           lambda: other(shard_rows=1)))
-        if hasattr(self.asked.model, "pieces"):
+        if is_chain(self.asked.model):
             more = replace(self.cluster, nodes=8 * self.cluster.nodes)
             found.append(("take more workers: a larger mesh.tensor or mesh.pipeline would make it fit", lambda: again(self.asked, more)))
         return found

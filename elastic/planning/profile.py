@@ -10,7 +10,7 @@ from typing import Any
 
 from elastic.data.collate import sliced
 from elastic.mesh import Seat
-from elastic.model.backend import Backend, Batch, UpdateRule
+from elastic.model.backend import Backend, Batch, UpdateRule, is_neutral
 from elastic.parallel.axis import Axis
 from elastic.parallel.groups import Mirror
 from elastic.parallel.layout import SPLITTING, Layout
@@ -33,7 +33,7 @@ class Counted:
 
     def measured(self, layout: Layout, rows: int) -> list[Measure]:
         """By depth. A module of the user's own keeps what nobody counts."""
-        if not isinstance(getattr(self.model, "parameters", None), Mapping):
+        if not is_neutral(self.model):
             return [Measure(3, 0, forward=1)]
         key = layout.mesh.tensor, layout.mesh.expert, rows
         if key not in self._found:

@@ -1,7 +1,7 @@
-"""Who keeps which stretch of the optimizer's state, and what moves when that changes. Pure functions of numbers.
+"""Who holds which range of the optimizer's state, and what moves when that changes. Pure functions of numbers.
 
-The trainable part of a flat buffer is cut into one stretch of blocks a member: it is the stretch's owner. With a twin the member
-after it keeps the stretch too, so whoever is lost, all of it is still there. A stretch is (low, high), in whatever unit is counted in.
+The trainable part of a flat buffer is cut into one range of blocks a member: it is the range's owner. With a twin the member
+after it holds the range too, so whoever is lost, all of it is still there.
 """
 
 from __future__ import annotations
@@ -9,56 +9,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from elastic.boxes import Range, without
 from elastic.mesh import shards_of
 
-Stretch = tuple[int, int]
-NONE: Stretch = (0, 0)
+NONE: Range = (0, 0)
 
 
-def owned(rank: int, size: int, num_blocks: int) -> Stretch:
+def owned(rank: int, size: int, num_blocks: int) -> Range:
     """What member `rank` of `size` owns; the first ones own one block more where it does not go evenly."""
     run = shards_of(rank, size, num_blocks)
     return run.start, run.stop
 
 
 def cuts(size: int, num_blocks: int) -> list[int]:
-    """Where each member's stretch begins, and at last where all ends."""
+    """Where each member's range begins, and at last where all ends."""
     return [owned(rank, size, num_blocks)[0] for rank in range(size)] + [num_blocks]
 
 
-def kept(rank: int, size: int, num_blocks: int, twin: bool) -> tuple[Stretch, Stretch]:
+def kept(rank: int, size: int, num_blocks: int, twin: bool) -> tuple[Range, Range]:
     """What a member owns, and that of which it is the twin."""
     own = owned(rank, size, num_blocks)
     return own, owned((rank - 1) % size, size, num_blocks) if twin and size > 1 else NONE
 
 
-def union(stretches: Iterable[Stretch]) -> list[Stretch]:
-    """The same places, in order, none twice, with neighbours joined."""
-    found: list[Stretch] = []
-    for low, high in sorted(s for s in stretches if s[0] < s[1]):
-        if found and low <= found[-1][1]:
-            found[-1] = (found[-1][0], max(high, found[-1][1]))
-        else:
-            found.append((low, high))
-    return found
-
-
-def without(stretches: Iterable[Stretch], others: Iterable[Stretch]) -> list[Stretch]:
-    """The places of `stretches` that are not in `others`."""
-    left = union(stretches)
-    for low, high in union(others):
-        left = [piece for a, b in left for piece in ((a, min(b, low)), (max(a, high), b)) if piece[0] < piece[1]]
-    return left
-
-
-def lacking(have: Iterable[Iterable[Stretch]], length: int) -> list[Stretch]:
+def lacking(have: Iterable[Iterable[Range]], length: int) -> list[Range]:
     """The places up to `length` that nobody has."""
-    return without([(0, length)], (stretch for stretches in have for stretch in stretches))
+    return without([(0, length)], (one for ranges in have for one in ranges))
 
 
 @dataclass(frozen=True)
 class Move:
-    """One stretch that one member sends to another."""
+    """One range that one member sends to another."""
 
     source: int
     to: int
@@ -70,18 +51,18 @@ class Move:
         return self.high - self.low
 
 
-def moves(have: Sequence[Sequence[Stretch]], want: Sequence[Sequence[Stretch]], grain: int) -> list[Move]:
+def moves(have: Sequence[Sequence[Range]], want: Sequence[Sequence[Range]], grain: int) -> list[Move]:
     """What has to be sent so that everybody has what it wants, in pieces of at most `grain`, from whoever has sent least so far.
 
     ValueError where somebody wants what nobody has.
     """
-    edges = sorted({edge for stretches in (*have, *want) for stretch in stretches for edge in stretch})
+    edges = sorted({edge for ranges in (*have, *want) for one in ranges for edge in one})
     sent = [0] * len(have)
     found: list[Move] = []
     for begin, end in zip(edges, edges[1:]):
-        holders = [rank for rank, stretches in enumerate(have) if any(low <= begin and end <= high for low, high in stretches)]
-        takers = [rank for rank, stretches in enumerate(want)
-                  if rank not in holders and any(low <= begin and end <= high for low, high in stretches)]
+        holders = [rank for rank, ranges in enumerate(have) if any(low <= begin and end <= high for low, high in ranges)]
+        takers = [rank for rank, ranges in enumerate(want)
+                  if rank not in holders and any(low <= begin and end <= high for low, high in ranges)]
         if takers and not holders:
             raise ValueError(f"nobody has {begin} to {end}, which member {takers[0]} wants.")
         for to in takers:
@@ -106,20 +87,11 @@ def rounds(found: Sequence[Move], most: int) -> list[list[Move]]:
     return out
 
 
-def by_twins(have: Iterable[Sequence[Stretch]]) -> list[Stretch]:
-    """The places of which only twins are left. Stretches of `have` come in pairs, as `kept` gives them."""
-    own: list[Stretch] = []
-    twins: list[Stretch] = []
-    for stretches in have:
-        own += stretches[0::2]
-        twins += stretches[1::2]
+def by_twins(have: Iterable[Sequence[Range]]) -> list[Range]:
+    """The places of which only twins are left. Ranges of `have` come in pairs, as `kept` gives them."""
+    own: list[Range] = []
+    twins: list[Range] = []
+    for ranges in have:
+        own += ranges[0::2]
+        twins += ranges[1::2]
     return without(twins, own)
-
-
-def size_of(stretches: Iterable[Stretch]) -> int:
-    return sum(high - low for low, high in stretches)
-
-
-def scaled(stretches: Iterable[Stretch], factor: int) -> tuple[Stretch, ...]:
-    """In another unit: blocks as elements."""
-    return tuple((low * factor, high * factor) for low, high in stretches)

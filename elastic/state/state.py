@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from elastic.buffers import follow, take_over, weighed
+from elastic.boxes import Box, Range, scaled, without
+from elastic.buffers import fill, follow, like, spec_of, take_over, to_numpy, weighed
+from elastic.checkpoint.manifest import Piece
 from elastic.checkpoint.plan import shares
-from elastic.errors import RecipeError
+from elastic.errors import RecipeError, RunFailed
 from elastic.model.backend import SLOTS, Backend, Buffer, Spec
 from elastic.model.initial import initial_values
-from elastic.state.flat_layout import BLOCK, FlatLayout, is_frozen, shaped
-
-if TYPE_CHECKING:
-    from elastic.checkpoint.manifest import Piece
-    from elastic.parallel.layout import Box, Portion
+from elastic.parallel.layout import Portion
+from elastic.state.flat_layout import BLOCK, FlatLayout, Place, is_frozen, shaped
+from elastic.state.holding import Holding
+from elastic.state.ownership import owned
 
 NAMED = 3  # arrays that a message names; the rest is counted
 AVERAGE = "ema"  # beside the optimizer's slots, with the layout of one
-
-
-def fill(view: Buffer, values: np.ndarray) -> None:
-    """Copies values, NumPy's or of the view's own kind, into a view on any device."""
-    view[...] = view.new_tensor(values) if hasattr(view, "new_tensor") and not hasattr(values, "new_tensor") else values
 
 
 def check_same(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
@@ -45,59 +42,87 @@ def check_same(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[
                       "with model.init.")
 
 
-def to_numpy(view: Buffer) -> np.ndarray:
-    """A NumPy array of a view on any device; shares memory on the CPU."""
-    return view.detach().cpu().numpy() if hasattr(view, "detach") else view
-
-
 class State:
     """Parameters, optimizer slots, averages, model buffers and the count of committed steps of one worker.
 
-    With a `portion`, of its seat alone: `boxes` says which part of an array each one is, and shapes are those of the parts.
+    With a `portion`, of its seat alone: `boxes` says which part of an array each one is, and shapes are those of the parts. Slots and averages
+    are those that its `holding` has, while all parameters are there: but after a step others may have to send what they updated.
     """
 
     def __init__(self, backend: Backend, optimizer: str, freeze: Sequence[str] = (), no_decay: Sequence[str] = (), averages: bool = False,
-                 portion: Portion | None = None, decayed: Sequence[str] = ("*",), thaw: Sequence[str] = ()):
+                 portion: Portion | None = None, decayed: Sequence[str] = ("*",), thaw: Sequence[str] = (), holders: int = 0):
+        """`holders` of each block of the optimizer's slots; 0: every worker holds all."""
         self.backend, self.portion = backend, portion
         self.replica_size = portion.mesh.replica_size if portion else 1
         self.whole: Mapping[str, Spec] = portion.whole if portion else backend.parameters
         copies = {name for name in backend.parameters if portion and not portion.keeps(name)}
         self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay, copies, self.whole, decayed, thaw)
         self.param = backend.allocate(self.layout.size)
-        self.slots: dict[str, Buffer] = self._allocate((*SLOTS[optimizer], *([AVERAGE] if averages else [])))
+        self.holding = Holding(backend.allocate, (*SLOTS[optimizer], *([AVERAGE] if averages else [])), self.layout.trainable, holders)
         self.buffers = {name: np.zeros(spec.shape, spec.dtype) for name, spec in backend.buffers.items()}
         self.averaged_buffers = {name: np.zeros_like(values) for name, values in self.buffers.items()} if averages else {}
-        self.committed, self.torn = -1, False  # torn: parameters whose slots others keep are not of `committed`
+        self.committed, self.torn = -1, False  # torn: parameters whose slots others hold are not of `committed`
         backend.bind(self.layout.views(self.param), self.buffers)
         self.freeze, self.thaw = freeze, thaw
         self.views = self._views()
 
-    def _allocate(self, slots: Iterable[str]) -> dict[str, Buffer]:
-        return {slot: self.backend.allocate(self.layout.trainable) for slot in slots}
+    # What is held of the slots.
 
-    def runs(self, low: int, high: int) -> list[tuple[int, int, int]]:
-        """What this worker keeps the slots of, within low..high-1: (low, high, where it lies in a slot and in the reduced gradient)."""
-        return [(low, high, low)] if low < high else []
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the slots are shared out over the replicas."""
+        return self.holding.holders > 0
 
-    blocks: tuple[tuple[int, int], ...] = ()  # stretches of the blocks that are kept, of `num_blocks`; 0: not shared out
-    num_blocks = 0
-    keeps_all = True
+    @property
+    def twin(self) -> bool:
+        return self.holding.twin
 
-    def keep(self, rank: int, size: int) -> None:
-        """From now on this is replica `rank` of `size`; what it had does not count any more."""
-        self.committed, self.torn = -1, False
+    @property
+    def slots(self) -> dict[str, Buffer]:
+        return self.holding.store.slots
+
+    @property
+    def blocks(self) -> tuple[Range, ...]:
+        return self.holding.blocks
+
+    @property
+    def num_blocks(self) -> int:
+        """That are shared out; 0: none are."""
+        return self.holding.num_blocks
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.holding.has_all
+
+    @property
+    def cuts(self) -> list[int]:
+        return self.holding.cuts
 
     @property
     def tail(self) -> int:
         """Where the statistics lie in the reduced gradient."""
-        return self.layout.trainable
+        return self.holding.store.size
+
+    def runs(self, low: int, high: int) -> list[tuple[int, int, int]]:
+        """What this worker holds the slots of, within low..high-1: (low, high, where it lies in a slot and in the reduced gradient)."""
+        return list(self.holding.store.runs(low, high))
+
+    def keep(self, rank: int, size: int) -> None:
+        """From now on this is replica `rank` of `size`; what it had does not count any more."""
+        self.committed, self.torn = -1, False
+        self.holding.keep(rank, size)
+
+    @property
+    def is_all(self) -> bool:
+        """Whether this worker alone has the whole state."""
+        return self.replica_size == 1 and not self.torn and self.keeps_all
 
     def start(self, seed: int, init: Mapping[str, np.ndarray] | None = None) -> None:
         """Starting values at step 0; `init` overrides some by name."""
         given = self.backend.initial()
         wholes = initial_values({name: self.whole[name] for name in self.backend.parameters}, seed, given) | {
             name: value for name, value in (init or {}).items() if name in self.backend.parameters}
-        values = {name: cut(value, self.box(name)) for name, value in wholes.items()}
+        values = {name: value[box.slices] if (box := self.box(name)) else value for name, value in wholes.items()}
         buffers = initial_values(self.backend.buffers, seed, given)
         begun = {f"optimizer/{slot}/{name}": values[name] if slot == AVERAGE else np.broadcast_to(0.0, self.layout.places[name].shape)
                  for slot in self.slots for name in self.layout.trainable_names}
@@ -105,25 +130,25 @@ class State:
         self.load({f"parameter/{n}": v for n, v in values.items()} | begun | {f"buffer/{n}": v for n, v in buffers.items()}, 0)
 
     def _views(self) -> dict[str, Buffer]:
-        """Everything by name, on its device: parameter/NAME, optimizer/SLOT/NAME, buffer/NAME."""
-        out = {f"parameter/{n}": v for n, v in self.layout.views(self.param).items()} | self._slot_views()
+        """What does not move, by name, on its device: parameter/NAME, buffer/NAME, and where slots are not shared out, optimizer/SLOT/NAME."""
+        out = {f"parameter/{n}": v for n, v in self.layout.views(self.param).items()}
+        for slot, buffer in {} if self.is_sharded else self.slots.items():
+            out |= {f"optimizer/{slot}/{n}": v for n, v in self.layout.views(buffer, self.layout.trainable_names).items()}
         out |= {f"optimizer/{AVERAGE}/{n}": v for n, v in self.averaged_buffers.items()}  # no parameter and buffer share a name
         return out | {f"buffer/{n}": v for n, v in self.buffers.items()}
 
-    def _slot_views(self) -> dict[str, Buffer]:
-        return {f"optimizer/{slot}/{n}": v for slot, buffer in self.slots.items()
-                for n, v in self.layout.views(buffer, self.layout.trainable_names).items()}
-
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """(dtype, shape) of everything by name, as this worker holds it."""
-        return {name: (str(view.dtype).removeprefix("torch."), tuple(view.shape)) for name, view in self.views.items()}
+        """(dtype, shape) of everything by name, as this worker holds it or its part of it."""
+        kind, _ = spec_of(self.param)
+        return {name: spec_of(view) for name, view in self.views.items()} | {
+            f"optimizer/{slot}/{name}": (kind, self.layout.places[name].shape) for slot in self.slots for name in self.layout.trainable_names}
 
     def whole_specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of everything by name, of the whole model."""
         found = self.specs()
         if self.portion is None:
             return found
-        kind = str(self.param.dtype).removeprefix("torch.")
+        kind, _ = spec_of(self.param)
         trainable = [n for n, spec in self.whole.items() if not is_frozen(n, spec, self.freeze, self.thaw)]
         names = [f"parameter/{n}" for n in self.whole] + [f"optimizer/{slot}/{n}" for slot in self.slots for n in trainable]
         return found | {name: (kind, tuple(self.whole[parameter_of(name)].shape)) for name in names}
@@ -132,55 +157,94 @@ class State:
         """Which part of an array this worker holds, by a parameter's name or one of `views`; None for all of it."""
         return self.portion.boxes.get(parameter_of(name)) if self.portion and not name.startswith("buffer/") else None
 
-    def kept(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def _place(self, name: str) -> Place | None:
+        """Where the trained parameter lies that an array is, or is a slot of; None where every worker has the array."""
+        parameter = "" if name.startswith("buffer/") else parameter_of(name)
+        return self.layout.places[parameter] if parameter in self.layout.trainable_set else None
+
+    def _saved(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """`specs` of what no other worker of the replica saves."""
         if self.portion is None:
             return self.specs()
         return {name: spec for name, spec in self.specs().items()
                 if (self.portion.keeps(parameter_of(name)) if self.box(name) else self.portion.is_first)}
 
-    @property
-    def is_all(self) -> bool:
-        """Whether this worker alone has the whole state."""
-        return self.replica_size == 1
-
     def shares(self, rank: int, size: int) -> tuple[Piece, ...]:
-        """The boxes that replica `rank` of `size` writes into a checkpoint, of the arrays as this worker holds them."""
-        return shares(self.kept(), size)[rank]
+        """The boxes that replica `rank` of `size` writes into a checkpoint, of the arrays as this worker holds them. What is trained with slots
+        that are shared out is written by who owns those, or its twin: a torn state has no more. RunFailed where this worker does not hold it.
+        """
+        mine = self._saved()
+        trained = {name: place for name in mine if (place := self._place(name))} if self.is_sharded else {}
+        low, high = scaled([owned(rank, size, self.num_blocks)], BLOCK)[0]
+        if without([(low, high)], self.holding.store.ranges):
+            raise RunFailed(f"Blocks {low // BLOCK} to {high // BLOCK - 1} of the optimizer's state are kept by other workers; resume the run.")
+        pieces = list(shares({name: spec for name, spec in mine.items() if name not in trained}, size)[rank])
+        for name, place in trained.items():
+            dtype, shape = mine[name]
+            whole, first, last = Box.all(shape), max(0, low - place.offset), min(place.size, high - place.offset)
+            boxes = whole.runs(first, last) if place.size or rank else [whole]  # nothing to carry, but it has to be named
+            pieces += [Piece(name, dtype, shape, box.start, box.count) for box in boxes]
+        return tuple(pieces)
 
     def local(self, name: str, group: Any) -> np.ndarray:
         """An array of `specs`, as NumPy. `group`: the workers of this seat, who all call this."""
-        return to_numpy(self.views[name])
+        if name in self.views:
+            return to_numpy(self.views[name])
+        slot, place = self._slot(name)
+        return to_numpy(self._gathered(slot, place.offset, place.offset + place.size, group)).reshape(place.shape)
+
+    def _slot(self, name: str) -> tuple[str, Place]:
+        """Which slot an array that is shared out is of, and its parameter's place."""
+        place = self._place(name)
+        assert place is not None
+        return name.split("/", 2)[1], place
+
+    def _gathered(self, slot: str, low: int, high: int, group: Any) -> Buffer:
+        """A range of a slot, where slots are shared out from all its owners."""
+        if not self.is_sharded:
+            return self.holding.find(slot, low, high)
+        out = self.backend.allocate(max(1, high - low))[:high - low]
+        for rank, (begin, end) in enumerate(zip(self.cuts, self.cuts[1:])):
+            first, last = max(low, begin), min(high, end)
+            if first < last:
+                part = out[first - low:last - low]
+                if rank == group.rank:
+                    part[:] = self.holding.find(slot, first, last)
+                group.broadcast(part, rank)
+        return out
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything by name as NumPy. Shares memory on the CPU."""
-        return {name: to_numpy(view) for name, view in self.views.items()}
+        """Everything by name as NumPy, of a worker that holds all. Shares memory on the CPU, where slots are not shared out."""
+        return {name: self.take(name, 0, math.prod(shape)).reshape(shape) for name, (_, shape) in self.specs().items()}
 
     def take(self, name: str, low: int, high: int) -> np.ndarray:
-        """Elements low..high-1 of an array in C order. Shares memory on the CPU."""
-        return to_numpy(self.views[name].reshape(-1)[low:high])
+        """Elements low..high-1 of an array in C order, all of them held here. Shares memory on the CPU, unless they lie apart."""
+        if name in self.views:
+            return to_numpy(self.views[name].reshape(-1)[low:high])
+        slot, place = self._slot(name)
+        parts = [to_numpy(self.slots[slot][at:at + last - first]) for first, last, at in sorted(self.runs(place.offset + low, place.offset + high))]
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, np.float32)])
 
-    def put(self, name: str, start: Sequence[int], count: Sequence[int], low: int, values: np.ndarray) -> None:
-        """Writes `values` to the elements from `low` on of the box (start, count) of a whole array, as far as they are this worker's."""
-        if name not in self.views:
+    def put(self, name: str, box: Box, low: int, values: np.ndarray) -> None:
+        """Writes `values` to the elements from `low` on of a box of a whole array, as far as they are this worker's."""
+        view, place = self.views.get(name), self._place(name)
+        if view is None and place is None:
             return
-        mine = self.box(name)
-        if mine is not None and not mine.is_whole:
-            inside, target = within(mine, start, count, low, len(values))
-            scatter(self.views[name].reshape(-1), target, values[inside])
-            return
-        box = self.views[name][(*(slice(s, s + c) for s, c in zip(start, count, strict=True)), ...)]
-        if isinstance(box, np.ndarray) and not box.flags.c_contiguous:  # no single run of the array's elements
-            box.flat[low:low + len(values)] = values
-        else:
-            fill(box.view(-1)[low:low + len(values)] if hasattr(box, "new_tensor") else box.reshape(-1)[low:low + len(values)], values)
+        mine = self.box(name) or Box.all(box.shape)
+        for run in box.runs(low, low + len(values)):
+            part, values = values[:run.size].reshape(run.count), values[run.size:]
+            if here := run.meet(mine):
+                part, here = part[here.relative(run).slices], here.relative(mine)
+                if view is not None:
+                    fill(view[here.slices], part)
+                elif place is not None:
+                    self.holding.store.put_box(name.split("/", 2)[1], place.offset, here, part)
 
     def in_whole(self, piece: Piece) -> Piece:
         """Where a box of an array that this worker holds lies in the whole one."""
         mine = self.box(piece.name)
-        if mine is None:
-            return piece
-        return replace(piece, shape=mine.shape, start=tuple(s + m for s, m in zip(piece.start, mine.start, strict=True)))
+        box = piece.box.inside(mine) if mine else piece.box
+        return replace(piece, shape=box.shape, start=box.start)
 
     def load(self, arrays: Mapping[str, Any], committed: int, without: str = "\0") -> None:
         """Takes over what `arrays()` of any worker gave; names that begin with `without` may be left out. The state counts as torn until
@@ -196,21 +260,30 @@ class State:
         self.committed, self.torn = committed, False
 
     def _fill(self, name: str, values: np.ndarray) -> None:
-        fill(self.views[name], values)
+        if name in self.views:
+            fill(self.views[name], values)
+        else:
+            slot, place = self._slot(name)
+            self.holding.store.put(slot, place.offset, place.offset + place.size, np.ascontiguousarray(values).reshape(-1))
 
     def heal(self, group: Any, root: int, committed: int) -> int:
-        """Every member of `group` takes the root's state; returns the bytes that each of the others received."""
+        """Every member of `group` takes the root's state; returns the bytes that each of the others received.
+
+        Where slots are shared out it is the model's own buffers alone: slots and parameters come from their holders, and others than the root
+        hold nothing from now on.
+        """
         if group.rank != root:
-            self.committed = -1
-        moved = [self.param, *self.slots.values(), *self.flat_buffers()]
+            self.committed, self.torn = -1, False
+            if self.is_sharded:
+                self.holding.drop()
+        moved = [b.reshape(-1).view(np.uint8) for b in (*self.buffers.values(), *self.averaged_buffers.values())]  # not every group knows every dtype
+        if not self.is_sharded:
+            moved = [self.param, *self.slots.values(), *moved]
         for buffer in moved:
             group.broadcast(buffer, root)
-        self.committed = committed
+        if not self.is_sharded:
+            self.committed = committed
         return sum(int(b.nbytes) for b in moved)
-
-    def flat_buffers(self) -> list[np.ndarray]:
-        """As bytes: not every collective knows every dtype."""
-        return [b.reshape(-1).view(np.uint8) for b in (*self.buffers.values(), *self.averaged_buffers.values())]
 
     def moving(self, name: str) -> np.ndarray:
         """A buffer, or a frozen parameter that the model moves."""
@@ -219,8 +292,7 @@ class State:
     def add_statistics(self, gradient: Buffer, new: Mapping[str, np.ndarray], weight: float) -> None:
         """Adds what one shard changed in the buffers, times its weight, behind the gradients."""
         for name, view in shaped(gradient, self.layout.statistics).items():
-            value = weighed(name, self.moving(name), new[name], weight)
-            view += view.new_tensor(value) if hasattr(view, "new_tensor") else value
+            view += like(view, weighed(name, self.moving(name), new[name], weight))
 
     def apply_statistics(self, gradient: Buffer, weight: float) -> None:
         """The buffers change by the weighted mean over all shards of what each changed."""
@@ -251,44 +323,12 @@ class State:
             yield
             return
         views = self.layout.views(self.param)
-        self.backend.bind(views | self.layout.views(self._all_averages(group), self.layout.trainable_names), self.averaged_buffers)
+        means = self._gathered(AVERAGE, 0, self.layout.trainable, group)
+        self.backend.bind(views | self.layout.views(means, self.layout.trainable_names), self.averaged_buffers)
         try:
             yield
         finally:
             self.backend.bind(views, self.buffers)
-
-    def _all_averages(self, group: Any) -> Buffer:
-        return self.slots[AVERAGE]
-
-
-def cut(values: np.ndarray, box: Box | None) -> np.ndarray:
-    """A worker's part of a whole array."""
-    if box is None or box.is_whole:
-        return values
-    return values[tuple(slice(s, s + c) for s, c in zip(box.start, box.count, strict=True))]
-
-
-def within(mine: Box, start: Sequence[int], count: Sequence[int], low: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `length` elements, from `low` on, of a box (start, count) of a whole array lie in a worker's part of it, and where there.
-
-    Element by element: where a stretch of one box lies in another is simplest said of each.
-    """
-    places = np.unravel_index(np.arange(low, low + length), tuple(count))
-    inside = np.ones(length, bool)
-    local = []
-    for at, s, m, n in zip(places, start, mine.start, mine.count, strict=True):
-        here = at + (s - m)
-        inside &= (here >= 0) & (here < n)
-        local.append(here)
-    return inside, np.ravel_multi_index(tuple(here[inside] for here in local), mine.count)
-
-
-def scatter(flat: Buffer, target: np.ndarray, values: np.ndarray) -> None:
-    """Values to elements of a flat buffer on any device."""
-    if isinstance(flat, np.ndarray):
-        flat[target] = values
-    else:
-        flat[flat.new_tensor(target).long()] = flat.new_tensor(np.ascontiguousarray(values))
 
 
 def parameter_of(name: str) -> str:

@@ -20,14 +20,15 @@ from elastic.workload import EVAL_ROWS, Workload, create_backend, laid, open_sta
 def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> Placement:
     """Where a replica is one worker, the model is what it is."""
     mesh, seat = replace(mesh, data=1), replace(seat, data=0)
+    holders = 1 + recipe.optimizer.twin if recipe.optimizer.sharded else 0  # of each block of the optimizer's slots
     if mesh.replica_size == 1:
         backend = create_backend(recipe, workload.model)
-        state = open_state(recipe, backend, sharded=recipe.optimizer.sharded)
+        state = open_state(recipe, backend, holders=holders)
         return Placement(backend, state, watch=Watch(recipe.model.kind, state.layout) if ":" in recipe.model.kind else None)
     portion = Portion(workload.model, laid(recipe, workload, mesh), seat)
     backend = create_backend(recipe, portion)
     pipeline = Pipeline(portion, backend, recipe.mesh.schedule, recipe.mesh.micro_batches) if mesh.pipeline > 1 else None
-    return Placement(backend, open_state(recipe, backend, portion, recipe.optimizer.sharded), mesh, seat, portion, pipeline)
+    return Placement(backend, open_state(recipe, backend, portion, holders), mesh, seat, portion, pipeline)
 
 
 def build_training(recipe: Recipe, workload: Workload) -> Training:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from elastic.buffers import empty_like
 from elastic.collective.reduction import SubtreeSums
 from elastic.data.collate import num_rows, sliced
 from elastic.mesh import shards_of
 from elastic.model.backend import Batch, Buffer, ShardResult
 from elastic.model.user_code import users
-from elastic.parallel.axis import empty_like, span
+from elastic.parallel.axis import span
 from elastic.parallel.groups import Links
 from elastic.state.flat_layout import FlatLayout
 from elastic.worker.context import Buffers, StepContext

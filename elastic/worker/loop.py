@@ -18,7 +18,6 @@ from elastic.mesh import shards_of
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Save
 from elastic.model.backend import SLOTS, Buffer, UpdateRule
 from elastic.state.flat_layout import BLOCK
-from elastic.state.sharded import ShardedState
 from elastic.worker.context import StepContext
 from elastic.worker.evaluation import evaluate
 from elastic.worker.gradients import add_up_shards, sum_shared
@@ -68,7 +67,7 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
     if generation.load not in ("", "recipe"):
         member.restore(generation, group)
     context = StepContext(member, generation, group, injector)
-    if isinstance(context.state, ShardedState) and not generation.load:
+    if context.state.is_sharded and not generation.load:
         bring(context, context.state)
     else:
         heal(context)
@@ -105,7 +104,7 @@ def reduce_sums(context: StepContext, sums: Any) -> Buffer:
     """Over the replicas along the tree; then over the members of this replica that hold the same parameters and found other parts."""
     plan, buffers, state = context.plan, context.buffers, context.state
     with context.waiting("reduction", context.links.data) as group:
-        if isinstance(state, ShardedState):
+        if state.is_sharded:
             return reduce_own(context, state, group, sums)
         if plan.exact:
             gradient = group.reduce_tree(sums.nodes(), plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)

@@ -212,7 +212,7 @@ class Saver:
                                   "it is of another model: put [model] back, or start a new run with model.init.")
         reader = Reader(store, name, manifest)
         state.committed = -1
-        read_together(reader, group, lambda piece, low, values: state.put(piece.name, piece.start, piece.count, low, values), at)
+        read_together(reader, group, lambda piece, low, values: state.put(piece.name, piece.box, low, values), at)
         state.committed = manifest.step
         return manifest, reader.bytes
 

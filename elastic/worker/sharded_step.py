@@ -1,7 +1,7 @@
 """A step of workers that each own a range of the optimizer's state: what differs from one in which everybody updates everything.
 
 Everybody gets the reduced gradient of what it holds and updates that; then owners give their parameters to the others. Who falls before
-has a twin that made the same update. `elastic.state.sharded` says what is held, `elastic.state.resharding` how it moves.
+has a twin that made the same update. `elastic.state.holding` says what is held, `elastic.state.resharding` how it moves.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from typing import Any
 
 import numpy as np
 
+from elastic.boxes import size_of
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import gather_owned, out_size
 from elastic.messages import Generation
 from elastic.model.backend import Buffer
 from elastic.state.flat_layout import BLOCK
-from elastic.state.ownership import by_twins, size_of
+from elastic.state.ownership import by_twins
 from elastic.state.resharding import Resharding, plan, reshard
-from elastic.state.sharded import ShardedState
+from elastic.state.state import State
 from elastic.worker.context import StepContext
 from elastic.worker.gradients import PlainSum, sum_shared
 
 
-def reduce_own(context: StepContext, state: ShardedState, group: CollectiveGroup, sums: Any) -> Buffer:
+def reduce_own(context: StepContext, state: State, group: CollectiveGroup, sums: Any) -> Buffer:
     """The sum over all shards of what this member holds, and of the statistics."""
     layout, tail, num_shards, buffers, links = state.layout, state.tail, context.plan.num_shards, context.buffers, context.links
     plain = sums.buffer if isinstance(sums, PlainSum) else None
@@ -57,13 +58,13 @@ def reduce_own(context: StepContext, state: ShardedState, group: CollectiveGroup
     return out
 
 
-def take_held(state: ShardedState, out: Buffer, values: Buffer, low: int, high: int) -> None:
+def take_held(state: State, out: Buffer, values: Buffer, low: int, high: int) -> None:
     """Of `values`, the elements low..high-1, what is held."""
     for first, last, at in state.runs(low, high):
         out[at:at + last - first] = values[first - low:last - low]
 
 
-def block_norms(context: StepContext, state: ShardedState, gradient: Buffer) -> np.ndarray:
+def block_norms(context: StepContext, state: State, gradient: Buffer) -> np.ndarray:
     """The squared norm of every block of the reduced gradient, of which each owner has its own."""
     group, cuts = context.links.data, [cut // BLOCK for cut in state.cuts]
     counts = [high - low for low, high in zip(cuts, cuts[1:])]
@@ -79,13 +80,13 @@ def block_norms(context: StepContext, state: ShardedState, gradient: Buffer) -> 
 def share(context: StepContext) -> None:
     """After a commit, owners give the parameters that they have updated to the others."""
     state, data = context.state, context.links.data
-    if isinstance(state, ShardedState) and data.size > 1 and not (state.twin and data.size == 2):
+    if state.is_sharded and data.size > 1 and not (state.twin and data.size == 2):
         with context.waiting("gather", data) as group:
             gather_owned(group, state.param, state.cuts, context.buffers.scratch)
         state.torn = False
 
 
-def bring(context: StepContext, state: ShardedState) -> None:
+def bring(context: StepContext, state: State) -> None:
     """Every member gets what it is to hold, and all parameters, from whoever holds them."""
     generation, links, step = context.generation, context.links, context.step
     group, mesh, seat = links.world, links.mesh, links.replica.rank
@@ -114,7 +115,7 @@ def bring(context: StepContext, state: ShardedState) -> None:
             event("optimizer_resharded", bytes=moved * len(state.slots) * block, seconds=seconds)
 
 
-def plan_of(state: ShardedState, generation: Generation, ranks: Sequence[int], is_own: bool) -> Resharding:
+def plan_of(state: State, generation: Generation, ranks: Sequence[int], is_own: bool) -> Resharding:
     """For the members at `ranks`, who are on one coordinate of as many replicas."""
     have = [generation.kept[rank] for rank in ranks]
     torn = [place for place, rank in enumerate(ranks) if rank in generation.torn]

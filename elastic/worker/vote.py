@@ -10,7 +10,6 @@ import numpy as np
 from elastic.errors import NonFiniteLoss
 from elastic.messages import GO, Ballot
 from elastic.state.flat_layout import BLOCK
-from elastic.state.sharded import ShardedState
 from elastic.worker.context import StepContext
 from elastic.worker.gradients import Shards
 from elastic.worker.sharded_step import block_norms
@@ -67,7 +66,7 @@ def squared_norm(context: StepContext) -> float:
     if not context.plan.optimizer["clip_norm"] > 0 or (rank and not state.num_blocks):
         return 0.0
     assert gradient is not None
-    if isinstance(state, ShardedState):
+    if state.is_sharded:
         norms = block_norms(context, state, gradient)
         found = [norms[low // BLOCK:high // BLOCK] for low, high in state.layout.counted]
     else:

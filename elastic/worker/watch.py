@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from elastic.buffers import to_numpy
 from elastic.errors import Overwritten
 from elastic.model.backend import Buffer
 from elastic.state.flat_layout import FlatLayout
-from elastic.state.state import to_numpy
 
 SMALL, LINE = 2048, 16  # elements
 STRIDE = 2048  # lines

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic.boxes import Box
 from elastic.mesh import Mesh
 from elastic.parallel.axis import Axis, span
-from elastic.parallel.layout import Box, Layout
+from elastic.parallel.layout import Layout
 from nlp import bert, gpt
 from recommender import dlrm
 from tests.support.axes import Watched, split_ops

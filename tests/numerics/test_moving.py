@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from backends.reference.backend import framework
+from elastic.boxes import Box
 from elastic.errors import GroupBroken
 from elastic.mesh import Mesh, Seat
 from elastic.parallel.layout import Layout, Portion
@@ -115,7 +116,7 @@ def test_a_checkpoint_s_stretches_find_their_places_in_a_part(rows: int) -> None
     for name, whole in values.items():
         flat = np.ascontiguousarray(whole).reshape(-1)
         for low in range(0, len(flat), rows):
-            state.put(name, (0,) * whole.ndim, whole.shape, low, flat[low:low + rows])
+            state.put(name, Box.all(whole.shape), low, flat[low:low + rows])
     wanted = state_on(Mesh(1, 1, 2), Seat(tensor=1), values)
     for name, view in state.views.items():
         assert view.tobytes() == wanted.views[name].tobytes(), name

@@ -52,7 +52,7 @@ def test_a_relay_that_drops_the_moments_is_seen(plays: Path, tmp_path: Path, mon
     wanted = losses(leg(plays, tmp_path / "torch", "torch", 2))
     leg(plays, tmp_path / "relay", "torch", 1)
     put = State.put
-    monkeypatch.setattr(State, "put", lambda state, name, start, count, low, values: put(
-        state, name, start, count, low, values * (not name.startswith("optimizer/"))))
+    monkeypatch.setattr(State, "put", lambda state, name, box, low, values: put(
+        state, name, box, low, values * (not name.startswith("optimizer/"))))
     found = losses(leg(plays, tmp_path / "relay", "tensorflow", 2))
     assert np.abs(found / wanted - 1).max() > 0.05

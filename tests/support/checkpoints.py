@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
+from elastic.boxes import Box
 from elastic.checkpoint.manifest import Piece
 from elastic.checkpoint.plan import shares
 from elastic.collective.solo import SoloGroup
@@ -50,9 +51,8 @@ class Arrays:
     def take(self, name: str, low: int, high: int) -> np.ndarray:
         return self.arrays[name].reshape(-1)[low:high]
 
-    def put(self, name: str, start: Sequence[int], count: Sequence[int], low: int, found: np.ndarray) -> None:
-        box = self.arrays[name][(*(slice(s, s + c) for s, c in zip(start, count)), ...)]
-        box.flat[low:low + len(found)] = found
+    def put(self, name: str, box: Box, low: int, found: np.ndarray) -> None:
+        self.arrays[name][box.slices].flat[low:low + len(found)] = found
 
 
 def blank(arrays: Mapping[str, np.ndarray]) -> Arrays:

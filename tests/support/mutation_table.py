@@ -53,7 +53,7 @@ BITS = (
       "shard_seed(context.plan.seed, context.step, shard,", "shard_seed(context.plan.seed, context.step, links.data.rank,",
       "tests/numerics/test_same_bits.py::test_a_module_with_batch_norm_and_dropout"),
     M("heal-without-moments", "P1", "A joiner is given parameters, and starts its optimizer anew.", "elastic/state/state.py",
-      "moved = [self.param, *self.slots.values(), *self", "moved = [self.param, *self",
+      "moved = [self.param, *self.slots.values(), *moved]", "moved = [self.param, *moved]",
       "tests/unit/test_state.py::test_heal_gives_every_member_the_root_s_state"),
     M("weight-gradients-as-they-come", "P1", "A schedule adds weight gradients in another order, and is not refused.", "elastic/parallel/checker.py",
       "if action.micro_batch < summed[action.chunk]:", "if False:",

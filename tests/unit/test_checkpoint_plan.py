@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic.boxes import Box
 from elastic.checkpoint.manifest import ITEM_BYTES, Piece
-from elastic.checkpoint.plan import byte_range, overlap, runs_of, shares
+from elastic.checkpoint.plan import byte_range, shares
 from elastic.checkpoint.safetensors import lay_out
 
 shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
@@ -42,8 +43,8 @@ def test_every_box_is_one_run_of_its_array(arrays: dict, world_size: int) -> Non
     for pieces in shares(arrays, world_size):
         for piece in pieces:
             numbers = np.arange(math.prod(piece.shape)).reshape(piece.shape)[where(piece)].reshape(-1)
-            assert piece.run is not None
-            assert numbers.tolist() == list(range(*piece.run))
+            assert piece.box.run is not None
+            assert numbers.tolist() == list(range(*piece.box.run))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
@@ -88,12 +89,13 @@ def test_where_two_boxes_meet(sides: list) -> None:
     other = Piece("a", "float32", shape, tuple(s[2] for s in sides), tuple(s[3] for s in sides))
     numbers = np.arange(math.prod(shape)).reshape(shape)
     both = sorted(set(numbers[where(one)].reshape(-1)) & set(numbers[where(other)].reshape(-1)))
-    meeting = overlap(one, other)
+    meeting = one.box.meet(other.box)
     if meeting is None:
         assert not both
         return
-    inside, there = meeting
-    assert sorted(numbers[where(one)][inside].reshape(-1)) == sorted(numbers[where(other)][there].reshape(-1)) == both
+    inside, there = meeting.relative(one.box), meeting.relative(other.box)
+    assert sorted(numbers[where(one)][inside.slices].reshape(-1)) == sorted(numbers[where(other)][there.slices].reshape(-1)) == both
+    assert inside.inside(one.box) == there.inside(other.box) == meeting and meeting.elements.tolist() == both
     low, high = byte_range(one, inside)
     assert set(both) <= set(numbers[where(one)].reshape(-1)[(low - 40) // 4:(high - 40) // 4])
 
@@ -103,12 +105,11 @@ def test_where_two_boxes_meet(sides: list) -> None:
 def test_a_stretch_of_elements_is_a_few_boxes(shape: tuple[int, ...], low: int, high: int) -> None:
     numbers = np.arange(math.prod(shape)).reshape(shape)
     low, high = min(low, numbers.size), min(high, numbers.size)
-    boxes = runs_of(shape, low, high)
+    boxes = Box.all(shape).runs(low, high)
     assert len(boxes) <= max(1, 2 * len(shape) - 1)
     found = []
-    for start, count in boxes:
-        piece = Piece("a", "float32", shape, start, count)
-        assert piece.run is not None and all(count)
-        found += numbers[where(piece)].reshape(-1).tolist()
-        assert found[-1] - found[-math.prod(count)] == math.prod(count) - 1
+    for box in boxes:
+        assert box.run is not None and all(box.count)
+        found += numbers[box.slices].reshape(-1).tolist()
+        assert found[-1] - found[-box.size] == box.size - 1 and box.elements.tolist() == found[-box.size:]
     assert found == list(range(low, high))

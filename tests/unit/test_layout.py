@@ -90,10 +90,10 @@ def test_moves_carry_every_part_from_any_mesh_to_any_other(old: Mesh, new: Mesh)
         outs = {rank: np.full(after.box(name, new.seat(rank)).count, np.nan)
                 for rank in range(new.world_size) if name in after.held(new.seat(rank).pipeline)}
         for move in moves(name, before, holders, after):
-            source, target = before.box(name, holders[move.source]), after.box(name, new.seat(move.target))
+            source, target = before.box(name, holders[move.source]), after.box(name, new.seat(move.to))
             given = part(before, name, holders[move.source])[tuple(
-                slice(s - b, s - b + c) for s, b, c in zip(move.start, source.start, move.count))]
-            outs[move.target][tuple(slice(s - b, s - b + c) for s, b, c in zip(move.start, target.start, move.count))] = given
+                slice(s - b, s - b + c) for s, b, c in zip(move.box.start, source.start, move.box.count))]
+            outs[move.to][tuple(slice(s - b, s - b + c) for s, b, c in zip(move.box.start, target.start, move.box.count))] = given
         for rank, out in outs.items():
             assert (out == part(after, name, new.seat(rank))).all()
         assert whole.shape == before.box(name, Seat()).shape

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.state.ownership import by_twins, cuts, kept, lacking, moves, owned, rounds, union, without
+from elastic.boxes import union, without
+from elastic.state.ownership import by_twins, cuts, kept, lacking, moves, owned, rounds
 
 stretches = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)).map(lambda pair: (min(pair), max(pair))), max_size=5)
 

@@ -18,7 +18,6 @@ from elastic.planning.profile import Counted
 from elastic.planning.search import forecasts
 from elastic.planning.tables import sentences, too_large
 from elastic.recipe import Recipe, dumps, load_recipe, loads
-from elastic.state.sharded import ShardedState
 from elastic.state.state import State
 from elastic.worker.build import take_seat
 from elastic.workload import Workload, laid, lay_out
@@ -90,7 +89,7 @@ def test_memory_of_a_sharded_optimizer_is_that_of_its_slots(twin: str, file: Pat
             held = []
             for seat in (layout.mesh.seat(rank) for rank in range(layout.mesh.world_size)):
                 state = take_seat(recipe, opened, layout.mesh, seat).state
-                assert isinstance(state, ShardedState)
+                assert state.is_sharded
                 for rank in range(one.mesh.data if seat.pipeline == stage else 0):
                     state.keep(rank, one.mesh.data)
                     held.append(sum(slot.nbytes for slot in state.slots.values()))
