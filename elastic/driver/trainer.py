@@ -93,10 +93,10 @@ class Trainer:
             raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {remedy}")
         with import_path():
             self.opened = opened = workload.Workload.open(self.recipe, info)
-            if opened.key:
-                info = {**info, "key": opened.key}
-            if began and opened.key and began != opened.key:
-                raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.key}, and this run began with {began}; {remedy}")
+            if opened.training.key:
+                info = {**info, "key": opened.training.key}
+            if began and opened.training.key and began != opened.training.key:
+                raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.training.key}, and this run began with {began}; {remedy}")
             self.num_steps = opened.sampler.num_steps
             workload.check_items(opened)
             workload.check_best(self.recipe, opened)
