@@ -32,8 +32,9 @@ from ray.util.placement_group import placement_group_table
 from benchmarks.kit import results
 from benchmarks.kit.logs import Tail
 from benchmarks.kit.processes import ROOT, tidy_on_termination
-from elastic.checkpoint.hashing import state_sha256
-from elastic.checkpoint.manager import committed, load
+from elastic.checkpoint.hashing import hashes_of, in_order
+from elastic.checkpoint.manager import committed, read_sound
+from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.observe.jsonl import read_lines
 from elastic.storage.store import Store
 
@@ -238,8 +239,9 @@ def main() -> None:
         left = left_behind(lines[0]["run"], soak.run)
     store = Store.open(str(soak.run / "checkpoints"))
     step, name = committed(store)[-1]
-    arrays, manifest = load(store, name)
-    same = state_sha256(arrays, manifest.cursor) == undisturbed(folder, step)
+    manifest = read_sound(store, name)
+    arrays = read_arrays(Reader(store, name, manifest), {piece.name: None for file in manifest.files for piece in file.pieces})
+    same = hashes_of(((key, arrays[key]) for key in in_order(arrays)), manifest.cursor)[1] == undisturbed(folder, step)
     lost = sum(e.get("steps_lost", 0) for e in lines if e["event"] == "recovered")
     kinds = [*OUTSIDE, *INSIDE]
     rows = [soak.row(kind) for kind in kinds if kind in soak.tallies]

@@ -8,12 +8,12 @@ some of them hidden; "places" (rows, hidden), where in each row; "targets" (rows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from elastic.errors import RecipeError
+from elastic.model import keys
 from elastic.model.backend import Spec
 from elastic.model.layers import Chained, Layers, one_layer, smoothed
 
@@ -35,29 +35,16 @@ class Config:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("layers", "heads", "width", "context"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RecipeError(f"model.{key} = {value!r} must be a whole number of at least 1.")
-        if self.width % self.heads:
-            raise RecipeError(f"model.width = {self.width} must be a multiple of model.heads = {self.heads}.")
-        for key in ("dropout", "smoothing"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-                raise RecipeError(f"model.{key} = {value!r} must be a number of at least 0 and below 1.")
-        if isinstance(self.mask, bool) or not isinstance(self.mask, (int, float)) or not 0.0 < self.mask < 1.0:
-            raise RecipeError(f"model.mask = {self.mask!r} must be a number above 0 and below 1.")
-        if not isinstance(self.recompute, bool):
-            raise RecipeError(f"model.recompute = {self.recompute!r} must be true or false.")
+        keys.whole(self, "layers", "heads", "width", "context")
+        keys.divided(self, "width", "heads")
+        keys.share(self, "dropout", "smoothing")
+        keys.need(self, "mask", keys.is_number(self.mask) and 0.0 < self.mask < 1.0, "a number above 0 and below 1")
+        keys.flag(self, "recompute")
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> BERT:
     """The model for a recipe's `[model]` keys and the data's facts ("vocab_size"). RecipeError names a bad key."""
-    known = [field.name for field in fields(Config)]
-    for key in config:
-        if key not in known:
-            raise RecipeError(f"model.{key} = {config[key]!r} is not a key of nlp.bert; its keys are {', '.join(known)}.")
-    return BERT(Config(**config), int(info["vocab_size"]) + 1)
+    return BERT(keys.read("nlp.bert", Config, config), int(info["vocab_size"]) + 1)
 
 
 def specs(config: Config, num_tokens: int) -> dict[str, Spec]:

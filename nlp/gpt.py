@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from elastic.errors import RecipeError
+from elastic.model import keys
 from elastic.model.backend import Spec
 from elastic.model.layers import Chained, Layers, one_layer, smoothed
 from nlp.experts import Experts
@@ -43,26 +44,13 @@ class Config:
     balance: float = 0.01
 
     def __post_init__(self) -> None:
-        for key in ("layers", "heads", "width", "context", "experts", "expert_every", "top"):
-            value, least = getattr(self, key), 0 if key == "experts" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise RecipeError(f"model.{key} = {value!r} must be a whole number of at least {least}.")
-        if self.width % self.heads:
-            raise RecipeError(f"model.width = {self.width} must be a multiple of model.heads = {self.heads}.")
-        for key in ("dropout", "smoothing"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-                raise RecipeError(f"model.{key} = {value!r} must be a number of at least 0 and below 1.")
-        for key in ("bias", "recompute"):
-            if not isinstance(getattr(self, key), bool):
-                raise RecipeError(f"model.{key} = {getattr(self, key)!r} must be true or false.")
-        self._check_experts()
-
-    def _check_experts(self) -> None:
-        for key, least in (("capacity", "above 0"), ("balance", "of at least 0")):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf or (key == "capacity" and not value):
-                raise RecipeError(f"model.{key} = {value!r} must be a finite number {least}.")
+        keys.whole(self, "layers", "heads", "width", "context", "expert_every", "top")
+        keys.need(self, "experts", keys.is_count(self.experts) or type(self.experts) is int and not self.experts, "a whole number of at least 0")
+        keys.divided(self, "width", "heads")
+        keys.share(self, "dropout", "smoothing")
+        keys.flag(self, "bias", "recompute")
+        keys.need(self, "capacity", keys.is_number(self.capacity) and 0 < self.capacity < math.inf, "a finite number above 0")
+        keys.need(self, "balance", keys.is_number(self.balance) and 0 <= self.balance < math.inf, "a finite number of at least 0")
         if self.top > 2 or self.experts and self.top > self.experts:
             raise RecipeError(f"model.top = {self.top} must be 1 or 2, and no more than model.experts = {self.experts}.")
         if self.experts and self.expert_every > self.layers:
@@ -74,11 +62,7 @@ class Config:
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> GPT:
     """The model for a recipe's `[model]` keys and the data's facts ("vocab_size"). RecipeError names a bad key."""
-    known = [field.name for field in fields(Config)]
-    for key in config:
-        if key not in known:
-            raise RecipeError(f"model.{key} = {config[key]!r} is not a key of nlp.gpt; its keys are {', '.join(known)}.")
-    return GPT(Config(**config), int(info["vocab_size"]))
+    return GPT(keys.read("nlp.gpt", Config, config), int(info["vocab_size"]))
 
 
 def specs(config: Config, vocab_size: int) -> dict[str, Spec]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from elastic.data.arrow import read_tokens, write_tokens
+from elastic.data.cache import facts_once
 from elastic.data.columns import Column
 from elastic.data.convert import write
 from elastic.data.dataset import Dataset
@@ -27,7 +28,7 @@ from elastic.data.index import Facts, Part
 from elastic.data.permutation import keyed_words, mix, permute
 from elastic.data.table import Store
 from elastic.errors import UserError
-from elastic.storage.atomic import in_turn, write_atomically
+from elastic.storage.atomic import write_atomically
 from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, hashed
 
 VERSION = 4
@@ -57,14 +58,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     files = [[key, [[file.where, file.size, file.mtime_ns] for file in found]] for key, found in sources]
     asked = json.dumps([VERSION, is_binary, settings, files])
     folder = Path(cache_dir) / f"columns-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
-    facts = folder / "facts.json"
-    with in_turn(folder):
-        try:
-            known = json.loads(facts.read_text())
-            (folder / VOCABULARIES).stat()
-        except (OSError, ValueError):
-            known = read(Encoder(data, is_binary), sources, folder, settings)
-            write_atomically(facts, json.dumps(known))
+    known = facts_once(folder, lambda: read(Encoder(data, is_binary), sources, folder, settings), VOCABULARIES)
     notes = [line for key, _ in sources for line in left_out(key, getattr(data, key.removeprefix("data.")))]
     notes += told("data.path", known["unused"], "as columns that neither data.categorical nor data.numeric names")
     return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder),

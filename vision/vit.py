@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.errors import RecipeError
+from elastic.model import keys
 from elastic.model.backend import Spec
 from elastic.model.layers import Chained, Layers, one_layer
-from vision import config as checks
+from vision.config import BIASES, head_bias
 from vision.metrics import loss_of, scores_of
 
 Array = Any
@@ -36,17 +37,16 @@ class Config:
     bias_init: str = "zeros"
 
     def __post_init__(self) -> None:
-        checks.whole(self, "layers", "heads", "width", "patch", "mlp")
-        checks.one_of(self, "bias_init", checks.BIASES)
-        checks.share(self, "dropout", "smoothing")
-        checks.flag(self, "recompute")
-        if self.width % self.heads:
-            raise RecipeError(f"model.width = {self.width} must be a multiple of model.heads = {self.heads}.")
+        keys.whole(self, "layers", "heads", "width", "patch", "mlp")
+        keys.one_of(self, "bias_init", BIASES)
+        keys.share(self, "dropout", "smoothing")
+        keys.flag(self, "recompute")
+        keys.divided(self, "width", "heads")
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> ViT:
     """The model for a recipe's `[model]` keys and the data's facts ("shape", "num_classes"). RecipeError names a bad key."""
-    read, (height, width, channels) = checks.read("vision.vit", Config, config), info["shape"]
+    read, (height, width, channels) = keys.read("vision.vit", Config, config), info["shape"]
     if height % read.patch or width % read.patch:
         raise RecipeError(f"model.patch = {read.patch} must divide the images' height {height} and width {width}.")
     return ViT(read, (height, width, channels), int(info["num_classes"]), info.get("class_counts", ()))
@@ -83,7 +83,7 @@ def specs(config: Config, shape: tuple[int, ...], num_classes: int, counts: Sequ
         dense(f"h{i}.mlp.down", (config.mlp * width, width), ("d_ff", "d_model"), 1, residual)
     norm("ln_f")
     dense("head", (width, num_classes), ("d_model", "classes"), 1)
-    out["head.bias"] = checks.head_bias(config, num_classes, counts)
+    out["head.bias"] = head_bias(config, num_classes, counts)
     return out
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,8 @@ def little_endian(array: np.ndarray) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
 
 
-def hashes(arrays: Mapping[str, np.ndarray], cursor: int) -> tuple[str, str]:
-    """(parameters_sha256, state_sha256) in one pass."""
-    return hashes_of(((name, arrays[name]) for name in in_order(arrays)), cursor)
-
-
 def hashes_of(arrays: Iterable[tuple[str, np.ndarray]], cursor: int) -> tuple[str, str]:
-    """As `hashes`, of arrays that come one by one, as `in_order` says."""
+    """(parameters_sha256, state_sha256) in one pass over arrays that come one by one, as `in_order` says."""
     digest, parameters = hashlib.sha256(), ""
     for name, array in arrays:
         is_parameter = name.startswith(PARAMETER)
@@ -46,14 +41,6 @@ def in_order(names: Iterable[str]) -> list[str]:
     """Parameters, then optimizer state, then buffers, each sorted."""
     listed = list(names)
     return [name for prefix in (PARAMETER, OPTIMIZER, BUFFER) for name in chosen(listed, prefix)]
-
-
-def parameters_sha256(arrays: Mapping[str, np.ndarray]) -> str:
-    return hashes({name: arrays[name] for name in chosen(arrays, PARAMETER)}, 0)[0]
-
-
-def state_sha256(arrays: Mapping[str, np.ndarray], cursor: int) -> str:
-    return hashes(arrays, cursor)[1]
 
 
 def chosen(arrays: Iterable[str], prefix: str) -> list[str]:

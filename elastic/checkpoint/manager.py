@@ -16,8 +16,8 @@ import numpy as np
 
 from elastic.checkpoint import safetensors
 from elastic.checkpoint.hashing import AVERAGE, OPTIMIZER, PARAMETER
-from elastic.checkpoint.manifest import CHUNK, MAX_BYTES, FileEntry, Manifest, parse
-from elastic.checkpoint.part import hash_of, write_arrays
+from elastic.checkpoint.manifest import MAX_BYTES, FileEntry, Manifest, parse
+from elastic.checkpoint.part import hash_of
 from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.errors import BadCheckpoint, RecipeError, UserError
 from elastic.storage.remote import parted
@@ -31,12 +31,6 @@ Read = Callable[[Store, str], Manifest]  # as `read_manifest`
 
 def folder_of(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def write_part(store: Store, step: int, generation: int, part_name: str, arrays: Mapping[str, np.ndarray],
-               boxes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None, chunk_bytes: int = CHUNK) -> FileEntry:
-    """Writes one part file, durable on return. `boxes` has (shape of the whole array, start) of arrays that are only a part of one."""
-    return write_arrays(store, folder_of(step), f"{part_name}-g{generation:06d}.safetensors", arrays, boxes, chunk_bytes)
 
 
 def commit(store: Store, manifest: Manifest) -> str:
@@ -129,21 +123,6 @@ def newest_good(store: Store, refused: Container[str] = (), look: Callable[[Stor
     if unread is not None:
         raise OSError(f"No checkpoint can be read ({rejected[0][0]}: {unread}); resume the run when the storage answers.") from unread
     return None, rejected
-
-
-def load(store: Store, name: str) -> tuple[dict[str, np.ndarray], Manifest]:
-    """All arrays of a checkpoint by name, whole, and its manifest. BadCheckpoint before anything of a bad one is given out."""
-    manifest = read_sound(store, name)
-    arrays: dict[str, np.ndarray] = {}
-    for entry in manifest.files:
-        parts = read_file(store, name, entry, manifest)
-        for key, piece in safetensors.keyed(entry.pieces).items():
-            if piece.count == piece.shape:
-                arrays[piece.name] = parts[key]
-                continue
-            whole = arrays.setdefault(piece.name, np.empty(piece.shape, piece.dtype))
-            whole[tuple(slice(s, s + c) for s, c in zip(piece.start, piece.count, strict=True))] = parts[key]
-    return arrays, manifest
 
 
 def read_weights(store: Store, name: str, manifest: Manifest) -> dict[str, np.ndarray]:

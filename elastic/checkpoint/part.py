@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -124,18 +124,3 @@ def hash_of(content: Any) -> str:
 
 def part_name(rank: int, world_size: int, generation: int, kind: str = "state") -> str:
     return f"{kind}-{rank:04d}-of-{world_size:04d}-g{generation:06d}.safetensors"
-
-
-def write_arrays(store: Store, folder: str, name: str, arrays: Mapping[str, np.ndarray],
-                 boxes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None, chunk_bytes: int = CHUNK) -> FileEntry:
-    """A part file of these arrays. `boxes` has (shape of the whole array, start) of those that are only a part of one."""
-    pieces = []
-    for array_name in sorted(arrays):
-        array = arrays[array_name]
-        shape, start = (boxes or {}).get(array_name, (array.shape, (0,) * array.ndim))
-        pieces.append(Piece(array_name, array.dtype.name, tuple(shape), tuple(start), tuple(array.shape)))
-    image = Image(tuple(pieces))
-    for piece in image.pieces:
-        flat = np.ascontiguousarray(arrays[piece.name]).reshape(-1)
-        image.bytes[piece.offset:piece.offset + piece.bytes].view(np.dtype(piece.dtype).newbyteorder("<"))[...] = flat
-    return image.write(store, folder, name, chunk_bytes)

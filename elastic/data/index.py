@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import TypeAdapter
 
+from elastic.data.cache import FACTS, once
 from elastic.data.columns import Column, check_same, choose, column_of
 from elastic.data.convert import convert
 from elastic.data.files import File, find
 from elastic.data.formats import Contents, TooNarrow, contents, schema_of
 from elastic.errors import UserError
-from elastic.storage.atomic import in_turn, write_atomically
+from elastic.storage.atomic import write_atomically
 
-FACTS = "facts.json"
-VERSION = 2
+VERSION = 3
 CONVERT_BYTES = 1 << 30  # tables up to this size are converted where the recipe leaves the choice
 REMOTE_READERS = 16  # remote files looked at together
 
@@ -54,16 +55,8 @@ class Facts:
     def has_eval(self) -> bool:
         return any(part.is_eval for part in self.parts)
 
-    def dumps(self) -> str:
-        parts = [[[[f.where, f.size, f.mtime_ns] for f in part.files], part.blocks, part.is_mapped, part.is_eval] for part in self.parts]
-        return json.dumps([self.format, self.key, self.shuffle_by, [[c.name, c.dtype, c.width] for c in self.columns], parts, self.unused])
 
-    @classmethod
-    def loads(cls, text: str) -> Facts:
-        format, key, shuffle_by, columns, parts, unused = json.loads(text)
-        return cls(format, key, shuffle_by, tuple(Column(*column) for column in columns),
-                   tuple(Part(tuple(File(*file) for file in files), tuple(map(tuple, blocks)), is_mapped, is_eval)
-                         for files, blocks, is_mapped, is_eval in parts), tuple(unused))
+FORM = TypeAdapter(Facts)
 
 
 @dataclass(frozen=True)
@@ -81,23 +74,16 @@ def find_facts(data: Any, cache_dir: Path) -> tuple[Path, Facts]:
     asked = json.dumps([VERSION, data.format, data.columns, data.shuffle_by, data.shuffle,
                         [[source.key, [[f.where, f.size, f.mtime_ns] for f in source.files]] for source in sources]])
     folder = cache_dir / f"table-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
-    facts = kept_facts(folder)
-    if facts is None:
-        with in_turn(folder):
-            facts = kept_facts(folder)  # by now another process may have made them
-            if facts is None:
-                facts = look(data, sources, folder)
-                write_atomically(folder / FACTS, facts.dumps())
-    return folder, facts
+    return folder, once(folder, lambda: kept_facts(folder), lambda: look(data, sources, folder))
 
 
 def kept_facts(folder: Path) -> Facts | None:
     """None where there are none, or where a file that is to be mapped is gone or has another length: mapped, it would end the process."""
     try:
-        facts = Facts.loads((folder / FACTS).read_text())
+        facts = FORM.validate_json((folder / FACTS).read_bytes())
         mapped = [file for part in facts.parts if part.is_mapped for file in part.files]
         return facts if all(Path(file.where).stat().st_size == file.size for file in mapped) else None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
         return None
 
 
@@ -109,7 +95,7 @@ def sources_of(data: Any) -> list[Files]:
 
 
 def look(data: Any, sources: Sequence[Files], folder: Path) -> Facts:
-    """Every file is looked at, and converted where that is the way."""
+    """Every file is looked at, and converted where that is the way; then the facts are kept."""
     first = sources[0].files[0]
     schema = schema_of(data.format, first)
     columns = choose("data.path", first.name, schema, data.columns)
@@ -135,7 +121,9 @@ def look(data: Any, sources: Sequence[Files], folder: Path) -> Facts:
         digests = [content.digest for of_source in found for content in of_source]
     said = json.dumps([data.format, shuffle_by, [asdict(column) for column in columns], [len(part.files) for part in parts], digests])
     unused = tuple(f"{field.name} ({field.type})" for field in schema if field.name not in names)
-    return Facts(data.format, hashlib.sha256(said.encode()).hexdigest()[:32], shuffle_by, tuple(columns), tuple(parts), unused)
+    facts = Facts(data.format, hashlib.sha256(said.encode()).hexdigest()[:32], shuffle_by, tuple(columns), tuple(parts), unused)
+    write_atomically(folder / FACTS, FORM.dump_json(facts))
+    return facts
 
 
 def all_contents(kind: str, files: Sequence[File], names: Sequence[str]) -> list[Contents]:

@@ -1,4 +1,4 @@
-"""Files of a local disk that appear whole or not at all, lines that are appended whole or not at all, and locks between processes.
+"""Files of a local disk that appear whole or not at all, lines that are appended whole or not at all, and locks of files.
 
 Checkpoints, which may lie on any storage, go through `store`.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import math
 import os
 import shutil
 import time
@@ -81,15 +80,3 @@ def locked(file: Any, wait_s: float = 0.0) -> bool:
             time.sleep(LOOK_S)
         except OSError as error:
             raise UserError(f"{file.name} cannot be locked ({error.strerror}); put its folder on a file system that keeps locks.") from error
-
-
-@contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
-    """Of several processes of this machine, one at a time; the others find its work done. Makes the folder. UserError if it cannot."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "a", encoding="utf-8") as lock:
-            locked(lock, math.inf)
-            yield
-    except OSError as error:
-        raise UserError(f"The cache {folder} cannot be written ({error.strerror}); make it writable or free some space.") from error

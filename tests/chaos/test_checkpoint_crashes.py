@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.checkpoint.manager import committed, load, newest_good, verify
+from elastic.checkpoint.manager import committed, newest_good, verify
 from elastic.controller.checkpoints import Commits
 from elastic.storage import store as stores
 from elastic.storage.faulty import Crashed, FaultyFiles
 from elastic.storage.files import Files, Sink
 from elastic.storage.remote import join, open_files
 from elastic.storage.store import Store
-from tests.support.checkpoints import assert_refused, assert_same, restore, save, values
+from tests.support.checkpoints import assert_refused, assert_same, load, restore, save, values
 from tests.support.sampling import sample
 
 OLD, NEW = "step-00000050", "step-00000100"

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from elastic.checkpoint.manager import load, split
+from elastic.checkpoint.manager import split
 from elastic.driver.inference import check_checkpoint
 from elastic.observe.jsonl import read_lines
 from elastic.observe.verify import verify
 from elastic.recipe import dumps
+from tests.support.checkpoints import load
 from tests.support.tables import counting, rows, write
 
 ROOT = Path(__file__).resolve().parents[2]

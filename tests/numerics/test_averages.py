@@ -15,6 +15,7 @@ from elastic.driver import inference
 from elastic.model.initial import initial_values
 from elastic.recipe import Recipe
 from elastic.workload import open_model, prepare
+from tests.support import checkpoints
 from tests.support.frameworks import load, names
 from tests.support.images import idx_files, vision_recipe
 from tests.support.inprocess import Result, fit, gpt_recipe
@@ -34,7 +35,7 @@ def gpt(plays: Path, name: str, steps: int = STEPS, workers: int = 1, **model: A
 
 
 def arrays_of(result: Result, step: int) -> dict[str, np.ndarray]:
-    return manager.load(*manager.split(result.run.run_dir / "checkpoints" / f"step-{step:08d}"))[0]
+    return checkpoints.load(*manager.split(result.run.run_dir / "checkpoints" / f"step-{step:08d}"))[0]
 
 
 def assert_averages(result: Result, last: int = STEPS) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from elastic.chaos import PHASES
-from elastic.checkpoint.manager import load, split
+from elastic.checkpoint.manager import split
 from elastic.driver.inference import check_checkpoint
 from elastic.observe.ledger import FOLDER, files, pieces
 from elastic.observe.verify import verify
+from tests.support.checkpoints import load
 from tests.support.inprocess import Run
 from tests.support.tables import counting, rows, write
 

@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 
 from elastic.boxes import Box
-from elastic.checkpoint.manifest import Piece
+from elastic.checkpoint import manager, safetensors
+from elastic.checkpoint.hashing import hashes_of, in_order
+from elastic.checkpoint.manager import folder_of
+from elastic.checkpoint.manifest import CHUNK as MANIFEST_CHUNK
+from elastic.checkpoint.manifest import FileEntry, Manifest, Piece
+from elastic.checkpoint.part import Image
 from elastic.checkpoint.plan import shares
 from elastic.collective.solo import SoloGroup
 from elastic.controller.checkpoints import Commits, Outcome
 from elastic.errors import GroupBroken
 from elastic.messages import Part, Save
+from elastic.storage.store import Store
 from elastic.worker.saver import Saver
 from tests.support.threads import together
 
@@ -112,3 +118,37 @@ def assert_refused(found: list[tuple[Arrays, Any]], why: str = "") -> None:
     assert all(isinstance(error, (BadCheckpoint, GroupBroken)) for error in errors), (why, errors)
     assert any(isinstance(error, BadCheckpoint) for error in errors), (why, errors)
     assert all(state.committed == -1 for state, _ in found), why
+
+
+def write_part(store: Store, step: int, generation: int, part_name: str, arrays: Mapping[str, np.ndarray],
+               boxes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None, chunk_bytes: int = MANIFEST_CHUNK) -> FileEntry:
+    """A part file of these arrays. `boxes` has (shape of the whole array, start) of those that are only a part of one."""
+    pieces = []
+    for name in sorted(arrays):
+        shape, start = (boxes or {}).get(name, (arrays[name].shape, (0,) * arrays[name].ndim))
+        pieces.append(Piece(name, arrays[name].dtype.name, tuple(shape), tuple(start), tuple(arrays[name].shape)))
+    image = Image(tuple(pieces))
+    for piece in image.pieces:
+        flat = np.ascontiguousarray(arrays[piece.name]).reshape(-1)
+        image.bytes[piece.offset:piece.offset + piece.bytes].view(np.dtype(piece.dtype).newbyteorder("<"))[...] = flat
+    return image.write(store, folder_of(step), f"{part_name}-g{generation:06d}.safetensors", chunk_bytes)
+
+
+def load(store: Store, name: str) -> tuple[dict[str, np.ndarray], Manifest]:
+    """All arrays of a checkpoint by name, whole, and its manifest. BadCheckpoint before anything of a bad one is given out."""
+    manifest = manager.read_sound(store, name)
+    arrays: dict[str, np.ndarray] = {}
+    for entry in manifest.files:
+        parts = manager.read_file(store, name, entry, manifest)
+        for key, piece in safetensors.keyed(entry.pieces).items():
+            if piece.count == piece.shape:
+                arrays[piece.name] = parts[key]
+                continue
+            whole = arrays.setdefault(piece.name, np.empty(piece.shape, piece.dtype))
+            whole[tuple(slice(s, s + c) for s, c in zip(piece.start, piece.count, strict=True))] = parts[key]
+    return arrays, manifest
+
+
+def hashes(arrays: Mapping[str, np.ndarray], cursor: int) -> tuple[str, str]:
+    """(parameters_sha256, state_sha256)."""
+    return hashes_of(((name, arrays[name]) for name in in_order(arrays)), cursor)

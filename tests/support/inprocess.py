@@ -158,7 +158,8 @@ class Result:
 
     def arrays(self) -> dict[str, Any]:
         """The final checkpoint's arrays by name."""
-        from elastic.checkpoint.manager import load, split
+        from elastic.checkpoint.manager import split
+        from tests.support.checkpoints import load
 
         return load(*split(self.run.run_dir / "checkpoints" / f"step-{self.summary['steps']:08d}"))[0]
 

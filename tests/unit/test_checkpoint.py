@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from elastic.checkpoint.manager import clean, commit, load, newest_good, prune, read_init, split, verify, write_part
+from elastic.checkpoint.manager import clean, commit, newest_good, prune, read_init, split, verify
 from elastic.checkpoint.manifest import Manifest
 from elastic.controller.checkpoints import Commits
 from elastic.errors import BadCheckpoint, RecipeError
 from elastic.storage.store import Store
+from tests.support.checkpoints import load, write_part
 
 
 def some_arrays(seed: int) -> dict[str, np.ndarray]:

@@ -14,13 +14,14 @@ from safetensors.torch import load_model
 
 from elastic import cli, workload
 from elastic.checkpoint import safetensors
-from elastic.checkpoint.manager import commit, load, split, write_part
+from elastic.checkpoint.manager import commit, split
 from elastic.checkpoint.manifest import Manifest, Piece
 from elastic.checkpoint.part import Image
 from elastic.errors import BadCheckpoint
 from elastic.recipe import Recipe, dumps, parse
 from elastic.storage.store import Store
 from tests.support import modules
+from tests.support.checkpoints import load, write_part
 from tests.support.inprocess import fit, module_recipe
 
 torch = pytest.importorskip("torch", reason="torch is not installed")

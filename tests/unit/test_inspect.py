@@ -12,9 +12,10 @@ import pytest
 from elastic import cli
 from elastic.checkpoint.find import find
 from elastic.checkpoint.inspect import array_rows, differences, distance, file_rows, values_apart
-from elastic.checkpoint.manager import commit, read_manifest, write_part
+from elastic.checkpoint.manager import commit, read_manifest
 from elastic.checkpoint.manifest import Manifest
 from elastic.storage.store import Store
+from tests.support.checkpoints import write_part
 
 RECIPE = '[run]\nname = "small"\n'
 

@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic.checkpoint.manager import load, read_init, read_manifest, read_weights, split, verify
-from elastic.checkpoint.part import write_arrays
+from elastic.checkpoint.manager import read_init, read_manifest, read_weights, split, verify
 from elastic.checkpoint.reader import Reader, read_arrays, windows
 from elastic.errors import BadCheckpoint, RecipeError
 from elastic.storage import store as stores
 from elastic.storage.remote import join
 from elastic.storage.store import Store
-from tests.support.checkpoints import CHUNK, Arrays, assert_same, restore, save, saver, values
+from tests.support.checkpoints import CHUNK, Arrays, assert_same, load, restore, save, saver, values, write_part
 
 SIZES = (1, 2, 3, 4)
 
@@ -104,7 +103,7 @@ def test_boxes_that_are_no_runs_are_loaded_too(tmp_path: Path) -> None:
 
     store, arrays = Store.open(tmp_path), values(0)
     w = arrays.pop("parameter/w")
-    halves = [write_arrays(store, "step-00000050", f"half-{n}", {"parameter/w": w[:, low:high], **more}, {"parameter/w": (w.shape, (0, low))}, CHUNK)
+    halves = [write_part(store, 50, 1, f"half-{n}", {"parameter/w": w[:, low:high], **more}, {"parameter/w": (w.shape, (0, low))}, CHUNK)
               for n, (low, high, more) in enumerate(((0, 11, {}), (11, 30, arrays)))]
     commit(store, Manifest(50, 1, 0, 0, "", tuple(halves), CHUNK))
     assert_same(load(store, "step-00000050")[0], values(0))

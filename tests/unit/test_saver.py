@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.checkpoint.manager import committed, load, read_manifest
+from elastic.checkpoint.manager import committed, read_manifest
 from elastic.controller.checkpoints import Commits
 from elastic.errors import NonFiniteLoss, RunFailed
 from elastic.messages import Part, Save
@@ -18,7 +18,7 @@ from elastic.storage.faulty import FaultyFiles
 from elastic.storage.remote import open_files
 from elastic.storage.store import Store
 from elastic.worker.saver import Saver
-from tests.support.checkpoints import Arrays, assert_same, saver, values, write_parts
+from tests.support.checkpoints import Arrays, assert_same, load, saver, values, write_parts
 
 
 class Gate(FaultyFiles):
