@@ -8,14 +8,14 @@ some of them hidden; "places" (rows, hidden), where in each row; "targets" (rows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from elastic.errors import RecipeError
+from elastic.model import config as checks
 from elastic.model.backend import Spec
-from elastic.model.layers import Chained, Layers, one_layer, smoothed
+from elastic.model.layers import Chained, Layers, Specs, one_layer, smoothed
 
 Array = Any
 EPS = 1e-12  # of the norms, as in the original
@@ -35,54 +35,31 @@ class Config:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("layers", "heads", "width", "context"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RecipeError(f"model.{key} = {value!r} must be a whole number of at least 1.")
-        if self.width % self.heads:
-            raise RecipeError(f"model.width = {self.width} must be a multiple of model.heads = {self.heads}.")
-        for key in ("dropout", "smoothing"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-                raise RecipeError(f"model.{key} = {value!r} must be a number of at least 0 and below 1.")
-        if isinstance(self.mask, bool) or not isinstance(self.mask, (int, float)) or not 0.0 < self.mask < 1.0:
-            raise RecipeError(f"model.mask = {self.mask!r} must be a number above 0 and below 1.")
-        if not isinstance(self.recompute, bool):
-            raise RecipeError(f"model.recompute = {self.recompute!r} must be true or false.")
+        checks.whole(self, "layers", "heads", "width", "context")
+        checks.multiple(self, "width", "heads")
+        checks.share(self, "dropout", "smoothing")
+        checks.number(self, "mask", "a number above 0 and below 1", lambda value: 0.0 < value < 1.0)
+        checks.flag(self, "recompute")
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> BERT:
     """The model for a recipe's `[model]` keys and the data's facts ("vocab_size"). RecipeError names a bad key."""
-    known = [field.name for field in fields(Config)]
-    for key in config:
-        if key not in known:
-            raise RecipeError(f"model.{key} = {config[key]!r} is not a key of nlp.bert; its keys are {', '.join(known)}.")
-    return BERT(Config(**config), int(info["vocab_size"]) + 1)
+    return BERT(checks.read("nlp.bert", Config, config), int(info["vocab_size"]) + 1)
 
 
 def specs(config: Config, num_tokens: int) -> dict[str, Spec]:
     """Every parameter by name. The last row of the embedding stands for a hidden token."""
-    width, heads, d_head = config.width, config.heads, config.width // config.heads
-    out = {"wte": Spec((num_tokens, width), ("vocab", "d_model")), "wpe": Spec((config.context, width), ("position", "d_model"))}
-
-    def norm(name: str) -> None:
-        out[f"{name}.weight"] = Spec((width,), ("d_model",), "ones")
-        out[f"{name}.bias"] = Spec((width,), ("d_model",), "zeros")
-
-    def dense(name: str, shape: tuple[int, ...], dims: tuple[str, ...], num_in: int = 1) -> None:
-        out[f"{name}.weight"] = Spec(shape, dims)
-        out[f"{name}.bias"] = Spec(shape[num_in:], dims[num_in:], "zeros")
-
-    norm("ln_e")
+    width, out = config.width, Specs()
+    out["wte"] = Spec((num_tokens, width), ("vocab", "d_model"))
+    out["wpe"] = Spec((config.context, width), ("position", "d_model"))
+    out.norm("ln_e", width)
     for i in range(config.layers):
-        dense(f"h{i}.attn.qkv", (width, 3, heads, d_head), ("d_model", "qkv", "heads", "d_head"))
-        dense(f"h{i}.attn.out", (heads, d_head, width), ("heads", "d_head", "d_model"), 2)
-        norm(f"h{i}.ln1")
-        dense(f"h{i}.mlp.up", (width, 4 * width), ("d_model", "d_ff"))
-        dense(f"h{i}.mlp.down", (4 * width, width), ("d_ff", "d_model"))
-        norm(f"h{i}.ln2")
-    dense("head", (width, width), ("d_model", "d_out"))
-    norm("ln_h")
+        out.attention(f"h{i}", width, config.heads)
+        out.norm(f"h{i}.ln1", width)
+        out.mlp(f"h{i}", width, 4 * width)
+        out.norm(f"h{i}.ln2", width)
+    out.dense("head", (width, width), ("d_model", "d_out"))
+    out.norm("ln_h", width)
     out["vocab.bias"] = Spec((num_tokens,), ("vocab",), "zeros")
     return out
 

@@ -7,23 +7,22 @@ facts into a data set. Both give the same on every machine that sees the same te
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from elastic.data.arrow import FORMAT, read_tokens, write_atomically, write_tokens
+from elastic.data.arrow import FORMAT, read_tokens, write_tokens
+from elastic.data.convert import remembered
 from elastic.data.files import find, left_out
-from elastic.data.permutation import keyed_words
+from elastic.data.permutation import keyed_word
 from elastic.data.text import read_column, read_text
 from elastic.errors import RecipeError, UserError
-from nlp import tokens as tokenizing
+from nlp import encode as tokenizing
+from nlp.augment import MaskedWindows
 from nlp.gpt import Config
-from nlp.masking import MaskedWindows
 
 VOCAB_SIZE = 1024  # of byte pairs, where the recipe says nothing
 UNIT = "tokens"  # what a batch's weight counts
@@ -43,11 +42,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
         raise RecipeError(f"model.context = {context!r} must be a whole number of at least 1.")
     source = read(data)
     folder = Path(cache_dir) / f"tokens-{source.key}"
-    facts = folder / "facts.json"
-    try:
-        known = json.loads(facts.read_text())
-    except (OSError, ValueError):
-        known = tokenise(source, folder, facts)
+    known = remembered(folder, lambda: tokenise(source, folder))
     files = {"train_file": str(folder / "train.arrow"), "eval_file": str(folder / "eval.arrow")}
     notes = [*left_out("data.path", data.path), *left_out("data.eval_path", data.eval_path)]
     info = {**known, **files, "notes": notes, "context": context,
@@ -94,18 +89,13 @@ class TokenWindows:
         self.num_samples = max(0, (len(tokens) - shifts) // context)
 
     def offset(self, epoch: int) -> int:
-        return 0 if self.seed is None else draw_offset(self.seed, epoch, self.context)
+        return 0 if self.seed is None else keyed_word(self.seed, epoch, self.context) % self.context
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """{"tokens": int32 (rows, context + 1)}."""
         offsets = np.array([self.offset(epoch) for epoch in np.asarray(epochs).tolist()], np.int64)
         starts = np.asarray(indices, np.int64) * self.context + offsets
         return {"tokens": self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int32)}
-
-
-@lru_cache(maxsize=1024)
-def draw_offset(seed: int, epoch: int, context: int) -> int:
-    return int(keyed_words(1, seed, epoch, context)[0] % np.uint64(context))
 
 
 @dataclass(frozen=True)
@@ -149,22 +139,15 @@ def read_all(key: str, paths: Sequence[str], kind: str, column: str) -> str:
     return whole
 
 
-def tokenise(source: Source, folder: Path, facts: Path) -> dict[str, Any]:
-    """Writes both splits and then the facts, which make the folder count. Several writers write the same."""
+def tokenise(source: Source, folder: Path) -> dict[str, Any]:
+    """Writes both splits, and says what is in them."""
     spec = tokenizing.train(source.kind, source.training, source.training + source.evaluation, source.vocab_size)
     tokenizer = tokenizing.build(spec)
     kind = np.uint8 if tokenizer.size <= 1 << 8 else np.uint16 if tokenizer.size <= 1 << 16 else np.int32
     splits = {"train": tokenizer.encode(source.training).astype(kind), "eval": tokenizer.encode(source.evaluation).astype(kind)}
-    known = {"vocab_size": tokenizer.size, "tokenizer": spec, "num_tokens": len(splits["train"]),
-             "num_eval_tokens": len(splits["eval"])}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for split, tokens in splits.items():
-            write_tokens(folder / f"{split}.arrow", tokens)
-        write_atomically(facts, json.dumps(known).encode())
-    except OSError as error:
-        raise UserError(f"The token cache {folder} cannot be written ({error.strerror}); make it writable or free some space.") from error
-    return known
+    for split, tokens in splits.items():
+        write_tokens(folder / f"{split}.arrow", tokens)
+    return {"vocab_size": tokenizer.size, "tokenizer": spec, "num_tokens": len(splits["train"]), "num_eval_tokens": len(splits["eval"])}
 
 
 def check_lengths(data: Any, info: Mapping[str, Any]) -> None:

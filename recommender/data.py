@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ import numpy as np
 
 from elastic.data.arrow import read_tokens, write_atomically, write_tokens
 from elastic.data.columns import Column
-from elastic.data.convert import locked, write
+from elastic.data.convert import remembered, write
 from elastic.data.files import File, find, left_out, told
 from elastic.data.formats import Arrays
 from elastic.data.index import Facts, Part
-from elastic.data.permutation import keyed_words, mix, permute
+from elastic.data.permutation import keyed_word, mix, permute
 from elastic.data.table import Store
 from elastic.errors import UserError
 from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, hashed
@@ -55,14 +54,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     files = [[key, [[file.where, file.size, file.mtime_ns] for file in found]] for key, found in sources]
     asked = json.dumps([VERSION, is_binary, settings, files])
     folder = Path(cache_dir) / f"columns-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
-    facts = folder / "facts.json"
-    with locked(folder):
-        try:
-            known = json.loads(facts.read_text())
-            (folder / VOCABULARIES).stat()
-        except (OSError, ValueError):
-            known = read(Encoder(data, is_binary), sources, folder, settings)
-            write_atomically(facts, json.dumps(known).encode())
+    known = remembered(folder, lambda: read(Encoder(data, is_binary), sources, folder, settings), (VOCABULARIES,))
     notes = [line for key, _ in sources for line in left_out(key, getattr(data, key.removeprefix("data.")))]
     notes += told("data.path", known["unused"], "as columns that neither data.categorical nor data.numeric names")
     return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder),
@@ -129,17 +121,12 @@ class Samples:
 
     def hidden(self, codes: np.ndarray, seed: int, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Rows of the table, some of them those for unknown values: which is a function of the seed, epoch, sample and column."""
-        words = np.array([epoch_word(seed, epoch) for epoch in epochs.tolist()], np.uint64) ^ mix(indices.astype(np.uint64))
+        words = np.array([keyed_word(seed, epoch, HIDING_KEY) for epoch in epochs.tolist()], np.uint64) ^ mix(indices.astype(np.uint64))
         words = mix(mix(words)[:, None] + np.arange(codes.shape[1], dtype=np.uint64))
         found, (rows, columns) = self.codes[codes], np.nonzero(words.astype(np.uint32) < self.hiding[codes])
         first, extra = self.unknown[columns].T
         found[rows, columns] = first + (words[rows, columns] >> np.uint64(32)).astype(np.int64) % extra
         return found
-
-
-@lru_cache(maxsize=1024)
-def epoch_word(seed: int, epoch: int) -> int:
-    return int(keyed_words(1, seed, epoch, HIDING_KEY)[0])
 
 
 def store_of(info: Mapping[str, Any]) -> Store:

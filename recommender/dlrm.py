@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from elastic.errors import RecipeError
+from elastic.model import config as checks
 from elastic.model.backend import Spec
 from elastic.model.layers import Chained, dense_from, dense_into, part_tag
 from elastic.model.tally import Tally
@@ -49,16 +50,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for key, choices in (("arch", ARCHS), ("loss", LOSSES), ("bias_init", BIASES)):
-            if getattr(self, key) not in choices:
-                raise RecipeError(f"model.{key} = {getattr(self, key)!r} must be one of {', '.join(choices)}.")
+            checks.one_of(self, key, choices)
         for key in ("bottom", "top"):
             widths = getattr(self, key)
-            if not isinstance(widths, (list, tuple)) or not all(is_count(width) for width in widths):
+            if not isinstance(widths, (list, tuple)) or not all(map(checks.is_whole, widths)):
                 raise RecipeError(f"model.{key} = {widths!r} must be a list of whole numbers of at least 1.")
-        if not is_count(self.layers):
-            raise RecipeError(f"model.layers = {self.layers!r} must be a whole number of at least 1.")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
-            raise RecipeError(f"model.dropout = {self.dropout!r} must be a number of at least 0 and below 1.")
+        checks.whole(self, "layers")
+        checks.share(self, "dropout")
         self.embedding_start(1)
 
     def embedding_start(self, width: int) -> tuple[str, float]:
@@ -74,10 +72,6 @@ class Config:
         return kind, scale
 
 
-def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 @dataclass(frozen=True)
 class Columns:
     """What the data says: rows of each categorical column's embedding, the number of numeric columns, the embedding's width, and where the
@@ -91,14 +85,11 @@ class Columns:
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> Recommender:
     """The model for a recipe's `[model]` keys and the data's facts. RecipeError names a bad key."""
-    known = [field.name for field in fields(Config)]
-    for key in config:
-        if key not in known:
-            raise RecipeError(f"model.{key} = {config[key]!r} is not a key of recommender.dlrm; its keys are {', '.join(known)}.")
+    read = checks.read("recommender.dlrm", Config, config)
     columns = Columns(tuple(info["sizes"]), int(info["num_numeric"]), int(info["embedding_dim"]), float(info.get("label_mean", 0.0)))
-    if config.get("arch", "dlrm") == "dlrm" and not columns.sizes:
+    if read.arch == "dlrm" and not columns.sizes:
         raise RecipeError('data.categorical is missing; model.arch = "dlrm" needs at least one: add it, or write model.arch = "dcn" or "lr".')
-    return Recommender(Config(**config), columns, (int(info["num_eval_rows"]), int(info["top"])) if info.get("top") else None)
+    return Recommender(read, columns, (int(info["num_eval_rows"]), int(info["top"])) if info.get("top") else None)
 
 
 def specs(config: Config, columns: Columns) -> dict[str, Spec]:

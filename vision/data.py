@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from elastic.data.arrow import write_atomically
-from elastic.data.convert import locked
+from elastic.data.convert import remembered
 from elastic.errors import RecipeError, UserError
 from vision import augment
-from vision.classes import Classes
 from vision.images import sources
-from vision.store import Store, path_of, sized, write
+from vision.store import Classes, Store, path_of, sized, write
 
 VERSION = 4
+UNIT = ""  # weights count rows
 SPLITS = {"train": "path", "eval": "eval_path"}
 
 
@@ -41,13 +40,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     asked = [VERSION, data.format, data.image, data.label, data.skip_bad, data.image_size, data.channels, data.eval_fraction, {
         split: [[f.where, f.size, f.mtime_ns, f.below] for f in files] for split, (files, _) in found.items()}]
     folder = Path(cache_dir) / f"images-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}"
-    facts = folder / "facts.json"
-    with locked(folder):
-        try:
-            known = json.loads(facts.read_text())
-        except (OSError, ValueError):
-            known = look(data, paths, folder)
-            write_atomically(facts, json.dumps(known).encode())
+    known = remembered(folder, lambda: look(data, paths, folder))
     if data.crop >= min(known["shape"][:2]):
         raise RecipeError(f"data.crop = {data.crop} moves images of {sized(known['shape'])} out of sight; write less than {min(known['shape'][:2])}.")
     files = {f"{split}_file": str(path_of(folder / (split if split in paths else "train"), "labels")) for split in SPLITS}

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.errors import RecipeError, UserError
+from elastic.model import config as checks
 from elastic.model.backend import Spec
-from vision import config as checks
-from vision.metrics import loss_of, scores_of
+from vision.metrics import BIASES, head_bias, loss_of, scores_of
 
 Array = Any
 EXPANSION = 4  # a bottleneck's outer channels for each inner one
@@ -49,13 +49,13 @@ class Config:
             raise RecipeError(f"model.blocks = {self.blocks!r} must be a list of whole numbers of at least 1, one a stage, as [2, 2, 2, 2].")
         object.__setattr__(self, "blocks", tuple(self.blocks))
         checks.whole(self, "width", "groups")
-        checks.one_of(self, "bias_init", checks.BIASES)
+        checks.one_of(self, "bias_init", BIASES)
         checks.share(self, "momentum", "smoothing")
         checks.one_of(self, "stem", ("large", "small"))
         checks.one_of(self, "norm", ("batch", "group"))
         checks.flag(self, "bottleneck")
-        if self.norm == "group" and self.width % self.groups:
-            raise RecipeError(f"model.width = {self.width} must be a multiple of model.groups = {self.groups}.")
+        if self.norm == "group":
+            checks.multiple(self, "width", "groups")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def specs(config: Config, channels: int, num_classes: int, counts: Sequence[int]
             add(shortcut)
     wide = blocks[-1].num_out
     params["head.weight"] = Spec((wide, num_classes), ("channels", "classes"), "uniform", 1.0 / math.sqrt(wide))
-    params["head.bias"] = checks.head_bias(config, num_classes, counts)
+    params["head.bias"] = head_bias(config, num_classes, counts)
     return params, buffers
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
+from elastic.data.arrow import write_atomically
 from elastic.data.columns import Column, values
 from elastic.data.files import File
 from elastic.data.formats import Arrays, batches
@@ -93,6 +96,30 @@ def stored(array: np.ndarray, column: Column) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(found, type=stored_type(column)) if column.width else found
 
 
+def remembered(folder: Path, make: Callable[[], dict[str, Any]], beside: Sequence[str] = ()) -> dict[str, Any]:
+    """The facts that a folder of the cache holds, where the files `beside` them are there too; else those that `make` finds as it fills the folder.
+
+    UserError if it cannot be written.
+    """
+    facts = folder / "facts.json"
+
+    def held() -> dict[str, Any] | None:
+        with suppress(OSError, ValueError):
+            for name in beside:
+                (folder / name).stat()
+            return dict(json.loads(facts.read_text()))
+        return None
+
+    known = held()
+    if known is None:
+        with locked(folder):
+            known = held()  # by now another process may have made them
+            if known is None:
+                known = make()
+                write_atomically(facts, json.dumps(known).encode())
+    return known
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Of several processes of this machine, one at a time; the others find its work done. Makes the folder. UserError if it cannot."""
@@ -102,4 +129,4 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except OSError as error:
-        raise UserError(f"The table cache {folder} cannot be written ({error.strerror}); make it writable or free some space.") from error
+        raise UserError(f"The cache {folder} cannot be written ({error.strerror}); make it writable or free some space.") from error

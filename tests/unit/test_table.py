@@ -378,7 +378,7 @@ def test_a_storage_that_cannot_be_reached(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match="The table cache .* cannot be written"):
+    with pytest.raises(UserError, match="The cache .* cannot be written"):
         table.prepare(section(write(tmp_path / "t.parquet", rows(10))), tmp_path / "cache")
 
 
