@@ -104,7 +104,7 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
         raise UserError(f"data.path = {list(recipe.data.path)} holds other data on this machine than on the one that started the run; copy it there.")
     training = domain.open_dataset(facts, "train", recipe.run.seed)
     evaluation = domain.open_dataset(facts, "eval", recipe.run.seed)
-    return training, evaluation if evaluation.num_samples else None, getattr(domain, "UNIT", "")
+    return training, evaluation if evaluation.num_samples else None, domain.UNIT
 
 
 @dataclass

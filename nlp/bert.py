@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from elastic.model import keys
+from elastic.model import config as checks
 from elastic.model.backend import Spec
-from elastic.model.layers import Chained, Layers, one_layer, smoothed
+from elastic.model.layers import Chained, Layers, Specs, one_layer, smoothed
 
 Array = Any
 EPS = 1e-12  # of the norms, as in the original
@@ -35,41 +35,31 @@ class Config:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        keys.whole(self, "layers", "heads", "width", "context")
-        keys.divided(self, "width", "heads")
-        keys.share(self, "dropout", "smoothing")
-        keys.need(self, "mask", keys.is_number(self.mask) and 0.0 < self.mask < 1.0, "a number above 0 and below 1")
-        keys.flag(self, "recompute")
+        checks.whole(self, "layers", "heads", "width", "context")
+        checks.multiple(self, "width", "heads")
+        checks.share(self, "dropout", "smoothing")
+        checks.number(self, "mask", "a number above 0 and below 1", lambda value: 0.0 < value < 1.0)
+        checks.flag(self, "recompute")
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> BERT:
     """The model for a recipe's `[model]` keys and the data's facts ("vocab_size"). RecipeError names a bad key."""
-    return BERT(keys.read("nlp.bert", Config, config), int(info["vocab_size"]) + 1)
+    return BERT(checks.read("nlp.bert", Config, config), int(info["vocab_size"]) + 1)
 
 
 def specs(config: Config, num_tokens: int) -> dict[str, Spec]:
     """Every parameter by name. The last row of the embedding stands for a hidden token."""
-    width, heads, d_head = config.width, config.heads, config.width // config.heads
-    out = {"wte": Spec((num_tokens, width), ("vocab", "d_model")), "wpe": Spec((config.context, width), ("position", "d_model"))}
-
-    def norm(name: str) -> None:
-        out[f"{name}.weight"] = Spec((width,), ("d_model",), "ones")
-        out[f"{name}.bias"] = Spec((width,), ("d_model",), "zeros")
-
-    def dense(name: str, shape: tuple[int, ...], dims: tuple[str, ...], num_in: int = 1) -> None:
-        out[f"{name}.weight"] = Spec(shape, dims)
-        out[f"{name}.bias"] = Spec(shape[num_in:], dims[num_in:], "zeros")
-
-    norm("ln_e")
+    width, out = config.width, Specs()
+    out["wte"] = Spec((num_tokens, width), ("vocab", "d_model"))
+    out["wpe"] = Spec((config.context, width), ("position", "d_model"))
+    out.norm("ln_e", width)
     for i in range(config.layers):
-        dense(f"h{i}.attn.qkv", (width, 3, heads, d_head), ("d_model", "qkv", "heads", "d_head"))
-        dense(f"h{i}.attn.out", (heads, d_head, width), ("heads", "d_head", "d_model"), 2)
-        norm(f"h{i}.ln1")
-        dense(f"h{i}.mlp.up", (width, 4 * width), ("d_model", "d_ff"))
-        dense(f"h{i}.mlp.down", (4 * width, width), ("d_ff", "d_model"))
-        norm(f"h{i}.ln2")
-    dense("head", (width, width), ("d_model", "d_out"))
-    norm("ln_h")
+        out.attention(f"h{i}", width, config.heads)
+        out.norm(f"h{i}.ln1", width)
+        out.mlp(f"h{i}", width, 4 * width)
+        out.norm(f"h{i}.ln2", width)
+    out.dense("head", (width, width), ("d_model", "d_out"))
+    out.norm("ln_h", width)
     out["vocab.bias"] = Spec((num_tokens,), ("vocab",), "zeros")
     return out
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from elastic.errors import RecipeError
-from elastic.model import keys
+from elastic.model import config as checks
 from elastic.model.backend import Spec
-from elastic.model.layers import Chained, Layers, one_layer, smoothed
+from elastic.model.layers import Chained, Layers, Specs, one_layer, smoothed
 from nlp.experts import Experts
 
 Array = Any
@@ -44,13 +44,13 @@ class Config:
     balance: float = 0.01
 
     def __post_init__(self) -> None:
-        keys.whole(self, "layers", "heads", "width", "context", "expert_every", "top")
-        keys.need(self, "experts", keys.is_count(self.experts) or type(self.experts) is int and not self.experts, "a whole number of at least 0")
-        keys.divided(self, "width", "heads")
-        keys.share(self, "dropout", "smoothing")
-        keys.flag(self, "bias", "recompute")
-        keys.need(self, "capacity", keys.is_number(self.capacity) and 0 < self.capacity < math.inf, "a finite number above 0")
-        keys.need(self, "balance", keys.is_number(self.balance) and 0 <= self.balance < math.inf, "a finite number of at least 0")
+        checks.whole(self, "layers", "heads", "width", "context", "expert_every", "top")
+        checks.whole(self, "experts", least=0)
+        checks.multiple(self, "width", "heads")
+        checks.share(self, "dropout", "smoothing")
+        checks.flag(self, "bias", "recompute")
+        checks.number(self, "capacity", "a finite number above 0", lambda value: 0 < value < math.inf)
+        checks.number(self, "balance", "a finite number of at least 0", lambda value: 0 <= value < math.inf)
         if self.top > 2 or self.experts and self.top > self.experts:
             raise RecipeError(f"model.top = {self.top} must be 1 or 2, and no more than model.experts = {self.experts}.")
         if self.experts and self.expert_every > self.layers:
@@ -62,42 +62,27 @@ class Config:
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> GPT:
     """The model for a recipe's `[model]` keys and the data's facts ("vocab_size"). RecipeError names a bad key."""
-    return GPT(keys.read("nlp.gpt", Config, config), int(info["vocab_size"]))
+    return GPT(checks.read("nlp.gpt", Config, config), int(info["vocab_size"]))
 
 
 def specs(config: Config, vocab_size: int) -> dict[str, Spec]:
     """Every parameter by name. Projections back into the residual stream start smaller, by 1/sqrt(2 layers)."""
-    width, heads, d_head = config.width, config.heads, config.width // config.heads
-    residual = 0.02 / math.sqrt(2 * config.layers)
-    out = {
-        "wte": Spec((vocab_size, width), ("vocab", "d_model")),
-        "wpe": Spec((config.context, width), ("position", "d_model")),
-    }
-
-    def norm(name: str) -> None:
-        out[f"{name}.weight"] = Spec((width,), ("d_model",), "ones")
-        if config.bias:
-            out[f"{name}.bias"] = Spec((width,), ("d_model",), "zeros")
-
-    def dense(name: str, shape: tuple[int, ...], dims: tuple[str, ...], num_in: int, scale: float = 0.02) -> None:
-        out[f"{name}.weight"] = Spec(shape, dims, "normal", scale)
-        if config.bias:
-            out[f"{name}.bias"] = Spec(shape[num_in:], dims[num_in:], "zeros")
-
+    width, residual = config.width, 0.02 / math.sqrt(2 * config.layers)
+    out = Specs(config.bias)
+    out["wte"] = Spec((vocab_size, width), ("vocab", "d_model"))
+    out["wpe"] = Spec((config.context, width), ("position", "d_model"))
     for i in range(config.layers):
-        norm(f"h{i}.ln1")
-        dense(f"h{i}.attn.qkv", (width, 3, heads, d_head), ("d_model", "qkv", "heads", "d_head"), 1)
-        dense(f"h{i}.attn.out", (heads, d_head, width), ("heads", "d_head", "d_model"), 2, residual)
-        norm(f"h{i}.ln2")
+        out.norm(f"h{i}.ln1", width)
+        out.attention(f"h{i}", width, config.heads, scale_out=residual)
+        out.norm(f"h{i}.ln2", width)
         if config.has_experts(i):
             num, wide = config.experts, 4 * width
             out[f"h{i}.moe.gate.weight"] = Spec((width, num), ("d_model", "experts"))
             out[f"h{i}.moe.up.weight"] = Spec((num, width, wide), ("expert", "d_model", "d_ff_expert"))
             out[f"h{i}.moe.down.weight"] = Spec((num, wide, width), ("expert", "d_ff_expert", "d_model"), "normal", residual)
         else:
-            dense(f"h{i}.mlp.up", (width, 4 * width), ("d_model", "d_ff"), 1)
-            dense(f"h{i}.mlp.down", (4 * width, width), ("d_ff", "d_model"), 1, residual)
-    norm("ln_f")
+            out.mlp(f"h{i}", width, 4 * width, scale_out=residual)
+    out.norm("ln_f", width)
     return out
 
 

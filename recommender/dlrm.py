@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from elastic.errors import RecipeError
-from elastic.model import keys
+from elastic.model import config as checks
 from elastic.model.backend import Spec
 from elastic.model.layers import Chained, dense_from, dense_into, part_tag
 from elastic.model.tally import Tally
@@ -50,11 +50,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for key, choices in (("arch", ARCHS), ("loss", LOSSES), ("bias_init", BIASES)):
-            keys.one_of(self, key, choices)
-        for key, widths in (("bottom", self.bottom), ("top", self.top)):
-            keys.need(self, key, isinstance(widths, (list, tuple)) and all(map(keys.is_count, widths)), "a list of whole numbers of at least 1")
-        keys.whole(self, "layers")
-        keys.share(self, "dropout")
+            checks.one_of(self, key, choices)
+        for key in ("bottom", "top"):
+            widths = getattr(self, key)
+            if not isinstance(widths, (list, tuple)) or not all(map(checks.is_whole, widths)):
+                raise RecipeError(f"model.{key} = {widths!r} must be a list of whole numbers of at least 1.")
+        checks.whole(self, "layers")
+        checks.share(self, "dropout")
         self.embedding_start(1)
 
     def embedding_start(self, width: int) -> tuple[str, float]:
@@ -83,7 +85,7 @@ class Columns:
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> Recommender:
     """The model for a recipe's `[model]` keys and the data's facts. RecipeError names a bad key."""
-    read = keys.read("recommender.dlrm", Config, config)
+    read = checks.read("recommender.dlrm", Config, config)
     columns = Columns(tuple(info["sizes"]), int(info["num_numeric"]), int(info["embedding_dim"]), float(info.get("label_mean", 0.0)))
     if read.arch == "dlrm" and not columns.sizes:
         raise RecipeError('data.categorical is missing; model.arch = "dlrm" needs at least one: add it, or write model.arch = "dcn" or "lr".')

@@ -18,11 +18,11 @@ from elastic.data.cache import facts_once
 from elastic.data.dataset import Dataset
 from elastic.errors import RecipeError, UserError
 from vision import augment
-from vision.classes import Classes
 from vision.images import sources
-from vision.store import Store, path_of, sized, write
+from vision.store import Classes, Store, path_of, sized, write
 
 VERSION = 4
+UNIT = ""  # weights count rows
 SPLITS = {"train": "path", "eval": "eval_path"}
 
 

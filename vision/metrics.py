@@ -1,14 +1,25 @@
-"""What a classifier of images is trained and judged by, as sums over rows that add up over shards."""
+"""What a classifier of images starts from, and is trained and judged by: sums over rows, that add up over shards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from elastic.model.backend import Spec
 from elastic.model.layers import smoothed
 
 Array = Any
 TOP = 5
+BIASES = ("zeros", "mean")
+LEAST_COUNT = 0.5  # of images of a class, that a logarithm stands for
+
+
+def head_bias(config: Any, num_classes: int, counts: Sequence[int]) -> Spec:
+    """Of the logits: zeros, or with `bias_init` "mean" the logarithms of the classes' shares of the training images."""
+    if config.bias_init == "zeros" or not counts:
+        return Spec((num_classes,), ("classes",), "zeros")
+    return Spec((num_classes,), ("classes",), "values", values=tuple(math.log(max(count, LEAST_COUNT) / sum(counts)) for count in counts))
 
 
 def loss_of(ops: Any, logits: Array, batch: Mapping[str, Array], smoothing: float) -> tuple[Array, Array]:

@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic.errors import UserError
-from elastic.model import keys
+from elastic.errors import RecipeError, UserError
+from elastic.model import config as checks
 from elastic.model.backend import Spec
-from vision.config import BIASES, head_bias
-from vision.metrics import loss_of, scores_of
+from vision.metrics import BIASES, head_bias, loss_of, scores_of
 
 Array = Any
 EXPANSION = 4  # a bottleneck's outer channels for each inner one
@@ -46,17 +45,17 @@ class Config:
     bias_init: str = "zeros"
 
     def __post_init__(self) -> None:
-        keys.need(self, "blocks", isinstance(self.blocks, (list, tuple)) and bool(self.blocks) and all(map(keys.is_count, self.blocks)),
-                  "a list of whole numbers of at least 1, one a stage, as [2, 2, 2, 2]")
+        if not isinstance(self.blocks, (list, tuple)) or not self.blocks or not all(map(checks.is_whole, self.blocks)):
+            raise RecipeError(f"model.blocks = {self.blocks!r} must be a list of whole numbers of at least 1, one a stage, as [2, 2, 2, 2].")
         object.__setattr__(self, "blocks", tuple(self.blocks))
-        keys.whole(self, "width", "groups")
-        keys.one_of(self, "bias_init", BIASES)
-        keys.share(self, "momentum", "smoothing")
-        keys.one_of(self, "stem", ("large", "small"))
-        keys.one_of(self, "norm", ("batch", "group"))
-        keys.flag(self, "bottleneck")
+        checks.whole(self, "width", "groups")
+        checks.one_of(self, "bias_init", BIASES)
+        checks.share(self, "momentum", "smoothing")
+        checks.one_of(self, "stem", ("large", "small"))
+        checks.one_of(self, "norm", ("batch", "group"))
+        checks.flag(self, "bottleneck")
         if self.norm == "group":
-            keys.divided(self, "width", "groups")
+            checks.multiple(self, "width", "groups")
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Conv:
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> ResNet:
     """The model for a recipe's `[model]` keys and the data's facts ("shape", "num_classes"). RecipeError names a bad key."""
-    return ResNet(keys.read("vision.resnet", Config, config), tuple(info["shape"]), int(info["num_classes"]), info.get("class_counts", ()))
+    return ResNet(checks.read("vision.resnet", Config, config), tuple(info["shape"]), int(info["num_classes"]), info.get("class_counts", ()))
 
 
 def blocks_of(config: Config) -> list[Block]:

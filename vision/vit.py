@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.errors import RecipeError
-from elastic.model import keys
+from elastic.model import config as checks
 from elastic.model.backend import Spec
-from elastic.model.layers import Chained, Layers, one_layer
-from vision.config import BIASES, head_bias
-from vision.metrics import loss_of, scores_of
+from elastic.model.layers import Chained, Layers, Specs, one_layer
+from vision.metrics import BIASES, head_bias, loss_of, scores_of
 
 Array = Any
 
@@ -37,16 +36,16 @@ class Config:
     bias_init: str = "zeros"
 
     def __post_init__(self) -> None:
-        keys.whole(self, "layers", "heads", "width", "patch", "mlp")
-        keys.one_of(self, "bias_init", BIASES)
-        keys.share(self, "dropout", "smoothing")
-        keys.flag(self, "recompute")
-        keys.divided(self, "width", "heads")
+        checks.whole(self, "layers", "heads", "width", "patch", "mlp")
+        checks.one_of(self, "bias_init", BIASES)
+        checks.share(self, "dropout", "smoothing")
+        checks.flag(self, "recompute")
+        checks.multiple(self, "width", "heads")
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> ViT:
     """The model for a recipe's `[model]` keys and the data's facts ("shape", "num_classes"). RecipeError names a bad key."""
-    read, (height, width, channels) = keys.read("vision.vit", Config, config), info["shape"]
+    read, (height, width, channels) = checks.read("vision.vit", Config, config), info["shape"]
     if height % read.patch or width % read.patch:
         raise RecipeError(f"model.patch = {read.patch} must divide the images' height {height} and width {width}.")
     return ViT(read, (height, width, channels), int(info["num_classes"]), info.get("class_counts", ()))
@@ -56,33 +55,18 @@ def specs(config: Config, shape: tuple[int, ...], num_classes: int, counts: Sequ
     """Every parameter by name. A projection starts with the variance 1 / its inputs, whatever the width (a deviation of 0.02 learns small
     models slowly); one back into the residual stream smaller, by 1/sqrt(2 layers).
     """
-    width, heads, d_head, patch = config.width, config.heads, config.width // config.heads, config.patch
-    height, wide, channels = shape
-    residual = 1.0 / math.sqrt(2 * config.layers)
-    out = {
-        "patch.weight": Spec((patch, patch, channels, width), ("kernel_h", "kernel_w", "channels_in", "d_model"), "normal",
-                             1.0 / math.sqrt(patch * patch * channels)),
-        "patch.bias": Spec((width,), ("d_model",), "zeros"),
-        "position": Spec((height // patch * (wide // patch), width), ("position", "d_model")),
-    }
-
-    def norm(name: str) -> None:
-        out[f"{name}.weight"] = Spec((width,), ("d_model",), "ones")
-        out[f"{name}.bias"] = Spec((width,), ("d_model",), "zeros")
-
-    def dense(name: str, shape: tuple[int, ...], dims: tuple[str, ...], num_in: int, scale: float = 1.0) -> None:
-        out[f"{name}.weight"] = Spec(shape, dims, "normal", scale / math.sqrt(math.prod(shape[:num_in])))
-        out[f"{name}.bias"] = Spec(shape[num_in:], dims[num_in:], "zeros")
-
+    width, patch, (height, wide, channels) = config.width, config.patch, shape
+    scale, residual, out = 1.0 / math.sqrt(width), 1.0 / math.sqrt(2 * config.layers), Specs()
+    out.dense("patch", (patch, patch, channels, width), ("kernel_h", "kernel_w", "channels_in", "d_model"), 3,
+              1.0 / math.sqrt(patch * patch * channels))
+    out["position"] = Spec((height // patch * (wide // patch), width), ("position", "d_model"))
     for i in range(config.layers):
-        norm(f"h{i}.ln1")
-        dense(f"h{i}.attn.qkv", (width, 3, heads, d_head), ("d_model", "qkv", "heads", "d_head"), 1)
-        dense(f"h{i}.attn.out", (heads, d_head, width), ("heads", "d_head", "d_model"), 2, residual)
-        norm(f"h{i}.ln2")
-        dense(f"h{i}.mlp.up", (width, config.mlp * width), ("d_model", "d_ff"), 1)
-        dense(f"h{i}.mlp.down", (config.mlp * width, width), ("d_ff", "d_model"), 1, residual)
-    norm("ln_f")
-    dense("head", (width, num_classes), ("d_model", "classes"), 1)
+        out.norm(f"h{i}.ln1", width)
+        out.attention(f"h{i}", width, config.heads, scale, residual / math.sqrt(width))
+        out.norm(f"h{i}.ln2", width)
+        out.mlp(f"h{i}", width, config.mlp * width, scale, residual / math.sqrt(config.mlp * width))
+    out.norm("ln_f", width)
+    out.dense("head", (width, num_classes), ("d_model", "classes"), 1, scale)
     out["head.bias"] = head_bias(config, num_classes, counts)
     return out
 

@@ -1,4 +1,7 @@
-"""The MXNet backend: `backends.mxnet.backend.create(model_or_block, settings)`."""
+"""The MXNet backend.
+
+backend (with its stages), ops, routing, optimizer, arrays, collectives, tracing and adapter as in every backend; turn: which thread computes.
+"""
 
 import os
 import sys

@@ -1,4 +1,8 @@
-"""The PyTorch backend: `backends.pytorch.backend.create(model_or_module, settings)`."""
+"""The PyTorch backend.
+
+backend is the door; neutral, the Backend for models of named arrays, and module, the one for users' own modules, which adapter describes, watch
+looks into and rehearsal tries out; ops, optimizer, arrays, collectives and stages as in every backend; export: files for torch's own loading.
+"""
 
 import os
 import sys

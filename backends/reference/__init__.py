@@ -1,1 +1,4 @@
-"""The NumPy backend: every kernel and optimizer written plainly, as the oracle for the others. Slow on purpose."""
+"""The NumPy backend: every kernel and optimizer written plainly, as the oracle for the others. Slow on purpose.
+
+backend, ops, optimizer as in every backend; tape: reverse-mode differentiation.
+"""

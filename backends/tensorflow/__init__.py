@@ -1,4 +1,7 @@
-"""The TensorFlow backend: `backends.tensorflow.backend.create(model_or_keras_model, settings)`."""
+"""The TensorFlow backend.
+
+backend, ops, optimizer, arrays, collectives, stages, tracing and adapter as in every backend; compiled: what a Keras model's compile() was told.
+"""
 
 import os
 

@@ -14,6 +14,33 @@ Array = Any
 Layer = Callable[[Mapping[str, Array], Array, str], Array]
 
 
+class Specs(dict[str, Spec]):
+    """A transformer's arrays by name, in the order in which they are declared; `bias`: norms and projections have one. Scales are deviations."""
+
+    def __init__(self, bias: bool = True):
+        super().__init__()
+        self._has_bias = bias
+
+    def norm(self, name: str, width: int) -> None:
+        self[f"{name}.weight"] = Spec((width,), ("d_model",), "ones")
+        if self._has_bias:
+            self[f"{name}.bias"] = Spec((width,), ("d_model",), "zeros")
+
+    def dense(self, name: str, shape: tuple[int, ...], dims: tuple[str, ...], num_in: int = 1, scale: float = 0.02) -> None:
+        """A product that sums over the first `num_in` dims."""
+        self[f"{name}.weight"] = Spec(shape, dims, "normal", scale)
+        if self._has_bias:
+            self[f"{name}.bias"] = Spec(shape[num_in:], dims[num_in:], "zeros")
+
+    def attention(self, h: str, width: int, heads: int, scale_in: float = 0.02, scale_out: float = 0.02) -> None:
+        self.dense(f"{h}.attn.qkv", (width, 3, heads, width // heads), ("d_model", "qkv", "heads", "d_head"), 1, scale_in)
+        self.dense(f"{h}.attn.out", (heads, width // heads, width), ("heads", "d_head", "d_model"), 2, scale_out)
+
+    def mlp(self, h: str, width: int, d_ff: int, scale_in: float = 0.02, scale_out: float = 0.02) -> None:
+        self.dense(f"{h}.mlp.up", (width, d_ff), ("d_model", "d_ff"), 1, scale_in)
+        self.dense(f"{h}.mlp.down", (d_ff, width), ("d_ff", "d_model"), 1, scale_out)
+
+
 class Chained:
     """A `Model` made of an `elastic.model.backend.Chain`: whoever derives from it brings `parameters, layout, pieces, names, run, score, measure`.
 

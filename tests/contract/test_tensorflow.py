@@ -45,7 +45,7 @@ def test_threads_are_fixed_for_the_process() -> None:
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"device": "cuda"}, 'device = .cuda.* use "torch" on a GPU'), ({"precision": "bfloat16"}, "precision")])
+    ({"device": "cuda"}, 'device = .cuda.* "torch" for a GPU'), ({"precision": "bfloat16"}, "precision")])
 def test_impossible_settings_are_named(changes: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         gpt_rig("tensorflow", **changes)

@@ -10,9 +10,9 @@ import pytest
 
 from elastic.errors import RecipeError
 from elastic.recipe import Recipe, parse
+from nlp.augment import MaskedWindows
 from nlp.bert import build
 from nlp.data import TokenWindows, open_dataset, prepare
-from nlp.masking import MaskedWindows
 from tests.support.frameworks import assert_close, load, names
 from tests.support.inprocess import Result, fit, merged
 from tests.support.models import Rig, rig_of
