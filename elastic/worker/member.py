@@ -28,13 +28,7 @@ class Member:
         self.unsaved: deque[dict[str, Any]] = deque(maxlen=MAX_LINES)  # those since the newest checkpoint known to be committed
 
     def settle(self, generation: Generation, group: CollectiveGroup) -> None:
-        """Takes the coordinate that the generation gives it."""
-
-    def restore(self, generation: Generation, group: CollectiveGroup) -> None:
-        """Loads the checkpoint `generation.load`, all members together."""
-
-    def ready(self, group: CollectiveGroup) -> None:
-        """The state is there."""
+        """Takes the coordinate that the generation gives it, and loads the checkpoint that it names, if any, all members together."""
 
     def save(self, order: Save) -> None:
         """Writes this member's share of a checkpoint."""

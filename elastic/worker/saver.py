@@ -10,15 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
-
 from elastic.checkpoint.claim import read as claim_of
-from elastic.checkpoint.hashing import PARAMETER, hashes_of
-from elastic.checkpoint.manager import MANIFEST, commit, committed, folder_of, read_sound, read_start, split
-from elastic.checkpoint.manifest import CHUNK, FileEntry, Manifest
+from elastic.checkpoint.hashing import PARAMETER
+from elastic.checkpoint.manager import MANIFEST, commit, committed, folder_of, read_sound, split
+from elastic.checkpoint.manifest import CHUNK, Manifest
 from elastic.checkpoint.part import Image, part_name
 from elastic.checkpoint.reader import Reader, read_together
 from elastic.collective.group import CollectiveGroup
@@ -48,7 +46,7 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.image: Image | None = None
         self.error: Exception | None = None
-        self.writing, self.done = False, 0
+        self.writing, self.done = False, 0  # a part is still being written, and bytes of it that are
         self.saved: tuple[int, int, int, int] | None = None
         self.newest = 0  # step of the last save that turned out to be committed
 
@@ -70,10 +68,6 @@ class Saver:
         if self.image is not None and (self.image.sources, self.image.boxes) == (boxes, places):  # another seat's boxes may be just as large
             return self.image
         return Image(places, self.image.memory if self.image else None, boxes)
-
-    def is_busy(self) -> bool:
-        """A part is still being written."""
-        return self.writing
 
     def save(self, state: State, order: Save, evaluation: Mapping[str, float], tell: Callable[[int], None] = lambda done: None) -> None:
         """Returns once this rank's share is copied, or with `order.wait` once it is durable.
@@ -169,10 +163,8 @@ class Saver:
         self.join()
         store, step = Store.open(self.location), state.committed
         newest = max((s for s, _ in committed(store)), default=0)
-        if step <= 0 or newest >= step:
+        if step <= 0 or newest >= step or not state.is_all:  # of no use without the other parts of the model
             return False
-        if not state.is_all:
-            return False  # of no use without the other parts of the model
         claim = claim_of(store)
         if claim is not None and claim.others(self.run, ""):
             print(claim.sentence(self.location), flush=True)
@@ -185,12 +177,8 @@ class Saver:
         if max((s for s, _ in committed(store)), default=0) >= step:
             return False
         head = self._head(generation, step, evaluation, lines=[fields for fields in lines if fields["step"] > newest])
-        commit(store, with_files(head, (entry,)))
+        commit(store, replace(head, files=(entry,)))
         return True
-
-    def hashes(self, arrays: Iterable[tuple[str, np.ndarray]], step: int) -> dict[str, str]:
-        parameters, whole = hashes_of(arrays, step * self.batch_size)
-        return {"parameters_sha256": parameters, "state_sha256": whole}
 
     def restore(self, path: str, state: State, group: CollectiveGroup, at: Callable[[int], AbstractContextManager[Any]]) -> tuple[Manifest, int]:
         """Loads a checkpoint into the states of all members together; its manifest and the bytes that this one has read.
@@ -216,20 +204,11 @@ class Saver:
         state.committed = manifest.step
         return manifest, reader.bytes
 
-    def initial(self, path: str, state: State) -> dict[str, np.ndarray]:
-        """The values of [model] init by parameter name, which fit the model."""
-        return read_start(path, state.whole)
-
 
 def check_finite(image: Image, step: int) -> None:
     """Nobody could go on from parameters that are no numbers."""
     if not image.are_finite(PARAMETER):
         raise NonFiniteLoss(f"The parameters are not finite after step {step}; lower optimizer.lr, set optimizer.clip_norm or mend the data.")
-
-
-def with_files(head: Manifest, files: tuple[FileEntry, ...]) -> Manifest:
-    """A manifest that waited for its files."""
-    return Manifest(head.step, head.generation, head.cursor, head.seed, head.recipe, files, head.chunk_bytes, head.eval, head.extra)
 
 
 def reason(error: BaseException) -> str:

@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any, Protocol, Self
 
 from elastic.chaos import Fault, Injector
+from elastic.checkpoint.hashing import hashes_of
+from elastic.checkpoint.manager import read_start
 from elastic.collective.group import CollectiveGroup
 from elastic.errors import BadCheckpoint, GroupBroken, NonFiniteLoss, Overwritten, RunFailed, UserError
 from elastic.mesh import Mesh
@@ -150,6 +152,7 @@ class Worker(Member):
             self.control.attach(group)
             injector = Injector(generation.chaos, rank, self.rim.announce, self.rim.strike, self.rim.cut_short)
             context = begin(self, generation, group, injector)
+            self.saver.prepare(self.place.state, rank, group.size)
             reason = train(context)
             if reason == "done":
                 hashes = self.hashes(context)
@@ -190,7 +193,9 @@ class Worker(Member):
         if generation.load:
             place.state.keep(seat.data, mesh.data)
         if generation.load == "recipe":
-            place.state.start(self.recipe.run.seed, self.saver.initial(self.recipe.model.init, place.state))
+            place.state.start(self.recipe.run.seed, read_start(self.recipe.model.init, place.state.whole))
+        elif generation.load:
+            self.restore(generation, group)
 
     def move(self, generation: Generation, group: CollectiveGroup, state: State) -> None:
         """Fills `state` out of what the members hold."""
@@ -207,7 +212,7 @@ class Worker(Member):
             self.event(generation, "relaid", **{"from": degrees(was), "to": degrees(mesh), "bytes": moved, "seconds": time.perf_counter() - started})
 
     def restore(self, generation: Generation, group: CollectiveGroup) -> None:
-        """Rank 0 tells of it."""
+        """From the checkpoint that the generation starts with. Rank 0 tells of it."""
         started = time.perf_counter()
         self.control.at(generation.committed, "restore")
         waiting = partial(self.control.collective, generation.committed, "restore")
@@ -217,14 +222,12 @@ class Worker(Member):
             self.event(generation, "loaded", step=manifest.step, path=shown(generation.load), bytes=manifest.bytes, read_bytes=read,
                        seconds=time.perf_counter() - started)
 
-    def ready(self, group: CollectiveGroup) -> None:
-        self.saver.prepare(self.place.state, group.rank, group.size)
-
     def hashes(self, context: StepContext) -> dict[str, str]:
         """Of the whole model: each array is put together from the replica's parts."""
         step, links = context.state.committed, context.links
         waiting = partial(self.control.collective, step, "hashes")
-        return self.saver.hashes(whole_arrays(context.state, links.replica, waiting, links.data), step)
+        parameters, state = hashes_of(whole_arrays(context.state, links.replica, waiting, links.data), step * self.recipe.data.batch_size)
+        return {"parameters_sha256": parameters, "state_sha256": state}
 
     def save(self, order: Save) -> None:
         keep_lines(self.unsaved, self.saver.newest, order.step)
