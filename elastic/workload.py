@@ -111,7 +111,7 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
         raise UserError(f"data.path = {list(recipe.data.path)} holds other data on this machine than on the one that started the run; copy it there.")
     training = domain.open_dataset(facts, "train", recipe.run.seed)
     evaluation = domain.open_dataset(facts, "eval", recipe.run.seed)
-    return training, evaluation if evaluation.num_samples else None, getattr(domain, "UNIT", "")
+    return training, evaluation if evaluation.num_samples else None, domain.UNIT
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Workload:
     def open(cls, recipe: Recipe, info: Mapping[str, Any]) -> Workload:
         training, evaluation, unit = open_data(recipe, info)
         sampler = Sampler(training.num_samples, recipe.data.batch_size, recipe.elastic.logical_shards, recipe.run.seed,
-                          recipe.data.shuffle, recipe.run.epochs, recipe.run.steps, getattr(training, "order", None))
+                          recipe.data.shuffle, recipe.run.epochs, recipe.run.steps, training.order)
         model, key = open_model(recipe, info), own_key(training.source) if isinstance(training, MapStyle) else ""
         own = recipe.backend.name == "torch" and ":" in recipe.model.kind
         names = importlib.import_module("backends.pytorch.export").names(model) if own else {}

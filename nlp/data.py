@@ -87,6 +87,7 @@ class TokenWindows:
     """
 
     fills = True
+    order = None
 
     def __init__(self, tokens: np.ndarray, context: int, seed: int | None):
         self.tokens, self.context, self.seed = tokens, context, seed

@@ -21,6 +21,7 @@ class MaskedWindows:
     """
 
     fills = True
+    order = None
 
     def __init__(self, windows: Any, vocab_size: int, mask: float, seed: int):
         self.windows, self.vocab_size, self.seed = windows, vocab_size, seed

@@ -104,6 +104,7 @@ class Samples:
     values. Rows to evaluate on in lists have "group" and "row" (rows,), the list and the row's own number."""
 
     fills = True
+    order = None
 
     def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], seed: int | None):
         """`seed` is for training, None for evaluation, in which nothing is hidden."""

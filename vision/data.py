@@ -22,6 +22,7 @@ from vision.classes import Classes
 from vision.images import sources
 from vision.store import Store, path_of, sized, write
 
+UNIT = ""  # weights count rows
 VERSION = 4
 SPLITS = {"train": "path", "eval": "eval_path"}
 
@@ -102,6 +103,7 @@ class Images:
     """Rows of a store, normalised to mean 0 and standard deviation 1 by channel. Without a seed each sample is as it is."""
 
     fills = True
+    order = None
 
     def __init__(self, store: Store, rows: np.ndarray, info: Mapping[str, Any], seed: int | None):
         self.store, self.rows, self.seed = store, rows, seed

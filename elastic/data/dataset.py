@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from elastic.data.collate import Collate, Collated, batch_of, sliced, stacked, unlike
+from elastic.data.order import Order
 from elastic.errors import ElasticError, RecipeError
 from elastic.model.user_code import place_of
 
@@ -18,10 +19,13 @@ COLLATES = ("collate", "collater", "collator", "collate_batch", "batchify_fn")  
 
 
 class Dataset(Protocol):
-    """Samples by index. `fills`: filler rows stay in the batch with weight 0, so shapes never change; else they are dropped."""
+    """Samples by index. `fills`: filler rows stay in the batch with weight 0, so shapes never change; else they are dropped. `order`: the one in
+    which it is to be read; without one all rows are shuffled together, or not at all.
+    """
 
     num_samples: int
     fills: bool
+    order: Order | None
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Any:
         """Columns by name (a user's own may be a tuple), one row for each index; the epoch may vary what a sample looks like."""
@@ -37,6 +41,7 @@ class MapStyle:
     """
 
     fills = False
+    order: Order | None = None
 
     def __init__(self, source: Any, seed: int = 0, seeded: Callable[[int], AbstractContextManager[Any]] = nullcontext,
                  collate: Collate = stacked, part: range | None = None):

@@ -17,8 +17,7 @@ from elastic.messages import Generation
 from elastic.model.backend import Buffer
 from elastic.parallel.groups import Links
 from elastic.state.flat_layout import BLOCK
-from elastic.worker.member import Member
-from elastic.worker.training import Placement
+from elastic.worker.training import Member, Placement
 
 
 class StepContext:

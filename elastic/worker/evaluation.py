@@ -19,15 +19,17 @@ from elastic.worker.gradients import part_of
 
 def evaluate(context: StepContext) -> dict[str, float]:
     """The mean of every metric over the evaluation set. A batch is computed whole by one replica: the split changes no bit."""
-    training, links, batches = context.training, context.links, context.training.eval_batches
+    training, links, batches, pipeline = context.training, context.links, context.training.eval_batches, context.place.pipeline
     tally, counted = (tally_of(training.model, context.backend) for _ in range(2))
     parts: dict[str, np.ndarray] = {}
     own = range(links.data.rank, len(batches), links.data.size)
     for index in own or range(1):  # a replica without a batch still has to know the names
         context.at("evaluate", index)
         with users(training.is_own):
-            found = one_batch(context, counted if own else tally, part_of(batches[index](), links.mesh.expert, links.seat.expert))
-        for name, pair in found.items():
+            batch = part_of(batches[index](), links.mesh.expert, links.seat.expert)
+            found = pipeline.infer(links.pipeline, batch) if pipeline else context.backend.metrics(batch)
+            pairs = {} if found is None else scalars(found, counted if own else tally, batch)  # of several stages only the last knows what came out
+        for name, pair in pairs.items():
             table = parts.setdefault(name, np.zeros((len(batches), 2)))
             if own and links.speaks:
                 table[index] = pair
@@ -37,15 +39,6 @@ def evaluate(context: StepContext) -> dict[str, float]:
     sums = context.gather("evaluate", np.concatenate([*tables, counts])).sum(axis=0)
     length = 2 * len(names) * len(batches)
     return figures(dict(zip(names, sums[:length].reshape(len(names), len(batches), 2), strict=True)), counted, sums[length:])
-
-
-def one_batch(context: StepContext, tally: Tally | None, batch: Batch) -> dict[str, tuple[float, float]]:
-    """Through the stages, where there are some: then only the last knows what came out."""
-    pipeline = context.place.pipeline
-    if pipeline is None:
-        return measure(context.backend, tally, batch)
-    found = pipeline.infer(context.links.pipeline, batch)
-    return {} if found is None else scalars(found, tally, batch)
 
 
 def agreed(group: CollectiveGroup, names: list[str]) -> list[str]:

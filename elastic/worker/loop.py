@@ -23,8 +23,8 @@ from elastic.worker.evaluation import evaluate
 from elastic.worker.gradients import Shards, add_up_shards, sum_shared
 from elastic.worker.heal import heal
 from elastic.worker.lr_schedule import learning_rate
-from elastic.worker.member import Member
 from elastic.worker.sharded_step import reduce_own, share
+from elastic.worker.training import Member
 from elastic.worker.vote import vote
 
 

@@ -27,7 +27,7 @@ from elastic.storage.faulty import FaultyFiles
 from elastic.storage.remote import shown
 from elastic.storage.store import Store, patiently
 
-JOIN_S = 0.1  # between two words of how far a write is that everybody waits for
+JOIN_S = 0.1  # between two reports of how far a write is that everybody waits for
 
 
 class Saver:
@@ -65,7 +65,7 @@ class Saver:
     def _image(self, state: State, rank: int, world_size: int) -> Image:
         boxes = state.shares(rank // state.replica_size, world_size // state.replica_size)
         places = tuple(state.in_whole(box) for box in boxes)
-        if self.image is not None and (self.image.sources, self.image.boxes) == (boxes, places):  # another seat's boxes may be just as large
+        if self.image is not None and (self.image.sources, self.image.boxes) == (boxes, places):  # another coordinate's boxes may be just as large
             return self.image
         return Image(places, self.image.memory if self.image else None, boxes)
 
@@ -156,7 +156,7 @@ class Saver:
         self._join(lambda done: None)
 
     def leave(self, state: State, generation: int, evaluation: Mapping[str, float], lines: Iterable[Mapping[str, Any]]) -> bool:
-        """The last words of a worker that nobody hears: all of its state, committed by itself where nothing as new is.
+        """The final checkpoint of a worker without a controller: all of its state, committed by itself where nothing as new is.
 
         `lines`: those of metrics.jsonl that may be lost; with it go all since the newest checkpoint. Returns whether it was needed.
         """
@@ -212,7 +212,7 @@ def check_finite(image: Image, step: int) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Without the storage's own words, which name a temporary file: the same fault is the same sentence."""
+    """Without the storage's own sentence, which names a temporary file: the same fault is the same sentence."""
     if not isinstance(error, OSError):
         return f"{type(error).__name__}: {error}"
     return os.strerror(error.errno) if error.errno else type(error).__name__

@@ -24,14 +24,13 @@ from elastic.recipe import Recipe, loads
 from elastic.state.relayout import relay, whole_arrays
 from elastic.state.state import State
 from elastic.storage.remote import shown
-from elastic.worker.build import build_training, take_seat
+from elastic.worker.build import build_training, place_on
 from elastic.worker.context import StepContext
 from elastic.worker.loop import begin, commit, train
-from elastic.worker.loop_control import Control, Orphan
-from elastic.worker.member import Member, keep_lines
+from elastic.worker.loop_control import Control
 from elastic.worker.rehearsal import warm_up
 from elastic.worker.saver import Saver
-from elastic.worker.training import Held, Placement
+from elastic.worker.training import Held, Member, Placement, keep_lines
 from elastic.workload import Workload, laid, mesh_of
 
 
@@ -68,34 +67,33 @@ class Worker(Member):
         self.saver = Saver(name, job.checkpoints, job.recipe, recipe.data.batch_size, recipe.run.seed, workload.facts(job.info), self.post_part,
                            lambda: rim.strike(Fault("kill", 0, 0, "checkpoint", "disk")), mb_s=recipe.checkpoint.write_mb_s, run=job.run_id)
         self.parts: dict[Save, Part] = {}  # of the last checkpoint
-        self.said: Ready | None = None
-        self.stood: Standing | None = None  # where it stands by
+        self.ready: Ready | None = None
+        self.standing: Standing | None = None  # where it stands by
 
     @classmethod
     def open(cls, name: str, job: Job, rim: Rim, control: Control) -> Self:
         """Builds and compiles, on the coordinate that this worker is likely to get: one that gets another builds again."""
         recipe = loads(job.recipe, locate=False)
         workload, mesh = Workload.open(recipe, job.info), mesh_of(recipe)
-        place = take_seat(recipe, workload, mesh, mesh.seat(int(name.rpartition("-")[2]) % mesh.replica_size))
+        place = place_on(recipe, workload, mesh, mesh.seat(int(name.rpartition("-")[2]) % mesh.replica_size))
         worker = cls(name, job, rim, control, recipe, workload, place)
         warm_up(worker.training, place)
         return worker
 
     def serve(self) -> None:
         """Says that it is there, and works until released."""
-        self.said = Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.place.backend.compilations(), self.rim.shares)
-        self.post(self.said)
+        self.ready = Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.place.backend.compilations(), self.rim.shares)
+        self.post(self.ready)
         taken = 0
         while (order := self.control.orders.get()) is not None:
-            if isinstance(order, Orphan):
-                self.leave()
-                return
             if isinstance(order, Save):
                 self.save_alone(order)
             elif order.number > taken:  # a new controller repeats what may not have arrived
-                taken, self.stood = order.number, None
-                self.stood = self.take_part(order)
-                self.post(self.stood)
+                taken, self.standing = order.number, None
+                self.standing = self.take_part(order)
+                self.post(self.standing)
+        if self.control.is_orphan:
+            self.leave()
         self.saver.join()
 
     def save_alone(self, order: Save) -> None:
@@ -130,7 +128,7 @@ class Worker(Member):
 
     def resync(self) -> None:
         """Says again what a controller may have taken and not yet written down: all of it, where its disk was full."""
-        for report in (self.said, self.stood, *self.parts.values()):
+        for report in (self.ready, self.standing, *self.parts.values()):
             if report is not None:
                 self.post(report)
         self.control.repeat.set()
@@ -184,7 +182,7 @@ class Worker(Member):
         mesh, seat = generation.shape, generation.shape.seat(group.rank)
         place = self.place
         if (replace(mesh, data=1), replace(seat, data=0)) != (place.mesh, place.seat):
-            place = take_seat(self.recipe, self.workload, mesh, seat)
+            place = place_on(self.recipe, self.workload, mesh, seat)
             self.control.at(generation.committed, "start")
             warm_up(self.training, place)
         if generation.relaid:

@@ -18,9 +18,8 @@ from elastic.messages import Generation, Save
 from elastic.state.state import State
 from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
-from elastic.worker.member import Member
 from elastic.worker.saver import Saver
-from elastic.worker.training import Placement, Plan, Training
+from elastic.worker.training import Member, Placement, Plan, Training
 from tests.support.models import SMALL, VOCAB, rig_of, settings, token_batch
 from tests.support.rules import OPTIMIZER
 from tests.support.threads import together
