@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import threading
 import time
@@ -16,7 +15,7 @@ from typing import Any
 from elastic.checkpoint.claim import read as claim_of
 from elastic.checkpoint.hashing import PARAMETER
 from elastic.checkpoint.manager import MANIFEST, commit, committed, folder_of, read_sound, split
-from elastic.checkpoint.manifest import CHUNK, Manifest
+from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.part import Image, part_name
 from elastic.checkpoint.reader import Reader, read_together
 from elastic.collective.group import CollectiveGroup
@@ -33,15 +32,14 @@ JOIN_S = 0.1  # between two reports of how far a write is that everybody waits f
 class Saver:
     """Writes at most one part at a time; a second save waits for the first. `post` takes the `Part` of each that is durable, or failed.
 
-    `mb_s`: megabytes a second at most, while nobody waits for the write; 0: as fast as the storage takes them.
+    `head`: what all manifests of the run have in common. `mb_s`: megabytes a second at most, while nobody waits for the write; 0: as
+    fast as the storage takes them.
     """
 
-    def __init__(self, worker: str, location: str, recipe: str, batch_size: int, seed: int, info: Mapping[str, Any],
-                 post: Callable[[Any], None], crash: Callable[[], None] = lambda: os._exit(1), chunk_bytes: int = CHUNK, mb_s: float = 0.0,
-                 run: str = ""):
-        self.worker, self.location, self.recipe, self.info, self.post = worker, location, recipe, dict(info), post
-        self.batch_size, self.seed, self.crash, self.chunk_bytes, self.mb_s = batch_size, seed, crash, chunk_bytes, mb_s
-        self.run = run
+    def __init__(self, worker: str, location: str, head: Manifest, batch_size: int, post: Callable[[Any], None],
+                 crash: Callable[[], None] = lambda: os._exit(1), mb_s: float = 0.0):
+        self.worker, self.location, self.head, self.batch_size, self.post = worker, location, head, batch_size, post
+        self.crash, self.mb_s = crash, mb_s
         self.hurry = threading.Event()  # somebody waits for the write
         self.thread: threading.Thread | None = None
         self.image: Image | None = None
@@ -98,9 +96,8 @@ class Saver:
                 raise RunFailed(self._sentence(order.step, self.error)) from self.error
 
     def _head(self, generation: int, step: int, evaluation: Mapping[str, float], **extra: Any) -> Manifest:
-        finite = {name: value for name, value in evaluation.items() if math.isfinite(value)}
-        return Manifest(step, generation, step * self.batch_size, self.seed, self.recipe, (), self.chunk_bytes, finite,
-                        {"info": self.info, **({"run": self.run} if self.run else {}), **extra})
+        return replace(self.head, step=step, generation=generation, cursor=step * self.batch_size, eval=evaluation,
+                       extra={**self.head.extra, **extra})
 
     def _write(self, image: Image, order: Save, head: Manifest | None, stall_s: float, started: float, before: int) -> None:
         begun = time.monotonic()
@@ -120,7 +117,7 @@ class Saver:
         try:
             store = self._store(order)
             name = part_name(order.rank, order.world_size, order.generation)
-            entry = image.write(store, folder_of(order.step), name, self.chunk_bytes, note, lambda: check_finite(image, order.step))
+            entry = image.write(store, folder_of(order.step), name, self.head.chunk_bytes, note, lambda: check_finite(image, order.step))
             self.post(part(json.dumps(asdict(entry))))
         except Exception as error:
             self.error = error
@@ -166,14 +163,14 @@ class Saver:
         if step <= 0 or newest >= step or not state.is_all:  # of no use without the other parts of the model
             return False
         claim = claim_of(store)
-        if claim is not None and claim.others(self.run, ""):
+        if claim is not None and claim.others(self.head.extra.get("run", ""), ""):
             print(claim.sentence(self.location), flush=True)
             return False
         image = Image(state.shares(0, 1), self.image.memory if self.image else None)
         self.image = None  # its memory is another's now
         image.fill(state.take)
         name = part_name(0, 1, generation, f"state-{self.worker}")
-        entry = image.write(store, folder_of(step), name, self.chunk_bytes, check=lambda: check_finite(image, step))
+        entry = image.write(store, folder_of(step), name, self.head.chunk_bytes, check=lambda: check_finite(image, step))
         if max((s for s, _ in committed(store)), default=0) >= step:
             return False
         head = self._head(generation, step, evaluation, lines=[fields for fields in lines if fields["step"] > newest])

@@ -108,9 +108,11 @@ class Member:
 
     def settle(self, generation: Generation, group: CollectiveGroup) -> None:
         """Takes the coordinate that the generation gives it, and loads the checkpoint that it names, if any, all members together."""
+        assert not generation.relaid
 
     def save(self, order: Save) -> None:
-        """Writes this member's share of a checkpoint."""
+        """Writes this member's share of a checkpoint, where there are any."""
+        return None
 
     def is_busy(self) -> bool:
         """Whether a checkpoint is still being written."""

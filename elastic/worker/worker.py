@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 from elastic.chaos import Fault, Injector
 from elastic.checkpoint.hashing import hashes_of
 from elastic.checkpoint.manager import read_start
+from elastic.checkpoint.manifest import Manifest
 from elastic.collective.group import CollectiveGroup
 from elastic.errors import BadCheckpoint, GroupBroken, NonFiniteLoss, Overwritten, RunFailed, UserError
 from elastic.mesh import Mesh
@@ -64,8 +65,9 @@ class Worker(Member):
     def __init__(self, name: str, job: Job, rim: Rim, control: Control, recipe: Recipe, workload: Workload, place: Placement):
         super().__init__(build_training(recipe, workload), place, control, rim.post)
         self.name, self.rim, self.recipe, self.workload = name, rim, recipe, workload
-        self.saver = Saver(name, job.checkpoints, job.recipe, recipe.data.batch_size, recipe.run.seed, workload.facts(job.info), self.post_part,
-                           lambda: rim.strike(Fault("kill", 0, 0, "checkpoint", "disk")), mb_s=recipe.checkpoint.write_mb_s, run=job.run_id)
+        head = Manifest(0, 0, 0, recipe.run.seed, job.recipe, extra={"info": workload.facts(job.info), "run": job.run_id})
+        self.saver = Saver(name, job.checkpoints, head, recipe.data.batch_size, self.post_part,
+                           lambda: rim.strike(Fault("kill", 0, 0, "checkpoint", "disk")), recipe.checkpoint.write_mb_s)
         self.parts: dict[Save, Part] = {}  # of the last checkpoint
         self.ready: Ready | None = None
         self.standing: Standing | None = None  # where it stands by
