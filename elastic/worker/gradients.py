@@ -80,6 +80,7 @@ def add_up_shards(context: StepContext) -> Shards:
         shards.compute()
     else:
         pipeline.run(context.links.pipeline, shards)
+    shards.batch = {}  # the rest of the step needs no rows
     return shards
 
 

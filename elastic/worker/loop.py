@@ -31,8 +31,8 @@ from elastic.worker.vote import vote
 def train(context: StepContext) -> str:
     """Trains until the run is "done" or a vote says that the group has "stopped". Raises `GroupBroken` if a peer is gone."""
     member, plan, state, held = context.member, context.plan, context.state, context.held
-    steps = range(state.committed + 1, plan.num_steps + 1)
-    context.training.load_batch.expect((step, shard) for step in steps for shard in context.run)
+    steps, run = range(state.committed + 1, plan.num_steps + 1), context.run  # the loader outlives this generation's context
+    context.training.load_batch.expect((step, shard) for step in steps for shard in run)
     do_what_is_due(context, evaluated=context.generation.evaluated, checkpointed=context.generation.checkpointed)
     while state.committed < plan.num_steps:
         started, context.step = time.perf_counter(), state.committed + 1
