@@ -74,7 +74,7 @@ class Saver:
         as it is known that an earlier state was not finite.
         """
         started = time.perf_counter()
-        self._join(tell)
+        self.join(tell)
         self._raise_lost()
         this = (order.generation, order.step, order.rank, order.world_size)
         if self.saved == this and self.error is None:
@@ -90,7 +90,7 @@ class Saver:
                                        name="saver", daemon=True)
         self.thread.start()
         if order.wait:
-            self._join(tell)
+            self.join(tell)
             self._raise_lost()
             if self.error is not None:
                 raise RunFailed(self._sentence(order.step, self.error)) from self.error
@@ -137,7 +137,8 @@ class Saver:
         return (f"The checkpoint of step {step} could not be written to {shown(self.location)} ({reason(error)}); "
                 "make room or mend the storage, then resume the run.")
 
-    def _join(self, tell: Callable[[int], None]) -> None:
+    def join(self, tell: Callable[[int], None] = lambda done: None) -> None:
+        """Waits for the write in flight; `tell(done)` is called now and then with the bytes that are written."""
         self.hurry.set()
         while self.thread is not None and self.thread.is_alive():
             self.thread.join(JOIN_S)
@@ -147,10 +148,6 @@ class Saver:
     def _raise_lost(self) -> None:
         if isinstance(self.error, NonFiniteLoss):
             raise self.error
-
-    def join(self) -> None:
-        """Waits for the write in flight."""
-        self._join(lambda done: None)
 
     def leave(self, state: State, generation: int, evaluation: Mapping[str, float], lines: Iterable[Mapping[str, Any]]) -> bool:
         """The final checkpoint of a worker without a controller: all of its state, committed by itself where nothing as new is.

@@ -112,7 +112,7 @@ class Member:
 
     def save(self, order: Save) -> None:
         """Writes this member's share of a checkpoint, where there are any."""
-        return None
+        return
 
     def is_busy(self) -> bool:
         """Whether a checkpoint is still being written."""
