@@ -36,8 +36,7 @@ from elastic.messages import Generation
 from elastic.state.state import State
 from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
-from elastic.worker.member import Member
-from elastic.worker.training import Placement, Plan, Training
+from elastic.worker.training import Member, Placement, Plan, Training
 from nlp import gpt
 
 VOCAB = 50_304

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,12 @@ def framework(recipe: Recipe) -> Framework:
 
 def attribute(key: str, name: str) -> Any:
     """A user's "package.module:attribute"."""
-    module_name, _, path = name.partition(":")
+    module, _, path = name.partition(":")
     try:
-        found = importlib.import_module(module_name)
-        for part in path.split("."):
-            found = getattr(found, part)
+        return attrgetter(path)(importlib.import_module(module))
     except Exception as error:
         raise RecipeError(f"{key} = {name!r} cannot be imported ({type(error).__name__}: {error}); "
                           "it must be package.module:attribute, importable from the current directory.") from error
-    return found
 
 
 def call_user(key: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -68,8 +66,8 @@ def call_user(key: str, function: Callable[..., Any], arguments: Mapping[str, An
 
 
 def door(kind: str, name: str) -> Any:
-    """The module `name` of a kind's domain: "nlp.gpt" and "data" give nlp.data."""
-    return importlib.import_module(f"{kind.split('.')[0]}.{name}")
+    """The module `name` of a kind's domain: "nlp.gpt" and "data" give nlp.data, and so does a user's own kind, whose text is nlp's."""
+    return importlib.import_module(f"{'nlp' if ':' in kind else kind.split('.')[0]}.{name}")
 
 
 def prepare(recipe: Recipe) -> dict[str, Any]:
@@ -78,8 +76,7 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
         return {}
     if recipe.data.is_table:
         return table.prepare(recipe.data, cache_dir())
-    domain = recipe.model.kind if ":" not in recipe.model.kind else "nlp.text"
-    return door(domain, "data").prepare(recipe.data, recipe.model.config, cache_dir())
+    return door(recipe.model.kind, "data").prepare(recipe.data, recipe.model.config, cache_dir())
 
 
 def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset | None, str]:
@@ -98,7 +95,7 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
         return *whole.split(recipe.data.eval_fraction), ""
     if recipe.data.is_table:
         return *table.open_tables(info, recipe.data, cache_dir(), recipe.run.seed), ""
-    domain = door(recipe.model.kind if ":" not in recipe.model.kind else "nlp.text", "data")
+    domain = door(recipe.model.kind, "data")
     facts = dict(info) if Path(info["train_file"]).exists() else prepare(recipe)  # another node, another cache
     if facts.get("key") != info.get("key"):
         raise UserError(f"data.path = {list(recipe.data.path)} holds other data on this machine than on the one that started the run; copy it there.")

@@ -21,6 +21,7 @@ from vision import augment
 from vision.images import sources
 from vision.store import Classes, Store, path_of, sized, write
 
+UNIT = ""  # weights count rows
 VERSION = 4
 UNIT = ""  # weights count rows
 SPLITS = {"train": "path", "eval": "eval_path"}

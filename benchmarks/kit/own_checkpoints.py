@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.kit.steploop import WIDTH, Durable, make_arrays, measure, report
+from elastic.checkpoint.manifest import Manifest
 from elastic.collective.solo import SoloGroup
 from elastic.controller.checkpoints import Commits
 from elastic.messages import Part, Save
@@ -43,7 +44,7 @@ class Own:
         specs = {name.removeprefix(prefix): Spec(array.shape) for name, array in arrays.items() if name.startswith(prefix)}
         self.state = State(Memory(specs), "adamw")  # type: ignore[arg-type]
         self.state.load(arrays, 0)
-        self.saver = Saver("worker-0", str(folder), f'[model]\nwidth = {WIDTH}\n', 1, 0, {}, self.take, mb_s=mb_s)
+        self.saver = Saver("worker-0", str(folder), Manifest(0, 0, 0, 0, f"[model]\nwidth = {WIDTH}\n"), 1, self.take, mb_s=mb_s)
         self.durable = Durable()
 
     def save(self, path: Path, step: int) -> Durable:

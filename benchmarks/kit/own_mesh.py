@@ -12,12 +12,11 @@ from elastic.chaos import Injector
 from elastic.collective.gloo import GlooGroup
 from elastic.collective.shared import SharedGroup
 from elastic.messages import Generation, Line
-from elastic.worker.build import build_training, take_seat
+from elastic.worker.build import build_training, place_on
 from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
-from elastic.worker.member import Member
 from elastic.worker.rehearsal import warm_up
-from elastic.worker.training import Loader
+from elastic.worker.training import Loader, Member
 from elastic.workload import mesh_of
 
 
@@ -49,7 +48,7 @@ def take_part(rank: int, turns: Turns, case: Case, text: str, address: str, tran
             turns.note(message.fields["step"], message.fields["loss"])
 
     mesh, workload = mesh_of(recipe, case.data), opened(recipe)
-    training, place = build_training(recipe, workload), take_seat(recipe, workload, mesh, mesh.seat(rank))
+    training, place = build_training(recipe, workload), place_on(recipe, workload, mesh, mesh.seat(rank))
     warm_up(training, place)
     if place.state.is_sharded:
         place.state.keep(mesh.seat(rank).data, case.data)

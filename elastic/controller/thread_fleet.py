@@ -34,10 +34,9 @@ class ThreadRim:
     def __init__(self, fleet: ThreadFleet, name: str, node: str):
         self.fleet, self.name, self.node, self.pid, self.endpoint, self.shares = fleet, name, node, 0, "local", False
         self.rank, self.generation = -1, 0
-        self.control = Control()
+        self.control, self.dead = Control(), threading.Event()
+        self.outbox = Outbox(name, self.control, self.deliver, ORPHAN_TIMEOUT_S, self.control.orphan, lambda: fleet.fenced.append(name), PULSE_S)
         self.worker: Worker | None = None  # once it is built
-        self.dead = threading.Event()
-        self.outbox: Outbox | None = None
 
     def form(self, generation: Generation, rank: int, control: Control) -> CollectiveGroup:
         self.rank, self.generation = rank, generation.number
@@ -51,7 +50,6 @@ class ThreadRim:
     def post(self, message: Any) -> None:
         if threading.current_thread().name == self.name:
             self.outlive()
-        assert self.outbox is not None
         self.outbox.post(message)
 
     def deliver(self, messages: Sequence[Any], number: int) -> int:
@@ -70,7 +68,6 @@ class ThreadRim:
     def strike(self, fault: Fault) -> None:
         if fault.kind == "stop":
             self.fleet.hub.stop(self.rank, self.generation)
-            assert self.outbox is not None
             self.outbox.halted.set()
             return
         self.dead.set()
@@ -125,7 +122,6 @@ class ThreadFleet:
 
     def prepare(self, name: str, node: str) -> threading.Thread:
         rim = ThreadRim(self, name, node)
-        rim.outbox = Outbox(name, rim.control, rim.deliver, ORPHAN_TIMEOUT_S, rim.control.orphan, lambda: self.fenced.append(name), PULSE_S)
         self.workers[name] = self.rims[name] = rim
         self.controller.post(m.Starting(name))
         thread = threading.Thread(target=self.live, args=(name, rim), name=name, daemon=True)
@@ -134,7 +130,6 @@ class ThreadFleet:
 
     def live(self, name: str, rim: ThreadRim) -> None:
         cause, raised = "released", False
-        assert rim.outbox is not None
         rim.outbox.start()
         try:
             rim.worker = Worker.open(name, self.job, rim, rim.control)
@@ -184,7 +179,7 @@ class ThreadFleet:
         """A stopped thread stays stopped until it is continued, like a process that a signal cannot reach yet."""
         rim = self.rims[worker]
         self.release(worker)
-        if not (rim.outbox and rim.outbox.halted.is_set()):
+        if not rim.outbox.halted.is_set():
             rim.dead.set()
             if rim.rank >= 0:
                 self.hub.kill(rim.rank, rim.generation)
@@ -202,7 +197,6 @@ class ThreadFleet:
     def resume(self, worker: str) -> None:
         """SIGCONT: the thread goes on from where it was stopped, in a group that is long over."""
         rim = self.rims[worker]
-        assert rim.outbox is not None
         rim.outbox.halted.clear()
         self.hub.cont(rim.rank, rim.generation)
 
@@ -223,7 +217,7 @@ class ThreadFleet:
         for worker in left:
             worker.control.orders.put(None)
         for name, rim in self.rims.items():
-            if rim.outbox and rim.outbox.halted.is_set():
+            if rim.outbox.halted.is_set():
                 self.resume(name)
         for thread in self.threads:
             thread.join()

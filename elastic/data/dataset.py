@@ -64,6 +64,7 @@ class MapStyle(Dataset):
     """
 
     fills = False
+    order: Order | None = None
 
     def __init__(self, source: Any, seed: int = 0, seeded: Callable[[int], AbstractContextManager[Any]] = nullcontext,
                  collate: Collate = stacked):

@@ -3,7 +3,7 @@
 What travels is flat float32 buffers of sizes known beforehand: activations one way over a cut of the model, their gradients the other.
 
 Bits. On each chunk the weight gradients come in ascending order of micro-batches; the checker holds every schedule to that, so a
-stage adds each of them straight into one buffer, nothing is kept apart, and all schedules give the same sums. That
+stage adds each of them straight into one buffer, nothing is held apart, and all schedules give the same sums. That
 buffer starts from zeros for every logical shard: (tree + g0) + g1 has other bits than tree + (g0 + g1), so a shard of several
 micro-batches is summed by itself first and then goes up the tree as one leaf.
 """
@@ -78,7 +78,8 @@ class Executor:
             if action.kind in ("backward", "backward_weight"):  # the stage is done with what came
                 for held in (self._inputs, self._gradients):
                     if item in held:
-                        self._give(held.pop(item))
+                        buffer = held.pop(item)
+                        self._free[buffer.shape[0]].append(buffer)
 
     def _pass(self, action: Action, depth: int) -> None:
         """One message; returns when it has gone or come."""
@@ -87,7 +88,9 @@ class Executor:
         if action.kind.startswith("send"):
             self._group.send(self._leaving.pop((action.micro_batch, other)), peer)
             return
-        buffer = self._take(self._sizes[min(depth, other)])
+        size = self._sizes[min(depth, other)]
+        free = self._free.setdefault(size, [])
+        buffer = free.pop() if free else self._allocate(size)
         self._group.receive(buffer, peer)
         (self._inputs if action.kind == "receive_activation" else self._gradients)[action.micro_batch, depth] = buffer
 
@@ -100,10 +103,3 @@ class Executor:
             raise ValueError(f"chunk {depth} of the model made {'nothing' if made is None else f'an array of shape {tuple(made.shape)}'} "
                              f"for chunk {to}: it must be flat, of {size} elements.")
         self._leaving[micro_batch, to] = made
-
-    def _take(self, size: int) -> Buffer:
-        free = self._free.setdefault(size, [])
-        return free.pop() if free else self._allocate(size)
-
-    def _give(self, buffer: Buffer) -> None:
-        self._free[buffer.shape[0]].append(buffer)

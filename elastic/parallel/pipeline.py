@@ -86,7 +86,8 @@ class Pipeline:
             self.backend.forget()
             raise
         finally:
-            del self._shards  # and with it a generation's buffers
+            del self._shards  # and with them a generation's buffers
+            self._into = {}
 
     def _executor(self, group: CollectiveGroup, count: int, sizes: tuple[int, ...]) -> Executor:
         key = count, sum(sizes)

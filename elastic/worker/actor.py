@@ -133,7 +133,12 @@ class WorkerActor:
         if not self.idle.acquire(blocking=False):
             return  # asked for a second time, by a controller that came back
         try:
-            self._serve()
+            from elastic.worker.worker import Worker
+
+            rim = ProcessRim(self.name, self.job, self.control, self.hang_timeout_s, self.orphan_timeout_s, self.orphan)
+            self.worker = Worker.open(self.name, self.job, rim, self.control)
+            self.worker.serve()
+            rim.outbox.flush(FLUSH_S)
         except UserError as error:
             self.error = error
         except Exception as error:
@@ -148,14 +153,6 @@ class WorkerActor:
         if self.error is not None:
             raise self.error
         return over
-
-    def _serve(self) -> None:
-        from elastic.worker.worker import Worker
-
-        rim = ProcessRim(self.name, self.job, self.control, self.hang_timeout_s, self.orphan_timeout_s, self.orphan)
-        self.worker = Worker.open(self.name, self.job, rim, self.control)
-        self.worker.serve()
-        rim.outbox.flush(FLUSH_S)
 
     def orphan(self) -> None:
         """Nobody has answered for too long: this worker writes down what it has, and goes."""

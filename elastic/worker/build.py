@@ -17,7 +17,7 @@ from elastic.worker.watch import Watch
 from elastic.workload import EVAL_ROWS, Workload, create_backend, laid, open_state
 
 
-def take_seat(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> Placement:
+def place_on(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> Placement:
     """Where a replica is one worker, the model is what it is."""
     mesh, seat = replace(mesh, data=1), replace(seat, data=0)
     holders = 1 + recipe.optimizer.twin if recipe.optimizer.sharded else 0  # of each block of the optimizer's slots

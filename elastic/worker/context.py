@@ -7,15 +7,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import Scratch, out_size
+from elastic.mesh import shards_of
 from elastic.messages import Generation
 from elastic.model.backend import Buffer
 from elastic.parallel.groups import Links
 from elastic.state.flat_layout import BLOCK
-from elastic.worker.member import Member
-from elastic.worker.training import Placement
+from elastic.worker.training import Member, Placement
 
 
 class StepContext:
@@ -30,6 +32,11 @@ class StepContext:
         self.links = Links(group, generation.shape, portion, self.control.collective)
         if portion is not None:
             self.backend.connect(self.links.dims(portion.layout.dims))
+
+    @cached_property
+    def run(self) -> range:
+        """This member's logical shards."""
+        return shards_of(self.links.data.rank, self.links.data.size, self.plan.num_shards)
 
     @cached_property
     def buffers(self) -> Buffers:
@@ -53,6 +60,14 @@ class StepContext:
         with self.control.collective(self.step, phase):
             yield chosen
 
+    def gather(self, phase: str, part: np.ndarray) -> np.ndarray:
+        """What all members give, (members, length), in one all-gather."""
+        world = self.links.world
+        out = np.empty(world.size * len(part))
+        with self.waiting(phase, world) as group:
+            group.all_gather(out, part)
+        return out.reshape(world.size, -1)
+
     def untouched(self, whole: bool) -> AbstractContextManager[None]:
         """Inside, users' code computes. Overwritten where it changes parameters; `whole`: all of them are looked at."""
         watch = self.place.watch
@@ -63,13 +78,12 @@ class Buffers:
     """One generation's communication buffers. A broken group's are never used again: a stopped peer may still write to them."""
 
     def __init__(self, place: Placement, group: CollectiveGroup):
-        state = place.state
-        self.layout = state.layout
-        self.numel = self.layout.gradient
+        state, layout = place.state, place.state.layout
+        self.numel = layout.gradient
         self._allocate = partial(group.allocate, plain=place.backend.allocate)
         size = out_size(self.numel, BLOCK, group.size)
         if state.num_blocks:
-            size = state.tail + out_size(self.numel - self.layout.trainable, BLOCK, group.size)
+            size = state.tail + out_size(self.numel - layout.trainable, BLOCK, group.size)
         self.out = self._allocate(size) if group.size > 1 else None
         self.scratch = Scratch(place.backend.allocate)
         self._all: list[Buffer] = []

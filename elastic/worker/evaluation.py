@@ -14,42 +14,31 @@ from elastic.model.backend import Backend, Batch
 from elastic.model.tally import Tally
 from elastic.model.user_code import users
 from elastic.worker.context import StepContext
-from elastic.worker.gradients import rows_of
+from elastic.worker.gradients import part_of
 
 
 def evaluate(context: StepContext) -> dict[str, float]:
     """The mean of every metric over the evaluation set. A batch is computed whole by one replica: the split changes no bit."""
-    training, links, world, batches = context.training, context.links, context.links.world, context.training.eval_batches
-    tally, counted = context.backend.tally(), context.backend.tally()
+    training, links, batches, pipeline = context.training, context.links, context.training.eval_batches, context.place.pipeline
+    tally, counted = (context.backend.tally() for _ in range(2))
     parts: dict[str, np.ndarray] = {}
     own = range(links.data.rank, len(batches), links.data.size)
     for index in own or range(1):  # a replica without a batch still has to know the names
         context.at("evaluate", index)
         with users(training.is_own):
-            found = one_batch(context, counted if own else tally, rows_of(batches[index](), links, 0, 1))
-        for name, pair in found.items():
+            batch = part_of(batches[index](), links.mesh.expert, links.seat.expert)
+            found = pipeline.infer(links.pipeline, batch) if pipeline else context.backend.metrics(batch)
+            pairs = {} if found is None else scalars(found, counted if own else tally, batch)  # of several stages only the last knows what came out
+        for name, pair in pairs.items():
             table = parts.setdefault(name, np.zeros((len(batches), 2)))
             if own and links.speaks:
                 table[index] = pair
     names = agreed(links.pipeline, sorted(parts))
     tables = [parts.get(name, np.zeros((len(batches), 2))).reshape(-1) for name in names]
     counts = np.zeros(0) if counted is None else counted.counts if links.speaks else np.zeros_like(counted.counts)
-    mine = np.concatenate([*tables, counts])
-    out = np.empty(world.size * len(mine))
-    with context.waiting("evaluate"):
-        world.all_gather(out, mine)
-    sums = out.reshape(world.size, -1).sum(axis=0)
+    sums = context.gather("evaluate", np.concatenate([*tables, counts])).sum(axis=0)
     length = 2 * len(names) * len(batches)
     return figures(dict(zip(names, sums[:length].reshape(len(names), len(batches), 2), strict=True)), counted, sums[length:])
-
-
-def one_batch(context: StepContext, tally: Tally | None, batch: Batch) -> dict[str, tuple[float, float]]:
-    """Through the stages, where there are some: then only the last knows what came out."""
-    pipeline = context.place.pipeline
-    if pipeline is None:
-        return measure(context.backend, tally, batch)
-    found = pipeline.infer(context.links.pipeline, batch)
-    return {} if found is None else scalars(found, tally, batch)
 
 
 def agreed(group: CollectiveGroup, names: list[str]) -> list[str]:

@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from elastic.buffers import empty_like
 from elastic.collective.reduction import SubtreeSums
 from elastic.data.collate import num_rows, sliced
-from elastic.mesh import shards_of
 from elastic.model.backend import Batch, Buffer, ShardResult
 from elastic.model.user_code import users
 from elastic.parallel.axis import span
 from elastic.parallel.groups import Links
 from elastic.state.flat_layout import FlatLayout
-from elastic.worker.context import Buffers, StepContext
-
-
-class PlainSum:
-    """For `reduction = "fast"`: all shards of a member in one buffer, in its own order."""
-
-    def __init__(self, buffers: Buffers):
-        self.buffer = buffers.take()
-
-    def begin(self, shard: int) -> Buffer:
-        return self.buffer
-
-    def end(self, shard: int) -> None:
-        return None
+from elastic.worker.context import StepContext
 
 
 class Shards:
-    """A member's logical shards in one step: `sums` of their gradients, and each shard's loss sum and weight, as far as it is to say them."""
+    """A member's logical shards in one step: the sums of their gradients along the tree (`sums`) or, for `reduction = "fast"`, in its own order
+    (`plain`), and each shard's loss sum and weight, as far as it is to say them.
+    """
 
     def __init__(self, context: StepContext):
-        plan, buffers, links = context.plan, context.buffers, context.links
+        plan, buffers = context.plan, context.buffers
         buffers.reset()
-        self.context, self.layout = context, buffers.layout
-        self.run = shards_of(links.data.rank, links.data.size, plan.num_shards)
+        self.context, self.run, self.layout = context, context.run, context.state.layout
         apart = context.place.habits.apart or plan.micro_batches > 1
-        self.sums: Any = SubtreeSums(self.run, plan.num_shards, buffers.take, buffers.give, apart) if plan.exact else PlainSum(buffers)
+        self.sums = SubtreeSums(self.run, plan.num_shards, buffers.take, buffers.give, apart) if plan.exact else None
+        self.plain = None if plan.exact else buffers.take()
         self.losses, self.weights = np.zeros(plan.num_shards), np.zeros(plan.num_shards)
         self.loaded = -1
         self.batch: Batch = {}
@@ -63,17 +50,17 @@ class Shards:
     def rows(self, shard: int, micro: int) -> tuple[Batch, int]:
         """This member's rows of one micro-batch, and a counter-based seed for whatever is random in it."""
         context, links, each = self.context, self.context.links, self.context.plan.micro_batches
+        parts, part = links.mesh.expert * each, links.seat.expert * each + micro
         if shard != self.loaded:
             context.at("forward", shard)
             context.fire("forward")
             with users(context.training.is_own):
                 self.batch, self.loaded = context.training.load_batch(context.step, shard), shard
-        parts, part = links.mesh.expert * each, links.seat.expert * each + micro
-        return rows_of(self.batch, links, micro, each), shard_seed(context.plan.seed, context.step, shard, *([part] if parts > 1 else []))
+        return part_of(self.batch, parts, part), shard_seed(context.plan.seed, context.step, shard, *([part] if parts > 1 else []))
 
     def begin(self, shard: int) -> Mapping[str, Buffer]:
         """Where a shard's gradients go."""
-        self.buffer = self.sums.begin(shard)
+        self.buffer = self.sums.begin(shard) if self.sums else self.plain
         return self.layout.views(self.buffer, self.layout.trainable_names)
 
     def add(self, shard: int, result: ShardResult) -> None:
@@ -83,7 +70,8 @@ class Shards:
             self.weights[shard] += result.weight
 
     def end(self, shard: int) -> None:
-        self.sums.end(shard)
+        if self.sums:
+            self.sums.end(shard)
         self.context.fire("backward")
 
 
@@ -93,6 +81,7 @@ def add_up_shards(context: StepContext) -> Shards:
         shards.compute()
     else:
         pipeline.run(context.links.pipeline, shards)
+    shards.batch = {}  # the rest of the step needs no rows
     return shards
 
 
@@ -102,23 +91,21 @@ def sum_shared(links: Links, layout: FlatLayout, gradient: Buffer) -> None:
         places = [layout.places[name] for name in names if name in layout.trainable_set]
         if not places:
             continue
-        packed = empty_like(gradient, sum(place.size for place in places))
-        at = 0
-        for place in places:
-            packed[at:at + place.size] = gradient[place.offset:place.offset + place.size]
-            at += place.size
-        total, at = axis.sum(packed), 0
-        for place in places:
-            gradient[place.offset:place.offset + place.size] = total[at:at + place.size]
-            at += place.size
+        ends = np.cumsum([place.size for place in places]).tolist()
+        runs = [(slice(end - place.size, end), slice(place.offset, place.offset + place.size)) for place, end in zip(places, ends)]
+        packed = empty_like(gradient, ends[-1])
+        for here, there in runs:
+            packed[here] = gradient[there]
+        total = axis.sum(packed)
+        for here, there in runs:
+            gradient[there] = total[here]
 
 
-def rows_of(batch: Mapping[str, Any], links: Links, micro: int, micro_batches: int) -> Mapping[str, Any]:
-    """This member's rows of one micro-batch: the members along the expert axis share a shard's rows."""
-    parts = links.mesh.expert * micro_batches
+def part_of(batch: Batch, parts: int, part: int) -> Batch:
+    """A part of a batch's rows: of a shard, a micro-batch is one on each member along the expert axis."""
     if parts == 1:
         return batch
-    low, count = span(num_rows(batch), parts, links.seat.expert * micro_batches + micro)
+    low, count = span(num_rows(batch), parts, part)
     return sliced(batch, low, low + count)
 
 

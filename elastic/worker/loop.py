@@ -14,29 +14,30 @@ from typing import Any
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import tree_sum
-from elastic.mesh import shards_of
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Save
 from elastic.model.backend import SLOTS, Buffer, UpdateRule
 from elastic.state.flat_layout import BLOCK
 from elastic.worker.context import StepContext
 from elastic.worker.evaluation import evaluate
-from elastic.worker.gradients import add_up_shards, sum_shared
+from elastic.worker.gradients import Shards, add_up_shards, sum_shared
+from elastic.worker.heal import heal
 from elastic.worker.lr_schedule import learning_rate
-from elastic.worker.member import Member
-from elastic.worker.sharded_step import bring, reduce_own, share
+from elastic.worker.sharded_step import reduce_own, share
+from elastic.worker.training import Member
 from elastic.worker.vote import vote
 
 
 def train(context: StepContext) -> str:
     """Trains until the run is "done" or a vote says that the group has "stopped". Raises `GroupBroken` if a peer is gone."""
     member, plan, state, held = context.member, context.plan, context.state, context.held
-    expect_batches(context)
+    steps, run = range(state.committed + 1, plan.num_steps + 1), context.run  # the loader outlives this generation's context
+    context.training.load_batch.expect((step, shard) for step in steps for shard in run)
     do_what_is_due(context, evaluated=context.generation.evaluated, checkpointed=context.generation.checkpointed)
     while state.committed < plan.num_steps:
         started, context.step = time.perf_counter(), state.committed + 1
         with context.untouched(whole=plan.is_saved(context.step)):
             shards = add_up_shards(context)
-        held.gradient, held.step = reduce_sums(context, shards.sums), context.step
+        held.gradient, held.step = reduce_sums(context, shards), context.step
         held.ballot = ballot = vote(context, shards)
         context.fire("update")
         commit(member, ballot)
@@ -64,52 +65,20 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
         commit(member, generation.ballot)  # its line came with the report of whoever saw the vote
     held.drop()
     member.settle(generation, group)
-    if generation.load not in ("", "recipe"):
-        member.restore(generation, group)
     context = StepContext(member, generation, group, injector)
-    if context.state.is_sharded and not generation.load:
-        bring(context, context.state)
-    else:
-        heal(context)
-    member.ready(group)
+    heal(context)
     return context
 
 
-def heal(context: StepContext) -> None:
-    """A source sends its state to the members of its coordinate that have none; the others go on to the first collective and wait there."""
-    generation, group = context.generation, context.group
-    if generation.healers:
-        context.injector.at(generation.committed + 1, "heal")
-    for source, healed in generation.healers:
-        taking_part = [source, *healed]
-        if group.rank not in taking_part:
-            continue
-        started = time.perf_counter()
-        with context.waiting("heal"):
-            moved = context.state.heal(group.subgroup(taking_part), 0, generation.committed)
-        if group.rank == source:
-            context.member.event(generation, "healed", **{
-                "from": generation.members[source], "to": [generation.members[r] for r in healed], "bytes": moved,
-                "seconds": time.perf_counter() - started})
-
-
-def expect_batches(context: StepContext) -> None:
-    """This member's shards of all steps that are left, to be loaded ahead."""
-    data, plan, first = context.links.data, context.plan, context.state.committed + 1
-    run = shards_of(data.rank, data.size, plan.num_shards)
-    context.training.load_batch.expect((step, shard) for step in range(first, plan.num_steps + 1) for shard in run)
-
-
-def reduce_sums(context: StepContext, sums: Any) -> Buffer:
+def reduce_sums(context: StepContext, shards: Shards) -> Buffer:
     """Over the replicas along the tree; then over the members of this replica that hold the same parameters and found other parts."""
-    plan, buffers, state = context.plan, context.buffers, context.state
+    buffers, state, gradient = context.buffers, context.state, shards.plain
     with context.waiting("reduction", context.links.data) as group:
-        if state.is_sharded:
-            return reduce_own(context, state, group, sums)
-        if plan.exact:
-            gradient = group.reduce_tree(sums.nodes(), plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
+        if state.is_sharded and group.size > 1:
+            return reduce_own(context, state, group, shards)
+        if shards.sums:
+            gradient = group.reduce_tree(shards.sums.nodes(), context.plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
         else:
-            gradient = sums.buffer
             group.all_reduce(gradient)
     sum_shared(context.links, state.layout, gradient)
     return gradient

@@ -14,17 +14,14 @@ from elastic.messages import GO, Generation, Save
 ORPHAN_S = 600.0  # for an orphan to write its state
 
 
-class Orphan:
-    """An order that a worker gives itself: leave."""
-
-
 class Control:
     """Shared between a worker's thread and those that take the controller's orders. `orders`: generations to take part in, what is to be
     saved, and None to release it.
     """
 
     def __init__(self) -> None:
-        self.orders: queue.SimpleQueue[Generation | Save | Orphan | None] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[Generation | Save | None] = queue.SimpleQueue()
+        self.is_orphan = False  # nobody answers: its release is its own
         self.is_gone = threading.Event()  # an orphan has written its state, as far as it can
         self._lock = threading.Lock()
         self._stops: dict[int, int] = {}
@@ -66,7 +63,8 @@ class Control:
 
     def orphan(self, timeout_s: float = ORPHAN_S) -> None:
         """Nobody has answered for too long. Returns when the worker's state is on disk, or cannot be."""
-        self.orders.put(Orphan())
+        self.is_orphan = True
+        self.orders.put(None)
         self.abandon(self.generation)
         self.is_gone.wait(timeout_s)
 

@@ -1,4 +1,4 @@
-"""A worker's way to the controller: messages in order, kept until acknowledged, with a pulse while there is nothing to say."""
+"""A worker's way to the controller: messages in order, kept until acknowledged, with a heartbeat while there is nothing to say."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 from elastic.messages import Line, Progress
 from elastic.worker.loop_control import Control
 
-PULSE_S = 0.5  # how often a worker says where it is; hang_timeout_s is counted in seconds, so this is fine enough
+HEARTBEAT_S = 0.5  # how often a worker says where it is; hang_timeout_s is counted in seconds, so this is fine enough
 RETRY_S = 0.2  # between tries while the controller cannot be reached
 
 
 class Outbox(threading.Thread):
     """Sends batches through `deliver(messages, number) -> steps on disk, or -1 if this worker is fenced off`.
 
-    `number` counts the messages acknowledged so far, by which a repeated one is known; a pulse, not counted, comes last.
+    `number` counts the messages acknowledged so far, by which a repeated one is known; a heartbeat, not counted, comes last.
 
-    Lines wait for the next pulse; anything else goes at once. `orphaned()` is called when nothing could be delivered for
+    Lines wait for the next heartbeat; anything else goes at once. `orphaned()` is called when nothing could be delivered for
     `orphan_timeout_s`, `fenced()` when the controller has given this worker up.
     """
 
     def __init__(self, worker: str, control: Control, deliver: Callable[[Sequence[Any], int], int], orphan_timeout_s: float,
-                 orphaned: Callable[[], None], fenced: Callable[[], None], pulse_s: float = PULSE_S):
+                 orphaned: Callable[[], None], fenced: Callable[[], None], heartbeat_s: float = HEARTBEAT_S):
         super().__init__(name="outbox", daemon=True)
         self.worker, self.control, self.deliver = worker, control, deliver
         self.orphan_timeout_s, self.orphaned, self.fenced = orphan_timeout_s, orphaned, fenced
         self.pending: deque[Any] = deque()
         self.wake = threading.Event()
         self.drained = threading.Condition()
-        self.closing, self.pulse_s = False, pulse_s
+        self.closing, self.heartbeat_s = False, heartbeat_s
         self.halted = threading.Event()  # a thread that plays a stopped process says nothing
 
     def post(self, message: Any) -> None:
@@ -52,26 +52,26 @@ class Outbox(threading.Thread):
         self.wake.set()
 
     def run(self) -> None:
-        heard, number = time.monotonic(), 0
+        answered, number = time.monotonic(), 0
         while not self.closing:
-            self.wake.wait(self.pulse_s)
+            self.wake.wait(self.heartbeat_s)
             self.wake.clear()
             if self.halted.is_set():
                 continue
             batch = list(self.pending)
             c = self.control
-            pulse = Progress(self.worker, c.generation, c.step, c.phase, c.inside, c.waiting, c.detail)
+            heartbeat = Progress(self.worker, c.generation, c.step, c.phase, c.inside, c.waiting, c.detail)
             try:
-                written = self.deliver([*batch, pulse], number)
+                written = self.deliver([*batch, heartbeat], number)
             except Exception as error:
-                if time.monotonic() - heard > self.orphan_timeout_s:
+                if time.monotonic() - answered > self.orphan_timeout_s:
                     print(f"The controller has not answered for {self.orphan_timeout_s} s ({error}); this worker leaves.", flush=True)
                     self.orphaned()
                     return
                 time.sleep(RETRY_S)
                 self.wake.set()
                 continue
-            heard = time.monotonic()
+            answered = time.monotonic()
             if written < 0:
                 self.fenced()
                 return

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from elastic.data.collate import num_rows, sliced
+from elastic.data.collate import num_rows
 from elastic.errors import UserError
 from elastic.model.user_code import describe, is_of_machine, users
 from elastic.parallel.groups import mirrored
 from elastic.worker.evaluation import measure, named
+from elastic.worker.gradients import part_of
 from elastic.worker.training import Placement, Training
 
 
@@ -35,7 +36,7 @@ def rehearse(training: Training, place: Placement) -> None:
     def room() -> Mapping[str, Any]:
         return state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names)
 
-    first = first_rows(place, training.load_batch(1, 0), plan.micro_batches)
+    first = part_of(training.load_batch(1, 0), plan.micro_batches * place.mesh.expert, 0)
     if place.pipeline is not None:
         place.pipeline.warm_up(first, room())
         return
@@ -55,7 +56,7 @@ def rehearse(training: Training, place: Placement) -> None:
 
 def rehearse_evaluation(training: Training, place: Placement) -> None:
     """Of the first batch, and of the last where it has fewer rows."""
-    tally, first = place.backend.tally(), first_rows(place, training.eval_batches[0](), 1)
+    tally, first = place.backend.tally(), part_of(training.eval_batches[0](), place.mesh.expert, 0)
     found, best = measure(place.backend, tally, first), training.plan.best.removeprefix("eval.")
     if best and best not in found and best not in (known := named(found, tally)):
         raise UserError(f'checkpoint.best = "{training.plan.best}" is none of the figures of this evaluation, {", ".join(known)}; '
@@ -88,9 +89,3 @@ def shorter(training: Training) -> int | None:
         return None
     real = [training.positions(plan.num_steps, shard) >= 0 for shard in range(plan.num_shards)]
     return next((shard for shard, rows in enumerate(real) if 0 < rows.sum() < len(rows)), None)
-
-
-def first_rows(place: Placement, batch: Mapping[str, Any], micro_batches: int) -> Mapping[str, Any]:
-    """As many rows as a micro-batch has on this worker."""
-    parts = micro_batches * place.mesh.expert
-    return batch if parts == 1 else sliced(batch, 0, num_rows(batch) // parts)

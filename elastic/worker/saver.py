@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
-
 from elastic.checkpoint.claim import read as claim_of
-from elastic.checkpoint.hashing import PARAMETER, hashes_of
-from elastic.checkpoint.manager import MANIFEST, commit, committed, folder_of, read_sound, read_start, split
-from elastic.checkpoint.manifest import CHUNK, FileEntry, Manifest
+from elastic.checkpoint.hashing import PARAMETER
+from elastic.checkpoint.manager import MANIFEST, commit, committed, folder_of, read_sound, split
+from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.part import Image, part_name
 from elastic.checkpoint.reader import Reader, read_together
 from elastic.collective.group import CollectiveGroup
@@ -29,26 +26,25 @@ from elastic.storage.faulty import FaultyFiles
 from elastic.storage.remote import shown
 from elastic.storage.store import Store, patiently
 
-JOIN_S = 0.1  # between two words of how far a write is that everybody waits for
+JOIN_S = 0.1  # between two reports of how far a write is that everybody waits for
 
 
 class Saver:
     """Writes at most one part at a time; a second save waits for the first. `post` takes the `Part` of each that is durable, or failed.
 
-    `mb_s`: megabytes a second at most, while nobody waits for the write; 0: as fast as the storage takes them.
+    `head`: what all manifests of the run have in common. `mb_s`: megabytes a second at most, while nobody waits for the write; 0: as
+    fast as the storage takes them.
     """
 
-    def __init__(self, worker: str, location: str, recipe: str, batch_size: int, seed: int, info: Mapping[str, Any],
-                 post: Callable[[Any], None], crash: Callable[[], None] = lambda: os._exit(1), chunk_bytes: int = CHUNK, mb_s: float = 0.0,
-                 run: str = ""):
-        self.worker, self.location, self.recipe, self.info, self.post = worker, location, recipe, dict(info), post
-        self.batch_size, self.seed, self.crash, self.chunk_bytes, self.mb_s = batch_size, seed, crash, chunk_bytes, mb_s
-        self.run = run
+    def __init__(self, worker: str, location: str, head: Manifest, batch_size: int, post: Callable[[Any], None],
+                 crash: Callable[[], None] = lambda: os._exit(1), mb_s: float = 0.0):
+        self.worker, self.location, self.head, self.batch_size, self.post = worker, location, head, batch_size, post
+        self.crash, self.mb_s = crash, mb_s
         self.hurry = threading.Event()  # somebody waits for the write
         self.thread: threading.Thread | None = None
         self.image: Image | None = None
         self.error: Exception | None = None
-        self.writing, self.done = False, 0
+        self.writing, self.done = False, 0  # a part is still being written, and bytes of it that are
         self.saved: tuple[int, int, int, int] | None = None
         self.newest = 0  # step of the last save that turned out to be committed
 
@@ -67,13 +63,9 @@ class Saver:
     def _image(self, state: State, rank: int, world_size: int) -> Image:
         boxes = state.shares(rank // state.replica_size, world_size // state.replica_size)
         places = tuple(state.in_whole(box) for box in boxes)
-        if self.image is not None and (self.image.sources, self.image.boxes) == (boxes, places):  # another seat's boxes may be just as large
+        if self.image is not None and (self.image.sources, self.image.boxes) == (boxes, places):  # another coordinate's boxes may be just as large
             return self.image
         return Image(places, self.image.memory if self.image else None, boxes)
-
-    def is_busy(self) -> bool:
-        """A part is still being written."""
-        return self.writing
 
     def save(self, state: State, order: Save, evaluation: Mapping[str, float], tell: Callable[[int], None] = lambda done: None) -> None:
         """Returns once this rank's share is copied, or with `order.wait` once it is durable.
@@ -82,7 +74,7 @@ class Saver:
         as it is known that an earlier state was not finite.
         """
         started = time.perf_counter()
-        self._join(tell)
+        self.join(tell)
         self._raise_lost()
         this = (order.generation, order.step, order.rank, order.world_size)
         if self.saved == this and self.error is None:
@@ -98,15 +90,14 @@ class Saver:
                                        name="saver", daemon=True)
         self.thread.start()
         if order.wait:
-            self._join(tell)
+            self.join(tell)
             self._raise_lost()
             if self.error is not None:
                 raise RunFailed(self._sentence(order.step, self.error)) from self.error
 
     def _head(self, generation: int, step: int, evaluation: Mapping[str, float], **extra: Any) -> Manifest:
-        finite = {name: value for name, value in evaluation.items() if math.isfinite(value)}
-        return Manifest(step, generation, step * self.batch_size, self.seed, self.recipe, (), self.chunk_bytes, finite,
-                        {"info": self.info, **({"run": self.run} if self.run else {}), **extra})
+        return replace(self.head, step=step, generation=generation, cursor=step * self.batch_size, eval=evaluation,
+                       extra={**self.head.extra, **extra})
 
     def _write(self, image: Image, order: Save, head: Manifest | None, stall_s: float, started: float, before: int) -> None:
         begun = time.monotonic()
@@ -126,7 +117,7 @@ class Saver:
         try:
             store = self._store(order)
             name = part_name(order.rank, order.world_size, order.generation)
-            entry = image.write(store, folder_of(order.step), name, self.chunk_bytes, note, lambda: check_finite(image, order.step))
+            entry = image.write(store, folder_of(order.step), name, self.head.chunk_bytes, note, lambda: check_finite(image, order.step))
             self.post(part(json.dumps(asdict(entry))))
         except Exception as error:
             self.error = error
@@ -146,7 +137,8 @@ class Saver:
         return (f"The checkpoint of step {step} could not be written to {shown(self.location)} ({reason(error)}); "
                 "make room or mend the storage, then resume the run.")
 
-    def _join(self, tell: Callable[[int], None]) -> None:
+    def join(self, tell: Callable[[int], None] = lambda done: None) -> None:
+        """Waits for the write in flight; `tell(done)` is called now and then with the bytes that are written."""
         self.hurry.set()
         while self.thread is not None and self.thread.is_alive():
             self.thread.join(JOIN_S)
@@ -157,40 +149,30 @@ class Saver:
         if isinstance(self.error, NonFiniteLoss):
             raise self.error
 
-    def join(self) -> None:
-        """Waits for the write in flight."""
-        self._join(lambda done: None)
-
     def leave(self, state: State, generation: int, evaluation: Mapping[str, float], lines: Iterable[Mapping[str, Any]]) -> bool:
-        """The last words of a worker that nobody hears: all of its state, committed by itself where nothing as new is.
+        """The final checkpoint of a worker without a controller: all of its state, committed by itself where nothing as new is.
 
         `lines`: those of metrics.jsonl that may be lost; with it go all since the newest checkpoint. Returns whether it was needed.
         """
         self.join()
         store, step = Store.open(self.location), state.committed
         newest = max((s for s, _ in committed(store)), default=0)
-        if step <= 0 or newest >= step:
+        if step <= 0 or newest >= step or not state.is_all:  # of no use without the other parts of the model
             return False
-        if not state.is_all:
-            return False  # of no use without the other parts of the model
         claim = claim_of(store)
-        if claim is not None and claim.others(self.run, ""):
+        if claim is not None and claim.others(self.head.extra.get("run", ""), ""):
             print(claim.sentence(self.location), flush=True)
             return False
         image = Image(state.shares(0, 1), self.image.memory if self.image else None)
         self.image = None  # its memory is another's now
         image.fill(state.take)
         name = part_name(0, 1, generation, f"state-{self.worker}")
-        entry = image.write(store, folder_of(step), name, self.chunk_bytes, check=lambda: check_finite(image, step))
+        entry = image.write(store, folder_of(step), name, self.head.chunk_bytes, check=lambda: check_finite(image, step))
         if max((s for s, _ in committed(store)), default=0) >= step:
             return False
         head = self._head(generation, step, evaluation, lines=[fields for fields in lines if fields["step"] > newest])
-        commit(store, with_files(head, (entry,)))
+        commit(store, replace(head, files=(entry,)))
         return True
-
-    def hashes(self, arrays: Iterable[tuple[str, np.ndarray]], step: int) -> dict[str, str]:
-        parameters, whole = hashes_of(arrays, step * self.batch_size)
-        return {"parameters_sha256": parameters, "state_sha256": whole}
 
     def restore(self, path: str, state: State, group: CollectiveGroup, at: Callable[[int], AbstractContextManager[Any]]) -> tuple[Manifest, int]:
         """Loads a checkpoint into the states of all members together; its manifest and the bytes that this one has read.
@@ -216,10 +198,6 @@ class Saver:
         state.committed = manifest.step
         return manifest, reader.bytes
 
-    def initial(self, path: str, state: State) -> dict[str, np.ndarray]:
-        """The values of [model] init by parameter name, which fit the model."""
-        return read_start(path, state.whole)
-
 
 def check_finite(image: Image, step: int) -> None:
     """Nobody could go on from parameters that are no numbers."""
@@ -227,13 +205,8 @@ def check_finite(image: Image, step: int) -> None:
         raise NonFiniteLoss(f"The parameters are not finite after step {step}; lower optimizer.lr, set optimizer.clip_norm or mend the data.")
 
 
-def with_files(head: Manifest, files: tuple[FileEntry, ...]) -> Manifest:
-    """A manifest that waited for its files."""
-    return Manifest(head.step, head.generation, head.cursor, head.seed, head.recipe, files, head.chunk_bytes, head.eval, head.extra)
-
-
 def reason(error: BaseException) -> str:
-    """Without the storage's own words, which name a temporary file: the same fault is the same sentence."""
+    """Without the storage's own sentence, which names a temporary file: the same fault is the same sentence."""
     if not isinstance(error, OSError):
         return f"{type(error).__name__}: {error}"
     return os.strerror(error.errno) if error.errno else type(error).__name__

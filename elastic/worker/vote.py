@@ -43,16 +43,11 @@ class Vote:
 
 def vote(context: StepContext, shards: Shards) -> Ballot:
     """`NonFiniteLoss`, or RunFailed for what was not fed as the ledger has it, on all members alike."""
-    member, step, num_shards, world = context.member, context.step, context.plan.num_shards, context.links.world
-    ledger = context.training.ledger
-    mine = Vote(shards.losses, shards.weights, squared_norm(context), member.is_busy(), context.control.stop_request())
+    step, ledger = context.step, context.training.ledger
+    mine = Vote(shards.losses, shards.weights, squared_norm(context), context.member.is_busy(), context.control.stop_request())
     if ledger:
         mine.fed = ledger.digests(step) * (context.links.replica.rank == 0)
-    packed = mine.pack()
-    out = np.empty(world.size * len(packed))
-    with context.waiting("vote", world) as group:
-        group.all_gather(out, packed)
-    found = Vote.of_all(out.reshape(world.size, -1), num_shards)
+    found = Vote.of_all(context.gather("vote", mine.pack()), context.plan.num_shards)
     if ledger:
         ledger.check(step, found.fed)
     ballot = Ballot(step, tuple(found.losses.tolist()), tuple(found.weights.tolist()), found.stop, found.busy, found.squared_norm)

@@ -13,6 +13,9 @@ from functools import partial
 from typing import Any, Protocol, Self
 
 from elastic.chaos import Fault, Injector
+from elastic.checkpoint.hashing import hashes_of
+from elastic.checkpoint.manager import read_start
+from elastic.checkpoint.manifest import Manifest
 from elastic.collective.group import CollectiveGroup
 from elastic.errors import BadCheckpoint, GroupBroken, NonFiniteLoss, Overwritten, RunFailed, UserError
 from elastic.mesh import Mesh
@@ -22,14 +25,13 @@ from elastic.recipe import Recipe, loads
 from elastic.state.relayout import relay, whole_arrays
 from elastic.state.state import State
 from elastic.storage.remote import shown
-from elastic.worker.build import build_training, take_seat
+from elastic.worker.build import build_training, place_on
 from elastic.worker.context import StepContext
 from elastic.worker.loop import begin, commit, train
-from elastic.worker.loop_control import Control, Orphan
-from elastic.worker.member import Member, keep_lines
+from elastic.worker.loop_control import Control
 from elastic.worker.rehearsal import warm_up
 from elastic.worker.saver import Saver
-from elastic.worker.training import Held, Placement
+from elastic.worker.training import Held, Member, Placement, keep_lines
 from elastic.workload import Workload, laid, mesh_of
 
 
@@ -63,37 +65,37 @@ class Worker(Member):
     def __init__(self, name: str, job: Job, rim: Rim, control: Control, recipe: Recipe, workload: Workload, place: Placement):
         super().__init__(build_training(recipe, workload), place, control, rim.post)
         self.name, self.rim, self.recipe, self.workload = name, rim, recipe, workload
-        self.saver = Saver(name, job.checkpoints, job.recipe, recipe.data.batch_size, recipe.run.seed, workload.facts(job.info), self.post_part,
-                           lambda: rim.strike(Fault("kill", 0, 0, "checkpoint", "disk")), mb_s=recipe.checkpoint.write_mb_s, run=job.run_id)
+        head = Manifest(0, 0, 0, recipe.run.seed, job.recipe, extra={"info": workload.facts(job.info), "run": job.run_id})
+        self.saver = Saver(name, job.checkpoints, head, recipe.data.batch_size, self.post_part,
+                           lambda: rim.strike(Fault("kill", 0, 0, "checkpoint", "disk")), recipe.checkpoint.write_mb_s)
         self.parts: dict[Save, Part] = {}  # of the last checkpoint
-        self.said: Ready | None = None
-        self.stood: Standing | None = None  # where it stands by
+        self.ready: Ready | None = None
+        self.standing: Standing | None = None  # where it stands by
 
     @classmethod
     def open(cls, name: str, job: Job, rim: Rim, control: Control) -> Self:
         """Builds and compiles, on the coordinate that this worker is likely to get: one that gets another builds again."""
         recipe = loads(job.recipe, locate=False)
         workload, mesh = Workload.open(recipe, job.info), mesh_of(recipe)
-        place = take_seat(recipe, workload, mesh, mesh.seat(int(name.rpartition("-")[2]) % mesh.replica_size))
+        place = place_on(recipe, workload, mesh, mesh.seat(int(name.rpartition("-")[2]) % mesh.replica_size))
         worker = cls(name, job, rim, control, recipe, workload, place)
         warm_up(worker.training, place)
         return worker
 
     def serve(self) -> None:
         """Says that it is there, and works until released."""
-        self.said = Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.place.backend.compilations(), self.rim.shares)
-        self.post(self.said)
+        self.ready = Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.place.backend.compilations(), self.rim.shares)
+        self.post(self.ready)
         taken = 0
         while (order := self.control.orders.get()) is not None:
-            if isinstance(order, Orphan):
-                self.leave()
-                return
             if isinstance(order, Save):
                 self.save_alone(order)
             elif order.number > taken:  # a new controller repeats what may not have arrived
-                taken, self.stood = order.number, None
-                self.stood = self.take_part(order)
-                self.post(self.stood)
+                taken, self.standing = order.number, None
+                self.standing = self.take_part(order)
+                self.post(self.standing)
+        if self.control.is_orphan:
+            self.leave()
         self.saver.join()
 
     def save_alone(self, order: Save) -> None:
@@ -128,7 +130,7 @@ class Worker(Member):
 
     def resync(self) -> None:
         """Says again what a controller may have taken and not yet written down: all of it, where its disk was full."""
-        for report in (self.said, self.stood, *self.parts.values()):
+        for report in (self.ready, self.standing, *self.parts.values()):
             if report is not None:
                 self.post(report)
         self.control.repeat.set()
@@ -150,6 +152,7 @@ class Worker(Member):
             self.control.attach(group)
             injector = Injector(generation.chaos, rank, self.rim.announce, self.rim.strike, self.rim.cut_short)
             context = begin(self, generation, group, injector)
+            self.saver.prepare(self.place.state, rank, group.size)
             reason = train(context)
             if reason == "done":
                 hashes = self.hashes(context)
@@ -181,7 +184,7 @@ class Worker(Member):
         mesh, seat = generation.shape, generation.shape.seat(group.rank)
         place = self.place
         if (replace(mesh, data=1), replace(seat, data=0)) != (place.mesh, place.seat):
-            place = take_seat(self.recipe, self.workload, mesh, seat)
+            place = place_on(self.recipe, self.workload, mesh, seat)
             self.control.at(generation.committed, "start")
             warm_up(self.training, place)
         if generation.relaid:
@@ -190,7 +193,9 @@ class Worker(Member):
         if generation.load:
             place.state.keep(seat.data, mesh.data)
         if generation.load == "recipe":
-            place.state.start(self.recipe.run.seed, self.saver.initial(self.recipe.model.init, place.state))
+            place.state.start(self.recipe.run.seed, read_start(self.recipe.model.init, place.state.whole))
+        elif generation.load:
+            self.restore(generation, group)
 
     def move(self, generation: Generation, group: CollectiveGroup, state: State) -> None:
         """Fills `state` out of what the members hold."""
@@ -207,7 +212,7 @@ class Worker(Member):
             self.event(generation, "relaid", **{"from": degrees(was), "to": degrees(mesh), "bytes": moved, "seconds": time.perf_counter() - started})
 
     def restore(self, generation: Generation, group: CollectiveGroup) -> None:
-        """Rank 0 tells of it."""
+        """From the checkpoint that the generation starts with. Rank 0 tells of it."""
         started = time.perf_counter()
         self.control.at(generation.committed, "restore")
         waiting = partial(self.control.collective, generation.committed, "restore")
@@ -217,14 +222,12 @@ class Worker(Member):
             self.event(generation, "loaded", step=manifest.step, path=shown(generation.load), bytes=manifest.bytes, read_bytes=read,
                        seconds=time.perf_counter() - started)
 
-    def ready(self, group: CollectiveGroup) -> None:
-        self.saver.prepare(self.place.state, group.rank, group.size)
-
     def hashes(self, context: StepContext) -> dict[str, str]:
         """Of the whole model: each array is put together from the replica's parts."""
         step, links = context.state.committed, context.links
         waiting = partial(self.control.collective, step, "hashes")
-        return self.saver.hashes(whole_arrays(context.state, links.replica, waiting, links.data), step)
+        parameters, state = hashes_of(whole_arrays(context.state, links.replica, waiting, links.data), step * self.recipe.data.batch_size)
+        return {"parameters_sha256": parameters, "state_sha256": state}
 
     def save(self, order: Save) -> None:
         keep_lines(self.unsaved, self.saver.newest, order.step)

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from elastic.chaos import Injector
+from elastic.checkpoint.manifest import Manifest
 from elastic.collective.solo import SoloGroup
 from elastic.controller.checkpoints import Commits
 from elastic.messages import Generation, Save
 from elastic.state.state import State
 from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
-from elastic.worker.member import Member
 from elastic.worker.saver import Saver
-from elastic.worker.training import Placement, Plan, Training
+from elastic.worker.training import Member, Placement, Plan, Training
 from tests.support.models import SMALL, VOCAB, rig_of, settings, token_batch
 from tests.support.rules import OPTIMIZER
 from tests.support.threads import together
@@ -139,7 +139,7 @@ def test_a_loop_over_tensors_has_the_bits_of_one_over_arrays(module: bool) -> No
 def test_a_state_in_tensors_is_saved_and_read_back(tmp_path: Path) -> None:
     (saved,) = trained([in_tensors(Net())], True)
     parts: list[Any] = []
-    saver = Saver("w0", str(tmp_path), "", 8, 3, {}, parts.append)
+    saver = Saver("w0", str(tmp_path), Manifest(0, 0, 0, 3, ""), 8, parts.append)
     saver.save(saved, Save(1, 3, 0, 1, True), {})
     outcome = Commits(str(tmp_path), 3, "").take(parts[0], 3)
     assert outcome is not None and outcome.event == "checkpoint_committed"

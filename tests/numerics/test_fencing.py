@@ -84,7 +84,7 @@ def test_a_continued_worker_changes_not_a_byte(phase: str, oracle: Result, tmp_p
         assert run.controller.deliver(stopped, [word]) == -1
     assert snapshot(run, survivors) == before
     assert run.controller.inbox.empty() or run.controller.state.phase == "waiting"
-    assert stopped in run.fleet.fenced and stale.outbox is not None and not stale.outbox.is_alive()
+    assert stopped in run.fleet.fenced and not stale.outbox.is_alive()
 
     run.fleet.grow(3)
     thread.join(LIMIT_S)

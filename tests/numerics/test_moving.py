@@ -11,6 +11,7 @@ import pytest
 
 from backends.reference.backend import framework
 from elastic.boxes import Box
+from elastic.checkpoint.manifest import Manifest
 from elastic.errors import GroupBroken
 from elastic.mesh import Mesh, Seat
 from elastic.parallel.layout import Layout, Portion
@@ -97,7 +98,7 @@ def test_a_state_that_is_cut_off_on_its_way_counts_for_nothing_and_the_one_it_co
 
 def test_a_worker_that_takes_another_seat_saves_under_that_seat_s_places() -> None:
     """Two seats of a tensor axis have boxes of the same sizes: memory that is ready for the one is not ready for the other."""
-    saver, mesh = Saver("w0", "unused", "", 1, 0, {}, lambda part: None), Mesh(1, 1, 4)
+    saver, mesh = Saver("w0", "unused", Manifest(0, 0, 0, 0, ""), 1, lambda part: None), Mesh(1, 1, 4)
     for rank in (1, 2):
         state = state_on(mesh, Seat(tensor=rank))
         saver.prepare(state, rank, 4)

@@ -68,7 +68,8 @@ def blank(arrays: Mapping[str, np.ndarray]) -> Arrays:
 
 def saver(location: str, worker: str = "w0", post: Callable[[Any], None] = lambda part: None, chunk_bytes: int = CHUNK,
           mb_s: float = 0.0) -> Saver:
-    return Saver(worker, location, "recipe", 12, 7, {"key": "data"}, post, chunk_bytes=chunk_bytes, mb_s=mb_s, run="a-run")
+    head = Manifest(0, 0, 0, 7, "recipe", chunk_bytes=chunk_bytes, extra={"info": {"key": "data"}, "run": "a-run"})
+    return Saver(worker, location, head, 12, post, mb_s=mb_s)
 
 
 def write_parts(location: str, step: int, world_size: int, generation: int = 1, size: int = 1, **eval_: float) -> list[Part]:

@@ -17,8 +17,8 @@ from elastic.mesh import Mesh
 from elastic.messages import Generation, Line
 from elastic.recipe import Recipe
 from elastic.state.relayout import whole_arrays
-from elastic.worker import member
-from elastic.worker.build import build_training, take_seat
+from elastic.worker import training
+from elastic.worker.build import build_training, place_on
 from elastic.worker.context import StepContext
 from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
@@ -40,7 +40,7 @@ class Trained:
     counts: list[Counter[str]]  # bytes of collectives, by rank
 
 
-class Member(member.Member):
+class Member(training.Member):
     """One worker. `gradient` is its part of the first step's, before anything is applied."""
 
     context: StepContext
@@ -48,7 +48,7 @@ class Member(member.Member):
     def __init__(self, recipe: Recipe, info: Mapping[str, Any], mesh: Mesh, rank: int):
         self.sent: list[Any] = []
         workload = Workload.open(recipe, info)
-        super().__init__(build_training(recipe, workload), take_seat(recipe, workload, mesh, mesh.seat(rank)), Control(), self.sent.append)
+        super().__init__(build_training(recipe, workload), place_on(recipe, workload, mesh, mesh.seat(rank)), Control(), self.sent.append)
         self.rank, state = rank, self.place.state
         state.keep(mesh.seat(rank).data, mesh.data)
         state.start(recipe.run.seed)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from elastic import workload
+from elastic.checkpoint.manifest import Manifest
 from elastic.controller.checkpoints import Commits
 from elastic.driver import inference
 from elastic.errors import BadCheckpoint, UserError
@@ -41,7 +42,8 @@ def save(recipe: Recipe, root: Path, step: int) -> Path:
     state.start(recipe.run.seed)
     parts: list[Part] = []
     root.mkdir(parents=True, exist_ok=True)
-    Saver("w0", str(root), dumps(recipe), recipe.data.batch_size, recipe.run.seed, info, parts.append).save(state, Save(1, step, wait=True), {})
+    head = Manifest(0, 0, 0, recipe.run.seed, dumps(recipe), extra={"info": info})
+    Saver("w0", str(root), head, recipe.data.batch_size, parts.append).save(state, Save(1, step, wait=True), {})
     found = Commits(str(root), 3, "").take(parts[0], step)
     assert found is not None and not found.error
     return Path(found.path)

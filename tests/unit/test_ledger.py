@@ -45,6 +45,7 @@ def written(run_dir: Path, of: Sampler, steps: int = 1000) -> list[dict[str, Any
 
 class Numbers:
     fills = False
+    order = None
     num_samples = SIZE
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:

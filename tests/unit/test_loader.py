@@ -18,6 +18,7 @@ class Squares:
     """A data set whose rows say which sample and epoch they are."""
 
     fills = True
+    order = None
     num_samples = 10
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:

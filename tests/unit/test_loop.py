@@ -16,7 +16,7 @@ from elastic.errors import GroupBroken, NonFiniteLoss
 from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Line, Save
 from elastic.model.backend import ShardResult, Spec
 from elastic.state.state import State
-from elastic.worker import member as module
+from elastic.worker import training as module
 from elastic.worker.gradients import shard_seed
 from elastic.worker.loop import begin, commit, train
 from elastic.worker.loop_control import Control

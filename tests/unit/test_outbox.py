@@ -42,7 +42,7 @@ class Controller:
         return [message for batch in self.batches for message in batch if not isinstance(message, Progress)]
 
     @property
-    def pulses(self) -> list[Progress]:
+    def heartbeats(self) -> list[Progress]:
         return [message for batch in self.batches for message in batch if isinstance(message, Progress)]
 
 
@@ -50,9 +50,9 @@ class Controller:
 def start() -> Iterator[Callable[..., tuple[Outbox, threading.Event, threading.Event]]]:
     boxes: list[Outbox] = []
 
-    def make(controller: Controller, pulse_s: float = 0.01, orphan_timeout_s: float = 60.0) -> tuple[Outbox, threading.Event, threading.Event]:
+    def make(controller: Controller, heartbeat_s: float = 0.01, orphan_timeout_s: float = 60.0) -> tuple[Outbox, threading.Event, threading.Event]:
         orphaned, fenced = threading.Event(), threading.Event()
-        box = Outbox("w", Control(), controller.deliver, orphan_timeout_s, orphaned.set, fenced.set, pulse_s)
+        box = Outbox("w", Control(), controller.deliver, orphan_timeout_s, orphaned.set, fenced.set, heartbeat_s)
         boxes.append(box)
         box.start()
         return box, orphaned, fenced
@@ -91,14 +91,14 @@ def test_every_delivery_ends_with_where_the_worker_is(start: Start) -> None:
     box, _, _ = start(controller)
     box.control.enter(3)
     box.control.at(9, "forward", 2)
-    controller.wait(lambda: any(p.step == 9 for p in controller.pulses))
-    assert controller.pulses[-1] == Progress("w", 3, 9, "forward", 0, False, 2)
+    controller.wait(lambda: any(p.step == 9 for p in controller.heartbeats))
+    assert controller.heartbeats[-1] == Progress("w", 3, 9, "forward", 0, False, 2)
     assert all(isinstance(batch[-1], Progress) for batch in controller.batches)
 
 
-def test_lines_wait_for_the_pulse_and_anything_else_goes_at_once(start: Start) -> None:
+def test_lines_wait_for_the_heartbeat_and_anything_else_goes_at_once(start: Start) -> None:
     controller = Controller()
-    box, _, _ = start(controller, pulse_s=1000.0)
+    box, _, _ = start(controller, heartbeat_s=1000.0)
     box.post(line(1))
     assert not controller.batches
     box.post(part(2))

@@ -19,7 +19,7 @@ from elastic.planning.search import forecasts
 from elastic.planning.tables import sentences, too_large
 from elastic.recipe import Recipe, dumps, load_recipe, loads
 from elastic.state.state import State
-from elastic.worker.build import take_seat
+from elastic.worker.build import place_on
 from elastic.workload import Workload, laid, lay_out
 from tests.support.inprocess import module_recipe
 
@@ -69,7 +69,7 @@ def test_memory_is_that_of_the_state_on_a_seat(file: Path) -> None:
         layout = laid(recipe, opened, replace(one.mesh, data=1))
         held = []
         for rank in range(layout.mesh.world_size):
-            state: State = take_seat(recipe, opened, layout.mesh, layout.mesh.seat(rank)).state
+            state: State = place_on(recipe, opened, layout.mesh, layout.mesh.seat(rank)).state
             held.append((state.param.nbytes, sum(slot.nbytes for slot in state.slots.values())))
         stages = [costs.stage_memory(plan.asked.task, one.candidate, stage, 0) for stage in range(layout.mesh.pipeline)]
         memory = max(stages, key=lambda each: each.parameters)
@@ -88,7 +88,7 @@ def test_memory_of_a_sharded_optimizer_is_that_of_its_slots(twin: str, file: Pat
         for stage in range(layout.mesh.pipeline):
             held = []
             for seat in (layout.mesh.seat(rank) for rank in range(layout.mesh.world_size)):
-                state = take_seat(recipe, opened, layout.mesh, seat).state
+                state = place_on(recipe, opened, layout.mesh, seat).state
                 assert state.is_sharded
                 for rank in range(one.mesh.data if seat.pipeline == stage else 0):
                     state.keep(rank, one.mesh.data)

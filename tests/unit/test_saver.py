@@ -45,7 +45,7 @@ def test_a_write_keeps_to_its_pace_until_somebody_waits_for_it(tmp_path: Path) -
     one.save(Arrays(values(50), 50), Save(1, 50), {})
     assert one.thread is not None
     one.thread.join(0.5)
-    assert one.is_busy() and not posted
+    assert one.writing and not posted
     one.save(Arrays(values(60), 60), Save(1, 60, wait=True), {})
     assert [(part.step, part.error) for part in posted] == [(50, ""), (60, "")]
 
@@ -54,12 +54,12 @@ def test_training_goes_on_while_it_is_written_and_what_is_written_is_the_state_o
     posted: list[Any] = []
     one, state = saver(str(tmp_path), "w0", posted.append), Arrays(values(50), 50)
     one.save(state, Save(1, 50), {"loss": 1.5, "worse": float("nan")})
-    assert one.is_busy() and not posted
+    assert one.writing and not posted
     for array in state.arrays.values():
         array[...] = 0  # the next step
     gate.set()
     one.join()
-    assert not one.is_busy()
+    assert not one.writing
     (part,) = posted
     assert (part.worker, part.generation, part.step, part.rank, part.world_size, part.error) == ("w0", 1, 50, 0, 1, "")
     assert part.seconds >= part.stall_s >= 0

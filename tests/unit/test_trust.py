@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic import cli
+from elastic.checkpoint.manifest import Manifest
 from elastic.driver import trainer
 from elastic.driver.trust import check_trust, own
 from elastic.observe.verify import Verdict
@@ -41,7 +42,7 @@ def make_run(folder: Path, of: Recipe) -> Path:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "recipe.toml").write_text(dumps(of))
     (folder / "summary.json").write_text('{"status": "done"}')
-    saver = Saver("w0", str(folder / "checkpoints"), dumps(of), 4, 0, {}, lambda part: None)
+    saver = Saver("w0", str(folder / "checkpoints"), Manifest(0, 0, 0, 0, dumps(of), extra={"info": {}}), 4, lambda part: None)
     assert saver.leave(Arrays(values(1), 1), 1, {}, ())
     return folder
 

@@ -16,8 +16,7 @@ from elastic.state.flat_layout import FlatLayout
 from elastic.state.state import State
 from elastic.worker.loop import commit
 from elastic.worker.loop_control import Control
-from elastic.worker.member import Member
-from elastic.worker.training import Placement, Plan, Training
+from elastic.worker.training import Member, Placement, Plan, Training
 from recommender.dlrm import build
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
