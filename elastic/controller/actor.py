@@ -18,7 +18,6 @@ from elastic.controller import session
 from elastic.controller.controller import Controller, Settings
 from elastic.controller.ending import close
 from elastic.controller.journal import Journal
-from elastic.controller.policy import Degrees
 from elastic.controller.ray_fleet import RayFleet
 from elastic.controller.run_log import Books, claimed
 from elastic.messages import Begin, Job
@@ -68,12 +67,9 @@ class ControllerActor:
     def announce(self, worker: str, spec: str) -> None:
         self.controller.announce(worker, spec)
 
-    def scale(self, workers: int, degrees: Degrees | None = None) -> None:
-        self.controller.post(m.ScaleTo(workers, degrees))
-        self.controller.inbox.wait()
-
-    def interrupt(self) -> None:
-        self.controller.post(m.Interrupt())
+    def request(self, event: m.ScaleTo | m.Interrupt) -> None:
+        """What a user asks for; in the journal when this returns."""
+        self.controller.post(event)
         self.controller.inbox.wait()
 
     def end(self, status: str) -> None:

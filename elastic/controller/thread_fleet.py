@@ -148,7 +148,7 @@ class ThreadFleet:
             rim.outbox.flush(FLUSH_S)
         rim.dead.set()
         rim.outbox.close()
-        if hasattr(worker, "work"):
+        if worker.said is not None:
             worker.work.load_batch.close()  # a process would take its threads with it
         with self.lock:
             self.workers.pop(name, None)

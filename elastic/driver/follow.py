@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from elastic.controller.events import Interrupt
 from elastic.controller.run_log import in_order
 from elastic.driver.rundir import clear_live
 from elastic.errors import RunFailed
@@ -132,8 +133,8 @@ def interrupting(controller: Any) -> Iterator[None]:
             os._exit(130)
         if asked == 2:
             raise KeyboardInterrupt
-        print("\nInterrupted: a last checkpoint is written; press Ctrl-C again to end in the middle of the step.", file=sys.stderr)
-        threading.Thread(target=ask, args=(controller, "interrupt"), daemon=True).start()  # it may be on its way back
+        print("\nInterrupted: a final checkpoint is written; press Ctrl-C again to end in the middle of the step.", file=sys.stderr)
+        threading.Thread(target=ask, args=(controller, "request", Interrupt()), daemon=True).start()  # it may be on its way back
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

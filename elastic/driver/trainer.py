@@ -19,6 +19,7 @@ from elastic.checkpoint.access import check_access, claimed
 from elastic.checkpoint.claim import owner_of
 from elastic.controller.actor import ControllerActor
 from elastic.controller.controller import Settings
+from elastic.controller.events import ScaleTo
 from elastic.driver.connect import answers, connected, controller_of
 from elastic.driver.follow import Callback, Result, Telling, ask, result_of, see_out
 from elastic.driver.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
@@ -228,6 +229,6 @@ def scale(run_dir: str | Path, workers: int, trust: bool = False, **degrees: int
     preferred = (mesh.pipeline, mesh.tensor, mesh.expert) if degrees else None
     with connected(live["address"], recipe):
         try:
-            ask(controller_of(live["run_id"]), "scale", workers, preferred)
+            ask(controller_of(live["run_id"]), "request", ScaleTo(workers, preferred))
         except ValueError as error:
             raise RunFailed(f"The run in {run_dir} has no controller any more; `elastic resume` it.") from error
