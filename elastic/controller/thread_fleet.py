@@ -15,7 +15,6 @@ from typing import Any
 from elastic.chaos import Fault
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.local import Hub, Killed, die
-from elastic.collective.solo import SoloGroup
 from elastic.controller import membership as m
 from elastic.errors import UserError
 from elastic.messages import Generation, Job, Ready, Save
@@ -79,7 +78,7 @@ class ThreadRim:
         if fault.kind == "stop":
             self.strike(fault)
             return group
-        if isinstance(group, SoloGroup) or group.size == 1:
+        if group.size == 1:
             self.strike(fault)
         self.dead.set()
         group.cut_short({(group.rank + 1) % group.size}, die)  # type: ignore[attr-defined]
@@ -105,14 +104,14 @@ class ThreadFleet:
 
     def want(self, workers: int, avoid: Sequence[str], near: Sequence[str] = ()) -> None:
         self.wanted = workers
-        self.fill(avoid)
+        self.fill()
 
     def grow(self, capacity: int) -> None:
         """Room appears or goes, as when a node joins or leaves; a loss of room kills nobody."""
         self.capacity = capacity
-        self.fill(())
+        self.fill()
 
-    def fill(self, avoid: Sequence[str]) -> None:
+    def fill(self) -> None:
         with self.lock:
             new = []
             while not self.closed and len(self.workers) < min(self.wanted, self.capacity):
@@ -155,7 +154,7 @@ class ThreadFleet:
             lost = name not in self.released and not self.closed
         if lost:
             self.controller.post(m.Lost(name, cause, raised))
-            self.fill(())
+            self.fill()
 
     def call(self, worker: str, act: Callable[[Worker], Any]) -> None:
         found = self.workers.get(worker)
@@ -186,7 +185,7 @@ class ThreadFleet:
             rim.dead.set()
             if rim.rank >= 0:
                 self.hub.kill(rim.rank, rim.generation)
-        self.fill(())
+        self.fill()
 
     def transport(self, ready: Sequence[Ready]) -> str:
         return "local"

@@ -87,35 +87,29 @@ class Telling:
 
 def see_out(controller: Any, run_id: str, run_dir: Path, telling: Telling) -> Result:
     """Follows a run to its end, and clears up after it, unless another driver has: one of them writes the report."""
+    error, is_first = "", False
     with interrupting(controller):
-        is_first, error = attend(controller, run_id, run_dir, telling)
+        try:
+            follow(controller, telling)
+            error = ask(controller, "outcome")[1]
+        except ray.exceptions.RayError as gone:
+            if summary_of(run_dir) is None:
+                raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
+            telling.rest(run_dir)
+        except BaseException as failure:
+            asked = isinstance(failure, KeyboardInterrupt)
+            with contextlib.suppress(ray.exceptions.RayError):  # no worker may stay behind
+                ray.get(controller.end.remote("interrupted" if asked else "failed"), timeout=QUICK_S if asked else END_S)
+            raise
+        finally:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(controller)
+            is_first = clear_live(run_dir, run_id)
     result = result_of(run_dir, error)
     if is_first:
         with contextlib.suppress(OSError):  # a full disk has no room for it
             write_report(run_dir)
     return result
-
-
-def attend(controller: Any, run_id: str, run_dir: Path, telling: Telling) -> tuple[bool, str]:
-    """The run's lines until it is over; whether this driver is the one that clears up, and what the controller has against itself."""
-    error, is_first = "", False
-    try:
-        follow(controller, telling)
-        error = ask(controller, "outcome")[1]
-    except ray.exceptions.RayError as gone:
-        if summary_of(run_dir) is None:
-            raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
-        telling.rest(run_dir)
-    except BaseException as error:
-        asked = isinstance(error, KeyboardInterrupt)
-        with contextlib.suppress(ray.exceptions.RayError):  # no worker may stay behind
-            ray.get(controller.end.remote("interrupted" if asked else "failed"), timeout=QUICK_S if asked else END_S)
-        raise
-    finally:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(controller)
-        is_first = clear_live(run_dir, run_id)
-    return is_first, error
 
 
 @contextmanager

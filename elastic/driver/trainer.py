@@ -20,7 +20,7 @@ from elastic.checkpoint.claim import owner_of
 from elastic.controller.actor import ControllerActor
 from elastic.controller.controller import Settings
 from elastic.controller.events import ScaleTo
-from elastic.driver.connect import answers, connected, controller_of
+from elastic.driver.connect import connected, controller_of
 from elastic.driver.follow import Callback, Result, Telling, ask, result_of, see_out
 from elastic.driver.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
 from elastic.driver.trust import check_trust
@@ -202,7 +202,6 @@ def living(run_dir: Path) -> dict[str, str] | None:
     if live is None:
         return None
     try:
-        answers(live["address"])
         with connected(live["address"]):
             controller_of(live["run_id"])
     except (ValueError, UserError):
