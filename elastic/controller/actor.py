@@ -61,8 +61,8 @@ class ControllerActor:
             time.sleep(POLL_S)
         ray.kill(ray.get_runtime_context().current_actor)  # for good: an exit would be followed by a restart
 
-    def hear(self, worker: str, messages: Sequence[Any], number: int) -> int:
-        return self.controller.hear(worker, messages, number)
+    def receive(self, worker: str, messages: Sequence[Any], number: int) -> int:
+        return self.controller.receive(worker, messages, number)
 
     def announce(self, worker: str, spec: str) -> None:
         self.controller.announce(worker, spec)
@@ -80,7 +80,7 @@ class ControllerActor:
     def poll(self, pid: int, since: int) -> tuple[int, list[dict[str, Any]], int, bool]:
         """This process, the lines after the first `since`, how many there are by now, and whether the run has ended.
 
-        A count that another process gave says nothing here: then all lines come.
+        A count that another process gave means nothing here: then all lines come.
         """
         finished = self.done.wait(POLL_S)
         self.polled = time.monotonic()

@@ -52,10 +52,10 @@ class ThreadRim:
         self.outbox.post(message)
 
     def deliver(self, messages: Sequence[Any], number: int) -> int:
-        """What a dead process has not sent is lost; the saver's thread may still have something to say."""
+        """What a dead process has not sent is lost; the saver's thread may still have something to report."""
         if self.dead.is_set():
             raise ConnectionError("this process is dead.")
-        return self.fleet.controller.hear(self.name, messages, number)
+        return self.fleet.controller.receive(self.name, messages, number)
 
     def announce(self, spec: str) -> None:
         while True:
@@ -97,7 +97,7 @@ class ThreadFleet:
         self.rims: dict[str, ThreadRim] = {}
         self.threads: list[threading.Thread] = []
         self.released: set[str] = set()
-        self.fenced: list[str] = []  # workers that were told that they are given up
+        self.fenced: list[str] = []  # workers that have learned that they are given up
         self.numbers = itertools.count()
         self.wanted, self.closed = 0, False
         self.lock = threading.RLock()
@@ -138,7 +138,7 @@ class ThreadFleet:
             worker.serve()
         except Killed:
             cause = "killed"
-        except UserError as error:  # every other worker would say the same
+        except UserError as error:  # every other worker would raise the same
             cause = str(error)
             self.controller.post(m.GiveUp(cause))
         except Exception as error:

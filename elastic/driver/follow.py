@@ -47,15 +47,15 @@ def result_of(run_dir: Path, error: str = "") -> Result:
     return Result(summary["status"], summary, run_dir, summary.get("error", ""))
 
 
-class Telling:
-    """Hands every line to its callback, once, whoever says it again: a step or evaluation by its number, an event by its words."""
+class Callbacks:
+    """Hands every line to its callback, once, whoever repeats it: a step or evaluation by its number, an event by its text."""
 
     def __init__(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None):
         self.on_step, self.on_eval, self.on_event = on_step, on_eval, on_event
         self.step = self.evaluated = 0
         self.events: set[str] = set()
 
-    def tell(self, lines: Iterable[dict[str, Any]]) -> None:
+    def feed(self, lines: Iterable[dict[str, Any]]) -> None:
         for fields in lines:
             callback = self.on_event if "event" in fields else self.on_eval if "eval" in fields else self.on_step
             if self.is_new(fields) and callback is not None:
@@ -64,9 +64,9 @@ class Telling:
     def is_new(self, fields: dict[str, Any]) -> bool:
         """And from now on it is not. A run that goes back to a checkpoint has its later steps once more."""
         if "event" in fields:
-            words = line(fields)
-            is_new = words not in self.events
-            self.events.add(words)
+            text = line(fields)
+            is_new = text not in self.events
+            self.events.add(text)
             if is_new and fields["event"] == "rewound":
                 self.step, self.evaluated = min(self.step, fields["to"]), min(self.evaluated, fields["to"])
             return is_new
@@ -78,24 +78,24 @@ class Telling:
         return bool(step > before)
 
     def rest(self, run_dir: Path) -> None:
-        """What came after the last event that was told, from the files: another driver has seen the run out."""
+        """What came after the last event that was fed, from the files: another driver has seen the run out."""
         events, metrics = lines_of(run_dir)
         after = max((n + 1 for n, fields in enumerate(events) if line(fields) in self.events), default=None)
         if after is not None:
-            self.tell(in_order(events[after:], metrics))
+            self.feed(in_order(events[after:], metrics))
 
 
-def see_out(controller: Any, run_id: str, run_dir: Path, telling: Telling) -> Result:
+def see_out(controller: Any, run_id: str, run_dir: Path, callbacks: Callbacks) -> Result:
     """Follows a run to its end, and clears up after it, unless another driver has: one of them writes the report."""
     error, is_first = "", False
     with interrupting(controller):
         try:
-            follow(controller, telling)
+            follow(controller, callbacks)
             error = ask(controller, "outcome")[1]
         except ray.exceptions.RayError as gone:
             if summary_of(run_dir) is None:
                 raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
-            telling.rest(run_dir)
+            callbacks.rest(run_dir)
         except BaseException as failure:
             asked = isinstance(failure, KeyboardInterrupt)
             with contextlib.suppress(ray.exceptions.RayError):  # no worker may stay behind
@@ -138,12 +138,12 @@ def interrupting(controller: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def follow(controller: Any, telling: Telling) -> None:
+def follow(controller: Any, callbacks: Callbacks) -> None:
     """Until the run has ended."""
     pid, known, finished = 0, 0, False
     while not finished:
-        pid, lines, known, finished = ask(controller, "poll", pid, known)  # a new controller tells all of it again
-        telling.tell(lines)
+        pid, lines, known, finished = ask(controller, "poll", pid, known)  # a new controller sends all of it again
+        callbacks.feed(lines)
 
 
 def ask(controller: Any, method: str, *arguments: Any) -> Any:

@@ -151,7 +151,7 @@ class WorkerActor:
         rim = ProcessRim(self.name, self.job, controller, self.hang_timeout_s)
         self.worker = Worker(self.name, self.job, rim)
         rim.outbox = Outbox(self.name, self.worker.control,
-                            lambda messages, number: ray.get(controller.hear.remote(self.name, messages, number), timeout=DELIVER_S),
+                            lambda messages, number: ray.get(controller.receive.remote(self.name, messages, number), timeout=DELIVER_S),
                             self.orphan_timeout_s, self.orphan, leave)
         rim.outbox.start()
         self.worker.serve()

@@ -24,8 +24,8 @@ class Relay:
         self.calls: list[tuple[Any, ...]] = []
         self.changed = threading.Condition()
 
-    def hear(self, *call: Any) -> int:
-        self._keep("hear", *call)
+    def receive(self, *call: Any) -> int:
+        self._keep("receive", *call)
         return 0
 
     def announce(self, *call: Any) -> None:

@@ -40,7 +40,7 @@ class Desk:
             self.posted.append(event)
             self.changed.notify_all()
 
-    def hear(self, worker: str, messages: Sequence[Any], number: int) -> int:
+    def receive(self, worker: str, messages: Sequence[Any], number: int) -> int:
         with self.changed:
             self.reported += [message for message in messages if not isinstance(message, (Progress, Line))]
             self.changed.notify_all()

@@ -77,7 +77,7 @@ def be_worker(orders: Any, words: Any) -> None:
     name, job = orders.recv()
     rim = ForkedRim(job, words)
     worker = Worker(name, job, rim)
-    rim.outbox = Outbox(name, worker.control, lambda messages, number: rim.ask("hear", messages, number), FORM_S, lambda: os._exit(1),
+    rim.outbox = Outbox(name, worker.control, lambda messages, number: rim.ask("receive", messages, number), FORM_S, lambda: os._exit(1),
                         lambda: os._exit(1))
 
     def listen() -> None:
