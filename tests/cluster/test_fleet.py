@@ -70,6 +70,7 @@ def test_on_ray(tmp_path: Path) -> None:
     try:
         assert_the_contract_of_a_fleet(fleet(), desk, fleet)
     finally:
+        fleets[-1].close()  # it is already, unless the contract is broken
         over.set()
         thread.join()
     left = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["name"].startswith(f"{job.run_id}/worker")]
