@@ -41,7 +41,6 @@ class Slot:
     avoid: tuple[str, ...] = ()
     near: str = ""  # the node to look for a place on first
     actor: Any = None
-    node: str = ""
     delay_s: float = 0.0
     is_placed: bool = False
     let_go: threading.Event = field(default_factory=threading.Event)  # its end is no loss
