@@ -18,7 +18,6 @@ from elastic.controller import session
 from elastic.controller.controller import Controller, Settings
 from elastic.controller.ending import close
 from elastic.controller.journal import Journal
-from elastic.controller.policy import Degrees
 from elastic.controller.ray_fleet import RayFleet
 from elastic.controller.run_log import Books, claimed
 from elastic.messages import Begin, Job
@@ -62,18 +61,15 @@ class ControllerActor:
             time.sleep(POLL_S)
         ray.kill(ray.get_runtime_context().current_actor)  # for good: an exit would be followed by a restart
 
-    def hear(self, worker: str, messages: Sequence[Any], number: int) -> int:
-        return self.controller.hear(worker, messages, number)
+    def receive(self, worker: str, messages: Sequence[Any], number: int) -> int:
+        return self.controller.receive(worker, messages, number)
 
     def announce(self, worker: str, spec: str) -> None:
         self.controller.announce(worker, spec)
 
-    def scale(self, workers: int, degrees: Degrees | None = None) -> None:
-        self.controller.post(m.ScaleTo(workers, degrees))
-        self.controller.inbox.wait()
-
-    def interrupt(self) -> None:
-        self.controller.post(m.Interrupt())
+    def request(self, event: m.ScaleTo | m.Interrupt) -> None:
+        """What a user asks for; in the journal when this returns."""
+        self.controller.post(event)
         self.controller.inbox.wait()
 
     def end(self, status: str) -> None:
@@ -84,7 +80,7 @@ class ControllerActor:
     def poll(self, pid: int, since: int) -> tuple[int, list[dict[str, Any]], int, bool]:
         """This process, the lines after the first `since`, how many there are by now, and whether the run has ended.
 
-        A count that another process gave says nothing here: then all lines come.
+        A count that another process gave means nothing here: then all lines come.
         """
         finished = self.done.wait(POLL_S)
         self.polled = time.monotonic()

@@ -54,13 +54,13 @@ class Settings:
 
 
 class Controller:
-    """One run's controller. `session.run` is its thread; from others come `post`, `deliver`, `hear` and `announce`."""
+    """One run's controller. `session.run` is its thread; from others come `post`, `deliver`, `receive` and `announce`."""
 
     def __init__(self, job: Job, settings: Settings, fleet: Fleet, books: Books, begin: Begin | None = None, journal: Journal | None = None):
         self.job, self.settings, self.fleet, self.books, self.begin = job, settings, fleet, books, begin or Begin()
         self.commits = Commits(job.checkpoints, settings.keep, settings.best, self.begin.written, settings.keep_every, settings.best_mode)
         self.claim = self.commits.claim = Claim(job.checkpoints, job.run_id, owner_of(job.run_dir))
-        self.inbox, self.hearing = Inbox(), threading.Lock()
+        self.inbox, self.receiving = Inbox(), threading.Lock()
         self.losses = policy.Losses()
         self.target, self.restart_at, self.checked = 0, 0.0, 0.0
         self.outcome: m.Finish | None = None
@@ -72,13 +72,13 @@ class Controller:
 
     def opened(self) -> None:
         """The first lines of a run, or of its resumption, as far as a controller before this one has not written them."""
-        if "run_started" in self.books.told:
+        if "run_started" in self.books.seen:
             return
-        if self.begin.rewound_from >= 0 and "rewound" not in self.books.told:
+        if self.begin.rewound_from >= 0 and "rewound" not in self.books.seen:
             self.books.event("rewound", **{"from": self.begin.rewound_from, "to": self.books.written})
-        said = {fields.get("why") for _, fields in self.books.feed}
+        there = {fields.get("why") for _, fields in self.books.feed}
         for name, why in self.job.notes:
-            if why not in said:
+            if why not in there:
                 self.books.event(name, why=why)
         self.books.event("run_started", run=self.job.run_id, num_steps=self.job.num_steps, pid=os.getpid())
 
@@ -95,12 +95,12 @@ class Controller:
             self.inbox.put((worker, message))
         return self.books.on_disk
 
-    def hear(self, worker: str, messages: Sequence[Any], number: int) -> int:
+    def receive(self, worker: str, messages: Sequence[Any], number: int) -> int:
         """As `deliver`, but returns when they are handled, so that none is lost with this controller. `number`: see Outbox.
 
         ConnectionError where it ends before that. Of a batch that is delivered again only what is new is taken.
         """
-        with self.hearing:  # a batch and its repetition may come at once
+        with self.receiving:  # a batch and its repetition may come at once
             self.deliver(worker, self.inbox.fresh(worker, messages, number))
         self.inbox.wait()
         return FENCED if self.workers.is_given_up(worker) else self.books.on_disk
@@ -146,7 +146,7 @@ class Controller:
             self.advance(message)
 
     def behind(self, generation: int) -> m.Finish:
-        """Workers are in a generation that the journal lacks: who is in it nobody can say any more."""
+        """Workers are in a generation that the journal lacks: who is in it nobody knows any more."""
         for worker in self.state.ready:
             self.fleet.abandon(worker, generation)
         return m.Finish("failed", f"A controller fell while the run directory {self.job.run_dir} could not be written, and its journal lacks "
@@ -202,7 +202,7 @@ class Controller:
         record.starting_s = None
         self.saving = {order: worker for order, worker in self.saving.items() if worker != event.worker}
         self.books.event("worker_lost", worker=event.worker, rank=group.index(event.worker) if event.worker in group else -1, cause=event.cause,
-                         detected_s=round(now - record.heartbeat.heard_s, 3) if record.heartbeat else 0.0)
+                         detected_s=round(now - record.heartbeat.received_s, 3) if record.heartbeat else 0.0)
         record.heartbeat = None
         self.losses = policy.note_loss(self.losses, record.node, self.books.written, now, record.is_live, event.cause if event.raised else "")
         self.restart_at = now + policy.restart_delay_s(self.losses)
@@ -210,7 +210,7 @@ class Controller:
             self.inbox.put(m.GiveUp(f"Worker after worker is lost without a step between them, the last by: {event.cause}"))
 
     def check(self) -> None:
-        """What only time can tell: hangs, workers that never get ready, restarts that were put off."""
+        """What only time shows: hangs, workers that never get ready, restarts that were put off."""
         now = time.monotonic()
         self.forgive(now - self.checked - 2 * TICK_S)
         self.checked = now
@@ -222,7 +222,7 @@ class Controller:
         if self.state.phase in ("running", "stopping", "regrouping"):
             beats = {w: beat for w in self.state.group if w not in self.state.standing and (beat := self.workers[w].heartbeat)}
             for worker in policy.suspects(beats, now, self.settings.hang_timeout_s, self.settings.start_timeout_s):
-                self.books.event("hang", worker=worker, phase=beats[worker].progress.phase, silent_s=round(now - beats[worker].heard_s, 3))
+                self.books.event("hang", worker=worker, phase=beats[worker].progress.phase, silent_s=round(now - beats[worker].received_s, 3))
                 self.give_up_on(worker, f"no progress within elastic.hang_timeout_s = {self.settings.hang_timeout_s:g} s (raise it if a shard "
                                          "takes longer)")
         if self.restart_at and now >= self.restart_at:
@@ -233,7 +233,7 @@ class Controller:
         """While the controller itself was held up (a slow disk, a machine put to sleep) nobody's silence counts."""
         for record in self.workers.values() if away_s > 0 and self.checked else ():
             if beat := record.heartbeat:
-                record.heartbeat = replace(beat, heard_s=beat.heard_s + away_s, changed_s=beat.changed_s + away_s)
+                record.heartbeat = replace(beat, received_s=beat.received_s + away_s, changed_s=beat.changed_s + away_s)
 
     def give_up_on(self, worker: str, cause: str) -> None:
         """Fence first, then kill: what it reports from now on counts for nothing, and its group aborts without it."""

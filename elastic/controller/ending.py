@@ -35,7 +35,7 @@ def close(controller: Controller, outcome: m.Finish) -> None:
     if not books.retry() and outcome.status == "done":
         outcome = m.Finish("failed", full(controller, books.error))
         error = outcome.error
-    if not books.told & {"run_failed", "run_finished"}:  # else by a controller that fell right after
+    if not books.seen & {"run_failed", "run_finished"}:  # else by a controller that fell right after
         if outcome.status == "failed":
             books.event("run_failed", error=error)
         else:

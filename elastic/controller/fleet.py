@@ -25,7 +25,7 @@ class Fleet(Protocol):
         """Let it go; its end is no loss."""
 
     def kill(self, worker: str) -> None:
-        """Give it up: from now on nothing it says counts."""
+        """Give it up: from now on nothing that it reports counts."""
 
     def transport(self, ready: Sequence[Ready]) -> str:
         """Which collective group serves these members best."""
@@ -40,7 +40,7 @@ class Fleet(Protocol):
         """
 
     def resync(self, worker: str) -> None:
-        """Have it say again what only a controller's memory held."""
+        """Have it report again what only a controller's memory held."""
 
     def close(self) -> None:
         """Ends every worker and waits for it."""

@@ -1,4 +1,4 @@
-"""What waits for the controller, from any thread; and how a sender learns that its word was handled."""
+"""What waits for the controller, from any thread; and how a sender learns that its report was handled."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Inbox:
     def __init__(self) -> None:
         self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.gone, self.over = threading.Event(), False
-        self.heard: dict[str, int] = {}  # how many messages of a worker have come in
+        self.received: dict[str, int] = {}  # how many messages of a worker have come in
 
     def put(self, item: Any) -> None:
         self.items.put(item)
 
     def get(self, timeout_s: float) -> Any:
-        """The next one, or None if there is none. Senders who wait for those before it are told."""
+        """The next one, or None if there is none. Senders who wait for those before it are woken."""
         try:
             while isinstance(item := self.items.get(timeout=timeout_s), threading.Event):
                 item.set()
@@ -34,9 +34,9 @@ class Inbox:
         return self.items.empty()
 
     def fresh(self, worker: str, messages: Sequence[Any], number: int) -> Sequence[Any]:
-        """Those that have not come in before, of a batch that may be a repetition. See `Outbox` for `number`; the last one is a pulse."""
-        known = self.heard.get(worker, number)
-        self.heard[worker] = max(known, number + len(messages) - 1)
+        """Those that have not come in before, of a batch that may be a repetition. See `Outbox` for `number`; the last one is a heartbeat."""
+        known = self.received.get(worker, number)
+        self.received[worker] = max(known, number + len(messages) - 1)
         return messages[min(max(0, known - number), len(messages) - 1):]
 
     def wait(self) -> None:

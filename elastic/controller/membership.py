@@ -8,7 +8,7 @@
 A run that fails is finished when every survivor stands by too: the last state that counts is saved by then (SaveAlone).
 
 It counts in replicas: a group lies on one of the meshes that the bounds allow, the first whose replica is complete. What counts of the
-state, who sits where and who heals whom is `recovery`'s to say.
+state, who sits where and who heals whom is `recovery`'s to decide.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class State:
     starting: frozenset[str] = frozenset()
     standing: Mapping[str, Standing] = field(default_factory=dict)
     leaving: frozenset[str] = frozenset()
-    last: Mapping[str, Standing] = field(default_factory=dict)  # the word of those who stood and are in no group since
+    last: Mapping[str, Standing] = field(default_factory=dict)  # the report of those who stood and are in no group since
     ending: bool = False
     over: Finish | None = None  # how the run will have ended once its state is saved
     failure: tuple[int, int, str] = (0, -1, "")  # generation, step and error of the last failed step
     cause: str = "start"
-    told: int = -1  # how many were ready when a wait was last spoken of
+    announced: int = -1  # how many were ready when a wait was last announced
     savers: tuple[str, ...] = ()  # who was asked to save alone during this wait
     drained: frozenset[str] = frozenset()  # nodes that will go away
     reached: int = -1  # where the last generation started
@@ -114,7 +114,7 @@ def on_lost(state: State, event: Lost) -> tuple[State, tuple[Any, ...]]:
 
 def on_standing(state: State, event: Standing) -> tuple[State, tuple[Any, ...]]:
     if event.generation != state.generation or event.worker not in state.group or event.worker not in state.ready:
-        return state, ()  # an older generation's word changes nothing
+        return state, ()  # an older generation's report changes nothing
     state = replace(state, standing={**state.standing, event.worker: event})
     if event.reason == "failed" and not event.rejected:
         failure = (event.generation, failed_step(event), event.error)
@@ -127,11 +127,11 @@ def on_standing(state: State, event: Standing) -> tuple[State, tuple[Any, ...]]:
     return state, ()
 
 
-def failed_step(word: Standing) -> int:
+def failed_step(report: Standing) -> int:
     """The step that a worker failed in, also where it failed half-way through its update."""
-    if word.committed >= 0 or word.ballot is None:
-        return word.committed + 1
-    return word.ballot.step
+    if report.committed >= 0 or report.ballot is None:
+        return report.committed + 1
+    return report.ballot.step
 
 
 def on_scale(state: State, event: ScaleTo) -> tuple[State, tuple[Any, ...]]:
@@ -187,7 +187,7 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
         return state, ()
     survivors = [w for w in state.group if w in state.ready]
     if state.over and (state.phase == "waiting" or all(w in state.standing for w in survivors)):
-        return last_words(replace(state, last={w: s for w, s in {**state.last, **state.standing}.items() if w in state.ready}), state.over)
+        return end_saved(replace(state, last={w: s for w, s in {**state.last, **state.standing}.items() if w in state.ready}), state.over)
     if state.phase == "waiting":
         is_time = state.ending or not state.starting or len(usable(state)) >= state.target
         return form(state) if is_time else (state, ())
@@ -217,27 +217,27 @@ def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
 
 def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
     """Every survivor stands by: end the run, or go on in another group."""
-    words = [state.standing[w] for w in survivors]
+    reports = [state.standing[w] for w in survivors]
     if is_saved(state, "done"):
-        return finish(state, done(words))
+        return finish(state, done(reports))
     if state.ending and is_saved(state, "stopped"):
-        return finish(state, Finish("interrupted", standing=words[0]))
+        return finish(state, Finish("interrupted", standing=reports[0]))
     return form(state)
 
 
 def is_saved(state: State, reason: str) -> bool:
     """Every member stands by for this reason, after each has saved its part. Without one nobody knows whether it came to that."""
-    words = [state.standing.get(w) for w in state.group]
-    if not words or any(s is None or s.reason != reason for s in words):
+    reports = [state.standing.get(w) for w in state.group]
+    if not reports or any(s is None or s.reason != reason for s in reports):
         return False
-    return reason == "done" or all(s and s.ballot and s.ballot.stop == STOP_AND_SAVE for s in words)
+    return reason == "done" or all(s and s.ballot and s.ballot.stop == STOP_AND_SAVE for s in reports)
 
 
-def done(words: list[Standing]) -> Finish:
+def done(reports: list[Standing]) -> Finish:
     """All replicas must hold the same bits; anything else is a fault that no result should hide."""
-    if len({s.state_sha256 for s in words}) > 1:
-        return Finish("failed", "The workers' states differ at the end: " + ", ".join(f"{s.worker} {s.state_sha256[:12]}" for s in words))
-    return Finish("done", standing=words[0])
+    if len({s.state_sha256 for s in reports}) > 1:
+        return Finish("failed", "The workers' states differ at the end: " + ", ".join(f"{s.worker} {s.state_sha256[:12]}" for s in reports))
+    return Finish("done", standing=reports[0])
 
 
 def usable(state: State) -> list[str]:
@@ -245,14 +245,14 @@ def usable(state: State) -> list[str]:
 
     Who is to leave stays as long as nobody else has the state and it is not saved.
     """
-    words = {**state.last, **state.standing}
-    survivors = sorted((w for w in state.group if w in state.ready), key=lambda w: -words[w].committed if w in words else 0)
+    reports = {**state.last, **state.standing}
+    survivors = sorted((w for w in state.group if w in state.ready), key=lambda w: -reports[w].committed if w in reports else 0)
     everybody = survivors + [w for w in state.ready if w not in state.group]
     staying = [w for w in everybody if w not in state.leaving]
     if not staying or state.phase == "running" or is_saved(state, "stopped"):
         return staying or everybody
-    whole = find_whole(words, survivors)
-    still = whole and find_whole({w: words[w] for w in staying if w in words}, survivors)
+    whole = find_whole(reports, survivors)
+    still = whole and find_whole({w: reports[w] for w in staying if w in reports}, survivors)
     return everybody if whole and not (still and still.step == whole.step) else staying
 
 
@@ -271,43 +271,43 @@ def resized(state: State) -> Axes | None:
 
 def form(state: State) -> tuple[State, tuple[Any, ...]]:
     """The next generation from whoever is usable, or a wait for more."""
-    words = {**state.last, **state.standing}
+    reports = {**state.last, **state.standing}
     candidates = usable(state)
-    here = {w: words[w] for w in candidates if w in words}
+    here = {w: reports[w] for w in candidates if w in reports}
     mesh, whole = next_mesh(state, candidates, here)
     leavers = [w for w in state.ready if w in state.leaving and w not in candidates]
     leaving = state.leaving & set(candidates)
     want = Want(wanted(state.bounds, state.target, len(leaving)))
     gone = (*([want] if leavers else []), *(Release(w) for w in leavers))  # first: nobody is to replace a leaver twice
     ready = {w: r for w, r in state.ready.items() if w not in leavers}
-    state = replace(state, ready=ready, leaving=leaving, standing={}, last={w: s for w, s in words.items() if w in ready})
+    state = replace(state, ready=ready, leaving=leaving, standing={}, last={w: s for w, s in reports.items() if w in ready})
     if mesh is None and state.ending:
         return finish(state, Finish("interrupted"))
     if mesh is None:
-        told = len(candidates)
-        waiting = () if told == state.told else (Wait(told, fewest(state.bounds)),)
+        announced = len(candidates)
+        waiting = () if announced == state.announced else (Wait(announced, fewest(state.bounds)),)
         state, saves = save_alone(state)
-        return replace(state, phase="waiting", told=told), (*gone, *waiting, *saves)
+        return replace(state, phase="waiting", announced=announced), (*gone, *waiting, *saves)
     members = seat(candidates, mesh, whole, {w: r.node for w, r in ready.items()})
     extra = [w for w in candidates if w not in members]
     surplus = extra[max(0, want.workers - len(members)):]
     generation = rejoin(state.generation + 1, members, ready[members[0]].endpoint, mesh, whole)
-    is_barren = generation.committed == state.reached and not any(s.rejected for s in words.values())
+    is_barren = generation.committed == state.reached and not any(s.rejected for s in reports.values())
     barren = state.barren + 1 if is_barren else 0
     if barren > MAX_FRUITLESS + len(members):
-        why = next((s.error for s in words.values() if s.error), state.cause)
-        return last_words(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
+        why = next((s.error for s in reports.values() if s.error), state.cause)
+        return end_saved(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
     action = Form(generation, state.cause, len(state.group), state.mesh)
     idle = {w: replace(s, holds=-1, ballot=None) for w, s in here.items()
             if w in extra and w not in surplus and s.committed <= generation.committed}
-    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle, told=-1, savers=(),
+    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle, announced=-1, savers=(),
                     cause="resize", reached=generation.committed, barren=barren,
                     ready={w: r for w, r in ready.items() if w not in surplus})
     stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
     return state, (*gone, *(Release(w) for w in surplus), action, *stops)
 
 
-def next_mesh(state: State, candidates: list[str], words: Mapping[str, Standing]) -> tuple[Axes | None, Whole | None]:
+def next_mesh(state: State, candidates: list[str], reports: Mapping[str, Standing]) -> tuple[Axes | None, Whole | None]:
     """What the next group lies on, and the state that it starts from.
 
     A mesh that has no place for all parts of a state that is nowhere else has to wait until a group that has one has saved it; one with too
@@ -315,7 +315,7 @@ def next_mesh(state: State, candidates: list[str], words: Mapping[str, Standing]
     """
     bounds = replace(state.bounds, min_workers=1) if state.ending else state.bounds
     mesh = choose(len(candidates), state.target, bounds)
-    whole = find_whole(words, state.group, mesh[1:] if mesh else (1, 1, 1))
+    whole = find_whole(reports, state.group, mesh[1:] if mesh else (1, 1, 1))
     if not mesh or not whole or is_saved(state, "stopped"):
         return mesh, whole
     if math.prod(mesh) < math.prod(whole.degrees):
@@ -326,7 +326,7 @@ def next_mesh(state: State, candidates: list[str], words: Mapping[str, Standing]
     return mesh, whole
 
 
-def last_words(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
+def end_saved(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
     """The end, before which those who are left write down what they have."""
     state, saves = save_alone(replace(state, savers=(), over=action))
     state, finished = finish(state, action)
@@ -334,9 +334,9 @@ def last_words(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
 
 
 def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
-    """Too few are left: those who have it write down what there is, once. Whoever goes on after that stays where it said that it stands."""
-    words = state.last if state.over else {w: replace(s, holds=-1) for w, s in state.last.items()}
-    whole = find_whole(words, state.group)
+    """Too few are left: those who have it write down what there is, once. Whoever goes on after that stays where it reported to stand."""
+    reports = state.last if state.over else {w: replace(s, holds=-1) for w, s in state.last.items()}
+    whole = find_whole(reports, state.group)
     savers = writers(whole, state.mesh[0], state.bounds.max_workers) if whole and whole.step > 0 else ()
     if not whole or not savers or savers == state.savers:
         return state, ()
@@ -345,15 +345,15 @@ def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
     return replace(state, savers=savers), orders
 
 
-def confirmed(state: State, word: Standing, newest: int, error: str) -> Standing:
-    """The last word of a group that ends with its state saved is another if no checkpoint of that step was committed after all.
+def confirmed(state: State, report: Standing, newest: int, error: str) -> Standing:
+    """The last report of a group that ends with its state saved is another if no checkpoint of that step was committed after all.
 
     `newest`: step of the newest committed checkpoint; `error`: why the last one was not. With a reason it is a failure, which ends the run
     when it comes again; without one parts of it fell with a controller, no member is to blame, and the group saves once more.
     """
-    ends = word.reason == "done" or (word.reason == "stopped" and word.ballot and word.ballot.stop == STOP_AND_SAVE)
-    others = [w for w in state.group if w != word.worker]
-    is_last = word.generation == state.generation and all(w in state.standing for w in others)
-    if not ends or not is_last or word.committed <= newest:
-        return word
-    return replace(word, reason="failed" if error else "broken", error=error or f"The checkpoint of step {word.committed} was not committed.")
+    ends = report.reason == "done" or (report.reason == "stopped" and report.ballot and report.ballot.stop == STOP_AND_SAVE)
+    others = [w for w in state.group if w != report.worker]
+    is_last = report.generation == state.generation and all(w in state.standing for w in others)
+    if not ends or not is_last or report.committed <= newest:
+        return report
+    return replace(report, reason="failed" if error else "broken", error=error or f"The checkpoint of step {report.committed} was not committed.")

@@ -124,7 +124,7 @@ class Heartbeat:
 
     progress: Progress
     changed_s: float
-    heard_s: float
+    received_s: float
 
     def followed(self, progress: Progress, now_s: float) -> Heartbeat:
         return Heartbeat(progress, self.changed_s if progress == self.progress else now_s, now_s)
@@ -134,10 +134,10 @@ def suspects(beats: Mapping[str, Heartbeat], now_s: float, timeout_s: float, sta
     """Who holds the group up: nobody has moved for `timeout_s`, and these are in no collective while others wait in one.
 
     Where all wait, it is the one that entered the fewest: one alone, for the members of a replica enter different ones, and a count that
-    is behind may be as it should be. A worker that compiles or waits for a disk has `start_timeout_s`. A worker that is not heard of at all
+    is behind may be as it should be. A worker that compiles or waits for a disk has `start_timeout_s`. A worker that is silent at all
     is always suspect.
     """
-    silent = tuple(w for w, beat in beats.items() if now_s - beat.heard_s > timeout_s)
+    silent = tuple(w for w, beat in beats.items() if now_s - beat.received_s > timeout_s)
     if silent:
         return silent
     stuck = bool(beats) and all(

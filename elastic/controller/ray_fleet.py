@@ -41,7 +41,6 @@ class Slot:
     avoid: tuple[str, ...] = ()
     near: str = ""  # the node to look for a place on first
     actor: Any = None
-    node: str = ""
     delay_s: float = 0.0
     is_placed: bool = False
     let_go: threading.Event = field(default_factory=threading.Event)  # its end is no loss
@@ -67,7 +66,7 @@ class RayFleet:
 
     def want(self, workers: int, avoid: Sequence[str], near: Sequence[str] = ()) -> None:
         with self.lock:
-            if self.watcher.ident is None:  # not before somebody takes what it has to say
+            if self.watcher.ident is None:  # not before somebody takes what it posts
                 self.watcher.start()
             self.wanted, self.avoid = workers, tuple(avoid)
             self.at_once = workers if self.at_once is None else self.at_once
@@ -106,7 +105,7 @@ class RayFleet:
         slot.thread.start()
 
     def resync(self, worker: str) -> None:
-        self.tell(worker, "resync")
+        self.send(worker, "resync")
 
     def live(self, slot: Slot) -> None:
         """From asking for a place, or from taking charge of who has one, to the process's end."""
@@ -161,29 +160,29 @@ class RayFleet:
             return "ended by itself", False
         except ray.exceptions.RayTaskError as error:
             ray.kill(slot.actor)
-            if isinstance(error.cause, UserError):  # every other worker would say the same
+            if isinstance(error.cause, UserError):  # every other worker would raise the same
                 self.post(m.GiveUp(str(error.cause)))
             return str(error.cause), True
         except ray.exceptions.RayError as error:
             return brief(error), False
 
-    def tell(self, worker: str, method: str, *arguments: Any) -> None:
-        """An order to a worker; nobody waits for it, and one that is gone does not hear it."""
+    def send(self, worker: str, method: str, *arguments: Any) -> None:
+        """An order to a worker; nobody waits for it, and one that is gone does not receive it."""
         slot = self.slots.get(worker)
         if slot is not None and slot.actor is not None:
             getattr(slot.actor, method).remote(*arguments)
 
     def assign(self, worker: str, order: Generation | Save) -> None:
-        self.tell(worker, "assign", order)
+        self.send(worker, "assign", order)
 
     def abandon(self, worker: str, generation: int) -> None:
-        self.tell(worker, "abandon", generation)
+        self.send(worker, "abandon", generation)
 
     def request_stop(self, worker: str, generation: int, code: int) -> None:
-        self.tell(worker, "request_stop", generation, code)
+        self.send(worker, "request_stop", generation, code)
 
     def release(self, worker: str) -> None:
-        self.tell(worker, "release")
+        self.send(worker, "release")
         self.forget(worker)
 
     def forget(self, worker: str) -> Slot | None:
@@ -231,7 +230,7 @@ class RayFleet:
             left = list(self.slots.values())
         for slot in left:
             slot.let_go.set()
-            self.tell(slot.name, "release")
+            self.send(slot.name, "release")
         for slot in left + self.ended:
             if slot.thread is not None:
                 slot.thread.join(CLOSE_S)

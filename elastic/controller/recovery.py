@@ -27,7 +27,7 @@ class Whole:
     seats: Mapping[str, int]
     exact: frozenset[str]  # those that are at `step` already; the others have its gradients
     ballot: Ballot | None = None
-    words: Mapping[str, Standing] = field(default_factory=dict)
+    reports: Mapping[str, Standing] = field(default_factory=dict)
 
     def column(self, seat: int) -> list[str]:
         """Who holds a seat, those that are at the step already first."""
@@ -40,23 +40,23 @@ class Whole:
     @property
     def is_shared_out(self) -> bool:
         """Whether a seat's holders each have the optimizer's state of some blocks only."""
-        return any(self.words[w].blocks for w in self.seats)
+        return any(self.reports[w].blocks for w in self.seats)
 
     def is_in(self, members: Iterable[str]) -> bool:
         """Whether these members have all of it among them."""
         here = set(members)
-        return all(suffices(self.words[w] for w in self.column(seat) if w in here) for seat in range(math.prod(self.degrees)))
+        return all(suffices(self.reports[w] for w in self.column(seat) if w in here) for seat in range(math.prod(self.degrees)))
 
     def is_torn(self, worker: str) -> bool:
         """Whether, when all have applied what they hold, it still lacks parameters that others keep."""
-        word = self.words[worker]
-        return (word.torn or worker not in self.exact) and not suffices([word])
+        report = self.reports[worker]
+        return (report.torn or worker not in self.exact) and not suffices([report])
 
 
 def suffices(holders: Iterable[Standing]) -> bool:
     """Whether these holders of one seat have all of it among them."""
-    words = list(holders)
-    return bool(words) and not (words[0].blocks and lacking([word.kept for word in words], words[0].blocks))
+    reports = list(holders)
+    return bool(reports) and not (reports[0].blocks and lacking([report.kept for report in reports], reports[0].blocks))
 
 
 def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
@@ -72,10 +72,10 @@ def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
 
 def writer(whole: Whole, place: int, rank: int, data: int) -> str:
     """Who keeps, of a seat's state, what owner `rank` of `data` owns, itself rather than a twin; "" if nobody does."""
-    for stretches in (1, 2):  # what lies behind is on its way
+    for count in (1, 2):  # what lies behind is on its way
         for worker in whole.column(place):
-            word = whole.words[worker]
-            if not word.blocks or not without([owned(rank, data, word.blocks)], word.kept[:stretches]):
+            report = whole.reports[worker]
+            if not report.blocks or not without([owned(rank, data, report.blocks)], report.kept[:count]):
                 return worker
     return ""
 
@@ -85,24 +85,24 @@ def covers(seats: Iterable[int], degrees: Degrees) -> bool:
     return set(seats) >= set(range(math.prod(degrees)))
 
 
-def find_whole(words: Mapping[str, Standing], group: Iterable[str], preferred: Degrees = (1, 1, 1)) -> Whole | None:
+def find_whole(reports: Mapping[str, Standing], group: Iterable[str], preferred: Degrees = (1, 1, 1)) -> Whole | None:
     """The state that counts: of the furthest step that any of `group` committed, if its parts are all there, in the group or beside it.
 
     Where it is there in two meshes (members fell while it moved), the preferred one's is taken.
     """
-    mine = [words[w] for w in group if w in words]
+    mine = [reports[w] for w in group if w in reports]
     step = max((s.committed for s in mine), default=-1)
     if step < 0:
         return None
     ballot = next((s.ballot for s in mine if s.ballot and s.ballot.step == step), None)
-    exact = frozenset(w for w, s in words.items() if s.committed == step)
+    exact = frozenset(w for w, s in reports.items() if s.committed == step)
     held: dict[Degrees, dict[str, int]] = {}
-    for worker, word in words.items():
-        applies = ballot is not None and word.committed == step - 1 and word.holds == step
-        if word.seat >= 0 and (worker in exact or applies):
-            held.setdefault(word.mesh[1:], {})[worker] = word.seat
-    wholes = [Whole(step, degrees, seats, exact, ballot, words) for degrees, seats in held.items()]
-    found = {whole.degrees: whole for whole in wholes if whole.is_in(words)}
+    for worker, report in reports.items():
+        applies = ballot is not None and report.committed == step - 1 and report.holds == step
+        if report.seat >= 0 and (worker in exact or applies):
+            held.setdefault(report.mesh[1:], {})[worker] = report.seat
+    wholes = [Whole(step, degrees, seats, exact, ballot, reports) for degrees, seats in held.items()]
+    found = {whole.degrees: whole for whole in wholes if whole.is_in(reports)}
     return found.get(preferred) or max(found.values(), key=lambda whole: len(whole.seats), default=None)
 
 
@@ -189,5 +189,5 @@ def rejoin(number: int, members: tuple[str, ...], endpoint: str, mesh: Axes, who
     generation = Generation(number, members, endpoint, "", whole.step, whole.ballot, tuple(healers), mesh=mesh)
     if not whole.is_shared_out:
         return generation
-    return replace(generation, kept=tuple(whole.words[w].kept if has[r] else () for r, w in enumerate(members)),
+    return replace(generation, kept=tuple(whole.reports[w].kept if has[r] else () for r, w in enumerate(members)),
                    torn=tuple(r for r, w in enumerate(members) if has[r] and whole.is_torn(w)))

@@ -47,7 +47,7 @@ class Books:
         self.generation = generation
         self.feed: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FEED)  # the latest lines, numbered, for the driver
         self.fed, self.is_behind = 0, False
-        self.told: set[str] = set()  # the events there were in this run
+        self.seen: set[str] = set()  # the events there were in this run
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.last_commit = 0.0
         self.stepped = 0  # generation of the last step
@@ -56,16 +56,16 @@ class Books:
     @classmethod
     def take_over(cls, run_dir: Path, begin: Begin = NEW, events: JsonLines | None = None) -> Books:
         """The books of a controller that was killed, from its files alone; `begin`: what they held before its run."""
-        told, metrics = lines_of(run_dir)
+        lines, metrics = lines_of(run_dir)
         steps, evaluated = steps_of(metrics), max((fields["step"] for fields in evaluations_of(metrics)), default=0)
-        books = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in told), default=0), events)
+        books = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in lines), default=0), events)
         if steps:
             books.last_commit, books.stepped = steps[-1]["time"], steps[-1]["generation"]
         books.recent.extend(s["step_s"] for s in steps[-RECENT:])
-        for fields in in_order(told[begin.events:], since(begin, metrics))[-FEED:]:
+        for fields in in_order(lines[begin.events:], since(begin, metrics))[-FEED:]:
             books.feed.append((books.fed, fields))
             books.fed += 1
-        books.told = {fields["event"] for fields in told[begin.events:]}
+        books.seen = {fields["event"] for fields in lines[begin.events:]}
         return books
 
     def event(self, name: str, step: int | None = None, generation: int | None = None, **fields: Any) -> None:
@@ -73,7 +73,7 @@ class Books:
         line = {"time": time.time(), "event": name, "generation": self.generation if generation is None else generation,
                 "step": self.written if step is None else step, **fields}
         self._write(self.events, line)
-        self.told.add(name)
+        self.seen.add(name)
 
     def metric(self, generation: int, fields: dict[str, Any]) -> None:
         """A worker's line. A step that is on disk already is dropped: a new rank 0 repeats what may have been lost."""
@@ -84,7 +84,7 @@ class Books:
             return
         if fields["step"] <= self.written:
             return
-        if fields["step"] > self.written + 1:  # those between come with the next word of whoever has them
+        if fields["step"] > self.written + 1:  # those between come with the next report of whoever has them
             if not self.is_behind:
                 self.event("lines_missing", first=self.written + 1, last=fields["step"] - 1)
             self.is_behind = True

@@ -15,7 +15,6 @@ from typing import Any
 from elastic.chaos import Fault
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.local import Hub, Killed, die
-from elastic.collective.solo import SoloGroup
 from elastic.controller import membership as m
 from elastic.errors import UserError
 from elastic.messages import Generation, Job, Ready, Save
@@ -53,10 +52,10 @@ class ThreadRim:
         self.outbox.post(message)
 
     def deliver(self, messages: Sequence[Any], number: int) -> int:
-        """What a dead process has not sent is lost; the saver's thread may still have something to say."""
+        """What a dead process has not sent is lost; the saver's thread may still have something to report."""
         if self.dead.is_set():
             raise ConnectionError("this process is dead.")
-        return self.fleet.controller.hear(self.name, messages, number)
+        return self.fleet.controller.receive(self.name, messages, number)
 
     def announce(self, spec: str) -> None:
         while True:
@@ -78,7 +77,7 @@ class ThreadRim:
         if fault.kind == "stop":
             self.strike(fault)
             return group
-        if isinstance(group, SoloGroup) or group.size == 1:
+        if group.size == 1:
             self.strike(fault)
         self.dead.set()
         group.cut_short({(group.rank + 1) % group.size}, die)
@@ -97,21 +96,21 @@ class ThreadFleet:
         self.rims: dict[str, ThreadRim] = {}  # of all that there ever were
         self.threads: list[threading.Thread] = []
         self.released: set[str] = set()
-        self.fenced: list[str] = []  # workers that were told that they are given up
+        self.fenced: list[str] = []  # workers that have learned that they are given up
         self.numbers = itertools.count()
         self.wanted, self.closed = 0, False
         self.lock = threading.RLock()
 
     def want(self, workers: int, avoid: Sequence[str], near: Sequence[str] = ()) -> None:
         self.wanted = workers
-        self.fill(avoid)
+        self.fill()
 
     def grow(self, capacity: int) -> None:
         """Room appears or goes, as when a node joins or leaves; a loss of room kills nobody."""
         self.capacity = capacity
-        self.fill(())
+        self.fill()
 
-    def fill(self, avoid: Sequence[str]) -> None:
+    def fill(self) -> None:
         with self.lock:
             new = []
             while not self.closed and len(self.workers) < min(self.wanted, self.capacity):
@@ -136,7 +135,7 @@ class ThreadFleet:
             rim.worker.serve()
         except Killed:
             cause = "killed"
-        except UserError as error:  # every other worker would say the same
+        except UserError as error:  # every other worker would raise the same
             cause = str(error)
             self.controller.post(m.GiveUp(cause))
         except Exception as error:
@@ -152,7 +151,7 @@ class ThreadFleet:
             lost = name not in self.released and not self.closed
         if lost:
             self.controller.post(m.Lost(name, cause, raised))
-            self.fill(())
+            self.fill()
 
     def call(self, worker: str, act: Callable[[Control], Any]) -> None:
         found = self.workers.get(worker)
@@ -183,7 +182,7 @@ class ThreadFleet:
             rim.dead.set()
             if rim.rank >= 0:
                 self.hub.kill(rim.rank, rim.generation)
-        self.fill(())
+        self.fill()
 
     def transport(self, ready: Sequence[Ready]) -> str:
         return "local"

@@ -88,8 +88,8 @@ def framework(name: str) -> Finding:
     if child.returncode:
         last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         return Finding(name, f"does not import: {last}", False, f"reinstall it: pip install --force-reinstall -c constraints.txt {name}")
-    told = json.loads(child.stdout.strip().splitlines()[-1])
-    return Finding(name, f"{told['version']} on {', '.join(told['devices'])}")
+    answer = json.loads(child.stdout.strip().splitlines()[-1])
+    return Finding(name, f"{answer['version']} on {', '.join(answer['devices'])}")
 
 
 def gpu() -> Finding:

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from elastic.controller.events import Interrupt
 from elastic.controller.run_log import in_order
 from elastic.driver.rundir import clear_live
 from elastic.errors import RunFailed
@@ -46,15 +47,15 @@ def result_of(run_dir: Path, error: str = "") -> Result:
     return Result(summary["status"], summary, run_dir, summary.get("error", ""))
 
 
-class Telling:
-    """Hands every line to its callback, once, whoever says it again: a step or evaluation by its number, an event by its words."""
+class Callbacks:
+    """Hands every line to its callback, once, whoever repeats it: a step or evaluation by its number, an event by its text."""
 
     def __init__(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None):
         self.on_step, self.on_eval, self.on_event = on_step, on_eval, on_event
         self.step = self.evaluated = 0
         self.events: set[str] = set()
 
-    def tell(self, lines: Iterable[dict[str, Any]]) -> None:
+    def feed(self, lines: Iterable[dict[str, Any]]) -> None:
         for fields in lines:
             callback = self.on_event if "event" in fields else self.on_eval if "eval" in fields else self.on_step
             if self.is_new(fields) and callback is not None:
@@ -63,9 +64,9 @@ class Telling:
     def is_new(self, fields: dict[str, Any]) -> bool:
         """And from now on it is not. A run that goes back to a checkpoint has its later steps once more."""
         if "event" in fields:
-            words = line(fields)
-            is_new = words not in self.events
-            self.events.add(words)
+            text = line(fields)
+            is_new = text not in self.events
+            self.events.add(text)
             if is_new and fields["event"] == "rewound":
                 self.step, self.evaluated = min(self.step, fields["to"]), min(self.evaluated, fields["to"])
             return is_new
@@ -77,44 +78,38 @@ class Telling:
         return bool(step > before)
 
     def rest(self, run_dir: Path) -> None:
-        """What came after the last event that was told, from the files: another driver has seen the run out."""
+        """What came after the last event that was fed, from the files: another driver has seen the run out."""
         events, metrics = lines_of(run_dir)
         after = max((n + 1 for n, fields in enumerate(events) if line(fields) in self.events), default=None)
         if after is not None:
-            self.tell(in_order(events[after:], metrics))
+            self.feed(in_order(events[after:], metrics))
 
 
-def see_out(controller: Any, run_id: str, run_dir: Path, telling: Telling) -> Result:
+def see_out(controller: Any, run_id: str, run_dir: Path, callbacks: Callbacks) -> Result:
     """Follows a run to its end, and clears up after it, unless another driver has: one of them writes the report."""
+    error, is_first = "", False
     with interrupting(controller):
-        is_first, error = attend(controller, run_id, run_dir, telling)
+        try:
+            follow(controller, callbacks)
+            error = ask(controller, "outcome")[1]
+        except ray.exceptions.RayError as gone:
+            if summary_of(run_dir) is None:
+                raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
+            callbacks.rest(run_dir)
+        except BaseException as failure:
+            asked = isinstance(failure, KeyboardInterrupt)
+            with contextlib.suppress(ray.exceptions.RayError):  # no worker may stay behind
+                ray.get(controller.end.remote("interrupted" if asked else "failed"), timeout=QUICK_S if asked else END_S)
+            raise
+        finally:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(controller)
+            is_first = clear_live(run_dir, run_id)
     result = result_of(run_dir, error)
     if is_first:
         with contextlib.suppress(OSError):  # a full disk has no room for it
             write_report(run_dir)
     return result
-
-
-def attend(controller: Any, run_id: str, run_dir: Path, telling: Telling) -> tuple[bool, str]:
-    """The run's lines until it is over; whether this driver is the one that clears up, and what the controller has against itself."""
-    error, is_first = "", False
-    try:
-        follow(controller, telling)
-        error = ask(controller, "outcome")[1]
-    except ray.exceptions.RayError as gone:
-        if summary_of(run_dir) is None:
-            raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
-        telling.rest(run_dir)
-    except BaseException as error:
-        asked = isinstance(error, KeyboardInterrupt)
-        with contextlib.suppress(ray.exceptions.RayError):  # no worker may stay behind
-            ray.get(controller.end.remote("interrupted" if asked else "failed"), timeout=QUICK_S if asked else END_S)
-        raise
-    finally:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(controller)
-        is_first = clear_live(run_dir, run_id)
-    return is_first, error
 
 
 @contextmanager
@@ -132,8 +127,8 @@ def interrupting(controller: Any) -> Iterator[None]:
             os._exit(130)
         if asked == 2:
             raise KeyboardInterrupt
-        print("\nInterrupted: a last checkpoint is written; press Ctrl-C again to end in the middle of the step.", file=sys.stderr)
-        threading.Thread(target=ask, args=(controller, "interrupt"), daemon=True).start()  # it may be on its way back
+        print("\nInterrupted: a final checkpoint is written; press Ctrl-C again to end in the middle of the step.", file=sys.stderr)
+        threading.Thread(target=ask, args=(controller, "request", Interrupt()), daemon=True).start()  # it may be on its way back
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -143,12 +138,12 @@ def interrupting(controller: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def follow(controller: Any, telling: Telling) -> None:
+def follow(controller: Any, callbacks: Callbacks) -> None:
     """Until the run has ended."""
     pid, known, finished = 0, 0, False
     while not finished:
-        pid, lines, known, finished = ask(controller, "poll", pid, known)  # a new controller tells all of it again
-        telling.tell(lines)
+        pid, lines, known, finished = ask(controller, "poll", pid, known)  # a new controller sends all of it again
+        callbacks.feed(lines)
 
 
 def ask(controller: Any, method: str, *arguments: Any) -> Any:

@@ -86,16 +86,15 @@ def newest_of(location: str) -> tuple[int, dict[str, Any]]:
 
 def live_of(run_dir: Path) -> dict[str, str] | None:
     """The address and run_id of the run that lives here, as far as the files say: its machines may be gone."""
-    if summary_of(run_dir) is not None:  # its controller may still wait for a driver
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        found: dict[str, str] = json.loads((run_dir / LIVE).read_text())
-        return found
-    return None
+    found: dict[str, str] | None = None
+    if summary_of(run_dir) is None:  # else its controller may still wait for a driver
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads((run_dir / LIVE).read_text())
+    return found
 
 
 def clear_live(run_dir: Path, run_id: str) -> bool:
-    """The run is over. Whether this process is the one that took the word of it away, of several that followed the run."""
+    """The run is over. Whether this process is the one that took the file of it away, of several that followed the run."""
     with contextlib.suppress(OSError, ValueError):
         if json.loads((run_dir / LIVE).read_text())["run_id"] == run_id:
             (run_dir / LIVE).unlink()

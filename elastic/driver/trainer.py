@@ -19,8 +19,9 @@ from elastic.checkpoint.access import check_access, claimed
 from elastic.checkpoint.claim import owner_of
 from elastic.controller.actor import ControllerActor
 from elastic.controller.controller import Settings
-from elastic.driver.connect import answers, connected, controller_of
-from elastic.driver.follow import Callback, Result, Telling, ask, result_of, see_out
+from elastic.controller.events import ScaleTo
+from elastic.driver.connect import connected, controller_of
+from elastic.driver.follow import Callback, Callbacks, Result, ask, result_of, see_out
 from elastic.driver.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
 from elastic.driver.trust import check_trust
 from elastic.errors import RecipeError, RunFailed, UserError
@@ -141,7 +142,7 @@ class Trainer:
             job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path, tuple(self.chaos), self.num_steps, is_local,
                       tuple(notes))
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))
-            return see_out(start_controller(job, self.recipe, begin), job.run_id, run_dir, Telling(on_step, on_eval, on_event))
+            return see_out(start_controller(job, self.recipe, begin), job.run_id, run_dir, Callbacks(on_step, on_eval, on_event))
 
     def follow(self, on_step: Callback | None, on_eval: Callback | None, on_event: Callback | None) -> Result:
         """Takes the place of a driver that is gone, or stands beside it."""
@@ -151,7 +152,7 @@ class Trainer:
                 controller = controller_of(self.follows)
             except ValueError:  # another driver has seen it out meanwhile
                 return result_of(self.run_dir)
-            return see_out(controller, self.follows, self.run_dir, Telling(on_step, on_eval, on_event))
+            return see_out(controller, self.follows, self.run_dir, Callbacks(on_step, on_eval, on_event))
 
     def free_run_dir(self) -> Path:
         """Where the run will write; `UserError` if it cannot, or if something is there already that is not this run's."""
@@ -202,7 +203,6 @@ def living(run_dir: Path) -> dict[str, str] | None:
     if live is None:
         return None
     try:
-        answers(live["address"])
         with connected(live["address"]):
             controller_of(live["run_id"])
     except (ValueError, UserError):
@@ -229,6 +229,6 @@ def scale(run_dir: str | Path, workers: int, trust: bool = False, **degrees: int
     preferred = (mesh.pipeline, mesh.tensor, mesh.expert) if degrees else None
     with connected(live["address"], recipe):
         try:
-            ask(controller_of(live["run_id"]), "scale", workers, preferred)
+            ask(controller_of(live["run_id"]), "request", ScaleTo(workers, preferred))
         except ValueError as error:
             raise RunFailed(f"The run in {run_dir} has no controller any more; `elastic resume` it.") from error

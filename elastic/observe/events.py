@@ -88,13 +88,3 @@ def sentence(event: Fields) -> str:
         return kind_of(event).sentence(event)
     except (KeyError, TypeError, ValueError):  # a run of another version may have other fields: show what it has
         return UNKNOWN.sentence(event)
-
-
-def mismatch(event: Fields) -> str:
-    """What an event has that the table does not, or the other way round; "" where they agree."""
-    told = kind_of(event).fields.split()
-    needed = EVERYWHERE | {name for name in told if not name.endswith("?")}
-    lacks, strange = sorted(needed - event.keys()), sorted(event.keys() - needed - {name.rstrip("?") for name in told})
-    if event["event"] in EVENTS and not lacks and not strange:
-        return ""
-    return f"event {event['event']}: " + ("unknown" if event["event"] not in EVENTS else f"lacks {lacks}, has {strange} beside its fields")

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,15 @@ def _plain(value: Any) -> Any:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Every whole line of a file that may still be written to; empty if there is no file."""
-    return list(iterate(path))
+    """Every whole line of a file that may still be written to; empty if there is no file.
 
-
-def iterate(path: str | Path) -> Iterator[dict[str, Any]]:
-    """UserError names the line if one that is not the last is no JSON object."""
+    UserError names the line if one that is not the last is no JSON object.
+    """
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
-        return
+        return []
+    found: list[dict[str, Any]] = []
     whole, _, _torn = data.rpartition(b"\n")
     for number, text in enumerate(whole.split(b"\n") if whole else (), 1):
         try:
@@ -123,7 +122,8 @@ def iterate(path: str | Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"{path}, line {number} is not JSON: the file was altered.") from None
         if not isinstance(fields, dict):
             raise UserError(f"{path}, line {number} is not a JSON object: the file was altered.")
-        yield fields
+        found.append(fields)
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -152,7 +152,7 @@ def cut_torn(path: Path) -> None:
 
 def rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Keeps the lines for which `keep` holds. Where the others lie behind them, that needs no room on a full disk."""
-    kept = [keep(fields) for fields in iterate(path)]
+    kept = [keep(fields) for fields in read_lines(path)]
     lines = path.read_bytes().split(b"\n")[:len(kept)] if kept else []
     first = kept.index(False) if False in kept else len(kept)
     if not any(kept[first:]):

@@ -30,11 +30,6 @@ def sessions(events: Lines, metrics: Lines) -> list[tuple[float, float]]:
     return [(begin, max([time for time in times if begin <= time < end], default=begin)) for begin, end in zip(begins, ends)]
 
 
-def wall_s(events: Lines, metrics: Lines) -> float:
-    """Seconds that the run was at work, all its sessions together."""
-    return sum(end - begin for begin, end in sessions(events, metrics))
-
-
 def goodput(events: Lines, metrics: Lines) -> float:
     """The share of the time between each session's first generation and its last commit that went into steps that count.
 
@@ -76,7 +71,7 @@ def build_summary(events: Lines, metrics: Lines, status: str, parameters_sha256:
         "state_sha256": state_sha256,
         "steps_lost": sum(fields["steps_lost"] for fields in recovered),
         "recoveries": len(recovered),
-        "wall_s": round(wall_s(events, metrics), 3),
+        "wall_s": round(sum(end - begin for begin, end in sessions(events, metrics)), 3),
         "goodput": goodput(events, metrics),
         "world_sizes": world_sizes(events),
     }

@@ -79,7 +79,7 @@ class ProcessRim:
         self.store = Endpoint(self.host, job.secret)
         self.endpoint = self.store.place
         self.shares = usable()
-        self.outbox = Outbox(name, control, lambda messages, number: ray.get(controller.hear.remote(name, messages, number), timeout=DELIVER_S),
+        self.outbox = Outbox(name, control, lambda messages, number: ray.get(controller.receive.remote(name, messages, number), timeout=DELIVER_S),
                              orphan_timeout_s, orphaned, leave)
         self.outbox.start()
 

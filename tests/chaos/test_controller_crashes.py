@@ -14,7 +14,8 @@ from elastic.controller.journal import Journal, decode, encode, replay
 from elastic.controller.policy import Bounds
 from elastic.messages import Ballot, Generation, Holder, Standing
 from elastic.observe.jsonl import read_lines
-from tests.support.inprocess import CheckedBooks, Result, Run, gpt_recipe
+from tests.support.books import CheckedBooks
+from tests.support.inprocess import Result, Run, gpt_recipe
 from tests.support.sampling import sample
 
 STEPS = 12

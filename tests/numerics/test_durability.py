@@ -146,7 +146,7 @@ def orphaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int, 
             raise ConnectionError("the controller is gone")
 
         run.fleet.closed = True  # who starts workers is gone with it
-        run.controller.hear = run.controller.deliver = deaf  # type: ignore[method-assign]
+        run.controller.receive = run.controller.deliver = deaf  # type: ignore[method-assign]
         raise Deaf
 
     run.hooks[12] = fall

@@ -10,7 +10,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "ends.md"
 LAST, NEWEST, START, ON = "its last step", "the newest checkpoint", "nothing: it had no step", "everything: it goes on"
 THREADS, CRASHES = "tests/numerics/test_ends.py", "tests/chaos/test_controller_crashes.py"
 COMMAND, KILLED = "tests/cluster/test_command.py", "tests/cluster/test_killed_whole.py"
-INTERRUPTED = "Interrupted: a last checkpoint is written; press Ctrl-C again to end in the middle of the step."
+INTERRUPTED = "Interrupted: a final checkpoint is written; press Ctrl-C again to end in the middle of the step."
 GOES_ON = "`elastic resume RUN` goes on from there."
 SAVED, OLDER = f"; step N is saved: {GOES_ON}", f"; the newest checkpoint is that of step N, of N: {GOES_ON}"
 

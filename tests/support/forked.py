@@ -78,7 +78,7 @@ def be_worker(orders: Any, words: Any) -> None:
     """A child's life: it waits until somebody wants it."""
     name, job = orders.recv()
     rim = ForkedRim(job, words)
-    rim.outbox = Outbox(name, rim.control, lambda messages, number: rim.ask("hear", messages, number), FORM_S, lambda: os._exit(1),
+    rim.outbox = Outbox(name, rim.control, lambda messages, number: rim.ask("receive", messages, number), FORM_S, lambda: os._exit(1),
                         lambda: os._exit(1))
 
     def listen() -> None:

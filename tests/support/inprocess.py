@@ -14,28 +14,18 @@ from elastic import workload
 from elastic.controller import membership as m
 from elastic.controller import session
 from elastic.controller.controller import Controller, Settings
-from elastic.controller.run_log import Books
 from elastic.controller.thread_fleet import ThreadFleet
 from elastic.driver.inference import check_checkpoint
 from elastic.messages import Begin, Job
-from elastic.observe.events import mismatch
 from elastic.observe.jsonl import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.observe.verify import verify
 from elastic.recipe import Recipe, dumps, parse
+from tests.support.books import CheckedBooks
 
 LIMIT_S = 120.0  # a run that takes longer hangs
 MODULES = "tests.support.modules"
 Hook = Callable[["Run"], None]
-
-
-class CheckedBooks(Books):
-    """Every event is one of the table's, with its fields."""
-
-    def event(self, name: str, step: int | None = None, generation: int | None = None, **fields: Any) -> None:
-        if found := mismatch({"time": 0.0, "event": name, "generation": 0, "step": 0, **fields}):
-            raise AssertionError(found)
-        super().event(name, step, generation, **fields)
 
 
 class WatchedBooks(CheckedBooks):

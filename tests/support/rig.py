@@ -16,8 +16,8 @@ from elastic.controller.policy import Bounds
 from elastic.messages import Begin, Job, Line, Part, Progress, Ready
 from elastic.observe.jsonl import read_lines
 from elastic.storage.store import Store
+from tests.support.books import CheckedBooks
 from tests.support.checkpoints import write_part
-from tests.support.inprocess import CheckedBooks
 
 SETTINGS = Settings(Bounds(1, 3, 6), hang_timeout_s=30.0, start_timeout_s=600.0, keep=3, best="")
 

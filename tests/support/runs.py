@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from elastic.driver.trainer import Result, Trainer
-from elastic.observe.events import mismatch
 from elastic.observe.jsonl import read_lines
 from elastic.recipe import Recipe, parse
+from tests.support.books import mismatch
 from tests.support.oracle import undisturbed
 
 STEPS = 120

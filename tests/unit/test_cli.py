@@ -246,5 +246,5 @@ def test_a_script_takes_what_it_needs_from_one_place_and_ray_comes_with_the_trai
               "from elastic.driver import follow, trainer\nassert elastic.Trainer is trainer.Trainer and elastic.Result is follow.Result\n"
               "assert issubclass(RecipeError, elastic.UserError) and issubclass(elastic.NonFiniteLoss, RunFailed)\n"
               "assert not [name for name in elastic.__all__ if getattr(elastic, name).__name__ != name]\nassert not hasattr(elastic, 'trainer')\n")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr

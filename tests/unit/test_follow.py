@@ -12,7 +12,7 @@ import ray
 
 from elastic.controller.run_log import Books
 from elastic.driver import follow as door
-from elastic.driver.follow import Telling, result_of, see_out
+from elastic.driver.follow import Callbacks, result_of, see_out
 from elastic.driver.rundir import LIVE, live_of
 from elastic.errors import RunFailed
 from elastic.messages import Begin
@@ -32,8 +32,8 @@ class Heard:
     def __init__(self) -> None:
         self.told: list[Any] = []
 
-    def telling(self) -> Telling:
-        return Telling(lambda fields: self.told.append(fields["step"]), lambda fields: self.told.append(("eval", fields["step"])),
+    def callbacks(self) -> Callbacks:
+        return Callbacks(lambda fields: self.told.append(fields["step"]), lambda fields: self.told.append(("eval", fields["step"])),
                        lambda fields: self.told.append(fields["event"]))
 
 
@@ -94,7 +94,7 @@ def test_each_line_once_whatever_restarts(controllers: Controllers) -> None:
         controllers.restart()
 
     controllers.acts = [first, unseen, later]
-    door.follow(None, heard.telling())
+    door.follow(None, heard.callbacks())
     assert heard.told == ["generation_started", 1, 2, ("eval", 2), "hang", 3, ("eval", 3), 4, "hang"]
 
 
@@ -118,7 +118,7 @@ def test_steps_that_are_done_again_are_told_again(controllers: Controllers) -> N
         controllers.restart()
 
     controllers.acts = [first, back]
-    door.follow(None, heard.telling())
+    door.follow(None, heard.callbacks())
     assert heard.told == [1, 2, 3, 4, ("eval", 4), "rewound", "generation_started", 3, 4, ("eval", 4)]
 
 
@@ -138,7 +138,7 @@ def test_a_resumed_run_does_not_tell_what_came_before_it(controllers: Controller
 
     controllers.restart()
     controllers.acts = [further]
-    door.follow(None, heard.telling())
+    door.follow(None, heard.callbacks())
     assert heard.told == ["run_started", "generation_started", 3]
 
 
@@ -164,7 +164,7 @@ def test_who_follows_beside_another_driver_learns_how_it_ended(controllers: Cont
         controllers.gone = True
 
     controllers.acts = [first, lambda: None, end]
-    result = see_out(None, "run-1", tmp_path, heard.telling())
+    result = see_out(None, "run-1", tmp_path, heard.callbacks())
     assert (result.status, result.summary["steps"], result.error) == ("done", 3, "")
     assert sorted(map(str, heard.told)) == ["('eval', 3)", "1", "2", "3", "generation_started", "run_finished"] and not reports
 
@@ -172,7 +172,7 @@ def test_who_follows_beside_another_driver_learns_how_it_ended(controllers: Cont
 def test_a_controller_that_is_gone_with_the_run_unended_is_a_failure(controllers: Controllers, tmp_path: Path) -> None:
     controllers.gone = True
     with pytest.raises(RunFailed, match="controller is gone .*; `elastic resume"):
-        see_out(None, "run-1", tmp_path, Telling())
+        see_out(None, "run-1", tmp_path, Callbacks())
 
 
 def test_the_one_who_clears_up_writes_the_report_and_touches_no_other_run(controllers: Controllers, tmp_path: Path,
@@ -183,7 +183,7 @@ def test_the_one_who_clears_up_writes_the_report_and_touches_no_other_run(contro
     for run, left in (("run-2", True), ("run-1", False), ("run-1", False)):
         if run == "run-2" or not reports:
             (tmp_path / LIVE).write_text(json.dumps({"address": "here:1", "run_id": "run-1"}))
-        see_out(None, run, tmp_path, Telling())
+        see_out(None, run, tmp_path, Callbacks())
         assert (tmp_path / LIVE).exists() == left
     assert reports == [tmp_path]
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from elastic.errors import BadCheckpoint, UserError
 from elastic.humanize import duration, size
-from elastic.observe.events import EVENTS, mismatch, sentence
+from elastic.observe.events import EVENTS, sentence
 from elastic.observe.jsonl import JsonLines, read_lines
 from elastic.observe.metrics import build_summary, goodput, sessions, world_sizes
 from elastic.observe.progress import Pace, Progress
@@ -25,6 +25,7 @@ from elastic.observe.status import status_lines
 from elastic.observe.verify import verify
 from elastic.parallel.schedules import build
 from elastic.parallel.simulator import Costs, simulate
+from tests.support.books import mismatch
 
 START = 1_000_000.0
 Lines = list[dict[str, Any]]

@@ -106,8 +106,8 @@ def test_not_all_nodes_are_banned() -> None:
     assert banned_nodes(losses_on("", 0.0, 1.0, 2.0), 3.0, ["a", "b"]) == ()  # a worker that never said where it was
 
 
-def beat(inside: int = 3, waiting: bool = True, changed_s: float = 0.0, heard_s: float = 100.0, phase: str = "reduction") -> Heartbeat:
-    return Heartbeat(Progress("w", 1, 7, phase, inside, waiting), changed_s, heard_s)
+def beat(inside: int = 3, waiting: bool = True, changed_s: float = 0.0, received_s: float = 100.0, phase: str = "reduction") -> Heartbeat:
+    return Heartbeat(Progress("w", 1, 7, phase, inside, waiting), changed_s, received_s)
 
 
 def suspected(beats: dict[str, Heartbeat], now_s: float = 100.0) -> tuple[str, ...]:
@@ -135,11 +135,11 @@ def test_nobody_is_suspect_while_anybody_moves() -> None:
 def test_the_first_compile_and_the_disk_have_their_own_limit(phase: str) -> None:
     waiting, compiling = beat(inside=1), beat(inside=0, waiting=False, phase=phase)
     assert suspected({"a": waiting, "b": compiling}) == ()
-    assert suspects({"a": replace(waiting, heard_s=700), "b": replace(compiling, heard_s=700)}, 700.0, 30.0, 600.0) == ("b",)
+    assert suspects({"a": replace(waiting, received_s=700), "b": replace(compiling, received_s=700)}, 700.0, 30.0, 600.0) == ("b",)
 
 
 def test_one_that_is_not_heard_of_is_always_suspect() -> None:
-    beats = {"a": beat(changed_s=99.0), "b": beat(changed_s=60.0, heard_s=60.0)}
+    beats = {"a": beat(changed_s=99.0), "b": beat(changed_s=60.0, received_s=60.0)}
     assert suspected(beats) == ("b",)
 
 

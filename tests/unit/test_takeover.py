@@ -45,6 +45,31 @@ def test_a_continuation_finds_whom_a_controller_before_has_stopped(tmp_path: Pat
     assert rig.fleet.of("inject") == [(parse("cont:1@9"), stopped)]
 
 
+def durable(controller: Controller) -> dict[str, tuple[Any, ...]]:
+    """Of each worker's record what does not go by a clock."""
+    return {name: (one.node, one.ready, one.released, one.given_up, one.lost, one.stopped_as) for name, one in controller.workers.items()}
+
+
+def test_the_journal_gives_back_what_was_known_of_every_worker(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, chaos=("stop:1@5", "stop:1@7"))
+    rig.start("a", "b", "c")
+    for worker, spec in (("b", "stop:1@5"), ("c", "stop:1@7")):  # the later one is who a continuation goes to
+        rig.controller.take_fault(worker, parse(spec))
+    rig.controller.give_up_on("b", "hangs")
+    for worker in "ac":
+        rig.say(Standing(worker, 1, "broken", 0))
+    rig.controller.advance(m.ScaleTo(1))
+    for worker in "ac":
+        rig.say(Standing(worker, 2, "stopped", 0))
+    rig.controller.advance(m.Starting("d", "node-d"))
+    before = durable(rig.controller)
+    assert [(name, one[2:]) for name, one in before.items()] == [
+        ("a", (False, False, False, -1)), ("b", (False, True, True, -1)), ("c", (True, False, False, 1)), ("d", (False, False, False, -1))]
+    again = successor(rig)
+    assert durable(again) == before and again.state == rig.controller.state
+    assert again.workers.stopped(1) == before["c"][1] and [ready.worker for ready in again.workers.live()] == ["a"]
+
+
 @pytest.mark.parametrize("spec", ["scale:1@5", "cont:1@5"])
 def test_a_fault_that_may_come_twice_is_not_lost_with_a_controller(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path, chaos=(spec,))
