@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from elastic.errors import RecipeError
-from elastic.model.backend import Spec
+from elastic.model.backend import Spec, Tally
 from elastic.model.layers import Chained, dense_from, dense_into, part_tag
-from elastic.model.tally import Tally
 from recommender.metrics import Curve, Errors, Lists
 
 Array = Any

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,9 +51,9 @@ class GluonModel(Adapted):
         self.numpy = isinstance(self._named[trained[0]].data(), mx.np.ndarray)  # made under mx.npx.set_np()
         self._made = {name: parameter.data() for name, parameter in self._named.items()}
         self._given = {name: made.asnumpy() for name, made in self._made.items()}
-        self.parameters = {name: replace(given_spec(self._given[name]), trainable=name in trained) for name, parameter in self._named.items()
+        self.parameters = {name: Spec.given(self._given[name], name in trained) for name, parameter in self._named.items()
                            if name in trained or is_weight(parameter)}
-        self.buffers = {name: given_spec(value) for name, value in self._given.items() if name not in self.parameters}
+        self.buffers = {name: Spec.given(value) for name, value in self._given.items() if name not in self.parameters}
 
     def initial(self) -> Mapping[str, np.ndarray]:
         """The values that the block was made with, parameters and buffers."""
@@ -208,7 +207,3 @@ def in_one_line(error: Exception) -> str:
     """What MXNet says of an error, without the stack of its own calls."""
     told = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in reversed(told) if "Error" in line), told[-1] if told else "no words").rstrip(".")
-
-
-def given_spec(value: np.ndarray) -> Spec:
-    return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype))

@@ -78,8 +78,8 @@ class ModuleModel(Adapted):
         self._values: list[torch.Tensor] = []
         self._into: list[torch.Tensor] = []
         self._given = {name: as_numpy(value) for name, value in [*self.tensors.items(), *kept.items()]}
-        self.parameters = {name: given_spec(self._given[name], p.requires_grad) for name, p in self.tensors.items()}
-        self.buffers = {name: given_spec(self._given[name]) for name in kept}
+        self.parameters = {name: Spec.given(self._given[name], p.requires_grad) for name, p in self.tensors.items()}
+        self.buffers = {name: Spec.given(self._given[name]) for name in kept}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -202,10 +202,6 @@ def seeded(seed: int) -> Iterator[None]:
             torch.default_generator.set_state(before)
             np.random.set_bit_generator(own)
             random.seed(follows)
-
-
-def given_spec(value: np.ndarray, trainable: bool = True) -> Spec:
-    return Spec(tuple(value.shape), (), "given", dtype=value.dtype.name, trainable=trainable)
 
 
 def as_sum(found: Any, rows: int) -> tuple[Any, Any]:

@@ -80,9 +80,9 @@ class KerasModel(Adapted):
                 raise UserError(f"model.kind: parameter {name} is {variable.dtype}; parameters must be float32.")
         self.constraints = {name: v.constraint for name, v in self._weights.items() if v.constraint is not None}
         self._given = {name: np.array(v.numpy()) for name, v in named.items()}
-        self.parameters = {name: given_spec(self._given[name], trainable=id(v) in trained, whole=name in self.constraints)
+        self.parameters = {name: Spec.given(self._given[name], trainable=id(v) in trained, whole=name in self.constraints)
                            for name, v in self._weights.items()}
-        self.buffers = {name: given_spec(self._given[name]) for name in self._kept}
+        self.buffers = {name: Spec.given(self._given[name]) for name in self._kept}
         self._figures: Figures | None = None
         self.moved: tuple[str, ...] = ()
         self.sums, self.undivided = not self._own_loss and is_sum(model), ""
@@ -350,10 +350,6 @@ def in_one_line(error: Exception) -> str:
     """What Keras says of an error, without its frame of colours and arguments."""
     told = [part.strip() for part in re.sub(r"\x1b\[\d*m", "", str(error)).split("\n\n")]
     return " ".join(next((part for part in told if not part.startswith("Exception encountered")), told[0]).split()).rstrip(".")
-
-
-def given_spec(value: np.ndarray, trainable: bool = True, whole: bool = False) -> Spec:
-    return Spec(tuple(value.shape), (), "given", dtype=str(value.dtype), trainable=trainable, whole=whole)
 
 
 def as_sum(found: Any, rows: int) -> tuple[Any, Any]:

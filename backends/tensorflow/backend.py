@@ -20,8 +20,7 @@ from backends.tensorflow.ops import U64, TensorFlowOps, tf
 from backends.tensorflow.pieces import Pieces, plain
 from elastic.data.collate import stacked
 from elastic.errors import UserError
-from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, UpdateRule
-from elastic.model.tally import Tally
+from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, Spec, Tally, UpdateRule, tally_of
 from elastic.model.user_code import UNTRAINED
 
 ALIGN_BYTES = 64  # TensorFlow ends the process on DLPack memory that is aligned to less
@@ -195,7 +194,7 @@ class TensorFlowBackend(Pieces):
         return {name: (plain(total), float(weight)) for name, (total, weight) in found.items()}
 
     def tally(self) -> Tally | None:
-        return self._model.tally() if hasattr(self._model, "tally") else None
+        return tally_of(self._model)
 
     def _telling(self) -> AbstractContextManager[Any]:
         """Around a user's own kernels: what fails in them is the user's error."""

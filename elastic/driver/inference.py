@@ -16,8 +16,7 @@ from elastic.checkpoint.manifest import Manifest
 from elastic.data.loader import eval_batches
 from elastic.driver.trust import check_trust
 from elastic.errors import BadCheckpoint, UserError
-from elastic.model.backend import Backend
-from elastic.model.tally import tally_of
+from elastic.model.backend import Backend, tally_of
 from elastic.recipe import Recipe, loads
 from elastic.worker.evaluation import figures, measure
 from elastic.workload import EVAL_ROWS, create_backend, door, open_data, open_model, open_state, prepare

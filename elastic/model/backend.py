@@ -34,6 +34,11 @@ class Spec:
     trainable: bool = True
     whole: bool = False
 
+    @classmethod
+    def given(cls, values: Any, trainable: bool = True, whole: bool = False) -> Spec:
+        """Of an array that comes with its model, as NumPy."""
+        return cls(tuple(values.shape), (), "given", dtype=values.dtype.name, trainable=trainable, whole=whole)
+
 
 class Model(Protocol):
     """A model without a framework: named arrays and a function of them that has no side effects."""
@@ -51,6 +56,33 @@ class Model(Protocol):
 
         In place of a sum there may be an array, one value a row, for the model's tally: see `Tally`.
         """
+
+
+class Tally(Protocol):
+    """Figures that are no means over rows, as the area under a curve: computed from whole numbers, counted batch by batch. Whole numbers
+    below 2^53 add up the same in any order.
+    """
+
+    @property
+    def counts(self) -> Any:
+        """NumPy's float64, one-dimensional, always of the same length."""
+
+    def add(self, batch: Batch, found: Mapping[str, tuple[Any, float]]) -> None:
+        """Counts one batch; `found` is what `metrics` said of it, arrays as NumPy arrays."""
+
+    def figures(self, counts: Any, means: Mapping[str, float]) -> Mapping[str, float]:
+        """From the counts of all batches and the means of all metrics."""
+
+
+@runtime_checkable
+class Counting(Protocol):
+    def tally(self) -> Tally | None:
+        """A new one."""
+
+
+def tally_of(model: Any) -> Tally | None:
+    """A new one, of a model, or a backend over one, that counts."""
+    return model.tally() if isinstance(model, Counting) else None
 
 
 class Adapted(Protocol):

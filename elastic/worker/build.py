@@ -8,8 +8,7 @@ from typing import Any
 from elastic.data.ledger import Ledger, NotedLoader
 from elastic.data.loader import Prefetcher, eval_batches, load_batch
 from elastic.mesh import Mesh, Seat
-from elastic.model.backend import Backend
-from elastic.model.tally import tally_of
+from elastic.model.backend import Backend, tally_of
 from elastic.parallel.layout import Portion
 from elastic.parallel.pipeline import Pipeline
 from elastic.recipe import Recipe

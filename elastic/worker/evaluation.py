@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elastic.collective.group import CollectiveGroup
-from elastic.model.backend import Backend, Batch
-from elastic.model.tally import Tally
+from elastic.model.backend import Backend, Batch, Tally
 from elastic.model.user_code import users
 from elastic.parallel.groups import Links
 from elastic.worker.gradients import rows_of

@@ -23,8 +23,7 @@ from elastic.collective.reduction import reduce, tree_sum
 from elastic.errors import NonFiniteLoss
 from elastic.mesh import shards_of
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Line, Save
-from elastic.model.backend import SLOTS, Backend, Buffer, UpdateRule
-from elastic.model.tally import Tally
+from elastic.model.backend import SLOTS, Backend, Buffer, Tally, UpdateRule
 from elastic.parallel.groups import Links
 from elastic.parallel.layout import Portion
 from elastic.parallel.pipeline import Pipeline

@@ -45,7 +45,7 @@ def reduce_own(work: Work, state: State, links: Links, group: CollectiveGroup, b
         take_kept(state, out, plain, 0, layout.trainable)
         out[tail:tail + statistics] = plain[layout.trainable:layout.gradient]
     else:
-        reduce_kept(group, sums.nodes(), num_shards, out[:tail], state.cuts, state.twin, buffers.scratch)
+        reduce_kept(group, sums.nodes(), num_shards, out[:tail], state.holding.cuts, state.twin, buffers.scratch)
         if statistics:
             rest = [(node, buffer[layout.trainable:]) for node, buffer in sums.nodes()]
             reduce(group, rest, num_shards, out[tail:], statistics, BLOCK, buffers.scratch)
@@ -69,7 +69,7 @@ def take_kept(state: State, out: Buffer, values: Buffer, low: int, high: int) ->
 
 def block_norms(work: Work, state: State, links: Links) -> np.ndarray:
     """The squared norm of every block of the reduced gradient, each from its owner."""
-    cuts = [cut // BLOCK for cut in state.cuts]
+    cuts = [cut // BLOCK for cut in state.holding.cuts]
     counts = [high - low for low, high in zip(cuts, cuts[1:])]
     most, mine = max(counts), counts[links.data.rank]
     part, out = np.zeros(most), np.empty(most * links.data.size)
@@ -87,7 +87,7 @@ def share(work: Work, links: Links, buffers: Buffers, step: int, injector: Injec
         return
     group = injector.cut(links.data, step, "gather")
     with work.control.collective(step, "gather"):
-        gather_owned(group, state.param, state.cuts, buffers.scratch)
+        gather_owned(group, state.param, state.holding.cuts, buffers.scratch)
     state.torn = False
 
 

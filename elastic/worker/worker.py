@@ -300,7 +300,7 @@ def rehearse(work: Work) -> None:
     state.start(plan.seed)
     state.committed = -1
     if work.portion is not None:
-        work.backend.connect(mirrored(work.portion))
+        work.backend.connect(mirrored(work.portion.layout, work.portion.seat))
 
     def room() -> Mapping[str, Any]:
         return state.layout.views(work.backend.allocate(state.layout.gradient), state.layout.trainable_names)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from elastic.errors import UserError
-from elastic.model.tally import tally_of
+from elastic.model.backend import tally_of
 from elastic.worker.evaluation import measure
 from tests.support.frameworks import assert_close, load
 from tests.support.models import Rig, rig_of
