@@ -29,10 +29,6 @@ class Box:
         return math.prod(self.count)
 
     @property
-    def is_whole(self) -> bool:
-        return self.shape == self.count
-
-    @property
     def slices(self) -> tuple[Any, ...]:
         """What cuts it out of the array; a view, also of an array without dims."""
         return (*(slice(s, s + c) for s, c in zip(self.start, self.count, strict=True)), ...)

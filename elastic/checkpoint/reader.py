@@ -120,7 +120,7 @@ def read_together(reader: Reader, group: Any, put: Put, at: Callable[[int], Any]
     if group.size > 1:
         with at(0):
             agree(reader.manifest, group)
-    places = [Places(entry) for entry in reader.manifest.files]
+    places = [sorted((p for p in entry.pieces if p.bytes), key=lambda piece: piece.offset) for entry in reader.manifest.files]
     for number, window in enumerate(windows(reader.manifest, group.size)):
         mine = read_blocks(reader, window[group.rank])
         if group.size == 1:
@@ -155,28 +155,21 @@ def read_blocks(reader: Reader, blocks: list[Block]) -> bytes:
     return out[0] if len(out) == 1 else b"".join(out)
 
 
-class Places:
-    """A file's pieces in the order of their bytes."""
-
-    def __init__(self, entry: FileEntry):
-        self.pieces = sorted((p for p in entry.pieces if p.bytes), key=lambda piece: piece.offset)
-        self.ends = [piece.offset + piece.bytes for piece in self.pieces]
-
-    def within(self, low: int, high: int) -> Iterator[Piece]:
-        """Pieces of which some bytes lie in low..high-1."""
-        for piece in self.pieces[bisect_right(self.ends, low):]:
-            if piece.offset >= high:
-                return
-            yield piece
+def within(pieces: list[Piece], low: int, high: int) -> Iterator[Piece]:
+    """Of a file's pieces, in the order of their bytes, those of which some lie in low..high-1."""
+    for piece in pieces[bisect_right(pieces, low, key=lambda piece: piece.offset + piece.bytes):]:
+        if piece.offset >= high:
+            return
+        yield piece
 
 
-def scatter(manifest: Manifest, window: list[list[Block]], rows: list[Any], places: list[Places], put: Put) -> None:
+def scatter(manifest: Manifest, window: list[list[Block]], rows: list[Any], places: list[list[Piece]], put: Put) -> None:
     """Hands the bytes of a window to the arrays they belong to."""
     for blocks, row in zip(window, rows, strict=True):
         at = 0
         for block in blocks:
             low = block.number * manifest.chunk_bytes
-            for piece in places[block.file].within(low, low + block.bytes):
+            for piece in within(places[block.file], low, low + block.bytes):
                 first, last = max(low, piece.offset), min(low + block.bytes, piece.offset + piece.bytes)
                 values = np.frombuffer(row[at + first - low:at + last - low], np.dtype(piece.dtype).newbyteorder("<"))
                 put(piece, (first - piece.offset) // values.itemsize, values)

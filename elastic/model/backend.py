@@ -37,6 +37,11 @@ class Spec:
     trainable: bool = True
     whole: bool = False
 
+    @classmethod
+    def given(cls, values: Any, trainable: bool = True, whole: bool = False) -> Spec:
+        """Of an array that comes with its model, as NumPy."""
+        return cls(tuple(values.shape), (), "given", dtype=values.dtype.name, trainable=trainable, whole=whole)
+
 
 class Model(Protocol):
     """A model without a framework: named arrays and a function of them that has no side effects."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from elastic.model.backend import Spec
+from elastic.model.backend import Chain, Spec
 
 Array = Any
 Layer = Callable[[Mapping[str, Array], Array, str], Array]
@@ -41,19 +41,13 @@ class Specs(dict[str, Spec]):
         self.dense(f"{h}.mlp.down", (d_ff, width), ("d_ff", "d_model"), 1, scale_out)
 
 
-class Chained:
+class Chained(Chain):
     """A `Model` made of an `elastic.model.backend.Chain`: whoever derives from it brings `parameters, layout, pieces, names, run, score, measure`.
 
     It has no buffers.
     """
 
-    parameters: Mapping[str, Spec]
     buffers: Mapping[str, Spec] = {}
-    layout: Mapping[str, str]
-    pieces: Sequence[str]
-    run: Callable[..., Array]
-    score: Callable[..., tuple[Array, Array]]
-    measure: Callable[..., Mapping[str, tuple[Array, Array]]]
 
     def loss(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array], batch: Mapping[str, Array],
              seed: int) -> tuple[Array, Array, Mapping[str, Array]]:

@@ -24,8 +24,9 @@ DROPOUT_LEVELS = 65_536  # a dropout rate is rounded to this many levels: four d
 
 
 class Kernels:
-    """What the implementations inherit: a kernel that a framework lacks is one sentence to whoever wrote the model, and the collectives
-    between workers do nothing while nothing is split. `_enter` and so on are each framework's own, on a flat or shaped array of its kind.
+    """What the implementations inherit: a kernel that a framework lacks is one sentence to whoever wrote the model; and the collectives of dims
+    that are split over an axis of the mesh (`elastic.parallel.axis`), forward and backward, with sums in rank order. A dim that is not split, or
+    not known, has degree 1, and they return `x` as it is. `_enter` and so on are each framework's own, on a flat or shaped array of its kind.
     """
 
     name: str
@@ -38,21 +39,30 @@ class Kernels:
         _exchange: Callable[[Array, str], Array]
 
     def degree(self, dim: str) -> int:
+        """In how many parts `dim` is split."""
         return self.axes[dim].size if dim in self.axes else 1
 
     def part(self, dim: str) -> int:
+        """Which of them is this worker's."""
         return self.axes[dim].rank if dim in self.axes else 0
 
     def enter(self, x: Array, dim: str) -> Array:
+        """`x`, the same on all workers, on its way into what is split along `dim`; the gradients that come back are summed. (...) -> (...)"""
         return x if self.degree(dim) == 1 else self._enter(x, dim)
 
     def leave(self, x: Array, dim: str) -> Array:
+        """The sum over the axis of what each worker's part along `dim` gave, the same on all; the gradient passes as it is. (...) -> (...)"""
         return x if self.degree(dim) == 1 else self._leave(x, dim)
 
     def collect(self, x: Array, dim: str, length: int = 0) -> Array:
+        """The workers' parts of the last dim, side by side, the same on all; each part gets its own range of the gradient.
+
+        `length` is that of the whole, needed where the parts are the spans of a dim that does not divide.
+        """
         return x if self.degree(dim) == 1 else self._collect(x, dim, length or x.shape[-1] * self.degree(dim))
 
     def exchange(self, x: Array, dim: str) -> Array:
+        """x (parts, ...): slice i goes to the worker of part i, slice i of the result has come from it. So do the gradients, back."""
         return x if self.degree(dim) == 1 else self._exchange(x, dim)
 
     if not TYPE_CHECKING:  # for whom a missing kernel is an error already
@@ -64,7 +74,7 @@ class Kernels:
 
 
 class Ops(Protocol):
-    """One framework's kernels."""
+    """One framework's kernels, beside those of `Kernels`."""
 
     name: str
 
@@ -208,30 +218,6 @@ class Ops(Protocol):
 
     def group_norm(self, x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
         """(rows, ..., c) normalised per row and run of c / groups channels, times weight plus bias (c,). Wu and He 2018."""
-
-    # Where a dim is split over an axis of the mesh (`elastic.parallel.axis`): the collectives, forward and backward. A dim that
-    # is not split, or not known, has degree 1, and these return `x` as it is. Sums are in rank order.
-
-    def degree(self, dim: str) -> int:
-        """In how many parts `dim` is split."""
-
-    def part(self, dim: str) -> int:
-        """Which of them is this worker's."""
-
-    def enter(self, x: Array, dim: str) -> Array:
-        """`x`, the same on all workers, on its way into what is split along `dim`; the gradients that come back are summed. (...) -> (...)"""
-
-    def leave(self, x: Array, dim: str) -> Array:
-        """The sum over the axis of what each worker's part along `dim` gave, the same on all; the gradient passes as it is. (...) -> (...)"""
-
-    def collect(self, x: Array, dim: str, length: int = 0) -> Array:
-        """The workers' parts of the last dim, side by side, the same on all; each part gets its own stretch of the gradient.
-
-        `length` is that of the whole, needed where the parts are the spans of a dim that does not divide.
-        """
-
-    def exchange(self, x: Array, dim: str) -> Array:
-        """x (parts, ...): slice i goes to the worker of part i, slice i of the result has come from it. So do the gradients, back."""
 
     def attach(self, x: Array, penalty: Array) -> Array:
         """`x`, with which the scalar `penalty` is added to the loss's gradient, though not to the loss: a term that a piece in the middle

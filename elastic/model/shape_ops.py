@@ -33,20 +33,6 @@ class Shape:
         return math.prod(self.shape)
 
 
-def learns(x: Any) -> bool:
-    """Whether a gradient is wanted for it; for a number none is."""
-    return isinstance(x, Shape) and x.grad
-
-
-@dataclass(frozen=True)
-class Place:
-    """One place of an axis of the mesh, as ops ask for it."""
-
-    name: str
-    size: int
-    rank: int = 0
-
-
 @dataclass(frozen=True)
 class Move:
     """One collective: "AXIS.KIND", and the bytes that a worker gives to it."""
@@ -61,7 +47,7 @@ class MeterOps(Kernels):
 
     name = "meter"
 
-    def __init__(self, axes: Mapping[str, Place] | None = None) -> None:
+    def __init__(self, axes: Mapping[str, Any] | None = None) -> None:
         self.axes = axes or {}
         self.flops = self.forward = self.again_bytes = 0
         self.moves: list[Move] = []
@@ -77,7 +63,7 @@ class MeterOps(Kernels):
                 self._kept[id(array.root)] = array.root
 
     def _new(self, shape: Sequence[int], *inputs: Any) -> Shape:
-        return Shape(shape, any(map(learns, inputs)))
+        return Shape(shape, any(map(wanted, inputs)))
 
     def _view(self, x: Shape, shape: Sequence[int]) -> Shape:
         return Shape(shape, x.grad, root=x.root)
@@ -146,18 +132,14 @@ class MeterOps(Kernels):
         shapes = [value.shape if isinstance(value, Shape) else () for value in (x, y)]
         return self._new(np.broadcast_shapes(*shapes), x, y)
 
-    def add(self, x: Any, y: Any) -> Shape:
-        return self._elementwise(x, y)
-
-    def subtract(self, x: Any, y: Any) -> Shape:
-        return self._elementwise(x, y)
+    add = subtract = _elementwise
 
     def multiply(self, x: Any, y: Any) -> Shape:
-        self._keep(*([x] if learns(y) else []), *([y] if learns(x) else []))
+        self._keep(x if wanted(y) else None, y if wanted(x) else None)
         return self._elementwise(x, y)
 
     def divide(self, x: Any, y: Any) -> Shape:
-        self._keep(*([x] if learns(y) else []), *([y] if learns(x) or learns(y) else []))
+        self._keep(x if wanted(y) else None, y if wanted(x) or wanted(y) else None)
         return self._elementwise(x, y)
 
     def _by_input(self, x: Shape) -> Shape:
@@ -165,45 +147,20 @@ class MeterOps(Kernels):
             self._keep(x)
         return self._new(x.shape, x)
 
-    def _by_output(self, x: Shape) -> Shape:
+    def _by_output(self, x: Shape, axis: int = -1) -> Shape:
         out = self._new(x.shape, x)
         if x.grad:
             self._keep(out)
         return out
 
-    def exp(self, x: Shape) -> Shape:
-        return self._by_output(x)
-
-    def log(self, x: Shape) -> Shape:
-        return self._by_input(x)
-
-    def sqrt(self, x: Shape) -> Shape:
-        return self._by_output(x)
-
-    def relu(self, x: Shape) -> Shape:
-        return self._by_output(x)
-
-    def gelu(self, x: Shape) -> Shape:
-        return self._by_input(x)
-
-    def sigmoid(self, x: Shape) -> Shape:
-        return self._by_output(x)
-
-    def tanh(self, x: Shape) -> Shape:
-        return self._by_output(x)
-
-    def softmax(self, x: Shape, axis: int = -1) -> Shape:
-        return self._by_output(x)
-
-    def log_softmax(self, x: Shape, axis: int = -1) -> Shape:
-        return self._by_output(x)
+    log = gelu = _by_input
+    exp = sqrt = relu = sigmoid = tanh = softmax = log_softmax = _by_output
 
     def sum(self, x: Shape, axes: Sequence[int] | None = None, keep: bool = False) -> Shape:
         over = set(range(len(x.shape))) if axes is None else {axis % len(x.shape) for axis in axes}
         return self._new([1 if i in over else n for i, n in enumerate(x.shape) if keep or i not in over], x)
 
-    def mean(self, x: Shape, axes: Sequence[int] | None = None, keep: bool = False) -> Shape:
-        return self.sum(x, axes, keep)
+    mean = sum
 
     def contract(self, equation: str, x: Shape, y: Shape, bias: Shape | None = None) -> Shape:
         inputs, out = equation.replace(" ", "").split("->")
@@ -308,6 +265,11 @@ class MeterOps(Kernels):
 
     def correct(self, logits: Shape, targets: Shape, weights: Shape, top: int = 1) -> Shape:
         return self._new(())
+
+
+def wanted(x: Any) -> bool:
+    """Whether a gradient of it is."""
+    return isinstance(x, Shape) and x.grad
 
 
 def places(length: int, kernel: int, stride: int, padding: int) -> int:

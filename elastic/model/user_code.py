@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from elastic.errors import ElasticError, RecipeError, UserError
 
-OURS = tuple(str(Path(__file__).resolve().parents[1] / folder) + "/" for folder in ("elastic", "backends"))
+OURS = tuple(str(Path(__file__).resolve().parents[2] / folder) + "/" for folder in ("elastic", "backends"))
 
 HOMES = {"keras": ("a Keras model", "tensorflow"), "mxnet": ("a Gluon block", "mxnet"), "torch": ("a torch module", "torch")}  # by package
 MACHINES = ("OutOfMemoryError", "AcceleratorError", "ResourceExhaustedError")  # torch's and TensorFlow's, which are none of Python's own
@@ -66,14 +66,26 @@ def pairs(found: Any, what: str) -> dict[str, tuple[Any, Any]]:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or all(length == 1 for length in getattr(value, "shape", (0,)))
+    return isinstance(value, (int, float)) or set(shape_of(value, (0,))) <= {1}
+
+
+def shape_of(value: Any, otherwise: Any = None) -> Any:
+    """An array's of any framework."""
+    return getattr(value, "shape", otherwise)
 
 
 def described(found: Any) -> str:
     if isinstance(found, tuple):
         return f"({', '.join(map(described, found))})"
-    shape = getattr(found, "shape", None)
+    shape = shape_of(found)
     return type(found).__name__ if shape is None else f"an array of shape {tuple(shape)}"
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A named tuple."""
+
+    def _make(self, entries: Iterable[Any]) -> Any: ...
 
 
 def rebuilt(batch: Mapping[Any, Any] | Sequence[Any], convert: Callable[[Any], Any]) -> Any:
@@ -86,7 +98,7 @@ def rebuilt(batch: Mapping[Any, Any] | Sequence[Any], convert: Callable[[Any], A
         again.update(found)
         return again
     entries = [convert(entry) for entry in batch]
-    return type(batch)(*entries) if hasattr(batch, "_fields") else type(batch)(entries)  # type: ignore[call-arg]
+    return (batch._make if isinstance(batch, Named) else type(batch))(entries)  # type: ignore[call-arg]
 
 
 def describe(error: BaseException) -> str:

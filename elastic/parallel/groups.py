@@ -13,9 +13,9 @@ from elastic.buffers import copied
 from elastic.collective.group import Buffer, CollectiveGroup, Pending
 from elastic.collective.solo import SoloGroup
 from elastic.errors import GroupBroken
-from elastic.mesh import Mesh
+from elastic.mesh import Mesh, Seat
 from elastic.parallel.axis import Axis
-from elastic.parallel.layout import SPLITTING, Portion
+from elastic.parallel.layout import SPLITTING, Layout, Portion
 
 Watch = Callable[[], AbstractContextManager[Any]]
 
@@ -102,7 +102,6 @@ class Mirror:
         out[:] = buffer[:out.shape[0]] if out.shape[0] <= buffer.shape[0] else 0
 
 
-def mirrored(portion: Portion) -> dict[str, Axis]:
-    """Axes that lead nowhere."""
-    sizes = {axis: (getattr(portion.mesh, axis), getattr(portion.seat, axis)) for axis in SPLITTING}
-    return {dim: Axis(axis, Mirror(*sizes[axis])) for dim, axis in portion.layout.dims.items() if sizes[axis][0] > 1}  # type: ignore[arg-type]
+def mirrored(layout: Layout, seat: Seat) -> dict[str, Axis]:
+    """Axes that lead nowhere, of every dim that is split."""
+    return {dim: Axis(axis, Mirror(getattr(layout.mesh, axis), getattr(seat, axis))) for dim, axis in layout.dims.items()}  # type: ignore[arg-type]

@@ -6,10 +6,10 @@ go to the stages of the pipeline, each a contiguous stretch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any
 
 from elastic.boxes import Box
@@ -155,27 +155,20 @@ def check_dims(dims: Mapping[str, str], own: Mapping[str, str]) -> None:
 
 
 def balanced(weights: Sequence[float], parts: int) -> list[tuple[int, int]]:
-    """Cuts a row into contiguous stretches, none empty, whose heaviest is as light as possible; of equals the one with the earliest cuts."""
-    total = [0.0]
-    for weight in weights:
-        total.append(total[-1] + weight)
-    size = len(weights)
-    best = {(size, 0): 0.0}
-    cut: dict[tuple[int, int], int] = {}
-    for left in range(1, parts + 1):
-        for low in range(size - left, -1, -1):
-            most, where = math.inf, -1
-            for high in range(low + 1, size - left + 2):
-                heavy = max(total[high] - total[low], best.get((high, left - 1), math.inf))
-                if heavy < most:
-                    most, where = heavy, high
-            best[low, left], cut[low, left] = most, where
-    spans, low = [], 0
+    """Cuts a row into contiguous ranges, none empty, whose heaviest is as light as possible; of equals the one with the earliest cuts."""
+    total, size = list(accumulate(weights, initial=0.0)), len(weights)
+
+    @cache
+    def best(low: int, left: int) -> tuple[float, int]:
+        """Of so many parts from `low` on: how heavy the heaviest must be, and where the first ends."""
+        if left == 1:
+            return total[size] - total[low], size
+        return min((max(total[high] - total[low], best(high, left - 1)[0]), high) for high in range(low + 1, size - left + 2))
+
+    cuts = [0]
     for left in range(parts, 0, -1):
-        high = cut[low, left]
-        spans.append((low, high))
-        low = high
-    return spans
+        cuts.append(best(cuts[-1], left)[1])
+    return list(zip(cuts, cuts[1:]))
 
 
 class Portion:

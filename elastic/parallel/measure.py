@@ -10,7 +10,8 @@ import numpy as np
 
 from elastic.mesh import Mesh, Seat
 from elastic.model.backend import Batch, Spec, is_chain
-from elastic.model.shape_ops import FLOAT, MeterOps, Move, Place, Shape
+from elastic.model.shape_ops import FLOAT, MeterOps, Move, Shape
+from elastic.parallel.groups import mirrored
 from elastic.parallel.layout import Layout
 
 WHOLE = ""  # the one piece of a model that has none
@@ -29,6 +30,10 @@ class Measure:
     moves: tuple[Move, ...] = ()
     forward: int = 0
 
+    @classmethod
+    def of(cls, ops: MeterOps, out_shape: tuple[int, ...] = ()) -> Measure:
+        return cls(ops.flops, ops.kept_bytes, ops.again_bytes, out_shape, tuple(ops.moves), ops.forward)
+
     @property
     def out_bytes(self) -> int:
         return FLOAT * int(np.prod(self.out_shape, dtype=np.int64))
@@ -38,7 +43,7 @@ def measure(model: Any, batch: Batch) -> Measure:
     """Of a whole neutral model on a batch like this one."""
     ops = MeterOps()
     model.loss(ops, shapes(model.parameters, True), shapes(model.buffers, False), columns_of(batch), 0)
-    return Measure(ops.flops, ops.kept_bytes, ops.again_bytes, forward=ops.forward)
+    return Measure.of(ops)
 
 
 def pieces(model: Any, batch: Batch, layout: Layout, seat: Seat) -> dict[str, Measure]:
@@ -48,18 +53,17 @@ def pieces(model: Any, batch: Batch, layout: Layout, seat: Seat) -> dict[str, Me
     """
     if not is_chain(model):
         return {WHOLE: measure(model, batch)}
-    axes = {dim: Place(axis, getattr(layout.mesh, axis), getattr(seat, axis)) for dim, axis in layout.dims.items()}
+    axes = mirrored(layout, seat)
     params = shapes({name: Spec(layout.box(name, seat).count) for name in layout.parameters}, True)
     columns, x, found = columns_of(batch), None, {}
     for piece in model.pieces:
         ops = MeterOps(axes)
         mine = {name: params[name] for name in model.names(piece)}
         x = model.run(ops, mine, piece, x, columns, 0)
-        shape = x.shape
-        if piece == model.pieces[-1]:
+        is_last = piece == model.pieces[-1]
+        if is_last:
             model.score(ops, x, columns, 0)
-            shape = ()
-        found[piece] = Measure(ops.flops, ops.kept_bytes, ops.again_bytes, shape, tuple(ops.moves), ops.forward)
+        found[piece] = Measure.of(ops, () if is_last else x.shape)
         x = Shape(x.shape, True)  # in the next piece's hands, whoever computes that: kept where it needs it
     return found
 

@@ -8,9 +8,9 @@ import multiprocessing
 import os
 import statistics
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,17 @@ from elastic.mesh import shards_of
 from elastic.model.backend import is_neutral
 from elastic.parallel.measure import measure
 from elastic.planning.costs import FLOAT
+from elastic.planning.profile import at_work, copied_bytes_s, seconds
 from elastic.recipe import Recipe, dumps, loads
 from elastic.state.flat_layout import BLOCK
 from elastic.storage.atomic import write_atomically
-from elastic.workload import Workload, cache_dir, create_backend, open_state
+from elastic.workload import Workload, cache_dir
 
 LITTLE, MUCH = 256, 1 << 20  # elements of a call that is all latency, and of one that is all bandwidth
 TIMES = 15
 FORM_S = 120.0  # for all processes to import their framework and meet
 TRANSPORTS = ("shared", "gloo")
+median = partial(seconds, times=TIMES, enough_s=math.inf)
 
 
 @dataclass(frozen=True)
@@ -78,23 +80,24 @@ def cache_file() -> Path:
     return cache_dir() / "calibration.json"
 
 
+def cached() -> dict[str, Any]:
+    try:
+        return dict(json.loads(cache_file().read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def known(recipe: Recipe, workers: int) -> Constants | None:
     """What was measured here before for such a run."""
     try:
-        found = json.loads(cache_file().read_text(encoding="utf-8"))[key_of(recipe, workers)]
-        return Constants(**found)
-    except (OSError, ValueError, KeyError, TypeError):
+        return Constants(**cached()[key_of(recipe, workers)])
+    except (KeyError, TypeError):
         return None
 
 
 def keep(recipe: Recipe, found: Constants) -> None:
-    file = cache_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        whole = {}
-    write_atomically(file, json.dumps({**whole, key_of(recipe, found.workers): asdict(found)}, indent=1))
+    cache_file().parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cache_file(), json.dumps({**cached(), key_of(recipe, found.workers): asdict(found)}, indent=1))
 
 
 def calibrate(recipe: Recipe, info: Mapping[str, Any], workers: int) -> Constants:
@@ -128,10 +131,9 @@ def member(rank: int, workers: int, address: str, text: str, info: Mapping[str, 
     meet = groups["shared"].barrier
     found = dict.fromkeys((field.name for field in fields(Constants)[1:]), 0.0)
     work = Workload.open(recipe, info)
-    backend, batch = create_backend(recipe, work.model), load_batch(work.training, work.sampler, 1, rank % recipe.elastic.logical_shards)
-    state = open_state(recipe, backend)
-    state.start(recipe.run.seed)
-    views = state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names)
+    batch = load_batch(work.training, work.sampler, 1, rank % recipe.elastic.logical_shards)
+    backend, layout, room = at_work(recipe, work.model)
+    views = room()
 
     def run() -> None:
         backend.gradients(batch, 0, views)
@@ -145,13 +147,12 @@ def member(rank: int, workers: int, address: str, text: str, info: Mapping[str, 
         found["alone_s"] = found["together_s"]
     if is_neutral(work.model):
         found["flops_s"] = measure(work.model, batch).flops / found["together_s"]
-    source, target = np.ones(8 * MUCH, np.float32), np.empty(8 * MUCH, np.float32)
-    found["copy_bytes_s"] = source.nbytes / median(lambda: np.copyto(target, source))
+    found["copy_bytes_s"] = copied_bytes_s()
     for name, group in groups.items() if workers > 1 else ():
         meet()
         found |= {f"{name}_latency_s": latency_of(group), f"{name}_bytes_s": bandwidth_of(group)}
     if workers > 1:
-        found["reduction_bytes_s"] = reduction_of(groups["shared"], recipe.elastic.logical_shards, state.layout.gradient)
+        found["reduction_bytes_s"] = reduction_of(groups["shared"], recipe.elastic.logical_shards, layout.gradient)
     pipe.send(found)
     meet()
 
@@ -174,12 +175,3 @@ def reduction_of(group: Any, num_shards: int, numel: int) -> float:
     out, scratch = group.allocate(out_size(numel, BLOCK, group.size)), Scratch(lambda size: np.zeros(size, np.float32))
     taken = median(lambda: group.reduce_tree(sums, num_shards, out, numel, BLOCK, scratch))
     return (len(nodes) + 1) * (group.size - 1) / group.size * numel * FLOAT / taken
-
-
-def median(function: Callable[[], Any]) -> float:
-    taken = []
-    for _ in range(2 + TIMES):
-        started = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[2:])

@@ -82,14 +82,10 @@ def holdings(layout: Layout, model: Any, rules: Rules) -> tuple[Holding, ...]:
 
 
 def holding(layout: Layout, model: Any, rules: Rules, seat: Seat) -> Holding:
-    flat = flat_layout(layout, model, rules, seat)
-    shared = tuple((len(one.seats), sum(flat.places[name].size for name in one.names if name in flat.trainable_names))
-                   for one in layout.shared(seat))
-    return Holding(flat.size, flat.trainable, flat.gradient, shared)
-
-
-def flat_layout(layout: Layout, model: Any, rules: Rules, seat: Seat) -> FlatLayout:
-    """Where everything lies that a seat holds, as its state has it."""
+    """As its state lays it out."""
     specs = layout.specs(seat)
     copies = {name for name in specs if not layout.is_keeper(name, seat)}
-    return FlatLayout(specs, model.buffers, rules.freeze, rules.no_decay, copies, layout.parameters, rules.decayed, rules.thaw)
+    flat = FlatLayout(specs, model.buffers, rules.freeze, rules.no_decay, copies, layout.parameters, rules.decayed, rules.thaw)
+    shared = tuple((len(one.seats), sum(flat.places[name].size for name in one.names if name in flat.trainable_set))
+                   for one in layout.shared(seat))
+    return Holding(flat.size, flat.trainable, flat.gradient, shared)

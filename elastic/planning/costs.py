@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 from elastic.boxes import size_of
@@ -96,8 +96,14 @@ class Candidate:
         return self.depths[stage::self.mesh.pipeline]
 
 
+class Parts:
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
 @dataclass(frozen=True)
-class Seconds:
+class Seconds(Parts):
     """Of one step, by cause. `cores_s`: longer than it would take if no worker shared its cores."""
 
     compute: float
@@ -109,13 +115,8 @@ class Seconds:
     reduction: float = 0.0
     update: float = 0.0
 
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-
 @dataclass(frozen=True)
-class Bytes:
+class Bytes(Parts):
     """Of the busiest worker's memory, by what lies there."""
 
     parameters: float
@@ -123,11 +124,6 @@ class Bytes:
     optimizer: float
     activations: float
     checkpoint: float
-
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
-
 
 def step(task: Task, cluster: Cluster, candidate: Candidate) -> Seconds:
     mesh, turns = candidate.mesh, rounds(task.num_shards, candidate.mesh.data)
@@ -285,22 +281,19 @@ def most_sums(num_shards: int, is_exact: bool, data: int, several: bool) -> int:
     """Gradient-sized sums that the busiest worker holds at a time; a shard of several micro-batches is summed by itself first."""
     if not is_exact:
         return 1
-    alive, most = 0, 0
+    made: list[int] = []  # as the loop has it: where no buffer is free
+    free: list[int] = []
 
     def take() -> int:
-        nonlocal alive, most
-        alive += 1
-        most = max(most, alive)
-        return 0
-
-    def give(buffer: int) -> None:
-        nonlocal alive
-        alive -= 1
+        if not free:
+            made.append(0)
+            return 0
+        return free.pop()
 
     for rank in range(data):
-        alive, run = 0, shards_of(rank, data, num_shards)
-        sums = SubtreeSums(run, num_shards, take, give, several)
+        free[:], run = made, shards_of(rank, data, num_shards)
+        sums = SubtreeSums(run, num_shards, take, free.append, several)
         for shard in run:
             sums.begin(shard)
             sums.end(shard)
-    return most
+    return len(made)

@@ -22,11 +22,11 @@ from elastic.model.user_code import place_of, users
 from elastic.planning import candidates as meshes
 from elastic.planning import costs
 from elastic.planning.costs import Candidate, Part, Task
-from elastic.planning.profile import Counted, Timed
+from elastic.planning.profile import Counted, Timed, at_work
 from elastic.planning.search import Question
 from elastic.recipe import Recipe
 from elastic.state.flat_layout import is_frozen
-from elastic.workload import Workload, create_backend, framework, open_state
+from elastic.workload import Workload, framework
 
 PROCESS_BYTES = 350_000_000  # a worker's interpreter with Ray and a framework loaded
 BATCHES = 4  # of a shard that a worker holds: the one at work, as NumPy has it and as the framework has, and those loaded ahead
@@ -89,11 +89,8 @@ def on_a_part(recipe: Recipe, opened: Workload, rows: int) -> float:
 
     if rows < LARGE_ROWS and rows * num_bytes(batch(1)) < LARGE_BYTES:
         return 0.0
-    backend = create_backend(recipe, opened.model)
-    state = open_state(recipe, backend)
-    state.start(recipe.run.seed)
-    views = state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names)
-    count, grown = 1, 0
+    backend, _, room = at_work(recipe, opened.model)
+    views, count, grown = room(), 1, 0
     try:
         backend.gradients(batch(1), 0, views)  # what is made once is not a row's
         while count < rows and grown < TOLD_BYTES:
@@ -113,11 +110,9 @@ def try_loss(recipe: Recipe, opened: Workload) -> None:
     """Rehearses a user's own model on the first logical shard, as its workers will. UserError for what it raises there, or cannot do."""
     if is_neutral(opened.model) or on_gpu(recipe) or recipe.mesh.replica_size > 1:
         return
-    backend = create_backend(recipe, opened.model)
-    state, batch = open_state(recipe, backend), example(opened)
-    state.start(recipe.run.seed)
+    (backend, _, room), batch = at_work(recipe, opened.model), example(opened)
     with users(True):
-        habits = backend.rehearse(batch, lambda: state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names))
+        habits = backend.rehearse(batch, room)
     if habits.undivided and recipe.elastic.logical_shards > 1:
         raise UserError(habits.undivided)
 

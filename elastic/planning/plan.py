@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import psutil
 
 from elastic.collective.segment import MOST_READERS
@@ -18,13 +17,12 @@ from elastic.planning import tables as laid_out
 from elastic.planning.calibration import cache_file, calibrate, known
 from elastic.planning.costs import Cluster
 from elastic.planning.memory import PROCESS_BYTES, example, measured, question
-from elastic.planning.profile import Counted, seconds
+from elastic.planning.profile import Counted, copied_bytes_s
 from elastic.planning.search import Forecast, Question, choose, forecasts
 from elastic.planning.tables import Variant, brief, named, reason, sentences, table, too_large
 from elastic.recipe import Recipe, with_mesh
 from elastic.workload import Workload, open_model
 
-COPY = 1 << 23  # elements
 LATENCY_S, FAR_S = 50e-6, 500e-6  # of a call on one node over shared memory, and over TCP (benchmarks/results/reduction.md)
 GIGABIT = 1e9 / 8
 GIGABYTE = 1e9
@@ -53,11 +51,6 @@ def cluster_of(recipe: Recipe, size: Size) -> Cluster:
                        constants.shared_latency_s, memory, constants.cores, reduction=constants.reduction_bytes_s * crowding)
     intra = size.intra_gbps * GIGABIT or copied_bytes_s()
     return Cluster(size.nodes or 1, workers, intra, size.inter_gbps * GIGABIT, LATENCY_S, memory, (os.cpu_count() or 1) if here else 0.0, FAR_S)
-
-
-def copied_bytes_s() -> float:
-    source, target = np.ones(COPY, np.float32), np.empty(COPY, np.float32)
-    return source.nbytes / seconds(lambda: np.copyto(target, source))
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from elastic.data.collate import sliced
 from elastic.mesh import Seat
 from elastic.model.backend import Backend, Batch, UpdateRule, is_neutral
-from elastic.parallel.axis import Axis
-from elastic.parallel.groups import Mirror
-from elastic.parallel.layout import SPLITTING, Layout
+from elastic.parallel.groups import mirrored
+from elastic.parallel.layout import Layout, Portion
 from elastic.parallel.measure import Measure, pieces, together
 from elastic.planning.costs import Part
 from elastic.recipe import Recipe
-from elastic.state.flat_layout import BLOCK
+from elastic.state.flat_layout import BLOCK, FlatLayout
 from elastic.workload import create_backend, open_state
 
 TIMES = 5
+COPY = 1 << 23  # elements
 ENOUGH_S = 1.0  # of one trial
 
 
@@ -59,14 +61,11 @@ class Timed(Counted):
         key = mesh.tensor, mesh.expert, layout.depths, rows
         if key not in self._parts:
             measured = self.measured(layout, rows)
-            backend = create_backend(self.recipe, Local(self.model, layout, Seat()) if mesh.replica_size > 1 else self.model)
-            state = open_state(self.recipe, backend)
-            state.start(self.recipe.run.seed)
-            views = state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names)
-            if layout.dims:
-                mirrors: dict[str, Any] = {axis: Mirror(getattr(mesh, axis), 0) for axis in SPLITTING}
-                backend.connect({dim: Axis(axis, mirrors[axis]) for dim, axis in layout.dims.items()})
-            batch = sliced(self.batch, 0, rows)
+            portion = Portion(self.model, Layout(self.model, replace(mesh, pipeline=1), layout.dims), Seat()) if mesh.replica_size > 1 else None
+            backend, _, room = at_work(self.recipe, portion or self.model)
+            if portion:
+                backend.connect(mirrored(portion.layout, portion.seat))
+            batch, views = sliced(self.batch, 0, rows), room()
             taken = staged(backend, layout, measured, batch, views) if mesh.pipeline > 1 else whole(backend, measured, batch, views)
             self._parts[key] = tuple(part(one, *each) for one, each in zip(measured, taken, strict=True))
         return self._parts[key]
@@ -114,22 +113,25 @@ def staged(backend: Backend, layout: Layout, measured: Sequence[Measure], batch:
     return [tuple(statistics.median(way) for way in zip(*runs, strict=True)) for runs in zip(*taken[1:], strict=True)]  # type: ignore[misc]
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """The median of some calls after one that may compile."""
+def seconds(function: Callable[[], Any], times: int = TIMES, enough_s: float = ENOUGH_S) -> float:
+    """The median of some calls after one that may compile. Members that meet in the calls need `enough_s` without end: all make as many."""
     taken: list[float] = []
-    while len(taken) <= TIMES and (len(taken) < 2 or sum(taken[1:]) < ENOUGH_S):
+    while len(taken) <= times and (len(taken) < 2 or sum(taken[1:]) < enough_s):
         started = time.perf_counter()
         function()
         taken.append(time.perf_counter() - started)
     return statistics.median(taken[1:])
 
 
-class Local:
-    """A model as the worker on a seat sees it, were it all stages in one."""
+def copied_bytes_s() -> float:
+    """This machine's memory."""
+    source, target = np.ones(COPY, np.float32), np.empty(COPY, np.float32)
+    return source.nbytes / seconds(lambda: np.copyto(target, source))
 
-    def __init__(self, model: Any, layout: Layout, seat: Seat):
-        self._model = model
-        self.parameters = {name: replace(spec, shape=layout.box(name, seat).count) for name, spec in layout.parameters.items()}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+def at_work(recipe: Recipe, model: Any) -> tuple[Backend, FlatLayout, Callable[[], Mapping[str, Any]]]:
+    """A backend over a model, bound to its first state, and what gives zeroed room for gradients."""
+    backend = create_backend(recipe, model)
+    state = open_state(recipe, backend)
+    state.start(recipe.run.seed)
+    return backend, state.layout, lambda: state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names)

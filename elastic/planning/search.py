@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from elastic.errors import RecipeError
 from elastic.humanize import size
-from elastic.mesh import Mesh, rounds, speedup, useful_sizes
+from elastic.mesh import Mesh, speedup, useful_sizes
 from elastic.parallel.actions import Name
 from elastic.parallel.layout import Layout
 from elastic.planning import candidates as meshes
@@ -33,10 +33,8 @@ class Forecast:
     """A step on one mesh. `bound` is the best speed-up that the shards allow, L / ceil(L / data)."""
 
     candidate: Candidate
-    rounds: int
     seconds: Seconds
     memory: Bytes
-    sent_bytes: float
     bound: float
     far: tuple[str, ...] = ()  # axes whose lines leave their node
 
@@ -73,17 +71,14 @@ class Question:
 def forecast(task: Task, cluster: Cluster, candidate: Candidate) -> Forecast:
     mesh = candidate.mesh
     far = tuple(axis for axis in ("tensor", "expert", "pipeline", "data") if getattr(mesh, axis) > 1 and costs.is_far(cluster, mesh, axis))
-    sent = max(costs.sent_bytes(task, mesh.data, one.gradient) for one in candidate.holdings)
-    return Forecast(candidate, rounds(task.num_shards, mesh.data), costs.step(task, cluster, candidate), costs.memory(task, candidate), sent,
-                    speedup(task.num_shards, mesh.data), far)
+    return Forecast(candidate, costs.step(task, cluster, candidate), costs.memory(task, candidate), speedup(task.num_shards, mesh.data), far)
 
 
-def forecasts(question: Question, cluster: Cluster, work: Work, most: int = 0) -> list[Forecast]:
+def forecasts(question: Question, cluster: Cluster, work: Work) -> list[Forecast]:
     """Of every layout of a replica the best number of micro-batches, on every useful number of replicas that has room."""
     task, found = question.task, []
-    for layout in meshes.replicas(question.model, most or cluster.room, task.shard_rows, question.rules, question.balance):
-        room = (most or cluster.room) // layout.mesh.replica_size
-        for data in useful_sizes(task.num_shards, room):
+    for layout in meshes.replicas(question.model, cluster.room, task.shard_rows, question.rules, question.balance):
+        for data in useful_sizes(task.num_shards, cluster.room // layout.mesh.replica_size):
             turns = [forecast(task, cluster, candidate) for candidate in candidates(question, layout, data, work)]
             if turns:
                 found.append(best_of(turns, cluster))
@@ -97,8 +92,7 @@ def candidates(question: Question, layout: Layout, data: int, work: Work) -> Ite
     except RecipeError:  # a stage on which everything is frozen
         return
     mesh = Mesh(data, shape.pipeline, shape.tensor, shape.expert)
-    possible = meshes.micro_batches(rows, shape)
-    for number in possible:
+    for number in meshes.micro_batches(rows, shape):
         if question.micro_batches in (0, number):
             yield Candidate(mesh, number, work.depths(layout, rows // shape.expert // number), held, question.schedule, layout.num_chunks)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -19,17 +18,8 @@ from elastic.planning import candidates as meshes
 from elastic.planning import costs
 from elastic.planning.costs import FLOAT, Cluster
 from elastic.planning.profile import Counted
-from elastic.planning.search import Forecast, Question, choose, enough_shards, over, ranked, verdict
+from elastic.planning.search import Forecast, Question, best_of, choose, enough_shards, over, ranked, verdict
 from elastic.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one worker gives to a kind of collective in a step. `what`: "AXIS.KIND"."""
-
-    what: str
-    calls: int
-    bytes: int
 
 
 def parsed(text: str) -> Mesh:
@@ -67,33 +57,33 @@ def parameters(layout: Layout) -> Table:
     return out
 
 
-def traffic(asked: Question, layout: Layout, work: Counted, seat: Seat, micro_batches: int) -> Iterator[Traffic]:
-    """Of one step, of the worker on a seat."""
+def traffic(asked: Question, layout: Layout, work: Counted, seat: Seat, micro_batches: int) -> Iterator[tuple[str, int, int]]:
+    """What the worker on a seat gives to each kind of collective in one step: ("AXIS.KIND", calls, bytes)."""
     task, mesh = asked.task, layout.mesh
     shards = rounds(task.num_shards, mesh.data)
     each, measured = shards * micro_batches, work.measured(layout, task.shard_rows // mesh.expert // micro_batches)
     for key, (calls, moved) in sorted(totals([move for depth in layout.stage_depths(seat.pipeline) for move in measured[depth].moves]).items()):
-        yield Traffic(key, each * calls, each * moved)
+        yield key, each * calls, each * moved
     last = len(measured) - 1
     onward = [measured[depth].out_bytes for depth in layout.stage_depths(seat.pipeline) if depth < last]
     back = [measured[depth - 1].out_bytes for depth in layout.stage_depths(seat.pipeline) if depth]
     for what, sizes in (("pipeline.activation", onward), ("pipeline.gradient", back)):
         if sizes:
-            yield Traffic(what, each * len(sizes), each * sum(sizes))
+            yield what, each * len(sizes), each * sum(sizes)
     held = meshes.holding(layout, asked.model, asked.rules, seat)
     if held.shared:
-        yield Traffic("shared.all_reduce", len(held.shared), sum(elements for _, elements in held.shared) * FLOAT)
+        yield "shared.all_reduce", len(held.shared), sum(elements for _, elements in held.shared) * FLOAT
     if mesh.data > 1:
         sums = len(all_nodes(mesh.data, task.num_shards)[0]) if task.is_exact else 1
-        yield Traffic("data.reduction", sums + 1, int(costs.sent_bytes(task, mesh.data, held.gradient)))
+        yield "data.reduction", sums + 1, int(costs.sent_bytes(task, mesh.data, held.gradient))
 
 
 def collectives(asked: Question, layout: Layout, work: Counted, micro_batches: int) -> Table:
     """A row for every kind and stage."""
     out = Table("stage", "collective", "calls a step", "bytes a step and worker", box=None, pad_edge=False)
     for stage in range(layout.mesh.pipeline):
-        for one in traffic(asked, layout, work, Seat(pipeline=stage), micro_batches):
-            out.add_row(str(stage), one.what, str(one.calls), size(one.bytes))
+        for what, calls, moved in traffic(asked, layout, work, Seat(pipeline=stage), micro_batches):
+            out.add_row(str(stage), what, str(calls), size(moved))
     return out
 
 
@@ -115,7 +105,7 @@ def shown(found: Sequence[Forecast], cluster: Cluster) -> list[Forecast]:
     by: dict[Mesh, list[Forecast]] = {}
     for one in found:
         by.setdefault(Mesh(one.mesh.data if one.mesh.replica_size == 1 else 1, one.mesh.pipeline, one.mesh.tensor, one.mesh.expert), []).append(one)
-    best = [choose(each, cluster) or min(each, key=lambda one: one.memory.total) for each in by.values()]
+    best = [best_of(each, cluster) for each in by.values()]
     return ranked(best, choose(found, cluster), cluster)
 
 
@@ -132,9 +122,7 @@ def table(found: Sequence[Forecast], cluster: Cluster) -> Table:
 
 
 def row(one: Forecast, alone: float) -> list[str]:
-    taken = one.seconds
-    times = [brief(value) for value in (one.step_s, taken.compute, taken.bubble, taken.tensor, taken.expert, taken.messages, taken.cores,
-                                        taken.reduction, taken.update)]
+    times = [brief(value) for value in (one.step_s, *vars(one.seconds).values())]
     return [named(one.mesh), str(one.workers), str(one.candidate.micro_batches), *times, f"{alone / one.step_s:.2f}" if alone and one.step_s else "",
             f"{one.bound:.2f}", size(one.memory.total)]
 

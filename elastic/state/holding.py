@@ -74,10 +74,6 @@ class Holding:
         return Store(ranges, {slot: self._allocate(max(1, size))[:size] for slot in slots})
 
     @property
-    def twin(self) -> bool:
-        return self.holders > 1
-
-    @property
     def cuts(self) -> list[int]:
         """Where each owner's range begins, and where the last one ends, in elements."""
         return [cut * BLOCK for cut in cuts(self.size, self.num_blocks)]
@@ -94,7 +90,7 @@ class Holding:
 
     def make(self, rank: int, size: int) -> Store:
         """An empty store for what member `rank` of `size` is to hold."""
-        return self._made(self.store.slots, scaled(kept(rank, size, self.num_blocks, self.twin), BLOCK))
+        return self._made(self.store.slots, scaled(kept(rank, size, self.num_blocks, self.holders > 1), BLOCK))
 
     def keep(self, rank: int, size: int) -> None:
         """From now on this is member `rank` of `size`; what it held of a range does not count any more."""

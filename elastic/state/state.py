@@ -59,6 +59,7 @@ class State:
         self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay, copies, self.whole, decayed, thaw)
         self.param = backend.allocate(self.layout.size)
         self.holding = Holding(backend.allocate, (*SLOTS[optimizer], *([AVERAGE] if averages else [])), self.layout.trainable, holders)
+        self.is_sharded, self.twin, self.num_blocks = holders > 0, holders > 1, self.holding.num_blocks  # blocks of slots that are shared out, if any
         self.buffers = {name: np.zeros(spec.shape, spec.dtype) for name, spec in backend.buffers.items()}
         self.averaged_buffers = {name: np.zeros_like(values) for name, values in self.buffers.items()} if averages else {}
         self.committed, self.torn = -1, False  # torn: parameters whose slots others hold are not of `committed`
@@ -69,15 +70,6 @@ class State:
     # What is held of the slots.
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether the slots are shared out over the replicas."""
-        return self.holding.holders > 0
-
-    @property
-    def twin(self) -> bool:
-        return self.holding.twin
-
-    @property
     def slots(self) -> dict[str, Buffer]:
         return self.holding.store.slots
 
@@ -86,17 +78,8 @@ class State:
         return self.holding.blocks
 
     @property
-    def num_blocks(self) -> int:
-        """That are shared out; 0: none are."""
-        return self.holding.num_blocks
-
-    @property
     def keeps_all(self) -> bool:
         return self.holding.has_all
-
-    @property
-    def cuts(self) -> list[int]:
-        return self.holding.cuts
 
     @property
     def tail(self) -> int:
@@ -204,7 +187,7 @@ class State:
         if not self.is_sharded:
             return self.holding.find(slot, low, high)
         out = self.backend.allocate(max(1, high - low))[:high - low]
-        for rank, (begin, end) in enumerate(zip(self.cuts, self.cuts[1:])):
+        for rank, (begin, end) in enumerate(zip(self.holding.cuts, self.holding.cuts[1:])):
             first, last = max(low, begin), min(high, end)
             if first < last:
                 part = out[first - low:last - low]

@@ -28,7 +28,7 @@ def reduce_own(context: StepContext, state: State, group: CollectiveGroup, shard
         take_held(state, out, plain, 0, layout.trainable)
         out[tail:tail + statistics] = plain[layout.trainable:layout.gradient]
     else:
-        group.reduce_kept(nodes, num_shards, out[:tail], state.cuts, state.twin, buffers.scratch)
+        group.reduce_kept(nodes, num_shards, out[:tail], state.holding.cuts, state.twin, buffers.scratch)
         if statistics:
             rest = [(node, buffer[layout.trainable:]) for node, buffer in nodes]
             group.reduce_tree(rest, num_shards, out[tail:], statistics, BLOCK, buffers.scratch)
@@ -52,7 +52,7 @@ def take_held(state: State, out: Buffer, values: Buffer, low: int, high: int) ->
 
 def block_norms(context: StepContext, state: State, gradient: Buffer) -> np.ndarray:
     """The squared norm of every block of the reduced gradient, of which each owner has its own."""
-    group, cuts = context.links.data, [cut // BLOCK for cut in state.cuts]
+    group, cuts = context.links.data, [cut // BLOCK for cut in state.holding.cuts]
     counts = [high - low for low, high in zip(cuts, cuts[1:])]
     most, mine = max(counts), counts[group.rank]
     part, out = np.zeros(most), np.empty(most * group.size)
@@ -68,5 +68,5 @@ def share(context: StepContext) -> None:
     state, data = context.state, context.links.data
     if state.is_sharded and data.size > 1 and not (state.twin and data.size == 2):
         with context.waiting("gather", data) as group:
-            gather_owned(group, state.param, state.cuts, context.buffers.scratch)
+            gather_owned(group, state.param, state.holding.cuts, context.buffers.scratch)
         state.torn = False

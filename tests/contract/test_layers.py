@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic.model.shape_ops import MeterOps, Place, Shape
+from elastic.model.shape_ops import MeterOps, Shape
+from elastic.parallel.axis import Axis
+from elastic.parallel.groups import Mirror
 from nlp import bert, gpt
 from tests.support.frameworks import assert_close, differentiate, load, names
 from tests.support.models import Rig, rig_of
@@ -61,7 +63,7 @@ def test_without_dropout_a_layer_asks_for_no_place(dropout: float, seed: int | N
     """A framework of graphs would trace the model again for every place."""
     model = gpt.build({**LAYERS, "context": 8, "dropout": dropout}, {"vocab_size": 13})
     params = {key: Shape(spec.shape, True) for key, spec in model.parameters.items()}
-    ops = Nowhere({"heads": Place("tensor", 2)})
+    ops = Nowhere({"heads": Axis("tensor", Mirror(2, 0))})
     assert model.through(ops, params, None, {"tokens": Shape((3, 9), False)}, seed).shape == (3, 8, 13)
     with pytest.raises(AssertionError, match="along heads"):
         gpt.build({**LAYERS, "context": 8}, {"vocab_size": 13}).through(ops, params, None, {"tokens": Shape((3, 9), False)}, 5)

@@ -12,8 +12,7 @@ import pytest
 from elastic.mesh import Mesh
 from elastic.parallel import measure
 from elastic.parallel.axis import Axis
-from elastic.parallel.layout import Layout
-from elastic.planning.profile import Local
+from elastic.parallel.layout import Layout, Portion
 from nlp import bert, gpt
 from recommender import dlrm
 from tests.support.frameworks import names
@@ -69,7 +68,7 @@ def counted(name: str, model: Any, batch: dict[str, np.ndarray], layout: Layout)
         seat = layout.mesh.seat(rank)
         counts: Counter[str] = Counter()
         axes = {axis: Axis(axis, group.subgroup(layout.mesh.line(rank, axis)), counts) for axis in ("tensor", "expert")}
-        rig = rig_of(name, Local(model, layout, seat))
+        rig = rig_of(name, Portion(model, layout, seat))
         if not hasattr(rig.backend, "connect"):
             pytest.skip(f"the {name} backend cannot run a model in pieces yet")
         rig.backend.connect({dim: axes[axis] for dim, axis in layout.dims.items()})
