@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from elastic.data.arrow import FORMAT, read_tokens, write_tokens
 from elastic.data.cache import facts_once
 from elastic.data.dataset import Dataset
 from elastic.data.files import find, left_out
-from elastic.data.permutation import keyed_words
+from elastic.data.permutation import keyed_word
 from elastic.data.text import read_column, read_text
 from elastic.errors import RecipeError, UserError
 from nlp import tokens as tokenizing
@@ -89,18 +88,13 @@ class TokenWindows(Dataset):
         self.num_samples = max(0, (len(tokens) - shifts) // context)
 
     def offset(self, epoch: int) -> int:
-        return 0 if self.seed is None else draw_offset(self.seed, epoch, self.context)
+        return 0 if self.seed is None else keyed_word(self.seed, epoch, self.context) % self.context
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """{"tokens": int32 (rows, context + 1)}."""
         offsets = np.array([self.offset(epoch) for epoch in np.asarray(epochs).tolist()], np.int64)
         starts = np.asarray(indices, np.int64) * self.context + offsets
         return {"tokens": self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int32)}
-
-
-@lru_cache(maxsize=1024)
-def draw_offset(seed: int, epoch: int, context: int) -> int:
-    return int(keyed_words(1, seed, epoch, context)[0] % np.uint64(context))
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from elastic.data.dataset import Dataset
-from elastic.data.permutation import keyed_words, mix
-from elastic.model.ops import GOLDEN
+from elastic.data.permutation import draws, keyed_word
 
 HIDDEN, OTHER = 0.8, 0.1  # of the chosen tokens: replaced by the hidden token, by any other; the rest stays as it is
 KEY = 5  # apart from what else is drawn from a seed and an epoch
@@ -28,7 +26,8 @@ class MaskedWindows(Dataset):
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         tokens = self.windows.batch(indices, epochs)["tokens"][:, :self.context].astype(np.int64)
-        drawn = draws(self.seed, np.asarray(epochs), np.asarray(indices), self.context + 2 * self.num_chosen)
+        keys = np.array([keyed_word(self.seed, epoch, KEY) for epoch in np.asarray(epochs).tolist()], np.uint64)
+        drawn = draws(keys, np.asarray(indices), self.context + 2 * self.num_chosen)
         order, fate, other = np.split(drawn, [self.context, self.context + self.num_chosen], 1)
         places = np.sort(np.argsort(order, 1, kind="stable")[:, :self.num_chosen], 1)
         targets = np.take_along_axis(tokens, places, 1)
@@ -37,16 +36,3 @@ class MaskedWindows(Dataset):
         replaced = np.where(chance < HIDDEN, self.vocab_size, np.where(chance < HIDDEN + OTHER, other, targets))
         np.put_along_axis(tokens, places, replaced, 1)
         return {"tokens": tokens, "places": places, "targets": targets}
-
-
-def draws(seed: int, epochs: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
-    """(rows, count) uint64: SplitMix64 from a start that (seed, epoch, index) names."""
-    keys = np.array([epoch_key(seed, epoch) for epoch in epochs.tolist()], np.uint64)
-    step = np.uint64(GOLDEN)
-    start = mix(keys + indices.astype(np.uint64) * step)
-    return mix(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * step)
-
-
-@lru_cache(maxsize=1024)
-def epoch_key(seed: int, epoch: int) -> int:
-    return int(keyed_words(1, seed, epoch, KEY)[0])

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from elastic.data.dataset import Dataset
 from elastic.data.files import File, find, left_out, told
 from elastic.data.formats import Arrays
 from elastic.data.index import Facts, Part
-from elastic.data.permutation import keyed_words, mix, permute
+from elastic.data.permutation import keyed_word, mix, permute
 from elastic.data.table import Store
 from elastic.errors import UserError
 from elastic.storage.atomic import write_atomically
@@ -123,17 +122,12 @@ class Samples(Dataset):
 
     def hidden(self, codes: np.ndarray, seed: int, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Rows of the table, some of them those for unknown values: which is a function of the seed, epoch, sample and column."""
-        words = np.array([epoch_word(seed, epoch) for epoch in epochs.tolist()], np.uint64) ^ mix(indices.astype(np.uint64))
+        words = np.array([keyed_word(seed, epoch, HIDING_KEY) for epoch in epochs.tolist()], np.uint64) ^ mix(indices.astype(np.uint64))
         words = mix(mix(words)[:, None] + np.arange(codes.shape[1], dtype=np.uint64))
         found, (rows, columns) = self.codes[codes], np.nonzero(words.astype(np.uint32) < self.hiding[codes])
         first, extra = self.unknown[columns].T
         found[rows, columns] = first + (words[rows, columns] >> np.uint64(32)).astype(np.int64) % extra
         return found
-
-
-@lru_cache(maxsize=1024)
-def epoch_word(seed: int, epoch: int) -> int:
-    return int(keyed_words(1, seed, epoch, HIDING_KEY)[0])
 
 
 def store_of(info: Mapping[str, Any]) -> Store:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from elastic.data.permutation import keyed_words, mix, permute
+from elastic.data import permutation
+from elastic.data.permutation import keyed_word, permute
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 WORDS = 4  # drawn for each sample: down, across, mirrored, mixture
 CROP, PARTNER = 2, 3  # what a key is for
 
 
 def draws(seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """(rows, WORDS) uint64, by SplitMix64 (Steele et al. 2014) from a key of each epoch."""
-    keys = {int(epoch): keyed_words(1, CROP, seed, int(epoch))[0] for epoch in np.unique(epochs)}
-    start = np.array([keys[int(epoch)] for epoch in epochs], np.uint64)
-    with np.errstate(over="ignore"):
-        own = mix(start + GOLDEN * (np.asarray(indices).astype(np.uint64) + np.uint64(1)))
-        return mix(own[:, None] + GOLDEN * np.arange(1, WORDS + 1, dtype=np.uint64))
+    """(rows, WORDS) uint64."""
+    keys = np.array([keyed_word(CROP, seed, epoch) for epoch in np.asarray(epochs).tolist()], np.uint64)
+    return permutation.draws(keys, np.asarray(indices) + 1, WORDS)
 
 
 def crop_and_flip(images: np.ndarray, words: np.ndarray, crop: int, flip: bool) -> np.ndarray:

@@ -91,8 +91,10 @@ class Endpoint:
                 for key, events in found:
                     if key.data is None:
                         self._accept()
-                    elif key.data in self._callers:
-                        self._attend(key.data, events)
+                    if events & selectors.EVENT_WRITE and key.data in self._callers:
+                        self._send(key.data)
+                    if events & selectors.EVENT_READ and key.data in self._callers:
+                        self._hear(key.data)
                 now = time.monotonic()
                 for stranger in [s for s in self._strangers if s.until < now]:
                     self._forget(stranger)
@@ -124,12 +126,6 @@ class Endpoint:
         self._send(caller, caller.nonce)
         if len(self._strangers) > min(MAX_STRANGERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):  # the worker needs some itself
             self._forget(next(iter(self._strangers)))
-
-    def _attend(self, caller: Caller, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
-            self._send(caller)
-        if events & selectors.EVENT_READ and caller in self._callers:
-            self._hear(caller)
 
     def _hear(self, caller: Caller) -> None:
         try:

@@ -99,14 +99,11 @@ class SubtreeSums:
         self._stack: list[tuple[Node, Buffer]] = []
         self._next, self._open = run.start, False
 
-    def _parent(self, leaf: Node) -> Node | None:
-        return self._tree.get((self._stack[-1][0], leaf)) if self._stack else None
-
     def begin(self, shard: int) -> Buffer:
         if self._open or shard != self._next or shard not in self._run:
             raise ValueError(f"shard {shard} is out of order; shard {self._next} of {self._run} is next.")
         self._open = True
-        if self._apart or self._parent((shard, shard + 1)) is None:
+        if self._apart or not self._stack or (self._stack[-1][0], (shard, shard + 1)) not in self._tree:
             self._stack.append(((shard, shard), self._take()))  # an empty node: its leaf is open
         return self._stack[-1][1]
 

@@ -51,10 +51,6 @@ class Facts:
     parts: tuple[Part, ...]
     unused: tuple[str, ...] = ()  # other columns of the first file, with their types
 
-    @property
-    def has_eval(self) -> bool:
-        return any(part.is_eval for part in self.parts)
-
 
 FORM = TypeAdapter(Facts)
 

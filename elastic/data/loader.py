@@ -55,7 +55,7 @@ class Prefetcher:
     Calls, `expect` and `close` belong to one thread.
     """
 
-    def __init__(self, load: Callable[[int, int], Batch], depth: int = 2):
+    def __init__(self, load: Callable[[int, int], Any], depth: int = 2):
         if depth < 1:
             raise ValueError(f"depth = {depth} must be at least 1.")
         self._load, self._depth = load, depth
@@ -66,7 +66,7 @@ class Prefetcher:
         self.close()
         self._stream = _Stream(self._load, keys, self._depth)
 
-    def __call__(self, step: int, shard: int) -> Batch:
+    def __call__(self, step: int, shard: int) -> Any:
         found = self._stream.take((step, shard)) if self._stream else None
         if isinstance(found, _Failure):
             self.close()
@@ -83,7 +83,7 @@ class Prefetcher:
 class _Stream:
     """One order of keys, its thread and its bounded buffer."""
 
-    def __init__(self, load: Callable[[int, int], Batch], keys: Iterable[Key], depth: int):
+    def __init__(self, load: Callable[[int, int], Any], keys: Iterable[Key], depth: int):
         self._load, self._keys = load, keys
         self._buffer: queue.Queue[tuple[Key | None, Any]] = queue.Queue(depth)
         self._head: tuple[Key | None, Any] | None = None
@@ -94,7 +94,6 @@ class _Stream:
     def _run(self) -> None:
         try:
             for key in self._keys:
-                value: Batch | _Failure
                 try:
                     value = self._load(*key)
                 except BaseException as error:  # handed to the caller, who raises it

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import lru_cache
 
 import numpy as np
 
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step
 ROUNDS = 8  # each half is mixed four times; fewer leave visible order in small domains
 
 
@@ -19,6 +21,17 @@ def keyed_words(num: int, *key: int) -> np.ndarray:
     text = "/".join(str(int(part)) for part in key).encode()
     blocks = b"".join(hashlib.sha512(text + b"#%d" % block).digest() for block in range(-(-num // 8)))
     return np.frombuffer(blocks, "<u8")[:num].astype(np.uint64)
+
+
+@lru_cache(maxsize=4096)
+def keyed_word(*key: int) -> int:
+    return int(keyed_words(1, *key)[0])
+
+
+def draws(keys: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+    """(rows, count) uint64 that depend on nothing but a row's key and index: splitmix64 from a start that these name."""
+    start = mix(keys + indices.astype(np.uint64) * GOLDEN)
+    return mix(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN)
 
 
 def mix(values: np.ndarray) -> np.ndarray:
