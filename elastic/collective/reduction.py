@@ -177,6 +177,7 @@ def reduce(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shar
     return out
 
 
+@lru_cache(maxsize=64)
 def all_nodes(size: int, num_shards: int) -> list[list[Node]]:
     """Every rank's maximal subtrees."""
     return [maximal_subtrees(shards_of(rank, size, num_shards), num_shards) for rank in range(size)]

@@ -218,9 +218,7 @@ def csv_batches(file: File, types: dict[str, pa.DataType], dialect: Dialect = PL
 
 def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Exception, dialect: Dialect) -> Exception:
     found = re.search(r"In CSV column #(\d+)", str(error))
-    name = ""
-    if found:
-        name = csv_schema(file, dialect).names[int(found[1])]
+    name = csv_schema(file, dialect).names[int(found[1])] if found else ""
     if name and pa.types.is_integer(types[name]):
         return TooNarrow(name)
     column = f'the column "{name}" of ' if name else ""

@@ -106,7 +106,6 @@ class Store:
         self.decoded = lru_cache(max(1, min(KEPT_BLOCKS, KEPT_BYTES // largest)))(self.decode)
         self.mapped = lru_cache(None)(self.map)
         self.readers = lru_cache(None)(map_file)
-        self.num_read = 0  # blocks decoded so far
 
     def sizes_between(self, low: int, high: int) -> np.ndarray:
         """Rows of each block within [low, high)."""
@@ -131,7 +130,6 @@ class Store:
     def decode(self, block: int) -> Arrays:
         part, number = self.places[block]
         file, unit, first_row, rows = part.blocks[number]
-        self.num_read += 1
         return read_unit(self.facts.format, part.files[file], unit, first_row, rows, self.columns)
 
     def map(self, block: int) -> Arrays:
