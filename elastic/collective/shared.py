@@ -83,7 +83,7 @@ class SharedGroup(Meeting):
             at += part.nbytes
         words = self._segment.words
         words[POSTS + 2 * turn], words[POSTS + 2 * turn + 1] = self._segment.offset(self._stages[turn]) or 0, length
-        self._tell()
+        self._notify()
         for _, peer in self._peers:
             while (seen := peer.counter()) < self._number:
                 peer.sleep(seen, SLICE_S)
@@ -94,7 +94,7 @@ class SharedGroup(Meeting):
             found[rank] = peer.bytes[low:low + peer.words[POSTS + 2 * turn + 1]]
         return found
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self._cut is None:
             for rank, _ in self._peers:
                 self._segment.count(rank, self._number)

@@ -26,7 +26,7 @@ OPERATION_S = 86_400.0  # never what ends a wait: that is a broken connection or
 
 
 def brief(error: BaseException) -> str:
-    """The library's own word without its source line and advice."""
+    """The library's own message without its source line and advice."""
     return str(error).split("\n")[0].split(". This is typically")[0].rpartition("] ")[2]
 
 
