@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,11 +41,6 @@ def rows_of(dataset: Dataset, indices: np.ndarray, epochs: np.ndarray) -> Batch:
     return {**batch, "row_weight": real.astype(np.float32)}
 
 
-@dataclass
-class _Failure:
-    error: BaseException
-
-
 class Prefetcher:
     """Loads the batches that are expected next in a background thread, at most `depth` ahead.
 
@@ -68,9 +62,9 @@ class Prefetcher:
 
     def __call__(self, step: int, shard: int) -> Any:
         found = self._stream.take((step, shard)) if self._stream else None
-        if isinstance(found, _Failure):
+        if isinstance(found, BaseException):
             self.close()
-            raise found.error
+            raise found
         return self._load(step, shard) if found is None else found
 
     def close(self) -> None:
@@ -97,7 +91,7 @@ class _Stream:
                 try:
                     value = self._load(*key)
                 except BaseException as error:  # handed to the caller, who raises it
-                    value = _Failure(error)
+                    value = error
                 if not self._put((key, value)):
                     return
         finally:
