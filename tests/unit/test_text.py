@@ -159,7 +159,7 @@ def test_writers_at_the_same_time_do_not_disturb_each_other(text_file: Path, tmp
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         found = [result.get(60) for result in [pool.apply_async(data.prepare, work) for _ in range(6)]]
     assert all(info == found[0] for info in found)
-    assert sorted(os.listdir(Path(found[0]["train_file"]).parent)) == ["eval.arrow", "facts.json", "train.arrow"]
+    assert sorted(os.listdir(Path(found[0]["train_file"]).parent)) == [".lock", "eval.arrow", "facts.json", "train.arrow"]
 
 
 def assert_refused(paths: Any, words: str, cache: Path, context: Any = 16, **keys: Any) -> None:
@@ -192,7 +192,7 @@ def test_bad_text_is_refused_in_one_sentence_that_names_key_and_file(text_file: 
 
 def test_a_cache_that_cannot_be_written_or_read_is_one_sentence(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "occupied").write_text("a file where the cache should be")
-    with pytest.raises(UserError, match="token cache .* cannot be written"):
+    with pytest.raises(UserError, match="cache .* cannot be written"):
         data.prepare(section([str(text_file)]), {"context": 16}, tmp_path / "occupied")
     info = data.prepare(section([str(text_file)]), {"context": 16}, tmp_path / "cache")
     train = Path(info["train_file"])
