@@ -70,7 +70,7 @@ def first_batch(folder: Path, format: str, cache: Path) -> dict[str, float]:
     load_batch(training, sampler, 1, 0)
     found = {"look": looked - begin, "open": opened - looked, "batch": time.perf_counter() - opened, "cpu": time.process_time() - worked}
     return {**found, "rows": info["num_rows"],
-            "blocks": training.store.num_read, "bytes": psutil.Process().io_counters().read_chars - before}
+            "blocks": training.store.decoded.cache_info().misses, "bytes": psutil.Process().io_counters().read_chars - before}
 
 
 def cold(folder: Path, format: str, again: bool) -> dict[str, float]:

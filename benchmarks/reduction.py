@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.kit import results
 from elastic.collective.gloo import GlooGroup
 from elastic.collective.kv_store import Endpoint
-from elastic.collective.reduction import Scratch, maximal_subtrees, out_size, reduce
+from elastic.collective.reduction import Scratch, maximal_subtrees, out_size
 from elastic.collective.shared import SharedGroup
 from elastic.mesh import shards_of
 from elastic.state.flat_layout import BLOCK
@@ -46,7 +46,7 @@ def contestants(group: Any, allocate: Callable[[int], np.ndarray], numel: int) -
     plain, out, scratch = allocate(numel), allocate(out_size(numel, BLOCK, group.size)), Scratch(zeros)
 
     def exact() -> None:
-        found = reduce(group, sums, SHARDS, out, numel, BLOCK, scratch)
+        found = group.reduce_tree(sums, SHARDS, out, numel, BLOCK, scratch)
         if found[0] != 1.0 or found[numel - 1] != 1.0:
             raise RuntimeError("the sum is wrong")
 

@@ -39,12 +39,8 @@ def hashes_of(arrays: Iterable[tuple[str, np.ndarray]], cursor: int) -> tuple[st
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Parameters, then optimizer state, then buffers, each sorted."""
-    listed = list(names)
-    return [name for prefix in (PARAMETER, OPTIMIZER, BUFFER) for name in chosen(listed, prefix)]
-
-
-def chosen(arrays: Iterable[str], prefix: str) -> list[str]:
-    return sorted(name for name in arrays if name.startswith(prefix))
+    listed = sorted(names)
+    return [name for prefix in (PARAMETER, OPTIMIZER, BUFFER) for name in listed if name.startswith(prefix)]
 
 
 def update(digest: Any, name: str, array: np.ndarray) -> None:

@@ -62,7 +62,7 @@ class Image:
             beside.result()
 
     def runs(self) -> Iterator[tuple[Piece, int, int]]:
-        """The boxes in stretches of elements, short enough to share the work evenly."""
+        """The boxes in ranges of elements, short enough to share the work evenly."""
         for piece in self.pieces:
             size = math.prod(piece.count)
             for low in range(0, size, RUN):

@@ -3,7 +3,7 @@
 Hazards, each measured: `abort()` does not wake a waiter, so waits are sliced; send and recv break the pair, so they are
 a broadcast in a group of two; freeing a group whose peer hangs blocks, so a thread does it; a peer that was only stopped writes
 into the old buffers when it goes on. The first send or receive between two ranks forms their group: a peer that dies before it
-has come is noticed by the others' word alone.
+has come is noticed by the others' report alone.
 A malformed address record ends the process, so each is looked at before the library sees it.
 """
 

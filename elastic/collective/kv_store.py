@@ -42,12 +42,12 @@ def proof(secret: str, whose: bytes, server: bytes, client: bytes) -> bytes:
 
 
 class Caller:
-    """One connection to the server: what was heard of its request, what its answer still lacks, and the key that it waits for."""
+    """One connection to the server: what was received of its request, what its answer still lacks, and the key that it waits for."""
 
     def __init__(self, client: socket.socket):
         self.socket, self.until = client, time.monotonic() + STRANGER_S
         self.nonce, self.is_known = os.urandom(NONCE), False
-        self.heard, self.unsent, self.key = bytearray(), memoryview(b""), b""
+        self.received, self.unsent, self.key = bytearray(), memoryview(b""), b""
 
 
 class Endpoint:
@@ -91,8 +91,10 @@ class Endpoint:
                 for key, events in found:
                     if key.data is None:
                         self._accept()
-                    elif key.data in self._callers:
-                        self._attend(key.data, events)
+                    if events & selectors.EVENT_WRITE and key.data in self._callers:
+                        self._send(key.data)
+                    if events & selectors.EVENT_READ and key.data in self._callers:
+                        self._receive(key.data)
                 now = time.monotonic()
                 for stranger in [s for s in self._strangers if s.until < now]:
                     self._forget(stranger)
@@ -125,22 +127,16 @@ class Endpoint:
         if len(self._strangers) > min(MAX_STRANGERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):  # the worker needs some itself
             self._forget(next(iter(self._strangers)))
 
-    def _attend(self, caller: Caller, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
-            self._send(caller)
-        if events & selectors.EVENT_READ and caller in self._callers:
-            self._hear(caller)
-
-    def _hear(self, caller: Caller) -> None:
+    def _receive(self, caller: Caller) -> None:
         try:
-            heard = caller.socket.recv(65536)
+            more = caller.socket.recv(65536)
         except BlockingIOError:
             return
         except OSError:
-            heard = b""
-        buffer = caller.heard
-        buffer += heard
-        if not heard or caller.key or caller.unsent:  # gone, or it does not wait for its answer
+            more = b""
+        buffer = caller.received
+        buffer += more
+        if not more or caller.key or caller.unsent:  # gone, or it does not wait for its answer
             self._forget(caller)
         elif not caller.is_known:
             if len(buffer) >= NONCE + PROOF:
@@ -160,7 +156,7 @@ class Endpoint:
             self._forget(caller)
             return
         caller.is_known = True
-        caller.heard.clear()
+        caller.received.clear()
         del self._strangers[caller]
         self._send(caller, proof(self._secret, b"server", caller.nonce, nonce))
 

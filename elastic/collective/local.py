@@ -50,10 +50,6 @@ class Hub:
         """The member's own calls raise `Killed`; its peers' present and later calls raise `GroupBroken`."""
         self._world(generation).change(lambda world: world.dead.add(rank))
 
-    def kill_during(self, rank: int, delivered_to: Collection[int] = (), generation: int | None = None) -> None:
-        """In its next call the member dies after its data reached only `delivered_to`."""
-        self._world(generation).change(lambda world: world.doomed.update({rank: (frozenset(delivered_to), die)}))
-
     def stop(self, rank: int, generation: int | None = None) -> None:
         """The member halts at its next call, and notices nothing, until `cont`."""
         self._world(generation).change(lambda world: world.stopped.add(rank))

@@ -1,7 +1,7 @@
 """The canonical tree over logical shards, and sums along it that do not depend on who owns which shard.
 
 A node is (low, high): the sum of leaves low..high-1. It splits at the largest power of two below its length, so every
-aligned power-of-two stretch of leaves is a node; its sum is left child + right child, in this order. A leaf's value is
+aligned power-of-two range of leaves is a node; its sum is left child + right child, in this order. A leaf's value is
 0 + gradient: never a negative zero. That is why a leaf may be added straight into its complete left sibling's buffer:
 x + (0 + g) and x + g have the same bits.
 
@@ -99,14 +99,11 @@ class SubtreeSums:
         self._stack: list[tuple[Node, Buffer]] = []
         self._next, self._open = run.start, False
 
-    def _parent(self, leaf: Node) -> Node | None:
-        return self._tree.get((self._stack[-1][0], leaf)) if self._stack else None
-
     def begin(self, shard: int) -> Buffer:
         if self._open or shard != self._next or shard not in self._run:
             raise ValueError(f"shard {shard} is out of order; shard {self._next} of {self._run} is next.")
         self._open = True
-        if self._apart or self._parent((shard, shard + 1)) is None:
+        if self._apart or not self._stack or (self._stack[-1][0], (shard, shard + 1)) not in self._tree:
             self._stack.append(((shard, shard), self._take()))  # an empty node: its leaf is open
         return self._stack[-1][1]
 
@@ -151,7 +148,7 @@ def part_size(length: int, block: int, size: int) -> int:
 
 
 def chunks(numel: int, block: int, size: int, chunk: int) -> list[tuple[int, int]]:
-    """(start, part size) of the stretches that are reduced one after the other."""
+    """(start, part size) of the ranges that are reduced one after the other."""
     stride = max(1, chunk // (block * size)) * block * size
     return [(start, part_size(min(stride, numel - start), block, size)) for start in range(0, numel, stride)]
 
@@ -180,6 +177,7 @@ def reduce(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shar
     return out
 
 
+@lru_cache(maxsize=64)
 def all_nodes(size: int, num_shards: int) -> list[list[Node]]:
     """Every rank's maximal subtrees."""
     return [maximal_subtrees(shards_of(rank, size, num_shards), num_shards) for rank in range(size)]
@@ -235,12 +233,12 @@ def gather(out: Buffer, buffer: Buffer, spans: Sequence[tuple[int, int]]) -> Buf
 
 
 def wanted(rank: int, size: int, twin: bool) -> list[int]:
-    """Whose stretches a member gets, its own first."""
+    """Whose ranges a member gets, its own first."""
     return [rank, (rank - 1) % size] if twin and size > 1 else [rank]
 
 
-def stretches(cuts: Sequence[int], size: int, chunk: int) -> Iterator[list[tuple[int, int]]]:
-    """A part of everybody's stretch at a time."""
+def ranges(cuts: Sequence[int], size: int, chunk: int) -> Iterator[list[tuple[int, int]]]:
+    """A part of everybody's range at a time."""
     stride = max(1, chunk // size)
     longest = max(high - low for low, high in zip(cuts, cuts[1:]))
     for begin in range(0, longest, stride):
@@ -249,7 +247,7 @@ def stretches(cuts: Sequence[int], size: int, chunk: int) -> Iterator[list[tuple
 
 def reduce_kept(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool,
                 scratch: Scratch, chunk: int = CHUNK) -> Buffer:
-    """The sum over all shards along the canonical tree, of this member's stretch and behind it of the one whose twin it is.
+    """The sum over all shards along the canonical tree, of this member's range and behind it of the one whose twin it is.
 
     `sums` and what may be used after `GroupBroken` are as for `reduction.reduce`. Returns `out`, or in a group of one a buffer of `sums`.
     """
@@ -258,7 +256,7 @@ def reduce_kept(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num
     owned = checked_nodes(group, sums, num_shards)
     own, before, after = cuts[group.rank + 1] - cuts[group.rank], (group.rank - 1) % group.size, (group.rank + 1) % group.size
     done, doubled = 0, own
-    for spans in stretches(cuts, group.size, chunk):
+    for spans in ranges(cuts, group.size, chunk):
         lengths = [high - low for low, high in spans]
         mine = lengths[group.rank]
         part = out[done:done + mine]
@@ -277,12 +275,12 @@ def alone(rank: int, count: int, size: int) -> list[int]:
 
 
 def gather_owned(group: CollectiveGroup, buffer: Buffer, cuts: Sequence[int], scratch: Scratch, chunk: int = CHUNK) -> None:
-    """Everybody's stretch of `buffer` becomes its owner's. What was received is copied in piece by piece: after `GroupBroken` the others'
-    stretches are of no one time, this member's own and `scratch` apart.
+    """Everybody's range of `buffer` becomes its owner's. What was received is copied in piece by piece: after `GroupBroken` the others'
+    ranges are of no one time, this member's own and `scratch` apart.
     """
     if group.size == 1:
         return
-    for spans in stretches(cuts, group.size, chunk):
+    for spans in ranges(cuts, group.size, chunk):
         most = max(high - low for low, high in spans)
         low, high = spans[group.rank]
         space = scratch.get(most * (group.size + 1))

@@ -18,7 +18,7 @@ import numpy as np
 from elastic.collective.group import SLICE_S, Buffer
 from elastic.collective.kv_store import StoreClient
 from elastic.collective.member import Meeting, zeros
-from elastic.collective.reduction import CHUNK, Node, Scratch, all_nodes, fold, part_size, wanted
+from elastic.collective.reduction import CHUNK, Node, Scratch, all_nodes, checked_nodes, fold, part_size, wanted
 from elastic.collective.segment import GONE, POSTS, Peer, Segment
 from elastic.errors import GroupBroken
 
@@ -83,7 +83,7 @@ class SharedGroup(Meeting):
             at += part.nbytes
         words = self._segment.words
         words[POSTS + 2 * turn], words[POSTS + 2 * turn + 1] = self._segment.offset(self._stages[turn]) or 0, length
-        self._tell()
+        self._notify()
         for _, peer in self._peers:
             while (seen := peer.counter()) < self._number:
                 peer.sleep(seen, SLICE_S)
@@ -94,7 +94,7 @@ class SharedGroup(Meeting):
             found[rank] = peer.bytes[low:low + peer.words[POSTS + 2 * turn + 1]]
         return found
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self._cut is None:
             for rank, _ in self._peers:
                 self._segment.count(rank, self._number)
@@ -175,7 +175,8 @@ class SharedGroup(Meeting):
                 for i, part in enumerate(rest):
                     np.add(total if i else first, part, out=total)
         else:
-            self._reduce([x], in_rank_order(self.size), [1] * self.size, equal_cuts(x.shape[0], 16, self.size), range(self.size), out)
+            in_rank_order = [(0, right) for right in range(1, self.size)]
+            self._reduce([x], in_rank_order, [1] * self.size, equal_cuts(x.shape[0], 16, self.size), range(self.size), out)
 
     def reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int, block: int, scratch: Scratch,
                     chunk: int = CHUNK) -> Buffer:
@@ -188,10 +189,8 @@ class SharedGroup(Meeting):
 
     def _reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, cuts: Sequence[int], ranks: Sequence[int],
                      out: Buffer) -> Buffer:
-        owned, program = tree_program(self.size, num_shards)
-        if owned[self.rank] != [node for node, _ in sums]:
-            raise ValueError(f"rank {self.rank} of {self.size} has the sums {[n for n, _ in sums]}, not {owned[self.rank]}.")
-        self._reduce([flat(buffer) for _, buffer in sums], program, [len(nodes) for nodes in owned], cuts, ranks, flat(out))
+        num_terms = [len(nodes) for nodes in checked_nodes(self, sums, num_shards)]
+        self._reduce([flat(buffer) for _, buffer in sums], tree_program(self.size, num_shards), num_terms, cuts, ranks, flat(out))
         return out
 
     def _reduce(self, mine: Sequence[np.ndarray], program: Sequence[tuple[int, int]], num_terms: Sequence[int], cuts: Sequence[int],
@@ -252,21 +251,17 @@ def equal_cuts(numel: int, block: int, size: int) -> list[int]:
     return [min(numel, rank * part) for rank in range(size + 1)]
 
 
-def in_rank_order(size: int) -> list[tuple[int, int]]:
-    return [(0, right) for right in range(1, size)]
-
-
 @lru_cache(maxsize=64)
-def tree_program(size: int, num_shards: int) -> tuple[list[list[Node]], list[tuple[int, int]]]:
-    """Every rank's nodes, and the additions that sum them along the tree: term `left` += term `right`, terms in rank order."""
-    owned, program = all_nodes(size, num_shards), []
+def tree_program(size: int, num_shards: int) -> list[tuple[int, int]]:
+    """The additions that sum all ranks' nodes along the tree: term `left` += term `right`, terms in rank order."""
+    program = []
 
     def add(left: int, right: int) -> int:
         program.append((left, right))
         return left
 
-    fold([(node, index) for index, node in enumerate(node for nodes in owned for node in nodes)], num_shards, add)
-    return owned, program
+    fold([(node, index) for index, node in enumerate(node for nodes in all_nodes(size, num_shards) for node in nodes)], num_shards, add)
+    return program
 
 
 def add_up(terms: Sequence[np.ndarray], program: Sequence[tuple[int, int]], out: np.ndarray, spare: dict[Any, np.ndarray]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,11 +26,11 @@ OPERATION_S = 86_400.0  # never what ends a wait: that is a broken connection or
 
 
 def brief(error: BaseException) -> str:
-    """The library's own word without its source line and advice."""
+    """The library's own message without its source line and advice."""
     return str(error).split("\n")[0].split(". This is typically")[0].rpartition("] ")[2]
 
 
-class TorchGroup(Meeting, ABC):
+class TorchGroup(Meeting):
     """Made by `form`. A subclass says how members connect, how a call is waited for, and what a buffer is to the library."""
 
     def __init__(self, pg: Any, store: Door, rank: int, size: int, abandoned: threading.Event, host: str, timeout_s: float):

@@ -18,16 +18,8 @@ from elastic.storage.atomic import appearing
 BATCH_BYTES = 32 << 20  # of a record batch: one is in memory while it is written
 
 
-def convert(kind: str, files: Sequence[File], columns: Sequence[Column], types: dict[str, pa.DataType], target: Path) -> tuple[list[int], str]:
-    """Writes all rows of `files` to `target`; the rows of each record batch, and a digest of all values.
-
-    UserError for what a file has against it, a missing value above all.
-    """
-    return write(arrays_of(kind, files, columns, types), columns, target)
-
-
 def write(parts: Iterator[Arrays], columns: Sequence[Column], target: Path) -> tuple[list[int], str]:
-    """Writes `parts` one after the other, like `convert`. Peak memory is two record batches."""
+    """Writes `parts` one after the other; the rows of each record batch, and a digest of all values. Peak memory is two record batches."""
     most = max(1, BATCH_BYTES // sum(column.row_bytes for column in columns))
     schema, rows, digest = pa.schema([pa.field(c.name, stored_type(c), nullable=False) for c in columns]), [], xxhash.xxh3_128()
     try:
@@ -45,6 +37,7 @@ def write(parts: Iterator[Arrays], columns: Sequence[Column], target: Path) -> t
 
 
 def arrays_of(kind: str, files: Sequence[File], columns: Sequence[Column], types: dict[str, pa.DataType]) -> Iterator[Arrays]:
+    """All rows of `files`. UserError for what a file has against it, a missing value above all."""
     for file in files:
         first_row = 0
         for batch in batches(kind, file, types):

@@ -78,7 +78,7 @@ class MapStyle(Dataset):
         if not self.part:
             raise RecipeError(f"data.kind: {type(source).__name__} has no samples; give one with at least one.")
         self.source, self.seed, self.collate, self.own, self.num_samples = source, seed, collate, said.collate, len(self.part)
-        self.seeded = seeded if said.draws else no_seed
+        self.seeded = seeded if said.draws else nullcontext
         self.key = f"{self.num_samples} samples" + (f", key() = {asked(source, 'key()', said.key)!r}" if said.key else "")
 
     def split(self, eval_fraction: float) -> tuple[MapStyle, MapStyle | None]:
@@ -133,10 +133,6 @@ def asked(source: Any, what: str, ask: Callable[[], Any]) -> Any:
         text = " ".join(str(error).split())
         raise RecipeError(f"data.kind: {what} of {type(source).__name__} cannot be had: {type(error).__name__}{': ' * bool(text)}{text}"
                           f"{place_of(error)}; mend the data set.") from error
-
-
-def no_seed(number: int) -> AbstractContextManager[Any]:
-    return nullcontext()
 
 
 def batch_seed(seed: int, epoch: int, index: int) -> int:

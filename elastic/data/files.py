@@ -14,14 +14,14 @@ from pyarrow import fs
 
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import resolve_paths
-from elastic.storage.remote import open_s3, shown
+from elastic.storage.remote import hurried, open_s3, shown
 
 MAGIC = "*["
 MARKERS = ("_SUCCESS", "_metadata", "_common_metadata", "_delta_log", "_temporary")  # what Spark and its kin put beside a table's files
 GZIP = "gzip"
 PACKED = {b"\x1f\x8b": GZIP, b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
 NAMED = 5  # files that a message names; the rest is counted
-GCS_RETRY_S = 20  # its own default is a quarter of an hour before it says that nobody is there
+GCS_RETRY_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,8 @@ class File:
 
 def open_system(uri: str) -> tuple[fs.FileSystem, str]:
     """The storage behind a URI and the path in it. A bucket is connected to once."""
-    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in uri:
-        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
     if not uri.startswith("s3://"):
-        return fs.FileSystem.from_uri(uri)
+        return fs.FileSystem.from_uri(hurried(uri, GCS_RETRY_S))
     parts = urlsplit(uri)
     system, bucket = _bucket(parts.netloc, parts.query)
     return system, f"{bucket}{unquote(parts.path)}".rstrip("/")

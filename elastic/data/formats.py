@@ -75,7 +75,7 @@ def parquet_contents(file: File, wanted: Sequence[str]) -> Contents:
     """From the footer alone. A missing value that its statistics tell of is refused here already."""
     with reading(file.name), file.open() as raw, pq.ParquetFile(raw) as parquet:
         about, schema, rows = parquet.metadata, parquet.schema_arrow, tuple[int, ...]()
-        leaves = {path.partition(".")[0]: place for place, path in enumerate(paths_of(about.schema))}
+        leaves = {about.schema.column(place).path.partition(".")[0]: place for place in range(len(about.schema))}
         for unit in range(about.num_row_groups):
             group = about.row_group(unit)
             for name in wanted:
@@ -86,10 +86,6 @@ def parquet_contents(file: File, wanted: Sequence[str]) -> Contents:
         size = about.serialized_size + 8
         footer = raw.read_at(size, file.size - size)
     return Contents(schema, rows, hashlib.sha256(b"%d/" % file.size + footer).hexdigest())
-
-
-def paths_of(schema: pq.ParquetSchema) -> list[str]:
-    return [schema.column(place).path for place in range(len(schema))]
 
 
 def parquet_unit(file: File, unit: int, first_row: int, rows: int, columns: Sequence[Column]) -> Arrays:
@@ -222,9 +218,7 @@ def csv_batches(file: File, types: dict[str, pa.DataType], dialect: Dialect = PL
 
 def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Exception, dialect: Dialect) -> Exception:
     found = re.search(r"In CSV column #(\d+)", str(error))
-    name = ""
-    if found:
-        name = csv_schema(file, dialect).names[int(found[1])]
+    name = csv_schema(file, dialect).names[int(found[1])] if found else ""
     if name and pa.types.is_integer(types[name]):
         return TooNarrow(name)
     column = f'the column "{name}" of ' if name else ""
@@ -279,5 +273,3 @@ def batches(kind: str, file: File, types: dict[str, pa.DataType], dialect: Diale
         else:
             reader = open_arrow(raw, list(types))
             yield from (reader.get_batch(unit) for unit in range(reader.num_record_batches))
-
-

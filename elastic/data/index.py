@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from elastic.data.cache import FACTS, once
 from elastic.data.columns import Column, check_same, choose, column_of
-from elastic.data.convert import convert
+from elastic.data.convert import arrays_of, write
 from elastic.data.files import File, find
 from elastic.data.formats import Contents, TooNarrow, contents, schema_of
 from elastic.errors import UserError
@@ -50,10 +50,6 @@ class Facts:
     columns: tuple[Column, ...]
     parts: tuple[Part, ...]
     unused: tuple[str, ...] = ()  # other columns of the first file, with their types
-
-    @property
-    def has_eval(self) -> bool:
-        return any(part.is_eval for part in self.parts)
 
 
 FORM = TypeAdapter(Facts)
@@ -172,7 +168,7 @@ def converted(kind: str, sources: Sequence[Files], columns: Sequence[Column], sc
             parts, digests = [], []
             for number, source in enumerate(sources):
                 target = folder / f"part-{number}.arrow"
-                rows, digest = convert(kind, source.files, columns, types, target)
+                rows, digest = write(arrays_of(kind, source.files, columns, types), columns, target)
                 blocks = tuple((0, unit, 0, num) for unit, num in enumerate(rows))
                 parts.append(Part((File(str(target), target.stat().st_size, 0),), blocks, True, source.is_eval))
                 digests.append(digest)

@@ -61,7 +61,7 @@ class Ledger:
         return {"sizes": list(self.sampler.order.sizes), "rows": base64.b64encode(packed).decode()}
 
 
-class NotedLoader:
+class NotedLoader(Prefetcher):
     """A prefetcher that tells the ledger of every batch it hands out."""
 
     def __init__(self, dataset: Dataset, sampler: Sampler, ledger: Ledger):
@@ -69,17 +69,14 @@ class NotedLoader:
             epochs, samples = sampler.locate(sampler.positions(step, shard))
             return rows_of(dataset, samples, epochs), digest(step, shard, epochs, samples)
 
-        self._prefetch: Any = Prefetcher(load)
+        super().__init__(load)
         self._ledger = ledger
 
     def __call__(self, step: int, shard: int) -> Batch:
-        batch, found = self._prefetch(step, shard)
+        batch, found = super().__call__(step, shard)
         self._ledger.fed[shard] = step, found
         return batch
 
     def expect(self, keys: Iterable[Key]) -> None:
         self._ledger.fed.clear()  # a new generation: the shards of the last one may be others' now
-        self._prefetch.expect(keys)
-
-    def close(self) -> None:
-        self._prefetch.close()
+        super().expect(keys)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,11 +41,6 @@ def rows_of(dataset: Dataset, indices: np.ndarray, epochs: np.ndarray) -> Batch:
     return {**batch, "row_weight": real.astype(np.float32)}
 
 
-@dataclass
-class _Failure:
-    error: BaseException
-
-
 class Prefetcher:
     """Loads the batches that are expected next in a background thread, at most `depth` ahead.
 
@@ -55,7 +49,7 @@ class Prefetcher:
     Calls, `expect` and `close` belong to one thread.
     """
 
-    def __init__(self, load: Callable[[int, int], Batch], depth: int = 2):
+    def __init__(self, load: Callable[[int, int], Any], depth: int = 2):
         if depth < 1:
             raise ValueError(f"depth = {depth} must be at least 1.")
         self._load, self._depth = load, depth
@@ -66,11 +60,11 @@ class Prefetcher:
         self.close()
         self._stream = _Stream(self._load, keys, self._depth)
 
-    def __call__(self, step: int, shard: int) -> Batch:
+    def __call__(self, step: int, shard: int) -> Any:
         found = self._stream.take((step, shard)) if self._stream else None
-        if isinstance(found, _Failure):
+        if isinstance(found, BaseException):
             self.close()
-            raise found.error
+            raise found
         return self._load(step, shard) if found is None else found
 
     def close(self) -> None:
@@ -83,7 +77,7 @@ class Prefetcher:
 class _Stream:
     """One order of keys, its thread and its bounded buffer."""
 
-    def __init__(self, load: Callable[[int, int], Batch], keys: Iterable[Key], depth: int):
+    def __init__(self, load: Callable[[int, int], Any], keys: Iterable[Key], depth: int):
         self._load, self._keys = load, keys
         self._buffer: queue.Queue[tuple[Key | None, Any]] = queue.Queue(depth)
         self._head: tuple[Key | None, Any] | None = None
@@ -94,11 +88,10 @@ class _Stream:
     def _run(self) -> None:
         try:
             for key in self._keys:
-                value: Batch | _Failure
                 try:
                     value = self._load(*key)
                 except BaseException as error:  # handed to the caller, who raises it
-                    value = _Failure(error)
+                    value = error
                 if not self._put((key, value)):
                     return
         finally:

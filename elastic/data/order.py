@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from elastic.data.permutation import keyed_words, permute
+from elastic.data.permutation import keyed_word, permute
 
 PERIOD = 4096  # positions over which a mixture keeps its shares exactly
 BLOCK_KEY, ROW_KEY, SLOT_KEY, SOURCE_KEY = 1, 2, 3, 4  # keep the permutations of one seed apart
@@ -121,4 +121,4 @@ def shares(weights: Sequence[float]) -> np.ndarray:
 
 def seed_of(seed: int, source: int) -> int:
     """The seed of one source of a mixture."""
-    return int(keyed_words(1, seed, source, SOURCE_KEY)[0] >> np.uint64(1))
+    return keyed_word(seed, source, SOURCE_KEY) >> 1

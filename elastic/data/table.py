@@ -8,7 +8,6 @@ Else its row groups are shuffled as blocks, and a few decoded ones are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from elastic.data.index import Facts, find_facts, kept_facts
 from elastic.data.order import Blocks, Mixture, Order, Rows, seed_of
 from elastic.errors import UserError
 
+Span = tuple[int, int]
 KEPT_BLOCKS = 4  # decoded, at most: the one being fed, and some for a redone step or an evaluation
 KEPT_BYTES = 1 << 30  # of them together, where one is not larger by itself
 
@@ -36,8 +36,8 @@ def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
     names file, column and row of what cannot serve.
     """
     folder, facts = find_facts(data, Path(cache_dir))
-    spans = spans_of(facts, data.eval_fraction)
-    return {"num_rows": sum(high - low for low, high in spans.training), "num_eval_rows": sum(high - low for low, high in spans.evaluation),
+    training, evaluation = (sum(high - low for low, high in spans) for spans in spans_of(facts, data.eval_fraction))
+    return {"num_rows": training, "num_eval_rows": evaluation,
             "num_blocks": sum(len(part.blocks) for part in facts.parts), "shuffle_by": facts.shuffle_by, "folder": str(folder), "key": facts.key,
             "notes": [*left_out("data.path", data.path), *left_out("data.eval_path", data.eval_path),
                       *told("data.path", facts.unused, "as columns that are no numbers" if not data.columns else "as not among data.columns")]}
@@ -48,33 +48,26 @@ def open_tables(info: Mapping[str, Any], data: Any, cache_dir: str | Path, seed:
     facts = kept_facts(Path(info["folder"])) or find_facts(data, Path(cache_dir))[1]
     if facts.key != info["key"]:
         raise UserError(f"data.path = {list(data.path)} holds other data on this machine than on the one that started the run; copy it there.")
-    store, spans = Store(facts), spans_of(facts, data.eval_fraction)
-    training = Table(store, spans.training)
+    store, (to_train, to_evaluate) = Store(facts), spans_of(facts, data.eval_fraction)
+    training = Table(store, to_train)
     training.order = order_of(facts, training, seed, data.shuffle, data.weights)
-    return training, Table(store, spans.evaluation) if spans.evaluation else None
+    return training, Table(store, to_evaluate) if to_evaluate else None
 
 
-@dataclass(frozen=True)
-class Spans:
-    """Stretches of rows, counted over all parts: one of each source to train on, those to evaluate on."""
-
-    training: list[tuple[int, int]]
-    evaluation: list[tuple[int, int]]
-
-
-def spans_of(facts: Facts, eval_fraction: float) -> Spans:
-    """The last part is the evaluation set where one was given; else the last rows of every source are."""
-    training, evaluation, first = [], [], 0
+def spans_of(facts: Facts, eval_fraction: float) -> tuple[list[Span], list[Span]]:
+    """Ranges of rows, counted over all parts: one of each source to train on, and those to evaluate on. These are the last part where one was
+    given for it, else the last rows of every source."""
+    training, evaluation, first = list[Span](), list[Span](), 0
     for part in facts.parts:
         end = first + part.num_rows
         if part.is_eval:
             evaluation.append((first, end))
         else:
-            kept = end - (0 if facts.has_eval else int(part.num_rows * eval_fraction))
+            kept = end - (0 if any(one.is_eval for one in facts.parts) else int(part.num_rows * eval_fraction))
             training.append((first, kept))
             evaluation += [(kept, end)] if kept < end else []
         first = end
-    return Spans(training, evaluation)
+    return training, evaluation
 
 
 def order_of(facts: Facts, table: Table, seed: int, shuffle: bool, weights: tuple[float, ...]) -> Order:
@@ -91,7 +84,7 @@ class Table(Dataset):
 
     fills = False
 
-    def __init__(self, store: Store, spans: list[tuple[int, int]]):
+    def __init__(self, store: Store, spans: list[Span]):
         self.store, self.spans = store, spans
         self.first = np.concatenate([[0], np.cumsum([high - low for low, high in spans])])
         self.shift = np.array([low for low, _ in spans]) - self.first[:-1]
@@ -113,7 +106,6 @@ class Store:
         self.decoded = lru_cache(max(1, min(KEPT_BLOCKS, KEPT_BYTES // largest)))(self.decode)
         self.mapped = lru_cache(None)(self.map)
         self.readers = lru_cache(None)(map_file)
-        self.num_read = 0  # blocks decoded so far
 
     def sizes_between(self, low: int, high: int) -> np.ndarray:
         """Rows of each block within [low, high)."""
@@ -138,7 +130,6 @@ class Store:
     def decode(self, block: int) -> Arrays:
         part, number = self.places[block]
         file, unit, first_row, rows = part.blocks[number]
-        self.num_read += 1
         return read_unit(self.facts.format, part.files[file], unit, first_row, rows, self.columns)
 
     def map(self, block: int) -> Arrays:

@@ -76,10 +76,10 @@ class Watched:
         pending = self._seen(nullcontext, self._group.start, call, *arguments)
         return Pending(partial(self._seen, self._watch, pending.finish))
 
-    def _seen(self, watch: Watch, call: Callable[..., Any], *arguments: Any) -> Any:
+    def _seen(self, watch: Watch, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         try:
             with watch():
-                return call(*arguments)
+                return call(*arguments, **named)
         except GroupBroken as error:
             self._broken.append(error)
             raise

@@ -11,7 +11,6 @@ from elastic.recipe.tables import Labelled, refuse_given, shown
 
 FORMATS = ("idx", "imagefolder")
 IMAGE_TABLES = ("parquet", "arrow")
-ONLY_HERE = ("image", "crop", "flip", "mixup", "skip_bad", "image_size", "channels")
 
 
 class Pictured(Labelled):
@@ -33,7 +32,7 @@ def check_pictured(recipe: Any) -> None:
         if data.format in FORMATS:
             raise RecipeError(f"data.format = {shown(data.format)} holds images, which model.kind = {shown(kind)} does not read; write "
                               'model.kind = "vision.resnet" or "vision.vit", or another format.')
-        refuse_given("data", data, ONLY_HERE, 'for image models (model.kind = "vision.resnet" or "vision.vit")')
+        refuse_given("data", data, Pictured.__annotations__, 'for image models (model.kind = "vision.resnet" or "vision.vit")')
         return
     if data.format not in (*FORMATS, *IMAGE_TABLES):
         known = ", ".join(map(shown, (*FORMATS, *IMAGE_TABLES)))

@@ -22,7 +22,7 @@ from elastic.recipe.sections import KINDS, Recipe
 from elastic.recipe.tables import shown
 
 DEFAULT_STEPS = 2000
-GONE = {"embedding": {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0}}  # what earlier versions wrote, and never read
+EMBEDDING = {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0}  # what earlier versions wrote, and never read
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), base: Path | None = None) -> Recipe:
@@ -62,7 +62,7 @@ def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | N
     for key, other in (("steps", "epochs"), ("epochs", "steps")):  # an override of one takes the recipe's other away
         if f"run.{key}" in given and f"run.{other}" not in given and isinstance(full.get("run"), dict):
             full["run"].pop(other, None)
-    if isinstance(gone := full.get("embedding"), dict) and gone.items() <= GONE["embedding"].items():
+    if isinstance(gone := full.get("embedding"), dict) and gone.items() <= EMBEDDING.items():
         del full["embedding"]
     if full.get("mesh") == "auto":
         full["mesh"] = {"auto": True}

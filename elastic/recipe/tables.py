@@ -52,8 +52,7 @@ class Labelled(Section):
     eval_values: Texts = Field((), description=f"{NAMES}: what data.split_column holds in rows to evaluate on")
 
 
-ONLY_HERE = ("negative", "positive", "categorical", "numeric", "log", "buckets", "embedding_dim", "min_count", "oov", "nulls", "group", "top",
-             "names", "delimiter", "comment", "split", "split_column", "eval_values")
+ONLY_HERE = tuple(key for key in Labelled.__annotations__ if key != "label")
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from elastic.storage.files import Files, Info, Sink
+from elastic.storage.files import Files, Sink
 
 DELAY_S = 0.5
 
@@ -23,6 +23,15 @@ class Crashed(BaseException):
 
 def crash() -> None:
     raise Crashed
+
+
+def counted(name: str) -> Any:
+    """A call that is counted and passed on."""
+    def call(faulty: FaultyFiles, *arguments: str) -> Any:
+        faulty.due(name)
+        return getattr(faulty.files, name)(*arguments)
+
+    return call
 
 
 class FaultyFiles:
@@ -55,38 +64,16 @@ class FaultyFiles:
             raise OSError(errno.ENOSPC, "No space left on device")
         return self.mode == "short"
 
-    def make_folder(self, path: str) -> None:
-        self.due("make_folder")
-        self.files.make_folder(path)
+    make_folder, rename, sync, info, names, remove = map(counted, ("make_folder", "rename", "sync", "info", "names", "remove"))
 
     def create(self, path: str) -> Sink:
         self.due("create")
         return FaultySink(self, self.files.create(path))
 
-    def rename(self, source: str, target: str) -> None:
-        self.due("rename")
-        self.files.rename(source, target)
-
-    def sync(self, folder: str) -> None:
-        self.due("sync")
-        self.files.sync(folder)
-
-    def info(self, path: str) -> Info | None:
-        self.due("info")
-        return self.files.info(path)
-
     def read(self, path: str, low: int, high: int) -> bytes:
         is_short = self.due("read")
         found = self.files.read(path, low, high)
         return found[:len(found) // 2] if is_short else found
-
-    def names(self, folder: str) -> list[str]:
-        self.due("names")
-        return self.files.names(folder)
-
-    def remove(self, path: str) -> None:
-        self.due("remove")
-        self.files.remove(path)
 
 
 class FaultySink:

@@ -93,12 +93,9 @@ class LocalFiles:
         return Info(0 if stat.S_ISDIR(found.st_mode) else found.st_size, stat.S_ISDIR(found.st_mode), os.path.islink(path))
 
     def read(self, path: str, low: int, high: int) -> bytes:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             file.seek(low)
-            found = file.read(high - low)
-            while len(found) < high - low and (more := file.read(high - low - len(found))):
-                found += more
-        return found
+            return file.read(high - low)
 
     def names(self, folder: str) -> list[str]:
         try:

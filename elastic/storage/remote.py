@@ -25,17 +25,17 @@ def open_files(location: str | os.PathLike[str]) -> tuple[Files, str]:
     if scheme == "file":
         return LocalFiles(), os.path.abspath(unquote(urlsplit(location).path) if "://" in location else location)
     try:
-        filesystem, path = open_s3(location) if scheme == "s3" else fs.FileSystem.from_uri(hurried(location))
+        filesystem, path = open_s3(location) if scheme == "s3" else fs.FileSystem.from_uri(hurried(location, RETRY_S))
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         raise UserError(f"{shown(location)!r} cannot be opened ({' '.join(str(error).split())[:200]}); give {KINDS}.") from error
     return RemoteFiles(filesystem), path.rstrip("/")
 
 
-def hurried(location: str) -> str:
-    """Google's storage is not to try for minutes either."""
+def hurried(location: str, retry_s: float) -> str:
+    """Google's storage is not to try for a quarter of an hour either before it says that nobody is there."""
     if not location.startswith(("gs://", "gcs://")) or "retry_limit_seconds" in location:
         return location
-    return f"{location}{'&' if '?' in location else '?'}retry_limit_seconds={RETRY_S:g}"
+    return f"{location}{'&' if '?' in location else '?'}retry_limit_seconds={retry_s:g}"
 
 
 def open_s3(location: str) -> tuple[fs.FileSystem, str]:

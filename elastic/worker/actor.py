@@ -67,8 +67,8 @@ class ProcessRim:
     """A Ray worker process's surroundings. `orphaned()` is called when no controller has answered for `orphan_timeout_s`."""
 
     def __init__(self, name: str, job: Job, control: Control, timeout_s: float, orphan_timeout_s: float, orphaned: Callable[[], None]):
+        from elastic.collective.kv_store import Endpoint
         from elastic.collective.segment import usable
-        from elastic.collective.torch_store import Endpoint
         from elastic.worker.outbox import Outbox
 
         self.name, self.run_id, self.secret, self.timeout_s = name, job.run_id, job.secret, timeout_s

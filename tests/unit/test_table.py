@@ -112,7 +112,7 @@ def test_blocks_are_read_one_at_a_time_and_only_their_columns(tmp_path: Path) ->
     _, training, _ = opened(section(file, shuffle_by="blocks", columns=("id", "y")), tmp_path)
     fed = epoch_of(training)
     assert list(fed) == ["id", "y"] and sorted(fed["id"].tolist()) == list(range(SIZE))
-    assert training.store.num_read == -(-SIZE // 130)
+    assert training.store.decoded.cache_info().misses == -(-SIZE // 130)
 
 
 def test_a_batch_without_rows_has_its_columns(tmp_path: Path) -> None:
