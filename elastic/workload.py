@@ -129,7 +129,7 @@ class Workload:
     def open(cls, recipe: Recipe, info: Mapping[str, Any]) -> Workload:
         training, evaluation, unit = open_data(recipe, info)
         sampler = Sampler(training.num_samples, recipe.data.batch_size, recipe.elastic.logical_shards, recipe.run.seed,
-                          recipe.data.shuffle, recipe.run.epochs, recipe.run.steps, getattr(training, "order", None))
+                          recipe.data.shuffle, recipe.run.epochs, recipe.run.steps, training.order)
         model, key = open_model(recipe, info), own_key(training.source) if isinstance(training, MapStyle) else ""
         own = recipe.backend.name == "torch" and ":" in recipe.model.kind
         names = importlib.import_module("backends.pytorch.export").names(model) if own else {}

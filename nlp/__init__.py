@@ -4,7 +4,7 @@
     data            the data door: windows of tokens
     encode          text as token ids, by characters, bytes or byte pairs
     augment         tokens that are hidden for a model to guess
-    metrics         what a mean loss says in other units
+    metrics         what a language model is trained and judged by
     hugging_face    an export
     recipes/        what `elastic train nlp/NAME` finds
 """

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from elastic.data.dataset import Dataset
 from elastic.data.permutation import draws, keyed_word
 
 HIDDEN, OTHER = 0.8, 0.1  # of the chosen tokens: replaced by the hidden token, by any other; the rest stays as it is
 KEY = 5  # apart from what else is drawn from a seed and an epoch
 
 
-class MaskedWindows:
+class MaskedWindows(Dataset):
     """`windows` of tokens with the same number of tokens chosen in each: "tokens", "places" and "targets" as `nlp.bert` reads them.
 
     `vocab_size` is also the number of the hidden token. Every epoch hides other tokens.

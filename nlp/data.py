@@ -16,6 +16,7 @@ import numpy as np
 
 from elastic.data.arrow import FORMAT, read_tokens, write_tokens
 from elastic.data.convert import remembered
+from elastic.data.dataset import Dataset
 from elastic.data.files import find, left_out
 from elastic.data.permutation import keyed_word
 from elastic.data.text import read_column, read_text
@@ -74,7 +75,7 @@ def decode(info: Mapping[str, Any], tokens: Sequence[int]) -> str:
     return tokenizing.build(info["tokenizer"]).decode(tokens)
 
 
-class TokenWindows:
+class TokenWindows(Dataset):
     """Windows of `context` + 1 tokens, the last `context` of which are the targets of the first.
 
     Window i of epoch e starts at i * context + offset(e), with an offset in [0, context) drawn from (seed, e), so that over the

@@ -19,6 +19,7 @@ import numpy as np
 from elastic.data.arrow import read_tokens, write_atomically, write_tokens
 from elastic.data.columns import Column
 from elastic.data.convert import remembered, write
+from elastic.data.dataset import Dataset
 from elastic.data.files import File, find, left_out, told
 from elastic.data.formats import Arrays
 from elastic.data.index import Facts, Part
@@ -48,14 +49,14 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     UserError names file, column and row of what cannot serve.
     """
     is_binary = model_config.get("loss", "binary") == "binary"
-    sources = [(key, find(key, getattr(data, key.removeprefix("data.")))) for key in ("data.path", "data.eval_path")
-               if getattr(data, key.removeprefix("data."))]
+    paths = {key: path for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)) if path}
+    sources = [(key, find(key, path)) for key, path in paths.items()]
     settings = {key: value for key, value in data.model_dump().items() if key not in (*PRIVATE, "path", "eval_path")}
     files = [[key, [[file.where, file.size, file.mtime_ns] for file in found]] for key, found in sources]
     asked = json.dumps([VERSION, is_binary, settings, files])
     folder = Path(cache_dir) / f"columns-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
     known = remembered(folder, lambda: read(Encoder(data, is_binary), sources, folder, settings), (VOCABULARIES,))
-    notes = [line for key, _ in sources for line in left_out(key, getattr(data, key.removeprefix("data.")))]
+    notes = [line for key, path in paths.items() for line in left_out(key, path)]
     notes += told("data.path", known["unused"], "as columns that neither data.categorical nor data.numeric names")
     return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder),
             "train_file": str(folder / "rows.arrow")}
@@ -90,7 +91,7 @@ class Vocabulary:
     extra: int = 0  # rows at the end, for what no training row holds
 
 
-class Samples:
+class Samples(Dataset):
     """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1 over the training
     rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns, in training now and then one for unknown
     values. Rows to evaluate on in lists have "group" and "row" (rows,), the list and the row's own number."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from elastic.data.convert import remembered
+from elastic.data.dataset import Dataset
 from elastic.errors import RecipeError, UserError
 from vision import augment
 from vision.images import sources
@@ -91,7 +92,7 @@ def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Images:
     return Images(store, rows, info, seed if split == "train" else None)
 
 
-class Images:
+class Images(Dataset):
     """Rows of a store, normalised to mean 0 and standard deviation 1 by channel. Without a seed each sample is as it is."""
 
     fills = True

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from elastic.data.collate import Collate, Collated, batch_of, sliced, stacked, unlike
+from elastic.data.order import Order
 from elastic.errors import ElasticError, RecipeError
 from elastic.model.user_code import place_of
 
@@ -22,12 +23,13 @@ class Dataset(Protocol):
 
     num_samples: int
     fills: bool
+    order: Order | None = None  # None: all rows are shuffled together, or not at all
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Any:
         """Columns by name (a user's own may be a tuple), one row for each index; the epoch may vary what a sample looks like."""
 
 
-class MapStyle:
+class MapStyle(Dataset):
     """A user's data set with a length and items of any nesting of dicts, lists and tuples; or `part` of it.
 
     A batch is what `collate`, the framework's own, makes of the items, or the data set's own `collate_fn`. It holds real rows only, so

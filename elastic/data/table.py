@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from elastic.data.columns import view
+from elastic.data.dataset import Dataset
 from elastic.data.files import left_out, told
 from elastic.data.formats import Arrays, open_arrow, read_unit, reading
 from elastic.data.index import Facts, find_facts, kept_facts
@@ -85,11 +86,10 @@ def order_of(facts: Facts, table: Table, seed: int, shuffle: bool, weights: tupl
     return Mixture(orders, weights, seed) if weights else orders[0]
 
 
-class Table:
+class Table(Dataset):
     """Some rows of a store as a data set of users' own models. Samples are counted over `spans`, which lie one after another."""
 
     fills = False
-    order: Order | None = None
 
     def __init__(self, store: Store, spans: list[tuple[int, int]]):
         self.store, self.spans = store, spans
