@@ -4,6 +4,7 @@ before the first step: attributes that change, values that two runs give differe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections import OrderedDict
@@ -165,6 +166,20 @@ def own_range(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
     """This worker's span of the last dim."""
     start, count = axis.span(length)
     return np.ascontiguousarray(x[..., start:start + count])
+
+
+@functools.cache
+def matrix_product(equation: str) -> tuple[int, int, bool] | None:
+    """(lead, trail, turned) where an einsum of two arrays is one matrix product: the first has `lead` dims, then the inner ones; the second
+    these and then `trail` dims, or the other way round if `turned`.
+    """
+    inputs, out = equation.replace(" ", "").split("->")
+    left, right = inputs.split(",")
+    inner = "".join([letter for letter in left if letter in right and letter not in out])
+    lead, trail = left.removesuffix(inner), right.replace(inner, "") if inner else ""
+    if inner and left == lead + inner and out == lead + trail and right in (inner + trail, trail + inner):
+        return len(lead), len(trail), right != inner + trail
+    return None
 
 
 def given_spec(value: np.ndarray, trainable: bool = True, whole: bool = False) -> Spec:
