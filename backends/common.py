@@ -124,10 +124,10 @@ class Blocks:
     the address cannot pass to another.
     """
 
-    def __init__(self, cut: Callable[[Buffer, int], Sequence[Any]], address: Callable[[Buffer], int] = address_of):
-        self._cut, self._address, self._kept = cut, address, OrderedDict[tuple[int, int, int], Sequence[Any]]()
+    def __init__(self, cut: Callable[[Buffer, int], Any], address: Callable[[Buffer], int] = address_of):
+        self._cut, self._address, self._kept = cut, address, OrderedDict[tuple[int, int, int], Any]()
 
-    def __call__(self, buffer: Buffer, block: int) -> Sequence[Any]:
+    def __call__(self, buffer: Buffer, block: int) -> Any:
         key = self._address(buffer), len(buffer), block
         if key not in self._kept:
             self._kept[key] = self._cut(buffer, block)

@@ -6,14 +6,14 @@ multiples the tail falls on the same elements however the buffer is shared out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from elastic.model.backend import UpdateRule
 
-Blocks = Sequence[torch.Tensor]
+Blocks = tuple[torch.Tensor, ...]
 
 
 def apply(rule: UpdateRule, params: Blocks, grads: Blocks, slots: Mapping[str, Blocks]) -> None:
