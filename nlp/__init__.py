@@ -1,4 +1,4 @@
-"""Language models.
+"""Language models, their data, metrics and recipes.
 
     gpt, bert       models, named for themselves; experts: a mixture of them in place of a layer's MLP
     data            the data door: windows of tokens
