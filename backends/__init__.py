@@ -1,8 +1,6 @@
-"""One folder per framework, found by name at run time: `framework` in its backend.py is the door (`elastic.model.backend.Framework`).
+"""One folder per framework, found by name at run time; the same file has the same role in each, and common.py is what they share.
 
-The same file has the same role in each:
-
-    backend       the door, and a Backend over the platform's flat buffers
+    backend       `framework`, the door (`elastic.model.backend.Framework`), and a Backend over the platform's flat buffers
     ops           the kernels that models are written in (`elastic.model.ops.Ops`)
     optimizer     an update of flat buffers, block by block
     arrays        what passes between NumPy's memory and the framework's
@@ -11,6 +9,4 @@ The same file has the same role in each:
     tracing       graphs: what is recorded or traced once, and cut where workers meet
     routing       kernels that choose
     adapter       a user's own model as the platform sees it
-
-common.py is what they share; it imports no framework.
 """

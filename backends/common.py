@@ -4,6 +4,7 @@ before the first step: attributes that change, values that two runs give differe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from elastic.errors import ElasticError, UserError
 from elastic.model.backend import Adapted, Backend, Batch, Buffer, Framework, ShardResult, Spec
 from elastic.model.tally import Tally, tally_of
 from elastic.model.user_code import is_of_machine, place_of, rebuilt
+from elastic.parallel.axis import span
 
 ALIGN_BYTES = 64
 DEPTH = 4  # of nested containers that are looked into
@@ -34,9 +36,11 @@ class Door(Framework):
     trains: str
 
     def adapt(self, model: Any) -> Any:
-        if not isinstance(getattr(model, "parameters", None), Mapping):
-            raise UserError(f'model.kind gives a {type(model).__name__}, which is no {self.trains}; backend.name = "{self.name}" trains those.')
-        return model
+        return model if isinstance(getattr(model, "parameters", None), Mapping) else self.own(model)
+
+    def own(self, model: Any) -> Any:
+        """A user's own, as an `Adapted`."""
+        raise UserError(f'model.kind gives a {type(model).__name__}, which is no {self.trains}; backend.name = "{self.name}" trains those.')
 
     def construct(self, factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
         with self.seeded(seed):
@@ -120,10 +124,10 @@ class Blocks:
     the address cannot pass to another.
     """
 
-    def __init__(self, cut: Callable[[Buffer, int], Sequence[Any]], address: Callable[[Buffer], int] = address_of):
-        self._cut, self._address, self._kept = cut, address, OrderedDict[tuple[int, int, int], Sequence[Any]]()
+    def __init__(self, cut: Callable[[Buffer, int], Any], address: Callable[[Buffer], int] = address_of):
+        self._cut, self._address, self._kept = cut, address, OrderedDict[tuple[int, int, int], Any]()
 
-    def __call__(self, buffer: Buffer, block: int) -> Sequence[Any]:
+    def __call__(self, buffer: Buffer, block: int) -> Any:
         key = self._address(buffer), len(buffer), block
         if key not in self._kept:
             self._kept[key] = self._cut(buffer, block)
@@ -134,6 +138,48 @@ class Blocks:
 
     def clear(self) -> None:
         self._kept.clear()
+
+
+def summed(axis: Any, x: np.ndarray, length: int = 0) -> np.ndarray:
+    return axis.sum(x.reshape(-1)).reshape(x.shape)  # type: ignore[no-any-return]
+
+
+def largest(axis: Any, x: np.ndarray, length: int = 0) -> np.ndarray:
+    return axis.max(x.reshape(-1)).reshape(x.shape)  # type: ignore[no-any-return]
+
+
+def swapped(axis: Any, x: np.ndarray, length: int = 0) -> np.ndarray:
+    """Slice i of x (parts, ...) to place i, and in its stead what came from there."""
+    counts = [x.size // axis.size] * axis.size
+    return axis.exchange(x.reshape(-1), counts, counts).reshape(x.shape)  # type: ignore[no-any-return]
+
+
+def side_by_side(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
+    """All spans of the last dim, `length` of it; the shorter ones are filled up on their way."""
+    filled = np.zeros((*x.shape[:-1], -(-length // axis.size)), x.dtype)
+    filled[..., :x.shape[-1]] = x
+    parts = axis.gather(filled.reshape(-1))
+    return np.concatenate([part.reshape(filled.shape)[..., :span(length, axis.size, r)[1]] for r, part in enumerate(parts)], -1)
+
+
+def own_range(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
+    """This worker's span of the last dim."""
+    start, count = axis.span(length)
+    return np.ascontiguousarray(x[..., start:start + count])
+
+
+@functools.cache
+def matrix_product(equation: str) -> tuple[int, int, bool] | None:
+    """(lead, trail, turned) where an einsum of two arrays is one matrix product: the first has `lead` dims, then the inner ones; the second
+    these and then `trail` dims, or the other way round if `turned`.
+    """
+    inputs, out = equation.replace(" ", "").split("->")
+    left, right = inputs.split(",")
+    inner = "".join([letter for letter in left if letter in right and letter not in out])
+    lead, trail = left.removesuffix(inner), right.replace(inner, "") if inner else ""
+    if inner and left == lead + inner and out == lead + trail and right in (inner + trail, trail + inner):
+        return len(lead), len(trail), right != inner + trail
+    return None
 
 
 def given_spec(value: np.ndarray, trainable: bool = True, whole: bool = False) -> Spec:

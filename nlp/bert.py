@@ -15,7 +15,8 @@ import numpy as np
 
 from elastic.model import config as checks
 from elastic.model.backend import Spec
-from elastic.model.layers import Chained, Layers, Specs, one_layer, smoothed
+from elastic.model.layers import Chained, Layers, Specs, one_layer
+from nlp.metrics import loss_of, weights_of
 
 Array = Any
 EPS = 1e-12  # of the norms, as in the original
@@ -100,20 +101,12 @@ class BERT(Chained):
 
     def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
         """The summed loss of hidden tokens and their number in real rows."""
-        weights, smoothing = self.weights(ops, batch), self.config.smoothing
-        total = ops.cross_entropy(x, batch["targets"], weights, "vocab", self.num_tokens)
-        if smoothing:
-            total = smoothed(ops, total, ops.collect(x, "vocab", self.num_tokens), weights, smoothing)
-        return total, ops.sum(weights)
+        weights = weights_of(ops, batch["row_weight"], batch["places"].shape[1])
+        return loss_of(ops, x, batch["targets"], weights, self.num_tokens, self.config.smoothing)
 
     def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
         """"loss" and "accuracy" on hidden tokens, without smoothing."""
-        weights = self.weights(ops, batch)
+        weights = weights_of(ops, batch["row_weight"], batch["places"].shape[1])
         count, whole = ops.sum(weights), ops.collect(x, "vocab", self.num_tokens)
         return {"loss": (ops.cross_entropy(whole, batch["targets"], weights), count),
                 "accuracy": (ops.correct(whole, batch["targets"], weights), count)}
-
-    def weights(self, ops: Any, batch: Mapping[str, Array]) -> Array:
-        """(rows, hidden): those of the rows."""
-        rows, hidden = batch["places"].shape
-        return ops.multiply(ops.reshape(batch["row_weight"], (rows, 1)), ops.constant(np.ones((1, hidden))))

@@ -16,8 +16,9 @@ import numpy as np
 from elastic.errors import RecipeError
 from elastic.model import config as checks
 from elastic.model.backend import Spec
-from elastic.model.layers import Chained, Layers, Specs, one_layer, smoothed
+from elastic.model.layers import Chained, Layers, Specs, one_layer
 from nlp.experts import Experts
+from nlp.metrics import loss_of, weights_of
 
 Array = Any
 
@@ -140,12 +141,9 @@ class GPT(Chained):
         return Layers(ops, True, self.config.dropout, seed).drop(x, "embedding")
 
     def token_loss(self, ops: Any, logits: Array, batch: Mapping[str, Array], smoothing: float) -> tuple[Array, Array]:
-        rows, time = logits.shape[:2]
-        weights = ops.multiply(ops.reshape(batch["row_weight"], (rows, 1)), ops.constant(np.ones((1, time))))
-        total = ops.cross_entropy(logits, ops.narrow(batch["tokens"], 1, 1, time), weights, "vocab", self.vocab_size)
-        if smoothing:
-            total = smoothed(ops, total, ops.collect(logits, "vocab", self.vocab_size), weights, smoothing)
-        return total, ops.sum(weights)
+        time = logits.shape[1]
+        weights = weights_of(ops, batch["row_weight"], time)
+        return loss_of(ops, logits, ops.narrow(batch["tokens"], 1, 1, time), weights, self.vocab_size, smoothing)
 
 
 def generate(logits_of: Callable[[np.ndarray], np.ndarray], prompt: list[int], num_tokens: int, context: int,

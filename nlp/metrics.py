@@ -1,18 +1,24 @@
-"""What a language model's mean loss (nats per token) says in other units."""
+"""What a language model is trained and judged by, as sums over places in rows that add up over shards."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
+
+import numpy as np
+
+from elastic.model.layers import smoothed
+
+Array = Any
 
 
-def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that does not fit into a float."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+def weights_of(ops: Any, row_weight: Array, places: int) -> Array:
+    """(rows, places): those of the rows."""
+    return ops.multiply(ops.reshape(row_weight, (row_weight.shape[0], 1)), ops.constant(np.ones((1, places))))
 
 
-def bits_per_character(loss: float, num_tokens: int, num_characters: int) -> float:
-    """Loss in bits, spread over the characters that the tokens stand for: comparable between tokenizers."""
-    return loss / math.log(2.0) * num_tokens / num_characters
+def loss_of(ops: Any, logits: Array, targets: Array, weights: Array, vocab_size: int, smoothing: float = 0.0) -> tuple[Array, Array]:
+    """The summed cross-entropy of logits (rows, places, vocab), whose last dim may be split, and the number of places in real rows."""
+    total = ops.cross_entropy(logits, targets, weights, "vocab", vocab_size)
+    if smoothing:
+        total = smoothed(ops, total, ops.collect(logits, "vocab", vocab_size), weights, smoothing)
+    return total, ops.sum(weights)

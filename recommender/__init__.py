@@ -1,4 +1,4 @@
-"""Recommenders.
+"""Recommenders: the models, their data and their figures.
 
     dlrm            the models, by their architecture
     data            the data door: tables of labels, categories and numbers

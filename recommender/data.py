@@ -51,14 +51,14 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
     UserError names file, column and row of what cannot serve.
     """
     is_binary = model_config.get("loss", "binary") == "binary"
-    sources = [(key, find(key, getattr(data, key.removeprefix("data.")))) for key in ("data.path", "data.eval_path")
-               if getattr(data, key.removeprefix("data."))]
+    paths = {key: path for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)) if path}
+    sources = [(key, find(key, path)) for key, path in paths.items()]
     settings = {key: value for key, value in data.model_dump().items() if key not in (*PRIVATE, "path", "eval_path")}
     files = [[key, [[file.where, file.size, file.mtime_ns] for file in found]] for key, found in sources]
     asked = json.dumps([VERSION, is_binary, settings, files])
     folder = Path(cache_dir) / f"columns-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
     known = facts_once(folder, lambda: read(Encoder(data, is_binary), sources, folder, settings), VOCABULARIES)
-    notes = [line for key, _ in sources for line in left_out(key, getattr(data, key.removeprefix("data.")))]
+    notes = [line for key, path in paths.items() for line in left_out(key, path)]
     notes += told("data.path", known["unused"], "as columns that neither data.categorical nor data.numeric names")
     return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder),
             "train_file": str(folder / "rows.arrow")}

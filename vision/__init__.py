@@ -1,4 +1,4 @@
-"""Models of images.
+"""Models of images, their data, metrics and recipes.
 
     resnet, vit     models, named for themselves
     data            the data door: images, normalised and varied as they are fed

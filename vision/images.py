@@ -100,6 +100,14 @@ def upright(image: Any, transpose: Callable[[Any], Any]) -> Any:
         return image
 
 
+def content_of(key: str, file: File) -> bytes:
+    try:
+        with file.stream() as stream:
+            return stream.read()  # type: ignore[no-any-return]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{key}: the file {file.name} cannot be read ({describe(error)}); restore it or leave it out.") from error
+
+
 # IDX: two zero bytes, the type, the number of dims, each dim as a big-endian uint32, the values (LeCun's MNIST page).
 
 
@@ -131,11 +139,7 @@ def labels_of(key: str, file: File) -> File:
 
 
 def read_idx(file: File, ranks: tuple[int, ...]) -> np.ndarray:
-    try:
-        with file.stream() as stream:
-            content = stream.read()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"data.path: the file {file.name} cannot be read ({describe(error)}); restore it.") from error
+    content = content_of("data.path", file)
     head = 4 + 4 * content[3] if len(content) > 3 else 4
     if content[:3] != bytes([0, 0, UNSIGNED_BYTES]) or content[3] not in ranks or len(content) < head:
         dims = " or ".join(map(str, ranks))
@@ -185,12 +189,7 @@ def folder_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
     if not found:
         raise RecipeError(f"{key} holds no image ({', '.join(SUFFIXES)}); give a folder with one folder for each class.")
     for file, label in found:
-        try:
-            with file.stream() as stream:
-                content = stream.read()
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise UserError(f"{key}: the file {file.name} cannot be read ({describe(error)}); restore it or leave it out.") from error
-        yield Sample(file.name, content, label)
+        yield Sample(file.name, content_of(key, file), label)
 
 
 # Tables with a column of encoded images, or of structs with "bytes", as Hugging Face's data sets have it.

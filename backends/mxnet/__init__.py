@@ -1,4 +1,4 @@
-"""The MXNet backend.
+"""The MXNet backend: recorded graphs; Gluon blocks as `gluon.Trainer` trains them.
 
 backend (with its stages), ops, routing, optimizer, arrays, collectives, tracing and adapter as in every backend; turn: which thread computes.
 """

@@ -40,9 +40,9 @@ class MXNet(Door):
         warn_if_late()
         return MXNetBackend(self.adapt(model), settings)
 
-    def adapt(self, model: Any) -> Any:
+    def own(self, model: Any) -> Any:
         if not isinstance(model, mx.gluon.Block):
-            return super().adapt(model)
+            return super().own(model)
         with turn:
             return adapter.GluonModel(model)
 

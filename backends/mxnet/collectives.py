@@ -11,6 +11,7 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
+from backends.common import largest, own_range, side_by_side, summed, swapped
 from backends.mxnet.arrays import copied_in
 from backends.mxnet.turn import turn
 from elastic.model import ops as neutral
@@ -20,36 +21,9 @@ Array = Any  # mx.np.ndarray
 Move = Callable[[Any, np.ndarray, int], np.ndarray]  # over an axis, of a dim of this length in all
 
 
-def total(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
-    return axis.sum(x.reshape(-1)).reshape(x.shape)
-
-
-def largest(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
-    return axis.max(x.reshape(-1)).reshape(x.shape)
-
-
-def swapped(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
-    counts = [x.size // axis.size] * axis.size
-    return axis.exchange(x.reshape(-1), counts, counts).reshape(x.shape)
-
-
-def side_by_side(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
-    """Parts of the last dim, the shorter ones filled up on their way."""
-    lead, width = x.shape[:-1], -(-length // axis.size)
-    filled = np.zeros((*lead, width), x.dtype)
-    filled[..., :x.shape[-1]] = x
-    parts = axis.gather(filled.reshape(-1))
-    return np.concatenate([part.reshape(*lead, width)[..., :span(length, axis.size, r)[1]] for r, part in enumerate(parts)], axis=-1)
-
-
-def own_stretch(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
-    start, count = axis.span(length)
-    return np.ascontiguousarray(x[..., start:start + count])
-
-
 # by kind: forward, and what becomes of the gradient; None: it stays as it is
 MOVES: dict[str, tuple[Move | None, Move | None]] = {
-    "enter": (None, total), "leave": (total, None), "collect": (side_by_side, own_stretch), "exchange": (swapped, swapped), "peak": (largest, None)}
+    "enter": (None, summed), "leave": (summed, None), "collect": (side_by_side, own_range), "exchange": (swapped, swapped), "peak": (largest, None)}
 
 
 class AcrossOps(neutral.Kernels):

@@ -1,6 +1,6 @@
 """`elastic.model.ops.Ops` on MXNet's native kernels. The shapes are documented there.
 
-Calls must stand inside `shapes()`: without it MXNet takes a dim of length 0 and a shape () for "unknown".
+Calls must stand inside `mx.util.np_shape(True)`: without it MXNet takes a dim of length 0 and a shape () for "unknown".
 """
 
 from __future__ import annotations
@@ -23,11 +23,6 @@ from backends.mxnet.routing import ChoiceOps
 from elastic.model import ops as neutral
 
 Array = Any  # mx.np.ndarray
-
-
-def shapes(active: bool = True) -> Any:
-    """A context in which arrays may have the shape (), in the calling thread; or in which they may not."""
-    return mx.util.np_shape(active)
 
 
 class MXNetOps(AcrossOps, ChoiceOps):

@@ -12,7 +12,6 @@ from typing import Any
 
 import mxnet as mx
 
-from elastic.errors import UserError
 from elastic.model.backend import UpdateRule
 
 Array = Any  # an mx.nd.NDArray
@@ -20,8 +19,6 @@ Array = Any  # an mx.nd.NDArray
 
 def apply(rule: UpdateRule, param: Array, grad: Array, slots: Mapping[str, Array]) -> None:
     """One step in place on one block; `grad` may be overwritten."""
-    if rule.name not in STEPS:
-        raise UserError(f"optimizer.name = {rule.name!r} is not one of {', '.join(STEPS)}.")
     STEPS[rule.name](rule, param, grad, slots)
 
 

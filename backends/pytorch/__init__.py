@@ -1,4 +1,4 @@
-"""The PyTorch backend.
+"""The PyTorch backend: models of named arrays, and users' own modules as the objects that they are.
 
 backend is the door; neutral, the Backend for models of named arrays, and module, the one for users' own modules, which adapter describes, watch
 looks into and rehearsal tries out; ops, optimizer, arrays, collectives and stages as in every backend; export: files for torch's own loading.

@@ -31,8 +31,8 @@ class Torch(Door):
         model = self.adapt(model)
         return ModuleBackend(model, settings) if isinstance(model, ModuleModel) else TorchBackend(model, settings)
 
-    def adapt(self, model: Model | torch.nn.Module) -> Any:
-        return ModuleModel(model) if isinstance(model, torch.nn.Module) else super().adapt(model)
+    def own(self, model: Any) -> Any:
+        return ModuleModel(model) if isinstance(model, torch.nn.Module) else super().own(model)
 
     def construct(self, factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
         """UserError for a module that was there before: what one worker trains must be its own, and begin as every other's."""

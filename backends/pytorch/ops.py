@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from backends.common import matrix_product
 from backends.pytorch import collectives
 from elastic.model import ops as neutral
 
@@ -87,18 +87,16 @@ class TorchOps(neutral.Kernels):
         return x.mean() if axes is None and not keep else x.mean(_axes(x, axes), keepdim=keep)
 
     def contract(self, equation: str, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
-        plan = contraction_plan.__wrapped__ if torch.compiler.is_compiling() else contraction_plan  # a tracer sees no caches
-        kind, lead, trail = plan(equation)
-        if kind == "einsum":
+        plan = (matrix_product.__wrapped__ if torch.compiler.is_compiling() else matrix_product)(equation)  # a tracer sees no caches
+        if plan is None:
             out = torch.einsum(equation, x, y)
             return out if bias is None else out + bias
-        left = x.shape[:lead]
-        if kind == "product":  # (lead, k) (k, trail)
-            right = y.shape[y.dim() - trail:]
+        lead, trail, turned = plan
+        left, right = x.shape[:lead], y.shape[:trail] if turned else y.shape[y.dim() - trail:]
+        if not turned:
             flat_x, flat_y = x.reshape(left.numel(), -1), y.reshape(-1, right.numel())
             out = flat_x.mm(flat_y) if bias is None else torch.addmm(bias.reshape(-1), flat_x, flat_y)
-        else:  # (lead, k) (trail, k)
-            right = y.shape[:trail]
+        else:
             out = F.linear(x.reshape(left.numel(), -1), y.reshape(right.numel(), -1), None if bias is None else bias.reshape(-1))
         return out.view(left + right)
 
@@ -238,25 +236,6 @@ def channels_last(x: Tensor) -> Tensor:
 
 def _axes(x: Tensor, axes: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(range(x.dim())) if axes is None else tuple(axes)
-
-
-@functools.cache
-def contraction_plan(equation: str) -> tuple[str, int, int]:
-    """How to compute an equation, with the number of leading and trailing dims of the result.
-
-    "product" where it is one matrix product (lead k, k trail), "linear" for (lead k, trail k), else "einsum".
-    """
-    inputs, out = equation.replace(" ", "").split("->")
-    left, right = inputs.split(",")
-    inner = [letter for letter in left if letter in right and letter not in out]
-    k = "".join(inner)
-    lead, trail = left.removesuffix(k), right.replace(k, "") if k else ""
-    if k and left == lead + k and out == lead + trail:
-        if right == k + trail:
-            return "product", len(lead), len(trail)
-        if right == trail + k:
-            return "linear", len(lead), len(trail)
-    return "einsum", 0, 0
 
 
 def _signed(number: int) -> int:

@@ -6,15 +6,14 @@ multiples the tail falls on the same elements however the buffer is shared out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from elastic.errors import UserError
 from elastic.model.backend import UpdateRule
 
-Blocks = Sequence[torch.Tensor]
+Blocks = tuple[torch.Tensor, ...]
 
 
 def apply(rule: UpdateRule, params: Blocks, grads: Blocks, slots: Mapping[str, Blocks]) -> None:
@@ -33,10 +32,8 @@ def apply(rule: UpdateRule, params: Blocks, grads: Blocks, slots: Mapping[str, B
         torch._fused_sgd_(params, grads, slots["momentum"] if rule.momentum else [], weight_decay=rule.weight_decay,
                           momentum=rule.momentum, lr=rule.lr, dampening=0.0, nesterov=False, maximize=False,
                           is_first_step=False, grad_scale=unscale)
-    elif rule.name == "adagrad":
-        adagrad(rule, params, grads, slots["sum"], unscale)
     else:
-        raise UserError(f"optimizer.name = {rule.name!r} is not one of adamw, adam, sgd, adagrad.")
+        adagrad(rule, params, grads, slots["sum"], unscale)
 
 
 def adagrad(rule: UpdateRule, params: Blocks, grads: Blocks, sums: Blocks, unscale: torch.Tensor | None) -> None:

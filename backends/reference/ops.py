@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from backends.common import largest, own_range, side_by_side, summed, swapped
 from backends.reference.tape import record, value_of
 from elastic.model import ops as neutral
-from elastic.parallel.axis import span
 
 Array = Any  # a Variable or a NumPy array
 
@@ -196,22 +196,17 @@ class ReferenceOps(neutral.Kernels):
         return function(*arrays)  # an oracle may keep everything
 
     def _enter(self, x: Array, dim: str) -> Array:
-        return record(value_of(x), (x,), lambda g: (summed(g, self.axes[dim]),))
+        return record(value_of(x), (x,), lambda g: (summed(self.axes[dim], g),))
 
     def _leave(self, x: Array, dim: str) -> Array:
-        return record(summed(value_of(x), self.axes[dim]), (x,), lambda g: (g,))
+        return record(summed(self.axes[dim], value_of(x)), (x,), lambda g: (g,))
 
     def _collect(self, x: Array, dim: str, length: int) -> Array:
-        axis, value = self.axes[dim], value_of(x)
-        start, count = axis.span(length)
-        widest = -(-length // axis.size)  # all must give as much
-        mine = np.zeros((*value.shape[:-1], widest), value.dtype)
-        mine[..., :count] = value
-        parts = [part.reshape(mine.shape)[..., :span(length, axis.size, r)[1]] for r, part in enumerate(axis.gather(mine.reshape(-1)))]
-        return record(np.concatenate(parts, -1), (x,), lambda g: (g[..., start:start + count],))
+        axis = self.axes[dim]
+        return record(side_by_side(axis, value_of(x), length), (x,), lambda g: (own_range(axis, g, length),))
 
     def _exchange(self, x: Array, dim: str) -> Array:
-        return record(swapped(value_of(x), self.axes[dim]), (x,), lambda g: (swapped(g, self.axes[dim]),))
+        return record(swapped(self.axes[dim], value_of(x)), (x,), lambda g: (swapped(self.axes[dim], g),))
 
     def attach(self, x: Array, penalty: Array) -> Array:
         return record(value_of(x), (x, penalty), lambda g: (g, np.ones_like(value_of(penalty))))
@@ -278,11 +273,11 @@ class ReferenceOps(neutral.Kernels):
     def _split_cross_entropy(self, logits: Array, targets: Array, weights: Array, axis: Any, length: int) -> Array:
         start, count = axis.span(length)
         value, classes = value_of(logits), np.arange(start, start + count)
-        highest = axis.max(value.max(axis=-1, initial=-np.inf).reshape(-1)).reshape(*targets.shape, 1)
+        highest = largest(axis, value.max(axis=-1, initial=-np.inf))[..., None]
         shifted = np.exp(value - highest)
         chosen = targets[..., None] == classes
         mine = np.stack((shifted.sum(axis=-1), np.where(chosen, value, 0).sum(axis=-1)))
-        total, logit = axis.sum(mine.reshape(-1)).reshape(mine.shape)
+        total, logit = summed(axis, mine)
         each = np.log(total) + highest[..., 0] - logit
         slope = value_of(weights)[..., None] * (shifted / total[..., None] - chosen)
         return record((each * value_of(weights)).sum(), (logits,), lambda g: (g * slope,))
@@ -302,21 +297,6 @@ class ReferenceOps(neutral.Kernels):
 
     def _number(self, number: float) -> np.ndarray:
         return np.asarray(number, self.dtype)  # a bare float64 scalar array would widen float32 ones
-
-
-def flat(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x).reshape(-1)
-
-
-def summed(x: np.ndarray, axis: Any) -> np.ndarray:
-    """The sum over an axis, of x's shape."""
-    return axis.sum(flat(x)).reshape(x.shape)
-
-
-def swapped(x: np.ndarray, axis: Any) -> np.ndarray:
-    """Slice i of x (parts, ...) to place i, and in its stead what came from there."""
-    counts = [x[0].size] * axis.size
-    return axis.exchange(flat(x), counts, counts).reshape(x.shape)
 
 
 def padded(x: np.ndarray, padding: int, value: float) -> np.ndarray:

@@ -10,14 +10,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from elastic.errors import UserError
 from elastic.model.backend import UpdateRule
 
 
 def apply(rule: UpdateRule, param: np.ndarray, grad: np.ndarray, slots: Mapping[str, np.ndarray]) -> None:
     steps = {"adamw": adam, "adam": adam, "sgd": sgd, "adagrad": adagrad}
-    if rule.name not in steps:
-        raise UserError(f"optimizer.name = {rule.name!r} is not one of {', '.join(steps)}.")
     gradient = grad * param.dtype.type(rule.scale)
     if rule.name == "adamw":
         param *= 1 - rule.lr * rule.weight_decay

@@ -43,12 +43,10 @@ class TensorFlow(Door):
         """`settings` has device ("cpu", "auto"), precision ("float32", "float64"), threads and compile. UserError."""
         return TensorFlowBackend(self.adapt(model), settings)
 
-    def adapt(self, model: Model | Any) -> Any:
-        if isinstance(getattr(model, "parameters", None), Mapping):
-            return model
+    def own(self, model: Any) -> Any:
         from backends.tensorflow.adapter import KerasModel, keras
 
-        return KerasModel(model) if isinstance(model, keras.Model) else super().adapt(model)
+        return KerasModel(model) if isinstance(model, keras.Model) else super().own(model)
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:

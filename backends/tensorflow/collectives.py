@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from elastic.mesh import shards_of
+from backends.common import largest, side_by_side, summed, swapped
 from elastic.model import ops as neutral
 
 if TYPE_CHECKING:
@@ -48,16 +48,10 @@ class SplitKernels(neutral.Kernels):
         return kernel(x)
 
     def _collect(self, x: Tensor, dim: str, length: int) -> Tensor:
-        size = self.degree(dim)
-        most = -(-length // size)
         lead = tuple(x.shape)[:-1]
-        spans = [shards_of(part, size, length) for part in range(size)]
 
         def host(own: np.ndarray) -> np.ndarray:
-            filled = np.zeros((*lead, most), own.dtype)
-            filled[..., :own.shape[-1]] = own
-            parts = self.axes[dim].gather(filled.reshape(-1))
-            return np.concatenate([part.reshape(filled.shape)[..., :len(span)] for part, span in zip(parts, spans)], -1)
+            return side_by_side(self.axes[dim], own, length)
 
         @tf.custom_gradient
         def kernel(x: Tensor) -> tuple[Tensor, Pull]:
@@ -67,11 +61,10 @@ class SplitKernels(neutral.Kernels):
         return kernel(x)
 
     def _exchange(self, x: Tensor, dim: str) -> Tensor:
-        shape, size = tuple(x.shape), self.degree(dim)
+        shape = tuple(x.shape)
 
         def host(own: np.ndarray) -> np.ndarray:
-            counts = [own.size // size] * size
-            return self.axes[dim].exchange(flat(own), counts, counts).reshape(shape)
+            return swapped(self.axes[dim], np.array(own))  # a copy, as below
 
         @tf.custom_gradient
         def kernel(x: Tensor) -> tuple[Tensor, Pull]:
@@ -98,7 +91,8 @@ class SplitKernels(neutral.Kernels):
 
         @tf.custom_gradient
         def kernel(logits: Tensor) -> tuple[Tensor, Pull]:
-            highest = self._between(tf.reduce_max(logits, 1), (num_rows,), lambda own: self.axes[dim].max(flat(own)))
+            # a copy: TensorFlow's own memory may not be written to, and libraries warn of what may not
+            highest = self._between(tf.reduce_max(logits, 1), (num_rows,), lambda own: largest(self.axes[dim], np.array(own)))
             shifted = logits - highest[:, None]
             each = tf.exp(shifted)
             own = tf.where(here, tf.gather(shifted, local, batch_dims=1), tf.zeros((), logits.dtype))
@@ -126,16 +120,10 @@ class SplitKernels(neutral.Kernels):
 
     def _sum(self, x: Tensor, dim: str) -> Tensor:
         x = tf.convert_to_tensor(x)
-        shape = tuple(x.shape)
-        return self._between(x, shape, lambda own: self.axes[dim].sum(own.reshape(-1)).reshape(shape))
+        return self._between(x, tuple(x.shape), lambda own: summed(self.axes[dim], own))
 
     def _between(self, x: Tensor, shape: Sequence[int], host: Callable[[np.ndarray], np.ndarray]) -> Tensor:
         if tf.executing_eagerly():
             return tf.constant(host(np.asarray(x)))
         assert self.recording is not None, "a collective in a graph that is no program"
         return self.recording.cut(x, shape, host)
-
-
-def flat(x: np.ndarray) -> np.ndarray:
-    """A copy: TensorFlow's own memory may not be written to, and libraries warn of what may not."""
-    return np.array(x).reshape(-1)

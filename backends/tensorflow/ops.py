@@ -5,13 +5,13 @@ Shapes must be known when a function is traced. A seed may be a Python number or
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from backends.common import matrix_product
 from backends.tensorflow.collectives import SplitKernels
 
 # isort: split
@@ -86,7 +86,7 @@ class TensorFlowOps(SplitKernels):
         return tf.reduce_mean(x, None if axes is None else tuple(axes), keepdims=keep)
 
     def contract(self, equation: str, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
-        lead, trail, turned = contraction_plan(equation)
+        lead, trail, turned = matrix_product(equation) or (0, 0, False)
         if not trail:
             out = tf.einsum(equation, x, y)
             return out if bias is None else out + bias
@@ -220,20 +220,6 @@ class TensorFlowOps(SplitKernels):
 def around(padding: int) -> list[list[int]]:
     both = [padding, padding]
     return [[0, 0], both, both, [0, 0]]
-
-
-@functools.cache
-def contraction_plan(equation: str) -> tuple[int, int, bool]:
-    """(lead, trail, turned) where an equation is one matrix product: the first has `lead` dims, then the inner ones; the second
-    these and then `trail` dims, or the other way round if `turned`. (0, 0, False) where it is none.
-    """
-    inputs, out = equation.replace(" ", "").split("->")
-    left, right = inputs.split(",")
-    inner = "".join(letter for letter in left if letter in right and letter not in out)
-    lead, trail = left.removesuffix(inner), right.replace(inner, "") if inner else ""
-    if inner and trail and left == lead + inner and out == lead + trail and right in (inner + trail, trail + inner):
-        return len(lead), len(trail), right == trail + inner
-    return 0, 0, False
 
 
 @tf.custom_gradient

@@ -1,7 +1,7 @@
 """Optimizer steps on flat NumPy ranges, in place.
 
 TensorFlow's own updates write to variables, and those copy a buffer that anybody else holds. These are elementwise NumPy loops of
-exactly rounded operations, so no cut of a range can show in the bits; a stretch at a time, so that its temporaries stay in the cache.
+exactly rounded operations, so no cut of a range can show in the bits; a range at a time, so that its temporaries stay in the cache.
 Formulas: AdamW, Loshchilov and Hutter 2019, algorithm 2; Adam, Kingma and Ba 2015, algorithm 1; SGD, Sutskever et al. 2013 with
 v = momentum v + g; Adagrad, Duchi et al. 2011, diagonal.
 """
@@ -12,22 +12,18 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from elastic.errors import UserError
 from elastic.model.backend import UpdateRule
 
-STRETCH = 65_536  # elements; 256 KB: shorter ones cost more in calls than they save in the cache
+RANGE = 65_536  # elements; 256 KB: shorter ones cost more in calls than they save in the cache
 
 Array = np.ndarray
 
 
 def apply(rule: UpdateRule, param: Array, grad: Array, slots: Mapping[str, Array]) -> None:
-    """One step in place; `grad` is overwritten. UserError names an unknown rule."""
-    steps = {"adamw": adam, "adam": adam, "sgd": sgd, "adagrad": adagrad}
-    if rule.name not in steps:
-        raise UserError(f"optimizer.name = {rule.name!r} is not one of {', '.join(steps)}.")
-    step, rooms = steps[rule.name], np.empty((2, min(STRETCH, len(param))), param.dtype)
-    for start in range(0, len(param), STRETCH):
-        cut = slice(start, start + STRETCH)
+    """One step in place; `grad` is overwritten."""
+    step, rooms = {"adamw": adam, "adam": adam, "sgd": sgd, "adagrad": adagrad}[rule.name], np.empty((2, min(RANGE, len(param))), param.dtype)
+    for start in range(0, len(param), RANGE):
+        cut = slice(start, start + RANGE)
         p, g, scale = param[cut], grad[cut], rule.scale
         room = rooms[:, :len(p)]
         if rule.name == "adamw":

@@ -138,6 +138,9 @@ class Habits:
     undivided: str = ""
 
 
+SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",), "adagrad": ("sum",)}
+
+
 @dataclass(frozen=True)
 class UpdateRule:
     """One optimizer step on flat buffers; plain numbers, already scheduled for this step.
@@ -154,6 +157,10 @@ class UpdateRule:
     beta2: float
     eps: float
     momentum: float
+
+    def __post_init__(self) -> None:
+        if self.name not in SLOTS:
+            raise UserError(f"optimizer.name = {self.name!r} is not one of {', '.join(SLOTS)}.")
 
 
 class Backend(Protocol):
@@ -277,6 +284,3 @@ class Framework(Protocol):
 
     def seeded(self, seed: int) -> AbstractContextManager[None]:
         """Inside, all that a user's code may draw from starts from `seed`; then it is as before."""
-
-
-SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",), "adagrad": ("sum",)}

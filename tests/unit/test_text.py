@@ -17,7 +17,6 @@ import pytest
 from elastic.data import Sampler, eval_batches, load_batch
 from elastic.errors import RecipeError, UserError
 from nlp import data
-from nlp.metrics import bits_per_character, perplexity
 from tests.support.tables import write
 
 TEXT = "".join(f"Line {n}: the quick brown fox jumps over the lazy dog, {n * n} times.\n" for n in range(60)) + "ñandú → 😀 äöü\n" * 8
@@ -208,12 +207,6 @@ def test_an_unknown_character_in_a_prompt_is_named(text_file: Path, tmp_path: Pa
     info = data.prepare(section([str(text_file)]), {"context": 16}, tmp_path)
     with pytest.raises(UserError, match="'§'"):
         data.encode(info, "fox § dog")
-
-
-def test_losses_in_other_units() -> None:
-    assert perplexity(np.log(65.0)) == pytest.approx(65.0)
-    assert perplexity(1e6) == float("inf")
-    assert bits_per_character(np.log(2.0) * 3, 50, 100) == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv"])
