@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from elastic.collective.group import SLICE_S
-from elastic.collective.kv_store import Endpoint, StoreClient
+from elastic.collective.kv_store import StoreClient
 from elastic.errors import GroupBroken, UserError
 
-__all__ = ["Door", "Endpoint", "call_leaving", "drop"]
+__all__ = ["Door", "call_leaving", "drop"]
 T = TypeVar("T")
 
 

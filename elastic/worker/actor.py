@@ -66,9 +66,11 @@ class ProcessRim:
     """A Ray worker process's surroundings."""
 
     def __init__(self, name: str, job: Job, controller: Any, timeout_s: float):
+        from elastic.collective.kv_store import Endpoint
         from elastic.collective.segment import usable
-        from elastic.collective.torch_store import Endpoint
 
+        if not job.is_local:
+            import elastic.collective.gloo  # noqa: F401 - torch, whose import takes a second: not when a node has joined
         self.name, self.run_id, self.secret, self.controller, self.timeout_s = name, job.run_id, job.secret, controller, timeout_s
         self.node = ray.get_runtime_context().get_node_id()
         self.pid = os.getpid()
