@@ -45,8 +45,8 @@ def test_kills_during_a_recovery(tmp_path: Path) -> None:
 
 def test_live_scaling(tmp_path: Path) -> None:
     """2 -> 3 -> 1 -> 2. Spares are warm already, so that each size is reached at its step."""
-    given = module_recipe("Held", STEPS, model={"by": str(tmp_path / "held")}, checkpoint={"every_steps": 16},
-                          elastic={"max_workers": 3, "spares": 1, "logical_shards": 4, "hang_timeout_s": 20.0})
+    given = module_recipe("Held", STEPS, model={"by": str(tmp_path / "held")}, checkpoint={"every_steps": 16}, data={"batch_size": 12},
+                          elastic={"max_workers": 3, "spares": 1, "logical_shards": 6, "hang_timeout_s": 20.0})
     oracle = undisturbed(given)
     (tmp_path / "held").touch()  # each resize comes before the next is asked for
     result = Trainer(given, tmp_path / "run", "local", ["scale:2@1", "scale:3@12", "scale:1@24", "scale:2@36"]).fit()
