@@ -7,10 +7,11 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray
-from ray._private import services
+from ray._private import parameter, services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from elastic.errors import UserError
@@ -33,7 +34,7 @@ def connected(address: str, recipe: Recipe | None = None) -> Iterator[str]:
     try:
         if address == "local":
             cpus = recipe.elastic.max_workers + recipe.elastic.spares + 1 if recipe else 1
-            with apart():
+            with alone():
                 ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
         else:
             # Ray gives a cluster a token by default, but shows it at an explicit address only where RAY_AUTH_MODE says so.
@@ -56,14 +57,17 @@ class Apart(services.ConsolePopen):
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Ray processes that are started inside get no signal that is meant for the command's process group: it ends the run in order first."""
-    before = services.ConsolePopen
-    services.ConsolePopen = Apart
+def alone() -> Iterator[None]:
+    """A Ray that is started inside is one command's. Its processes get no signal that is meant for the command's process group, which ends the run
+    in order first; and those that nobody would ask are not started: the autoscaler, the dashboard's head and the reader of logs.
+    """
+    before = services.ConsolePopen, services.start_api_server, parameter.RayParams
+    services.ConsolePopen, services.start_api_server = Apart, lambda *_, **__: (None, None)
+    parameter.RayParams = partial(parameter.RayParams, no_monitor=True, include_log_monitor=False)
     try:
         yield
     finally:
-        services.ConsolePopen = before
+        services.ConsolePopen, services.start_api_server, parameter.RayParams = before
 
 
 def answers(address: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from elastic.checkpoint.manager import committed
 from elastic.driver.inference import check_checkpoint
 from elastic.driver.rundir import checkpoints_of, newest_of
-from elastic.driver.trainer import Trainer
 from elastic.driver.trust import check_trust
 from elastic.errors import RunFailed, UserError
 from elastic.observe.run_files import RECIPE, lines_of, recipe_of, summary_of
@@ -44,6 +43,8 @@ def elsewhere(location: str) -> dict[str, str]:
 def replay(run_dir: Path, address: str = "local", trust: bool = False) -> Verdict:
     """Trains the same recipe again with one worker that nobody disturbs, and compares the bits. UserError where that has nothing to say, as of
     data that are not those the run began with."""
+    from elastic.driver.trainer import Trainer  # Ray, which hashes and lines need none of
+
     trained = recipe_of(run_dir)
     mesh = trained.mesh
     recipe = load_recipe(run_dir / RECIPE, undisturbed(mesh.replica_size))

@@ -71,6 +71,8 @@ class ProcessRim:
         from elastic.collective.segment import usable
         from elastic.worker.outbox import Outbox
 
+        if not job.is_local:
+            import elastic.collective.gloo  # noqa: F401 - torch, whose import takes a second: not when a node has joined
         self.name, self.run_id, self.secret, self.timeout_s = name, job.run_id, job.secret, timeout_s
         self.controller = controller = ray.get_actor(f"{job.run_id}/controller", NAMESPACE)
         self.node = ray.get_runtime_context().get_node_id()

@@ -16,10 +16,11 @@ from ray._private.state import actors
 from elastic.driver.trainer import Trainer
 from elastic.observe.jsonl import read_lines
 from tests.support.attacks import under_attack
-from tests.support.inprocess import fit, gpt_recipe
+from tests.support.inprocess import module_recipe
+from tests.support.oracle import undisturbed
 from tests.support.runs import assert_sound, events
 
-STEPS, ROOM = 200, 60  # descriptors that a worker may have beside those that it has
+STEPS, ROOM = 40, 60  # descriptors that a worker may have beside those that it has
 
 
 def ours(pids: list[int]) -> list[tuple[str, int]]:
@@ -35,10 +36,12 @@ def ours_among(found: list[Any], ray: set[int]) -> list[tuple[str, int]]:
 
 
 class Attacker:
-    """Follows a run. Each time that its group has three members it attacks all ports, takes away descriptors and kills one, twice in all."""
+    """Follows a run. Each time that its group has three members it attacks all ports, takes away descriptors and kills one, twice in all.
+    Then it takes `hold` away.
+    """
 
-    def __init__(self, run_dir: Path, held: ExitStack):
-        self.run_dir, self.held = run_dir, held
+    def __init__(self, run_dir: Path, held: ExitStack, hold: Path):
+        self.run_dir, self.held, self.hold = run_dir, held, hold
         self.controller, self.due = 0, [2, 0]  # ranks to kill: one of many, and the one at whose store they have met
         self.ports: list[tuple[str, int]] = []
         self.live, self.made = "", 0
@@ -60,19 +63,21 @@ class Attacker:
         self.made += self.held.enter_context(under_attack([port for _, port in ports]))
         self.live = (self.run_dir / "live.json").read_text()
         os.kill(workers[self.due.pop(0)], signal.SIGKILL)
+        if not self.due:
+            self.hold.unlink()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_ray")
 def test_attacks_on_all_ports_and_kills_change_nothing(tmp_path: Path) -> None:
-    text = tmp_path / "a.txt"
-    text.write_text("".join(f"{n} times {n} is {n * n}; " for n in range(400)))
-    recipe = gpt_recipe(text, STEPS, backend={"name": "reference", "threads": 1}, run={"eval_every": 0}, checkpoint={"every_steps": 150},
-                        elastic={"max_workers": 3, "min_workers": 3, "hang_timeout_s": 20.0})
-    oracle = fit(tmp_path / "oracle", recipe)  # with a replacement missing the run waits, so both attacks meet it alive
+    hold = tmp_path / "hold"
+    recipe = module_recipe("Held", STEPS, model={"by": str(hold), "seconds": 0.5}, checkpoint={"every_steps": 0},
+                           elastic={"max_workers": 3, "min_workers": 3, "hang_timeout_s": 20.0})
+    oracle = undisturbed(recipe)
+    hold.touch()  # both attacks meet the run alive
     run_dir = tmp_path / "run"
     with ExitStack() as held:
-        attacker = Attacker(run_dir, held)
+        attacker = Attacker(run_dir, held, hold)
         result = Trainer(recipe, run_dir).fit(on_event=attacker.on_event)
     assert not attacker.due and attacker.made > 300
     assert {host for host, _ in attacker.ports} == {"127.0.0.1"}, "nobody elsewhere is to reach a local run"

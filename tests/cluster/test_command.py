@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from elastic.cli import run
+from elastic.driver.inference import check_checkpoint
+from elastic.observe.jsonl import read_lines
+from elastic.observe.metrics import steps_of
+from elastic.observe.verify import verify
 from elastic.recipe import load_recipe
 from tests.support.ends import ERRORS, LOSSES, SIGNALS, End
 from tests.support.oracle import undisturbed
@@ -42,7 +47,6 @@ logical_shards = 4
 [checkpoint]
 every_steps = 20
 """
-SLOW = ["--set", "run.steps=100000", "--set", "run.eval_every=0"]
 
 
 @pytest.fixture
@@ -99,26 +103,6 @@ def test_train_verify_replay_evaluate_sample(trained: Path) -> None:
     assert len(written.stdout.rstrip("\n")) >= 20
 
 
-def test_interrupted_then_resumed_ends_with_the_same_bits(here: Path) -> None:
-    steps = 0
-    for begin, name in ((["train", "r.toml", "--run-dir", "run", *SLOW], "group"), (["resume", "run"], "interrupt")):
-        process = subprocess.Popen([*ELASTIC, *begin], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
-        assert any("checkpoint step-" in line for line in process.stdout)
-        if name == "group":
-            os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: to all that the command has in its group
-        else:
-            process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-        before, steps = steps, assert_interrupted(here / "run", process, err, SIGNALS[name])
-        assert steps > before
-    resumed = elastic(here, "resume", "run", "--set", f"run.steps={steps + 50}")
-    assert resumed.returncode == 0, resumed.stderr
-    assert summary(here / "run")["state_sha256"] == undisturbed(load_recipe(here / "run" / "recipe.toml")).sha
-    assert summary(here / "run")["steps"] == steps + 50
-    assert elastic(here, "verify", "run").returncode == 0
-
-
 OWN = """
 import time, torch
 class Net(torch.nn.Module):
@@ -150,75 +134,121 @@ def test_two_interrupts_end_a_run_at_once_and_in_order(here: Path) -> None:
     assert not psutil.wait_procs(family, timeout=60)[1], "with its command a local run ends"
 
 
-def test_a_killed_driver_leaves_a_run_that_resumes(here: Path) -> None:
-    """With a local Ray everything ends with the driver; what is left is the newest checkpoint, and metrics beyond it are cut."""
-    process = subprocess.Popen([*ELASTIC, "train", "r.toml", "--run-dir", "run", *SLOW], cwd=here, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
-    for line in process.stdout:
-        if "checkpoint step-00000040" in line:
-            break
-    family = psutil.Process(process.pid).children(recursive=True)
-    agents = [member for member in family if "Agent" in " ".join(member.cmdline())]  # Ray's own, which notice after a minute
-    process.kill()
-    assert 128 - process.wait() == LOSSES["driver and its Ray"].code
-    for agent in agents:
-        agent.kill()
-    assert not psutil.wait_procs(family, timeout=60)[1], "with its driver a local run ends"
-    resumed = elastic(here, "resume", "run", "--set", "run.steps=120")
-    assert resumed.returncode == 0, resumed.stderr
-    events = [json.loads(line) for line in (here / "run" / "events.jsonl").read_text().splitlines()]
-    (rewound,) = [e for e in events if e["event"] == "rewound"]
-    assert rewound["from"] >= rewound["to"] >= 40
-    assert elastic(here, "verify", "run").returncode == 0
+class Live:
+    """A command whose run lives. `said` are its lines so far."""
+
+    def __init__(self, here: Path, *arguments: str):
+        self.here, self.said = here, list[str]()
+        self.process = subprocess.Popen([*ELASTIC, *arguments], cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+    def wait_for(self, words: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line)
+            if words in line:
+                return
+        raise AssertionError("".join(self.said))
+
+    def ends(self, end: End) -> int:
+        """As the table of ends says; the step that is saved."""
+        self.said += [self.process.communicate(timeout=120)[0]]
+        return assert_interrupted(self.here / "run", self.process, "".join(self.said), end)
+
+    def ends_with_its_ray(self) -> None:
+        """Killed. Ray's own agents, which notice after a minute, are not waited for."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        agents = [member for member in family if "Agent" in " ".join(member.cmdline())]
+        self.process.kill()
+        assert 128 - self.process.wait() == LOSSES["driver and its Ray"].code
+        for agent in agents:
+            agent.kill()
+        assert not psutil.wait_procs(family, timeout=60)[1], "with its driver a local run ends"
 
 
-def test_of_two_resumes_at_once_one_goes_on_and_the_other_changes_nothing(trained: Path, here: Path) -> None:
-    shutil.copytree(trained / "run", here / "run")
-    both = [subprocess.Popen([*ELASTIC, "resume", "run", "--set", "run.steps=460"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}) for _ in range(2)]
-    said = [process.communicate(timeout=240)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], said
-    (refused,) = [err for process, err in zip(both, said) if process.returncode == 2]
+@pytest.fixture
+def lasting(here: Path) -> Path:
+    """Its shards take long as long as the file `held` is there; the run is `held.toml`."""
+    (here / "held").touch()
+    (here / "held.toml").write_text(f"""
+[run]
+steps = 100_000
+eval_every = 0
+[model]
+kind = "tests.support.modules:Held"
+by = "{here / "held"}"
+seconds = 0.2
+[data]
+kind = "tests.support.modules:Rows"
+batch_size = 8
+eval_fraction = 0.0
+[elastic]
+max_workers = 2
+logical_shards = 4
+[checkpoint]
+every_steps = 2
+""")
+    return here
+
+
+def test_a_run_that_signals_and_a_kill_end_and_two_resume_at_once_has_the_bits_of_an_undisturbed_one(lasting: Path) -> None:
+    """First it is looked at and scaled, alive. Once its driver is killed, what is left is the newest checkpoint, and metrics beyond it are cut."""
+    run, steps = lasting / "run", [0]
+    live = Live(lasting, "train", "held.toml", "--run-dir", "run")
+    live.wait_for("generation 1: 2 workers")
+    assert elastic(lasting, "scale", "run", "--workers", "1").returncode == 0
+    live.wait_for("generation 2: 1 worker")
+    assert "1 worker" in elastic(lasting, "status", "run").stdout
+    assert_one_sentence(elastic(lasting, "scale", "run", "--workers", "9"), 2, "--workers 9", "elastic.max_workers = 2")
+    assert_one_sentence(elastic(lasting, "resume", "run", "--set", "optimizer.lr=1"), 2, "is alive")
+    for name in ("process", "group", "interrupt"):
+        if name != "process":
+            live = Live(lasting, "resume", "run")
+        live.wait_for("checkpoint step-")
+        if name == "group":
+            os.killpg(live.process.pid, signal.SIGTERM)  # as a scheduler does: to all that the command has in its group
+        else:
+            live.process.send_signal(signal.SIGTERM if name == "process" else signal.SIGINT)
+        steps.append(live.ends(SIGNALS[name]))
+    live = Live(lasting, "resume", "run")
+    live.wait_for("checkpoint step-")
+    live.ends_with_its_ray()
+    end = len(steps_of(read_lines(run / "metrics.jsonl"))) + 200
+    both = [Live(lasting, "resume", "run", "--set", f"run.steps={end}") for _ in range(2)]
+    while all(one.process.poll() is None for one in both):
+        time.sleep(0.05)
+    (lasting / "held").unlink()  # one was refused while the other was held
+    said = ["".join(one.process.communicate(timeout=240)[0]) for one in both]
+    assert sorted(one.process.returncode for one in both) == [0, 2], said
+    (refused,) = [words for one, words in zip(both, said) if one.process.returncode == 2]
     assert "is alive" in refused and len(refused.strip().splitlines()) == 1, refused
-    assert summary(here / "run")["steps"] == 460
-    events = [json.loads(line)["event"] for line in (here / "run" / "events.jsonl").read_text().splitlines()]
-    assert (events.count("run_started"), events.count("rewound"), events.count("run_finished")) == (2, 1, 2)
-    assert elastic(here, "verify", "run").returncode == 0
-
-
-def test_scale_and_status_of_a_live_run(here: Path) -> None:
-    process = subprocess.Popen([*ELASTIC, "train", "r.toml", "--run-dir", "run", *SLOW], cwd=here, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    try:
-        for line in process.stdout:
-            if "generation 1: 2 workers" in line:
-                assert elastic(here, "scale", "run", "--workers", "1").returncode == 0
-            if "generation 2: 1 worker" in line:
-                break
-        assert "1 worker" in elastic(here, "status", "run").stdout
-        assert_one_sentence(elastic(here, "scale", "run", "--workers", "9"), 2, "--workers 9", "elastic.max_workers = 2")
-        assert_one_sentence(elastic(here, "resume", "run", "--set", "optimizer.lr=1"), 2, "is alive")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=120)
-    assert_interrupted(here / "run", process, said, SIGNALS["process"])
+    assert steps == sorted(set(steps)), "each came further"
+    rewinds = [(e["from"], e["to"]) for e in read_lines(run / "events.jsonl") if e["event"] == "rewound"]
+    assert [at for at, _ in rewinds[:2]] == [to for _, to in rewinds[:2]] == steps[1:3] and rewinds[2] == (steps[3], steps[3])
+    assert len(rewinds) == 4 and rewinds[3][0] >= rewinds[3][1] > steps[3]
+    assert (summary(run)["status"], summary(run)["steps"]) == ("done", end)
+    assert summary(run)["state_sha256"] == undisturbed(load_recipe(run / "recipe.toml")).sha
+    assert not verify(run, check_checkpoint).problems
 
 
 def test_a_loss_that_is_nan_ends_the_run_with_its_place(here: Path) -> None:
-    done = elastic(here, "train", "r.toml", "--run-dir", "run", "--set", "optimizer.lr=1e38", "--set", "optimizer.name=sgd")
+    done = elastic(here, "train", "r.toml", "--run-dir", "run", "--set", "optimizer.lr=1e38", "--set", "optimizer.name=sgd",
+                   "--set", "elastic.max_workers=1")
     assert_one_sentence(done, ERRORS["nan"].code, "at step", "logical shard", "sample positions")
     assert summary(here / "run")["status"] == "failed"
 
 
-def test_nothing_is_overwritten_and_no_address_is_no_run(here: Path) -> None:
+@pytest.mark.usefixtures("no_ray")
+def test_nothing_is_overwritten_and_no_address_is_no_run(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(here)
     (here / "used").mkdir()
     (here / "used" / "precious.txt").write_text("mine")
-    assert_one_sentence(elastic(here, "train", "r.toml", "--run-dir", "used"), 2, "already in use")
+    for arguments, words in ((["used"], "already in use"), (["new", "--address", "127.0.0.1:1"], "127.0.0.1:1"),
+                             (["new", "--set", "backend.device=cuda"], "cuda"), (["new", "--set", "model.kind=nowhere:Net"], "nowhere:Net")):
+        asked = ["train", "r.toml", "--run-dir", *arguments]
+        code = run(asked)
+        assert_one_sentence(subprocess.CompletedProcess(asked, code, *capsys.readouterr()), 2, words)
     assert [p.name for p in (here / "used").iterdir()] == ["precious.txt"]
-    assert_one_sentence(elastic(here, "train", "r.toml", "--run-dir", "new", "--address", "127.0.0.1:1"), 2, "127.0.0.1:1")
-    assert not (here / "new").exists()
-    assert_one_sentence(elastic(here, "train", "r.toml", "--run-dir", "new", "--set", "backend.device=cuda"), 2, "cuda")
-    assert_one_sentence(elastic(here, "train", "r.toml", "--run-dir", "new", "--set", "model.kind=nowhere:Net"), 2, "nowhere:Net")
     assert not (here / "new").exists()
 
 

@@ -13,7 +13,9 @@ from ray.util.placement_group import placement_group_table
 
 from elastic.driver.trainer import Result, Trainer
 from elastic.worker.actor import NAMESPACE
-from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept, bits, events, recipe, train
+from tests.support.inprocess import module_recipe
+from tests.support.oracle import undisturbed
+from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept, bits, events, train
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -42,15 +44,15 @@ def assert_nothing_left(result: Result) -> None:
 
 def test_killed_while_the_group_steps(tmp_path: Path) -> None:
     """Again and again, and nobody notices; then in the middle of a recovery: each time a worker falls just after the controller."""
-    faults = [*(f"controller@{step}" for step in range(8, 40, 8)), "controller@50", "kill:1@51/reduction", "controller@80", "kill:1@81/update"]
+    faults = ["controller@6", "controller@12", "controller@18", "kill:1@19/reduction", "controller@30", "kill:1@31/update"]
     result = train(tmp_path / "run", 2, faults, elastic={"min_workers": 2})
     assert_sound(result, bits())
     assert_survivors_kept(result)
     assert_fired(result, faults)
     before = [e["event"] for e in events(result)]
     before = before[:before.index("worker_lost")]
-    assert before.count("controller_restarted") >= 4 and before.count("generation_started") == 1, "the group never noticed"
-    assert len(events(result, "controller_restarted")) == 6
+    assert before.count("controller_restarted") >= 2 and before.count("generation_started") == 1, "the group never noticed"
+    assert len(events(result, "controller_restarted")) == 4
     assert len({e["worker"] for e in events(result, "worker_lost")}) == 2
     assert_nothing_left(result)
 
@@ -58,10 +60,14 @@ def test_killed_while_the_group_steps(tmp_path: Path) -> None:
 def test_killed_at_events(tmp_path: Path) -> None:
     """While workers start, form, re-form, resize and save."""
     killer = Killer("worker_joined", "generation_started", "worker_lost", "recovered", "resized", "checkpoint_committed")
-    faults = ("scale:1@20", "scale:2@40", "kill:1@60", "kill:1@80", "kill:1@100")
-    result = Trainer(recipe(2, elastic={"spares": 1}), tmp_path / "run", "local", faults).fit(on_event=killer)
+    faults = ("scale:1@12", "scale:2@24", "kill:1@36", "kill:1@44")
+    given = module_recipe("Held", 60, model={"by": str(tmp_path / "held")}, elastic={"max_workers": 2, "spares": 1, "logical_shards": 4,
+                                                                                     "hang_timeout_s": 20.0})
+    oracle = undisturbed(given)
+    (tmp_path / "held").touch()  # each resize comes before the next is asked for
+    result = Trainer(given, tmp_path / "run", "local", faults).fit(on_event=killer)
     assert not killer.left, f"these did not come: {killer.left}"
-    assert_sound(result, bits())
+    assert_sound(result, oracle.sha, 60)
     assert_survivors_kept(result)
     assert len(events(result, "controller_restarted")) == killer.killed == 6
     assert_nothing_left(result)

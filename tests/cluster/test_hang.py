@@ -13,8 +13,8 @@ HANG_TIMEOUT_S = 3.0
 
 
 def test_a_stopped_worker_is_found_replaced_and_fenced(tmp_path: Path) -> None:
-    faults = ["stop:1@20/forward", "cont:1@40", "stop:1@60/reduction", "cont:1@80"]
-    result = train(tmp_path / "run", 3, faults, elastic={"hang_timeout_s": HANG_TIMEOUT_S, "min_workers": 2})
+    faults = ["stop:1@8/forward", "cont:1@16", "stop:1@24/reduction", "cont:1@32"]
+    result = train(tmp_path / "run", 2, faults, elastic={"hang_timeout_s": HANG_TIMEOUT_S, "min_workers": 2})
     assert_sound(result, bits())
     assert_survivors_kept(result)
     assert_fired(result, faults)

@@ -19,13 +19,16 @@ from elastic.observe.jsonl import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.recipe import dumps
 from tests.support.ends import LOSSES
+from tests.support.inprocess import module_recipe
+from tests.support.oracle import undisturbed
 from tests.support.runs import bits, recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = int(os.environ.get("ELASTIC_TEST_ROUNDS", "1"))
 STEPS = max(160, 130 * ROUNDS)  # each round gets some steps further
+CHANGES: dict[str, dict[str, Any]] = {"run": {"steps": STEPS, "eval_every": 100}, "checkpoint": {"every_steps": 25}}
 LIMIT_S = 90.0
-LONG = 400  # while three other commands come to it
+LONG = 400  # held while three other commands come to it
 
 
 def start(here: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -60,13 +63,11 @@ def with_suppressed(kill: Any) -> None:
         pass
 
 
-def changes(steps: int) -> dict[str, dict[str, Any]]:
-    return {"run": {"steps": steps, "eval_every": 100}, "checkpoint": {"every_steps": 25}}
 
 
-def assert_ended_well(run: Path, steps: int) -> list[dict[str, Any]]:
+def assert_ended_well(run: Path, steps: int, bits: str) -> list[dict[str, Any]]:
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["status"] == "done" and summary["state_sha256"] == bits(**changes(steps))
+    assert summary["status"] == "done" and summary["state_sha256"] == bits
     assert [fields["step"] for fields in steps_of(read_lines(run / "metrics.jsonl"))] == list(range(1, steps + 1))
     return read_lines(run / "events.jsonl")
 
@@ -74,7 +75,7 @@ def assert_ended_well(run: Path, steps: int) -> list[dict[str, Any]]:
 def test_everything_at_once_and_resumed(tmp_path: Path) -> None:
     """At random moments: between two checkpoints, and during one as well, as they follow each other closely."""
     chance = random.Random(7)
-    (tmp_path / "r.toml").write_text(dumps(recipe(2, **changes(STEPS))))
+    (tmp_path / "r.toml").write_text(dumps(recipe(2, **CHANGES)))
     run, reached, rewinds = tmp_path / "run", 0, 0
     process = start(tmp_path, "train", "r.toml", "--run-dir", str(run))
     for _ in range(ROUNDS):
@@ -91,27 +92,33 @@ def test_everything_at_once_and_resumed(tmp_path: Path) -> None:
             break
     out, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, out
-    lines = assert_ended_well(run, STEPS)
+    lines = assert_ended_well(run, STEPS, bits(**CHANGES))
     found = [e for e in lines if e["event"] == "rewound"]
     assert len(found) == rewinds and all(e["from"] >= e["to"] for e in found)
 
 
 def test_the_driver_alone_is_killed_and_others_follow(cluster: Cluster, tmp_path: Path) -> None:
     """On a cluster the run lives on without its driver; `resume` and `status` find it, and `--set` cannot change it. Two follow to the end."""
-    (tmp_path / "r.toml").write_text(dumps(recipe(2, **changes(LONG))))
+    (held := tmp_path / "held").touch()
+    given = module_recipe("Held", LONG, model={"by": str(held), "seconds": 0.1}, elastic={"max_workers": 2}, checkpoint={"every_steps": 25})
+    (tmp_path / "r.toml").write_text(dumps(given))
     run = tmp_path / "run"
     driver = start(tmp_path, "train", "r.toml", "--run-dir", str(run), "--address", cluster.address)
-    wait_for_step(driver, run, 20)
+    wait_for_step(driver, run, 2)
     driver.send_signal(signal.SIGKILL)
     driver.wait(LIMIT_S)
     refused, _ = (process := start(tmp_path, "resume", str(run), "--set", "optimizer.lr=1")).communicate(timeout=LIMIT_S)
     assert process.returncode == 2 and "is alive" in refused and "Traceback" not in refused
     status, _ = start(tmp_path, "status", str(run)).communicate(timeout=LIMIT_S)
     assert status.startswith("running")
-    for process in [start(tmp_path, "resume", str(run)) for _ in range(2)]:
+    both = [start(tmp_path, "resume", str(run)) for _ in range(2)]
+    for process in both:
+        assert process.stdout is not None and any("is alive: following it" in line for line in process.stdout)
+    held.unlink()
+    for process in both:
         out, _ = process.communicate(timeout=LIMIT_S)
-        assert process.returncode == LOSSES["driver lost"].code and "is alive: following it" in out and "done: " in out, out
-    lines = assert_ended_well(run, LONG)
+        assert process.returncode == LOSSES["driver lost"].code and "done: " in out, out
+    lines = assert_ended_well(run, LONG, undisturbed(given).sha)
     assert len([e for e in lines if e["event"] == "run_started"]) == 1, "it was followed, not started anew"
     assert not [e for e in lines if e["event"] in ("worker_lost", "rewound")]
     assert not (run / "live.json").exists()

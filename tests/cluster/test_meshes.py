@@ -17,11 +17,13 @@ from tests.support.sampling import sample
 pytestmark = pytest.mark.usefixtures("cluster")
 
 STEPS = 60
+PACE: dict[str, dict[str, Any]] = {"model": {"layers": 2, "width": 64, "context": 32}, "data": {"batch_size": 16}}  # a worker comes meanwhile
 TENSOR, PIPELINE = {"tensor": 2}, {"pipeline": 2, "micro_batches": 2}
 
 
 def given(workers: int, mesh: dict[str, Any], **elastic: Any) -> dict[str, dict[str, Any]]:
-    return {"run": {"name": "mesh", "steps": STEPS, "eval_every": 30}, "mesh": mesh, "elastic": {"max_workers": workers, "min_workers": 2, **elastic}}
+    return {**PACE, "run": {"name": "mesh", "steps": STEPS, "eval_every": 30}, "mesh": mesh,
+            "elastic": {"max_workers": workers, "min_workers": 2, "logical_shards": 8, **elastic}}
 
 
 def meshes(result: Result) -> list[tuple[int, int, int]]:
@@ -48,10 +50,10 @@ def test_a_live_run_is_laid_on_another_mesh(tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
     def ask(line: dict[str, Any]) -> None:
-        if line["step"] == 15:
+        if line["step"] == 4:
             scale(folder, 4, tensor=2)
 
-    changes = {"run": {"name": "mesh", "steps": STEPS, "eval_every": 30}, "model": {"heads": 4, "dropout": 0.0}}
+    changes = {"run": {"name": "mesh", "steps": STEPS, "eval_every": 30}, **PACE, "model": {**PACE["model"], "heads": 4, "dropout": 0.0}}
     on_four = recipe(4, **changes, mesh={"tensor": 4}, elastic={"max_workers": 4, "min_workers": 4})
     result = Trainer(on_four, folder, "local").fit(on_step=ask)
     assert result.status == "done", result.error
@@ -67,8 +69,8 @@ def test_a_live_run_is_laid_on_another_mesh(tmp_path: Path) -> None:
 def test_every_framework_s_tensor_groups(framework: str, tmp_path: Path) -> None:
     """Against one undivided worker in this process."""
     load(framework, "backend")
-    changes: dict[str, dict[str, Any]] = {"run": {"name": "mesh", "steps": 20, "eval_every": 0}, "backend": {"name": framework},
-                                          "model": {"kind": "nlp.gpt", "layers": 2, "heads": 2, "width": 64, "context": 32, "dropout": 0.0}}
+    changes: dict[str, dict[str, Any]] = {"run": {"name": "mesh", "steps": 10, "eval_every": 0}, "backend": {"name": framework},
+                                          "model": {"kind": "nlp.gpt", "layers": 1, "heads": 2, "width": 32, "context": 16, "dropout": 0.0}}
     result = train(tmp_path / "run", 2, mesh=TENSOR, elastic={"max_workers": 2, "min_workers": 2, "logical_shards": 2}, **changes)
     assert result.status == "done", result.error
     one = undisturbed(recipe(1, elastic={"max_workers": 1, "logical_shards": 2}, **changes))

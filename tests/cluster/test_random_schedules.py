@@ -14,8 +14,8 @@ from tests.support.runs import assert_sound, bits, train
 from tests.support.sampling import sample
 
 pytestmark = pytest.mark.usefixtures("cluster")
-STEPS = 60
-SMALL = {"run": {"steps": STEPS, "eval_every": 25}, "checkpoint": {"every_steps": 20}}
+STEPS = 48
+SMALL = {"run": {"steps": STEPS, "eval_every": 20}, "checkpoint": {"every_steps": 16}}
 
 
 def schedule(seed: int) -> list[str]:
@@ -23,7 +23,7 @@ def schedule(seed: int) -> list[str]:
     draw = random.Random(seed)
     faults = []
     for step in sorted(draw.sample(range(3, STEPS - 5), draw.randint(2, 4))):
-        kind = draw.choice(["kill", "kill", "kill", "scale", "stop"] if step > 10 else ["kill"])
+        kind = draw.choice(["kill", "kill", "kill", "scale", "stop"] if step > 8 else ["kill"])
         rank, phase = draw.randrange(3), draw.choice(PHASES)
         faults.append({"kill": f"kill:{rank}@{step}/{phase}", "stop": f"stop:{rank}@{step}", "scale": f"scale:{draw.randint(1, 3)}@{step}"}[kind])
     return faults

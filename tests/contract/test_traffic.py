@@ -78,7 +78,7 @@ def counted(name: str, model: Any, batch: dict[str, np.ndarray], layout: Layout)
     return together(size, worker)
 
 
-@pytest.mark.parametrize(("name", "case"), sample(list(product(names(), CASES)), 12))
+@pytest.mark.parametrize(("name", "case"), sample(list(product(names(), CASES)), 8))
 def test_the_bytes_of_a_real_pass(name: str, case: str) -> None:
     build, batch_of, mesh = CASES[case]
     model = build()

@@ -19,6 +19,7 @@ from elastic.observe.ledger import FOLDER, files, pieces
 from elastic.observe.verify import verify
 from tests.support.checkpoints import load
 from tests.support.inprocess import Run
+from tests.support.sampling import sample
 from tests.support.tables import counting, rows, write
 
 pytest.importorskip("torch", reason="torch is not installed")
@@ -87,7 +88,7 @@ def assert_the_ledger_has_each_row_once_an_epoch(run_dir: Path) -> None:
     assert f"ledger: {EPOCHS * SIZE} positions, each fed once; {EPOCHS} whole epochs, every sample of each exactly once" in verdict.facts
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", sample(range(8), 4))
 def test_each_row_is_fed_once_an_epoch_whatever_happens(seed: int, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(table.parent))
     before, after, deeds, stop = history(seed)

@@ -62,7 +62,7 @@ def assert_exported(found: Result, plain: Plain, file: Path) -> None:
     assert_same(found, {name: p.data().asnumpy() for name, p in plain.named.items()}, 0.0)
 
 
-@pytest.mark.parametrize("kind", sample(ALIKE, 5, always=["slow", "no_decay"]))
+@pytest.mark.parametrize("kind", sample(ALIKE, 4, always=["slow", "no_decay"]))
 def test_blocks_are_gluon_over_the_same_shards_on_any_number_of_workers(kinds: Any, kind: str, tmp_path: Path) -> None:
     one = fit(tmp_path / "whole", recipe(kind, shards=1))
     one.assert_sound(STEPS)

@@ -31,7 +31,7 @@ def test_members_of_one_node_share_memory_as_long_as_they_fit() -> None:
 
 
 @pytest.mark.slow
-@sometimes("many members", 0.3)
+@sometimes("many members", 0.15)
 def test_a_group_grows_beyond_what_shared_memory_holds_and_shrinks_again(tmp_path: Path) -> None:
     """64 processes; the oracle is one of two threads that nothing disturbs."""
     text = tmp_path / "a.txt"

@@ -39,7 +39,7 @@ def cases() -> Iterator[tuple[str, str, Mesh]]:
     for framework in names():
         few = framework in ("tensorflow", "mxnet")
         all_of_it = [(kind, mesh) for kind, mesh in CASES if not few or kind in ("gpt", "experts") or mesh in (FULL, STAGES, Mesh(1, tensor=4))]
-        yield from ((framework, kind, mesh) for kind, mesh in sample(all_of_it, 3 if few else 9, ALWAYS[:1] if few else ALWAYS))
+        yield from ((framework, kind, mesh) for kind, mesh in sample(all_of_it, 2 if few else 6, ALWAYS[:1] if few else ALWAYS))
 
 
 @pytest.fixture(scope="module")

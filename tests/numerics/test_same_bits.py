@@ -44,7 +44,7 @@ def test_any_number_of_workers(workers: int, text: Path, undisturbed: Result, tm
     assert result.summary["world_sizes"] == [workers]
 
 
-@pytest.mark.parametrize(("phase", "rank"), sample(list(product(PHASES, (0, 2))), 6))
+@pytest.mark.parametrize(("phase", "rank"), sample(list(product(PHASES, (0, 2))), 4))
 def test_a_kill_in_each_phase(phase: str, rank: int, text: Path, undisturbed: Result, tmp_path: Path) -> None:
     result = fit(tmp_path, gpt_recipe(text, STEPS), [f"kill:{rank}@8/{phase}"])
     assert_same(result, undisturbed)

@@ -64,7 +64,7 @@ def test_a_lost_worker_costs_no_step(phase: str, plays: Path, tmp_path: Path) ->
         assert [event["path"] for event in result.named("loaded")] == []
 
 
-@pytest.mark.parametrize("rank", range(4))
+@pytest.mark.parametrize("rank", sample(range(4), 2))
 def test_who_falls_while_the_state_moves_costs_no_step(rank: int, plays: Path, tmp_path: Path) -> None:
     """Three become four; old keepers and the one that has just come fall in the midst of it."""
     run = Run(tmp_path / "run", recipe(plays, 4, steps=12), ("scale:3@1", f"kill:{rank}@5/heal"), hooks={5: lambda run: run.scale(4)})

@@ -57,18 +57,23 @@ def assert_same(result: Result, wanted: dict[str, np.ndarray], tolerance: float)
             assert_close(found[name].astype(np.float64), values, tolerance, name)
 
 
+WIDELY = sample(list(FAITHFUL), 14)  # on two and three workers, too
+
+
 @pytest.mark.parametrize("module", FAITHFUL)
 def test_it_trains_as_in_plain_torch(tmp_path: Path, module: str) -> None:
     one = run(tmp_path / "1", module, 1)
     one.assert_sound(STEPS)
     assert_same(one, oracle(module, "sgd"), TOLERANCE["sgd"])
+    if module not in WIDELY:
+        return
     two, three = run(tmp_path / "2", module, 2), run(tmp_path / "3", module, 3, chaos=("kill:1@7/reduction",))
     assert two.sha == one.sha
     three.assert_sound(STEPS)
     assert three.sha == one.sha and three.named("worker_lost")
 
 
-@pytest.mark.parametrize("module", sample(list(FAITHFUL), 8))
+@pytest.mark.parametrize("module", sample(list(FAITHFUL), 6))
 def test_adamw_as_in_plain_torch(tmp_path: Path, module: str) -> None:
     result = run(tmp_path, module, 2, "adamw")
     assert_same(result, oracle(module, "adamw"), TOLERANCE["adamw"])

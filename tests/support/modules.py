@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,19 @@ class Small(nn.Module):
 
     def loss(self, batch: Any) -> Any:
         return (self.line(batch["x"]) - batch["y"]).square().mean()
+
+
+class Held(Small):
+    """Each shard takes `seconds`, and nothing of a processor, as long as the file `by` is there: a run that lasts while a test does something to it."""
+
+    def __init__(self, by: str, seconds: float = 0.05, width: int = 6):
+        super().__init__(width)
+        self.by, self.seconds = by, seconds
+
+    def loss(self, batch: Any) -> Any:
+        if os.path.exists(self.by):
+            time.sleep(self.seconds)
+        return super().loss(batch)
 
 
 class Line(nn.Module):

@@ -33,7 +33,7 @@ MAX_BYTES = 3 << 30
 
 # Seconds of tests (pytest's durations, added up) that a folder may take on two noisy cores, so that the suite does not grow unnoticed. All of them
 # together are twenty minutes: 1830 s three at a time without Ray, 1180 s two at a time with it. What needs more belongs in `make chaos`.
-BUDGET_S: dict[str, float] = {"tests/unit": 170, "tests/contract": 380, "tests/numerics": 1200, "tests/chaos": 80, "tests/cluster": 1180,
+BUDGET_S: dict[str, float] = {"tests/unit": 230, "tests/contract": 370, "tests/numerics": 1145, "tests/chaos": 80, "tests/cluster": 1180,
                               "tests/gpu": 5}
 
 
@@ -54,14 +54,16 @@ def files(pattern: str, words: str = "") -> tuple[str, ...]:
 
 NUMERICS, OTHERS = ("tests/numerics",), ("tests/contract", "tests/chaos", "tests/gpu")
 MODELS = (*files("numerics/test_mesh*"), *files("numerics/test_gluon*"))
-OWN_RAY = tuple(f"tests/cluster/test_{name}.py" for name in ("command", "killed_whole", "attacks", "tables"))
+OWN_RAY, NODES = (tuple(f"tests/cluster/test_{name}.py" for name in names)
+                  for names in (("command", "attacks", "tables"), ("meshes", "nodes", "placing")))
 SAMPLED = files("*/test_*", "from tests.support.sampling import ")
 PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
     "threads": (*(Job(f"{name}-numerics", NUMERICS, name) for name in ("torch", "tensorflow")),
                 *(Job(name, OTHERS, name) for name in ("torch", "tensorflow")), Job("unit", ("tests/unit",)),
                 Job("mxnet-models", MODELS, "mxnet"),  # apart: MXNet gives little memory back
                 Job("mxnet-numerics", NUMERICS, "mxnet", tuple(f"--ignore={file}" for file in MODELS)), Job("mxnet", OTHERS, "mxnet")),
-    "ray": (Job("ray", ("tests/cluster",), options=tuple(f"--ignore={file}" for file in OWN_RAY)), Job("own-ray", OWN_RAY)),
+    "ray": (Job("ray", ("tests/cluster",), options=tuple(f"--ignore={file}" for file in (*OWN_RAY, *NODES))), Job("own-ray", OWN_RAY),
+            Job("nodes", NODES)),
     "sampled": tuple(Job(f"{name}-sampled", SAMPLED, name) for name in ("torch", "tensorflow", "mxnet"))}
 DEFAULT = ("threads", "ray")
 
