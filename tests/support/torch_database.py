@@ -114,6 +114,10 @@ def oracle(name: str) -> Oracle:
     raise ValueError("plain torch trains it to no numbers")
 
 
+# What torch's own modules raise where an entry's arguments do not build or train them.
+BUILDING = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 @dataclass(frozen=True)
 class Outcome:
     name: str
@@ -125,7 +129,7 @@ def outcome(name: str, folder: Path) -> Outcome:
     """What comes of a module, on one and on two workers, beside plain torch."""
     try:
         plain = oracle(name)
-    except Exception as error:
+    except BUILDING as error:
         return Outcome(name, UNBUILT, f"{type(error).__name__}: {error}")
     folder = folder / name
     if "called" not in plain.config:
