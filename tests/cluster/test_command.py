@@ -191,6 +191,7 @@ every_steps = 2
     return here
 
 
+@pytest.mark.timeout(600)  # five runs after each other
 def test_a_run_that_signals_and_a_kill_end_and_two_resume_at_once_has_the_bits_of_an_undisturbed_one(lasting: Path) -> None:
     """First it is looked at and scaled, alive. Once its driver is killed, what is left is the newest checkpoint, and metrics beyond it are cut."""
     run, steps = lasting / "run", [0]

@@ -54,14 +54,14 @@ def test_a_live_run_is_laid_on_another_mesh(tmp_path: Path) -> None:
             scale(folder, 4, tensor=2)
 
     changes = {"run": {"name": "mesh", "steps": STEPS, "eval_every": 30}, **PACE, "model": {**PACE["model"], "heads": 4, "dropout": 0.0}}
-    on_four = recipe(4, **changes, mesh={"tensor": 4}, elastic={"max_workers": 4, "min_workers": 4})
+    on_four = recipe(4, **changes, mesh={"tensor": 4}, elastic={"max_workers": 4, "min_workers": 4, "logical_shards": 8})
     result = Trainer(on_four, folder, "local").fit(on_step=ask)
     assert result.status == "done", result.error
     assert meshes(result) == [(1, 1, 4), (2, 1, 2)] and steps(result) == list(range(1, STEPS + 1))
     assert_survivors_kept(result)
     (moved,) = events(result, "relaid")
     assert moved["bytes"] > 0 and result.summary["steps_lost"] == 0 and not events(result, "rewound")
-    one = undisturbed(recipe(1, **changes))
+    one = undisturbed(recipe(1, **changes, elastic={"max_workers": 1, "logical_shards": 8}))
     assert result.summary["final_loss"] == pytest.approx(one.summary["final_loss"], rel=1e-3)
 
 

@@ -64,8 +64,7 @@ class Small(nn.Module):
 
 
 class Held(Small):
-    """Each shard takes `seconds`, and nothing of a processor, as long as the file `by` is there:
-    a run that lasts while a test does something to it."""
+    """Each shard takes `seconds`, and nothing of a processor, as long as the file `by` is there: a run lasts while a test does something to it."""
 
     def __init__(self, by: str, seconds: float = 0.05, width: int = 6):
         super().__init__(width)
