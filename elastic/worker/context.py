@@ -40,7 +40,7 @@ class StepContext:
 
     @cached_property
     def buffers(self) -> Buffers:
-        """For the first step: what a member keeps of a sharded state is known by then."""
+        """For the first step: what a member holds of a sharded state is known by then."""
         return Buffers(self.place, self.links.data)
 
     def at(self, phase: str, detail: int = 0) -> None:
