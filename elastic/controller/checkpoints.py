@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic.checkpoint.claim import Claim
 from elastic.checkpoint.manager import MANIFEST, check_sizes, clean, commit, folder_of, newest_good, prune, read_manifest
-from elastic.checkpoint.manifest import FileEntry, Manifest, build_file, parse
+from elastic.checkpoint.manifest import Manifest, build_file, parse
 from elastic.checkpoint.part import part_name
 from elastic.errors import BadCheckpoint
 from elastic.messages import Part
@@ -42,7 +42,7 @@ class Outcome:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What the event says."""
+        """What the event has."""
         if self.error:
             return {"path": self.path, "reason": self.error}
         return {"path": self.path, "bytes": self.bytes, "stall_s": self.stall_s, "seconds": self.seconds}
@@ -197,10 +197,6 @@ class Commits:
 
 
 def assemble(parts: Mapping[int, Part]) -> Manifest:
-    """The manifest of a checkpoint, all of whose parts are durable. Rank 0's says what is not an array."""
+    """The manifest of a checkpoint, all of whose parts are durable. Rank 0's has what is not an array."""
     head = parse(parts[0].head)
-    return replace(head, files=tuple(entry_of(parts[rank].file, head.chunk_bytes) for rank in sorted(parts)))
-
-
-def entry_of(text: str, chunk_bytes: int) -> FileEntry:
-    return build_file(json.loads(text), chunk_bytes)
+    return replace(head, files=tuple(build_file(json.loads(parts[rank].file), head.chunk_bytes) for rank in sorted(parts)))

@@ -22,7 +22,7 @@ from elastic.worker.loop_control import Control
 from elastic.worker.outbox import Outbox
 from elastic.worker.worker import Worker
 
-PULSE_S = 0.02
+HEARTBEAT_S = 0.02
 ORPHAN_TIMEOUT_S = 60.0
 FLUSH_S = 1.0  # for the last report of a worker that was let go
 
@@ -62,7 +62,7 @@ class ThreadRim:
             try:
                 return self.fleet.controller.announce(self.name, spec)
             except ConnectionError:
-                time.sleep(PULSE_S)  # the controller is on its way back
+                time.sleep(HEARTBEAT_S)  # the controller is on its way back
 
     def strike(self, fault: Fault) -> None:
         if fault.kind == "stop":
