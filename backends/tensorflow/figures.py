@@ -95,7 +95,7 @@ def snake(name: str) -> str:
 
 
 class MetricTally:
-    """`elastic.model.tally.Tally` of `Figures`. Kept in two parts on grids, so that no order of adding up shows. The length of `counts` is known
+    """`elastic.model.backend.Tally` of `Figures`. Kept in two parts on grids, so that no order of adding up shows. The length of `counts` is known
     when the model has measured a batch.
     """
 
