@@ -14,7 +14,7 @@ Specs = Mapping[str, tuple[str, tuple[int, ...]]]  # array name -> (dtype, shape
 def shares(specs: Specs, world_size: int) -> tuple[tuple[Piece, ...], ...]:
     """The boxes of every rank: together all arrays, none of it twice, and as equal in bytes as the arrays' rows allow.
 
-    The arrays lie in one long row, by name, that is cut into `world_size` stretches of the same length. An array on a cut is
+    The arrays lie in one long row, by name, that is cut into `world_size` ranges of the same length. An array on a cut is
     divided along its first axis that is longer than 1, so that every box is one run of its array's elements.
     """
     total = sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in specs.values())

@@ -18,7 +18,7 @@ from elastic.parallel.layout import Layout
 @dataclass(frozen=True)
 class Measure:
     """One pass over a batch: `flops` forward and backward, `forward` of them forward, `kept_bytes` alive when the backward pass begins,
-    `again_bytes` of the largest stretch that it computes again, `out_shape` of what goes on to the next piece, and the collectives.
+    `again_bytes` of the largest part that it computes again, `out_shape` of what goes on to the next piece, and the collectives.
     """
 
     flops: int

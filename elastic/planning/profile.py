@@ -88,7 +88,7 @@ def part(one: Measure, forward_s: float, backward_s: float) -> Part:
 
 
 def staged(backend: Backend, layout: Layout, measured: Sequence[Measure], batch: Batch, views: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """A pass in one stretch a depth, as the stages of a pipeline do it."""
+    """A pass, one part a depth, as the stages of a pipeline do it."""
     taken: list[list[tuple[float, float]]] = []
 
     def once() -> None:

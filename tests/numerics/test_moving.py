@@ -134,7 +134,7 @@ def test_a_checkpoint_s_ranges_find_their_places_in_slots_that_are_shared_out(ho
         state.keep(group.rank, group.size)
         assert state.num_blocks >= 2 and state.keeps_all == (holders == 2)
         for name, whole in values.items():
-            for box in {saved.box(parameter_of(name), seat) for seat in saved.keepers(parameter_of(name))}:
+            for box in {saved.box(parameter_of(name), seat) for seat in saved.owners(parameter_of(name))}:
                 flat = whole[box.slices].reshape(-1)
                 for low in range(0, len(flat), rows):
                     state.put(name, box, low, flat[low:low + rows])
