@@ -16,7 +16,7 @@ RANGE = 16.0  # of a score (a logit): what lies outside counts as the outermost 
 
 
 class Curve:
-    """AUC from counts of scores by label, and normalised entropy (He et al. 2014, section 3). An `elastic.model.tally.Tally`.
+    """AUC from counts of scores by label, and normalised entropy (He et al. 2014, section 3). An `elastic.model.backend.Tally`.
 
     Scores are rounded to bins of 2 * RANGE / BINS = 0.0005; pairs of a positive and a negative within one bin count one half, as ties
     do. The result is within half the share of such pairs of the exact one: within 1e-6 on Adult's 16,281 test rows.
@@ -36,7 +36,7 @@ class Curve:
 
 
 class Errors:
-    """The root mean square error beside the mean square, which is the loss. An `elastic.model.tally.Tally`."""
+    """The root mean square error beside the mean square, which is the loss. An `elastic.model.backend.Tally`."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(1)
@@ -49,7 +49,7 @@ class Errors:
 
 
 class Lists:
-    """Recall and NDCG of the `top` highest scores of every list, beside the figures of another tally. An `elastic.model.tally.Tally`.
+    """Recall and NDCG of the `top` highest scores of every list, beside the figures of another tally. An `elastic.model.backend.Tally`.
 
     What it counts is every row's score, label and list at the row's own place: exact, and as long as the evaluation set.
     """

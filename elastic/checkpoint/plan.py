@@ -22,27 +22,24 @@ def shares(specs: Specs, world_size: int) -> tuple[tuple[Piece, ...], ...]:
     begins = 0
     for name in sorted(specs):
         dtype, shape = specs[name]
-        size = math.prod(shape) * ITEM_BYTES[dtype]
-        axis = next((a for a, n in enumerate(shape) if n > 1), None)
-        rows = 1 if axis is None else shape[axis]
+        length, rows = math.prod(shape), next((n for n in shape if n > 1), 1)
+        size, row = length * ITEM_BYTES[dtype], length // rows
         row_bytes = size / rows if size else 1.0
         cuts = [min(rows, max(0, round((total * rank / world_size - begins) / row_bytes))) for rank in range(world_size)] + [rows]
         cuts[0] = 0
         for rank, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False)):
             if low < high and size:
-                found[rank].append(box(name, dtype, shape, axis, low, high))
-        if not size:  # nothing to carry, but it has to be named
-            found[0].append(box(name, dtype, shape, None, 0, 1))
+                found[rank] += pieces_of(name, dtype, shape, row * low, row * high)
+        if not size:
+            found[0] += pieces_of(name, dtype, shape, 0, 0)
         begins += size
     return tuple(tuple(pieces) for pieces in found)
 
 
-def box(name: str, dtype: str, shape: Sequence[int], axis: int | None, low: int, high: int) -> Piece:
-    """Rows low..high-1 of an array along `axis`; all of it where there is no axis to cut."""
-    start, count = [0] * len(shape), list(shape)
-    if axis is not None:
-        start[axis], count[axis] = low, high - low
-    return Piece(name, dtype, tuple(shape), tuple(start), tuple(count))
+def pieces_of(name: str, dtype: str, shape: Sequence[int], low: int, high: int) -> list[Piece]:
+    """Elements low..high-1 of an array, each piece one run of them; an array without any has nothing to carry, but has to be named."""
+    boxes = Box.all(shape).runs(low, high) if math.prod(shape) else [Box.all(shape)]
+    return [Piece(name, dtype, box.shape, box.start, box.count) for box in boxes]
 
 
 def byte_range(piece: Piece, inside: Box) -> tuple[int, int]:

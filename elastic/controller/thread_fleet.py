@@ -34,7 +34,7 @@ class ThreadRim:
         self.fleet, self.name, self.node, self.pid, self.endpoint, self.shares = fleet, name, node, 0, "local", False
         self.rank, self.generation = -1, 0
         self.control, self.dead = Control(), threading.Event()
-        self.outbox = Outbox(name, self.control, self.deliver, ORPHAN_TIMEOUT_S, self.control.orphan, lambda: fleet.fenced.append(name), PULSE_S)
+        self.outbox = Outbox(name, self.control, self.deliver, ORPHAN_TIMEOUT_S, self.control.orphan, lambda: fleet.fenced.append(name), HEARTBEAT_S)
         self.worker: Worker | None = None  # once it is built
 
     def form(self, generation: Generation, rank: int, control: Control) -> CollectiveGroup:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import reduce
 
-from elastic.buffers import copied, empty_like, maximum
+from elastic.buffers import empty_like, maximum
 from elastic.collective.group import Buffer, CollectiveGroup
 from elastic.mesh import shards_of
 
@@ -30,11 +31,7 @@ class Axis:
     def max(self, x: Buffer) -> Buffer:
         """The elementwise maximum over the axis, a new buffer."""
         self._count("all_reduce", x)
-        total, *others = self._gathered(x)
-        total = copied(total)
-        for part in others:
-            total[...] = maximum(total, part)
-        return total
+        return reduce(maximum, self._gathered(x))
 
     def gather(self, x: Buffer) -> list[Buffer]:
         """Everybody's buffer, in rank order; all have the same length."""

@@ -1,4 +1,4 @@
-"""One generation's groups: the world, and this worker's lines through the mesh."""
+"""One generation's groups: the world, and this worker's axis groups."""
 
 from __future__ import annotations
 

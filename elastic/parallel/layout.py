@@ -1,7 +1,7 @@
 """How a model lies on a mesh: which pieces a stage runs, which box of each array a worker holds. Pure functions of names and numbers.
 
 A dim that the layout maps to an axis is split along it, as evenly as it goes; a parameter's dims name its axes. Pieces of the model
-go to the stages of the pipeline, each a contiguous stretch.
+go to the stages of the pipeline, each a contiguous range.
 """
 
 from __future__ import annotations
@@ -121,15 +121,15 @@ class Layout:
         """The parameters of a seat with the shapes that it holds."""
         return {name: replace(self.parameters[name], shape=box.count) for name, box in self.boxes(seat).items()}
 
-    def keepers(self, name: str) -> tuple[Seat, ...]:
+    def owners(self, name: str) -> tuple[Seat, ...]:
         """The seats of replica 0 of which each holds a part of the parameter, and together all of it once: who counts it in a norm, and saves it."""
         axes = self.axes(name)
         return tuple(Seat(0, self.stages_of[name][0], expert, tensor)
                      for expert in range(self.mesh.expert if "expert" in axes else 1)
                      for tensor in range(self.mesh.tensor if "tensor" in axes else 1))
 
-    def is_keeper(self, name: str, seat: Seat) -> bool:
-        return replace(seat, data=0) in self.keepers(name)
+    def is_owner(self, name: str, seat: Seat) -> bool:
+        return replace(seat, data=0) in self.owners(name)
 
     def shared(self, seat: Seat) -> tuple[Shared, ...]:
         """The parameters of a seat whose gradients must be summed over a replica, by who holds them.
@@ -196,4 +196,4 @@ class Portion:
 
     def keeps(self, name: str) -> bool:
         """Whether this worker is the one that counts its part of a parameter in norms, and saves it."""
-        return self.layout.is_keeper(name, self.seat)
+        return self.layout.is_owner(name, self.seat)

@@ -14,13 +14,11 @@ from elastic.model.shape_ops import FLOAT, MeterOps, Move, Shape
 from elastic.parallel.groups import mirrored
 from elastic.parallel.layout import Layout
 
-WHOLE = ""  # the one piece of a model that has none
-
 
 @dataclass(frozen=True)
 class Measure:
     """One pass over a batch: `flops` forward and backward, `forward` of them forward, `kept_bytes` alive when the backward pass begins,
-    `again_bytes` of the largest stretch that it computes again, `out_shape` of what goes on to the next piece, and the collectives.
+    `again_bytes` of the largest part that it computes again, `out_shape` of what goes on to the next piece, and the collectives.
     """
 
     flops: int
@@ -47,12 +45,12 @@ def measure(model: Any, batch: Batch) -> Measure:
 
 
 def pieces(model: Any, batch: Batch, layout: Layout, seat: Seat) -> dict[str, Measure]:
-    """Of every piece, whoever's stage it is on, with the parts of it that the tensor and expert places of `seat` hold.
+    """Of every piece, whoever's stage it is on, with the parts of it that the tensor and expert places of `seat` hold; a model without has one, "".
 
     `batch`: the rows of one micro-batch that a worker of the seat's place on the expert axis gets.
     """
     if not is_chain(model):
-        return {WHOLE: measure(model, batch)}
+        return {"": measure(model, batch)}
     axes = mirrored(layout, seat)
     params = shapes({name: Spec(layout.box(name, seat).count) for name in layout.parameters}, True)
     columns, x, found = columns_of(batch), None, {}

@@ -29,9 +29,7 @@ class Costs:
     def seconds(self, stage: int, action: Action, num_chunks: int) -> float:
         if action.is_message:
             return self.message
-        seconds = 0.0
-        if action.kind == "forward":
-            seconds = self.forward[stage]
+        seconds = self.forward[stage] if action.kind == "forward" else 0.0
         if action.kind in ("backward", "backward_input"):
             seconds += self.backward_input[stage]
         if action.kind in ("backward", "backward_weight"):

@@ -150,22 +150,18 @@ def member(rank: int, workers: int, address: str, text: str, info: Mapping[str, 
     found["copy_bytes_s"] = copied_bytes_s()
     for name, group in groups.items() if workers > 1 else ():
         meet()
-        found |= {f"{name}_latency_s": latency_of(group), f"{name}_bytes_s": bandwidth_of(group)}
+        found[f"{name}_latency_s"], found[f"{name}_bytes_s"] = speed_of(group)
     if workers > 1:
         found["reduction_bytes_s"] = reduction_of(groups["shared"], recipe.elastic.logical_shards, layout.gradient)
     pipe.send(found)
     meet()
 
 
-def latency_of(group: Any) -> float:
-    """Of a call, for each doubling of the members."""
-    buffer = np.zeros(LITTLE, np.float32)
-    return median(lambda: group.all_reduce(buffer)) / math.log2(2 * group.size)
-
-
-def bandwidth_of(group: Any) -> float:
-    buffer = np.zeros(MUCH, np.float32)
-    return 2 * (group.size - 1) / group.size * buffer.nbytes / median(lambda: group.all_reduce(buffer))
+def speed_of(group: Any) -> tuple[float, float]:
+    """Seconds of a call, for each doubling of the members, and bytes a second."""
+    little, much = np.zeros(LITTLE, np.float32), np.zeros(MUCH, np.float32)
+    latency = median(lambda: group.all_reduce(little)) / math.log2(2 * group.size)
+    return latency, 2 * (group.size - 1) / group.size * much.nbytes / median(lambda: group.all_reduce(much))
 
 
 def reduction_of(group: Any, num_shards: int, numel: int) -> float:

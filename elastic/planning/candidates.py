@@ -84,7 +84,7 @@ def holdings(layout: Layout, model: Any, rules: Rules) -> tuple[Holding, ...]:
 def holding(layout: Layout, model: Any, rules: Rules, seat: Seat) -> Holding:
     """As its state lays it out."""
     specs = layout.specs(seat)
-    copies = {name for name in specs if not layout.is_keeper(name, seat)}
+    copies = {name for name in specs if not layout.is_owner(name, seat)}
     flat = FlatLayout(specs, model.buffers, rules.freeze, rules.no_decay, copies, layout.parameters, rules.decayed, rules.thaw)
     shared = tuple((len(one.seats), sum(flat.places[name].size for name in one.names if name in flat.trainable_set))
                    for one in layout.shared(seat))

@@ -66,7 +66,11 @@ class Timed(Counted):
             if portion:
                 backend.connect(mirrored(portion.layout, portion.seat))
             batch, views = sliced(self.batch, 0, rows), room()
-            taken = staged(backend, layout, measured, batch, views) if mesh.pipeline > 1 else whole(backend, measured, batch, views)
+            if mesh.pipeline > 1:
+                taken = staged(backend, layout, measured, batch, views)
+            else:  # in one go, forward and backward in the ratio of their operations
+                spent, share = seconds(lambda: backend.gradients(batch, 0, views)), measured[0].forward / measured[0].flops
+                taken = [(spent * share, spent * (1 - share))]
             self._parts[key] = tuple(part(one, *each) for one, each in zip(measured, taken, strict=True))
         return self._parts[key]
 
@@ -83,15 +87,8 @@ def part(one: Measure, forward_s: float, backward_s: float) -> Part:
     return Part(forward_s, backward_s, one.kept_bytes, one.again_bytes, one.out_bytes, one.moves)
 
 
-def whole(backend: Backend, measured: Sequence[Measure], batch: Batch, views: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """A pass in one go, forward and backward in the ratio of their operations."""
-    taken, (one,) = seconds(lambda: backend.gradients(batch, 0, views)), measured
-    share = one.forward / one.flops
-    return [(taken * share, taken * (1 - share))]
-
-
 def staged(backend: Backend, layout: Layout, measured: Sequence[Measure], batch: Batch, views: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """A pass in one stretch a depth, as the stages of a pipeline do it."""
+    """A pass, one part a depth, as the stages of a pipeline do it."""
     taken: list[list[tuple[float, float]]] = []
 
     def once() -> None:

@@ -65,7 +65,7 @@ class Holding:
     def __init__(self, allocate: Callable[[int], Buffer], slots: Iterable[str], trainable: int, holders: int):
         self._allocate, self.holders = allocate, holders
         self.num_blocks = trainable // BLOCK if holders else 0
-        self.rank = self.size = 0
+        self.size = 0
         self.spare: Store | None = None  # what is to be held next, complete, while others may still lack theirs
         self.store = self._made(slots, (NONE, NONE) if holders else ((0, trainable),))
 
@@ -96,15 +96,15 @@ class Holding:
         """From now on this is member `rank` of `size`; what it held of a range does not count any more."""
         if self.holders:
             self.drop()
-            self.hold(self.make(rank, size), rank, size)
+            self.hold(self.make(rank, size), size)
 
     def drop(self) -> None:
         """Nothing is held any more, and takes no memory."""
-        self.hold(self._made(self.store.slots, (NONE, NONE)), 0, 0)
+        self.hold(self._made(self.store.slots, (NONE, NONE)), 0)
 
-    def hold(self, store: Store, rank: int, size: int) -> None:
-        """From now on this store is what is held."""
-        self.store, self.spare, self.rank, self.size = store, None, rank, size
+    def hold(self, store: Store, size: int) -> None:
+        """From now on this store is what is held, as one of so many members."""
+        self.store, self.spare, self.size = store, None, size
 
     def find(self, slot: str, low: int, high: int) -> Buffer:
         """A range of a slot out of what is held."""

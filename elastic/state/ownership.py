@@ -87,11 +87,7 @@ def rounds(found: Sequence[Move], most: int) -> list[list[Move]]:
     return out
 
 
-def by_twins(have: Iterable[Sequence[Range]]) -> list[Range]:
+def by_twins(have: Sequence[Sequence[Range]]) -> list[Range]:
     """The places of which only twins are left. Ranges of `have` come in pairs, as `kept` gives them."""
-    own: list[Range] = []
-    twins: list[Range] = []
-    for ranges in have:
-        own += ranges[0::2]
-        twins += ranges[1::2]
+    own, twins = ([one for ranges in have for one in ranges[half::2]] for half in (0, 1))
     return without(twins, own)

@@ -108,7 +108,7 @@ def whole_arrays(state: State, replica: CollectiveGroup, tell: Callable[[int], A
         dtype, shape = specs[full]
         is_part = name in portion.whole and not full.startswith("buffer/")
         out = np.empty(shape, dtype)
-        for seat in portion.layout.keepers(name) if is_part else (Seat(),):
+        for seat in portion.layout.owners(name) if is_part else (Seat(),):
             box = portion.layout.box(name, seat) if is_part else Box.all(shape)
             mine = seat == replace(portion.seat, data=0)
             with tell(number):

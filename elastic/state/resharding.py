@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from elastic.boxes import Range, scaled
+from elastic.buffers import fill
 from elastic.collective.group import CollectiveGroup
 from elastic.model.backend import Buffer
 from elastic.state.exchange import exchange
@@ -70,12 +71,9 @@ def reshard(state: State, group: CollectiveGroup, found: Resharding, committed: 
     for slot in sorted(store.slots):
         carry(found.slots, partial(holding.find, slot), partial(store.put, slot))
 
-    def put_parameters(low: int, high: int, values: Buffer) -> None:
-        state.param[low:high] = values
-
-    carry(found.params, lambda low, high: state.param[low:high], put_parameters)
+    carry(found.params, lambda low, high: state.param[low:high], lambda low, high, values: fill(state.param[low:high], values))
     holding.spare, state.committed, state.torn = store, committed, False
     if found.slots or found.params:
         with watch():
             group.barrier()
-    holding.hold(store, rank, group.size)
+    holding.hold(store, group.size)

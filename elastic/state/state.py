@@ -13,7 +13,7 @@ import numpy as np
 from elastic.boxes import Box, Range, scaled, without
 from elastic.buffers import fill, follow, like, spec_of, take_over, to_numpy, weighed
 from elastic.checkpoint.manifest import Piece
-from elastic.checkpoint.plan import shares
+from elastic.checkpoint.plan import pieces_of, shares
 from elastic.errors import RecipeError, RunFailed
 from elastic.model.backend import SLOTS, Backend, Buffer, Spec
 from elastic.model.initial import initial_values
@@ -163,10 +163,8 @@ class State:
             raise RunFailed(f"Blocks {low // BLOCK} to {high // BLOCK - 1} of the optimizer's state are kept by other workers; resume the run.")
         pieces = list(shares({name: spec for name, spec in mine.items() if name not in trained}, size)[rank])
         for name, place in trained.items():
-            dtype, shape = mine[name]
-            whole, first, last = Box.all(shape), max(0, low - place.offset), min(place.size, high - place.offset)
-            boxes = whole.runs(first, last) if place.size or rank else [whole]  # nothing to carry, but it has to be named
-            pieces += [Piece(name, dtype, shape, box.start, box.count) for box in boxes]
+            if place.size or not rank:
+                pieces += pieces_of(name, *mine[name], max(0, low - place.offset), min(place.size, high - place.offset))
         return tuple(pieces)
 
     def local(self, name: str, group: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ from elastic.errors import GroupBroken
 from elastic.mesh import Mesh, Seat
 from elastic.parallel.layout import Layout, Portion
 from elastic.state.relayout import relay, whole_arrays
-from elastic.state.state import State
+from elastic.state.state import State, parameter_of
 from elastic.worker.saver import Saver
 from nlp import gpt
 from tests.support.threads import together
@@ -121,3 +121,26 @@ def test_a_checkpoint_s_stretches_find_their_places_in_a_part(rows: int) -> None
     wanted = state_on(Mesh(1, 1, 2), Seat(tensor=1), values)
     for name, view in state.views.items():
         assert view.tobytes() == wanted.views[name].tobytes(), name
+
+
+@pytest.mark.parametrize("holders", [1, 2])
+def test_a_checkpoint_s_ranges_find_their_places_in_slots_that_are_shared_out(holders: int) -> None:
+    """Out of a checkpoint of four parts into one of two, of which a worker holds some blocks alone: single runs of it, and what is none."""
+    values, rows, saved = random_values(), 37, Layout(MODEL, Mesh(1, 1, 4))
+    wanted = state_on(Mesh(1, 1, 2), Seat(tensor=1), values)
+
+    def act(group: Any) -> dict[str, np.ndarray]:
+        portion = Portion(MODEL, Layout(MODEL, Mesh(2, 1, 2)), Seat(tensor=1))
+        state = State(create(portion, SETTINGS), "adamw", ("h1.mlp.*",), ("*ln*",), True, portion, holders=holders)
+        state.keep(group.rank, group.size)
+        assert state.num_blocks >= 2 and state.keeps_all == (holders == 2)
+        for name, whole in values.items():
+            for box in {saved.box(parameter_of(name), seat) for seat in saved.owners(parameter_of(name))}:
+                flat = whole[box.slices].reshape(-1)
+                for low in range(0, len(flat), rows):
+                    state.put(name, box, low, flat[low:low + rows])
+        return {name: np.array(state.local(name, group)) for name in sorted(state.specs())}
+
+    for arrays in together(2, lambda rank, group: act(group)):
+        assert arrays.keys() == wanted.specs().keys()
+        assert all(array.tobytes() == wanted.views[name].tobytes() for name, array in arrays.items())

@@ -85,14 +85,14 @@ def train_on(recipe: Recipe, mesh: Mesh) -> Trained:
 
 
 def assembled(members: Sequence[Member]) -> dict[str, np.ndarray]:
-    """The first gradients of replica 0, whole: each part from its keeper."""
+    """The first gradients of replica 0, whole: each part from its owner."""
     first = members[0].place
     if first.portion is None or first.state.num_blocks:
         return first_of(members, 0)
     layout, out = first.portion.layout, {}
     for name, spec in layout.parameters.items():
         whole = np.full(spec.shape, np.nan)
-        for seat in layout.keepers(name):
+        for seat in layout.owners(name):
             box = layout.box(name, seat)
             whole[tuple(slice(s, s + c) for s, c in zip(box.start, box.count, strict=True))] = first_of(members, layout.mesh.rank(seat))[name]
         out[name] = whole

@@ -51,11 +51,11 @@ def test_every_rank_has_one_seat_and_lines_meet_in_it(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_the_keepers_parts_are_the_whole_array_once(mesh: Mesh) -> None:
+def test_the_owners_parts_are_the_whole_array_once(mesh: Mesh) -> None:
     layout = Layout(Model(), mesh)
     for name, whole in VALUES.items():
         out, hits = np.full(whole.shape, np.nan), np.zeros(whole.shape, int)
-        for seat in layout.keepers(name):
+        for seat in layout.owners(name):
             box = layout.box(name, seat)
             inside = tuple(slice(s, s + c) for s, c in zip(box.start, box.count))
             out[inside] = part(layout, name, seat)
