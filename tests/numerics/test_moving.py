@@ -131,7 +131,7 @@ def test_a_checkpoint_s_ranges_find_their_places_in_slots_that_are_shared_out(ho
 
     def act(group: Any) -> dict[str, np.ndarray]:
         portion = Portion(MODEL, Layout(MODEL, Mesh(2, 1, 2)), Seat(tensor=1))
-        state = State(create(portion, SETTINGS), "adamw", ("h1.mlp.*",), ("*ln*",), True, portion, holders=holders)
+        state = State(framework.create(portion, SETTINGS), "adamw", ("h1.mlp.*",), ("*ln*",), True, portion, holders=holders)
         state.keep(group.rank, group.size)
         assert state.num_blocks >= 2 and state.keeps_all == (holders == 2)
         for name, whole in values.items():
