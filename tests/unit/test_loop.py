@@ -49,6 +49,9 @@ class Backend:
     def metrics(self, batch: Any) -> dict[str, tuple[float, float]]:
         return {"loss": (batch["value"], 1.0)}
 
+    def tally(self) -> None:
+        return None
+
     def update(self, rule: Any, param: Any, grad: Any, slots: Any, block: int) -> None:
         param -= rule.lr * rule.scale * grad
 

@@ -80,7 +80,7 @@ def test_a_replay_that_differs_is_a_problem(tmp_path: Path, monkeypatch: pytest.
         def fit(self) -> Result:
             return Result("done", {"parameters_sha256": "p", "state_sha256": "other"}, tmp_path)
 
-    monkeypatch.setattr(door, "Trainer", Undisturbed)
+    monkeypatch.setattr("elastic.driver.trainer.Trainer", Undisturbed)
     verdict = replay(run_dir, "auto")
     assert verdict.facts == ["replayed undisturbed on one worker: the same parameters_sha256, p..."]
     assert verdict.problems == ["replayed undisturbed on one worker: state_sha256 is other, the run has s"]
