@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from elastic.errors import RecipeError
 from elastic.recipe.checks import check
 from elastic.recipe.paths import absolute, find_recipe
-from elastic.recipe.sections import KINDS, Recipe
+from elastic.recipe.sections import Recipe
 from elastic.recipe.tables import shown
 
 DEFAULT_STEPS = 2000
@@ -139,7 +139,7 @@ def _complete(recipe: Recipe) -> Recipe:
 
 def model_defaults(kind: str) -> dict[str, Any]:
     """What a model takes for the keys that a recipe leaves out, as its domain's `Config` says, but for those that are not written down."""
-    found = fields(importlib.import_module(kind).Config) if kind in KINDS else ()
+    found = () if ":" in kind else fields(importlib.import_module(kind).Config)
     return {f.name: _plain(f.default) for f in found if f.metadata.get("written", True)}
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, PlainValidator
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, PlainValidator, field_validator
 
 from elastic.recipe.images import Pictured
 from elastic.recipe.tables import NAMES, TABLES, Section, Texts
@@ -47,11 +46,18 @@ class ModelSection(Section):
     """Every other key belongs to the model itself: see `config`."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-    kind: str = Field(pattern=rf"^({'|'.join(map(re.escape, KINDS))}|([A-Za-z_]\w*\.)*[A-Za-z_]\w*:[A-Za-z_][\w.]*)$",
+    kind: str = Field(pattern=r"^[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?$",
                       description=f'one of {", ".join(KINDS)}, or "package.module:attribute" for a model of your own')
     init: str = Field("", description="the path of a safetensors file or of a checkpoint")
     freeze: Texts = Field((), description=PATTERNS)
     thaw: Texts = Field((), description=PATTERNS)
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if ":" not in kind and kind not in KINDS:
+            raise ValueError("an unknown model kind")
+        return kind
 
     @property
     def config(self) -> dict[str, Any]:

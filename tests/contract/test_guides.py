@@ -41,14 +41,12 @@ def blocks(page: str) -> dict[str, str]:
 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """Both pages as files in an empty folder, found by name; the model's defaults are in the recipe's table."""
+    """Both pages as files in an empty folder, found by name; the recipe knows the model's kind."""
     pages = blocks("adding_a_model.md") | blocks("adding_a_backend.md")
-    defaults_of = ast.literal_eval(pages.pop("MODEL_DEFAULTS"))
+    monkeypatch.setattr(sections, "KINDS", (*sections.KINDS, *ast.literal_eval(pages.pop("KINDS"))))
     for name, text in pages.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    for kind, defaults in defaults_of.items():
-        monkeypatch.setitem(sections.MODEL_DEFAULTS, kind, defaults)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path / "backends")])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from elastic.driver import replay as door
 from elastic.driver.follow import Result
 from elastic.driver.replay import replay, undisturbed, verify_run
 from elastic.errors import UserError
