@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic.checkpoint.manager import split
 from elastic.errors import UserError
+from tests.support.checkpoints import load
 from tests.support.frameworks import assert_close
 from tests.support.inprocess import Result, fit, module_recipe
 from tests.support.models import Rig, rig_of
@@ -75,7 +77,7 @@ def test_a_module_that_was_there_before_is_refused() -> None:
 def run(folder: Path, module: str, workers: int = 2, size: int = 32, eval_fraction: float = 0.0, every: int = 1, home: Any = odd_modules) -> Result:
     data = {"kind": "tests.support.torch_modules:Rows", "options": {"size": size}, "batch_size": 8, "shuffle": False, "eval_fraction": eval_fraction}
     return fit(folder, module_recipe(
-        "Small", None, run={"epochs": 1}, model={"kind": f"{home.__name__}:{module}"}, data=data, checkpoint={"every_steps": every},
+        "Small", None, run={"epochs": 1}, model={"kind": f"{home.__name__}:{module}"}, data=data, checkpoint={"every_steps": every, "keep": 9},
         elastic={"max_workers": workers, "logical_shards": 2}, optimizer={"name": "sgd", "lr": 0.05, "weight_decay": 0.0, "momentum": 0.0}))
 
 
@@ -95,7 +97,11 @@ def test_a_write_that_no_counter_sees_is_refused_before_its_vote_or_before_it_is
     told = str(result.outcome.error)
     assert result.outcome.status == "failed" and f"changes its parameter {name} while it computes (seen at step " in told, told
     assert result.steps == list(range(1, last + 1))
-    assert every == 1 or not list((tmp_path / "checkpoints").glob("step-*/manifest.json")), "what was written to is saved"
+    for file in [] if every == 1 else (tmp_path / "checkpoints").glob("step-*/manifest.json"):  # by a worker that had not begun what the other saw
+        whole = run(tmp_path / "unwritten", "Base", 1, size=40, eval_fraction=0.2 if module == "QuietEvaluation" else 0.0)
+        found, wanted = (load(*split(folder))[0][f"parameter/{name}"] for folder in (
+            file.parent, whole.run.run_dir / "checkpoints" / file.parent.name))
+        assert workers > 1 and np.array_equal(found, wanted), "what was written to is saved"
 
 
 @pytest.mark.parametrize(("module", "words"), [
