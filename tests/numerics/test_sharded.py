@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,14 @@ def test_without_a_twin_a_lost_worker_takes_the_run_back_to_a_checkpoint(plays: 
 
 @pytest.mark.parametrize("twin", [True, False])
 def test_a_run_that_grows_and_shrinks_moves_its_state(twin: bool, plays: Path, tmp_path: Path) -> None:
-    hooks = {2: lambda run: run.scale(4), 6: lambda run: run.scale(1), 10: lambda run: run.scale(3)}
-    options = {"steps": 14, "every": 0}
+    def grow_from_one(run: Run, step: int = 10) -> None:
+        if len(run.controller.state.group) == 1:
+            run.scale(3)
+        else:  # it shrinks member by member
+            run.hooks[step + 1] = partial(grow_from_one, step=step + 1)
+
+    hooks = {2: lambda run: run.scale(4), 6: lambda run: run.scale(1), 10: grow_from_one}
+    options = {"steps": 24, "every": 0}
     given = recipe(plays, 4, twin=twin, **options)
     warm = given.model_copy(update={"elastic": given.elastic.model_copy(update={"spares": 3})})  # who joins is ready before the run is over
     result = Run(tmp_path / "run", warm, ("scale:2@1",), hooks=hooks).fit()
