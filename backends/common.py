@@ -86,7 +86,7 @@ class HostBackend(Backend):
         return aligned(size, self._dtype)
 
     def initial(self) -> Mapping[str, Any]:
-        return self._own.given if self._own else {}
+        return given_by(self._model)
 
     def tally(self) -> Tally | None:
         return tally_of(self._model)
@@ -107,6 +107,13 @@ def neutral(batch: Batch, dtype: np.dtype) -> dict[str, np.ndarray]:
     """The columns of a model of named arrays: whole numbers as int64, floats as `dtype`."""
     kinds: dict[str, Any] = {"f": dtype, "i": np.int64, "u": np.int64, "b": np.bool_}
     return {name: np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False) for name, column in batch.items()}
+
+
+def given_by(model: Any) -> Mapping[str, Any]:
+    """The starting values that a model brings along: a user's own, adapted, or one of named arrays that has `initial`."""
+    if isinstance(model, Adapted):
+        return model.given
+    return model.initial() if callable(getattr(model, "initial", None)) else {}
 
 
 def tallied(found: Mapping[str, tuple[Any, Any]], as_numpy: Callable[[Any], Any] = np.asarray) -> dict[str, tuple[Any, float]]:

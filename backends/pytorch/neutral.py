@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.common import Blocks, aligned, tallied
+from backends.common import Blocks, aligned, given_by, tallied
 from backends.pytorch import optimizer
 from backends.pytorch.arrays import (
     address,
@@ -82,6 +82,9 @@ class TorchBackend(Backend):
         if self.device.type == "cuda":
             return torch.zeros(size, device=self.device, dtype=self._dtype)
         return aligned(size, np.dtype(plain(self._dtype)))
+
+    def initial(self) -> Mapping[str, Any]:
+        return given_by(self._model)
 
     def tally(self) -> Tally | None:
         return tally_of(self._model)

@@ -54,7 +54,7 @@ def taken(run_dir: Path) -> UserError:
 
 def in_use(run_dir: Path) -> bool:
     """A start that was killed before its recipe was in place has left nothing."""
-    return any(path.name != LOCK and not path.name.startswith(f"{RECIPE}.") for path in run_dir.iterdir())
+    return any(path.name != LOCK and not (path.name.startswith(f"{RECIPE}.") and path.suffix in (".tmp", ".new")) for path in run_dir.iterdir())
 
 
 def checkpoints_of(recipe: Recipe, run_dir: Path) -> str:

@@ -98,7 +98,7 @@ def rebuilt(batch: Mapping[Any, Any] | Sequence[Any], convert: Callable[[Any], A
         again.update(found)
         return again
     entries = [convert(entry) for entry in batch]
-    return (batch._make if isinstance(batch, Named) else type(batch))(entries)  # type: ignore[call-arg]
+    return type(batch)(*entries) if isinstance(batch, Named) else type(batch)(entries)  # type: ignore[call-arg]
 
 
 def describe(error: BaseException) -> str:

@@ -61,7 +61,8 @@ def measure(backend: Backend, tally: Tally | None, batch: Batch) -> dict[str, tu
 def scalars(found: Mapping[str, tuple[Any, float]], tally: Tally | None, batch: Batch) -> dict[str, tuple[float, float]]:
     if tally is not None:
         tally.add(batch, found)
-    return {name: pair for name, pair in found.items() if not np.ndim(pair[0])}
+        return {name: pair for name, pair in found.items() if not np.ndim(pair[0])}
+    return {name: (float(np.reshape(total, ())), weight) for name, (total, weight) in found.items()}
 
 
 def named(found: Mapping[str, tuple[Any, float]], tally: Tally | None) -> list[str]:
