@@ -1,4 +1,4 @@
-"""The schedules by name: GPipe, 1F1B, interleaved, ZB-H1. What each stage computes is written here; `placing` puts the messages in.
+"""The schedules by name: GPipe, 1F1B, interleaved, ZB-H1. What each stage computes is written here; `message_order` puts the messages in.
 
 On every chunk the weight gradients of the micro-batches come in ascending order, whatever the schedule: their sum, added up
 in place, has the same bits with all of them. (GPipe's own drawing runs backward from the last micro-batch; the time is the same.)

@@ -71,7 +71,8 @@ class ProcessRim:
         from elastic.collective.segment import usable
         from elastic.worker.outbox import Outbox
 
-        if not job.is_local:
+        self.shares = usable()
+        if not (job.is_local and self.shares):
             import elastic.collective.gloo  # noqa: F401 - torch, whose import takes a second: not when a node has joined
         self.name, self.run_id, self.secret, self.timeout_s = name, job.run_id, job.secret, timeout_s
         self.controller = controller = ray.get_actor(f"{job.run_id}/controller", NAMESPACE)
@@ -80,7 +81,6 @@ class ProcessRim:
         self.host = LOOPBACK if job.is_local else ray.util.get_node_ip_address()
         self.store = Endpoint(self.host, job.secret)
         self.endpoint = self.store.place
-        self.shares = usable()
         self.outbox = Outbox(name, control, lambda messages, number: ray.get(controller.receive.remote(name, messages, number), timeout=DELIVER_S),
                              orphan_timeout_s, orphaned, leave)
         self.outbox.start()

@@ -54,6 +54,7 @@ class Shards:
         if shard != self.loaded:
             context.at("forward", shard)
             context.fire("forward")
+            self.batch = {}  # not two at a time
             with users(context.training.is_own):
                 self.batch, self.loaded = context.training.load_batch(context.step, shard), shard
         return part_of(self.batch, parts, part), shard_seed(context.plan.seed, context.step, shard, *([part] if parts > 1 else []))

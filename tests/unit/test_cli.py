@@ -246,7 +246,8 @@ def test_a_script_takes_what_it_needs_from_one_place_and_ray_comes_with_the_trai
               "from elastic.driver import follow, trainer\nassert elastic.Trainer is trainer.Trainer and elastic.Result is follow.Result\n"
               "assert issubclass(RecipeError, elastic.UserError) and issubclass(elastic.NonFiniteLoss, RunFailed)\n"
               "assert not [name for name in elastic.__all__ if getattr(elastic, name).__name__ != name]\nassert not hasattr(elastic, 'trainer')\n"
-              "from elastic.trainer import Trainer  # as users' modules of older runs have it\nimport elastic.backend, elastic.layers, elastic.model.backend\n"
+              "from elastic.trainer import Trainer  # as users' modules of older runs have it\n"
+              "import elastic.backend, elastic.layers, elastic.model.backend\n"
               "assert Trainer is trainer.Trainer and elastic.backend.Chain is elastic.model.backend.Chain and elastic.layers.Chained\n")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
