@@ -16,7 +16,7 @@ import numpy as np
 
 from elastic.data.collate import stacked
 from elastic.errors import ElasticError, UserError
-from elastic.model.backend import Adapted, Backend, Batch, Buffer, Framework, ShardResult, Spec
+from elastic.model.backend import Adapted, Backend, Batch, Buffer, Framework, ShardResult, Spec, is_neutral
 from elastic.model.tally import Tally, tally_of
 from elastic.model.user_code import is_of_machine, place_of, rebuilt
 from elastic.parallel.axis import span
@@ -36,7 +36,7 @@ class Door(Framework):
     trains: str
 
     def adapt(self, model: Any) -> Any:
-        return model if isinstance(getattr(model, "parameters", None), Mapping) else self.own(model)
+        return model if is_neutral(model) else self.own(model)
 
     def own(self, model: Any) -> Any:
         """A user's own, as an `Adapted`."""
@@ -187,10 +187,6 @@ def matrix_product(equation: str) -> tuple[int, int, bool] | None:
     if inner and left == lead + inner and out == lead + trail and right in (inner + trail, trail + inner):
         return len(lead), len(trail), right != inner + trail
     return None
-
-
-def given_spec(value: np.ndarray, trainable: bool = True, whole: bool = False) -> Spec:
-    return Spec(tuple(value.shape), (), "given", dtype=value.dtype.name, trainable=trainable, whole=whole)
 
 
 def check_loss(kind: str, model: Any) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import check_loss, drawing, given_spec, mapped, plain_attributes, spoiled, telling
+from backends.common import check_loss, drawing, mapped, plain_attributes, spoiled, telling
 from backends.mxnet.ops import mx
 from backends.mxnet.turn import turn
 from elastic.data.collate import num_rows
 from elastic.errors import UserError
-from elastic.model.backend import Adapted
+from elastic.model.backend import Adapted, Spec
 from elastic.model.user_code import described, pair, pairs
 
 
@@ -49,9 +49,9 @@ class GluonModel(Adapted):
         self.numpy = isinstance(self._named[trained[0]].data(), mx.np.ndarray)  # made under mx.npx.set_np()
         self._made = {name: parameter.data() for name, parameter in self._named.items()}
         self.given = {name: made.asnumpy() for name, made in self._made.items()}
-        self.parameters = {name: given_spec(self.given[name], name in trained) for name, parameter in self._named.items()
+        self.parameters = {name: Spec.given(self.given[name], name in trained) for name, parameter in self._named.items()
                            if name in trained or is_weight(parameter)}
-        self.buffers = {name: given_spec(value) for name, value in self.given.items() if name not in self.parameters}
+        self.buffers = {name: Spec.given(value) for name, value in self.given.items() if name not in self.parameters}
 
     def array(self, values: Any, is_exact: bool = False) -> Any:
         """A copy in the block's kind of array; float64 becomes float32, unless `is_exact`, and what is no number stays as it is."""

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.common import check_float32, check_loss, given_spec
+from backends.common import check_float32, check_loss
 from backends.pytorch import watch
 from backends.pytorch.arrays import as_numpy, as_torch, plain
 from elastic.errors import UserError
-from elastic.model.backend import Adapted
+from elastic.model.backend import Adapted, Spec
 from elastic.model.user_code import described, pair
 
 # Random draws in a module or a data set come from the process-wide generators. What one thread seeds and draws must not
@@ -75,8 +75,8 @@ class ModuleModel(Adapted):
         self._values: list[torch.Tensor] = []
         self._into: list[torch.Tensor] = []
         self.given = {name: as_numpy(value) for name, value in [*self.tensors.items(), *kept.items()]}
-        self.parameters = {name: given_spec(self.given[name], p.requires_grad) for name, p in self.tensors.items()}
-        self.buffers = {name: given_spec(self.given[name]) for name in kept}
+        self.parameters = {name: Spec.given(self.given[name], p.requires_grad) for name, p in self.tensors.items()}
+        self.buffers = {name: Spec.given(self.given[name]) for name in kept}
 
     @property
     def notes(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import check_attributes, check_float32, given_spec, mapped, plain_attributes, spoiled, telling
+from backends.common import check_attributes, check_float32, mapped, plain_attributes, spoiled, telling
 from backends.tensorflow.compiled import VARIABLES, Figures, MetricTally, check_compiled, divisor, is_sum, parts, snake, uneven
 from backends.tensorflow.ops import mixed, tf
 
@@ -24,7 +24,7 @@ import keras
 
 from elastic.data.collate import num_rows
 from elastic.errors import UserError
-from elastic.model.backend import Adapted
+from elastic.model.backend import Adapted, Spec
 from elastic.model.ops import GOLDEN, tag_key
 from elastic.model.user_code import pair, pairs
 
@@ -81,9 +81,9 @@ class KerasModel(Adapted):
         check_float32({name: v.dtype for name, v in self._weights.items()})
         self.constraints = {name: v.constraint for name, v in self._weights.items() if v.constraint is not None}
         self.given = {name: np.array(v.numpy()) for name, v in named.items()}
-        self.parameters = {name: given_spec(self.given[name], trainable=id(v) in trained, whole=name in self.constraints)
+        self.parameters = {name: Spec.given(self.given[name], trainable=id(v) in trained, whole=name in self.constraints)
                            for name, v in self._weights.items()}
-        self.buffers = {name: given_spec(self.given[name]) for name in self._kept}
+        self.buffers = {name: Spec.given(self.given[name]) for name in self._kept}
         self._figures: Figures | None = None
         self.moved: tuple[str, ...] = ()
         self.sums, self.undivided = not self._own_loss and is_sum(model), ""

@@ -12,7 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+from elastic.model.ops import GOLDEN
+
 ROUNDS = 8  # each half is mixed four times; fewer leave visible order in small domains
 
 
@@ -31,8 +32,8 @@ def keyed_word(*key: int) -> int:
 
 def draws(keys: np.ndarray, numbers: np.ndarray, count: int) -> np.ndarray:
     """(rows, count) uint64, of each row's key and number alone: SplitMix64 (Steele, Lea and Flood 2014)."""
-    start = mix(keys + numbers.astype(np.uint64) * GOLDEN)
-    return mix(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN)
+    start = mix(keys + numbers.astype(np.uint64) * np.uint64(GOLDEN))
+    return mix(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN))
 
 
 def mix(values: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout, Portion
 from nlp import bert, gpt
 from recommender import dlrm
+from tests.support.batches import Batches
 from tests.support.frameworks import names
 from tests.support.models import Tiny, rig_of
 from tests.support.sampling import sample
@@ -23,40 +24,20 @@ from vision import vit
 
 ROWS = 3
 LANGUAGE = {"layers": 2, "heads": 4, "width": 16, "context": 8}
-
-
-def text(model: Any) -> dict[str, np.ndarray]:
-    return {"tokens": np.random.default_rng(0).integers(0, 13, (ROWS, 9)), "row_weight": np.ones(ROWS, np.float32)}
-
-
-def hidden(model: Any) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(0)
-    return {"tokens": draw.integers(0, 13, (ROWS, 8)), "places": draw.integers(0, 8, (ROWS, 5)), "targets": draw.integers(0, 13, (ROWS, 5)),
-            "row_weight": np.ones(ROWS, np.float32)}
-
-
-def images(model: Any) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(0)
-    return {"image": draw.random((ROWS, *model.shape), np.float32), "label": draw.integers(0, 10, ROWS), "row_weight": np.ones(ROWS, np.float32)}
-
-
-def clicks(model: Any) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(0)
-    return {"categorical": draw.integers(0, 20, (ROWS, 3)), "numeric": draw.random((ROWS, 4), np.float32),
-            "label": draw.integers(0, 2, ROWS).astype(np.float32), "row_weight": np.ones(ROWS, np.float32)}
-
+MADE = Batches(ROWS, 13)
 
 CASES: dict[str, tuple[Any, Any, Mesh]] = {
     "tiny, a vocabulary that does not divide": (Tiny, lambda model: model.batch(1), Mesh(1, tensor=2)),
     "tiny over four": (Tiny, lambda model: model.batch(1), Mesh(1, tensor=4)),
-    "gpt": (lambda: gpt.build(LANGUAGE, {"vocab_size": 13}), text, Mesh(1, tensor=2)),
-    "gpt, smoothed, with biases": (lambda: gpt.build({**LANGUAGE, "smoothing": 0.1, "bias": True}, {"vocab_size": 13}), text, Mesh(1, tensor=4)),
-    "gpt with experts on two workers": (lambda: gpt.build({**LANGUAGE, "experts": 4}, {"vocab_size": 13}), text, Mesh(1, expert=2)),
-    "gpt with experts, both axes": (lambda: gpt.build({**LANGUAGE, "experts": 4, "top": 2}, {"vocab_size": 13}), text, Mesh(1, tensor=2, expert=2)),
-    "bert": (lambda: bert.build(LANGUAGE, {"vocab_size": 13}), hidden, Mesh(1, tensor=2)),
-    "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 16, "patch": 2, "mlp": 2}, {"shape": (8, 8, 1), "num_classes": 10}), images,
+    "gpt": (lambda: gpt.build(LANGUAGE, {"vocab_size": 13}), MADE.text, Mesh(1, tensor=2)),
+    "gpt, smoothed, with biases": (lambda: gpt.build({**LANGUAGE, "smoothing": 0.1, "bias": True}, {"vocab_size": 13}), MADE.text, Mesh(1, tensor=4)),
+    "gpt with experts on two workers": (lambda: gpt.build({**LANGUAGE, "experts": 4}, {"vocab_size": 13}), MADE.text, Mesh(1, expert=2)),
+    "gpt with experts, both axes": (lambda: gpt.build({**LANGUAGE, "experts": 4, "top": 2}, {"vocab_size": 13}), MADE.text,
+                                    Mesh(1, tensor=2, expert=2)),
+    "bert": (lambda: bert.build(LANGUAGE, {"vocab_size": 13}), MADE.hidden, Mesh(1, tensor=2)),
+    "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 16, "patch": 2, "mlp": 2}, {"shape": (8, 8, 1), "num_classes": 10}), MADE.images,
             Mesh(1, tensor=2)),
-    "dlrm": (lambda: dlrm.build({"arch": "dlrm"}, {"sizes": (10, 5, 6), "num_numeric": 4, "embedding_dim": 8}), clicks, Mesh(1, tensor=2)),
+    "dlrm": (lambda: dlrm.build({"arch": "dlrm"}, {"sizes": (10, 5, 6), "num_numeric": 4, "embedding_dim": 8}), MADE.clicks, Mesh(1, tensor=2)),
 }
 
 
@@ -93,7 +74,7 @@ def test_the_bytes_of_a_real_pass(name: str, case: str) -> None:
 def test_what_is_computed_again_is_exchanged_again(name: str) -> None:
     """At most: the oracle keeps everything, and PyTorch stops where the gradient needs no more."""
     plain, again = (gpt.build({**LANGUAGE, "recompute": recompute}, {"vocab_size": 13}) for recompute in (False, True))
-    batch, layout = text(again), Layout(again, Mesh(1, tensor=2))
+    batch, layout = MADE.text(again), Layout(again, Mesh(1, tensor=2))
     bounds = []
     for model in (plain, again):
         found = measure.together(list(measure.pieces(model, batch, layout, layout.mesh.seat(0)).values()))

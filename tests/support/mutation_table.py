@@ -278,7 +278,7 @@ INPUTS = (
 
 USERS = (
     M("frozen-trains", "P9", "What a module freezes itself is trained.", "backends/pytorch/adapter.py",
-      "given_spec(self.given[name], p.requires_grad)", "given_spec(self.given[name], True)",
+      "Spec.given(self.given[name], p.requires_grad)", "Spec.given(self.given[name], True)",
       "tests/numerics/test_torch_modules.py::test_freeze_adds_to_what_the_module_freezes_and_thaw_overrules"),
     M("memory-is-believed", "P9", "A module that remembers something from one loss to the next passes.", "backends/pytorch/rehearsal.py",
       "    stale = differing(steady, told(now))\n", "    stale = []\n",

@@ -10,50 +10,29 @@ import pytest
 from elastic.parallel.measure import measure
 from nlp import bert, gpt
 from recommender import dlrm
+from tests.support.batches import Batches
 from tests.support.frameworks import load
 from tests.support.models import rig_of
 from vision import resnet, vit
 
 torch = pytest.importorskip("torch", reason="what is kept is compared with what PyTorch keeps")
 ROWS = 6
-
-
-def text(model: Any) -> dict[str, np.ndarray]:
-    return {"tokens": np.random.default_rng(0).integers(0, 31, (ROWS, model.config.context + 1)), "row_weight": np.ones(ROWS, np.float32)}
-
-
-def hidden(model: Any) -> dict[str, np.ndarray]:
-    draw, context = np.random.default_rng(0), model.config.context
-    return {"tokens": draw.integers(0, 31, (ROWS, context)), "places": draw.integers(0, context, (ROWS, 5)),
-            "targets": draw.integers(0, 31, (ROWS, 5)), "row_weight": np.ones(ROWS, np.float32)}
-
-
-def images(model: Any) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(0)
-    return {"image": draw.random((ROWS, *model.shape), np.float32), "label": draw.integers(0, 10, ROWS), "row_weight": np.ones(ROWS, np.float32)}
-
-
-def clicks(model: Any) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(0)
-    return {"categorical": draw.integers(0, 20, (ROWS, 3)), "numeric": draw.random((ROWS, 4), np.float32),
-            "label": draw.integers(0, 2, ROWS).astype(np.float32), "row_weight": np.ones(ROWS, np.float32)}
-
-
+MADE = Batches(ROWS, 31)
 LANGUAGE = {"layers": 2, "heads": 2, "width": 32, "context": 16}
 TABLE = {"sizes": (10, 5, 5), "num_numeric": 4, "embedding_dim": 8}
 PICTURES = {"shape": (8, 8, 1), "num_classes": 10}
 CASES = {
-    "gpt": (lambda: gpt.build(LANGUAGE, {"vocab_size": 31}), text),
-    "gpt with dropout and biases": (lambda: gpt.build({**LANGUAGE, "dropout": 0.1, "bias": True}, {"vocab_size": 31}), text),
-    "gpt computed again": (lambda: gpt.build({**LANGUAGE, "recompute": True, "dropout": 0.1}, {"vocab_size": 31}), text),
-    "gpt with smoothed labels": (lambda: gpt.build({**LANGUAGE, "smoothing": 0.1}, {"vocab_size": 31}), text),
-    "gpt with experts": (lambda: gpt.build({**LANGUAGE, "experts": 4, "top": 2}, {"vocab_size": 31}), text),
-    "bert": (lambda: bert.build(LANGUAGE, {"vocab_size": 31}), hidden),
-    "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 32, "patch": 2, "mlp": 2}, PICTURES), images),
-    "resnet": (lambda: resnet.build({"blocks": [1, 1], "width": 8, "stem": "small"}, PICTURES), images),
-    "resnet, group norm": (lambda: resnet.build({"blocks": [1, 1], "width": 8, "stem": "large", "norm": "group"}, PICTURES), images),
-    "dlrm": (lambda: dlrm.build({"arch": "dlrm"}, TABLE), clicks),
-    "dcn": (lambda: dlrm.build({"arch": "dcn"}, TABLE), clicks),
+    "gpt": (lambda: gpt.build(LANGUAGE, {"vocab_size": 31}), MADE.text),
+    "gpt with dropout and biases": (lambda: gpt.build({**LANGUAGE, "dropout": 0.1, "bias": True}, {"vocab_size": 31}), MADE.text),
+    "gpt computed again": (lambda: gpt.build({**LANGUAGE, "recompute": True, "dropout": 0.1}, {"vocab_size": 31}), MADE.text),
+    "gpt with smoothed labels": (lambda: gpt.build({**LANGUAGE, "smoothing": 0.1}, {"vocab_size": 31}), MADE.text),
+    "gpt with experts": (lambda: gpt.build({**LANGUAGE, "experts": 4, "top": 2}, {"vocab_size": 31}), MADE.text),
+    "bert": (lambda: bert.build(LANGUAGE, {"vocab_size": 31}), MADE.hidden),
+    "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 32, "patch": 2, "mlp": 2}, PICTURES), MADE.images),
+    "resnet": (lambda: resnet.build({"blocks": [1, 1], "width": 8, "stem": "small"}, PICTURES), MADE.images),
+    "resnet, group norm": (lambda: resnet.build({"blocks": [1, 1], "width": 8, "stem": "large", "norm": "group"}, PICTURES), MADE.images),
+    "dlrm": (lambda: dlrm.build({"arch": "dlrm"}, TABLE), MADE.clicks),
+    "dcn": (lambda: dlrm.build({"arch": "dcn"}, TABLE), MADE.clicks),
 }
 
 
