@@ -32,9 +32,9 @@ from ray.util.placement_group import placement_group_table
 from benchmarks.kit import results
 from benchmarks.kit.logs import Tail
 from benchmarks.kit.processes import ROOT, tidy_on_termination
-from elastic.checkpoint.hashing import hashes_of, in_order
 from elastic.checkpoint.manager import committed, read_sound
 from elastic.checkpoint.reader import Reader, read_arrays
+from elastic.checkpoint.state_hash import hashes_of, in_order
 from elastic.observe.jsonl import read_lines
 from elastic.storage.store import Store
 

@@ -61,9 +61,9 @@ def member(rank: int, size: int, job: Job, pipe: Any) -> None:
     backends = importlib.import_module(f"backends.{job.backend}.backend").framework
     model = build({"layers": LAYERS, "heads": HEADS, "width": job.width, "context": TIME}, {"vocab_size": VOCAB})
     layout, values = Layout(model, Mesh(1, tensor=size)), initial_values(model.parameters, 1, {})
-    seat = layout.mesh.seat(rank)
-    boxes = layout.boxes(seat)
-    model.parameters = layout.specs(seat)
+    coordinate = layout.mesh.coordinate(rank)
+    boxes = layout.boxes(coordinate)
+    model.parameters = layout.specs(coordinate)
     backend = backends.create(model, SETTINGS)
     flat = FlatLayout(backend.parameters)
     param, gradient = backend.allocate(flat.size), backend.allocate(flat.trainable)

@@ -38,7 +38,7 @@ class NonFiniteLoss(RunFailed):
 
 
 class GroupBroken(ElasticError):
-    """A collective cannot complete because a peer is gone or the generation was abandoned."""
+    """A collective cannot complete because a peer is gone or the generation was aborted."""
 
 
 class BadCheckpoint(ElasticError):

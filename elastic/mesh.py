@@ -9,7 +9,7 @@ ORDER = ("data", "pipeline", "expert", "tensor")  # of the axes in a rank, slowe
 
 
 @dataclass(frozen=True)
-class Seat:
+class Coordinate:
     """A worker's place along each axis."""
 
     data: int = 0
@@ -41,26 +41,26 @@ class Mesh:
     def world_size(self) -> int:
         return self.data * self.replica_size
 
-    def seat(self, rank: int) -> Seat:
+    def coordinate(self, rank: int) -> Coordinate:
         """Where a rank sits."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not in a mesh of {self.world_size}.")
         places = {}
         for axis in reversed(ORDER):
             rank, places[axis] = divmod(rank, getattr(self, axis))
-        return Seat(**places)
+        return Coordinate(**places)
 
-    def rank(self, seat: Seat) -> int:
+    def rank(self, coordinate: Coordinate) -> int:
         """Who sits there."""
         rank = 0
         for axis in ORDER:
-            rank = rank * getattr(self, axis) + getattr(seat, axis)
+            rank = rank * getattr(self, axis) + getattr(coordinate, axis)
         return rank
 
-    def line(self, rank: int, axis: str) -> tuple[int, ...]:
+    def axis_ranks(self, rank: int, axis: str) -> tuple[int, ...]:
         """The ranks along one axis through `rank`, in order."""
-        seat = self.seat(rank)
-        return tuple(self.rank(replace(seat, **{axis: i})) for i in range(getattr(self, axis)))
+        coordinate = self.coordinate(rank)
+        return tuple(self.rank(replace(coordinate, **{axis: i})) for i in range(getattr(self, axis)))
 
     def replica(self, rank: int) -> tuple[int, ...]:
         """The ranks that share `rank`'s copy of the model, in order."""

@@ -1,7 +1,7 @@
 """What crosses a process: frozen dataclasses of plain values, and nothing else.
 
-The controller tells the workers (`Generation`, stop requests, abandonment); the workers tell the controller (`Ready`,
-`Standing`, `Progress`, `Line`, `Part`). Every word carries the generation it belongs to.
+The controller sends the workers `Generation`, stop requests and aborts; the workers report to it (`Ready`,
+`Standing`, `Progress`, `Line`, `Part`). Every message carries the generation it belongs to.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ Axes = tuple[int, int, int, int]  # a mesh as plain values: data, pipeline, tens
 
 @dataclass(frozen=True)
 class Holder:
-    """What the member at `rank` has when a generation starts: the state of one seat (a rank within a replica) of `mesh`; -1: nothing."""
+    """What the member at `rank` has when a generation starts: the state of one coordinate (a rank within a replica) of `mesh`; -1: nothing."""
 
     rank: int
     mesh: Axes
-    seat: int
+    coordinate: int
 
 
 @dataclass(frozen=True)
 class Generation:
     """One membership of the group, and where everybody starts.
 
-    When it begins, every member gets the state of its own seat at step `committed`. Who has the gradients of that step commits them first,
-    under the seat that it had. Then, with `healers`, each source gives its state to those it heals, which sit where it sits in other replicas
-    (and may have held another seat before); with `relaid`, everything moves from the old seats to the new ones. Of two members that
+    When it begins, every member gets the state of its own coordinate at step `committed`. Who has the gradients of that step commits them first,
+    under the coordinate that it had. Then, with `healers`, each source gives its state to those it heals, which sit where it sits in other replicas
+    (and may have held another coordinate before); with `relaid`, everything moves from the old coordinates to the new ones. Of two members that
     hold the same, the lower rank sends. With `relaid`, a holder's state stays whole until all have what they need, and is what it stands by with;
-    one that `healers` give another seat lets its own go, for as many others as there are replicas hold that one.
+    one that `healers` give another coordinate lets its own go, for as many others as there are replicas hold that one.
     """
 
     number: int
@@ -55,14 +55,14 @@ class Generation:
     transport: str  # "gloo" | "shared" | "nccl" | "local"
     committed: int  # steps that count when the generation starts
     ballot: Ballot | None = None  # for members that hold the last step's gradients but did not see its vote
-    healers: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (a source's rank, those it heals), for each seat where somebody needs state
+    healers: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (a source's rank, those it heals), for each coordinate where somebody needs state
     load: str = ""  # "": keep what you have; "recipe": start anew; else the checkpoint that every member loads
     written: int = 0  # steps already in metrics.jsonl
     evaluated: int = 0  # last step whose evaluation is on disk
     checkpointed: int = 0  # last step whose checkpoint is committed
     chaos: tuple[str, ...] = ()  # faults that have not fired yet
     mesh: Axes = (0, 1, 1, 1)
-    kept: tuple[tuple[tuple[int, int], ...], ...] = ()  # of a sharded optimizer, by rank: what each has at `committed` when that is applied
+    held: tuple[tuple[tuple[int, int], ...], ...] = ()  # of a sharded optimizer, by rank: what each has at `committed` when that is applied
     torn: tuple[int, ...] = ()  # ranks that have, of the parameters, nothing else at `committed`
     relaid: tuple[Holder, ...] = ()  # one for each member, where the mesh is another than the one that they hold; then `healers` is empty
 
@@ -95,7 +95,7 @@ class Standing:
 
     `reason`: "broken" (a peer is gone), "stopped" (the vote said so), "done", or "failed" (an error of the step itself).
     `committed` is -1 where the state is missing or torn. `holds` is the step whose reduced gradients it has, else -1.
-    State and gradients are those of `seat` (a rank within a replica) of `mesh`; a seat of -1 is nobody's: nothing of it is of use.
+    State and gradients are those of `coordinate` (a rank within a replica) of `mesh`; a coordinate of -1 is nobody's: nothing of it is of use.
     """
 
     worker: str
@@ -112,8 +112,8 @@ class Standing:
     compilations: int = 0
     lines: tuple[dict[str, Any], ...] = ()  # of metrics.jsonl, that may not be on disk yet: rank 0 may have died with them
     mesh: Axes = (0, 1, 1, 1)
-    seat: int = 0
-    kept: tuple[tuple[int, int], ...] = ()  # of a sharded optimizer: the stretches of blocks, of `blocks`, whose slots it has, own and twin's in turn
+    coordinate: int = 0
+    held: tuple[tuple[int, int], ...] = ()  # of a sharded optimizer: the ranges of blocks, of `blocks`, whose slots it has, own and twin's in turn
     blocks: int = 0
     torn: bool = False  # only what it keeps, of the parameters, is of `committed`
 
@@ -133,7 +133,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Line:
-    """A line for metrics.jsonl or events.jsonl, with the generation that speaks."""
+    """A line for metrics.jsonl or events.jsonl, with the generation that reports_losses."""
 
     generation: int
     file: str  # "metrics" | "events"
@@ -171,7 +171,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker of a run is told when it starts."""
+    """What every worker of a run gets when it starts."""
 
     run_id: str
     recipe: str  # TOML, resolved

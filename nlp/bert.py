@@ -2,7 +2,7 @@
 
 The model is a neutral function of named arrays; a framework enters through `ops`. A batch has "tokens", integers (rows, context),
 some of them hidden; "places" (rows, hidden), where in each row; "targets" (rows, hidden), what stood there; and "row_weight"
-(rows,), 0 for filler rows. The head looks at the hidden places alone. There are no segments: a row is one stretch of text.
+(rows,), 0 for filler rows. The head looks at the hidden places alone. There are no segments: a row is one piece of text.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Experts(Layers):
         return out
 
     def through(self, p: Mapping[str, Array], sent: Array, h: str) -> Array:
-        """(experts * places, d_model), each stretch of places through its own expert, wherever that is."""
+        """(experts * places, d_model), each run of places through its own expert, wherever that is."""
         ops, up, parts = self.ops, p[f"{h}.moe.up.weight"], self.ops.degree("expert")
         own, width = up.shape[0], up.shape[1]
         places = sent.shape[0] // (parts * own)

@@ -139,7 +139,7 @@ def store_of(info: Mapping[str, Any]) -> Store:
 
 
 def rows_of(info: Mapping[str, Any], split: str) -> range | np.ndarray:
-    """Which rows a split has: a stretch, or a list on disk."""
+    """Which rows a split has: a run of them, or a list on disk."""
     kept = info["splits"][split]
     return range(*kept) if kept else read_tokens(Path(info["folder"]) / f"{split}.arrow")
 
@@ -173,7 +173,7 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
             "num_rows": len(splits["train"]), "num_eval_rows": len(splits["eval"])}
     store = store_of(info)
     mean, scale = moments(store, splits["train"], len(data.numeric))
-    label_mean = math.fsum(found[LABEL].sum(dtype=np.float64) for found, _ in stretches(store, splits["train"])) / len(splits["train"])
+    label_mean = math.fsum(found[LABEL].sum(dtype=np.float64) for found, _ in chunks(store, splits["train"])) / len(splits["train"])
     parts = vocabularies(encoder, store, splits)
     first, base = [], 0
     for part in parts:
@@ -218,7 +218,7 @@ def split_rows(data: Any, counted: list[int], apart: list[np.ndarray]) -> dict[s
     return {"train": np.flatnonzero(~is_eval), "eval": np.flatnonzero(is_eval)}
 
 
-def stretches(store: Store, rows: range | np.ndarray, most: int = 1 << 18) -> Iterator[tuple[Arrays, int]]:
+def chunks(store: Store, rows: range | np.ndarray, most: int = 1 << 18) -> Iterator[tuple[Arrays, int]]:
     """The rows of a split, many at a time, and how many came before."""
     for low in range(0, len(rows), most):
         chosen = rows[low:low + most]
@@ -229,13 +229,13 @@ def moments(store: Store, rows: range | np.ndarray, columns: int) -> tuple[list[
     """Mean and 1/deviation of every number over the rows that have it, in float64: first the means, then the squares of what is off them.
     A column whose deviation its numbers' own rounding could make is taken as constant, its deviation for 1."""
     def sums(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        parts = (np.nansum(of(found[NUMERIC]), 0) for found, _ in stretches(store, rows))
+        parts = (np.nansum(of(found[NUMERIC]), 0) for found, _ in chunks(store, rows))
         return sum(parts, np.zeros(columns))
 
     if not columns:
         return [], []
     count = np.maximum(sums(lambda values: ~np.isnan(values)), 1)
-    first = np.nan_to_num(next(stretches(store, rows, 1))[0][NUMERIC][0])
+    first = np.nan_to_num(next(chunks(store, rows, 1))[0][NUMERIC][0])
     mean = first + sums(lambda values: values - first) / count
     deviation = np.sqrt(sums(lambda values: np.square(values - mean)) / count)
     varies = deviation > 2 * np.finfo(np.float64).eps * np.abs(mean)
@@ -246,7 +246,7 @@ def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> l
     """For every column, which of its codes have a row of their own, and where the others go, by data.oov."""
     data = encoder.data
     counts = {column: np.zeros(len(codes), np.int64) for column, codes in enumerate(encoder.codes.values()) if not codes.buckets}
-    for found, _ in stretches(store, splits["train"]) if counts else ():
+    for found, _ in chunks(store, splits["train"]) if counts else ():
         for column, count in counts.items():
             count += np.bincount(found[CATEGORICAL][:, column], minlength=len(count))
     parts = []
@@ -276,7 +276,7 @@ def hiding(part: Vocabulary) -> np.ndarray:
 def refuse_unknown(encoder: Encoder, store: Store, column: int, known: np.ndarray) -> None:
     """UserError names the first row with a value outside the vocabulary."""
     data, name = encoder.data, encoder.data.categorical[column]
-    for found, before in stretches(store, range(int(store.first[-1]))):
+    for found, before in chunks(store, range(int(store.first[-1]))):
         wrong = np.flatnonzero(~known[found[CATEGORICAL][:, column]])
         if len(wrong):
             code, (where, row) = int(found[CATEGORICAL][wrong[0], column]), encoder.place(before + int(wrong[0]))

@@ -1,7 +1,7 @@
 """A user's own `torch.nn.Module` as a model: the objects behind its names, and what its batches, losses and draws are.
 
 The module has `loss(batch)` giving the mean loss over the batch or (sum, weight), and may have `metrics(batch)` giving
-{name: (sum, weight)}. It keeps its own Parameter and buffer objects for good: `backends.pytorch.module` lets the parameters' storage be the
+{name: (sum, weight)}. It keeps its own Parameter and buffer objects for good: `backends.pytorch.module_backend` lets the parameters' storage be the
 platform's, and copies buffers in before a shard and out after it, so a step that is redone counts once.
 """
 

@@ -13,8 +13,8 @@ import torch.utils.data
 from backends.common import Door
 from backends.pytorch import warn_if_late
 from backends.pytorch.adapter import ModuleModel, seeded
-from backends.pytorch.module import ModuleBackend
-from backends.pytorch.neutral import TorchBackend
+from backends.pytorch.module_backend import ModuleBackend
+from backends.pytorch.neutral_backend import TorchBackend
 from elastic.errors import UserError
 from elastic.model.backend import Model
 

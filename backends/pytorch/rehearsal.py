@@ -15,7 +15,7 @@ import torch
 
 from backends.pytorch.adapter import ModuleModel
 from backends.pytorch.arrays import as_tensor
-from backends.pytorch.watch import Leaf, checksum, differing, leaves, spoil, told
+from backends.pytorch.watch import Leaf, checksum, described, differing, leaves, spoil
 from elastic.errors import UserError
 from elastic.model.backend import Batch, Buffer, Habits, ShardResult
 from elastic.model.user_code import is_of_machine
@@ -36,7 +36,7 @@ class Stage(Protocol):
 
 def rehearse(stage: Stage, own: ModuleModel, batch: Batch, room: Callable[[], Views]) -> Habits:
     """UserError, by the name of what is wrong, where the module cannot be trained faithfully."""
-    before, sums, names = told(leaves(own.module)), {name: checksum(p) for name, p in own.tensors.items()}, arrays_of(own)
+    before, sums, names = described(leaves(own.module)), {name: checksum(p) for name, p in own.tensors.items()}, arrays_of(own)
     hooks = {name: len(p._backward_hooks or {}) for name, p in own.tensors.items()}
     first = room()
     one = stage.once(batch, first, 1.0)
@@ -47,7 +47,7 @@ def rehearse(stage: Stage, own: ModuleModel, batch: Batch, room: Callable[[], Vi
     if {name: len(p._backward_hooks or {}) for name, p in own.tensors.items()} != hooks:
         raise own.error("puts a hook on a parameter each time that it computes its loss; put it there once, where the module is made.")
     after = leaves(own.module)
-    steady = told(after)
+    steady = described(after)
     left = [path for path in differing(before, steady) if path in after]
     for path in left:
         spoil(after[path])
@@ -63,7 +63,7 @@ def rehearse(stage: Stage, own: ModuleModel, batch: Batch, room: Callable[[], Vi
             raise
         raise remembering(own, left[0], after) from error
     now = leaves(own.module)
-    stale = differing(steady, told(now))
+    stale = differing(steady, described(now))
     if stale:
         raise remembering(own, stale[0], now)
     compare(own, one, two, left, now)
@@ -86,7 +86,7 @@ def moving(own: ModuleModel, written: list[str], sums: Mapping[str, str], one: S
 
 
 def remembering(own: ModuleModel, path: str, found: Mapping[str, Leaf]) -> UserError:
-    if path in found and found[path].told[0] == "generator":
+    if path in found and found[path].described[0] == "generator":
         return own.error(f"draws from a generator of its own, {path}; draw from the default ones of torch, NumPy or Python, which are seeded for "
                          "each shard.")
     return own.error(f"remembers something in its attribute {path} from one loss(batch) to the next, which no other worker sees and no checkpoint "

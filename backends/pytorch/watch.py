@@ -31,7 +31,7 @@ class Leaf:
     place: tuple[Any, Any] | None
 
     @property
-    def told(self) -> Any:
+    def described(self) -> Any:
         """Equal where the value is."""
         value = self.value
         if isinstance(value, torch.Tensor):
@@ -102,8 +102,8 @@ def inside(value: Any) -> Iterator[tuple[str, Any, tuple[Any, Any] | None]]:
             yield f".{key}", item, (vars(value), key)
 
 
-def told(found: Mapping[str, Leaf]) -> dict[str, Any]:
-    return {path: leaf.told for path, leaf in found.items()}
+def described(found: Mapping[str, Leaf]) -> dict[str, Any]:
+    return {path: leaf.described for path, leaf in found.items()}
 
 
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Optimizer steps written plainly from the papers, in place on one stretch of a flat buffer.
+"""Optimizer steps written plainly from the papers, in place on one range of a flat buffer.
 
 AdamW: Loshchilov and Hutter 2019, algorithm 2. Adam: Kingma and Ba 2015, algorithm 1, weight decay as an L2 term.
 SGD with momentum: Sutskever et al. 2013 in the form v = momentum v + g. Adagrad: Duchi et al. 2011, diagonal.

@@ -1,6 +1,6 @@
 """Ours, in a process of its own: `python -m benchmarks.kit.own_checkpoints NAME FOLDER SAVES SCALE RESULT`.
 
-A worker's `Saver` and the controller's `Commits` in one process: durable means that the manifest is committed.
+A worker's `Saver` and the controller's `Checkpoints` in one process: durable means that the manifest is committed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from benchmarks.kit.steploop import WIDTH, Durable, make_arrays, measure, report
 from elastic.checkpoint.manifest import Manifest
 from elastic.collective.solo import SoloGroup
-from elastic.controller.checkpoints import Commits
+from elastic.controller.checkpoints import Checkpoints
 from elastic.messages import Part, Save
 from elastic.model.backend import Spec
 from elastic.state.state import State
@@ -49,12 +49,12 @@ class Own:
 
     def save(self, path: Path, step: int) -> Durable:
         self.saver.location, self.durable = str(path), Durable()
-        self.commits, self.state.committed = Commits(str(path), 3, ""), step
+        self.checkpoints, self.state.committed = Checkpoints(str(path), 3, ""), step
         self.saver.save(self.state, Save(1, step), {})
         return self.durable
 
     def take(self, part: Part) -> None:
-        outcome = self.commits.take(part, part.step)
+        outcome = self.checkpoints.take(part, part.step)
         self.durable.set(outcome.error if outcome else "no outcome")
 
     def load(self, path: Path, step: int) -> None:

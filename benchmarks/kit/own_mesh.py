@@ -48,10 +48,10 @@ def take_part(rank: int, turns: Turns, case: Case, text: str, address: str, tran
             turns.note(message.fields["step"], message.fields["loss"])
 
     mesh, workload = mesh_of(recipe, case.data), opened(recipe)
-    training, place = build_training(recipe, workload), place_on(recipe, workload, mesh, mesh.seat(rank))
+    training, place = build_training(recipe, workload), place_on(recipe, workload, mesh, mesh.coordinate(rank))
     warm_up(training, place)
     if place.state.is_sharded:
-        place.state.keep(mesh.seat(rank).data, case.data)
+        place.state.keep(mesh.coordinate(rank).data, case.data)
     place.state.start(recipe.run.seed)
     training.load_batch = Gate(training.load_batch, turns)
     group: Any = (SharedGroup.form(rank, case.size, address, transport, threading.Event(), 60.0) if transport == "shared"

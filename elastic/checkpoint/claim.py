@@ -1,7 +1,7 @@
 """A place for checkpoints belongs to one live run: a small file there says whose it is, and was renewed when.
 
 On a disk the file is read and written under a lock, so of two only one gets it. On a storage without locks whoever finds the place free writes,
-waits, and has it if it reads back its own word; a word that was on its way for longer than the wait takes the place from who had just
+waits, and has it if it reads back its own text; a text that was on its way for longer than the wait takes the place from who had just
 got it, which learns that before it commits anything. A claim runs out when nobody renews it; machines' clocks may differ by less than that.
 A run directory is one run's already (`rundir.held`): whoever goes on there takes over what the run before it had.
 """
@@ -59,7 +59,7 @@ def owner_of(run_dir: str | os.PathLike[str]) -> str:
 
 
 def parse(text: bytes) -> Word | None:
-    """None for what is no claim: half a word is nobody's."""
+    """None for what is no claim: half a text is nobody's."""
     try:
         found = json.loads(text)
         return Word(str(found["run"]), str(found["owner"]), float(found["time"]), str(found["token"]))
@@ -112,7 +112,7 @@ class Claim:
             self._refuse(parse(file.read(MAX_BYTES)))
             text = json.dumps(asdict(self._word())).encode()
             file.seek(0)
-            file.write(text)  # over the old word: a full disk has room for that
+            file.write(text)  # over the old text: a full disk has room for that
             file.truncate(len(text))
 
     def _take_settled(self) -> None:

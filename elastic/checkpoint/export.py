@@ -14,9 +14,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from elastic.checkpoint.find import read_newest
-from elastic.checkpoint.hashing import BUFFER, PARAMETER
 from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.safetensors import apart
+from elastic.checkpoint.state_hash import BUFFER, PARAMETER
 from elastic.errors import UserError
 from elastic.recipe import loads
 from elastic.storage.atomic import beside

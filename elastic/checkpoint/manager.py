@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from elastic.checkpoint import safetensors
-from elastic.checkpoint.hashing import AVERAGE, OPTIMIZER, PARAMETER
 from elastic.checkpoint.manifest import MAX_BYTES, FileEntry, Manifest, parse
 from elastic.checkpoint.part import hash_of
 from elastic.checkpoint.reader import Reader, read_arrays
+from elastic.checkpoint.state_hash import AVERAGE, OPTIMIZER, PARAMETER
 from elastic.errors import BadCheckpoint, RecipeError, UserError
 from elastic.storage.remote import parted
 from elastic.storage.store import TEMPORARY, Store

@@ -85,9 +85,9 @@ class Image:
                     return False
         return True
 
-    def write(self, store: Store, folder: str, name: str, chunk_bytes: int = CHUNK, tell: Callable[[int], None] = lambda done: None,
+    def write(self, store: Store, folder: str, name: str, chunk_bytes: int = CHUNK, progress: Callable[[int], None] = lambda done: None,
               check: Callable[[], None] = lambda: None) -> FileEntry:
-        """Writes the file, and hashes it meanwhile; durable on return. `tell(bytes)`: how far it is. Nothing is left where `check` raises."""
+        """Writes the file, and hashes it meanwhile; durable on return. `progress(bytes)`: how far it is. Nothing is left where `check` raises."""
         with ThreadPoolExecutor(1, "hash") as beside:
             checked, hashed = beside.submit(check), beside.submit(self.hashes, chunk_bytes)
 
@@ -97,7 +97,7 @@ class Image:
                     if checked.done():
                         checked.result()
                     yield view[low:low + PIECE * chunk_bytes]
-                    tell(min(len(view), low + PIECE * chunk_bytes))
+                    progress(min(len(view), low + PIECE * chunk_bytes))
 
             store.write(f"{folder}/{name}", pieces())
             try:

@@ -19,19 +19,19 @@ def transport_of(members: Sequence[Ready], device: str = "cpu") -> str:
     return "shared" if is_near and len(members) <= MOST_READERS else "gloo"
 
 
-def form(transport: str, rank: int, size: int, endpoint: str, prefix: str, abandoned: threading.Event, timeout_s: float,
+def form(transport: str, rank: int, size: int, endpoint: str, prefix: str, aborted: threading.Event, timeout_s: float,
          host: str) -> CollectiveGroup:
     """The group of `size` members that meet at `endpoint` under `prefix`. Raises `GroupBroken`."""
     if size == 1:
-        return SoloGroup(abandoned)
+        return SoloGroup(aborted)
     if transport == "nccl":
         from elastic.collective.nccl import NcclGroup
 
-        return NcclGroup.form(rank, size, endpoint, prefix, abandoned, timeout_s)
+        return NcclGroup.form(rank, size, endpoint, prefix, aborted, timeout_s)
     if transport == "shared":
         from elastic.collective.shared import SharedGroup
 
-        return SharedGroup.form(rank, size, endpoint, prefix, abandoned, timeout_s)
+        return SharedGroup.form(rank, size, endpoint, prefix, aborted, timeout_s)
     from elastic.collective.gloo import GlooGroup
 
-    return GlooGroup.form(rank, size, endpoint, prefix, abandoned, timeout_s, host)
+    return GlooGroup.form(rank, size, endpoint, prefix, aborted, timeout_s, host)

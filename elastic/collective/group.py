@@ -1,7 +1,7 @@
 """The contract of a collective group: one generation's members, and what they may ask of each other.
 
 Any call may raise `GroupBroken`: then the group is finished, every later call raises at once, and every buffer that was in a
-call must never be used again (a peer that was only stopped may still write to it). `abandon` may be called from another
+call must never be used again (a peer that was only stopped may still write to it). `abort` may be called from another
 thread; a waiter notices within `SLICE_S`.
 """
 
@@ -16,13 +16,13 @@ from elastic.buffers import copied, empty_like
 
 Buffer = Any
 
-SLICE_S = 0.02  # how long one wait may hold before it looks whether the group was abandoned
+SLICE_S = 0.02  # how long one wait may hold before it looks whether the group was aborted
 
 
 @dataclass(frozen=True)
 class Pending:
     """A call that was started. `finish`, once, waits for its end; after that its buffers are the caller's again. It raises as any call does,
-    also where the group was abandoned since the start."""
+    also where the group was aborted since the start."""
 
     finish: Callable[[], None]
 
@@ -33,7 +33,7 @@ class CollectiveGroup(Protocol):
     rank: int
     size: int
     sums_in_order: bool = False  # `all_reduce` adds in rank order
-    abandoned: threading.Event  # set once the group is given up
+    aborted: threading.Event  # set once the group is given up
 
     def all_reduce(self, buffer: Buffer) -> None:
         """Sum over the members, in place, in the library's own order."""
@@ -88,13 +88,13 @@ class CollectiveGroup(Protocol):
                     chunk: int = ...) -> Buffer:
         """What `reduction.reduce` does, to the bit."""
 
-    def reduce_kept(self, sums: Sequence[tuple[Any, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Any,
+    def reduce_held(self, sums: Sequence[tuple[Any, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Any,
                     chunk: int = ...) -> Buffer:
-        """What `reduction.reduce_kept` does, to the bit."""
+        """What `reduction.reduce_held` does, to the bit."""
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
         """For fault injection: in the next call, the data reaches these ranks alone, or on some transports whom chance says; then `then()`,
         which ends the member."""
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Gives the group up without waiting for anybody: all calls, running ones too, raise `GroupBroken`."""

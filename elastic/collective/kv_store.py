@@ -1,7 +1,7 @@
 """Where processes meet: a small key-value store over TCP, one server in every worker for the worker's lifetime.
 
 torch's TCPStore looks up the name of every address it connects to; where the name server drops such questions (IPv4-mapped
-addresses are in no hosts file) one connection in twelve takes 5 s. Here nothing is looked up, and a wait can be abandoned.
+addresses are in no hosts file) one connection in twelve takes 5 s. Here nothing is looked up, and a wait can be aborted.
 
 Server and client each send a nonce and show with an HMAC of both (RFC 2104) that they know the run's secret, which never travels.
 Then a request is (operation, key size, value size), key, value; the answer is (size), value. A get is answered once the key is there.
@@ -77,7 +77,7 @@ class Endpoint:
             self._over = run.encode(), generation
             self._values = {key: value for key, value in self._values.items() if not self._is_over(key)}
             for key in [key for key in self._waiting if self._is_over(key)]:
-                del self._waiting[key]  # who waits finds its generation abandoned
+                del self._waiting[key]  # who waits finds its generation aborted
 
     def _is_over(self, key: bytes) -> bool:
         run, _, rest = key.partition(b"/")
@@ -207,9 +207,9 @@ class Endpoint:
 class StoreClient:
     """One group's connection to the store at `address` (SECRET@host:port). Whatever goes wrong is `GroupBroken`."""
 
-    def __init__(self, address: str, prefix: str, abandoned: threading.Event, timeout_s: float):
+    def __init__(self, address: str, prefix: str, aborted: threading.Event, timeout_s: float):
         self._secret, _, self._place = address.rpartition("@")
-        self._address, self._prefix, self._abandoned, self._timeout_s = address, prefix, abandoned, timeout_s
+        self._address, self._prefix, self._aborted, self._timeout_s = address, prefix, aborted, timeout_s
         self._lock = threading.Lock()
         self._what = f"Group {prefix}: the store at {self._place}"
         deadline = time.monotonic() + timeout_s
@@ -228,10 +228,10 @@ class StoreClient:
             except GroupBroken:
                 self._socket.close()
                 raise
-            self._abandoned.wait(AGAIN_S)
+            self._aborted.wait(AGAIN_S)
 
     def _reach(self, deadline: float) -> socket.socket:
-        """A connection; a wait for it can be abandoned, as any other."""
+        """A connection; a wait for it can be aborted, as any other."""
         host, _, port = self._place.rpartition(":")
         reached = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
@@ -259,7 +259,7 @@ class StoreClient:
 
     def clone(self) -> StoreClient:
         """Another connection with the same prefix."""
-        return StoreClient(self._address, self._prefix, self._abandoned, self._timeout_s)
+        return StoreClient(self._address, self._prefix, self._aborted, self._timeout_s)
 
     def set(self, key: str, value: bytes) -> None:
         self._ask(SET, key, value)
@@ -291,8 +291,8 @@ class StoreClient:
 
     def _look(self, key: str, deadline: float) -> None:
         """In every slice of a wait."""
-        if self._abandoned.is_set():
-            raise GroupBroken(f"{self._what}: waiting for {key} was abandoned.")
+        if self._aborted.is_set():
+            raise GroupBroken(f"{self._what}: waiting for {key} was aborted.")
         if time.monotonic() > deadline:
             raise GroupBroken(f"{self._what}: no {key} within {self._timeout_s:g} s.")
 

@@ -34,13 +34,13 @@ class Hub:
         self._lock = threading.Lock()
         self._worlds: dict[int, World] = {}
 
-    def form(self, generation: int, rank: int, size: int, abandoned: threading.Event | None = None) -> LocalGroup:
+    def form(self, generation: int, rank: int, size: int, aborted: threading.Event | None = None) -> LocalGroup:
         """Rank `rank` of generation `generation`; waits for nobody."""
         with self._lock:
             world = self._worlds.setdefault(generation, World(size))
         if world.size != size:
             raise ValueError(f"generation {generation} has {world.size} members, not {size}.")
-        return LocalGroup(world, tuple(range(size)), rank, abandoned)
+        return LocalGroup(world, tuple(range(size)), rank, aborted)
 
     def _world(self, generation: int | None) -> World:
         with self._lock:
@@ -65,7 +65,7 @@ class World:
         self.size = size
         self.condition = threading.Condition()
         self.dead: set[int] = set()
-        self.gone: set[int] = set()  # abandoned the group; alive
+        self.gone: set[int] = set()  # aborted the group; alive
         self.doomed: dict[int, tuple[frozenset[int], Callable[[], None]]] = {}  # who sees the next call's data; what then
         self.stopped: set[int] = set()
         self.entered: dict[tuple[Any, int], int] = {}  # (ranks, rank) -> calls entered
@@ -84,8 +84,8 @@ class LocalGroup(Member):
 
     sums_in_order = True  # `all_reduce` adds in rank order
 
-    def __init__(self, world: World, ranks: tuple[int, ...], rank: int, abandoned: threading.Event | None = None):
-        super().__init__(rank, len(ranks), abandoned)
+    def __init__(self, world: World, ranks: tuple[int, ...], rank: int, aborted: threading.Event | None = None):
+        super().__init__(rank, len(ranks), aborted)
         self._world, self._ranks, self._me = world, ranks, ranks[rank]
 
     def _break(self, what: str) -> GroupBroken:
@@ -191,11 +191,11 @@ class LocalGroup(Member):
 
     def subgroup(self, ranks: Sequence[int]) -> LocalGroup:
         self._check()
-        return LocalGroup(self._world, tuple(self._ranks[r] for r in ranks), list(ranks).index(self.rank), self._abandoned)
+        return LocalGroup(self._world, tuple(self._ranks[r] for r in ranks), list(ranks).index(self.rank), self._aborted)
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
         self._world.change(lambda world: world.doomed.update({self._me: (frozenset(self._ranks[r] for r in delivered_to), then)}))
 
-    def abandon(self) -> None:
-        super().abandon()
+    def abort(self) -> None:
+        super().abort()
         self._world.change(lambda world: world.gone.add(self._me))

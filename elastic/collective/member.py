@@ -21,19 +21,19 @@ def zeros(size: int) -> Buffer:
 
 
 class Member(CollectiveGroup):
-    """One member's end of a group. `abandoned` may be set by any thread; waiters look at it every slice."""
+    """One member's end of a group. `aborted` may be set by any thread; waiters look at it every slice."""
 
-    def __init__(self, rank: int, size: int, abandoned: threading.Event | None = None):
+    def __init__(self, rank: int, size: int, aborted: threading.Event | None = None):
         self.rank, self.size = rank, size
-        self.abandoned = self._abandoned = abandoned or threading.Event()
+        self.aborted = self._aborted = aborted or threading.Event()
         self._reason = ""
 
     def _check(self) -> None:
         """Raises if the group is finished; before every call and in every slice of a wait."""
         if self._reason:
             raise GroupBroken(self._reason)
-        if self._abandoned.is_set():
-            raise self._break("was abandoned")
+        if self._aborted.is_set():
+            raise self._break("was aborted")
 
     def _break(self, what: str) -> GroupBroken:
         """The error to raise now and ever after."""
@@ -41,8 +41,8 @@ class Member(CollectiveGroup):
             self._reason = f"Rank {self.rank} of {self.size}: the group {what}."
         return GroupBroken(self._reason)
 
-    def abandon(self) -> None:
-        self._abandoned.set()
+    def abort(self) -> None:
+        self._aborted.set()
 
     def start(self, call: str, *arguments: Any) -> Pending:
         self._check()
@@ -55,16 +55,16 @@ class Member(CollectiveGroup):
                     chunk: int = CHUNK) -> Buffer:
         return reduction.reduce(self, sums, num_shards, out, numel, block, scratch, chunk)
 
-    def reduce_kept(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch,
+    def reduce_held(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch,
                     chunk: int = CHUNK) -> Buffer:
-        return reduction.reduce_kept(self, sums, num_shards, out, cuts, twin, scratch, chunk)
+        return reduction.reduce_held(self, sums, num_shards, out, cuts, twin, scratch, chunk)
 
 
 class Meeting(Member):
     """A member of a group whose processes meet at a store: pairs and subgroups are groups of their own, formed there."""
 
-    def __init__(self, rank: int, size: int, abandoned: threading.Event):
-        super().__init__(rank, size, abandoned)
+    def __init__(self, rank: int, size: int, aborted: threading.Event):
+        super().__init__(rank, size, aborted)
         self._pairs: dict[tuple[int, ...], Self] = {}
         self._formed: dict[tuple[int, ...], int] = {}
 
@@ -88,7 +88,7 @@ class Meeting(Member):
         number = self._formed[tuple(ranks)] = self._formed.get(tuple(ranks), 0) + 1
         return self._form_sub(tuple(ranks), f"sub{number}")
 
-    def abandon(self) -> None:
-        super().abandon()
+    def abort(self) -> None:
+        super().abort()
         for pair in list(self._pairs.values()):
-            pair.abandon()
+            pair.abort()

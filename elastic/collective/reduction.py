@@ -245,7 +245,7 @@ def ranges(cuts: Sequence[int], size: int, chunk: int) -> Iterator[list[tuple[in
         yield [(min(high, low + begin), min(high, low + begin + stride)) for low, high in zip(cuts, cuts[1:])]
 
 
-def reduce_kept(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool,
+def reduce_held(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool,
                 scratch: Scratch, chunk: int = CHUNK) -> Buffer:
     """The sum over all shards along the canonical tree, of this member's range and behind it of the one whose twin it is.
 

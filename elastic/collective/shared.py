@@ -32,9 +32,9 @@ class SharedGroup(Meeting):
 
     sums_in_order = True  # `all_reduce` adds in rank order
 
-    def __init__(self, segment: Segment, peers: Sequence[Peer | None], store: StoreClient, key: str, rank: int, abandoned: threading.Event,
+    def __init__(self, segment: Segment, peers: Sequence[Peer | None], store: StoreClient, key: str, rank: int, aborted: threading.Event,
                  timeout_s: float):
-        super().__init__(rank, len(peers), abandoned)
+        super().__init__(rank, len(peers), aborted)
         self._segment, self._store, self._key, self._timeout_s = segment, store, key, timeout_s
         self._peers = [(r, peer) for r, peer in enumerate(peers) if peer is not None]
         self._number = 0  # of the last meeting
@@ -45,14 +45,14 @@ class SharedGroup(Meeting):
         self._cut: tuple[Collection[int], Callable[[], None]] | None = None
 
     @classmethod
-    def form(cls, rank: int, size: int, store_address: str, prefix: str, abandoned: threading.Event,
+    def form(cls, rank: int, size: int, store_address: str, prefix: str, aborted: threading.Event,
              timeout_s: float) -> SharedGroup:
         """Meets the other members, all on this node, at the store under `prefix`."""
-        store = StoreClient(store_address, prefix, abandoned, timeout_s)
-        return cls._form_at(store, "", rank, size, abandoned, timeout_s)
+        store = StoreClient(store_address, prefix, aborted, timeout_s)
+        return cls._form_at(store, "", rank, size, aborted, timeout_s)
 
     @classmethod
-    def _form_at(cls, store: StoreClient, key: str, rank: int, size: int, abandoned: threading.Event,
+    def _form_at(cls, store: StoreClient, key: str, rank: int, size: int, aborted: threading.Event,
                  timeout_s: float) -> SharedGroup:
         try:
             segment = Segment("elastic", size)
@@ -61,7 +61,7 @@ class SharedGroup(Meeting):
             peers = [Peer(card.decode(), rank) if r != rank else None for r, card in enumerate(cards)]
         except (OSError, ValueError, OverflowError) as error:  # a card may be anything, and this process may have no descriptor left
             raise GroupBroken(f"Rank {rank} of {size}: the group could not form: {error}.") from error
-        group = cls(segment, peers, store, key, rank, abandoned, timeout_s)
+        group = cls(segment, peers, store, key, rank, aborted, timeout_s)
         group.barrier()  # until every peer has opened this member's file: it may close, and the group be dropped
         segment.close()
         return group
@@ -105,7 +105,7 @@ class SharedGroup(Meeting):
         then()
 
     def _look(self) -> None:
-        """In every slice of a wait: raises if the group was abandoned, or someone who has yet to come never will."""
+        """In every slice of a wait: raises if the group was aborted, or someone who has yet to come never will."""
         self._check()
         for rank, peer in self._peers:
             if peer.lost() and peer.counter() < self._number:
@@ -122,8 +122,8 @@ class SharedGroup(Meeting):
         for rank, _ in self._peers:
             self._segment.wake(rank)
 
-    def abandon(self) -> None:
-        super().abandon()
+    def abort(self) -> None:
+        super().abort()
         self._leave()
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
@@ -183,7 +183,7 @@ class SharedGroup(Meeting):
         """By reading the peers' sums in place, as all that follows."""
         return self._reduce_tree(sums, num_shards, equal_cuts(numel, block, self.size), range(self.size), out)
 
-    def reduce_kept(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch,
+    def reduce_held(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch,
                     chunk: int = CHUNK) -> Buffer:
         return self._reduce_tree(sums, num_shards, cuts, wanted(self.rank, self.size, twin), out)
 
@@ -231,7 +231,7 @@ class SharedGroup(Meeting):
         self._check()
         key = self._key + "/".join([kind, *map(str, ranks), ""])  # ranks in this group: others have them too
         try:
-            return self._form_at(self._store, key, ranks.index(self.rank), len(ranks), self._abandoned, self._timeout_s)
+            return self._form_at(self._store, key, ranks.index(self.rank), len(ranks), self._aborted, self._timeout_s)
         except GroupBroken as error:
             raise self._break(f"fell apart: {error}") from error
 

@@ -12,8 +12,8 @@ from elastic.collective.member import Member
 class SoloGroup(Member):
     sums_in_order = True  # `all_reduce` adds in rank order
 
-    def __init__(self, abandoned: threading.Event | None = None):
-        super().__init__(0, 1, abandoned)
+    def __init__(self, aborted: threading.Event | None = None):
+        super().__init__(0, 1, aborted)
 
     def all_reduce(self, buffer: Buffer) -> None:
         self._check()
@@ -43,4 +43,4 @@ class SoloGroup(Member):
 
     def subgroup(self, ranks: Sequence[int]) -> SoloGroup:
         self._check()
-        return SoloGroup(self._abandoned)
+        return SoloGroup(self._aborted)

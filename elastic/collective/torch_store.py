@@ -56,8 +56,8 @@ class Door(dist.Store):
         return all(self._client.check(self._prefix + key) for key in keys)
 
 
-def call_leaving(blocking: Callable[[], T], abandoned: threading.Event, timeout_s: float, what: str) -> T:
-    """`blocking()` in a daemon thread. Raises `GroupBroken` if it fails, takes too long, or `abandoned` is set meanwhile.
+def call_leaving(blocking: Callable[[], T], aborted: threading.Event, timeout_s: float, what: str) -> T:
+    """`blocking()` in a daemon thread. Raises `GroupBroken` if it fails, takes too long, or `aborted` is set meanwhile.
 
     A call that was left ends by its own time limit; what it made dies in its thread, for dropping a group can block.
     """
@@ -78,14 +78,14 @@ def call_leaving(blocking: Callable[[], T], abandoned: threading.Event, timeout_
 
     threading.Thread(target=work, name=f"elastic-{what}", daemon=True).start()
     deadline = time.monotonic() + timeout_s
-    while not done.wait(SLICE_S) and not abandoned.is_set() and time.monotonic() < deadline:
+    while not done.wait(SLICE_S) and not aborted.is_set() and time.monotonic() < deadline:
         continue
     with lock:
         if made:
             return made.pop()
         left.set()
-    if abandoned.is_set():
-        raise GroupBroken(f"{what} was abandoned.")
+    if aborted.is_set():
+        raise GroupBroken(f"{what} was aborted.")
     if failed and isinstance(failed[0], UserError):
         raise failed[0]
     if failed:

@@ -22,7 +22,7 @@ from elastic.errors import GroupBroken
 PIECE = 16 * 1024 * 1024  # elements broadcast at a time
 OPERATIONS: dict[str, Callable[..., Any]] = {  # on a process group and tensors
     "all_reduce": lambda pg, tensor: pg.allreduce([tensor]), "all_gather": lambda pg, whole, mine: pg._allgather_base(whole, mine)}
-OPERATION_S = 86_400.0  # never what ends a wait: that is a broken connection or `abandon`
+OPERATION_S = 86_400.0  # never what ends a wait: that is a broken connection or `abort`
 
 
 def brief(error: BaseException) -> str:
@@ -33,8 +33,8 @@ def brief(error: BaseException) -> str:
 class TorchGroup(Meeting):
     """Made by `form`. A subclass says how members connect, how a call is waited for, and what a buffer is to the library."""
 
-    def __init__(self, pg: Any, store: Door, rank: int, size: int, abandoned: threading.Event, host: str, timeout_s: float):
-        super().__init__(rank, size, abandoned)
+    def __init__(self, pg: Any, store: Door, rank: int, size: int, aborted: threading.Event, host: str, timeout_s: float):
+        super().__init__(rank, size, aborted)
         self._store, self._host, self._timeout_s = store, host, timeout_s
         self._flight: list[Any] = [pg]  # the process group, and what a call in flight holds; dropped last first
         self._lock = threading.Lock()
@@ -48,7 +48,7 @@ class TorchGroup(Meeting):
 
     @abstractmethod
     def _wait(self, work: Any) -> None:
-        """Until `work` is done; looks in slices whether the group was abandoned. `GroupBroken` if it failed."""
+        """Until `work` is done; looks in slices whether the group was aborted. `GroupBroken` if it failed."""
 
     @staticmethod
     def _lend(buffer: Buffer) -> torch.Tensor:
@@ -61,16 +61,16 @@ class TorchGroup(Meeting):
             buffer[:] = tensor.cpu().numpy()
 
     @classmethod
-    def form(cls, rank: int, size: int, store_address: str, prefix: str, abandoned: threading.Event, timeout_s: float,
+    def form(cls, rank: int, size: int, store_address: str, prefix: str, aborted: threading.Event, timeout_s: float,
              host: str = "") -> Self:
         """Meets the other members at the store under `prefix`. `host`: this member's own address; "" lets the library find it."""
 
         def connect() -> tuple[Door, Any]:
-            store = Door(StoreClient(store_address, prefix, abandoned, timeout_s))
+            store = Door(StoreClient(store_address, prefix, aborted, timeout_s))
             return store, cls._connect(store, rank, size, host, timeout_s)
 
-        store, pg = call_leaving(connect, abandoned, timeout_s, f"Forming group {prefix} as rank {rank} of {size}")
-        return cls(pg, store, rank, size, abandoned, host, timeout_s)._complete()
+        store, pg = call_leaving(connect, aborted, timeout_s, f"Forming group {prefix} as rank {rank} of {size}")
+        return cls(pg, store, rank, size, aborted, host, timeout_s)._complete()
 
     def _complete(self) -> Self:
         """Until every member has connected: one that is done and leaves at once would break it for those still connecting."""
@@ -119,11 +119,11 @@ class TorchGroup(Meeting):
         flight, self._flight = self._flight, []
         drop(flight)
 
-    def abandon(self) -> None:
-        super().abandon()
+    def abort(self) -> None:
+        super().abort()
         with self._lock:
             if not self._running:
-                self._break("was abandoned")
+                self._break("was aborted")
                 self._hand_over()
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
@@ -159,8 +159,8 @@ class TorchGroup(Meeting):
         self._check()
         store, rank, size = self._store.under(kind, *ranks), ranks.index(self.rank), len(ranks)
         try:
-            pg = call_leaving(lambda: self._connect(store, rank, size, self._host, self._timeout_s), self._abandoned,
+            pg = call_leaving(lambda: self._connect(store, rank, size, self._host, self._timeout_s), self._aborted,
                               self._timeout_s, f"Forming the group of ranks {list(ranks)}")
         except GroupBroken as error:
             raise self._break(f"fell apart: {error}") from error
-        return type(self)(pg, store, rank, size, self._abandoned, self._host, self._timeout_s)._complete()
+        return type(self)(pg, store, rank, size, self._aborted, self._host, self._timeout_s)._complete()

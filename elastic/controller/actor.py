@@ -19,7 +19,7 @@ from elastic.controller.controller import Controller, Settings
 from elastic.controller.ending import close
 from elastic.controller.journal import Journal
 from elastic.controller.ray_fleet import RayFleet
-from elastic.controller.run_log import Books, claimed
+from elastic.controller.run_log import RunLog, claimed
 from elastic.messages import Begin, Job
 from elastic.observe.report import write_report
 
@@ -37,10 +37,10 @@ class ControllerActor:
         events = claimed(run_dir, CLAIM_S)
         journal = Journal(run_dir / "journal.jsonl", job.run_id)  # Ray starts a killed controller anew, with the same arguments
         job = replace(job, secret=journal.secret)
-        self.books = (Books.take_over(run_dir, begin, events) if journal.is_continued
-                      else Books(run_dir, begin.written, begin.evaluated, begin.generation, events))
+        self.run_log = (RunLog.take_over(run_dir, begin, events) if journal.is_continued
+                      else RunLog(run_dir, begin.written, begin.evaluated, begin.generation, events))
         self.fleet = RayFleet(job, lambda event: self.controller.post(event), **fleet)
-        self.controller = Controller(job, settings, self.fleet, self.books, begin, journal)
+        self.controller = Controller(job, settings, self.fleet, self.run_log, begin, journal)
         self.controller.opened()
         self.error = ""
         self.done, self.polled = threading.Event(), time.monotonic()
@@ -70,7 +70,7 @@ class ControllerActor:
     def request(self, event: m.ScaleTo | m.Interrupt) -> None:
         """What a user asks for; in the journal when this returns."""
         self.controller.post(event)
-        self.controller.inbox.wait()
+        self.controller.mailbox.wait()
 
     def end(self, status: str) -> None:
         """Ends a run that has not ended, its state saved, and returns when its workers are gone."""
@@ -84,7 +84,7 @@ class ControllerActor:
         """
         finished = self.done.wait(POLL_S)
         self.polled = time.monotonic()
-        return os.getpid(), *self.books.since(since if pid == os.getpid() else 0), finished
+        return os.getpid(), *self.run_log.since(since if pid == os.getpid() else 0), finished
 
     def outcome(self) -> tuple[str, str]:
         """Status and error of a run that has ended."""

@@ -48,7 +48,7 @@ class Outcome:
         return {"path": self.path, "bytes": self.bytes, "stall_s": self.stall_s, "seconds": self.seconds}
 
 
-class Commits:
+class Checkpoints:
     """The checkpoints of one run, at a local path or URI."""
 
     def __init__(self, location: str, keep: int, best: str, newest: int = 0, keep_every: int = 0, best_mode: str = "min"):

@@ -19,13 +19,14 @@ from elastic.chaos import Fault, parse
 from elastic.checkpoint.claim import Claim, owner_of
 from elastic.controller import membership as m
 from elastic.controller import policy
-from elastic.controller.checkpoints import Commits
+from elastic.controller.checkpoints import Checkpoints
+from elastic.controller.failure_detector import Heartbeat, suspects
 from elastic.controller.fleet import Fleet
 from elastic.controller.journal import Journal, replay
-from elastic.controller.mailbox import Inbox
-from elastic.controller.policy import Bounds, Heartbeat, bounds_of
+from elastic.controller.mailbox import Mailbox
+from elastic.controller.policy import Bounds, bounds_of
 from elastic.controller.recovery import gaps
-from elastic.controller.run_log import Books
+from elastic.controller.run_log import RunLog
 from elastic.messages import Begin, Generation, Job, Line, Part, Progress, Ready, Save, Standing
 from elastic.recipe import Recipe, best_mode
 from elastic.storage.remote import shown
@@ -56,11 +57,11 @@ class Settings:
 class Controller:
     """One run's controller. `session.run` is its thread; from others come `post`, `deliver`, `receive` and `announce`."""
 
-    def __init__(self, job: Job, settings: Settings, fleet: Fleet, books: Books, begin: Begin | None = None, journal: Journal | None = None):
-        self.job, self.settings, self.fleet, self.books, self.begin = job, settings, fleet, books, begin or Begin()
-        self.commits = Commits(job.checkpoints, settings.keep, settings.best, self.begin.written, settings.keep_every, settings.best_mode)
-        self.claim = self.commits.claim = Claim(job.checkpoints, job.run_id, owner_of(job.run_dir))
-        self.inbox, self.receiving = Inbox(), threading.Lock()
+    def __init__(self, job: Job, settings: Settings, fleet: Fleet, run_log: RunLog, begin: Begin | None = None, journal: Journal | None = None):
+        self.job, self.settings, self.fleet, self.run_log, self.begin = job, settings, fleet, run_log, begin or Begin()
+        self.checkpoints = Checkpoints(job.checkpoints, settings.keep, settings.best, self.begin.written, settings.keep_every, settings.best_mode)
+        self.claim = self.checkpoints.claim = Claim(job.checkpoints, job.run_id, owner_of(job.run_dir))
+        self.mailbox, self.receiving = Mailbox(), threading.Lock()
         self.losses = policy.Losses()
         self.target, self.restart_at, self.checked = 0, 0.0, 0.0
         self.outcome: m.Finish | None = None
@@ -72,28 +73,28 @@ class Controller:
 
     def opened(self) -> None:
         """The first lines of a run, or of its resumption, as far as a controller before this one has not written them."""
-        if "run_started" in self.books.seen:
+        if "run_started" in self.run_log.seen:
             return
-        if self.begin.rewound_from >= 0 and "rewound" not in self.books.seen:
-            self.books.event("rewound", **{"from": self.begin.rewound_from, "to": self.books.written})
-        there = {fields.get("why") for _, fields in self.books.feed}
+        if self.begin.rewound_from >= 0 and "rewound" not in self.run_log.seen:
+            self.run_log.event("rewound", **{"from": self.begin.rewound_from, "to": self.run_log.written})
+        there = {fields.get("why") for _, fields in self.run_log.feed}
         for name, why in self.job.notes:
             if why not in there:
-                self.books.event(name, why=why)
-        self.books.event("run_started", run=self.job.run_id, num_steps=self.job.num_steps, pid=os.getpid())
+                self.run_log.event(name, why=why)
+        self.run_log.event("run_started", run=self.job.run_id, num_steps=self.job.num_steps, pid=os.getpid())
 
     # From other threads.
 
     def post(self, event: Any) -> None:
-        self.inbox.put(event)
+        self.mailbox.put(event)
 
     def deliver(self, worker: str, messages: Sequence[Any]) -> int:
         """A worker's messages. Returns the steps on disk, or FENCED if this worker was given up."""
         if self.workers.is_given_up(worker):
             return FENCED
         for message in messages:
-            self.inbox.put((worker, message))
-        return self.books.on_disk
+            self.mailbox.put((worker, message))
+        return self.run_log.on_disk
 
     def receive(self, worker: str, messages: Sequence[Any], number: int) -> int:
         """As `deliver`, but returns when they are handled, so that none is lost with this controller. `number`: see Outbox.
@@ -101,21 +102,21 @@ class Controller:
         ConnectionError where it ends before that. Of a batch that is delivered again only what is new is taken.
         """
         with self.receiving:  # a batch and its repetition may come at once
-            self.deliver(worker, self.inbox.fresh(worker, messages, number))
-        self.inbox.wait()
-        return FENCED if self.workers.is_given_up(worker) else self.books.on_disk
+            self.deliver(worker, self.mailbox.fresh(worker, messages, number))
+        self.mailbox.wait()
+        return FENCED if self.workers.is_given_up(worker) else self.run_log.on_disk
 
     def announce(self, worker: str, spec: str) -> None:
         """A fault fires: when this returns it is not handed out again, and carried out here unless it is the worker's own."""
-        self.inbox.put((worker, parse(spec)))
-        self.inbox.wait()
+        self.mailbox.put((worker, parse(spec)))
+        self.mailbox.wait()
 
     # In its own thread.
 
     def work(self) -> m.Finish:
         """Until the machine has finished."""
         while self.outcome is None:
-            item = self.inbox.get(TICK_S)
+            item = self.mailbox.get(TICK_S)
             if item is not None:
                 self.handle(item)
             if time.monotonic() - self.checked > TICK_S:
@@ -148,7 +149,7 @@ class Controller:
     def behind(self, generation: int) -> m.Finish:
         """Workers are in a generation that the journal lacks: who is in it nobody knows any more."""
         for worker in self.state.ready:
-            self.fleet.abandon(worker, generation)
+            self.fleet.abort(worker, generation)
         return m.Finish("failed", f"A controller fell while the run directory {self.job.run_dir} could not be written, and its journal lacks "
                                   f"generation {generation}; make room there, then resume the run.")
 
@@ -160,13 +161,13 @@ class Controller:
         elif isinstance(event, Ready):
             self.workers[event.worker].starting_s = None
             self.losses = replace(self.losses, unborn=0)
-            self.books.event("worker_joined", worker=event.worker, node=event.node, pid=event.pid)
+            self.run_log.event("worker_joined", worker=event.worker, node=event.node, pid=event.pid)
         elif isinstance(event, m.Lost):
             self.note_loss(event)
         elif isinstance(event, m.Drain):
-            self.books.event("node_draining", nodes=list(event.nodes))
+            self.run_log.event("node_draining", nodes=list(event.nodes))
         elif isinstance(event, Standing):
-            event = m.confirmed(self.state, event, self.commits.newest, self.commits.error)
+            event = m.confirmed(self.state, event, self.checkpoints.newest, self.checkpoints.error)
             self.note_standing(event)
         self.workers.note(event)
         self.state, actions = m.advance(self.state, event)
@@ -187,42 +188,42 @@ class Controller:
         """Lines that rank 0 may have died with come first: a generation starts when all its past is on disk."""
         if event.generation == self.state.generation:
             for fields in event.lines:
-                self.books.metric(event.generation, fields)
+                self.run_log.metric(event.generation, fields)
         record = self.workers[event.worker]
         if record.ready is not None:
             record.ready = replace(record.ready, compilations=event.compilations)
         if event.rejected:
-            if self.commits.refuse(event.rejected):
-                self.books.event("checkpoint_rejected", path=shown(event.rejected), reason=event.error)
+            if self.checkpoints.refuse(event.rejected):
+                self.run_log.event("checkpoint_rejected", path=shown(event.rejected), reason=event.error)
         elif event.reason == "failed":
-            self.books.event("step_failed", worker=event.worker, error=event.error)
+            self.run_log.event("step_failed", worker=event.worker, error=event.error)
 
     def note_loss(self, event: m.Lost) -> None:
         record, group, now = self.workers[event.worker], self.state.group, time.monotonic()
         record.starting_s = None
         self.saving = {order: worker for order, worker in self.saving.items() if worker != event.worker}
-        self.books.event("worker_lost", worker=event.worker, rank=group.index(event.worker) if event.worker in group else -1, cause=event.cause,
+        self.run_log.event("worker_lost", worker=event.worker, rank=group.index(event.worker) if event.worker in group else -1, cause=event.cause,
                          detected_s=round(now - record.heartbeat.received_s, 3) if record.heartbeat else 0.0)
         record.heartbeat = None
-        self.losses = policy.note_loss(self.losses, record.node, self.books.written, now, record.is_live, event.cause if event.raised else "")
+        self.losses = policy.note_loss(self.losses, record.node, self.run_log.written, now, record.is_live, event.cause if event.raised else "")
         self.restart_at = now + policy.restart_delay_s(self.losses)
         if policy.gives_up(self.losses, max(len(group), self.target)):
-            self.inbox.put(m.GiveUp(f"Worker after worker is lost without a step between them, the last by: {event.cause}"))
+            self.mailbox.put(m.GiveUp(f"Worker after worker is lost without a step between them, the last by: {event.cause}"))
 
     def check(self) -> None:
         """What only time shows: hangs, workers that never get ready, restarts that were put off."""
         now = time.monotonic()
         self.forgive(now - self.checked - 2 * TICK_S)
         self.checked = now
-        self.books.retry()
+        self.run_log.retry()
         self.journal.lines.retry()
         for worker, record in list(self.workers.items()):
             if record.starting_s is not None and now - record.starting_s > self.settings.start_timeout_s:
                 self.give_up_on(worker, f"not ready within start_timeout_s = {self.settings.start_timeout_s:g} s")
         if self.state.phase in ("running", "stopping", "regrouping"):
             beats = {w: beat for w in self.state.group if w not in self.state.standing and (beat := self.workers[w].heartbeat)}
-            for worker in policy.suspects(beats, now, self.settings.hang_timeout_s, self.settings.start_timeout_s):
-                self.books.event("hang", worker=worker, phase=beats[worker].progress.phase, silent_s=round(now - beats[worker].received_s, 3))
+            for worker in suspects(beats, now, self.settings.hang_timeout_s, self.settings.start_timeout_s):
+                self.run_log.event("hang", worker=worker, phase=beats[worker].progress.phase, silent_s=round(now - beats[worker].received_s, 3))
                 self.give_up_on(worker, f"no progress within elastic.hang_timeout_s = {self.settings.hang_timeout_s:g} s (raise it if a shard "
                                          "takes longer)")
         if self.restart_at and now >= self.restart_at:
@@ -256,17 +257,17 @@ class Controller:
 
     def take_line(self, line: Line) -> None:
         if line.file == "metrics":
-            self.books.metric(line.generation, line.fields)
+            self.run_log.metric(line.generation, line.fields)
         else:
             fields = dict(line.fields)
-            self.books.event(fields.pop("event"), fields.pop("step", None), line.generation, **fields)
+            self.run_log.event(fields.pop("event"), fields.pop("step", None), line.generation, **fields)
 
     def take_part(self, part: Part) -> None:
         """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it."""
         self.saving.pop(Save(part.generation, part.step, part.rank, part.world_size), None)
-        found = self.commits.take(part, self.books.written, self.books.sync)
+        found = self.checkpoints.take(part, self.run_log.written, self.run_log.sync)
         if found is not None:
-            self.books.event(found.event, found.step, found.generation, **found.fields)
+            self.run_log.event(found.event, found.step, found.generation, **found.fields)
 
     def take_fault(self, worker: str, fault: Fault) -> None:
         """What may be done twice is done before it is written off, and what may not be, after: a controller may fall between."""
@@ -280,11 +281,11 @@ class Controller:
         elif fault.kind == "cont":
             self.fleet.inject(fault, self.workers.stopped(fault.number))
         self.journal.spent(fault.spec, self.workers[worker].ready if fault.kind == "stop" else None)
-        self.books.event("chaos", fault=fault.spec, worker=worker)
+        self.run_log.event("chaos", fault=fault.spec, worker=worker)
         if fault.kind == "controller":
             self.fleet.inject(fault)
         elif fault.kind == "corrupt":
-            self.commits.flip_a_byte()
+            self.checkpoints.flip_a_byte()
 
     # Actions.
 
@@ -296,8 +297,8 @@ class Controller:
         self.target = action.workers
         self.want()
 
-    def do_abandon(self, action: m.Abandon) -> None:
-        self.fleet.abandon(action.worker, action.generation)
+    def do_abort(self, action: m.Abort) -> None:
+        self.fleet.abort(action.worker, action.generation)
 
     def do_request_stop(self, action: m.RequestStop) -> None:
         self.fleet.request_stop(action.worker, action.generation, action.code)
@@ -308,10 +309,10 @@ class Controller:
         self.want()
 
     def do_wait(self, action: m.Wait) -> None:
-        self.books.event("waiting", ready=action.ready, needed=action.needed)
+        self.run_log.event("waiting", ready=action.ready, needed=action.needed)
 
     def do_save_alone(self, action: m.SaveAlone) -> None:
-        if action.step > self.commits.newest:
+        if action.step > self.checkpoints.newest:
             order = Save(action.generation, action.step, action.rank, action.world_size)
             self.saving[order] = action.worker
             self.fleet.assign(action.worker, replace(order, ballot=action.ballot))
@@ -319,20 +320,20 @@ class Controller:
     def do_form(self, action: m.Form) -> None:
         """Publishes a generation: on disk first, then to its members."""
         generation = self.completed(action.generation)
-        if action.before or self.books.last_commit:
-            lost = max(0, self.books.written - generation.committed)
-            self.books.interrupted(generation.number, action.cause, action.before, len(generation.members), lost, action.was, generation.mesh)
-        if generation.committed < self.books.written:
+        if action.before or self.run_log.last_commit:
+            lost = max(0, self.run_log.written - generation.committed)
+            self.run_log.interrupted(generation.number, action.cause, action.before, len(generation.members), lost, action.was, generation.mesh)
+        if generation.committed < self.run_log.written:
             self.rewind(generation.committed)
-        generation = replace(generation, written=self.books.on_disk, evaluated=self.books.evaluated,
-                             checkpointed=self.commits.newest, chaos=tuple(self.chaos))
+        generation = replace(generation, written=self.run_log.on_disk, evaluated=self.run_log.evaluated,
+                             checkpointed=self.checkpoints.newest, chaos=tuple(self.chaos))
         self.journal.published(generation)
         self.announce_generation(generation)
         self.expect(generation.members, generation.number, generation.committed)
         for worker in generation.members:
             self.fleet.assign(worker, generation)
         with contextlib.suppress(OSError):  # of a full disk
-            self.books.sync()  # who joins a group has none of the lines so far to bring along
+            self.run_log.sync()  # who joins a group has none of the lines so far to bring along
 
     def expect(self, members: Sequence[str], generation: int, step: int) -> None:
         """A heartbeat of each member, from now on."""
@@ -341,10 +342,10 @@ class Controller:
             self.workers[worker].heartbeat = Heartbeat(Progress(worker, generation, step, "start", 0, False), now, now)
 
     def announce_generation(self, generation: Generation) -> None:
-        self.books.generation = generation.number
+        self.run_log.generation = generation.number
         members = self.workers.reports(generation.members)
-        self.books.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
-                         mesh=generation.shape.as_dict(), written=self.books.written,
+        self.run_log.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
+                         mesh=generation.shape.as_dict(), written=self.run_log.written,
                          workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid, "compilations": r.compilations}
                                   for i, r in enumerate(members)])
 
@@ -353,23 +354,23 @@ class Controller:
         transport = self.fleet.transport(self.workers.reports(generation.members))
         if generation.committed >= 0:
             return replace(generation, transport=transport)
-        path, step, rejected = self.commits.newest_good()
+        path, step, rejected = self.checkpoints.newest_good()
         for bad, reason in rejected:
-            self.books.event("checkpoint_rejected", path=bad, reason=reason)
-        for fields in self.commits.lines_of(path):
-            self.books.metric(self.books.generation, fields)
+            self.run_log.event("checkpoint_rejected", path=bad, reason=reason)
+        for fields in self.checkpoints.lines_of(path):
+            self.run_log.metric(self.run_log.generation, fields)
         return replace(generation, transport=transport, load=path or "recipe", committed=step)
 
     def rewind(self, step: int) -> None:
         """Every copy of the newer state is gone: metrics go back to the checkpoint that is loaded."""
-        self.books.event("rewound", **{"from": self.books.written, "to": step})
-        self.books.cut_back(step)
-        self.commits.newest = min(self.commits.newest, step)
+        self.run_log.event("rewound", **{"from": self.run_log.written, "to": step})
+        self.run_log.cut_back(step)
+        self.checkpoints.newest = min(self.checkpoints.newest, step)
 
     def do_finish(self, action: m.Finish) -> None:
         self.outcome = action
 
 
 ACTIONS: dict[type, Callable[[Controller, Any], None]] = {
-    m.Want: Controller.do_want, m.Abandon: Controller.do_abandon, m.RequestStop: Controller.do_request_stop, m.Release: Controller.do_release,
+    m.Want: Controller.do_want, m.Abort: Controller.do_abort, m.RequestStop: Controller.do_request_stop, m.Release: Controller.do_release,
     m.Wait: Controller.do_wait, m.SaveAlone: Controller.do_save_alone, m.Form: Controller.do_form, m.Finish: Controller.do_finish}

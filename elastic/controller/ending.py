@@ -22,35 +22,35 @@ LOOK_S = 0.1
 
 def close(controller: Controller, outcome: m.Finish) -> None:
     """Ends the workers, and writes down how the run ended."""
-    books, commits = controller.books, controller.commits
+    run_log, checkpoints = controller.run_log, controller.checkpoints
     await_parts(controller, controller.settings.start_timeout_s)
-    controller.inbox.over = True
-    controller.inbox.gone.set()
+    controller.mailbox.over = True
+    controller.mailbox.gone.set()
     controller.fleet.close()
-    while not controller.inbox.empty():  # lines and checkpoints that were under way
-        take(controller, controller.inbox.get(0.0))
-    commits.settle()
-    saved = commits.newest if outcome.status != "done" else 0
-    error = with_checkpoint(outcome.error, saved, books.written, controller.job.run_dir) if outcome.error else ""
-    if not books.retry() and outcome.status == "done":
-        outcome = m.Finish("failed", full(controller, books.error))
+    while not controller.mailbox.empty():  # lines and checkpoints that were under way
+        take(controller, controller.mailbox.get(0.0))
+    checkpoints.settle()
+    saved = checkpoints.newest if outcome.status != "done" else 0
+    error = with_checkpoint(outcome.error, saved, run_log.written, controller.job.run_dir) if outcome.error else ""
+    if not run_log.retry() and outcome.status == "done":
+        outcome = m.Finish("failed", full(controller, run_log.error))
         error = outcome.error
-    if not books.seen & {"run_failed", "run_finished"}:  # else by a controller that fell right after
+    if not run_log.seen & {"run_failed", "run_finished"}:  # else by a controller that fell right after
         if outcome.status == "failed":
-            books.event("run_failed", error=error)
+            run_log.event("run_failed", error=error)
         else:
-            books.event("run_finished", status=outcome.status)
+            run_log.event("run_finished", status=outcome.status)
     last = outcome.standing
-    summary = build_summary(read_lines(books.events.path), read_lines(books.metrics.path), outcome.status,
+    summary = build_summary(read_lines(run_log.events.path), read_lines(run_log.metrics.path), outcome.status,
                             last.parameters_sha256 if last else "", last.state_sha256 if last else "", error)
     if saved:
-        summary["checkpoint"] = shown(commits.path(folder_of(saved)))
+        summary["checkpoint"] = shown(checkpoints.path(folder_of(saved)))
     try:
         write_atomically(Path(controller.job.run_dir) / "summary.json", json.dumps(summary, indent=2) + "\n")
     except OSError as refused:
         controller.outcome = m.Finish("failed", error or full(controller, refused))
     with contextlib.suppress(OSError):
-        books.close()
+        run_log.close()
 
 
 def full(controller: Controller, error: OSError | None) -> str:
@@ -67,7 +67,7 @@ def await_parts(controller: Controller, timeout_s: float) -> None:
         for worker in set(controller.saving.values()):
             controller.fleet.resync(worker)
     while controller.saving and time.monotonic() < until:
-        item = controller.inbox.get(LOOK_S)
+        item = controller.mailbox.get(LOOK_S)
         take(controller, item)
         if isinstance(item, m.Lost) and item.worker in controller.saving.values():
             return  # a part of it will never come

@@ -63,7 +63,7 @@ class Want:
 
 
 @dataclass(frozen=True)
-class Abandon:
+class Abort:
     worker: str
     generation: int
 

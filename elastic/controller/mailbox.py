@@ -10,7 +10,7 @@ from typing import Any
 LOOK_S = 0.1  # how often a waiting sender looks whether the controller is gone
 
 
-class Inbox:
+class Mailbox:
     """A queue of events and of (worker, message). `gone` is set when nothing is handled any more, `over` if that is as it should be."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Who is in the group: a pure state machine. `advance(state, event) -> (state, actions)`; no Ray, no clock, no file.
 
     waiting ----------- enough workers are ready ----------> running
-    running -- a loss, a broken collective, an error -------> regrouping   (Abandon: leave the collectives, stand by)
+    running -- a loss, a broken collective, an error -------> regrouping   (Abort: leave the collectives, stand by)
     running -- a resize, a drain, an interrupt -------------> stopping     (RequestStop: leave together after a vote)
     regrouping, stopping -- every survivor stands by -------> running (the next generation), waiting, or finished
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic.controller.events import (
-    Abandon,
+    Abort,
     Drain,
     Finish,
     Form,
@@ -35,9 +35,9 @@ from elastic.controller.events import (
     Want,
 )
 from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, world_size
-from elastic.controller.recovery import Whole, covers, find_whole, rejoin, seat, writers
+from elastic.controller.recovery import Whole, assign, covers, find_whole, rejoin, writers
 from elastic.messages import STOP, STOP_AND_SAVE, Axes, Ready, Standing
-from elastic.state.ownership import kept, lacking
+from elastic.state.ownership import held, lacking
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def fail(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
 
 def regroup(state: State, cause: str) -> tuple[State, tuple[Any, ...]]:
     still = [w for w in state.group if w in state.ready and w not in state.standing]
-    return replace(state, phase="regrouping", cause=cause), tuple(Abandon(w, state.generation) for w in still)
+    return replace(state, phase="regrouping", cause=cause), tuple(Abort(w, state.generation) for w in still)
 
 
 def settle(state: State) -> tuple[State, tuple[Any, ...]]:
@@ -203,15 +203,15 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
 
 def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
     """Whether those who stay have the whole state, and a place each for its parts; else the next group gets it from a checkpoint."""
-    data, size, keepers = state.mesh[0], math.prod(state.mesh[1:]), state.bounds.keepers
+    data, size, holders = state.mesh[0], math.prod(state.mesh[1:]), state.bounds.holders
     staying = [state.group.index(w) for w in survivors if w not in state.leaving]
     if not covers([rank % size for rank in staying], state.mesh[1:]) or math.prod(mesh) < size:
         return False
-    if not keepers:
+    if not holders:
         return True
-    if mesh[1:] != state.mesh[1:] or (keepers == 1 and mesh[0] < data):
+    if mesh[1:] != state.mesh[1:] or (holders == 1 and mesh[0] < data):
         return False
-    return all(not lacking([kept(rank // size, data, data, keepers > 1) for rank in staying if rank % size == place], data)
+    return all(not lacking([held(rank // size, data, data, holders > 1) for rank in staying if rank % size == place], data)
                for place in range(size))
 
 
@@ -288,7 +288,7 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
         waiting = () if announced == state.announced else (Wait(announced, fewest(state.bounds)),)
         state, saves = save_alone(state)
         return replace(state, phase="waiting", announced=announced), (*gone, *waiting, *saves)
-    members = seat(candidates, mesh, whole, {w: r.node for w, r in ready.items()})
+    members = assign(candidates, mesh, whole, {w: r.node for w, r in ready.items()})
     extra = [w for w in candidates if w not in members]
     surplus = extra[max(0, want.workers - len(members)):]
     generation = rejoin(state.generation + 1, members, ready[members[0]].endpoint, mesh, whole)
@@ -311,7 +311,7 @@ def next_mesh(state: State, candidates: list[str], reports: Mapping[str, Standin
     """What the next group lies on, and the state that it starts from.
 
     A mesh that has no place for all parts of a state that is nowhere else has to wait until a group that has one has saved it; one with too
-    few keepers of a sharded optimizer shrinks step by step.
+    few holders of a sharded optimizer shrinks step by step.
     """
     bounds = replace(state.bounds, min_workers=1) if state.ending else state.bounds
     mesh = choose(len(candidates), state.target, bounds)
@@ -321,7 +321,7 @@ def next_mesh(state: State, candidates: list[str], reports: Mapping[str, Standin
     if math.prod(mesh) < math.prod(whole.degrees):
         mesh = (1, *whole.degrees)
     while (whole.degrees == mesh[1:] and (mesh[0] + 1) * math.prod(mesh[1:]) <= len(candidates)
-           and not whole.is_in(seat(candidates, mesh, whole, {}))):
+           and not whole.is_in(assign(candidates, mesh, whole, {}))):
         mesh = (mesh[0] + 1, *mesh[1:])  # who leaves next has a copy elsewhere by then
     return mesh, whole
 

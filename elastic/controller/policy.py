@@ -1,13 +1,15 @@
-"""Scaling and failure policies: numbers in, decisions out. No cluster, no clock: time is an argument."""
+"""How many workers train on which mesh, when a lost one is started again and where, and when a run gives up: numbers in, decisions out.
+
+No cluster, no clock: time is an argument.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from elastic.messages import Progress
 from elastic.recipe import Recipe
 
 BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the n-th start after failures without a step between them
@@ -28,7 +30,7 @@ class Bounds:
     logical_shards: int
     spares: int = 0
     meshes: tuple[Degrees, ...] = ((1, 1, 1),)  # of a replica, the preferred ones first
-    keepers: int = 0  # of each block of a sharded optimizer's state: 2 with a twin; 0: everybody keeps all
+    holders: int = 0  # of each block of a sharded optimizer's state: 2 with a twin; 0: everybody keeps all
 
 
 def bounds_of(recipe: Recipe) -> Bounds:
@@ -113,40 +115,3 @@ def banned_nodes(losses: Losses, now_s: float, nodes: Sequence[str]) -> tuple[st
     banned = tuple(node for node, t in times.items() if node and now_s - t[-1] < NODE_BAN_S
                    and sum(t[-1] - one < NODE_WINDOW_S for one in t) >= NODE_LOSSES)
     return banned if set(nodes) - set(banned) else ()
-
-
-SLOW_PHASES = ("start", "checkpoint", "restore")  # a first compile, a large state on a slow disk
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """The last report of one worker, and when its content last changed."""
-
-    progress: Progress
-    changed_s: float
-    received_s: float
-
-    def followed(self, progress: Progress, now_s: float) -> Heartbeat:
-        return Heartbeat(progress, self.changed_s if progress == self.progress else now_s, now_s)
-
-
-def suspects(beats: Mapping[str, Heartbeat], now_s: float, timeout_s: float, start_timeout_s: float) -> tuple[str, ...]:
-    """Who holds the group up: nobody has moved for `timeout_s`, and these are in no collective while others wait in one.
-
-    Where all wait, it is the one that entered the fewest: one alone, for the members of a replica enter different ones, and a count that
-    is behind may be as it should be. A worker that compiles or waits for a disk has `start_timeout_s`. A worker that is silent at all
-    is always suspect.
-    """
-    silent = tuple(w for w, beat in beats.items() if now_s - beat.received_s > timeout_s)
-    if silent:
-        return silent
-    stuck = bool(beats) and all(
-        now_s - beat.changed_s > (start_timeout_s if beat.progress.phase in SLOW_PHASES else timeout_s) for beat in beats.values())
-    if not stuck:
-        return ()
-    outside = tuple(w for w, beat in beats.items() if not beat.progress.waiting)
-    if outside:
-        return outside if len(outside) < len(beats) or len(beats) == 1 else ()
-    entered = {w: beat.progress.inside for w, beat in beats.items()}
-    last = min(entered, key=lambda w: entered[w])
-    return (last,) if entered[last] < max(entered.values()) else ()

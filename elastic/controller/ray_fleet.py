@@ -175,8 +175,8 @@ class RayFleet:
     def assign(self, worker: str, order: Generation | Save) -> None:
         self.send(worker, "assign", order)
 
-    def abandon(self, worker: str, generation: int) -> None:
-        self.send(worker, "abandon", generation)
+    def abort(self, worker: str, generation: int) -> None:
+        self.send(worker, "abort", generation)
 
     def request_stop(self, worker: str, generation: int, code: int) -> None:
         self.send(worker, "request_stop", generation, code)

@@ -1,8 +1,8 @@
 """The rule of recovery, as pure functions: which state counts, who sits where, and where everybody starts.
 
 If any survivor saw a vote complete, its step counts for all; whoever holds that step's gradients applies them, whoever does not is
-healed by one that holds the same seat. If none did, all redo the step from untouched state. The state is there as long as every
-seat of one mesh has a holder.
+healed by one that holds the same coordinate. If none did, all redo the step from untouched state. The state is there as long as every
+coordinate of one mesh has a holder.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from elastic.state.ownership import lacking, owned
 
 @dataclass(frozen=True)
 class Whole:
-    """One state of which every part is there. `seats`: who holds which (a rank within a replica)."""
+    """One state of which every part is there. `coordinates`: who holds which (a rank within a replica)."""
 
     step: int
     degrees: Degrees
-    seats: Mapping[str, int]
+    coordinates: Mapping[str, int]
     exact: frozenset[str]  # those that are at `step` already; the others have its gradients
     ballot: Ballot | None = None
     reports: Mapping[str, Standing] = field(default_factory=dict)
 
-    def column(self, seat: int) -> list[str]:
-        """Who holds a seat, those that are at the step already first."""
-        return sorted((w for w, s in self.seats.items() if s == seat), key=lambda w: w not in self.exact)
+    def column(self, coordinate: int) -> list[str]:
+        """Who holds a coordinate, those that are at the step already first."""
+        return sorted((w for w, s in self.coordinates.items() if s == coordinate), key=lambda w: w not in self.exact)
 
     def copy(self) -> list[str]:
-        """One holder of each seat, in order."""
-        return [self.column(seat)[0] for seat in range(math.prod(self.degrees))]
+        """One holder of each coordinate, in order."""
+        return [self.column(coordinate)[0] for coordinate in range(math.prod(self.degrees))]
 
     @property
     def is_shared_out(self) -> bool:
-        """Whether a seat's holders each have the optimizer's state of some blocks only."""
-        return any(self.reports[w].blocks for w in self.seats)
+        """Whether a coordinate's holders each have the optimizer's state of some blocks only."""
+        return any(self.reports[w].blocks for w in self.coordinates)
 
     def is_in(self, members: Iterable[str]) -> bool:
         """Whether these members have all of it among them."""
         here = set(members)
-        return all(suffices(self.reports[w] for w in self.column(seat) if w in here) for seat in range(math.prod(self.degrees)))
+        return all(suffices(self.reports[w] for w in self.column(coordinate) if w in here) for coordinate in range(math.prod(self.degrees)))
 
     def is_torn(self, worker: str) -> bool:
         """Whether, when all have applied what they hold, it still lacks parameters that others keep."""
@@ -54,13 +54,13 @@ class Whole:
 
 
 def suffices(holders: Iterable[Standing]) -> bool:
-    """Whether these holders of one seat have all of it among them."""
+    """Whether these holders of one coordinate have all of it among them."""
     reports = list(holders)
-    return bool(reports) and not (reports[0].blocks and lacking([report.kept for report in reports], reports[0].blocks))
+    return bool(reports) and not (reports[0].blocks and lacking([report.held for report in reports], reports[0].blocks))
 
 
 def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
-    """Who writes down which part of a state, in rank order: one of each seat where all keep all of it, else for each of its
+    """Who writes down which part of a state, in rank order: one of each coordinate where all keep all of it, else for each of its
     `owners`, of `most` at most, whoever is left of owner and twin. () if parts of it are nowhere.
     """
     for data in (owners, *range(1, most + 1)) if whole.is_shared_out else (1,):
@@ -71,18 +71,18 @@ def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
 
 
 def writer(whole: Whole, place: int, rank: int, data: int) -> str:
-    """Who keeps, of a seat's state, what owner `rank` of `data` owns, itself rather than a twin; "" if nobody does."""
+    """Who keeps, of a coordinate's state, what owner `rank` of `data` owns, itself rather than a twin; "" if nobody does."""
     for count in (1, 2):  # what lies behind is on its way
         for worker in whole.column(place):
             report = whole.reports[worker]
-            if not report.blocks or not without([owned(rank, data, report.blocks)], report.kept[:count]):
+            if not report.blocks or not without([owned(rank, data, report.blocks)], report.held[:count]):
                 return worker
     return ""
 
 
-def covers(seats: Iterable[int], degrees: Degrees) -> bool:
-    """Whether all of a replica's seats are among these."""
-    return set(seats) >= set(range(math.prod(degrees)))
+def covers(coordinates: Iterable[int], degrees: Degrees) -> bool:
+    """Whether all of a replica's coordinates are among these."""
+    return set(coordinates) >= set(range(math.prod(degrees)))
 
 
 def find_whole(reports: Mapping[str, Standing], group: Iterable[str], preferred: Degrees = (1, 1, 1)) -> Whole | None:
@@ -99,15 +99,15 @@ def find_whole(reports: Mapping[str, Standing], group: Iterable[str], preferred:
     held: dict[Degrees, dict[str, int]] = {}
     for worker, report in reports.items():
         applies = ballot is not None and report.committed == step - 1 and report.holds == step
-        if report.seat >= 0 and (worker in exact or applies):
-            held.setdefault(report.mesh[1:], {})[worker] = report.seat
-    wholes = [Whole(step, degrees, seats, exact, ballot, reports) for degrees, seats in held.items()]
+        if report.coordinate >= 0 and (worker in exact or applies):
+            held.setdefault(report.mesh[1:], {})[worker] = report.coordinate
+    wholes = [Whole(step, degrees, coordinates, exact, ballot, reports) for degrees, coordinates in held.items()]
     found = {whole.degrees: whole for whole in wholes if whole.is_in(reports)}
-    return found.get(preferred) or max(found.values(), key=lambda whole: len(whole.seats), default=None)
+    return found.get(preferred) or max(found.values(), key=lambda whole: len(whole.coordinates), default=None)
 
 
-def seat(candidates: Sequence[str], mesh: Axes, whole: Whole | None, nodes: Mapping[str, str]) -> tuple[str, ...]:
-    """Who sits where, in rank order: whoever holds a seat keeps it, the rest is filled in the order of `candidates`.
+def assign(candidates: Sequence[str], mesh: Axes, whole: Whole | None, nodes: Mapping[str, str]) -> tuple[str, ...]:
+    """Who sits where, in rank order: whoever holds a coordinate keeps it, the rest is filled in the order of `candidates`.
 
     Where workers of one node can make up a tensor group, they do.
     """
@@ -116,7 +116,7 @@ def seat(candidates: Sequence[str], mesh: Axes, whole: Whole | None, nodes: Mapp
     fillers = list(candidates)
     if whole and whole.degrees == degrees:
         for worker in candidates:
-            place = whole.seats.get(worker, -1)
+            place = whole.coordinates.get(worker, -1)
             if place >= 0 and len(columns[place]) < data:
                 columns[place].append(worker)
                 fillers.remove(worker)
@@ -172,7 +172,7 @@ def gaps(nodes: Iterable[str], tensor: int) -> tuple[str, ...]:
 
 def rejoin(number: int, members: tuple[str, ...], endpoint: str, mesh: Axes, whole: Whole | None) -> Generation:
     """Where everybody starts: at the furthest committed step, with its vote for those who hold its gradients, and state for the rest."""
-    held = [whole.seats.get(w, -1) if whole else -1 for w in members]
+    held = [whole.coordinates.get(w, -1) if whole else -1 for w in members]
     if whole is None or not whole.is_in(members) or (whole.is_shared_out and whole.degrees != mesh[1:]):
         # all copies of a part are gone, or it cannot move: the carrier fills in the newest checkpoint
         return Generation(number, members, endpoint, "", committed=-1, mesh=mesh)
@@ -189,5 +189,5 @@ def rejoin(number: int, members: tuple[str, ...], endpoint: str, mesh: Axes, who
     generation = Generation(number, members, endpoint, "", whole.step, whole.ballot, tuple(healers), mesh=mesh)
     if not whole.is_shared_out:
         return generation
-    return replace(generation, kept=tuple(whole.reports[w].kept if has[r] else () for r, w in enumerate(members)),
+    return replace(generation, held=tuple(whole.reports[w].held if has[r] else () for r, w in enumerate(members)),
                    torn=tuple(r for r, w in enumerate(members) if has[r] and whole.is_torn(w)))

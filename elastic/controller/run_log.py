@@ -24,7 +24,7 @@ NEW = Begin()  # a run that has no past
 
 @dataclass(frozen=True)
 class Pause:
-    """From the last commit, at `since` (Unix seconds), of a group of `before` on the mesh `was`, until one of `generation` commits."""
+    """From the last commit, at `since` (Unix seconds), of a group of `before` on the mesh `was`, until one of `generation` checkpoints."""
 
     since: float
     before: int
@@ -36,7 +36,7 @@ class Pause:
     causes: tuple[str, ...] = ()  # of each generation in between
 
 
-class Books:
+class RunLog:
     """The only writer of the run directory's logs. Every line is flushed at once."""
 
     def __init__(self, run_dir: Path, written: int = 0, evaluated: int = 0, generation: int = 0, events: JsonLines | None = None):
@@ -54,19 +54,19 @@ class Books:
         self.pause: Pause | None = None
 
     @classmethod
-    def take_over(cls, run_dir: Path, begin: Begin = NEW, events: JsonLines | None = None) -> Books:
-        """The books of a controller that was killed, from its files alone; `begin`: what they held before its run."""
+    def take_over(cls, run_dir: Path, begin: Begin = NEW, events: JsonLines | None = None) -> RunLog:
+        """The log of a controller that was killed, from its files alone; `begin`: what they held before its run."""
         lines, metrics = lines_of(run_dir)
         steps, evaluated = steps_of(metrics), max((fields["step"] for fields in evaluations_of(metrics)), default=0)
-        books = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in lines), default=0), events)
+        run_log = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in lines), default=0), events)
         if steps:
-            books.last_commit, books.stepped = steps[-1]["time"], steps[-1]["generation"]
-        books.recent.extend(s["step_s"] for s in steps[-RECENT:])
+            run_log.last_commit, run_log.stepped = steps[-1]["time"], steps[-1]["generation"]
+        run_log.recent.extend(s["step_s"] for s in steps[-RECENT:])
         for fields in in_order(lines[begin.events:], since(begin, metrics))[-FEED:]:
-            books.feed.append((books.fed, fields))
-            books.fed += 1
-        books.seen = {fields["event"] for fields in lines[begin.events:]}
-        return books
+            run_log.feed.append((run_log.fed, fields))
+            run_log.fed += 1
+        run_log.seen = {fields["event"] for fields in lines[begin.events:]}
+        return run_log
 
     def event(self, name: str, step: int | None = None, generation: int | None = None, **fields: Any) -> None:
         """One event line; generation and step are where the run is, unless given."""

@@ -19,5 +19,5 @@ def run(controller: Controller) -> m.Finish:
             outcome = controller.work()
             close(controller, outcome)
     finally:
-        controller.inbox.gone.set()
+        controller.mailbox.gone.set()
     return outcome

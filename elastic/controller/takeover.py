@@ -16,10 +16,10 @@ def take_over(controller: Controller) -> None:
     """Carries on what was half done. Every order may be a repetition: whoever has carried it out already does nothing."""
     past, state, workers, fleet = controller.past, controller.state, controller.workers, controller.fleet
     for path in past.refused:
-        controller.commits.refuse(path)
+        controller.checkpoints.refuse(path)
     with contextlib.suppress(OSError):  # it may answer again before it is needed
-        controller.commits.newest = controller.commits.newest_good()[1]
-    controller.books.event("controller_restarted", pid=os.getpid(), phase=state.phase)
+        controller.checkpoints.newest = controller.checkpoints.newest_good()[1]
+    controller.run_log.event("controller_restarted", pid=os.getpid(), phase=state.phase)
     controller.expect([w for w in state.group if w in state.ready], state.generation, 0)
     for worker in state.starting:
         workers[worker].starting_s = time.monotonic()
@@ -50,13 +50,13 @@ def repeat(controller: Controller) -> None:
 
 def form_again(controller: Controller, action: m.Form) -> None:
     """A generation that was made public stays as it was, on disk and with those who have it already."""
-    generation, books = controller.past.published, controller.books
+    generation, run_log = controller.past.published, controller.run_log
     if generation is None or generation.number != action.generation.number:
         controller.perform([action])
         return
-    if books.stepped < generation.number and (action.before or books.last_commit):
-        books.interrupted(generation.number, action.cause, action.before, len(generation.members), 0, action.was, generation.mesh)
-    if books.generation < generation.number:
+    if run_log.stepped < generation.number and (action.before or run_log.last_commit):
+        run_log.interrupted(generation.number, action.cause, action.before, len(generation.members), 0, action.was, generation.mesh)
+    if run_log.generation < generation.number:
         controller.announce_generation(generation)
     for worker in generation.members:
         if worker in controller.state.ready and worker not in controller.state.standing:

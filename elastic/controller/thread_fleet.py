@@ -40,7 +40,7 @@ class ThreadRim:
     def form(self, generation: Generation, rank: int, control: Control) -> CollectiveGroup:
         self.rank, self.generation = rank, generation.number
         self.outlive()
-        return self.fleet.hub.form(generation.number, rank, len(generation.members), control.abandoned)
+        return self.fleet.hub.form(generation.number, rank, len(generation.members), control.aborted)
 
     def outlive(self) -> None:
         if self.dead.is_set():
@@ -161,8 +161,8 @@ class ThreadFleet:
     def assign(self, worker: str, order: Generation | Save) -> None:
         self.call(worker, lambda control: control.orders.put(order))
 
-    def abandon(self, worker: str, generation: int) -> None:
-        self.call(worker, lambda control: control.abandon(generation))
+    def abort(self, worker: str, generation: int) -> None:
+        self.call(worker, lambda control: control.abort(generation))
 
     def request_stop(self, worker: str, generation: int, code: int) -> None:
         self.call(worker, lambda control: control.request_stop(generation, code))

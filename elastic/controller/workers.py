@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.controller.events import Lost, Starting
-from elastic.controller.policy import Heartbeat
+from elastic.controller.failure_detector import Heartbeat
 from elastic.messages import Ready
 
 

@@ -36,7 +36,7 @@ class Dataset(Protocol):
 
 
 @dataclass(frozen=True)
-class Said:
+class Declared:
     """What a user's data set says of itself beside its length and items, as far as it says anything."""
 
     collate: Callable[[Sequence[Any]], Any] | None  # `collate_fn`
@@ -44,7 +44,7 @@ class Said:
     key: Callable[[], Any] | None
 
     @classmethod
-    def by(cls, source: Any) -> Said:
+    def by(cls, source: Any) -> Declared:
         """RecipeError where it has a collate_fn by a name under which nobody calls it."""
         collate, key = getattr(source, "collate_fn", None), getattr(source, "key", None)
         other = next((name for name in COLLATES if callable(getattr(source, name, None))), None)
@@ -74,12 +74,12 @@ class MapStyle(Dataset):
         for method in ("__len__", "__getitem__"):
             if not hasattr(source, method):
                 raise RecipeError(f"data.kind: {type(source).__name__} has no {method}; a data set needs a length and items by index.")
-        said, self.part = Said.by(source), range(asked(source, "its length", lambda: len(source)))
+        declared, self.part = Declared.by(source), range(asked(source, "its length", lambda: len(source)))
         if not self.part:
             raise RecipeError(f"data.kind: {type(source).__name__} has no samples; give one with at least one.")
-        self.source, self.seed, self.collate, self.own, self.num_samples = source, seed, collate, said.collate, len(self.part)
-        self.seeded = seeded if said.draws else nullcontext
-        self.key = f"{self.num_samples} samples" + (f", key() = {asked(source, 'key()', said.key)!r}" if said.key else "")
+        self.source, self.seed, self.collate, self.own, self.num_samples = source, seed, collate, declared.collate, len(self.part)
+        self.seeded = seeded if declared.draws else nullcontext
+        self.key = f"{self.num_samples} samples" + (f", key() = {asked(source, 'key()', declared.key)!r}" if declared.key else "")
 
     def split(self, eval_fraction: float) -> tuple[MapStyle, MapStyle | None]:
         """The items to train on, and the last ones, to evaluate on, if there are any."""

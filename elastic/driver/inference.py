@@ -11,8 +11,8 @@ import numpy as np
 
 from elastic.checkpoint import manager
 from elastic.checkpoint.find import read_newest
-from elastic.checkpoint.hashing import OPTIMIZER
 from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.state_hash import OPTIMIZER
 from elastic.data.loader import eval_batches
 from elastic.driver.trust import check_trust
 from elastic.errors import BadCheckpoint, UserError

@@ -20,7 +20,7 @@ def evaluations_of(metrics: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sessions(events: Lines, metrics: Lines) -> list[tuple[float, float]]:
-    """(begin, end) of every stretch between a start or resume and its last sign of life, Unix seconds."""
+    """(begin, end) of every period between a start or resume and its last sign of life, Unix seconds."""
     begins = [fields["time"] for fields in events if fields["event"] == "run_started"]
     times = sorted(fields["time"] for fields in itertools.chain(events, steps_of(metrics)))
     if not times:

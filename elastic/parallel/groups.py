@@ -13,14 +13,14 @@ from elastic.buffers import copied
 from elastic.collective.group import Buffer, CollectiveGroup, Pending
 from elastic.collective.solo import SoloGroup
 from elastic.errors import GroupBroken
-from elastic.mesh import Mesh, Seat
+from elastic.mesh import Coordinate, Mesh
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import SPLITTING, Layout, Portion
 
 Watch = Callable[[], AbstractContextManager[Any]]
 
 
-class Links:
+class MeshGroups:
     """Every member makes its own, all in the same order: a group forms when all of its members have come to it.
 
     `watch()` surrounds each call inside a replica: who has not entered one that others wait in is the suspect of a hang.
@@ -29,23 +29,23 @@ class Links:
     def __init__(self, group: CollectiveGroup, mesh: Mesh, portion: Portion | None, watch: Watch):
         if mesh.world_size != group.size:
             raise ValueError(f"a mesh of {mesh.world_size} workers on a group of {group.size}.")
-        self.world, self.mesh, self.seat = group, mesh, mesh.seat(group.rank)
+        self.world, self.mesh, self.coordinate = group, mesh, mesh.coordinate(group.rank)
         self.broken: list[GroupBroken] = []
         self.counts: Counter[str] = Counter()
-        self.data = self._group(mesh.line(group.rank, "data"))
-        lines = {axis: self._watched(self._group(mesh.line(group.rank, axis)), watch) for axis in (*SPLITTING, "pipeline")}
+        self.data = self._group(mesh.axis_ranks(group.rank, "data"))
+        lines = {axis: self._watched(self._group(mesh.axis_ranks(group.rank, axis)), watch) for axis in (*SPLITTING, "pipeline")}
         self.pipeline = lines["pipeline"]
         self.axes = {axis: Axis(axis, lines[axis], self.counts) for axis in SPLITTING}
         self.replica = self._group(mesh.replica(group.rank))
         self.shared: list[tuple[Axis, tuple[str, ...]]] = []
-        for one in sorted(portion.shared, key=lambda shared: [mesh.rank(seat) for seat in shared.seats]) if portion else ():
-            ranks = [mesh.rank(replace(seat, data=self.seat.data)) for seat in one.seats]
+        for one in sorted(portion.shared, key=lambda shared: [mesh.rank(coordinate) for coordinate in shared.coordinates]) if portion else ():
+            ranks = [mesh.rank(replace(coordinate, data=self.coordinate.data)) for coordinate in one.coordinates]
             self.shared.append((Axis("shared", self._watched(self._group(ranks), watch), self.counts), one.names))
 
     def _group(self, ranks: Sequence[int]) -> CollectiveGroup:
         if len(ranks) == self.world.size:
             return self.world
-        return SoloGroup(self.world.abandoned) if len(ranks) == 1 else self.world.subgroup(tuple(ranks))
+        return SoloGroup(self.world.aborted) if len(ranks) == 1 else self.world.subgroup(tuple(ranks))
 
     def _watched(self, group: CollectiveGroup, watch: Watch) -> CollectiveGroup:
         return group if group.size == 1 else Watched(group, watch, self.broken)  # type: ignore[return-value]
@@ -55,9 +55,9 @@ class Links:
         return {dim: self.axes[axis] for dim, axis in layout.items() if self.axes[axis].size > 1}
 
     @property
-    def speaks(self) -> bool:
+    def reports_losses(self) -> bool:
         """Whether this worker says what its replica's losses are: of those that know the same, one."""
-        return self.seat.tensor == 0 and self.seat.pipeline == self.mesh.pipeline - 1
+        return self.coordinate.tensor == 0 and self.coordinate.pipeline == self.mesh.pipeline - 1
 
 
 class Watched:
@@ -102,6 +102,6 @@ class Mirror:
         out[:] = buffer[:out.shape[0]] if out.shape[0] <= buffer.shape[0] else 0
 
 
-def mirrored(layout: Layout, seat: Seat) -> dict[str, Axis]:
+def mirrored(layout: Layout, coordinate: Coordinate) -> dict[str, Axis]:
     """Axes that lead nowhere, of every dim that is split."""
-    return {dim: Axis(axis, Mirror(getattr(layout.mesh, axis), getattr(seat, axis))) for dim, axis in layout.dims.items()}  # type: ignore[arg-type]
+    return {dim: Axis(axis, Mirror(getattr(layout.mesh, axis), getattr(coordinate, axis))) for dim, axis in layout.dims.items()}  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from typing import Any
 
 from elastic.boxes import Box
 from elastic.errors import RecipeError
-from elastic.mesh import Mesh, Seat
+from elastic.mesh import Coordinate, Mesh
 from elastic.model.backend import Spec, is_chain
 from elastic.parallel.axis import span
 
@@ -24,9 +24,9 @@ SPLITTING = ("tensor", "expert")  # axes along which a dim can be split
 
 @dataclass(frozen=True)
 class Shared:
-    """Parameters that several seats of a replica hold, and whose gradient is the sum of what each of them finds."""
+    """Parameters that several coordinates of a replica hold, and whose gradient is the sum of what each of them finds."""
 
-    seats: tuple[Seat, ...]  # of replica 0
+    coordinates: tuple[Coordinate, ...]  # of replica 0
     names: tuple[str, ...]
 
 
@@ -103,46 +103,46 @@ class Layout:
         """The axes along which a parameter is split."""
         return tuple(dict.fromkeys(self.dims[dim] for dim in self.parameters[name].dims if dim in self.dims))
 
-    def box(self, name: str, seat: Seat) -> Box:
-        """The part of a parameter that the worker on `seat` holds, if its stage holds it."""
+    def box(self, name: str, coordinate: Coordinate) -> Box:
+        """The part of a parameter that the worker on `coordinate` holds, if its stage holds it."""
         spec = self.parameters[name]
         start, count = [0] * len(spec.shape), list(spec.shape)
         for i, dim in enumerate(spec.dims):
             axis = self.dims.get(dim)
             if axis:
-                start[i], count[i] = span(spec.shape[i], getattr(self.mesh, axis), getattr(seat, axis))
+                start[i], count[i] = span(spec.shape[i], getattr(self.mesh, axis), getattr(coordinate, axis))
         return Box(tuple(spec.shape), tuple(start), tuple(count))
 
-    def boxes(self, seat: Seat) -> dict[str, Box]:
-        """By name, of all that a seat holds, in the model's order."""
-        return {name: self.box(name, seat) for name in self.held(seat.pipeline)}
+    def boxes(self, coordinate: Coordinate) -> dict[str, Box]:
+        """By name, of all that a coordinate holds, in the model's order."""
+        return {name: self.box(name, coordinate) for name in self.held(coordinate.pipeline)}
 
-    def specs(self, seat: Seat) -> dict[str, Spec]:
-        """The parameters of a seat with the shapes that it holds."""
-        return {name: replace(self.parameters[name], shape=box.count) for name, box in self.boxes(seat).items()}
+    def specs(self, coordinate: Coordinate) -> dict[str, Spec]:
+        """The parameters of a coordinate with the shapes that it holds."""
+        return {name: replace(self.parameters[name], shape=box.count) for name, box in self.boxes(coordinate).items()}
 
-    def owners(self, name: str) -> tuple[Seat, ...]:
-        """The seats of replica 0 of which each holds a part of the parameter, and together all of it once: who counts it in a norm, and saves it."""
+    def owners(self, name: str) -> tuple[Coordinate, ...]:
+        """The coordinates of replica 0 that hold all of the parameter once among them: who counts it in a norm, and saves it."""
         axes = self.axes(name)
-        return tuple(Seat(0, self.stages_of[name][0], expert, tensor)
+        return tuple(Coordinate(0, self.stages_of[name][0], expert, tensor)
                      for expert in range(self.mesh.expert if "expert" in axes else 1)
                      for tensor in range(self.mesh.tensor if "tensor" in axes else 1))
 
-    def is_owner(self, name: str, seat: Seat) -> bool:
-        return replace(seat, data=0) in self.owners(name)
+    def is_owner(self, name: str, coordinate: Coordinate) -> bool:
+        return replace(coordinate, data=0) in self.owners(name)
 
-    def shared(self, seat: Seat) -> tuple[Shared, ...]:
-        """The parameters of a seat whose gradients must be summed over a replica, by who holds them.
+    def shared(self, coordinate: Coordinate) -> tuple[Shared, ...]:
+        """The parameters of a coordinate whose gradients must be summed over a replica, by who holds them.
 
         Tied parameters over their stages; what is not split over the expert axis, where every worker has other rows, over that.
         """
-        found: dict[tuple[Seat, ...], list[str]] = {}
-        for name in self.held(seat.pipeline):
-            experts = (seat.expert,) if "expert" in self.axes(name) else range(self.mesh.expert)
-            seats = tuple(Seat(0, stage, expert, seat.tensor) for stage in self.stages_of[name] for expert in experts)
-            if len(seats) > 1:
-                found.setdefault(seats, []).append(name)
-        return tuple(Shared(seats, tuple(names)) for seats, names in found.items())
+        found: dict[tuple[Coordinate, ...], list[str]] = {}
+        for name in self.held(coordinate.pipeline):
+            experts = (coordinate.expert,) if "expert" in self.axes(name) else range(self.mesh.expert)
+            coordinates = tuple(Coordinate(0, stage, expert, coordinate.tensor) for stage in self.stages_of[name] for expert in experts)
+            if len(coordinates) > 1:
+                found.setdefault(coordinates, []).append(name)
+        return tuple(Shared(coordinates, tuple(names)) for coordinates, names in found.items())
 
 
 def check_dims(dims: Mapping[str, str], own: Mapping[str, str]) -> None:
@@ -174,13 +174,13 @@ def balanced(weights: Sequence[float], parts: int) -> list[tuple[int, int]]:
 class Portion:
     """What a backend is built over. Where a replica is one worker, all of the model."""
 
-    def __init__(self, model: Any, layout: Layout, seat: Seat):
-        self.model, self.layout, self.seat = model, layout, seat
-        self.parameters: Mapping[str, Spec] = layout.specs(seat)
+    def __init__(self, model: Any, layout: Layout, coordinate: Coordinate):
+        self.model, self.layout, self.coordinate = model, layout, coordinate
+        self.parameters: Mapping[str, Spec] = layout.specs(coordinate)
         self.buffers: Mapping[str, Spec] = model.buffers
         self.whole: Mapping[str, Spec] = layout.parameters
-        self.boxes: dict[str, Box] = layout.boxes(seat)
-        self.shared: tuple[Shared, ...] = layout.shared(seat)
+        self.boxes: dict[str, Box] = layout.boxes(coordinate)
+        self.shared: tuple[Shared, ...] = layout.shared(coordinate)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -192,8 +192,8 @@ class Portion:
     @property
     def is_first(self) -> bool:
         """Keeps what every worker of a replica has alike."""
-        return (self.seat.pipeline, self.seat.expert, self.seat.tensor) == (0, 0, 0)
+        return (self.coordinate.pipeline, self.coordinate.expert, self.coordinate.tensor) == (0, 0, 0)
 
     def keeps(self, name: str) -> bool:
         """Whether this worker is the one that counts its part of a parameter in norms, and saves it."""
-        return self.layout.is_owner(name, self.seat)
+        return self.layout.is_owner(name, self.coordinate)

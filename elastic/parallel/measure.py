@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.mesh import Mesh, Seat
+from elastic.mesh import Coordinate, Mesh
 from elastic.model.backend import Batch, Spec, is_chain
 from elastic.model.shape_ops import FLOAT, MeterOps, Move, Shape
 from elastic.parallel.groups import mirrored
@@ -44,15 +44,15 @@ def measure(model: Any, batch: Batch) -> Measure:
     return Measure.of(ops)
 
 
-def pieces(model: Any, batch: Batch, layout: Layout, seat: Seat) -> dict[str, Measure]:
-    """Of every piece, whoever's stage it is on, with the parts of it that the tensor and expert places of `seat` hold; a model without has one, "".
+def pieces(model: Any, batch: Batch, layout: Layout, coordinate: Coordinate) -> dict[str, Measure]:
+    """Of every piece, whoever's stage it is on, with the parts that `coordinate` holds along tensor and expert; a model without has one, "".
 
-    `batch`: the rows of one micro-batch that a worker of the seat's place on the expert axis gets.
+    `batch`: the rows of one micro-batch that a worker of the coordinate's place on the expert axis gets.
     """
     if not is_chain(model):
         return {"": measure(model, batch)}
-    axes = mirrored(layout, seat)
-    params = shapes({name: Spec(layout.box(name, seat).count) for name in layout.parameters}, True)
+    axes = mirrored(layout, coordinate)
+    params = shapes({name: Spec(layout.box(name, coordinate).count) for name in layout.parameters}, True)
     columns, x, found = columns_of(batch), None, {}
     for piece in model.pieces:
         ops = MeterOps(axes)
@@ -91,5 +91,5 @@ def totals(moves: Sequence[Move]) -> dict[str, tuple[int, int]]:
 
 def costs_of(model: Any, batch: Batch) -> dict[str, float] | None:
     """What a pass over each piece takes, in operations: what to balance stages by. The same wherever it is asked. None without pieces."""
-    measured = pieces(model, batch, Layout(model, Mesh(1)), Seat()) if is_chain(model) else {}
+    measured = pieces(model, batch, Layout(model, Mesh(1)), Coordinate()) if is_chain(model) else {}
     return {name: float(one.flops) for name, one in measured.items()} or None

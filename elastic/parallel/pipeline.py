@@ -50,7 +50,7 @@ class Pipeline:
 
     def __init__(self, portion: Portion, backend: Backend, schedule: str, micro_batches: int):
         self.portion, self.backend, self.schedule, self.micro_batches = portion, backend, schedule, micro_batches
-        self.depths = portion.layout.stage_depths(portion.seat.pipeline)
+        self.depths = portion.layout.stage_depths(portion.coordinate.pipeline)
         self.last = len(portion.layout.depths) - 1
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
         self._group: CollectiveGroup | None = None
@@ -163,7 +163,7 @@ def boundaries(portion: Portion, batch: Batch) -> list[tuple[int, ...]]:
     and may be such a part itself.
     """
     ops, layout = MeterOps(), portion.layout
-    params = {name: Shape(layout.box(name, portion.seat).count, True, owned=False) for name in portion.whole}
+    params = {name: Shape(layout.box(name, portion.coordinate).count, True, owned=False) for name in portion.whole}
     columns = {name: Shape(np.shape(column), False, owned=False) for name, column in batch.items()}
     shapes: list[tuple[int, ...]] = []
     x = None

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.errors import RecipeError
-from elastic.mesh import Mesh, Seat, useful_sizes
+from elastic.mesh import Coordinate, Mesh, useful_sizes
 from elastic.model.backend import is_chain
 from elastic.parallel.layout import Layout
-from elastic.planning.costs import Holding
+from elastic.planning.costs import StageState
 from elastic.recipe import Recipe
 from elastic.state.flat_layout import FlatLayout
 
@@ -73,19 +73,19 @@ def micro_batches(rows: int, mesh: Mesh) -> list[int]:
     return [n for n in range(1, min(own, MOST_TURNS * mesh.pipeline) + 1) if own % n == 0]
 
 
-def holdings(layout: Layout, model: Any, rules: Rules) -> tuple[Holding, ...]:
+def holdings(layout: Layout, model: Any, rules: Rules) -> tuple[StageState, ...]:
     """One a stage, of the worker that holds most: the first has one place more of a dim that does not divide, the last keeps copies apart."""
     mesh = layout.mesh
     corners = [(expert, tensor) for expert in {0, mesh.expert - 1} for tensor in {0, mesh.tensor - 1}]
-    return tuple(max((holding(layout, model, rules, Seat(0, stage, *corner)) for corner in corners), key=lambda one: (one.size, one.gradient))
+    return tuple(max((holding(layout, model, rules, Coordinate(0, stage, *corner)) for corner in corners), key=lambda one: (one.size, one.gradient))
                  for stage in range(mesh.pipeline))
 
 
-def holding(layout: Layout, model: Any, rules: Rules, seat: Seat) -> Holding:
+def holding(layout: Layout, model: Any, rules: Rules, coordinate: Coordinate) -> StageState:
     """As its state lays it out."""
-    specs = layout.specs(seat)
-    copies = {name for name in specs if not layout.is_owner(name, seat)}
+    specs = layout.specs(coordinate)
+    copies = {name for name in specs if not layout.is_owner(name, coordinate)}
     flat = FlatLayout(specs, model.buffers, rules.freeze, rules.no_decay, copies, layout.parameters, rules.decayed, rules.thaw)
-    shared = tuple((len(one.seats), sum(flat.places[name].size for name in one.names if name in flat.trainable_set))
-                   for one in layout.shared(seat))
-    return Holding(flat.size, flat.trainable, flat.gradient, shared)
+    shared = tuple((len(one.coordinates), sum(flat.places[name].size for name in one.names if name in flat.trainable_set))
+                   for one in layout.shared(coordinate))
+    return StageState(flat.size, flat.trainable, flat.gradient, shared)

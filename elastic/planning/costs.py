@@ -20,7 +20,7 @@ from elastic.parallel import simulator
 from elastic.parallel.actions import Name, Schedule
 from elastic.parallel.schedules import build
 from elastic.state.flat_layout import BLOCK
-from elastic.state.ownership import kept
+from elastic.state.ownership import held
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Holding:
+class StageState:
     """Elements of the buffers of a stage's busiest worker. `shared`: (workers, elements) of gradients that are summed within a replica."""
 
     size: int
@@ -88,7 +88,7 @@ class Candidate:
     mesh: Mesh
     micro_batches: int
     depths: tuple[Part, ...]
-    holdings: tuple[Holding, ...]
+    holdings: tuple[StageState, ...]
     schedule: Name = "1f1b"
     num_chunks: int = 1
 
@@ -173,7 +173,7 @@ def collective_s(cluster: Cluster, mesh: Mesh, axis: str, kind: str, size: float
 @lru_cache(maxsize=4096)
 def is_far(cluster: Cluster, mesh: Mesh, axis: str) -> bool:
     """Whether some line along the axis leaves its node."""
-    return any(cluster.is_far(mesh.line(rank, axis)) for rank in range(mesh.world_size))
+    return any(cluster.is_far(mesh.axis_ranks(rank, axis)) for rank in range(mesh.world_size))
 
 
 def latency(cluster: Cluster, mesh: Mesh, axis: str) -> float:
@@ -199,7 +199,7 @@ def cores_s(task: Task, cluster: Cluster, mesh: Mesh, busy: Sequence[float]) -> 
     nodes: dict[int, float] = {}
     for rank in range(mesh.world_size):
         node = rank // cluster.workers_per_node
-        nodes[node] = nodes.get(node, 0.0) + busy[mesh.seat(rank).pipeline]
+        nodes[node] = nodes.get(node, 0.0) + busy[mesh.coordinate(rank).pipeline]
     return max(nodes.values()) * task.threads / cluster.cores
 
 
@@ -249,12 +249,12 @@ def sent_bytes(task: Task, data: int, gradient: int) -> float:
     return ((sums + 1) * (data - 1) / data + twin) * gradient * FLOAT
 
 
-def updated(task: Task, mesh: Mesh, holding: Holding) -> int:
+def updated(task: Task, mesh: Mesh, holding: StageState) -> int:
     """Elements that a worker updates, and has optimizer state for; of members that share it, the one with most."""
     if not task.is_sharded or mesh.data == 1:
         return holding.trainable
     blocks = holding.trainable // BLOCK
-    return BLOCK * max(size_of(kept(rank, mesh.data, blocks, task.has_twin)) for rank in range(mesh.data))
+    return BLOCK * max(size_of(held(rank, mesh.data, blocks, task.has_twin)) for rank in range(mesh.data))
 
 
 def memory(task: Task, candidate: Candidate) -> Bytes:

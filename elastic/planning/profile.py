@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from elastic.data.collate import sliced
-from elastic.mesh import Seat
+from elastic.mesh import Coordinate
 from elastic.model.backend import Backend, Batch, UpdateRule, is_neutral
 from elastic.parallel.groups import mirrored
 from elastic.parallel.layout import Layout, Portion
@@ -39,7 +39,7 @@ class Counted:
             return [Measure(3, 0, forward=1)]
         key = layout.mesh.tensor, layout.mesh.expert, rows
         if key not in self._found:
-            self._found[key] = pieces(self.model, sliced(self.batch, 0, rows), layout, Seat())
+            self._found[key] = pieces(self.model, sliced(self.batch, 0, rows), layout, Coordinate())
         found = self._found[key]
         return [together([found[name] for name in names or found]) for names in layout.depths]
 
@@ -61,10 +61,10 @@ class Timed(Counted):
         key = mesh.tensor, mesh.expert, layout.depths, rows
         if key not in self._parts:
             measured = self.measured(layout, rows)
-            portion = Portion(self.model, Layout(self.model, replace(mesh, pipeline=1), layout.dims), Seat()) if mesh.replica_size > 1 else None
+            portion = Portion(self.model, Layout(self.model, replace(mesh, pipeline=1), layout.dims), Coordinate()) if mesh.replica_size > 1 else None
             backend, _, room = at_work(self.recipe, portion or self.model)
             if portion:
-                backend.connect(mirrored(portion.layout, portion.seat))
+                backend.connect(mirrored(portion.layout, portion.coordinate))
             batch, views = sliced(self.batch, 0, rows), room()
             if mesh.pipeline > 1:
                 taken = staged(backend, layout, measured, batch, views)

@@ -11,7 +11,7 @@ from rich.table import Table
 from elastic.collective.reduction import all_nodes
 from elastic.errors import UserError
 from elastic.humanize import count, duration, size
-from elastic.mesh import AXES, Mesh, Seat, rounds
+from elastic.mesh import AXES, Coordinate, Mesh, rounds
 from elastic.parallel.layout import Layout
 from elastic.parallel.measure import totals
 from elastic.planning import candidates as meshes
@@ -52,25 +52,25 @@ def parameters(layout: Layout) -> Table:
     for name, spec in layout.parameters.items():
         dims = ", ".join(f"{dim} {length}" for dim, length in zip(spec.dims or ("?",) * len(spec.shape), spec.shape, strict=False))
         split = ", ".join(f"{dim}: {layout.dims[dim]}" for dim in spec.dims if dim in layout.dims)
-        part = math.prod(layout.box(name, Seat(pipeline=layout.stages_of[name][0])).count) * FLOAT
+        part = math.prod(layout.box(name, Coordinate(pipeline=layout.stages_of[name][0])).count) * FLOAT
         out.add_row(name, dims, split, size(part), ", ".join(map(str, layout.stages_of[name])))
     return out
 
 
-def traffic(asked: Question, layout: Layout, work: Counted, seat: Seat, micro_batches: int) -> Iterator[tuple[str, int, int]]:
-    """What the worker on a seat gives to each kind of collective in one step: ("AXIS.KIND", calls, bytes)."""
+def traffic(asked: Question, layout: Layout, work: Counted, coordinate: Coordinate, micro_batches: int) -> Iterator[tuple[str, int, int]]:
+    """What the worker on a coordinate gives to each kind of collective in one step: ("AXIS.KIND", calls, bytes)."""
     task, mesh = asked.task, layout.mesh
     shards = rounds(task.num_shards, mesh.data)
     each, measured = shards * micro_batches, work.measured(layout, task.shard_rows // mesh.expert // micro_batches)
-    for key, (calls, moved) in sorted(totals([move for depth in layout.stage_depths(seat.pipeline) for move in measured[depth].moves]).items()):
+    for key, (calls, moved) in sorted(totals([move for depth in layout.stage_depths(coordinate.pipeline) for move in measured[depth].moves]).items()):
         yield key, each * calls, each * moved
     last = len(measured) - 1
-    onward = [measured[depth].out_bytes for depth in layout.stage_depths(seat.pipeline) if depth < last]
-    back = [measured[depth - 1].out_bytes for depth in layout.stage_depths(seat.pipeline) if depth]
+    onward = [measured[depth].out_bytes for depth in layout.stage_depths(coordinate.pipeline) if depth < last]
+    back = [measured[depth - 1].out_bytes for depth in layout.stage_depths(coordinate.pipeline) if depth]
     for what, sizes in (("pipeline.activation", onward), ("pipeline.gradient", back)):
         if sizes:
             yield what, each * len(sizes), each * sum(sizes)
-    held = meshes.holding(layout, asked.model, asked.rules, seat)
+    held = meshes.holding(layout, asked.model, asked.rules, coordinate)
     if held.shared:
         yield "shared.all_reduce", len(held.shared), sum(elements for _, elements in held.shared) * FLOAT
     if mesh.data > 1:
@@ -82,7 +82,7 @@ def collectives(asked: Question, layout: Layout, work: Counted, micro_batches: i
     """A row for every kind and stage."""
     out = Table("stage", "collective", "calls a step", "bytes a step and worker", box=None, pad_edge=False)
     for stage in range(layout.mesh.pipeline):
-        for what, calls, moved in traffic(asked, layout, work, Seat(pipeline=stage), micro_batches):
+        for what, calls, moved in traffic(asked, layout, work, Coordinate(pipeline=stage), micro_batches):
             out.add_row(str(stage), what, str(calls), size(moved))
     return out
 

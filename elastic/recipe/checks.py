@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from elastic.errors import RecipeError
 from elastic.recipe.images import check_pictured
+from elastic.recipe.schema import refuse_given, shown
 from elastic.recipe.sections import TABLES, Recipe
-from elastic.recipe.tables import check_labelled, refuse_given, shown
+from elastic.recipe.tables import check_labelled
 
 STORAGES = ("file", "s3", "gs", "gcs", "hdfs")
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, FiniteFloat
 
 from elastic.errors import RecipeError
-from elastic.recipe.tables import Labelled, refuse_given, shown
+from elastic.recipe.schema import refuse_given, shown
+from elastic.recipe.tables import Labelled
 
 FORMATS = ("idx", "imagefolder")
 IMAGE_TABLES = ("parquet", "arrow")

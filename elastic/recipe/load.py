@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 from elastic.errors import RecipeError
 from elastic.recipe.checks import check
 from elastic.recipe.paths import absolute, find_recipe
+from elastic.recipe.schema import shown
 from elastic.recipe.sections import Recipe
-from elastic.recipe.tables import shown
 
 DEFAULT_STEPS = 2000
 EMBEDDING = {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0}  # what earlier versions wrote, and never read

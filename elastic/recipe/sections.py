@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, PlainValidator, field_validator
 
 from elastic.recipe.images import Pictured
-from elastic.recipe.tables import NAMES, TABLES, Section, Texts
+from elastic.recipe.schema import NAMES, Section, Texts, at_least, share
+from elastic.recipe.tables import TABLES
 
 KINDS = ("nlp.gpt", "nlp.bert", "vision.resnet", "vision.vit", "recommender.dlrm")  # modules, each with a `Config` and a `build`
 WEIGHTS = "a list of numbers above 0, one for each entry of data.path"
@@ -22,16 +23,6 @@ def rising(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Rising = Annotated[tuple[Annotated[int, Field(ge=1, strict=True)], ...], AfterValidator(rising)]
-
-
-def at_least(low: int, default: Any = ..., extra: str = "") -> Any:
-    """A whole number with a lower bound."""
-    return Field(default, ge=low, description=f"a whole number of at least {low}{extra}")
-
-
-def share(default: float, description: str = "a number of at least 0 and below 1") -> Any:
-    """A number in [0, 1)."""
-    return Field(default, ge=0.0, lt=1.0, description=description)
 
 
 class Run(Section):

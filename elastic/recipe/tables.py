@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from elastic.errors import RecipeError
+from elastic.recipe.schema import NAMES, Section, Texts, refuse_given, shown
 
-NAMES = "a list of texts"
 TABLES = ("csv", "parquet", "arrow")
-
-
-def listed(value: Any) -> Any:
-    """A single text stands for a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
-Texts = Annotated[tuple[Annotated[str, Field(strict=True, min_length=1)], ...], BeforeValidator(listed), Field(strict=False)]
-
-
-class Section(BaseModel):
-    """Frozen, strict about types (an integer may stand for a float), closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
 class Labelled(Section):
@@ -53,22 +38,6 @@ class Labelled(Section):
 
 
 ONLY_HERE = tuple(key for key in Labelled.__annotations__ if key != "label")
-
-
-def shown(value: Any) -> str:
-    """A value as a recipe would write it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(shown, value))}]"
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-def refuse_given(name: str, section: Section, keys: Iterable[str], only: str) -> None:
-    """RecipeError for one of these keys that is not at its default."""
-    for key in keys:
-        if (value := getattr(section, key)) != type(section).model_fields[key].default:
-            raise RecipeError(f"{name}.{key} = {shown(value)} has a meaning only {only}; leave it out.")
 
 
 def check_labelled(recipe: Any) -> None:

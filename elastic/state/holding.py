@@ -12,7 +12,7 @@ from elastic.boxes import Box, Range, scaled, size_of
 from elastic.buffers import fill, like
 from elastic.model.backend import Buffer
 from elastic.state.flat_layout import BLOCK
-from elastic.state.ownership import NONE, cuts, kept, lacking
+from elastic.state.ownership import NONE, cuts, held, lacking
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Store:
 class Holding:
     """`holders` of each block: 1, its owner, or 2, with the owner's twin; 0: every worker holds all.
 
-    What is shared out is held by nobody before `keep` or `hold` says by whom. A store has the own range first, then that of which a worker
+    What is shared out is held by nobody before `own_as` or `hold` says by whom. A store has the own range first, then that of which a worker
     is the twin; so has the reduced gradient, with the statistics behind.
     """
 
@@ -90,9 +90,9 @@ class Holding:
 
     def make(self, rank: int, size: int) -> Store:
         """An empty store for what member `rank` of `size` is to hold."""
-        return self._made(self.store.slots, scaled(kept(rank, size, self.num_blocks, self.holders > 1), BLOCK))
+        return self._made(self.store.slots, scaled(held(rank, size, self.num_blocks, self.holders > 1), BLOCK))
 
-    def keep(self, rank: int, size: int) -> None:
+    def own_as(self, rank: int, size: int) -> None:
         """From now on this is member `rank` of `size`; what it held of a range does not count any more."""
         if self.holders:
             self.drop()

@@ -26,7 +26,7 @@ def cuts(size: int, num_blocks: int) -> list[int]:
     return [owned(rank, size, num_blocks)[0] for rank in range(size)] + [num_blocks]
 
 
-def kept(rank: int, size: int, num_blocks: int, twin: bool) -> tuple[Range, Range]:
+def held(rank: int, size: int, num_blocks: int, twin: bool) -> tuple[Range, Range]:
     """What a member owns, and that of which it is the twin."""
     own = owned(rank, size, num_blocks)
     return own, owned((rank - 1) % size, size, num_blocks) if twin and size > 1 else NONE
@@ -38,7 +38,7 @@ def lacking(have: Iterable[Iterable[Range]], length: int) -> list[Range]:
 
 
 @dataclass(frozen=True)
-class Move:
+class Transfer:
     """One range that one member sends to another."""
 
     source: int
@@ -51,14 +51,14 @@ class Move:
         return self.high - self.low
 
 
-def moves(have: Sequence[Sequence[Range]], want: Sequence[Sequence[Range]], grain: int) -> list[Move]:
+def moves(have: Sequence[Sequence[Range]], want: Sequence[Sequence[Range]], grain: int) -> list[Transfer]:
     """What has to be sent so that everybody has what it wants, in pieces of at most `grain`, from whoever has sent least so far.
 
     ValueError where somebody wants what nobody has.
     """
     edges = sorted({edge for ranges in (*have, *want) for one in ranges for edge in one})
     sent = [0] * len(have)
-    found: list[Move] = []
+    found: list[Transfer] = []
     for begin, end in zip(edges, edges[1:]):
         holders = [rank for rank, ranges in enumerate(have) if any(low <= begin and end <= high for low, high in ranges)]
         takers = [rank for rank, ranges in enumerate(want)
@@ -70,13 +70,13 @@ def moves(have: Sequence[Sequence[Range]], want: Sequence[Sequence[Range]], grai
                 high = min(end, low + grain)
                 source = min(holders, key=lambda rank: (sent[rank], rank))
                 sent[source] += high - low
-                found.append(Move(source, to, low, high))
+                found.append(Transfer(source, to, low, high))
     return found
 
 
-def rounds(found: Sequence[Move], most: int) -> list[list[Move]]:
+def rounds(found: Sequence[Transfer], most: int) -> list[list[Transfer]]:
     """Moves that go at the same time: at most `most` in all, and at least one."""
-    out: list[list[Move]] = []
+    out: list[list[Transfer]] = []
     size = most
     for move in found:
         if size + move.size > most:
@@ -88,6 +88,6 @@ def rounds(found: Sequence[Move], most: int) -> list[list[Move]]:
 
 
 def by_twins(have: Sequence[Sequence[Range]]) -> list[Range]:
-    """The places of which only twins are left. Ranges of `have` come in pairs, as `kept` gives them."""
+    """The places of which only twins are left. Ranges of `have` come in pairs, as `held` gives them."""
     own, twins = ([one for ranges in have for one in ranges[half::2]] for half in (0, 1))
     return without(twins, own)

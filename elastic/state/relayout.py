@@ -15,9 +15,9 @@ import numpy as np
 
 from elastic.boxes import Box
 from elastic.buffers import fill, to_numpy
-from elastic.checkpoint.hashing import in_order
+from elastic.checkpoint.state_hash import in_order
 from elastic.collective.group import CollectiveGroup
-from elastic.mesh import Seat
+from elastic.mesh import Coordinate
 from elastic.parallel.layout import Layout
 from elastic.state.exchange import exchange
 from elastic.state.state import State, parameter_of
@@ -36,18 +36,18 @@ class Move:
         return self.box.size
 
 
-def moves(name: str, old: Layout, holders: Mapping[int, Seat], new: Layout) -> list[Move]:
-    """Of one parameter: from the members `holders`, on seats of `old`, to every member of `new`'s mesh. ValueError where a part is held by nobody."""
+def moves(name: str, old: Layout, holders: Mapping[int, Coordinate], new: Layout) -> list[Move]:
+    """Of one parameter: from the members `holders`, on coordinates of `old`, to every member of `new`'s mesh. ValueError where nobody has a part."""
     boxes: dict[Box, list[int]] = {}
-    for rank, seat in sorted(holders.items()):
-        if name in old.held(seat.pipeline):
-            boxes.setdefault(old.box(name, seat), []).append(rank)
+    for rank, coordinate in sorted(holders.items()):
+        if name in old.held(coordinate.pipeline):
+            boxes.setdefault(old.box(name, coordinate), []).append(rank)
     found = []
     for to in range(new.mesh.world_size):
-        seat = new.mesh.seat(to)
-        if name not in new.held(seat.pipeline):
+        coordinate = new.mesh.coordinate(to)
+        if name not in new.held(coordinate.pipeline):
             continue
-        wanted = new.box(name, seat)
+        wanted = new.box(name, coordinate)
         parts = [Move(to if to in ranks else ranks[to % len(ranks)], to, part)
                  for box, ranks in boxes.items() if (part := box.meet(wanted)) is not None]
         if (covered := sum(part.size for part in parts)) != wanted.size:
@@ -56,12 +56,12 @@ def moves(name: str, old: Layout, holders: Mapping[int, Seat], new: Layout) -> l
     return found
 
 
-def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Seat], given: State | None, new: Layout, taken: State,
-          tell: Callable[[int], AbstractContextManager[Any]]) -> int:
+def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Coordinate], given: State | None, new: Layout, taken: State,
+          waiting: Callable[[int], AbstractContextManager[Any]]) -> int:
     """Every array of the state: out of the `holders`' old states (`given`, if this member is one) into all members' new ones.
 
-    Returns the bytes that this member received. `tell(number)` surrounds the exchange of each array. What is taken counts as torn (-1): a
-    member that held an older state on the same seat must not say so of what is half of each.
+    Returns the bytes that this member received. `waiting(number)` surrounds the exchange of each array. What is taken counts as torn (-1): a
+    member that held an older state on the same coordinate must not say so of what is half of each.
     """
     taken.committed = -1
     moved, me, first = 0, group.rank, min(holders)
@@ -70,7 +70,7 @@ def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Seat], give
         name = parameter_of(full)
         held = to_numpy(given.views[full]) if given is not None and full in given.views else None
         target = to_numpy(taken.views[full]) if full in taken.views else None
-        with tell(number):
+        with waiting(number):
             if name in plans and not full.startswith("buffer/"):
                 plan, kind = plans[name], next((array.dtype for array in (target, held) if array is not None), np.dtype(np.float32))
 
@@ -78,7 +78,7 @@ def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Seat], give
                     return held[move.box.relative(old.box(name, holders[me])).slices]
 
                 def take(move: Move, values: np.ndarray, target: Any = target, name: str = name) -> None:
-                    target[move.box.relative(new.box(name, new.mesh.seat(me))).slices] = values.reshape(move.box.count)
+                    target[move.box.relative(new.box(name, new.mesh.coordinate(me))).slices] = values.reshape(move.box.count)
 
                 for move in plan:
                     if move.source == move.to == me:
@@ -94,25 +94,25 @@ def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Seat], give
     return moved
 
 
-def whole_arrays(state: State, replica: CollectiveGroup, tell: Callable[[int], AbstractContextManager[Any]],
+def whole_arrays(state: State, replica: CollectiveGroup, waiting: Callable[[int], AbstractContextManager[Any]],
                  data: CollectiveGroup | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Every array of the model, whole, in the order of the hashes, out of the parts of a replica's members. Each is alive until the next."""
     portion, specs = state.portion, state.whole_specs()
     for number, full in enumerate(in_order(specs)):
         name = parameter_of(full)
         if portion is None:
-            with tell(number):
+            with waiting(number):
                 array = state.local(full, data)
             yield full, array
             continue
         dtype, shape = specs[full]
         is_part = name in portion.whole and not full.startswith("buffer/")
         out = np.empty(shape, dtype)
-        for seat in portion.layout.owners(name) if is_part else (Seat(),):
-            box = portion.layout.box(name, seat) if is_part else Box.all(shape)
-            mine = seat == replace(portion.seat, data=0)
-            with tell(number):
+        for coordinate in portion.layout.owners(name) if is_part else (Coordinate(),):
+            box = portion.layout.box(name, coordinate) if is_part else Box.all(shape)
+            mine = coordinate == replace(portion.coordinate, data=0)
+            with waiting(number):
                 flat = np.ascontiguousarray(state.local(full, data)).reshape(-1) if mine else np.empty(box.size, dtype)
-                replica.broadcast(flat, portion.mesh.rank(seat))
+                replica.broadcast(flat, portion.mesh.rank(coordinate))
             out[box.slices] = flat.reshape(box.count)
         yield full, out

@@ -18,7 +18,7 @@ from elastic.collective.group import CollectiveGroup
 from elastic.model.backend import Buffer
 from elastic.state.exchange import exchange
 from elastic.state.flat_layout import BLOCK
-from elastic.state.ownership import Move, kept, moves, rounds
+from elastic.state.ownership import Transfer, held, moves, rounds
 from elastic.state.state import State
 
 GRAIN = 64  # blocks that one member sends another in one piece
@@ -27,18 +27,18 @@ ROUND = 256  # blocks that travel at a time, of all members together: bounds the
 
 @dataclass(frozen=True)
 class Resharding:
-    """What one seat's members have and have to get, in blocks. `have` is () for who has no state."""
+    """What one coordinate's members have and have to get, in blocks. `have` is () for who has no state."""
 
     have: tuple[tuple[Range, ...], ...]
     want: tuple[tuple[Range, ...], ...]
-    slots: tuple[Move, ...]
-    params: tuple[Move, ...]
+    slots: tuple[Transfer, ...]
+    params: tuple[Transfer, ...]
 
 
 def plan(have: Sequence[Sequence[Range]], torn: Collection[int], twin: bool, num_blocks: int, num_frozen: int) -> Resharding:
     """`torn`: who has only what it holds, and what is frozen (blocks behind `num_blocks`), of the parameters at the step that counts."""
     size, total = len(have), num_blocks + num_frozen
-    want = tuple(kept(rank, size, num_blocks, twin) for rank in range(size))
+    want = tuple(held(rank, size, num_blocks, twin) for rank in range(size))
     params: list[list[Range]] = []
     for rank, ranges in enumerate(have):
         params.append([] if not ranges else [*ranges, (num_blocks, total)] if rank in torn else [(0, total)])
@@ -47,7 +47,7 @@ def plan(have: Sequence[Sequence[Range]], torn: Collection[int], twin: bool, num
 
 
 def reshard(state: State, group: CollectiveGroup, found: Resharding, committed: int, watch: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Carries a plan out, to the end that this member is whole at step `committed`. `group`: the members of this seat.
+    """Carries a plan out, to the end that this member is whole at step `committed`. `group`: the members of this coordinate.
 
     `watch()` surrounds each exchange.
     """
@@ -62,7 +62,7 @@ def reshard(state: State, group: CollectiveGroup, found: Resharding, committed: 
     def empty(size: int) -> Buffer:
         return state.backend.allocate(max(1, size))[:size]
 
-    def carry(plan: Sequence[Move], give: Callable[[int, int], Buffer], take: Callable[[int, int, Buffer], None]) -> None:
+    def carry(plan: Sequence[Transfer], give: Callable[[int, int], Buffer], take: Callable[[int, int, Buffer], None]) -> None:
         """A few moves at a time. `give` and `take` have them in elements."""
         for some in rounds(plan, ROUND):
             exchange(group, some, lambda move: give(BLOCK * move.low, BLOCK * move.high),

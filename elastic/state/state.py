@@ -45,7 +45,7 @@ def check_same(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[
 class State:
     """Parameters, optimizer slots, averages, model buffers and the count of committed steps of one worker.
 
-    With a `portion`, of its seat alone: `boxes` says which part of an array each one is, and shapes are those of the parts. Slots and averages
+    With a `portion`, of its coordinate alone: `boxes` says which part of an array each one is, and shapes are those of the parts. Slots and averages
     are those that its `holding` has, while all parameters are there: but after a step others may have to send what they updated.
     """
 
@@ -78,7 +78,7 @@ class State:
         return self.holding.blocks
 
     @property
-    def keeps_all(self) -> bool:
+    def holds_all(self) -> bool:
         return self.holding.has_all
 
     @property
@@ -90,15 +90,15 @@ class State:
         """What this worker holds the slots of, within low..high-1: (low, high, where it lies in a slot and in the reduced gradient)."""
         return list(self.holding.store.runs(low, high))
 
-    def keep(self, rank: int, size: int) -> None:
+    def own_as(self, rank: int, size: int) -> None:
         """From now on this is replica `rank` of `size`; what it had does not count any more."""
         self.committed, self.torn = -1, False
-        self.holding.keep(rank, size)
+        self.holding.own_as(rank, size)
 
     @property
     def is_all(self) -> bool:
         """Whether this worker alone has the whole state."""
-        return self.replica_size == 1 and not self.torn and self.keeps_all
+        return self.replica_size == 1 and not self.torn and self.holds_all
 
     def start(self, seed: int, init: Mapping[str, np.ndarray] | None = None) -> None:
         """Starting values at step 0; `init` overrides some by name."""
@@ -168,7 +168,7 @@ class State:
         return tuple(pieces)
 
     def local(self, name: str, group: Any) -> np.ndarray:
-        """An array of `specs`, as NumPy. `group`: the workers of this seat, who all call this."""
+        """An array of `specs`, as NumPy. `group`: the workers of this coordinate, who all call this."""
         if name in self.views:
             return to_numpy(self.views[name])
         slot, place = self._slot(name)
@@ -299,7 +299,7 @@ class State:
 
     @contextmanager
     def averaged(self, group: Any) -> Iterator[None]:
-        """Inside, the model's parameters and buffers are their averages, where they are kept. `group`: the workers of this seat."""
+        """Inside, the model's parameters and buffers are their averages, where they are kept. `group`: the workers of this coordinate."""
         if AVERAGE not in self.slots:
             yield
             return

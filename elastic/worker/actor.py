@@ -90,7 +90,7 @@ class ProcessRim:
 
         self.store.drop_before(self.run_id, generation.number)
         return form(generation.transport, rank, len(generation.members), f"{self.secret}@{generation.endpoint}",
-                    f"{self.run_id}/{generation.number}", control.abandoned, self.timeout_s, self.host)
+                    f"{self.run_id}/{generation.number}", control.aborted, self.timeout_s, self.host)
 
     def post(self, message: Any) -> None:
         self.outbox.post(message)
@@ -129,7 +129,7 @@ class WorkerActor:
         self.hang_timeout_s, self.orphan_timeout_s = hang_timeout_s, orphan_timeout_s
 
     def serve(self) -> None:
-        """Works until released, whoever asked for it may be gone by then. `watch` tells how it ended."""
+        """Works until released, whoever asked for it may be gone by then. `watch` reports how it ended."""
         from elastic.model.user_code import describe
 
         if not self.idle.acquire(blocking=False):
@@ -164,8 +164,8 @@ class WorkerActor:
     def assign(self, order: Generation | Save) -> None:
         self.control.orders.put(order)
 
-    def abandon(self, generation: int) -> None:
-        self.control.abandon(generation)
+    def abort(self, generation: int) -> None:
+        self.control.abort(generation)
 
     def request_stop(self, generation: int, code: int) -> None:
         self.control.request_stop(generation, code)

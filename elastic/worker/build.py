@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from elastic.data.ledger import Ledger, NotedLoader
 from elastic.data.loader import Prefetcher, eval_batches, load_batch
-from elastic.mesh import Mesh, Seat
+from elastic.mesh import Coordinate, Mesh
 from elastic.parallel.layout import Portion
 from elastic.parallel.pipeline import Pipeline
 from elastic.recipe import Recipe
@@ -17,18 +17,18 @@ from elastic.worker.watch import Watch
 from elastic.workload import EVAL_ROWS, Workload, create_backend, laid, open_state
 
 
-def place_on(recipe: Recipe, workload: Workload, mesh: Mesh, seat: Seat) -> Placement:
+def place_on(recipe: Recipe, workload: Workload, mesh: Mesh, coordinate: Coordinate) -> Placement:
     """Where a replica is one worker, the model is what it is."""
-    mesh, seat = replace(mesh, data=1), replace(seat, data=0)
+    mesh, coordinate = replace(mesh, data=1), replace(coordinate, data=0)
     holders = 1 + recipe.optimizer.twin if recipe.optimizer.sharded else 0  # of each block of the optimizer's slots
     if mesh.replica_size == 1:
         backend = create_backend(recipe, workload.model)
         state = open_state(recipe, backend, holders=holders)
         return Placement(backend, state, watch=Watch(recipe.model.kind, state.layout) if ":" in recipe.model.kind else None)
-    portion = Portion(workload.model, laid(recipe, workload, mesh), seat)
+    portion = Portion(workload.model, laid(recipe, workload, mesh), coordinate)
     backend = create_backend(recipe, portion)
     pipeline = Pipeline(portion, backend, recipe.mesh.schedule, recipe.mesh.micro_batches) if mesh.pipeline > 1 else None
-    return Placement(backend, open_state(recipe, backend, portion, holders), mesh, seat, portion, pipeline)
+    return Placement(backend, open_state(recipe, backend, portion, holders), mesh, coordinate, portion, pipeline)
 
 
 def build_training(recipe: Recipe, workload: Workload) -> Training:

@@ -15,7 +15,7 @@ from elastic.collective.reduction import Scratch, out_size
 from elastic.mesh import shards_of
 from elastic.messages import Generation
 from elastic.model.backend import Buffer
-from elastic.parallel.groups import Links
+from elastic.parallel.groups import MeshGroups
 from elastic.state.flat_layout import BLOCK
 from elastic.worker.training import Member, Placement
 
@@ -29,22 +29,22 @@ class StepContext:
         self.place, self.backend, self.state = member.place, member.place.backend, member.place.state
         self.step = generation.committed
         portion = self.place.portion
-        self.links = Links(group, generation.shape, portion, self.control.collective)
+        self.groups = MeshGroups(group, generation.shape, portion, self.control.collective)
         if portion is not None:
-            self.backend.connect(self.links.dims(portion.layout.dims))
+            self.backend.connect(self.groups.dims(portion.layout.dims))
 
     @cached_property
     def run(self) -> range:
         """This member's logical shards."""
-        return shards_of(self.links.data.rank, self.links.data.size, self.plan.num_shards)
+        return shards_of(self.groups.data.rank, self.groups.data.size, self.plan.num_shards)
 
     @cached_property
     def buffers(self) -> Buffers:
         """For the first step: what a member holds of a sharded state is known by then."""
-        return Buffers(self.place, self.links.data)
+        return Buffers(self.place, self.groups.data)
 
     def at(self, phase: str, detail: int = 0) -> None:
-        """Says where the step is; `GroupBroken` if the generation was abandoned meanwhile."""
+        """Says where the step is; `GroupBroken` if the generation was aborted meanwhile."""
         self.control.at(self.step, phase, detail)
 
     def fire(self, phase: str) -> None:
@@ -62,7 +62,7 @@ class StepContext:
 
     def gather(self, phase: str, part: np.ndarray) -> np.ndarray:
         """What all members give, (members, length), in one all-gather."""
-        world = self.links.world
+        world = self.groups.world
         out = np.empty(world.size * len(part))
         with self.waiting(phase, world) as group:
             group.all_gather(out, part)

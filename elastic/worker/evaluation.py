@@ -19,30 +19,30 @@ from elastic.worker.gradients import part_of
 
 def evaluate(context: StepContext) -> dict[str, float]:
     """The mean of every metric over the evaluation set. A batch is computed whole by one replica: the split changes no bit."""
-    training, links, batches, pipeline = context.training, context.links, context.training.eval_batches, context.place.pipeline
+    training, groups, batches, pipeline = context.training, context.groups, context.training.eval_batches, context.place.pipeline
     tally, counted = (context.backend.tally() for _ in range(2))
     parts: dict[str, np.ndarray] = {}
-    own = range(links.data.rank, len(batches), links.data.size)
+    own = range(groups.data.rank, len(batches), groups.data.size)
     for index in own or range(1):  # a replica without a batch still has to know the names
         context.at("evaluate", index)
         with users(training.is_own):
-            batch = part_of(batches[index](), links.mesh.expert, links.seat.expert)
-            found = pipeline.infer(links.pipeline, batch) if pipeline else context.backend.metrics(batch)
+            batch = part_of(batches[index](), groups.mesh.expert, groups.coordinate.expert)
+            found = pipeline.infer(groups.pipeline, batch) if pipeline else context.backend.metrics(batch)
             pairs = {} if found is None else scalars(found, counted if own else tally, batch)  # of several stages only the last knows what came out
         for name, pair in pairs.items():
             table = parts.setdefault(name, np.zeros((len(batches), 2)))
-            if own and links.speaks:
+            if own and groups.reports_losses:
                 table[index] = pair
-    names = agreed(links.pipeline, sorted(parts))
+    names = agreed(groups.pipeline, sorted(parts))
     tables = [parts.get(name, np.zeros((len(batches), 2))).reshape(-1) for name in names]
-    counts = np.zeros(0) if counted is None else counted.counts if links.speaks else np.zeros_like(counted.counts)
+    counts = np.zeros(0) if counted is None else counted.counts if groups.reports_losses else np.zeros_like(counted.counts)
     sums = context.gather("evaluate", np.concatenate([*tables, counts])).sum(axis=0)
     length = 2 * len(names) * len(batches)
     return figures(dict(zip(names, sums[:length].reshape(len(names), len(batches), 2), strict=True)), counted, sums[length:])
 
 
 def agreed(group: CollectiveGroup, names: list[str]) -> list[str]:
-    """What the last stage says."""
+    """What the last stage reports."""
     if group.size == 1:
         return names
     text = np.frombuffer(json.dumps(names).encode(), np.uint8).copy()
@@ -66,7 +66,7 @@ def scalars(found: Mapping[str, tuple[Any, float]], tally: Tally | None, batch: 
 
 
 def named(found: Mapping[str, tuple[Any, float]], tally: Tally | None) -> list[str]:
-    """What an evaluation tells, from what `measure` has found in one batch."""
+    """What an evaluation reports, from what `measure` has found in one batch."""
     tables = {name: np.array([pair], np.float64) for name, pair in found.items()}
     return sorted(figures(tables, tally, np.zeros(0) if tally is None else tally.counts))
 

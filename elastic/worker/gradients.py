@@ -12,7 +12,7 @@ from elastic.data.collate import num_rows, sliced
 from elastic.model.backend import Batch, Buffer, ShardResult
 from elastic.model.user_code import users
 from elastic.parallel.axis import span
-from elastic.parallel.groups import Links
+from elastic.parallel.groups import MeshGroups
 from elastic.state.flat_layout import FlatLayout
 from elastic.worker.context import StepContext
 
@@ -49,8 +49,8 @@ class Shards:
 
     def rows(self, shard: int, micro: int) -> tuple[Batch, int]:
         """This member's rows of one micro-batch, and a counter-based seed for whatever is random in it."""
-        context, links, each = self.context, self.context.links, self.context.plan.micro_batches
-        parts, part = links.mesh.expert * each, links.seat.expert * each + micro
+        context, groups, each = self.context, self.context.groups, self.context.plan.micro_batches
+        parts, part = groups.mesh.expert * each, groups.coordinate.expert * each + micro
         if shard != self.loaded:
             context.at("forward", shard)
             context.fire("forward")
@@ -66,7 +66,7 @@ class Shards:
 
     def add(self, shard: int, result: ShardResult) -> None:
         """One micro-batch's loss; they come in order."""
-        if self.context.links.speaks:
+        if self.context.groups.reports_losses:
             self.losses[shard] += result.loss_sum
             self.weights[shard] += result.weight
 
@@ -81,14 +81,14 @@ def add_up_shards(context: StepContext) -> Shards:
     if pipeline is None:
         shards.compute()
     else:
-        pipeline.run(context.links.pipeline, shards)
+        pipeline.run(context.groups.pipeline, shards)
     shards.batch = {}  # the rest of the step needs no rows
     return shards
 
 
-def sum_shared(links: Links, layout: FlatLayout, gradient: Buffer) -> None:
+def sum_shared(groups: MeshGroups, layout: FlatLayout, gradient: Buffer) -> None:
     """Parameters that several members of a replica hold, each of which has found a part of the gradient: in rank order, the same for all."""
-    for axis, names in links.shared:
+    for axis, names in groups.shared:
         places = [layout.places[name] for name in names if name in layout.trainable_set]
         if not places:
             continue

@@ -40,7 +40,7 @@ def train(context: StepContext) -> str:
         held.gradient, held.step = reduce_sums(context, shards), context.step
         held.ballot = ballot = vote(context, shards)
         context.fire("update")
-        commit(member, ballot)
+        apply_update(member, ballot)
         try:
             share(context)
         finally:  # the step counts, whoever falls from here on
@@ -62,7 +62,7 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
     """
     held = member.held
     if member.place.state.committed == generation.committed - 1 and held.step == generation.committed and generation.ballot:
-        commit(member, generation.ballot)  # its line came with the report of whoever saw the vote
+        apply_update(member, generation.ballot)  # its line came with the report of whoever saw the vote
     held.drop()
     member.settle(generation, group)
     context = StepContext(member, generation, group, injector)
@@ -73,18 +73,18 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
 def reduce_sums(context: StepContext, shards: Shards) -> Buffer:
     """Over the replicas along the tree; then over the members of this replica that hold the same parameters and found other parts."""
     buffers, state, gradient = context.buffers, context.state, shards.plain
-    with context.waiting("reduction", context.links.data) as group:
+    with context.waiting("reduction", context.groups.data) as group:
         if state.is_sharded and group.size > 1:
             return reduce_own(context, state, group, shards)
         if shards.sums:
             gradient = group.reduce_tree(shards.sums.nodes(), context.plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
         else:
             group.all_reduce(gradient)
-    sum_shared(context.links, state.layout, gradient)
+    sum_shared(context.groups, state.layout, gradient)
     return gradient
 
 
-def commit(member: Member, ballot: Ballot) -> None:
+def apply_update(member: Member, ballot: Ballot) -> None:
     """Applies the reduced gradients that this member holds. The state is torn (-1) until all of it is done."""
     plan, state, gradient = member.training.plan, member.place.state, member.held.gradient
     options, layout = plan.optimizer, state.layout
@@ -106,7 +106,7 @@ def commit(member: Member, ballot: Ballot) -> None:
             member.place.backend.update(rule, state.param[low:high], gradient[at:at + high - low], slots, BLOCK)
     state.apply_statistics(gradient, weight)
     state.average(options["ema"], ballot.step)
-    state.committed, state.torn = ballot.step, not state.keeps_all
+    state.committed, state.torn = ballot.step, not state.holds_all
 
 
 def record(context: StepContext, ballot: Ballot, step_s: float) -> None:
@@ -130,7 +130,7 @@ def do_what_is_due(context: StepContext, evaluated: int = 0, checkpointed: int =
         return
     last = step == plan.num_steps
     if context.training.eval_batches and step > evaluated and (last or (plan.eval_every and step % plan.eval_every == 0)):
-        with context.state.averaged(context.links.data), context.untouched(whole=True):
+        with context.state.averaged(context.groups.data), context.untouched(whole=True):
             member.evaluation = evaluate(context)
         member.write_down(context.generation, rank, {"step": step, "eval": member.evaluation})
     if plan.is_saved(step) and step > checkpointed and not last:

@@ -1,4 +1,4 @@
-"""What other threads may ask of a worker, from its first moment on, and what it tells them: orders, stop requests, and where it is."""
+"""What other threads may ask of a worker, from its first moment on, and what it reports: orders, stop requests, and where it is."""
 
 from __future__ import annotations
 
@@ -25,47 +25,47 @@ class Control:
         self.is_gone = threading.Event()  # an orphan has written its state, as far as it can
         self._lock = threading.Lock()
         self._stops: dict[int, int] = {}
-        self._abandoned = -1
+        self._aborted = -1
         self._group: Any = None
-        self.abandoned = threading.Event()  # of the current generation; a group that is being formed watches it
+        self.aborted = threading.Event()  # of the current generation; a group that is being formed watches it
         self.generation = 0
         self.written = 0  # steps that the controller has on disk
         self.repeat = threading.Event()  # a new controller may lack lines that the one before it had taken
         self.step, self.phase, self.inside, self.waiting, self.detail = 0, "start", 0, False, 0
 
     def enter(self, generation: int, written: int = 0) -> None:
-        """The loop takes up a generation. One that was abandoned before it began stays so."""
+        """The loop takes up a generation. One that was aborted before it began stays so."""
         with self._lock:
             self.generation, self.inside, self.phase, self._group = generation, 0, "start", None
             self.written = written
-            self.abandoned = threading.Event()
-            if self._abandoned >= generation:
-                self.abandoned.set()
+            self.aborted = threading.Event()
+            if self._aborted >= generation:
+                self.aborted.set()
 
     def attach(self, group: Any) -> None:
-        """The group of the current generation: `abandon` reaches into its waits."""
+        """The group of the current generation: `abort` reaches into its waits."""
         with self._lock:
             self._group = group
-            gone = self.abandoned.is_set()
+            gone = self.aborted.is_set()
         if gone:
-            group.abandon()
+            group.abort()
 
-    def abandon(self, generation: int) -> None:
+    def abort(self, generation: int) -> None:
         with self._lock:
-            self._abandoned = max(self._abandoned, generation)
+            self._aborted = max(self._aborted, generation)
             if generation < self.generation:
                 return
             if generation == self.generation:
-                self.abandoned.set()
+                self.aborted.set()
             group = self._group if generation == self.generation else None
         if group is not None:
-            group.abandon()
+            group.abort()
 
     def orphan(self, timeout_s: float = ORPHAN_S) -> None:
         """Nobody has answered for too long. Returns when the worker's state is on disk, or cannot be."""
         self.is_orphan = True
         self.orders.put(None)
-        self.abandon(self.generation)
+        self.abort(self.generation)
         self.is_gone.wait(timeout_s)
 
     def request_stop(self, generation: int, code: int) -> None:
@@ -76,18 +76,18 @@ class Control:
         return self._stops.get(self.generation, GO)
 
     def at(self, step: int, phase: str, detail: int = 0) -> None:
-        """Says where the loop is; raises `GroupBroken` if its generation was abandoned meanwhile."""
+        """Says where the loop is; raises `GroupBroken` if its generation was aborted meanwhile."""
         self.step, self.phase, self.detail = step, phase, detail
-        if self.abandoned.is_set():
-            raise GroupBroken(f"Generation {self.generation} was abandoned.")
+        if self.aborted.is_set():
+            raise GroupBroken(f"Generation {self.generation} was aborted.")
 
     def note(self, detail: int) -> None:
-        """How far a long phase is, from inside a wait that an abandoned generation does not end."""
+        """How far a long phase is, from inside a wait that an aborted generation does not end."""
         self.detail = detail
 
     @contextmanager
     def collective(self, step: int | None = None, phase: str = "", detail: int = 0) -> Iterator[None]:
-        """Marks the time inside a collective, of the step and phase at hand unless told: who has not entered one that others wait in is the
+        """Marks the time inside a collective, of the step and phase at hand unless given: who has not entered one that others wait in is the
         suspect of a hang.
         """
         self.at(self.step if step is None else step, phase or self.phase, detail)

@@ -11,7 +11,7 @@ from typing import Any
 from elastic.messages import Line, Progress
 from elastic.worker.loop_control import Control
 
-HEARTBEAT_S = 0.5  # how often a worker says where it is; hang_timeout_s is counted in seconds, so this is fine enough
+HEARTBEAT_S = 0.5  # how often a worker reports where it is; hang_timeout_s is counted in seconds, so this is fine enough
 RETRY_S = 0.2  # between tries while the controller cannot be reached
 
 

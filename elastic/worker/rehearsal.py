@@ -31,7 +31,7 @@ def rehearse(training: Training, place: Placement) -> None:
     state.start(plan.seed)
     state.committed = -1
     if place.portion is not None:
-        backend.connect(mirrored(place.portion.layout, place.portion.seat))
+        backend.connect(mirrored(place.portion.layout, place.portion.coordinate))
 
     def room() -> Mapping[str, Any]:
         return state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names)

@@ -1,4 +1,4 @@
-"""A worker's side of checkpoints: copy its share at the step boundary, write it beside the training, tell the controller."""
+"""A worker's side of checkpoints: copy its share at the step boundary, write it beside the training, report to the controller."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from elastic.checkpoint.claim import read as claim_of
-from elastic.checkpoint.hashing import PARAMETER
 from elastic.checkpoint.manager import MANIFEST, commit, committed, folder_of, read_sound, split
 from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.part import Image, part_name
 from elastic.checkpoint.reader import Reader, read_together
+from elastic.checkpoint.state_hash import PARAMETER
 from elastic.collective.group import CollectiveGroup
 from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError, RunFailed
 from elastic.messages import Part, Save
@@ -67,14 +67,14 @@ class Saver:
             return self.image
         return Image(places, self.image.memory if self.image else None, boxes)
 
-    def save(self, state: State, order: Save, evaluation: Mapping[str, float], tell: Callable[[int], None] = lambda done: None) -> None:
+    def save(self, state: State, order: Save, evaluation: Mapping[str, float], progress: Callable[[int], None] = lambda done: None) -> None:
         """Returns once this rank's share is copied, or with `order.wait` once it is durable.
 
-        A write that fails is told to the controller, and raised only where it is waited for (RunFailed). `NonFiniteLoss` as soon
+        A write that fails is reported to the controller, and raised only where it is waited for (RunFailed). `NonFiniteLoss` as soon
         as it is known that an earlier state was not finite.
         """
         started = time.perf_counter()
-        self.join(tell)
+        self.join(progress)
         self._raise_lost()
         this = (order.generation, order.step, order.rank, order.world_size)
         if self.saved == this and self.error is None:
@@ -90,7 +90,7 @@ class Saver:
                                        name="saver", daemon=True)
         self.thread.start()
         if order.wait:
-            self.join(tell)
+            self.join(progress)
             self._raise_lost()
             if self.error is not None:
                 raise RunFailed(self._sentence(order.step, self.error)) from self.error
@@ -137,12 +137,12 @@ class Saver:
         return (f"The checkpoint of step {step} could not be written to {shown(self.location)} ({reason(error)}); "
                 "make room or mend the storage, then resume the run.")
 
-    def join(self, tell: Callable[[int], None] = lambda done: None) -> None:
-        """Waits for the write in flight; `tell(done)` is called now and then with the bytes that are written."""
+    def join(self, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Waits for the write in flight; `progress(done)` is called now and then with the bytes that are written."""
         self.hurry.set()
         while self.thread is not None and self.thread.is_alive():
             self.thread.join(JOIN_S)
-            tell(self.done)
+            progress(self.done)
         self.thread = None
 
     def _raise_lost(self) -> None:

@@ -19,7 +19,7 @@ from elastic.worker.gradients import Shards
 
 def reduce_own(context: StepContext, state: State, group: CollectiveGroup, shards: Shards) -> Buffer:
     """The sum over all shards of what this member holds, and of the statistics, in a group of several."""
-    layout, tail, num_shards, buffers, links = state.layout, state.tail, context.plan.num_shards, context.buffers, context.links
+    layout, tail, num_shards, buffers, groups = state.layout, state.tail, context.plan.num_shards, context.buffers, context.groups
     out, statistics, plain = buffers.out, layout.gradient - layout.trainable, shards.plain
     nodes = shards.sums.nodes() if shards.sums else []
     assert out is not None
@@ -28,11 +28,11 @@ def reduce_own(context: StepContext, state: State, group: CollectiveGroup, shard
         take_held(state, out, plain, 0, layout.trainable)
         out[tail:tail + statistics] = plain[layout.trainable:layout.gradient]
     else:
-        group.reduce_kept(nodes, num_shards, out[:tail], state.holding.cuts, state.twin, buffers.scratch)
+        group.reduce_held(nodes, num_shards, out[:tail], state.holding.cuts, state.twin, buffers.scratch)
         if statistics:
             rest = [(node, buffer[layout.trainable:]) for node, buffer in nodes]
             group.reduce_tree(rest, num_shards, out[tail:], statistics, BLOCK, buffers.scratch)
-    for axis, names in links.shared:
+    for axis, names in groups.shared:
         for place in (layout.places[name] for name in names if name in layout.trainable_set):
             if plain is not None:
                 whole = plain[place.offset:place.offset + place.size]
@@ -52,7 +52,7 @@ def take_held(state: State, out: Buffer, values: Buffer, low: int, high: int) ->
 
 def block_norms(context: StepContext, state: State, gradient: Buffer) -> np.ndarray:
     """The squared norm of every block of the reduced gradient, of which each owner has its own."""
-    group, cuts = context.links.data, [cut // BLOCK for cut in state.holding.cuts]
+    group, cuts = context.groups.data, [cut // BLOCK for cut in state.holding.cuts]
     counts = [high - low for low, high in zip(cuts, cuts[1:])]
     most, mine = max(counts), counts[group.rank]
     part, out = np.zeros(most), np.empty(most * group.size)
@@ -65,7 +65,7 @@ def block_norms(context: StepContext, state: State, gradient: Buffer) -> np.ndar
 
 def share(context: StepContext) -> None:
     """After a commit, owners give the parameters that they have updated to the others."""
-    state, data = context.state, context.links.data
+    state, data = context.state, context.groups.data
     if state.is_sharded and data.size > 1 and not (state.twin and data.size == 2):
         with context.waiting("gather", data) as group:
             gather_owned(group, state.param, state.holding.cuts, context.buffers.scratch)

@@ -11,7 +11,7 @@ import numpy as np
 
 from elastic.collective.group import CollectiveGroup
 from elastic.data.ledger import Ledger
-from elastic.mesh import Mesh, Seat
+from elastic.mesh import Coordinate, Mesh
 from elastic.messages import Ballot, Generation, Line, Save
 from elastic.model.backend import Backend, Buffer, Habits
 from elastic.parallel.layout import Portion
@@ -73,7 +73,7 @@ class Placement:
     backend: Backend
     state: State
     mesh: Mesh = Mesh(1)
-    seat: Seat = Seat()
+    coordinate: Coordinate = Coordinate()
     portion: Portion | None = None  # of the model, where a replica is several workers
     pipeline: Pipeline | None = None  # where the mesh has one
     watch: Watch | None = None  # over what a user's own model trains

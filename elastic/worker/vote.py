@@ -46,7 +46,7 @@ def vote(context: StepContext, shards: Shards) -> Ballot:
     step, ledger = context.step, context.training.ledger
     mine = Vote(shards.losses, shards.weights, squared_norm(context), context.member.is_busy(), context.control.stop_request())
     if ledger:
-        mine.fed = ledger.digests(step) * (context.links.replica.rank == 0)
+        mine.fed = ledger.digests(step) * (context.groups.replica.rank == 0)
     found = Vote.of_all(context.gather("vote", mine.pack()), context.plan.num_shards)
     if ledger:
         ledger.check(step, found.fed)
@@ -57,7 +57,7 @@ def vote(context: StepContext, shards: Shards) -> Ballot:
 
 def squared_norm(context: StepContext) -> float:
     """Of the reduced gradients that this member counts, block by block, if the recipe clips; replica 0 says it."""
-    state, gradient, rank = context.state, context.held.gradient, context.links.data.rank
+    state, gradient, rank = context.state, context.held.gradient, context.groups.data.rank
     if not context.plan.optimizer["clip_norm"] > 0 or (rank and not state.num_blocks):
         return 0.0
     assert gradient is not None

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, Protocol, Self
 
 from elastic.chaos import Fault, Injector
-from elastic.checkpoint.hashing import hashes_of
 from elastic.checkpoint.manager import read_start
 from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.state_hash import hashes_of
 from elastic.collective.group import CollectiveGroup
 from elastic.errors import BadCheckpoint, GroupBroken, NonFiniteLoss, Overwritten, RunFailed, UserError
 from elastic.mesh import Mesh
@@ -27,7 +27,7 @@ from elastic.state.state import State
 from elastic.storage.remote import shown
 from elastic.worker.build import build_training, place_on
 from elastic.worker.context import StepContext
-from elastic.worker.loop import begin, commit, train
+from elastic.worker.loop import apply_update, begin, train
 from elastic.worker.loop_control import Control
 from elastic.worker.rehearsal import warm_up
 from elastic.worker.saver import Saver
@@ -44,7 +44,7 @@ class Rim(Protocol):
     shares: bool  # whether it can meet others of its node over shared memory
 
     def form(self, generation: Generation, rank: int, control: Control) -> CollectiveGroup:
-        """Joins the generation's group; `GroupBroken` if it cannot be formed or is abandoned meanwhile."""
+        """Joins the generation's group; `GroupBroken` if it cannot be formed or is aborted meanwhile."""
 
     def post(self, message: Any) -> None:
         """To the controller, in order; returns at once."""
@@ -77,7 +77,7 @@ class Worker(Member):
         """Builds and compiles, on the coordinate that this worker is likely to get: one that gets another builds again."""
         recipe = loads(job.recipe, locate=False)
         workload, mesh = Workload.open(recipe, job.info), mesh_of(recipe)
-        place = place_on(recipe, workload, mesh, mesh.seat(int(name.rpartition("-")[2]) % mesh.replica_size))
+        place = place_on(recipe, workload, mesh, mesh.coordinate(int(name.rpartition("-")[2]) % mesh.replica_size))
         worker = cls(name, job, rim, control, recipe, workload, place)
         warm_up(worker.training, place)
         return worker
@@ -99,14 +99,14 @@ class Worker(Member):
         self.saver.join()
 
     def save_alone(self, order: Save) -> None:
-        """A final checkpoint: too few are left to go on, and no checkpoint has what this one has. Its part tells how it went."""
+        """A final checkpoint: too few are left to go on, and no checkpoint has what this one has. Its part reports how it went."""
         written, state = self.parts.get(replace(order, ballot=None)), self.place.state
         if written is not None and not written.error:
             self.post(written)
             return
         try:
             if order.ballot and (state.committed, self.held.step) == (order.step - 1, order.step):
-                commit(self, order.ballot)
+                apply_update(self, order.ballot)
             if state.committed != order.step:
                 raise RunFailed(f"{self.name} has not the state of step {order.step} any more.")
             self.saver.save(state, order, self.evaluation)
@@ -117,7 +117,7 @@ class Worker(Member):
         """An orphan's final checkpoint: its whole state, unless a checkpoint has it, with the lines since the newest checkpoint."""
         try:
             if self.saver.leave(self.place.state, self.control.generation, self.evaluation, self.unsaved):
-                print(f"Step {self.place.state.committed} is saved; nobody was there to be told.", flush=True)
+                print(f"Step {self.place.state.committed} is saved; there was nobody to report it to.", flush=True)
         except (OSError, NonFiniteLoss) as error:
             print(f"The final checkpoint was not written: {error}", flush=True)
         finally:
@@ -165,33 +165,33 @@ class Worker(Member):
             self.held.drop()
             reason, error, fatal = "failed", str(written), True
         except Exception as failure:
-            if context and context.links.broken:  # a framework turns what a collective raises into an error of its own
-                error = str(context.links.broken[0])
+            if context and context.groups.broken:  # a framework turns what a collective raises into an error of its own
+                error = str(context.groups.broken[0])
             else:
                 reason, error, fatal = "failed", describe(failure), isinstance(failure, (NonFiniteLoss, UserError))
                 traceback.print_exc()
         if group is not None:
-            group.abandon()
+            group.abort()
         state, held, place = self.place.state, self.held, self.place
         has_state = state.committed >= 0 or held.step >= 0
         return Standing(self.name, generation.number, reason, state.committed, held.step, held.ballot, error, fatal, rejected,
                         lines=tuple(self.unwritten), compilations=place.backend.compilations(), mesh=astuple(place.mesh),
-                        seat=place.mesh.rank(place.seat) if has_state else -1, kept=state.blocks if state.committed >= 0 else (),
+                        coordinate=place.mesh.rank(place.coordinate) if has_state else -1, held=state.blocks if state.committed >= 0 else (),
                         blocks=state.num_blocks, torn=state.torn, **hashes)
 
     def settle(self, generation: Generation, group: CollectiveGroup) -> None:
         """With `relaid`, its part of the state comes out of what all members hold; until all have theirs, what this one holds stays what it was."""
-        mesh, seat = generation.shape, generation.shape.seat(group.rank)
+        mesh, coordinate = generation.shape, generation.shape.coordinate(group.rank)
         place = self.place
-        if (replace(mesh, data=1), replace(seat, data=0)) != (place.mesh, place.seat):
-            place = place_on(self.recipe, self.workload, mesh, seat)
+        if (replace(mesh, data=1), replace(coordinate, data=0)) != (place.mesh, place.coordinate):
+            place = place_on(self.recipe, self.workload, mesh, coordinate)
             self.control.at(generation.committed, "start")
             warm_up(self.training, place)
         if generation.relaid:
             self.move(generation, group, place.state)
         self.place = place
         if generation.load:
-            place.state.keep(seat.data, mesh.data)
+            place.state.own_as(coordinate.data, mesh.data)
         if generation.load == "recipe":
             place.state.start(self.recipe.run.seed, read_start(self.recipe.model.init, place.state.whole))
         elif generation.load:
@@ -200,8 +200,8 @@ class Worker(Member):
     def move(self, generation: Generation, group: CollectiveGroup, state: State) -> None:
         """Fills `state` out of what the members hold."""
         started, mesh = time.perf_counter(), generation.shape
-        holders = {held.rank: shape(held.mesh).seat(held.seat) for held in generation.relaid if held.seat >= 0}
-        was = shape(next(held.mesh for held in generation.relaid if held.seat >= 0))
+        holders = {held.rank: shape(held.mesh).coordinate(held.coordinate) for held in generation.relaid if held.coordinate >= 0}
+        was = shape(next(held.mesh for held in generation.relaid if held.coordinate >= 0))
         given = self.place.state if group.rank in holders else None
         waiting = partial(self.control.collective, generation.committed, "relay")
         moved = relay(group, laid(self.recipe, self.workload, was), holders, given, laid(self.recipe, self.workload, mesh), state, waiting)
@@ -212,7 +212,7 @@ class Worker(Member):
             self.event(generation, "relaid", **{"from": degrees(was), "to": degrees(mesh), "bytes": moved, "seconds": time.perf_counter() - started})
 
     def restore(self, generation: Generation, group: CollectiveGroup) -> None:
-        """From the checkpoint that the generation starts with. Rank 0 tells of it."""
+        """From the checkpoint that the generation starts with. Rank 0 reports it."""
         started = time.perf_counter()
         self.control.at(generation.committed, "restore")
         waiting = partial(self.control.collective, generation.committed, "restore")
@@ -224,9 +224,9 @@ class Worker(Member):
 
     def hashes(self, context: StepContext) -> dict[str, str]:
         """Of the whole model: each array is put together from the replica's parts."""
-        step, links = context.state.committed, context.links
+        step, groups = context.state.committed, context.groups
         waiting = partial(self.control.collective, step, "hashes")
-        parameters, state = hashes_of(whole_arrays(context.state, links.replica, waiting, links.data), step * self.recipe.data.batch_size)
+        parameters, state = hashes_of(whole_arrays(context.state, groups.replica, waiting, groups.data), step * self.recipe.data.batch_size)
         return {"parameters_sha256": parameters, "state_sha256": state}
 
     def save(self, order: Save) -> None:

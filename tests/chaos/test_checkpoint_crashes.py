@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from elastic.checkpoint.manager import committed, newest_good, verify
-from elastic.controller.checkpoints import Commits
+from elastic.controller.checkpoints import Checkpoints
 from elastic.storage import store as stores
 from elastic.storage.faulty import Crashed, FaultyFiles
 from elastic.storage.files import Files, Sink
@@ -76,12 +76,12 @@ def crashing(monkeypatch: pytest.MonkeyPatch, location: str, kind: Callable[...,
 
 def attempt(location: str) -> None:
     """Step 100 is saved and committed; two older ones are there, of which one has to go and leftovers with it."""
-    commits = Commits(location, 1, "", 50)
+    checkpoints = Checkpoints(location, 1, "", 50)
     try:
-        save(location, 100, RANKS, generation=2, commits=commits)
+        save(location, 100, RANKS, generation=2, checkpoints=checkpoints)
     except Crashed:
         return
-    commits.settle()
+    checkpoints.settle()
 
 
 @pytest.mark.parametrize("kind", [FaultyFiles, Torn])
@@ -132,9 +132,9 @@ def assert_whole(location: str, why: str) -> int:
 def assert_goes_on(location: str) -> None:
     """The next process saves the same step and a later one, and nothing of the crash is left."""
     for step in (100, 150):
-        commits = Commits(location, 1, "", step - 1)
-        found = save(location, step, 3, generation=3, commits=commits)
-        commits.settle()
+        checkpoints = Checkpoints(location, 1, "", step - 1)
+        found = save(location, step, 3, generation=3, checkpoints=checkpoints)
+        checkpoints.settle()
         assert found is not None and not found.error
     store = Store.open(location)
     assert store.names() == ["step-00000150"]
@@ -156,11 +156,11 @@ def root(tmp_path: Path) -> Path:
 def assert_falls_back(root: Path, why: str) -> None:
     """Step 100 is used by nobody, and step 50 is taken in its place."""
     assert_refused(restore(str(root / NEW), 2), why)
-    commits = Commits(str(root), 9, "")
-    path, step, _ = commits.newest_good()
+    checkpoints = Checkpoints(str(root), 9, "")
+    path, step, _ = checkpoints.newest_good()
     if step == 100:  # its files' sizes are right: the group finds out while it loads
-        commits.refuse(path)
-        path, step, _ = commits.newest_good()
+        checkpoints.refuse(path)
+        path, step, _ = checkpoints.newest_good()
     assert (Path(path).name, step) == (OLD, 50), why
 
 

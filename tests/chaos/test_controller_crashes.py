@@ -14,8 +14,8 @@ from elastic.controller.journal import Journal, decode, encode, replay
 from elastic.controller.policy import Bounds
 from elastic.messages import Ballot, Generation, Holder, Standing
 from elastic.observe.jsonl import read_lines
-from tests.support.books import CheckedBooks
 from tests.support.inprocess import Result, Run, gpt_recipe
+from tests.support.run_logs import CheckedRunLog
 from tests.support.sampling import sample
 
 STEPS = 12
@@ -52,7 +52,7 @@ class FragileJournal(Journal):
         clock.point()
 
 
-class FragileBooks(CheckedBooks):
+class FragileRunLog(CheckedRunLog):
     clock: Clock
 
     def event(self, name: str, *where: Any, **fields: Any) -> None:
@@ -80,13 +80,13 @@ class FragileRun(Run):
         self.clock, self.crashes = Clock(fatal), 0
         super().__init__(run_dir, **options)
 
-    def build(self, books: Any) -> Controller:
-        if not isinstance(books, FragileBooks):
-            books.close()
-            books = FragileBooks(self.run_dir)
-        self.books, books.clock = books, self.clock
+    def build(self, run_log: Any) -> Controller:
+        if not isinstance(run_log, FragileRunLog):
+            run_log.close()
+            run_log = FragileRunLog(self.run_dir)
+        self.run_log, run_log.clock = run_log, self.clock
         journal = FragileJournal(self.run_dir / "journal.jsonl", self.job.run_id, self.clock)
-        controller = FragileController(self.job, self.settings, self.fleet, books, None, journal)
+        controller = FragileController(self.job, self.settings, self.fleet, run_log, None, journal)
         controller.clock = self.clock
         self.fleet.controller = controller
         return controller
@@ -102,8 +102,8 @@ class FragileRun(Run):
             except Crash:
                 self.crashes += 1
                 self.controller.journal.close()
-                self.books.close()  # as the end of its process would
-                self.controller = self.build(FragileBooks.take_over(self.run_dir))
+                self.run_log.close()  # as the end of its process would
+                self.controller = self.build(FragileRunLog.take_over(self.run_dir))
             except BaseException as error:
                 found.append(error)
 
@@ -151,9 +151,9 @@ def test_a_controller_that_always_falls_is_always_followed(text: Path, tmp_path:
     """Each controller falls a little later than the one before: the run ends, by what each of them added to the journal."""
 
     class Stubborn(FragileRun):
-        def build(self, books: Any) -> Controller:
+        def build(self, run_log: Any) -> Controller:
             self.clock = Clock(fatal=4 + self.crashes)
-            return super().build(books)
+            return super().build(run_log)
 
     undisturbed, _ = fall(tmp_path, text, 0)
     run = Stubborn(tmp_path / "run", recipe=recipe(text), chaos=HISTORY, capacity=4)
@@ -164,7 +164,7 @@ def test_a_controller_that_always_falls_is_always_followed(text: Path, tmp_path:
 
 def test_a_journal_says_what_was_said(tmp_path: Path) -> None:
     ballot = Ballot(3, (0.1, float(2**-40)), (1.0, 2.0), 1)
-    messages = [Standing("a", 2, "broken", 2, 3, ballot, error='x "y"\n', mesh=(1, 1, 2, 1), seat=1),
+    messages = [Standing("a", 2, "broken", 2, 3, ballot, error='x "y"\n', mesh=(1, 1, 2, 1), coordinate=1),
                 Generation(4, ("a", "b"), "h:1", "gloo", 3, ballot, ((0, (1,)),), mesh=(2, 1, 1, 1)),
                 Generation(5, ("a", "b"), "h:1", "gloo", 3, mesh=(2, 1, 1, 1), relaid=(Holder(0, (0, 1, 2, 1), 0), Holder(1, (0, 1, 2, 1), 1)))]
     assert [decode(encode(message)) for message in messages] == messages

@@ -14,7 +14,7 @@ import pytest
 from elastic.chaos import Injector
 from elastic.checkpoint.manifest import Manifest
 from elastic.collective.solo import SoloGroup
-from elastic.controller.checkpoints import Commits
+from elastic.controller.checkpoints import Checkpoints
 from elastic.messages import Generation, Save
 from elastic.state.state import State
 from elastic.worker.loop import begin, train
@@ -141,7 +141,7 @@ def test_a_state_in_tensors_is_saved_and_read_back(tmp_path: Path) -> None:
     parts: list[Any] = []
     saver = Saver("w0", str(tmp_path), Manifest(0, 0, 0, 3, ""), 8, parts.append)
     saver.save(saved, Save(1, 3, 0, 1, True), {})
-    outcome = Commits(str(tmp_path), 3, "").take(parts[0], 3)
+    outcome = Checkpoints(str(tmp_path), 3, "").take(parts[0], 3)
     assert outcome is not None and outcome.event == "checkpoint_committed"
     other = State(in_tensors(Net()), "adamw")
     other.start(9)

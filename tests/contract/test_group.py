@@ -45,14 +45,14 @@ def start_all(world: Any, size: int, case: str, *args: Any) -> str:
 
 def run_all(world: Any, size: int, case: str, *args: Any) -> list[Any]:
     name = start_all(world, size, case, *args)
-    results = [world.seats[rank].result(name) for rank in range(size)]
+    results = [world.places[rank].result(name) for rank in range(size)]
     assert [kind for kind, _ in results] == ["ok"] * size, results
     return [value for _, value in results]
 
 
 def wait_formed(world: Any, name: str, size: int) -> None:
     for rank in range(size):
-        assert world.seats[rank].result(name, ("formed", "failed", "broken")) == ("formed", None)
+        assert world.places[rank].result(name, ("formed", "failed", "broken")) == ("formed", None)
 
 
 def assert_broken_soon(world: Any, name: str, members: list[int], started: float) -> list[str]:
@@ -61,7 +61,7 @@ def assert_broken_soon(world: Any, name: str, members: list[int], started: float
     results: dict[int, tuple[str, Any]] = {}
 
     def listen(member: int) -> None:
-        results[member] = world.seats[member].result(name)
+        results[member] = world.places[member].result(name)
         first.set()
 
     threads = [threading.Thread(target=listen, args=(member,), daemon=True) for member in members]
@@ -69,7 +69,7 @@ def assert_broken_soon(world: Any, name: str, members: list[int], started: float
         thread.start()
     assert first.wait(SOON_S), "nobody noticed"
     for member in members:
-        world.abandon(name, member)
+        world.abort(name, member)
     for thread in threads:
         thread.join(SOON_S)
     assert time.monotonic() - started < 2 * SOON_S
@@ -145,7 +145,7 @@ def test_a_killed_member_breaks_the_group(world: Any, call: str) -> None:
     members = [0] if call == "receive again" else [0, 2]
     name = start_all(world, len(members) + 1, "enter", call, 1)
     wait_formed(world, name, len(members) + 1)
-    assert world.seats[1].result(name) == ("ok", "silent")
+    assert world.places[1].result(name) == ("ok", "silent")
     started = time.monotonic()
     world.kill(1)
     messages = assert_broken_soon(world, name, members, started)
@@ -160,7 +160,7 @@ def test_two_killed_at_once(world: Any) -> None:
     started = time.monotonic()
     kinds = []
     for member in (1, 3):
-        kinds.append(world.seats[member].result(name, timeout_s=SOON_S)[0])
+        kinds.append(world.places[member].result(name, timeout_s=SOON_S)[0])
     assert kinds == ["broken", "broken"] and time.monotonic() - started < 2 * SOON_S
 
 
@@ -168,10 +168,10 @@ def test_two_killed_at_once(world: Any) -> None:
 def test_a_member_cut_short_reaches_some(world: Any, delivered_to: list[int]) -> None:
     name = start_all(world, 3, "cut", 1, delivered_to)
     wait_formed(world, name, 3)
-    assert world.seats[1].result(name)[0] == KILLED
+    assert world.places[1].result(name)[0] == KILLED
     kinds = {}
     for member in (0, 2):
-        kind, found = world.seats[member].result(name, timeout_s=SOON_S)
+        kind, found = world.places[member].result(name, timeout_s=SOON_S)
         assert kind == "broken" or found == [1.0, 2.0, 3.0]
         kinds[member] = kind
     if world.transport != "gloo":  # whom gloo reaches is chance
@@ -197,10 +197,10 @@ def test_a_group_dropped_at_once_has_still_formed_for_all(world: Any) -> None:
 
 @pytest.mark.parametrize("silent", [1, -1])
 @pytest.mark.parametrize("call", ["all_reduce", "all_gather"])
-def test_abandon_between_start_and_finish(world: Any, call: str, silent: int) -> None:
+def test_abort_between_start_and_finish(world: Any, call: str, silent: int) -> None:
     """Whether the peers have started or not, nobody's buffers count: `finish` raises, and every later call."""
     for rank, said in enumerate(run_all(world, 2, "started", call, silent)):
-        assert len(said) == (0 if rank == silent else 3) and all("the group was abandoned" in one for one in said)
+        assert len(said) == (0 if rank == silent else 3) and all("the group was aborted" in one for one in said)
 
 
 def test_a_started_call_is_one_wait(world: Any) -> None:
@@ -208,27 +208,27 @@ def test_a_started_call_is_one_wait(world: Any) -> None:
 
 
 @pytest.mark.parametrize("call", ["all_reduce", "all_gather", "barrier", "receive", "started"])
-def test_abandon_wakes_a_waiter(world: Any, call: str) -> None:
+def test_abort_wakes_a_waiter(world: Any, call: str) -> None:
     name = start_all(world, 2, "enter", call, 1)
     wait_formed(world, name, 2)
-    assert world.seats[1].result(name) == ("ok", "silent")
+    assert world.places[1].result(name) == ("ok", "silent")
     with pytest.raises(AssertionError, match="no word"):
-        world.seats[0].result(name, timeout_s=0.3)  # it does wait: nobody has told it anything yet
-    world.abandon(name, 0)
-    kind, message = world.seats[0].result(name, timeout_s=SOON_S)
-    assert kind == "ok" and "abandoned" in message
+        world.places[0].result(name, timeout_s=0.3)  # it does wait: nobody has told it anything yet
+    world.abort(name, 0)
+    kind, message = world.places[0].result(name, timeout_s=SOON_S)
+    assert kind == "ok" and "aborted" in message
 
 
-def test_abandon_while_forming(world: Any) -> None:
+def test_abort_while_forming(world: Any) -> None:
     if world.transport == "local":
         pytest.skip("threads form without waiting")
     name = next(names)
     world.start(name, 0, 0, 2, "nothing")
     with pytest.raises(AssertionError, match="no word"):
-        world.seats[0].result(name, timeout_s=0.5)
-    world.abandon(name, 0)
-    kind, message = world.seats[0].result(name, timeout_s=SOON_S)
-    assert kind == "broken" and "was abandoned" in message
+        world.places[0].result(name, timeout_s=0.5)
+    world.abort(name, 0)
+    kind, message = world.places[0].result(name, timeout_s=SOON_S)
+    assert kind == "broken" and "was aborted" in message
 
 
 def test_no_store_at_the_address(world: Any) -> None:
@@ -236,7 +236,7 @@ def test_no_store_at_the_address(world: Any) -> None:
         pytest.skip("threads have no store")
     name = next(names)
     world.start(name, 0, 0, 2, "nothing", (), 1.0, "127.0.0.1:9")
-    kind, message = world.seats[0].result(name)
+    kind, message = world.places[0].result(name)
     assert kind == "broken" and name in message
 
 
@@ -247,21 +247,21 @@ def test_a_stopped_member_that_goes_on_changes_nothing(world: Any) -> None:
     world.stop(2)
     for member in (0, 1):
         with pytest.raises(AssertionError, match="no word"):
-            world.seats[member].result(name, timeout_s=0.3)  # a stopped peer is no dead one: they wait
+            world.places[member].result(name, timeout_s=0.3)  # a stopped peer is no dead one: they wait
     for member in (0, 1):
-        world.abandon(name, member)
+        world.abort(name, member)
     for member in (0, 1):
-        assert world.seats[member].result(name, timeout_s=SOON_S)[0] == "broken"
+        assert world.places[member].result(name, timeout_s=SOON_S)[0] == "broken"
     after = next(names)
     for rank in (0, 1):
         world.start(after, rank, rank, 2, "hold", (numel,))
     for rank in (0, 1):
-        assert world.seats[rank].result(after) == ("ok", "held")
+        assert world.places[rank].result(after) == ("ok", "held")
     world.cont(2, name)
-    world.abandon(name, 2)
-    assert world.seats[2].result(name)[0] in ("broken", KILLED)
+    world.abort(name, 2)
+    assert world.places[2].result(name)[0] in ("broken", KILLED)
     again = next(names)
     for rank in (0, 1):
         world.start(again, rank, rank, 2, "look", (numel,))
     for rank in (0, 1):
-        assert world.seats[rank].result(again) == ("ok", ["same", "same", "2.0"])
+        assert world.places[rank].result(again) == ("ok", ["same", "same", "2.0"])

@@ -60,19 +60,19 @@ def test_a_malformed_card_breaks_a_group_over_tcp_and_no_member(card: bytes | st
 
 def test_a_kill_and_the_next_group_are_as_if_nobody_were_there(world: Processes) -> None:
     start(world, "first", "enter", "all_reduce", 1)
-    assert [world.seats[rank].result("first", ("formed", "failed", "broken"))[0] for rank in range(SIZE)] == ["formed"] * SIZE
+    assert [world.places[rank].result("first", ("formed", "failed", "broken"))[0] for rank in range(SIZE)] == ["formed"] * SIZE
     with ExitStack() as held:
         ports = ports_of(world)
         assert len(ports) >= (1 + SIZE if world.transport == "gloo" else 1)
         made = held.enter_context(under_attack(ports))
         assert made > 100
-        assert world.seats[1].result("first") == ("ok", "silent")
+        assert world.places[1].result("first") == ("ok", "silent")
         world.kill(1)
-        noticed = [world.seats[rank].result("first", timeout_s=5.0) for rank in (0, 2)]
+        noticed = [world.places[rank].result("first", timeout_s=5.0) for rank in (0, 2)]
         assert [kind for kind, _ in noticed] == ["ok", "ok"] and all("the group" in str(message) for _, message in noticed)
         start(world, "second", "every_call", "float32")
         held.enter_context(under_attack(ports_of(world)))
-        results = [world.seats[rank].result("second") for rank in range(SIZE)]
+        results = [world.places[rank].result("second") for rank in range(SIZE)]
     assert [kind for kind, _ in results] == ["ok"] * SIZE, results
     total = sum(values(rank, NUM, "float32") for rank in range(SIZE))
     for _, found in results:

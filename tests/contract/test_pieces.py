@@ -211,14 +211,14 @@ def test_a_lost_worker_is_a_broken_group(name: str, when: str) -> None:
 
     def work(rank: int, group: Any) -> Any:
         part = copy.copy(model)
-        part.parameters = layout.specs(layout.mesh.seat(rank))
+        part.parameters = layout.specs(layout.mesh.coordinate(rank))
         rig = tiny_rig(name, part)
         rig.backend.connect({dim: Axis(axis, group) for dim, axis in layout.dims.items()})
         line = Line(rig, CUTS[0])
         if when == "in the backward pass":
             line.forward(5)
         if rank == 1:
-            group.abandon()
+            group.abort()
             return
         steps = {"at once": (lambda: line.forward(5), lambda: rig.backend.gradients(model.batch(5), 5, line.into)),
                  "in the backward pass": (lambda: line.backward(5),)}
@@ -239,10 +239,10 @@ def test_a_split_model_is_the_undivided_one(name: str, kind: str) -> None:
     layout, values = Layout(model, Mesh(1, tensor=2)), initial_values(model.parameters, 3, {})
 
     def work(rank: int, group: Any) -> Any:
-        seat = layout.mesh.seat(rank)
-        boxes = {key: tuple(slice(s, s + n) for s, n in zip(box.start, box.count)) for key, box in layout.boxes(seat).items()}
+        coordinate = layout.mesh.coordinate(rank)
+        boxes = {key: tuple(slice(s, s + n) for s, n in zip(box.start, box.count)) for key, box in layout.boxes(coordinate).items()}
         part = copy.copy(model)
-        part.parameters = layout.specs(seat)
+        part.parameters = layout.specs(coordinate)
         rig = tiny_rig(name, part, values={key: values[key][box] for key, box in boxes.items()})
         rig.backend.connect({dim: Axis(axis, group) for dim, axis in layout.dims.items()})
         flat, (own,) = undivided(rig, [5])
@@ -291,7 +291,7 @@ def test_torch_compiles_nothing_that_is_split_or_in_pieces() -> None:
 
     def work(rank: int, group: Any) -> Any:
         part = copy.copy(model)
-        part.parameters = layout.specs(layout.mesh.seat(rank))
+        part.parameters = layout.specs(layout.mesh.coordinate(rank))
         found = []
         for compiled in (False, True):
             rig = tiny_rig("torch", part, compile=compiled)

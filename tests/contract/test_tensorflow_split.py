@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elastic.errors import GroupBroken
-from elastic.mesh import Mesh, Seat
+from elastic.mesh import Coordinate, Mesh
 from elastic.model.initial import initial_values
 from elastic.parallel.axis import Axis
 from elastic.parallel.layout import Layout
@@ -30,13 +30,13 @@ def even_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def boxes_of(model: Tiny, part: int) -> dict[str, Any]:
-    boxes = Layout(model, Mesh(1, tensor=SIZE)).boxes(Seat(tensor=part))
+    boxes = Layout(model, Mesh(1, tensor=SIZE)).boxes(Coordinate(tensor=part))
     return {key: tuple(slice(s, s + n) for s, n in zip(box.start, box.count)) for key, box in boxes.items()}
 
 
 def split_rig(model: Tiny, part: int, **changes: Any) -> Rig:
     own = copy.copy(model)
-    own.parameters = Layout(model, Mesh(1, tensor=SIZE)).specs(Seat(tensor=part))
+    own.parameters = Layout(model, Mesh(1, tensor=SIZE)).specs(Coordinate(tensor=part))
     rig = rig_of("tensorflow", own, **changes)
     take(rig, model, part)
     return rig
@@ -92,7 +92,7 @@ def test_new_groups_and_other_places_trace_nothing_again() -> None:
         for place, found in enumerate(together(SIZE, work)):
             assert_boxes(found, model, place)
         traced.append([rig.backend.compilations() for rig in rigs])
-    assert traced == [[3, 3]] * 3  # `gradients` and two stretches of pieces
+    assert traced == [[3, 3]] * 3  # `gradients` and two ranges of pieces
 
 
 class Asking(Tiny):
@@ -139,7 +139,7 @@ class Dying(Axis):
     def sum(self, x: Any) -> Any:
         self.last -= 1
         if not self.last:
-            self.group.abandon()
+            self.group.abort()
         return super().sum(x)
 
 

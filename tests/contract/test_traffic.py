@@ -46,10 +46,10 @@ def counted(name: str, model: Any, batch: dict[str, np.ndarray], layout: Layout)
     size = layout.mesh.replica_size
 
     def worker(rank: int, group: Any) -> Counter[str]:
-        seat = layout.mesh.seat(rank)
+        coordinate = layout.mesh.coordinate(rank)
         counts: Counter[str] = Counter()
-        axes = {axis: Axis(axis, group.subgroup(layout.mesh.line(rank, axis)), counts) for axis in ("tensor", "expert")}
-        rig = rig_of(name, Portion(model, layout, seat))
+        axes = {axis: Axis(axis, group.subgroup(layout.mesh.axis_ranks(rank, axis)), counts) for axis in ("tensor", "expert")}
+        rig = rig_of(name, Portion(model, layout, coordinate))
         if not hasattr(rig.backend, "connect"):
             pytest.skip(f"the {name} backend cannot run a model in pieces yet")
         rig.backend.connect({dim: axes[axis] for dim, axis in layout.dims.items()})
@@ -65,7 +65,7 @@ def test_the_bytes_of_a_real_pass(name: str, case: str) -> None:
     model = build()
     batch, layout = batch_of(model), Layout(model, mesh)
     for rank, counts in enumerate(counted(name, model, batch, layout)):
-        found = measure.together(list(measure.pieces(model, batch, layout, mesh.seat(rank)).values()))
+        found = measure.together(list(measure.pieces(model, batch, layout, mesh.coordinate(rank)).values()))
         assert sum(counts.values()) > 0
         assert {key: moved for key, (_, moved) in measure.totals(found.moves).items()} == dict(counts)
 
@@ -77,6 +77,6 @@ def test_what_is_computed_again_is_exchanged_again(name: str) -> None:
     batch, layout = MADE.text(again), Layout(again, Mesh(1, tensor=2))
     bounds = []
     for model in (plain, again):
-        found = measure.together(list(measure.pieces(model, batch, layout, layout.mesh.seat(0)).values()))
+        found = measure.together(list(measure.pieces(model, batch, layout, layout.mesh.coordinate(0)).values()))
         bounds.append(sum(move.bytes for move in found.moves))
     assert bounds[0] <= sum(counted(name, again, batch, layout)[0].values()) <= bounds[1]

@@ -22,7 +22,7 @@ def group() -> Iterator[nccl.NcclGroup]:
     endpoint = Endpoint()
     group = nccl.NcclGroup.form(0, 1, endpoint.address, "gpu-test", threading.Event(), 60)
     yield group
-    group.abandon()
+    group.abort()
 
 
 @pytest.mark.skipif(nccl.usable(), reason="there is a GPU here")
@@ -54,8 +54,8 @@ def test_votes_are_numpy_arrays(group: nccl.NcclGroup) -> None:
 
 
 @needs_gpu
-def test_an_abandoned_group_is_finished(group: nccl.NcclGroup) -> None:
+def test_an_aborted_group_is_finished(group: nccl.NcclGroup) -> None:
     group.barrier()
-    group.abandon()
-    with pytest.raises(GroupBroken, match="was abandoned"):
+    group.abort()
+    with pytest.raises(GroupBroken, match="was aborted"):
         group.barrier()

@@ -11,7 +11,7 @@ import pytest
 
 from elastic.checkpoint.manager import read_manifest, verify
 from elastic.controller import thread_fleet as inprocess_fleet
-from elastic.controller.checkpoints import Commits
+from elastic.controller.checkpoints import Checkpoints
 from elastic.observe.jsonl import JsonLines, read_lines
 from elastic.storage.store import Store
 from tests.support import modules
@@ -109,7 +109,7 @@ def test_below_what_is_needed_one_survivor_saves_and_nothing_is_lost(oracle: Res
                 run.controller.give_up_on(worker, "killed")
             run.fleet.grow(3)
 
-    run.books.on_event = on_event
+    run.run_log.on_event = on_event
     result = run.fit()
     assert len(savers) == 1 and len(result.named("worker_lost")) == 3
     result.assert_sound(STEPS)
@@ -122,7 +122,7 @@ def test_below_what_is_needed_one_survivor_saves_and_nothing_is_lost(oracle: Res
 def test_what_is_saved_already_is_not_saved_again(oracle: Result, tmp_path: Path) -> None:
     run = Run(tmp_path, recipe(elastic={"min_workers": 2, "max_workers": 2}, checkpoint={"every_steps": 1}), ["kill:1@26/forward"], capacity=2)
     run.hooks[5] = lambda run: run.fleet.grow(1)
-    run.books.on_event = lambda name: run.fleet.grow(2) if name == "waiting" else None
+    run.run_log.on_event = lambda name: run.fleet.grow(2) if name == "waiting" else None
     result = run.fit()
     assert result.outcome.status == "done" and result.sha == oracle.sha
     steps = [e["step"] for e in result.named("checkpoint_committed")]
@@ -159,7 +159,7 @@ def orphaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int, 
         for thread in run.fleet.threads:
             thread.join(20)
             assert not thread.is_alive()
-    run.books.close()
+    run.run_log.close()
     run.controller.journal.close()
 
 
@@ -220,7 +220,7 @@ def test_a_disk_that_fails_in_the_middle_costs_one_checkpoint(how: str, oracle: 
 def test_who_cannot_see_the_files_says_so_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers write where the controller does not look."""
     run = Run(tmp_path, recipe())
-    run.controller.commits = Commits(str(tmp_path / "elsewhere"), 3, "")
+    run.controller.checkpoints = Checkpoints(str(tmp_path / "elsewhere"), 3, "")
     result = run.fit()
     assert result.outcome.status == "failed" and "put the run directory where all nodes share it" in result.outcome.error
 

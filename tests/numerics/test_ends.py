@@ -24,7 +24,7 @@ from elastic.recipe import Recipe
 from elastic.worker import worker
 from tests.support import modules
 from tests.support.ends import CHAPTERS, DISKS, ERRORS, LAST, LIMITS, LOSSES, NEWEST, PAGE, SIGNALS, START, End, page, said
-from tests.support.inprocess import Result, Run, WatchedBooks, fit, module_recipe
+from tests.support.inprocess import Result, Run, WatchedRunLog, fit, module_recipe
 from tests.support.oracle import undisturbed
 from tests.support.tables import rows, table_recipe, write
 
@@ -55,7 +55,7 @@ def shared(**elastic: int) -> Recipe:
 
 def assert_ended(run: Run, result: Result, end: End, **places: Path) -> None:
     """As the table says, and nothing is left running."""
-    outcome, newest, written = run.controller.outcome, run.controller.commits.newest, run.books.written
+    outcome, newest, written = run.controller.outcome, run.controller.checkpoints.newest, run.run_log.written
     assert outcome is not None and cli.EXIT[outcome.status] == end.code, outcome
     there = (run.run_dir / "summary.json").exists()
     error = result.summary["error"] if there and outcome.status == "failed" else outcome.error
@@ -69,7 +69,7 @@ def assert_ended(run: Run, result: Result, end: End, **places: Path) -> None:
 
 def assert_resumes(run: Run, mended: Recipe) -> Result:
     """With what failed mended: each step once, from what was kept, to the bits of an undisturbed run."""
-    newest, lines = run.controller.commits.newest, Result(run, m.Finish("")).steps
+    newest, lines = run.controller.checkpoints.newest, Result(run, m.Finish("")).steps
     again = fit(run.run_dir, mended)
     assert again.outcome.status == "done", again.outcome.error
     assert again.sha == undisturbed(mended).sha and again.steps == list(range(1, mended.run.steps + 1))
@@ -165,7 +165,7 @@ def test_too_few_are_left_and_none_comes(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(worker, "warm_up", no_room)
     given = shared(min_workers=3) if name == "twin" else recipe(elastic={"min_workers": 2})
     run = Run(tmp_path / "run", given, ["kill:1@26/vote"])
-    run.books.on_event = lambda event: full.append(event) if event == "chaos" else None  # it fires when that is said
+    run.run_log.on_event = lambda event: full.append(event) if event == "chaos" else None  # it fires when that is said
     assert_ended(run, run.fit(), LOSSES[name])
     full.clear()
     again = assert_resumes(run, given)
@@ -214,7 +214,7 @@ def test_a_disk_that_stays_full(name: str, disk: Path, tmp_path: Path) -> None:
     run_dir, given = placed(name, disk, tmp_path)
     run = Run(run_dir, given, hooks={AT: lambda run: fill(disk)})
     result = run.fit()
-    assert run.books.written == STEPS, "training went on to the end"
+    assert run.run_log.written == STEPS, "training went on to the end"
     assert_ended(run, result, DISKS[name])
     assert name == "checkpoints" or not (run_dir / "summary.json").exists()
     (disk / "ballast").unlink()
@@ -276,7 +276,7 @@ def test_the_file_of_the_metrics_takes_no_more(broken: dict[str, int], tmp_path:
     given = recipe()
     run = Run(tmp_path / "run", given, hooks={AT: lambda run: broken.update({"metrics.jsonl": errno.EIO})})
     result = run.fit()
-    assert run.books.written == STEPS
+    assert run.run_log.written == STEPS
     assert_ended(run, result, DISKS["lines"])
     broken.clear()
     assert_resumes(run, given)
@@ -296,9 +296,9 @@ class Falling(Run):
         if isinstance(found[0], Fallen):
             found.clear()
             self.controller.journal.close()
-            self.books.close()  # as the end of its process would: what it held back is gone
+            self.run_log.close()  # as the end of its process would: what it held back is gone
             self.room()
-            self.controller = self.build(WatchedBooks.take_over(self.run_dir))
+            self.controller = self.build(WatchedRunLog.take_over(self.run_dir))
             super().work(found)
 
 

@@ -62,10 +62,10 @@ def test_a_continued_worker_changes_not_a_byte(phase: str, oracle: Result, tmp_p
     def on_event(name: str) -> None:
         state = run.controller.state
         words = state.last.values()
-        if name in ("waiting", "checkpoint_committed") and words and run.controller.commits.newest >= max(word.committed for word in words):
+        if name in ("waiting", "checkpoint_committed") and words and run.controller.checkpoints.newest >= max(word.committed for word in words):
             waiting.set()  # and whoever had to has written down what they have
 
-    run.books.on_event = on_event
+    run.run_log.on_event = on_event
     ended: list[Result] = []
     thread = threading.Thread(target=lambda: ended.append(run.fit()), daemon=True)
     thread.start()
@@ -84,7 +84,7 @@ def test_a_continued_worker_changes_not_a_byte(phase: str, oracle: Result, tmp_p
                  Part(stopped, 1, 99, "{}", 0.0, 0.0), Standing(stopped, 2, "failed", 99, fatal=True, error="ghost")):
         assert run.controller.deliver(stopped, [word]) == -1
     assert snapshot(run, survivors) == before
-    assert run.controller.inbox.empty() or run.controller.state.phase == "waiting"
+    assert run.controller.mailbox.empty() or run.controller.state.phase == "waiting"
     assert stopped in run.fleet.fenced and not stale.outbox.is_alive()
 
     run.fleet.grow(3)

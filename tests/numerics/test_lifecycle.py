@@ -57,7 +57,7 @@ def test_a_whole_group_hands_over_to_another(most: int, oracle: Result, tmp_path
 def test_below_min_workers_it_waits_and_goes_on(oracle: Result, tmp_path: Path) -> None:
     run = Run(tmp_path, recipe(elastic={"max_workers": 3, "min_workers": 3}), ["kill:2@8/vote"], capacity=3)
     run.hooks[5] = lambda run: run.fleet.grow(2)
-    run.books.on_event = lambda name: run.fleet.grow(3) if name == "waiting" else None
+    run.run_log.on_event = lambda name: run.fleet.grow(3) if name == "waiting" else None
     result = run.fit()
     result.assert_sound(STEPS)
     assert result.sha == oracle.sha

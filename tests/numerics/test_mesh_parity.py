@@ -55,9 +55,9 @@ def axes_of(mesh: Mesh, rank: int, group: Any, dropped: tuple[str, int] | None) 
     """Every axis of more than one worker, of all those with which `rank` differs along it alone. Of axis `dropped[0]` collective `dropped[1]`
     reaches nobody.
     """
-    seat, out = mesh.seat(rank), {}
+    coordinate, out = mesh.coordinate(rank), {}
     for axis in ("expert", "tensor"):
-        ranks = [mesh.rank(replace(seat, **{axis: place})) for place in range(getattr(mesh, axis))]
+        ranks = [mesh.rank(replace(coordinate, **{axis: place})) for place in range(getattr(mesh, axis))]
         if len(ranks) > 1:
             out[axis] = Watched(group.subgroup(ranks), dropped[1] if dropped and dropped[0] == axis else None)
     return out
@@ -69,11 +69,11 @@ def train(name: str, kind: str, mesh: Mesh, rank: int = 0, group: Any = None, dr
     rows. One worker plays all stages of a pipeline, one after the other.
     """
     model, make = MODELS[kind]
-    layout, seat, rng = Layout(model, mesh), mesh.seat(rank), np.random.default_rng(5)
+    layout, coordinate, rng = Layout(model, mesh), mesh.coordinate(rank), np.random.default_rng(5)
     axes, ops = axes_of(mesh, rank, group, dropped), ops_of(name, "float64")
     ops.axes = {dim: axes[axis] for dim, axis in layout.dims.items()}
-    whole, (low, count) = start(model.parameters), span(ROWS, mesh.expert, seat.expert)
-    params = {key: value[where(layout.box(key, seat))] for key, value in whole.items()}
+    whole, (low, count) = start(model.parameters), span(ROWS, mesh.expert, coordinate.expert)
+    params = {key: value[where(layout.box(key, coordinate))] for key, value in whole.items()}
     losses, first = [], {}
     for step in range(steps):
         batch = {key: value[low:low + count] for key, value in make(rng).items()}
@@ -133,11 +133,11 @@ def assert_parity(name: str, kind: str, mesh: Mesh, dropped: tuple[str, int] | N
     scale = np.sqrt(sum(np.sum(value ** 2) for value in wanted.gradients.values()))
     assert scale > 1e-2 and (steps == 1 or np.ptp(wanted.losses) > 1e-4)
     for rank, part in enumerate(parts):
-        seat = workers.seat(rank)
-        losses = sum(parts[workers.rank(replace(seat, expert=place))].losses for place in range(mesh.expert))
+        coordinate = workers.coordinate(rank)
+        losses = sum(parts[workers.rank(replace(coordinate, expert=place))].losses for place in range(mesh.expert))
         np.testing.assert_allclose(losses, wanted.losses, rtol=0, atol=1e-8)
         for key in wanted.gradients:
-            box = layout.box(key, seat)
+            box = layout.box(key, coordinate)
             assert np.linalg.norm(part.gradients[key] - wanted.gradients[key][where(box)]) <= 1e-9 * scale, key
             np.testing.assert_allclose(part.params[key], wanted.params[key][where(box)], rtol=0, atol=1e-8, err_msg=key)
     return parts[0].calls

@@ -127,7 +127,7 @@ def test_it_goes_on_with_one_replica_and_comes_back_when_a_worker_joins(axis: st
 
 
 def test_a_replica_is_put_together_from_the_halves_of_two(text: Path, undisturbed: dict[str, Result], tmp_path: Path) -> None:
-    """Seat 0 of one replica and seat 1 of the other fall: what is left is a whole model."""
+    """Coordinate 0 of one replica and coordinate 1 of the other fall: what is left is a whole model."""
     chaos = ["kill:0@5/forward", "kill:3@5/forward"]
     given = recipe(text, {"tensor": 2}, elastic={"max_workers": 4, "min_workers": 2})
     result = fit(tmp_path / "run", given, chaos, hooks={2: resize(2), 9: resize(4)})
@@ -166,7 +166,7 @@ def test_fewer_workers_than_a_replica_go_on_with_a_smaller_one(text: Path, tmp_p
 
 
 def test_a_kill_on_a_mesh_with_a_sharded_optimizer(text: Path, undisturbed: dict[str, Result], tmp_path: Path) -> None:
-    """Seats have twins along the data axis: of three replicas, one is broken after its vote and before its parameters have gone out."""
+    """Coordinates have twins along the data axis: of three replicas, one is broken after its vote and before its parameters have gone out."""
     given = recipe(text, {"tensor": 2}, elastic={"max_workers": 6, "min_workers": 2}, optimizer={"clip_norm": 0.5, "sharded": True})
     result = fit(tmp_path / "run", given, ["kill:2@6/gather"])
     result.assert_sound(STEPS)

@@ -99,12 +99,12 @@ def test_every_copy_gone_goes_back_to_the_checkpoint(text: Path, undisturbed: Re
     fell: list[tuple[int, int]] = []
 
     def all_fall(step: int) -> None:
-        if step > run.controller.commits.newest > 0 and not fell:
-            fell.append((step, run.controller.commits.newest))
+        if step > run.controller.checkpoints.newest > 0 and not fell:
+            fell.append((step, run.controller.checkpoints.newest))
             for worker in run.controller.state.group:
                 run.controller.give_up_on(worker, "killed")
 
-    run.books.on_step = all_fall
+    run.run_log.on_step = all_fall
     result = run.fit()
     result.assert_sound(STEPS, steps_lost=fell[0][0] - fell[0][1])
     assert [(e["from"], e["to"]) for e in result.named("rewound")] == fell

@@ -45,7 +45,7 @@ def assert_same(found: Result, wanted: Result, steps_lost: int = 0) -> None:
 
 
 @pytest.mark.parametrize("framework", names())
-def test_every_number_of_workers_gives_the_bits_of_one_that_keeps_all(framework: str, plays: Path, tmp_path: Path) -> None:
+def test_every_number_of_workers_gives_the_bits_of_one_that_holds_all(framework: str, plays: Path, tmp_path: Path) -> None:
     load(framework, "backend")
     wanted = alone(plays, framework=framework)
     for workers, twin in ((1, True), (2, True), (2, False), (3, True), (4, True), (4, False)) if framework == "torch" else ((3, True),):
@@ -67,7 +67,7 @@ def test_a_lost_worker_costs_no_step(phase: str, plays: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("rank", sample(range(4), 2))
 def test_who_falls_while_the_state_moves_costs_no_step(rank: int, plays: Path, tmp_path: Path) -> None:
-    """Three become four; old keepers and the one that has just come fall in the midst of it."""
+    """Three become four; old holders and the one that has just come fall in the midst of it."""
     run = Run(tmp_path / "run", recipe(plays, 4, steps=12), ("scale:3@1", f"kill:{rank}@5/heal"), hooks={5: lambda run: run.scale(4)})
     result = run.fit()
     assert_same(result, alone(plays, steps=12))
@@ -137,5 +137,5 @@ def test_a_worker_holds_slots_for_what_it_keeps_and_no_more(workers: int, plays:
     fit(tmp_path / "run", recipe(plays, workers), hooks={3: look}).assert_sound(STEPS)
     assert len(held) == workers and all(len(sizes) == 3 for sizes in held.values()), "two moments and an average"
     slots = [sizes[0] / (4 * BLOCK) for sizes in held.values()]
-    assert sum(slots) == BLOCKS * min(2, workers), "every block has two keepers"
+    assert sum(slots) == BLOCKS * min(2, workers), "every block has two holders"
     assert max(slots) <= -(-BLOCKS // workers) * min(2, workers)

@@ -41,6 +41,6 @@ def test_a_steps_bytes(case: str, name: str, tmp_path: Path, monkeypatch: pytest
     asked, work = question(recipe, opened.model, opened.balance), Counted(opened.model, batch, 0.0)
     layout = meshes.lay(opened.model, mesh, asked.rules, asked.balance)
     for rank, counts in enumerate(train_on(recipe, mesh).counts):
-        said = {what: STEPS * moved for what, _, moved in traffic(asked, layout, work, mesh.seat(rank), recipe.mesh.micro_batches)}
+        said = {what: STEPS * moved for what, _, moved in traffic(asked, layout, work, mesh.coordinate(rank), recipe.mesh.micro_batches)}
         counted = {key: moved for key, moved in said.items() if key.partition(".")[0] in ("tensor", "expert", "shared")}
         assert counted == dict(counts) and (counts or mesh.tensor == 1)

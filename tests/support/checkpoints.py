@@ -10,14 +10,14 @@ import numpy as np
 
 from elastic.boxes import Box
 from elastic.checkpoint import manager, safetensors
-from elastic.checkpoint.hashing import hashes_of, in_order
 from elastic.checkpoint.manager import folder_of
 from elastic.checkpoint.manifest import CHUNK as MANIFEST_CHUNK
 from elastic.checkpoint.manifest import FileEntry, Manifest, Piece
 from elastic.checkpoint.part import Image
 from elastic.checkpoint.plan import shares
+from elastic.checkpoint.state_hash import hashes_of, in_order
 from elastic.collective.solo import SoloGroup
-from elastic.controller.checkpoints import Commits, Outcome
+from elastic.controller.checkpoints import Checkpoints, Outcome
 from elastic.errors import GroupBroken
 from elastic.messages import Part, Save
 from elastic.storage.store import Store
@@ -80,12 +80,13 @@ def write_parts(location: str, step: int, world_size: int, generation: int = 1, 
     return parts
 
 
-def save(location: str, step: int, world_size: int = 3, generation: int = 1, commits: Commits | None = None, **eval_: float) -> Outcome | None:
+def save(location: str, step: int, world_size: int = 3, generation: int = 1, checkpoints: Checkpoints | None = None,
+         **eval_: float) -> Outcome | None:
     """A whole checkpoint, committed: what the controller says of it."""
-    commits = commits or Commits(location, 100, "")
+    checkpoints = checkpoints or Checkpoints(location, 100, "")
     found = None
     for part in write_parts(location, step, world_size, generation, **eval_):
-        found = commits.take(part, written=step) or found
+        found = checkpoints.take(part, written=step) or found
     return found
 
 
@@ -97,7 +98,7 @@ def restore(path: str, world_size: int, size: int = 1) -> list[tuple[Arrays, Any
         try:
             return saver("/nowhere").restore(path, states[rank], SoloGroup() if world_size == 1 else group, lambda window: nullcontext())
         except Exception as error:
-            group.abandon()
+            group.abort()
             return error
 
     return list(zip(states, together(world_size, body), strict=True))

@@ -12,7 +12,7 @@ import numpy as np
 
 from elastic import workload
 from elastic.chaos import Injector
-from elastic.checkpoint.hashing import hashes_of
+from elastic.checkpoint.state_hash import hashes_of
 from elastic.mesh import Mesh
 from elastic.messages import Generation, Line
 from elastic.recipe import Recipe
@@ -48,9 +48,9 @@ class Member(training.Member):
     def __init__(self, recipe: Recipe, info: Mapping[str, Any], mesh: Mesh, rank: int):
         self.sent: list[Any] = []
         workload = Workload.open(recipe, info)
-        super().__init__(build_training(recipe, workload), place_on(recipe, workload, mesh, mesh.seat(rank)), Control(), self.sent.append)
+        super().__init__(build_training(recipe, workload), place_on(recipe, workload, mesh, mesh.coordinate(rank)), Control(), self.sent.append)
         self.rank, state = rank, self.place.state
-        state.keep(mesh.seat(rank).data, mesh.data)
+        state.own_as(mesh.coordinate(rank).data, mesh.data)
         state.start(recipe.run.seed)
         self.gradient: dict[str, np.ndarray] = {}
         update = self.place.backend.update
@@ -65,8 +65,8 @@ class Member(training.Member):
     def live(self, generation: Generation, group: Any) -> dict[str, np.ndarray]:
         self.context = begin(self, generation, group, Injector((), self.rank, lambda spec: None, lambda fault: None, lambda fault, group: group))
         train(self.context)
-        links = self.context.links
-        wholes = whole_arrays(self.place.state, links.replica, lambda number: nullcontext(), links.data)
+        groups = self.context.groups
+        wholes = whole_arrays(self.place.state, groups.replica, lambda number: nullcontext(), groups.data)
         return {name: np.array(array) for name, array in wholes}
 
 
@@ -76,12 +76,12 @@ def train_on(recipe: Recipe, mesh: Mesh) -> Trained:
     members = [Member(recipe, info, mesh, rank) for rank in range(mesh.world_size)]
     generation = Generation(1, tuple(f"w{r}" for r in range(mesh.world_size)), "", "local", 0, checkpointed=1 << 40,
                             mesh=(mesh.data, mesh.pipeline, mesh.tensor, mesh.expert),
-                            kept=tuple(member.place.state.blocks for member in members))
+                            held=tuple(member.place.state.blocks for member in members))
     found = together(len(members), lambda rank, group: members[rank].live(generation, group), LIMIT_S)
     lines = [line.fields for line in members[0].sent if isinstance(line, Line) and line.file == "metrics"]
     return Trained([fields["loss"] for fields in lines if "loss" in fields], [fields["eval"] for fields in lines if "eval" in fields],
                    assembled(members), found[0], {hashes_of(arrays.items(), 0)[1] for arrays in found},
-                   [member.context.links.counts for member in members])
+                   [member.context.groups.counts for member in members])
 
 
 def assembled(members: Sequence[Member]) -> dict[str, np.ndarray]:
@@ -92,9 +92,9 @@ def assembled(members: Sequence[Member]) -> dict[str, np.ndarray]:
     layout, out = first.portion.layout, {}
     for name, spec in layout.parameters.items():
         whole = np.full(spec.shape, np.nan)
-        for seat in layout.owners(name):
-            box = layout.box(name, seat)
-            whole[tuple(slice(s, s + c) for s, c in zip(box.start, box.count, strict=True))] = first_of(members, layout.mesh.rank(seat))[name]
+        for coordinate in layout.owners(name):
+            box = layout.box(name, coordinate)
+            whole[tuple(slice(s, s + c) for s, c in zip(box.start, box.count, strict=True))] = first_of(members, layout.mesh.rank(coordinate))[name]
         out[name] = whole
     return out
 

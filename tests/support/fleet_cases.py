@@ -95,7 +95,7 @@ def assert_orders_arrive(fleet: Fleet, desk: Desk, ready: Ready) -> None:
     fleet.request_stop(ready.worker, stopped, STOP)
     assert desk.stands(ready.worker, stopped).reason == "stopped"
     left = desk.train(fleet, ready)
-    fleet.abandon(ready.worker, left)
+    fleet.abort(ready.worker, left)
     assert desk.stands(ready.worker, left).reason == "broken"
 
 
@@ -115,7 +115,7 @@ def assert_whoever_is_gone_takes_no_order(fleet: Fleet, worker: str) -> None:
     """And nobody falls over it."""
     for order in (Generation(99, (worker,), "", "", 0), Save(99, 1)):
         fleet.assign(worker, order)
-    fleet.abandon(worker, 99)
+    fleet.abort(worker, 99)
     fleet.request_stop(worker, 99, STOP)
     fleet.resync(worker)
     fleet.release(worker)

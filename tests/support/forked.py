@@ -59,7 +59,7 @@ class ForkedRim:
     def form(self, generation: Generation, rank: int, control: Any) -> Any:
         self.store.drop_before(self.job.run_id, generation.number)
         return form(generation.transport, rank, len(generation.members), f"{self.job.secret}@{generation.endpoint}",
-                    f"{self.job.run_id}/{generation.number}", control.abandoned, FORM_S, LOOPBACK)
+                    f"{self.job.run_id}/{generation.number}", control.aborted, FORM_S, LOOPBACK)
 
     def post(self, message: Any) -> None:
         self.outbox.post(message)
@@ -153,8 +153,8 @@ class ForkedFleet:
     def assign(self, worker: str, order: Generation | Save) -> None:
         self.tell(worker, "assign", order)
 
-    def abandon(self, worker: str, generation: int) -> None:
-        self.tell(worker, "abandon", generation)
+    def abort(self, worker: str, generation: int) -> None:
+        self.tell(worker, "abort", generation)
 
     def request_stop(self, worker: str, generation: int, code: int) -> None:
         self.tell(worker, "request_stop", generation, code)
@@ -198,9 +198,9 @@ class ForkedRun(Run):
         self.forked = fleet
         super().__init__(*arguments, **options)
 
-    def build(self, books: Any) -> Any:
+    def build(self, run_log: Any) -> Any:
         self.fleet = self.forked  # type: ignore[assignment]
-        controller = super().build(books)
+        controller = super().build(run_log)
         self.fleet.job = replace(self.job, secret=controller.journal.secret)
         return controller
 

@@ -114,7 +114,7 @@ def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, blo
 
 
 def kept_sum(group: Any, keep: dict[str, Any], num_shards: int, cuts: list[int], twin: bool, chunk: int, steps: int) -> list[tuple[bytes, bytes]]:
-    """The same sum, of which this member keeps two stretches; then all put their own together."""
+    """The same sum, of which this member keeps two ranges; then all put their own together."""
     allocate, numel = group.allocate, cuts[-1]
     out, whole, scratch = allocate(numel), np.zeros(numel, np.float32), Scratch(lambda n: np.zeros(n, np.float32))
     found = []
@@ -125,7 +125,7 @@ def kept_sum(group: Any, keep: dict[str, Any], num_shards: int, cuts: list[int],
             buffer = sums.begin(shard)
             buffer += leaf(step, shard, numel)
             sums.end(shard)
-        mine = group.reduce_kept(sums.nodes(), num_shards, out, cuts, twin, scratch, chunk)
+        mine = group.reduce_held(sums.nodes(), num_shards, out, cuts, twin, scratch, chunk)
         count = sum(cuts[r + 1] - cuts[r] for r in reduction.wanted(group.rank, group.size, twin))
         low, high = cuts[group.rank], cuts[group.rank + 1]
         whole[low:high] = mine[:high - low]
@@ -170,14 +170,14 @@ def one(group: Any, call: str) -> None:
 
 
 def started(group: Any, keep: dict[str, Any], call: str, silent: int) -> list[str]:
-    """What a watched group says of calls after it was abandoned between the start of one and its end; rank `silent` starts nothing."""
+    """What a watched group says of calls after it was aborted between the start of one and its end; rank `silent` starts nothing."""
     if group.rank == silent:
         keep["idle"] = group
         return []
     wide, broken = np.ones(12, np.float32), list[GroupBroken]()
     watched = Watched(group, nullcontext, broken)
     pending = watched.start(call, *([np.zeros(12 * group.size, np.float32), wide] if call == "all_gather" else [wide]))
-    group.abandon()
+    group.abort()
     for use in (pending.finish, lambda: watched.all_reduce(wide), lambda: watched.start(call, wide)):
         with suppress(GroupBroken):
             use()

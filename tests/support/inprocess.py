@@ -21,14 +21,14 @@ from elastic.observe.jsonl import read_lines
 from elastic.observe.metrics import steps_of
 from elastic.observe.verify import verify
 from elastic.recipe import Recipe, dumps, parse
-from tests.support.books import CheckedBooks
+from tests.support.run_logs import CheckedRunLog
 
 LIMIT_S = 120.0  # a run that takes longer hangs
 MODULES = "tests.support.modules"
 Hook = Callable[["Run"], None]
 
 
-class WatchedBooks(CheckedBooks):
+class WatchedRunLog(CheckedRunLog):
     """Calls `on_step(step)` and `on_event(name)` once the line is on disk, in the controller's thread."""
 
     on_step: Callable[[int], None] = staticmethod(lambda step: None)
@@ -56,13 +56,13 @@ class Run:
         job = Job(f"run-{time.time_ns():x}", dumps(recipe), workload.prepare(recipe), str(run_dir), self.checkpoints, (), tuple(chaos))
         self.job, self.settings = job, Settings.of(recipe)
         self.fleet = ThreadFleet(job, capacity or elastic.max_workers + elastic.spares, nodes)
-        self.controller = self.build(WatchedBooks(run_dir, self.begin.written, self.begin.evaluated, self.begin.generation))
+        self.controller = self.build(WatchedRunLog(run_dir, self.begin.written, self.begin.evaluated, self.begin.generation))
         self.opened()
 
-    def build(self, books: WatchedBooks) -> Controller:
-        self.books = books
-        books.on_step = self.after_step
-        controller = Controller(self.job, self.settings, self.fleet, books, self.begin)
+    def build(self, run_log: WatchedRunLog) -> Controller:
+        self.run_log = run_log
+        run_log.on_step = self.after_step
+        controller = Controller(self.job, self.settings, self.fleet, run_log, self.begin)
         self.fleet.controller = controller
         return controller
 

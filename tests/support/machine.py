@@ -57,10 +57,10 @@ def running(*names: str, bounds: Bounds = PAIRS, nodes: dict[str, str] | None = 
 
 
 def stand(machine: Machine, name: str, committed: int, reason: str = "broken", **more: Any) -> list[Any]:
-    """A member of the group stands by with the state of its own seat, unless `more` says otherwise."""
+    """A member of the group stands by with the state of its own coordinate, unless `more` says otherwise."""
     mesh = machine.state.mesh
     place = machine.state.group.index(name) % shape(mesh).replica_size
-    return machine.stand(name, reason, committed, **{"mesh": mesh, "seat": place, **more})
+    return machine.stand(name, reason, committed, **{"mesh": mesh, "coordinate": place, **more})
 
 
 def formed(actions: list[Any]) -> Generation:

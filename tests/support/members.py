@@ -1,4 +1,4 @@
-"""Members of a group, as threads of this process or as processes of their own, which a test can start, kill, stop and abandon."""
+"""Members of a group, as threads of this process or as processes of their own, which a test can start, kill, stop and abort."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ WAIT_S = 30.0  # for what must happen, on a busy machine; a failure is a hang
 KILLED = "killed"
 
 
-def form(transport: str, rank: int, size: int, address: str, prefix: str, abandoned: threading.Event, timeout_s: float) -> Any:
+def form(transport: str, rank: int, size: int, address: str, prefix: str, aborted: threading.Event, timeout_s: float) -> Any:
     if transport == "gloo":
         from elastic.collective.gloo import GlooGroup
-        return GlooGroup.form(rank, size, address, prefix, abandoned, timeout_s, "127.0.0.1")
+        return GlooGroup.form(rank, size, address, prefix, aborted, timeout_s, "127.0.0.1")
     from elastic.collective.shared import SharedGroup
-    return SharedGroup.form(rank, size, address, prefix, abandoned, timeout_s)
+    return SharedGroup.form(rank, size, address, prefix, aborted, timeout_s)
 
 
 def run_case(case: str, make: Callable[[], Any], keep: dict[str, Any], args: tuple[Any, ...]) -> tuple[str, Any]:
@@ -45,7 +45,7 @@ def run_case(case: str, make: Callable[[], Any], keep: dict[str, Any], args: tup
 
 
 def serve(pipe: Any, transport: str) -> None:
-    """A member process: runs cases in threads, so that it can be told to abandon one."""
+    """A member process: runs cases in threads, so that it can be told to abort one."""
     keep: dict[str, Any] = {}
     flags: dict[str, threading.Event] = {}
     groups: dict[str, Any] = {}
@@ -68,16 +68,16 @@ def serve(pipe: Any, transport: str) -> None:
             order, name, *rest = pipe.recv()
         except EOFError:
             os._exit(0)
-        if order == "abandon":
+        if order == "abort":
             group = groups.get(name)
-            group.abandon() if group else flags[name].set()
+            group.abort() if group else flags[name].set()
             del group
             continue
         flags[name] = threading.Event()
         threading.Thread(target=work, args=(name, *rest), daemon=True).start()
 
 
-class Seat:
+class Place:
     """One member as the test sees it: what it reported, by group name."""
 
     def __init__(self) -> None:
@@ -103,24 +103,24 @@ class Threads:
     transport = "local"
 
     def __init__(self) -> None:
-        self.hub, self.seats, self.numbers = Hub(), {}, {}
+        self.hub, self.places, self.numbers = Hub(), {}, {}
         self.groups: dict[tuple[str, int], Any] = {}
         self.flags: dict[tuple[str, int], threading.Event] = {}
         self.keeps: dict[int, dict[str, Any]] = {}
 
     def start(self, name: str, member: int, rank: int, size: int, case: str, args: tuple[Any, ...] = (), timeout_s: float = WAIT_S,
               address: str = "") -> None:
-        seat = self.seats.setdefault(member, Seat())
+        place = self.places.setdefault(member, Place())
         number = self.numbers.setdefault(name, len(self.numbers))
         flag = self.flags[name, member] = threading.Event()
 
         def make() -> Any:
             group = self.groups[name, member] = self.hub.form(number, rank, size, flag) if size > 1 else SoloGroup(flag)
             self.groups[name, member, "rank"] = rank
-            seat.reports.put((name, "formed", None))
+            place.reports.put((name, "formed", None))
             return group
 
-        threading.Thread(target=lambda: seat.reports.put((name, *run_case(case, make, self.keeps.setdefault(member, {}), args))),
+        threading.Thread(target=lambda: place.reports.put((name, *run_case(case, make, self.keeps.setdefault(member, {}), args))),
                          daemon=True).start()
 
     def _newest(self, member: int) -> tuple[int, int]:
@@ -136,13 +136,13 @@ class Threads:
     def cont(self, member: int, name: str) -> None:
         self.hub.cont(self.groups[name, member, "rank"], self.numbers[name])
 
-    def abandon(self, name: str, member: int) -> None:
-        self.groups[name, member].abandon()
+    def abort(self, name: str, member: int) -> None:
+        self.groups[name, member].abort()
 
     def close(self) -> None:
         for key, group in self.groups.items():
             if len(key) == 2:
-                group.abandon()
+                group.abort()
 
 
 class Processes:
@@ -151,7 +151,7 @@ class Processes:
     def __init__(self, transport: str) -> None:
         from elastic.collective.kv_store import Endpoint
         self.transport, self.endpoint = transport, Endpoint("127.0.0.1")
-        self.seats: dict[int, Seat] = {}
+        self.places: dict[int, Place] = {}
         self.processes: dict[int, Any] = {}
         self.pipes: dict[int, Any] = {}
         self.listeners: dict[int, threading.Thread] = {}  # each alone reaps its process: of two that do, one may find nothing and call it alive
@@ -164,19 +164,19 @@ class Processes:
         self.processes[member] = context.Process(target=serve, args=(theirs, self.transport), daemon=True)
         self.processes[member].start()
         theirs.close()
-        self.seats[member] = Seat()
+        self.places[member] = Place()
         self.listeners[member] = threading.Thread(target=self._listen, daemon=True,
-                                                  args=(self.pipes[member], self.seats[member], self.processes[member]))
+                                                  args=(self.pipes[member], self.places[member], self.processes[member]))
         self.listeners[member].start()
 
     @staticmethod
-    def _listen(pipe: Any, seat: Seat, process: Any) -> None:
+    def _listen(pipe: Any, place: Place, process: Any) -> None:
         while True:
             try:
-                seat.reports.put(pipe.recv())
+                place.reports.put(pipe.recv())
             except (EOFError, OSError):
                 process.join(WAIT_S)  # its pipe closes a moment before it is dead
-                seat.reports.put(("", KILLED, None))
+                place.reports.put(("", KILLED, None))
                 return
 
     def start(self, name: str, member: int, rank: int, size: int, case: str, args: tuple[Any, ...] = (), timeout_s: float = WAIT_S,
@@ -197,8 +197,8 @@ class Processes:
     def cont(self, member: int, name: str) -> None:
         self._signal(member, signal.SIGCONT)
 
-    def abandon(self, name: str, member: int) -> None:
-        self.pipes[member].send(("abandon", name))
+    def abort(self, name: str, member: int) -> None:
+        self.pipes[member].send(("abort", name))
 
     def close(self) -> None:
         for member, listener in self.listeners.items():

@@ -1,4 +1,4 @@
-"""A controller on a fleet that only writes down what it is asked for, and how a test speaks to it."""
+"""A controller on a fleet that only writes down what it is asked for, and how a test reports_losses to it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from elastic.controller.policy import Bounds
 from elastic.messages import Begin, Job, Line, Part, Progress, Ready
 from elastic.observe.jsonl import read_lines
 from elastic.storage.store import Store
-from tests.support.books import CheckedBooks
 from tests.support.checkpoints import write_part
+from tests.support.run_logs import CheckedRunLog
 
 SETTINGS = Settings(Bounds(1, 3, 6), hang_timeout_s=30.0, start_timeout_s=600.0, keep=3, best="")
 
@@ -49,14 +49,14 @@ class Fleet:
 
 
 class Rig:
-    """A controller, what it stands on, and how a test speaks to it."""
+    """A controller, what it stands on, and how a test reports_losses to it."""
 
-    def __init__(self, run_dir: Path, clock: Clock | None = None, settings: Settings = SETTINGS, chaos: tuple[str, ...] = (), **books: int):
+    def __init__(self, run_dir: Path, clock: Clock | None = None, settings: Settings = SETTINGS, chaos: tuple[str, ...] = (), **run_log: int):
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         self.run_dir, self.clock, self.fleet = run_dir, clock or Clock(), Fleet()
-        self.books = CheckedBooks(run_dir, **books)
-        job = Job(f"run-{self.books.generation}", "", {}, str(run_dir), str(run_dir / "checkpoints"), (), chaos)
-        self.controller = Controller(job, settings, self.fleet, self.books, Begin(**books))
+        self.run_log = CheckedRunLog(run_dir, **run_log)
+        job = Job(f"run-{self.run_log.generation}", "", {}, str(run_dir), str(run_dir / "checkpoints"), (), chaos)
+        self.controller = Controller(job, settings, self.fleet, self.run_log, Begin(**run_log))
         self.controller.perform(self.controller.past.actions)
         self.controller.check()
 
@@ -73,8 +73,8 @@ class Rig:
         return answer
 
     def drain(self) -> None:
-        while not self.controller.inbox.empty():
-            self.controller.handle(self.controller.inbox.get(0.0))
+        while not self.controller.mailbox.empty():
+            self.controller.handle(self.controller.mailbox.get(0.0))
 
     def wait(self, seconds: float, *pulses: Progress, every: float = 0.1) -> None:
         """Time goes by, and these workers go on saying where they are."""

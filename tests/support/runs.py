@@ -9,8 +9,8 @@ from typing import Any
 from elastic.driver.trainer import Result, Trainer
 from elastic.observe.jsonl import read_lines
 from elastic.recipe import Recipe, parse
-from tests.support.books import mismatch
 from tests.support.oracle import undisturbed
+from tests.support.run_logs import mismatch
 
 STEPS = 48
 

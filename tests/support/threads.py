@@ -23,7 +23,7 @@ def together(size: int, work: Callable[[int, Any], Any], limit_s: float = WAIT_S
             found[rank] = work(rank, groups[rank])
         except BaseException as error:
             errors.append(error)
-            groups[rank].abandon()  # or the others would wait for it
+            groups[rank].abort()  # or the others would wait for it
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
@@ -32,7 +32,7 @@ def together(size: int, work: Callable[[int, Any], Any], limit_s: float = WAIT_S
         thread.join(limit_s)
     if any(thread.is_alive() for thread in threads):
         for group in groups:
-            group.abandon()
+            group.abort()
         raise TimeoutError(f"a worker of {size} still waits after {limit_s:g} s")
     if errors:
         raise errors[0]

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from elastic.checkpoint.manager import clean, commit, newest_good, prune, read_init, split, verify
 from elastic.checkpoint.manifest import Manifest
-from elastic.controller.checkpoints import Commits
+from elastic.controller.checkpoints import Checkpoints
 from elastic.errors import BadCheckpoint, RecipeError
 from elastic.storage.store import Store
 from tests.support.checkpoints import load, write_part
@@ -250,7 +250,7 @@ def written(store: Store, step: int) -> Manifest:
 def test_nothing_is_committed_whose_files_are_not_to_be_seen(root: Path, tmp_path: Path) -> None:
     manifest = written(Store.open(tmp_path / "elsewhere"), 50)
     with pytest.raises(BadCheckpoint, match="part-0-g000001.safetensors is missing where the controller looks, in .*share"):
-        Commits(str(root), 3, "").commit(manifest)
+        Checkpoints(str(root), 3, "").commit(manifest)
     assert not root.exists()
 
 
@@ -259,35 +259,35 @@ def test_a_commit_counts_though_old_ones_cannot_be_removed(store: Store, root: P
     def resist(name: str) -> None:
         raise OSError(5, f"{name} resists")
 
-    commits = Commits(str(root), 1, "")
-    commits.commit(written(store, 50))
+    checkpoints = Checkpoints(str(root), 1, "")
+    checkpoints.commit(written(store, 50))
     with monkeypatch.context() as patch:
-        patch.setattr(commits.store, "remove", resist)
-        commits.commit(written(store, 100))
-    assert commits.newest == 100 and "resists" in caplog.text
+        patch.setattr(checkpoints.store, "remove", resist)
+        checkpoints.commit(written(store, 100))
+    assert checkpoints.newest == 100 and "resists" in caplog.text
     assert newest_good(store) == ("step-00000100", [])
-    commits.commit(written(store, 150))
+    checkpoints.commit(written(store, 150))
     assert [path.name for path in root.iterdir()] == ["step-00000150"]
 
 
 def test_a_commit_reads_no_manifest_twice(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither its own nor those of the run that went before, of which only the first commit knows nothing."""
     save(store, 10)
-    commits, reads = Commits(str(root), 3, ""), list[str]()
-    read = commits.store.files.read
-    monkeypatch.setattr(commits.store.files, "read", lambda path, low, high: reads.append(Path(path).parent.name) or read(path, low, high))
+    checkpoints, reads = Checkpoints(str(root), 3, ""), list[str]()
+    read = checkpoints.store.files.read
+    monkeypatch.setattr(checkpoints.store.files, "read", lambda path, low, high: reads.append(Path(path).parent.name) or read(path, low, high))
     for step in range(20, 70, 10):
-        commits.commit(written(store, step))
+        checkpoints.commit(written(store, step))
     assert reads == ["step-00000010"]
-    assert [path.name for path in sorted(root.iterdir())] == sorted(commits.known) == [f"step-{step:08d}" for step in (40, 50, 60)]
+    assert [path.name for path in sorted(root.iterdir())] == sorted(checkpoints.known) == [f"step-{step:08d}" for step in (40, 50, 60)]
 
 
 def test_a_manifest_that_is_known_does_not_make_up_for_files_that_are_gone(store: Store, root: Path) -> None:
-    commits = Commits(str(root), 2, "")
+    checkpoints = Checkpoints(str(root), 2, "")
     for step in (10, 20):
-        commits.commit(written(store, step))
+        checkpoints.commit(written(store, step))
     next((root / "step-00000020").glob("*.safetensors")).unlink()
-    commits.commit(written(store, 30))
+    checkpoints.commit(written(store, 30))
     assert [path.name for path in sorted(root.iterdir())] == ["step-00000010", "step-00000020", "step-00000030"]
 
 
@@ -306,11 +306,11 @@ def test_one_found_bad_while_it_was_loaded_does_not_push_good_ones_out(store: St
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    commits = Commits(str(root), 1, "")
-    commits.refuse(commits.path(name))
-    commits.commit(written(store, 10))
-    commits.commit(written(store, 20))
-    assert commits.newest_good()[1] == 20
+    checkpoints = Checkpoints(str(root), 1, "")
+    checkpoints.refuse(checkpoints.path(name))
+    checkpoints.commit(written(store, 10))
+    checkpoints.commit(written(store, 20))
+    assert checkpoints.newest_good()[1] == 20
     assert [path.name for path in sorted(root.iterdir())] == ["step-00000020", "step-00000030"], "it stays where it is"
 
 

@@ -102,7 +102,7 @@ def test_where_two_boxes_meet(sides: list) -> None:
 
 @given(shapes, st.integers(0, 1300), st.integers(0, 1300))
 @settings(max_examples=400, deadline=None)
-def test_a_stretch_of_elements_is_a_few_boxes(shape: tuple[int, ...], low: int, high: int) -> None:
+def test_a_range_of_elements_is_a_few_boxes(shape: tuple[int, ...], low: int, high: int) -> None:
     numbers = np.arange(math.prod(shape)).reshape(shape)
     low, high = min(low, numbers.size), min(high, numbers.size)
     boxes = Box.all(shape).runs(low, high)

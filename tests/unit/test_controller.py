@@ -61,7 +61,7 @@ def test_the_journal_is_on_the_disk_before_anything_follows_from_it(rig: Rig, mo
             synced[0] = path.stat().st_size
 
     monkeypatch.setattr(os, "fsync", fsync)
-    rig.fleet.assign = rig.fleet.abandon = lambda *order: seen.append((*read_lines(path)[-1], path.stat().st_size == synced[0]))
+    rig.fleet.assign = rig.fleet.abort = lambda *order: seen.append((*read_lines(path)[-1], path.stat().st_size == synced[0]))
     rig.start("a", "b")
     rig.controller.advance(m.Lost("a", "killed"))
     assert seen == [("published", True), ("published", True), ("event", True)]
@@ -78,7 +78,7 @@ def test_a_new_run_starts_from_the_recipe_and_a_resumed_one_from_its_checkpoint(
     assert (rig.assigned()[0].load, rig.assigned()[0].committed) == ("recipe", 0)
     rig.steps(*range(1, 6))
     rig.say(save(rig, 5))
-    rig.books.close()
+    rig.run_log.close()
     again = Rig(rig.run_dir, clock, written=5, generation=4)
     again.start("a")
     generation, _ = again.assigned()
@@ -106,7 +106,7 @@ def test_a_change_of_mesh_is_told_and_can_be_replayed(tmp_path: Path, clock: Clo
     rig.steps(1, 2)
     rig.controller.advance(m.ScaleTo(4, (1, 2, 1)))
     for worker in "abcd":
-        rig.say(Standing(worker, 1, "stopped", 2, ballot=Ballot(2, (1.0,), (1.0,), 1), mesh=(4, 1, 1, 1), seat=0))
+        rig.say(Standing(worker, 1, "stopped", 2, ballot=Ballot(2, (1.0,), (1.0,), 1), mesh=(4, 1, 1, 1), coordinate=0))
     generation, workers = rig.assigned()
     assert (generation.mesh, workers, len(generation.relaid)) == ((2, 1, 2, 1), list("abcd"), 4)
     was, now = ({"data": 4, "pipeline": 1, "tensor": 1, "expert": 1}, {"data": 2, "pipeline": 1, "tensor": 2, "expert": 1})
@@ -159,7 +159,7 @@ def test_nothing_that_a_lost_worker_says_is_heard(rig: Rig) -> None:
 
 def test_words_under_way_when_a_worker_was_given_up_are_not_heard_either(rig: Rig) -> None:
     rig.start("a", "b")
-    assert rig.controller.deliver("a", [metric(1), Standing("a", 1, "done", 9)]) == 0  # in the inbox, not yet handled
+    assert rig.controller.deliver("a", [metric(1), Standing("a", 1, "done", 9)]) == 0  # in the mailbox, not yet handled
     rig.controller.give_up_on("a", "hangs")
     rig.drain()
     assert rig.written() == [] and "a" not in rig.controller.state.standing
@@ -183,7 +183,7 @@ def test_a_silent_worker_is_given_up_and_its_group_told(rig: Rig) -> None:
     rig.wait(29, pulse("a"), pulse("c"))
     assert rig.fleet.of("kill") == []
     rig.wait(3, pulse("a"), pulse("c"))
-    assert rig.fleet.of("kill") == [("b",)] and sorted(w for w, _ in rig.fleet.of("abandon")) == ["a", "c"]
+    assert rig.fleet.of("kill") == [("b",)] and sorted(w for w, _ in rig.fleet.of("abort")) == ["a", "c"]
     assert rig.events("hang")[0]["worker"] == rig.events("worker_lost")[0]["worker"] == "b"
     assert "hang_timeout_s = 30" in rig.events("worker_lost")[0]["cause"]
 
@@ -270,7 +270,7 @@ def test_the_end_is_written_down(rig: Rig) -> None:
     rig.say(save(rig, 2))
     rig.say(Standing("a", 1, "done", 2, state_sha256="s", parameters_sha256="p"))
     assert rig.controller.outcome is not None
-    rig.controller.inbox.put(("a", metric(3)))  # a line that was under way
+    rig.controller.mailbox.put(("a", metric(3)))  # a line that was under way
     close(rig.controller, rig.controller.outcome)
     summary = json.loads((rig.run_dir / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["state_sha256"], summary["parameters_sha256"]) == ("done", 3, "s", "p")
@@ -281,7 +281,7 @@ def test_a_failure_is_written_down_with_its_error(rig: Rig) -> None:
     rig.start("a")
     rig.say(Standing("a", 1, "failed", 2, error="The loss is nan at step 3.", fatal=True))
     assert rig.controller.outcome is not None and rig.fleet.of("assign")[-1] == ("a", Save(1, 2))
-    rig.controller.inbox.put(("a", Part("a", 1, 2, "", 0.0, 0.0, error="no room")))
+    rig.controller.mailbox.put(("a", Part("a", 1, 2, "", 0.0, 0.0, error="no room")))
     close(rig.controller, rig.controller.outcome)
     assert rig.events("step_failed")[0]["error"] == rig.events("run_failed")[0]["error"] == "The loss is nan at step 3."
     assert json.loads((rig.run_dir / "summary.json").read_text())["error"] == "The loss is nan at step 3."

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from elastic.controller.run_log import Books
+from elastic.controller.run_log import RunLog
 from elastic.driver import follow as door
 from elastic.driver.follow import Callbacks, result_of, see_out
 from elastic.driver.rundir import LIVE, live_of
@@ -38,17 +38,17 @@ class Heard:
 
 
 class Controllers:
-    """One controller after another over the same books, polled as a driver does; `ask` answers for the one that is there."""
+    """One controller after another over the same run_log, polled as a driver does; `ask` answers for the one that is there."""
 
     def __init__(self, run_dir: Path, begin: Begin):
         self.run_dir, self.begin, self.pid = run_dir, begin, 1
-        self.books = Books(run_dir, begin.written, begin.evaluated, begin.generation)
+        self.run_log = RunLog(run_dir, begin.written, begin.evaluated, begin.generation)
         self.acts: list[Callable[[], None]] = []
         self.gone = False
 
     def restart(self) -> None:
-        self.books.close()
-        self.books, self.pid = Books.take_over(self.run_dir, self.begin), self.pid + 1
+        self.run_log.close()
+        self.run_log, self.pid = RunLog.take_over(self.run_dir, self.begin), self.pid + 1
 
     def ask(self, controller: Any, method: str, *arguments: Any) -> Any:
         if self.gone:
@@ -56,7 +56,7 @@ class Controllers:
         if method == "outcome":
             return "done", ""
         pid, known = arguments
-        answer = self.pid, *self.books.since(known if pid == self.pid else 0), not self.acts
+        answer = self.pid, *self.run_log.since(known if pid == self.pid else 0), not self.acts
         if self.acts:
             self.acts.pop(0)()  # after the answer was given
         return answer
@@ -68,29 +68,29 @@ def controllers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Con
     monkeypatch.setattr(door, "ask", lambda *arguments: found.ask(*arguments))
     monkeypatch.setattr(ray, "kill", lambda controller: None)
     yield found
-    found.books.close()
+    found.run_log.close()
 
 
 def test_each_line_once_whatever_restarts(controllers: Controllers) -> None:
     """Evaluations have no time, a late step an old one: on disk they are all there, and so they are here."""
-    heard, books = Heard(), controllers.books
+    heard, run_log = Heard(), controllers.run_log
 
     def first() -> None:
-        books.event("generation_started", generation=1)
+        run_log.event("generation_started", generation=1)
         for number in (1, 2):
-            books.metric(1, step(number))
-        books.metric(1, evaluation(2))
-        books.event("hang", worker="a")
+            run_log.metric(1, step(number))
+        run_log.metric(1, evaluation(2))
+        run_log.event("hang", worker="a")
 
     def unseen() -> None:
         """On disk, and the controller falls before anybody has asked."""
-        books.metric(1, step(3, time=0.5))  # a node whose clock is behind
-        books.metric(1, evaluation(3))
+        run_log.metric(1, step(3, time=0.5))  # a node whose clock is behind
+        run_log.metric(1, evaluation(3))
         controllers.restart()
 
     def later() -> None:
-        controllers.books.metric(1, step(4, time=0.25))
-        controllers.books.event("hang", worker="b")
+        controllers.run_log.metric(1, step(4, time=0.25))
+        controllers.run_log.event("hang", worker="b")
         controllers.restart()
 
     controllers.acts = [first, unseen, later]
@@ -103,18 +103,18 @@ def test_steps_that_are_done_again_are_told_again(controllers: Controllers) -> N
 
     def first() -> None:
         for number in (1, 2, 3, 4):
-            controllers.books.metric(1, step(number))
-        controllers.books.metric(1, evaluation(4))
+            controllers.run_log.metric(1, step(number))
+        controllers.run_log.metric(1, evaluation(4))
 
     def back() -> None:
-        books = controllers.books
-        books.event("rewound", **{"from": 4, "to": 2})
-        books.cut_back(2)
-        books.written = books.evaluated = 2
-        books.event("generation_started", generation=2)
+        run_log = controllers.run_log
+        run_log.event("rewound", **{"from": 4, "to": 2})
+        run_log.cut_back(2)
+        run_log.written = run_log.evaluated = 2
+        run_log.event("generation_started", generation=2)
         for number in (3, 4):
-            books.metric(2, step(number, generation=2))
-        books.metric(2, evaluation(4))
+            run_log.metric(2, step(number, generation=2))
+        run_log.metric(2, evaluation(4))
         controllers.restart()
 
     controllers.acts = [first, back]
@@ -123,17 +123,17 @@ def test_steps_that_are_done_again_are_told_again(controllers: Controllers) -> N
 
 
 def test_a_resumed_run_does_not_tell_what_came_before_it(controllers: Controllers) -> None:
-    heard, books = Heard(), controllers.books
-    books.event("run_started")
+    heard, run_log = Heard(), controllers.run_log
+    run_log.event("run_started")
     for number in (1, 2):
-        books.metric(1, step(number))
-    books.metric(1, evaluation(2))
+        run_log.metric(1, step(number))
+    run_log.metric(1, evaluation(2))
     controllers.begin = Begin(written=2, evaluated=2, generation=1, events=1)
 
     def further() -> None:
-        controllers.books.event("run_started", run="again")
-        controllers.books.event("generation_started", generation=2)
-        controllers.books.metric(2, step(3, generation=2))
+        controllers.run_log.event("run_started", run="again")
+        controllers.run_log.event("generation_started", generation=2)
+        controllers.run_log.metric(2, step(3, generation=2))
         controllers.restart()
 
     controllers.restart()
@@ -152,14 +152,14 @@ def test_who_follows_beside_another_driver_learns_how_it_ended(controllers: Cont
     monkeypatch.setattr(door, "write_report", reports.append)
 
     def first() -> None:
-        controllers.books.event("generation_started", generation=1)
-        controllers.books.metric(1, step(1))
+        controllers.run_log.event("generation_started", generation=1)
+        controllers.run_log.metric(1, step(1))
 
     def end() -> None:
         for number in (2, 3):
-            controllers.books.metric(1, step(number))
-        controllers.books.metric(1, evaluation(3))
-        controllers.books.event("run_finished")
+            controllers.run_log.metric(1, step(number))
+        controllers.run_log.metric(1, evaluation(3))
+        controllers.run_log.event("run_finished")
         ended(tmp_path)
         controllers.gone = True
 

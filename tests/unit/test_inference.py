@@ -11,7 +11,7 @@ import pytest
 
 from elastic import workload
 from elastic.checkpoint.manifest import Manifest
-from elastic.controller.checkpoints import Commits
+from elastic.controller.checkpoints import Checkpoints
 from elastic.driver import inference
 from elastic.errors import BadCheckpoint, UserError
 from elastic.messages import Part, Save
@@ -44,7 +44,7 @@ def save(recipe: Recipe, root: Path, step: int) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     head = Manifest(0, 0, 0, recipe.run.seed, dumps(recipe), extra={"info": info})
     Saver("w0", str(root), head, recipe.data.batch_size, parts.append).save(state, Save(1, step, wait=True), {})
-    found = Commits(str(root), 3, "").take(parts[0], step)
+    found = Checkpoints(str(root), 3, "").take(parts[0], step)
     assert found is not None and not found.error
     return Path(found.path)
 
@@ -71,7 +71,7 @@ def test_a_run_directory_means_its_newest_good_checkpoint(recipe: Recipe, tmp_pa
     root = tmp_path / "run" / "checkpoints"
     older, newer = save(recipe, root, 2), save(recipe, root, 4)
     assert inference.restore(tmp_path / "run").manifest.step == inference.restore(newer / "manifest.json").manifest.step == 4
-    Commits(str(root), 3, "").flip_a_byte()
+    Checkpoints(str(root), 3, "").flip_a_byte()
     assert inference.restore(tmp_path / "run").manifest.step == 2
     with pytest.raises(BadCheckpoint):
         inference.check_checkpoint(newer)

@@ -16,8 +16,8 @@ def endpoint() -> Iterator[Endpoint]:
     yield Endpoint()
 
 
-def client(endpoint: Endpoint, prefix: str, abandoned: threading.Event | None = None, timeout_s: float = 20.0) -> StoreClient:
-    return StoreClient(endpoint.address, prefix, abandoned or threading.Event(), timeout_s)
+def client(endpoint: Endpoint, prefix: str, aborted: threading.Event | None = None, timeout_s: float = 20.0) -> StoreClient:
+    return StoreClient(endpoint.address, prefix, aborted or threading.Event(), timeout_s)
 
 
 def test_a_value_is_there_for_all_who_ask_under_its_prefix(endpoint: Endpoint) -> None:
@@ -42,11 +42,11 @@ def test_get_waits_for_the_value(endpoint: Endpoint) -> None:
     assert found == [b"now"] * 5
 
 
-def test_a_wait_can_be_abandoned_and_the_store_goes_on(endpoint: Endpoint) -> None:
-    abandoned = threading.Event()
-    left = client(endpoint, "left", abandoned)
-    threading.Timer(0.05, abandoned.set).start()
-    with pytest.raises(GroupBroken, match="waiting for nothing was abandoned"):
+def test_a_wait_can_be_aborted_and_the_store_goes_on(endpoint: Endpoint) -> None:
+    aborted = threading.Event()
+    left = client(endpoint, "left", aborted)
+    threading.Timer(0.05, aborted.set).start()
+    with pytest.raises(GroupBroken, match="waiting for nothing was aborted"):
         left.get("nothing")
     del left
     other = client(endpoint, "left")

@@ -202,18 +202,18 @@ def test_who_finds_no_descriptor_free_waits_for_one(poor: tuple[Any, str]) -> No
     assert found == [b"value"]
 
 
-def test_a_wait_for_a_connection_can_be_abandoned() -> None:
+def test_a_wait_for_a_connection_can_be_aborted() -> None:
     """Nobody accepts, and the backlog is full."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=0)
-    port, abandoned = listener.getsockname()[1], threading.Event()
+    port, aborted = listener.getsockname()[1], threading.Event()
     full = [socket.socket() for _ in range(3)]
     for one in full:
         one.setblocking(False)
         one.connect_ex(("127.0.0.1", port))
-    threading.Timer(0.1, abandoned.set).start()
+    threading.Timer(0.1, aborted.set).start()
     started = time.monotonic()
-    with pytest.raises(GroupBroken, match="abandoned"):
-        StoreClient(f"secret@127.0.0.1:{port}", "run/1", abandoned, WAIT_S)
+    with pytest.raises(GroupBroken, match="aborted"):
+        StoreClient(f"secret@127.0.0.1:{port}", "run/1", aborted, WAIT_S)
     assert time.monotonic() - started < WAIT_S / 2
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from elastic.errors import RecipeError
-from elastic.mesh import Mesh, Seat
+from elastic.mesh import Coordinate, Mesh
 from elastic.model.backend import Spec
 from elastic.parallel.layout import Layout, balanced
 from elastic.state.relayout import moves
@@ -34,20 +34,20 @@ MESHES = [Mesh(1), Mesh(2, 1, 2), Mesh(1, 2), Mesh(2, 2, 2), Mesh(1, 4), Mesh(1,
 VALUES = {name: np.random.default_rng(len(name)).standard_normal(spec.shape) for name, spec in Model.parameters.items()}
 
 
-def part(layout: Layout, name: str, seat: Seat) -> np.ndarray:
-    box = layout.box(name, seat)
+def part(layout: Layout, name: str, coordinate: Coordinate) -> np.ndarray:
+    box = layout.box(name, coordinate)
     return VALUES[name][tuple(slice(s, s + c) for s, c in zip(box.start, box.count))]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_every_rank_has_one_seat_and_lines_meet_in_it(mesh: Mesh) -> None:
-    seats = [mesh.seat(rank) for rank in range(mesh.world_size)]
-    assert len(set(seats)) == mesh.world_size and [mesh.rank(seat) for seat in seats] == list(range(mesh.world_size))
+def test_every_rank_has_one_coordinate_and_lines_meet_in_it(mesh: Mesh) -> None:
+    coordinates = [mesh.coordinate(rank) for rank in range(mesh.world_size)]
+    assert len(set(coordinates)) == mesh.world_size and [mesh.rank(coordinate) for coordinate in coordinates] == list(range(mesh.world_size))
     for rank in range(mesh.world_size):
         for axis in ("data", "pipeline", "tensor", "expert"):
-            line = mesh.line(rank, axis)
-            assert len(line) == getattr(mesh, axis) and rank == line[getattr(mesh.seat(rank), axis)]
-        assert {mesh.seat(r).data for r in mesh.replica(rank)} == {mesh.seat(rank).data} and len(mesh.replica(rank)) == mesh.replica_size
+            line = mesh.axis_ranks(rank, axis)
+            assert len(line) == getattr(mesh, axis) and rank == line[getattr(mesh.coordinate(rank), axis)]
+        assert {mesh.coordinate(r).data for r in mesh.replica(rank)} == {mesh.coordinate(rank).data} and len(mesh.replica(rank)) == mesh.replica_size
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -55,17 +55,17 @@ def test_the_owners_parts_are_the_whole_array_once(mesh: Mesh) -> None:
     layout = Layout(Model(), mesh)
     for name, whole in VALUES.items():
         out, hits = np.full(whole.shape, np.nan), np.zeros(whole.shape, int)
-        for seat in layout.owners(name):
-            box = layout.box(name, seat)
+        for coordinate in layout.owners(name):
+            box = layout.box(name, coordinate)
             inside = tuple(slice(s, s + c) for s, c in zip(box.start, box.count))
-            out[inside] = part(layout, name, seat)
+            out[inside] = part(layout, name, coordinate)
             hits[inside] += 1
-            assert name in layout.held(seat.pipeline)
+            assert name in layout.held(coordinate.pipeline)
         assert (out == whole).all() and (hits == 1).all()
     for rank in range(mesh.world_size):
-        seat = mesh.seat(rank)
-        assert {name: spec.shape for name, spec in layout.specs(seat).items()} == {
-            name: part(layout, name, seat).shape for name in layout.held(seat.pipeline)}
+        coordinate = mesh.coordinate(rank)
+        assert {name: spec.shape for name, spec in layout.specs(coordinate).items()} == {
+            name: part(layout, name, coordinate).shape for name in layout.held(coordinate.pipeline)}
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -73,36 +73,36 @@ def test_who_shares_a_gradient(mesh: Mesh) -> None:
     """A tied parameter is summed over its stages, and what all experts' workers hold over them."""
     layout = Layout(Model(), mesh)
     for rank in range(mesh.replica_size):
-        seat = mesh.seat(rank)
-        shared = {name: one.seats for one in layout.shared(seat) for name in one.names}
-        for name in layout.held(seat.pipeline):
+        coordinate = mesh.coordinate(rank)
+        shared = {name: one.coordinates for one in layout.shared(coordinate) for name in one.names}
+        for name in layout.held(coordinate.pipeline):
             stages = {p for p in range(mesh.pipeline) if name in layout.held(p)}
             expected = len(stages) * (1 if name == "h1.up" else mesh.expert)
-            assert len(shared.get(name, (seat,))) == expected
-            assert seat in shared.get(name, (seat,)) and {s.tensor for s in shared.get(name, (seat,))} == {seat.tensor}
+            assert len(shared.get(name, (coordinate,))) == expected
+            assert coordinate in shared.get(name, (coordinate,)) and {s.tensor for s in shared.get(name, (coordinate,))} == {coordinate.tensor}
 
 
 @pytest.mark.parametrize(("old", "new"), list(itertools.permutations([Mesh(1, 1, 4), Mesh(2, 1, 2), Mesh(1, 4), Mesh(4), Mesh(2, 2)], 2)), ids=str)
 def test_moves_carry_every_part_from_any_mesh_to_any_other(old: Mesh, new: Mesh) -> None:
     before, after = Layout(Model(), old), Layout(Model(), new)
-    holders = {rank: old.seat(rank) for rank in range(old.world_size)}
+    holders = {rank: old.coordinate(rank) for rank in range(old.world_size)}
     for name, whole in VALUES.items():
-        outs = {rank: np.full(after.box(name, new.seat(rank)).count, np.nan)
-                for rank in range(new.world_size) if name in after.held(new.seat(rank).pipeline)}
+        outs = {rank: np.full(after.box(name, new.coordinate(rank)).count, np.nan)
+                for rank in range(new.world_size) if name in after.held(new.coordinate(rank).pipeline)}
         for move in moves(name, before, holders, after):
-            source, target = before.box(name, holders[move.source]), after.box(name, new.seat(move.to))
+            source, target = before.box(name, holders[move.source]), after.box(name, new.coordinate(move.to))
             given = part(before, name, holders[move.source])[tuple(
                 slice(s - b, s - b + c) for s, b, c in zip(move.box.start, source.start, move.box.count))]
             outs[move.to][tuple(slice(s - b, s - b + c) for s, b, c in zip(move.box.start, target.start, move.box.count))] = given
         for rank, out in outs.items():
-            assert (out == part(after, name, new.seat(rank))).all()
-        assert whole.shape == before.box(name, Seat()).shape
+            assert (out == part(after, name, new.coordinate(rank))).all()
+        assert whole.shape == before.box(name, Coordinate()).shape
 
 
 def test_a_part_that_nobody_holds_is_no_plan() -> None:
     old = Mesh(1, 1, 2)
     with pytest.raises(ValueError, match="of wte the members hold 16 of the 28 elements"):
-        moves("wte", Layout(Model(), old), {0: old.seat(0)}, Layout(Model(), Mesh(1)))
+        moves("wte", Layout(Model(), old), {0: old.coordinate(0)}, Layout(Model(), Mesh(1)))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 5])

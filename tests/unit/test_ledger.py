@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from elastic.controller.run_log import Books
+from elastic.controller.run_log import RunLog
 from elastic.data import Sampler
 from elastic.data.ledger import Ledger, NotedLoader, digest
 from elastic.data.order import Mixture, Rows
@@ -36,10 +36,10 @@ def kept(run_dir: Path) -> list[tuple[int, int, int, int, int]]:
 
 
 def written(run_dir: Path, of: Sampler, steps: int = 1000) -> list[dict[str, Any]]:
-    books = Books(run_dir)
+    run_log = RunLog(run_dir)
     for line in metrics(of)[:steps]:
-        books.metric(line["generation"], line)
-    books.close()
+        run_log.metric(line["generation"], line)
+    run_log.close()
     return read_lines(run_dir / "metrics.jsonl")
 
 
@@ -99,9 +99,9 @@ def test_rows_on_disk_are_the_samplers_and_the_lines_know_nothing_of_them(tmp_pa
 
 
 def test_a_run_without_a_ledger_has_none(tmp_path: Path) -> None:
-    books = Books(tmp_path)
-    books.metric(1, {key: value for key, value in metrics(sampler())[0].items() if key != "ledger"})
-    books.close()
+    run_log = RunLog(tmp_path)
+    run_log.metric(1, {key: value for key, value in metrics(sampler())[0].items() if key != "ledger"})
+    run_log.close()
     assert not (tmp_path / FOLDER).exists()
 
 
@@ -109,14 +109,14 @@ def test_a_run_without_a_ledger_has_none(tmp_path: Path) -> None:
 def test_it_is_cut_back_with_the_metrics(step: int, tmp_path: Path) -> None:
     of = sampler()
     written(tmp_path, of)
-    books = Books(tmp_path, written=step)
-    books.metrics.cut_back(step)
+    run_log = RunLog(tmp_path, written=step)
+    run_log.metrics.cut_back(step)
     assert [row[2] for row in kept(tmp_path)] == list(range(min(step * BATCH, EPOCHS * SIZE)))
     for line in metrics(of)[step:]:
-        books.metric(9, {**line, "generation": 9})
-    books.cut_back(max(step, 5))
-    books.metric(9, {**metrics(of)[5], "generation": 10})
-    books.close()
+        run_log.metric(9, {**line, "generation": 9})
+    run_log.cut_back(max(step, 5))
+    run_log.metric(9, {**metrics(of)[5], "generation": 10})
+    run_log.close()
     assert not prove(tmp_path, read_lines(tmp_path / "metrics.jsonl"))[0]
 
 

@@ -18,7 +18,7 @@ from elastic.model.backend import ShardResult, Spec
 from elastic.state.state import State
 from elastic.worker import training as module
 from elastic.worker.gradients import shard_seed
-from elastic.worker.loop import begin, commit, train
+from elastic.worker.loop import apply_update, begin, train
 from elastic.worker.loop_control import Control
 from elastic.worker.training import Placement, Plan, Training
 from tests.support.rules import OPTIMIZER
@@ -116,7 +116,7 @@ def run_all(members: list[Member], generation: Generation) -> list[Any]:
         try:
             out[rank] = members[rank].train(group, generation)
         except Exception as error:
-            group.abandon()
+            group.abort()
             out[rank] = error
 
     threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(len(members))]
@@ -181,7 +181,7 @@ def test_a_member_that_missed_the_vote_applies_what_it_holds() -> None:
         member.held.gradient[0] = 46.0
         member.held.step = 1
     ballot = Ballot(1, (10.0, 11.0, 12.0, 13.0), (2.0,) * 4)
-    commit(seen, ballot)
+    apply_update(seen, ballot)
     assert run_all([seen, missed], generation_of(2, number=2, committed=1, ballot=ballot)) == ["done", "done"]
     assert seen.w == missed.w == np.float32(expected(STEPS))
 

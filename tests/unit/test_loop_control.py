@@ -11,10 +11,10 @@ from elastic.worker.loop_control import Control
 
 class Group:
     def __init__(self) -> None:
-        self.is_abandoned = False
+        self.is_aborted = False
 
-    def abandon(self) -> None:
-        self.is_abandoned = True
+    def abort(self) -> None:
+        self.is_aborted = True
 
 
 def inside(generation: int) -> tuple[Control, Group]:
@@ -36,11 +36,11 @@ def test_a_stop_request_belongs_to_its_generation_and_the_largest_wins() -> None
     assert control.stop_request() == STOP
 
 
-def test_abandoning_reaches_the_group_and_ends_the_next_phase() -> None:
+def test_aborting_reaches_the_group_and_ends_the_next_phase() -> None:
     control, group = inside(2)
     control.at(5, "forward")
-    control.abandon(2)
-    assert group.is_abandoned and control.abandoned.is_set()
+    control.abort(2)
+    assert group.is_aborted and control.aborted.is_set()
     with pytest.raises(GroupBroken, match="Generation 2"):
         control.at(5, "backward")
     with pytest.raises(GroupBroken), control.collective(5, "vote"):
@@ -48,31 +48,31 @@ def test_abandoning_reaches_the_group_and_ends_the_next_phase() -> None:
     assert (control.inside, control.waiting) == (0, False)
 
 
-def test_an_older_generation_s_abandonment_does_nothing() -> None:
+def test_an_older_generation_s_abort_does_nothing() -> None:
     control, group = inside(3)
-    control.abandon(2)
+    control.abort(2)
     control.at(1, "forward")
-    assert not group.is_abandoned
+    assert not group.is_aborted
 
 
-def test_a_generation_abandoned_before_it_began_stays_so() -> None:
+def test_a_generation_aborted_before_it_began_stays_so() -> None:
     control = Control()
-    control.abandon(4)
+    control.abort(4)
     control.enter(4)
     late = Group()
     control.attach(late)
-    assert control.abandoned.is_set() and late.is_abandoned
+    assert control.aborted.is_set() and late.is_aborted
     control.enter(5)
     control.at(1, "forward")
     assert control.generation == 5
 
 
-def test_an_abandonment_between_entry_and_group_reaches_the_group() -> None:
+def test_an_abort_between_entry_and_group_reaches_the_group() -> None:
     control, group = Control(), Group()
     control.enter(1)
-    control.abandon(1)
+    control.abort(1)
     control.attach(group)
-    assert group.is_abandoned
+    assert group.is_aborted
 
 
 def test_the_count_of_collectives_tells_where_it_waits() -> None:

@@ -57,9 +57,9 @@ def test_too_few_wait_and_go_on() -> None:
 # Losses.
 
 
-def test_a_loss_abandons_the_rest_and_forms_anew_when_all_stand() -> None:
+def test_a_loss_aborts_the_rest_and_forms_anew_when_all_stand() -> None:
     machine = group("a", "b", "c")
-    assert machine.feed(m.Lost("b", "killed")) == [m.Abandon("a", 1), m.Abandon("c", 1)]
+    assert machine.feed(m.Lost("b", "killed")) == [m.Abort("a", 1), m.Abort("c", 1)]
     assert machine.stand("c", "broken", 9) == []
     form = only(machine.stand("a", "broken", 9), m.Form)
     assert (form.generation.members, form.generation.committed, form.generation.healers) == (("a", "c"), 9, ())
@@ -68,7 +68,7 @@ def test_a_loss_abandons_the_rest_and_forms_anew_when_all_stand() -> None:
 
 def test_the_word_of_a_peer_is_enough() -> None:
     machine = group("a", "b", "c")
-    assert machine.stand("a", "broken", 9) == [m.Abandon("b", 1), m.Abandon("c", 1)]
+    assert machine.stand("a", "broken", 9) == [m.Abort("b", 1), m.Abort("c", 1)]
     machine.stand("b", "broken", 9)
     assert machine.state.phase == "regrouping"
     assert only(machine.feed(m.Lost("c", "killed")), m.Form).generation.members == ("a", "b")
@@ -324,9 +324,9 @@ def test_interrupted_while_regrouping() -> None:
 
 def test_the_same_error_on_the_same_step_twice_is_poison() -> None:
     machine = group("a", "b")
-    assert machine.stand("a", "failed", 5, error="ZeroDivisionError") == [m.Abandon("b", 1)]
+    assert machine.stand("a", "failed", 5, error="ZeroDivisionError") == [m.Abort("b", 1)]
     assert kinds(machine.stand("b", "failed", 5, error="ZeroDivisionError")) == ["Form"]  # both at once is still once
-    assert machine.stand("b", "failed", 5, error="ZeroDivisionError") == [m.Abandon("a", 2)]
+    assert machine.stand("b", "failed", 5, error="ZeroDivisionError") == [m.Abort("a", 2)]
     assert machine.stand("a", "broken", 5) == [m.SaveAlone("b", 2, 5), m.Finish("failed", "ZeroDivisionError")]
 
 
@@ -346,7 +346,7 @@ def test_an_error_inside_an_update_is_of_the_step_that_was_voted() -> None:
 
 def test_a_fatal_error_fails_once_all_have_left_and_the_state_is_saved() -> None:
     machine = group("a", "b")
-    assert machine.stand("a", "failed", 5, error="The loss is nan", fatal=True) == [m.Abandon("b", 1)]
+    assert machine.stand("a", "failed", 5, error="The loss is nan", fatal=True) == [m.Abort("b", 1)]
     assert machine.feed(m.GiveUp("another reason"), m.Interrupt()) == [], "the first reason is the one"
     assert machine.stand("b", "broken", 5) == [m.SaveAlone("a", 1, 5), m.Finish("failed", "The loss is nan")]
 

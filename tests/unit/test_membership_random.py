@@ -27,11 +27,11 @@ class Worker:
     committed: int = -1
     holds: int = -1
     ballot: Ballot | None = None
-    degrees: Degrees = (1, 1, 1)  # what it holds: the state of one seat of a replica of these
-    seat: int = -1
+    degrees: Degrees = (1, 1, 1)  # what it holds: the state of one coordinate of a replica of these
+    coordinate: int = -1
     is_healing: bool = False
     moves_to: tuple[Degrees, int] | None = None  # where its state is being laid anew
-    is_told: bool = False  # to abandon its generation
+    is_told: bool = False  # to abort its generation
     stop: int = 0
     last: Standing | None = None
 
@@ -81,14 +81,14 @@ class World:
             worker.committed = action.step
         assert worker.at == 0 and worker.committed == action.step > 0 and action.generation == self.generation
         assert action.step == max(w.committed for name, w in self.workers.items() if name in self.group)
-        assert (worker.seat, math.prod(worker.degrees)) == (action.rank, action.world_size)
+        assert (worker.coordinate, math.prod(worker.degrees)) == (action.rank, action.world_size)
         if self.draw.random() < 0.7:
             parts = self.saving.setdefault((action.generation, action.step, action.world_size), set())
             parts.add(action.rank)
             if len(parts) == action.world_size:
                 self.saved = max(self.saved, action.step)
 
-    def on_abandon(self, action: m.Abandon) -> None:
+    def on_abort(self, action: m.Abort) -> None:
         assert action.generation == self.generation and action.worker in self.group
         self.workers[action.worker].is_told = True
 
@@ -135,16 +135,16 @@ class World:
         if generation.relaid:
             degrees = generation.relaid[0].mesh[1:]
             assert degrees != generation.mesh[1:] and not generation.healers and len(generation.relaid) == len(members)
-            assert {holder.seat for holder in generation.relaid} >= set(range(math.prod(degrees))), "a part comes from nowhere"
+            assert {holder.coordinate for holder in generation.relaid} >= set(range(math.prod(degrees))), "a part comes from nowhere"
 
     def is_whole(self, step: int) -> bool:
-        """Whether the living have every seat of one mesh at this step."""
+        """Whether the living have every coordinate of one mesh at this step."""
         ballot = any(w.ballot and w.ballot.step == w.committed == step for name, w in self.workers.items() if name in self.group)
         held: dict[Degrees, set[int]] = {}
         for name, worker in self.workers.items():
             if worker.committed == step or (name in self.group and ballot and worker.committed == step - 1 and worker.holds == step):
-                held.setdefault(worker.degrees, set()).add(worker.seat)
-        return step >= 0 and any(len(seats - {-1}) == math.prod(degrees) for degrees, seats in held.items())
+                held.setdefault(worker.degrees, set()).add(worker.coordinate)
+        return step >= 0 and any(len(coordinates - {-1}) == math.prod(degrees) for degrees, coordinates in held.items())
 
     def enter(self, worker: Worker, generation: Generation, rank: int, is_load: bool) -> None:
         """As the loop's `begin` does, up to the heal."""
@@ -152,7 +152,7 @@ class World:
         mine = generation.mesh[1:], rank % math.prod(generation.mesh[1:])
         if is_load:
             worker.committed, worker.ballot = generation.committed, None
-            worker.degrees, worker.seat = mine
+            worker.degrees, worker.coordinate = mine
         elif worker.committed == generation.committed - 1 and worker.holds == generation.committed and generation.ballot:
             assert generation.ballot.step == generation.committed
             worker.committed = generation.committed
@@ -160,8 +160,8 @@ class World:
         if generation.relaid:
             holder = generation.relaid[rank]
             assert holder.rank == rank
-            if holder.seat >= 0:
-                assert (worker.degrees, worker.seat, worker.committed) == (holder.mesh[1:], holder.seat, generation.committed)
+            if holder.coordinate >= 0:
+                assert (worker.degrees, worker.coordinate, worker.committed) == (holder.mesh[1:], holder.coordinate, generation.committed)
             else:
                 worker.committed = -1
             worker.moves_to = mine
@@ -170,12 +170,12 @@ class World:
         worker.is_healing = rank in healers
         if worker.is_healing:
             assert healers[rank] not in healers
-            assert healers[rank] % math.prod(mine[0]) == mine[1], "healed by one that holds another seat"
+            assert healers[rank] % math.prod(mine[0]) == mine[1], "healed by one that holds another coordinate"
             worker.committed = -1
-            worker.degrees, worker.seat = mine
+            worker.degrees, worker.coordinate = mine
         else:
             assert worker.committed == generation.committed, "a member starts from another step, and nobody heals it"
-            assert (worker.degrees, worker.seat) == mine, "a member starts with another seat's state"
+            assert (worker.degrees, worker.coordinate) == mine, "a member starts with another coordinate's state"
 
     # The workers' side.
 
@@ -211,7 +211,7 @@ class World:
 
     def move(self, worker: Worker) -> None:
         if worker.moves_to:
-            worker.degrees, worker.seat = worker.moves_to
+            worker.degrees, worker.coordinate = worker.moves_to
             worker.moves_to = None
 
     def finish(self, present: list[tuple[str, Worker]]) -> None:
@@ -230,7 +230,7 @@ class World:
         committed = -1 if worker.is_healing else worker.committed
         worker.moves_to = None  # what it had is whole until all have moved
         worker.last = Standing(name, worker.at, reason, committed, worker.holds, worker.ballot, state_sha256=str(committed),
-                               mesh=(0, *worker.degrees), seat=worker.seat, **more)
+                               mesh=(0, *worker.degrees), coordinate=worker.coordinate, **more)
         worker.at, worker.committed, worker.is_healing = 0, committed, False
         self.feed(worker.last)
 

@@ -25,7 +25,7 @@ from elastic.observe.status import status_lines
 from elastic.observe.verify import verify
 from elastic.parallel.schedules import build
 from elastic.parallel.simulator import Costs, simulate
-from tests.support.books import mismatch
+from tests.support.run_logs import mismatch
 
 START = 1_000_000.0
 Lines = list[dict[str, Any]]

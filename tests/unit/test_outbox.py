@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from elastic.controller.mailbox import Inbox
+from elastic.controller.mailbox import Mailbox
 from elastic.messages import Line, Part, Progress
 from elastic.worker.loop_control import Control
 from elastic.worker.outbox import Outbox
@@ -117,13 +117,13 @@ def test_what_could_not_be_delivered_is_sent_again(start: Start) -> None:
 
 def test_what_arrived_but_was_not_acknowledged_is_taken_once(start: Start) -> None:
     """The answer got lost: the whole batch comes again, and the rest behind it."""
-    inbox = Inbox()
+    mailbox = Mailbox()
 
     class Forgetful(Controller):
         lost = 1
 
         def deliver(self, messages: Sequence[Any], number: int) -> int:
-            answer = super().deliver(inbox.fresh("w", messages, number), number)
+            answer = super().deliver(mailbox.fresh("w", messages, number), number)
             if self.lost and self.messages:
                 self.lost -= 1
                 raise ConnectionError("it fell after it had heard this")

@@ -1,4 +1,4 @@
-"""Who keeps what, over random histories of worlds. The oracle is a set of keepers for every single block."""
+"""Who keeps what, over random histories of worlds. The oracle is a set of holders for every single block."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.boxes import union, without
-from elastic.state.ownership import by_twins, cuts, kept, lacking, moves, owned, rounds
+from elastic.state.ownership import by_twins, cuts, held, lacking, moves, owned, rounds
 
-stretches = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)).map(lambda pair: (min(pair), max(pair))), max_size=5)
+ranges = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)).map(lambda pair: (min(pair), max(pair))), max_size=5)
 
 
 def places(found: list) -> set[int]:
@@ -22,18 +22,18 @@ def places(found: list) -> set[int]:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 def test_every_block_has_one_owner_and_one_twin_beside_it(size: int, num_blocks: int) -> None:
     for block in range(num_blocks):
-        owners = [r for r in range(size) if block in places([kept(r, size, num_blocks, True)[0]])]
-        twins = [r for r in range(size) if block in places([kept(r, size, num_blocks, True)[1]])]
+        owners = [r for r in range(size) if block in places([held(r, size, num_blocks, True)[0]])]
+        twins = [r for r in range(size) if block in places([held(r, size, num_blocks, True)[1]])]
         assert len(owners) == 1 and twins == ([(owners[0] + 1) % size] if size > 1 else [])
     most = -(-num_blocks // size)
     for rank in range(size):
-        own, twin = kept(rank, size, num_blocks, True)
+        own, twin = held(rank, size, num_blocks, True)
         assert own[1] - own[0] <= most and twin[1] - twin[0] <= most
         assert own == owned(rank, size, num_blocks) == (cuts(size, num_blocks)[rank], cuts(size, num_blocks)[rank + 1])
-        assert kept(rank, size, num_blocks, False) == (own, (0, 0))
+        assert held(rank, size, num_blocks, False) == (own, (0, 0))
 
 
-@given(stretches, stretches)
+@given(ranges, ranges)
 @settings(max_examples=300, deadline=None)
 def test_union_and_without_are_those_of_sets(one: list, other: list) -> None:
     assert places(union(one)) == places(one)
@@ -42,10 +42,10 @@ def test_union_and_without_are_those_of_sets(one: list, other: list) -> None:
     assert places(lacking([one, other], 12)) == set(range(12)) - places(one) - places(other)
 
 
-@given(st.lists(stretches, min_size=1, max_size=5), st.integers(1, 4), st.randoms())
+@given(st.lists(ranges, min_size=1, max_size=5), st.integers(1, 4), st.randoms())
 @settings(max_examples=300, deadline=None)
 def test_moves_bring_everybody_what_it_wants_and_nothing_else(have: list, grain: int, luck: random.Random) -> None:
-    somewhere = [stretch for stretches in have for stretch in stretches]
+    somewhere = [one for ranges in have for one in ranges]
     want = [[luck.choice(somewhere)] if somewhere and luck.random() < 0.7 else [] for _ in have]
     found = moves(have, want, grain)
     for rank in range(len(have)):
@@ -80,7 +80,7 @@ def test_one_loss_at_a_time_loses_nothing_with_a_twin(seed: int, twin: bool) -> 
         lost = luck.randrange(size) if size > 1 and luck.random() < 0.7 else None
         alive = [(r, mine) for r, mine in enumerate(held) if r != lost]
         luck.shuffle(alive)
-        have = [kept(r, size, num_blocks, twin) for r, _ in alive]
+        have = [held(r, size, num_blocks, twin) for r, _ in alive]
         if lost is not None:
             assert places(by_twins(have)) == (places([owned(lost, size, num_blocks)]) if twin else set())
         gone = lacking(have, num_blocks)
@@ -89,7 +89,7 @@ def test_one_loss_at_a_time_loses_nothing_with_a_twin(seed: int, twin: bool) -> 
             break
         joined = [{} for _ in range(luck.randrange(3) if len(alive) < 5 else 0)]
         before, have = [mine for _, mine in alive] + joined, have + [((0, 0), (0, 0)) for _ in joined]
-        want = [kept(r, len(before), num_blocks, twin) for r in range(len(before))]
+        want = [held(r, len(before), num_blocks, twin) for r in range(len(before))]
         held = [{block: mine[block] for block in places(list(w)) & mine.keys()} for mine, w in zip(before, want)]
         for move in moves(have, want, 2):
             for block in range(move.low, move.high):

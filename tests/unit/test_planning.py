@@ -60,7 +60,7 @@ def test_every_legal_mesh_is_there(file: Path) -> None:
     assert {one.mesh.data for one in found if one.mesh.replica_size == 1} == {1, 2, 4}
 
 
-def test_memory_is_that_of_the_state_on_a_seat(file: Path) -> None:
+def test_memory_is_that_of_the_state_on_a_coordinate(file: Path) -> None:
     """Parameters and slots of the worker that holds most, counted in its arrays."""
     recipe = load_recipe(file)
     opened = Workload.open(recipe, workload.prepare(recipe))
@@ -69,7 +69,7 @@ def test_memory_is_that_of_the_state_on_a_seat(file: Path) -> None:
         layout = laid(recipe, opened, replace(one.mesh, data=1))
         held = []
         for rank in range(layout.mesh.world_size):
-            state: State = place_on(recipe, opened, layout.mesh, layout.mesh.seat(rank)).state
+            state: State = place_on(recipe, opened, layout.mesh, layout.mesh.coordinate(rank)).state
             held.append((state.param.nbytes, sum(slot.nbytes for slot in state.slots.values())))
         stages = [costs.stage_memory(plan.asked.task, one.candidate, stage, 0) for stage in range(layout.mesh.pipeline)]
         memory = max(stages, key=lambda each: each.parameters)
@@ -87,11 +87,11 @@ def test_memory_of_a_sharded_optimizer_is_that_of_its_slots(twin: str, file: Pat
         layout = laid(recipe, opened, replace(one.mesh, data=1))
         for stage in range(layout.mesh.pipeline):
             held = []
-            for seat in (layout.mesh.seat(rank) for rank in range(layout.mesh.world_size)):
-                state = place_on(recipe, opened, layout.mesh, seat).state
+            for coordinate in (layout.mesh.coordinate(rank) for rank in range(layout.mesh.world_size)):
+                state = place_on(recipe, opened, layout.mesh, coordinate).state
                 assert state.is_sharded
-                for rank in range(one.mesh.data if seat.pipeline == stage else 0):
-                    state.keep(rank, one.mesh.data)
+                for rank in range(one.mesh.data if coordinate.pipeline == stage else 0):
+                    state.own_as(rank, one.mesh.data)
                     held.append(sum(slot.nbytes for slot in state.slots.values()))
             planned = costs.stage_memory(plan.asked.task, one.candidate, stage, 0).optimizer
             assert planned == max(held)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,16 +14,13 @@ from elastic.controller.policy import (
     NODE_LOSSES,
     NODE_WINDOW_S,
     Bounds,
-    Heartbeat,
     Losses,
     banned_nodes,
     gives_up,
     note_loss,
     restart_delay_s,
-    suspects,
     world_size,
 )
-from elastic.messages import Progress
 
 
 @given(low=st.integers(1, 6), more=st.integers(0, 6), shards=st.integers(1, 32), available=st.integers(0, 20), target=st.integers(1, 20))
@@ -104,53 +99,3 @@ def test_not_all_nodes_are_banned() -> None:
     losses = losses_on("only", 0.0, 1.0, 2.0, 3.0)
     assert banned_nodes(losses, 3.0, ["only"]) == ()
     assert banned_nodes(losses_on("", 0.0, 1.0, 2.0), 3.0, ["a", "b"]) == ()  # a worker that never said where it was
-
-
-def beat(inside: int = 3, waiting: bool = True, changed_s: float = 0.0, received_s: float = 100.0, phase: str = "reduction") -> Heartbeat:
-    return Heartbeat(Progress("w", 1, 7, phase, inside, waiting), changed_s, received_s)
-
-
-def suspected(beats: dict[str, Heartbeat], now_s: float = 100.0) -> tuple[str, ...]:
-    return suspects(beats, now_s, timeout_s=30.0, start_timeout_s=600.0)
-
-
-def test_whoever_has_not_entered_the_collective_is_the_suspect() -> None:
-    assert suspected({"a": beat(), "b": beat(inside=2, waiting=False, phase="forward"), "c": beat()}) == ("b",)
-    assert suspected({"a": beat(), "b": beat(inside=2), "c": beat()}) == ("b",)  # it waits in the one before
-
-
-def test_the_stages_of_a_pipeline_enter_different_collectives_and_only_who_waits_in_none_is_the_suspect() -> None:
-    """The first and the last stage of two replicas, of which one loads data for ever: its peers' counts say nothing."""
-    first, last = beat(inside=5), beat(inside=9)
-    assert suspected({"a0": first, "a1": last, "b0": first, "b1": beat(inside=8, waiting=False, phase="forward")}) == ("b1",)
-    assert suspected({"a0": first, "a1": last, "b0": first, "b1": last}) == ("a0",)  # not both who hold the first stage
-
-
-def test_nobody_is_suspect_while_anybody_moves() -> None:
-    assert suspected({"a": beat(), "b": beat(inside=2, waiting=False, changed_s=80.0)}) == ()
-    assert suspected({"a": beat(changed_s=71.0), "b": beat(inside=2, waiting=False)}) == ()
-
-
-@pytest.mark.parametrize("phase", ["start", "checkpoint"])
-def test_the_first_compile_and_the_disk_have_their_own_limit(phase: str) -> None:
-    waiting, compiling = beat(inside=1), beat(inside=0, waiting=False, phase=phase)
-    assert suspected({"a": waiting, "b": compiling}) == ()
-    assert suspects({"a": replace(waiting, received_s=700), "b": replace(compiling, received_s=700)}, 700.0, 30.0, 600.0) == ("b",)
-
-
-def test_one_that_is_not_heard_of_is_always_suspect() -> None:
-    beats = {"a": beat(changed_s=99.0), "b": beat(changed_s=60.0, received_s=60.0)}
-    assert suspected(beats) == ("b",)
-
-
-def test_all_in_the_same_collective_blame_nobody_and_one_alone_itself() -> None:
-    assert suspected({"a": beat(), "b": beat()}) == ()
-    assert suspected({"a": beat(waiting=False)}) == ("a",)
-    assert suspected({}) == ()
-
-
-@pytest.mark.parametrize("who", ["a", "b"])
-def test_all_stuck_outside_blame_nobody(who: str) -> None:
-    """Where nobody waits for anybody, no peer can tell who hangs."""
-    stuck = {name: beat(waiting=False) for name in "ab"}
-    assert who not in suspected(stuck)

@@ -8,7 +8,7 @@ import pytest
 
 from elastic.controller import membership as m
 from elastic.controller.policy import Bounds, choose, fewest, legal, world_size
-from elastic.controller.recovery import find_whole, gaps, rejoin, seat
+from elastic.controller.recovery import coordinate, find_whole, gaps, rejoin
 from elastic.messages import STOP, STOP_AND_SAVE, Holder, Standing, shape
 from tests.support.machine import PAIRS, ballot, formed, kinds, only, running, stand
 
@@ -52,7 +52,7 @@ def test_a_lost_member_breaks_its_replica_and_the_other_stays_warm() -> None:
     actions = stand(machine, "d", 9)
     generation = formed(actions)
     assert (generation.members, generation.mesh, generation.committed) == (("a", "d"), (1, 1, 2, 1), 9)
-    assert generation.healers == () and generation.relaid == (), "one of each seat is left"
+    assert generation.healers == () and generation.relaid == (), "one of each coordinate is left"
     assert kinds(actions) == ["Form"] and set(machine.state.ready) == {"a", "c", "d"}, "four are wanted: nobody is let go"
     actions = machine.ready("e")
     assert kinds(actions) == ["RequestStop"] * 2
@@ -62,7 +62,7 @@ def test_a_lost_member_breaks_its_replica_and_the_other_stays_warm() -> None:
     assert generation.healers == ((0, (2,)), (1, (3,)))
 
 
-def test_only_a_holder_of_the_same_seat_heals() -> None:
+def test_only_a_holder_of_the_same_coordinate_heals() -> None:
     machine = running("a", "b", "c", "d")
     machine.ready("x")
     machine.feed(m.Lost("c", "killed"))  # it held what `a` holds
@@ -112,16 +112,16 @@ def test_a_spare_of_a_past_that_is_given_up_counts_no_more() -> None:
     generation = formed(stand(machine, "e", 9))
     assert (generation.members, generation.committed) == (("a", "c"), -1) and "e" in machine.state.ready
     machine.feed(m.Lost("a", "killed"))  # when step 9 was reached anew
-    assert formed(stand(machine, "c", 9)).committed == -1, "what e has of seat 0 is of another step 9"
+    assert formed(stand(machine, "c", 9)).committed == -1, "what e has of coordinate 0 is of another step 9"
 
 
-def test_who_has_no_seat_has_no_state() -> None:
+def test_who_has_no_coordinate_has_no_state() -> None:
     machine = running("a", "b")
     stand(machine, "a", 9)
-    assert formed(stand(machine, "b", 9, seat=-1)).committed == -1
+    assert formed(stand(machine, "b", 9, coordinate=-1)).committed == -1
 
 
-def test_who_moves_to_another_seat_is_healed_there() -> None:
+def test_who_moves_to_another_coordinate_is_healed_there() -> None:
     machine = running("a", "b", "c", "d", "e", "f", bounds=Bounds(2, 6, 6, meshes=((1, 2, 1),)))
     machine.feed(m.Lost("d", "killed"), m.Lost("f", "killed"))
     for name in "ac":
@@ -158,7 +158,7 @@ def test_scaling_to_another_mesh_moves_the_state() -> None:
     for name in "abc":
         stand(machine, name, 5, "stopped")
     generation = formed(stand(machine, "d", 5, "stopped"))
-    assert generation.shape == shape((2, 1, 2, 1)) and [h.seat for h in generation.relaid] == [0, 1, 2, 3]
+    assert generation.shape == shape((2, 1, 2, 1)) and [h.coordinate for h in generation.relaid] == [0, 1, 2, 3]
     assert {h.mesh for h in generation.relaid} == {(0, 2, 2, 1)}
 
 
@@ -181,13 +181,13 @@ def test_a_break_before_that_checkpoint_loses_nothing() -> None:
 
 
 def test_a_move_that_broke_starts_from_where_the_state_is_whole() -> None:
-    old, new = {"mesh": (0, 1, 1, 1), "seat": 0}, {"mesh": (1, 1, 2, 1), "seat": 1}
+    old, new = {"mesh": (0, 1, 1, 1), "coordinate": 0}, {"mesh": (1, 1, 2, 1), "coordinate": 1}
     words = {"a": Standing("a", 3, "broken", 7, **old), "b": Standing("b", 3, "broken", 7, **new)}
     whole = find_whole(words, "ab", (1, 2, 1))
     assert whole and whole.degrees == (1, 1, 1)
     generation = rejoin(4, ("a", "b"), "", (1, 1, 2, 1), whole)
-    assert [h.seat for h in generation.relaid] == [0, -1]
-    words["c"] = Standing("c", 3, "broken", 7, **{**new, "seat": 0})
+    assert [h.coordinate for h in generation.relaid] == [0, -1]
+    words["c"] = Standing("c", 3, "broken", 7, **{**new, "coordinate": 0})
     words |= {name: Standing(name, 3, "broken", 7, **old) for name in "de"}
     whole = find_whole(words, "abcde", (1, 2, 1))
     assert whole and whole.degrees == (1, 2, 1), "the preferred mesh's, where both are whole"
@@ -196,7 +196,7 @@ def test_a_move_that_broke_starts_from_where_the_state_is_whole() -> None:
 # Too few.
 
 
-def test_one_of_each_seat_saves_what_it_has() -> None:
+def test_one_of_each_coordinate_saves_what_it_has() -> None:
     machine = running("a", "b", "c", "d", bounds=Bounds(4, 4, 8, meshes=((1, 2, 1),)))
     machine.feed(m.Lost("c", "killed"))
     stand(machine, "a", 9)
@@ -226,22 +226,22 @@ def test_replicas_that_differ_fail_the_run() -> None:
 
 def test_a_tensor_group_sits_on_one_node() -> None:
     nodes = {"a": "n1", "b": "n2", "c": "n1", "d": "n2"}
-    members = seat("abcd", (2, 1, 2, 1), None, nodes)
+    members = coordinate("abcd", (2, 1, 2, 1), None, nodes)
     assert members == ("a", "c", "b", "d")
-    assert seat("abcd", (1, 2, 2, 1), None, nodes) == ("a", "c", "b", "d")
-    assert seat("abcd", (4, 1, 1, 1), None, nodes) == tuple("abcd"), "where nobody shares a replica, the order stays"
+    assert coordinate("abcd", (1, 2, 2, 1), None, nodes) == ("a", "c", "b", "d")
+    assert coordinate("abcd", (4, 1, 1, 1), None, nodes) == tuple("abcd"), "where nobody shares a replica, the order stays"
 
 
 def test_a_replacement_comes_from_the_node_of_its_tensor_group() -> None:
     nodes = {"a": "n1", "b": "n1", "c": "n2", "x": "n1", "y": "n2"}
-    words = {w: Standing(w, 1, "broken", 9, mesh=(2, 1, 2, 1), seat=s) for w, s in {"a": 0, "b": 1, "c": 0}.items()}
-    assert seat("abcxy", (2, 1, 2, 1), find_whole(words, "abc", (1, 2, 1)), nodes) == ("a", "b", "c", "y")
+    words = {w: Standing(w, 1, "broken", 9, mesh=(2, 1, 2, 1), coordinate=s) for w, s in {"a": 0, "b": 1, "c": 0}.items()}
+    assert coordinate("abcxy", (2, 1, 2, 1), find_whole(words, "abc", (1, 2, 1)), nodes) == ("a", "b", "c", "y")
 
 
 def test_members_on_one_node_are_put_beside_each_other() -> None:
     nodes = {"a": "n1", "b": "n2", "c": "n2", "d": "n1"}
-    words = {w: Standing(w, 1, "broken", 9, mesh=(2, 1, 2, 1), seat=i % 2) for i, w in enumerate("abcd")}
-    assert seat("abcd", (2, 1, 2, 1), find_whole(words, "abcd", (1, 2, 1)), nodes) == ("a", "d", "c", "b")
+    words = {w: Standing(w, 1, "broken", 9, mesh=(2, 1, 2, 1), coordinate=i % 2) for i, w in enumerate("abcd")}
+    assert coordinate("abcd", (2, 1, 2, 1), find_whole(words, "abcd", (1, 2, 1)), nodes) == ("a", "d", "c", "b")
 
 
 @pytest.mark.parametrize(("nodes", "tensor", "found"), [

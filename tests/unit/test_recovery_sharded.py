@@ -7,21 +7,21 @@ from typing import Any
 from elastic.controller import membership as m
 from elastic.controller.policy import Bounds
 from elastic.messages import STOP, STOP_AND_SAVE, Generation
-from elastic.state.ownership import kept
+from elastic.state.ownership import held
 from tests.support.machine import Machine, ballot, formed, only, running, stand
 
-TWINS, SINGLE = Bounds(1, 4, 8, keepers=2), Bounds(1, 4, 8, keepers=1)
+TWINS, SINGLE = Bounds(1, 4, 8, holders=2), Bounds(1, 4, 8, holders=1)
 BLOCKS = 8
 
 
 def stands(machine: Machine, name: str, committed: int, **more: Any) -> list[Any]:
     group, bounds = machine.state.group, machine.state.bounds
-    mine = kept(group.index(name), len(group), BLOCKS, bounds.keepers > 1)
+    mine = held(group.index(name), len(group), BLOCKS, bounds.holders > 1)
     return stand(machine, name, committed, **{"kept": mine, "blocks": BLOCKS, **more})
 
 
 def places(generation: Generation) -> set[int]:
-    return {block for stretches in generation.kept for low, high in stretches for block in range(low, high)}
+    return {block for ranges in generation.held for low, high in ranges for block in range(low, high)}
 
 
 def test_a_lost_owner_has_a_twin() -> None:
@@ -31,7 +31,7 @@ def test_a_lost_owner_has_a_twin() -> None:
         stands(machine, name, 7)
     generation = formed(stands(machine, "d", 7))
     assert generation.committed == 7 and not generation.load and generation.torn == ()
-    assert generation.kept == (((0, 2), (6, 8)), ((4, 6), (2, 4)), ((6, 8), (4, 6))) and places(generation) == set(range(8))
+    assert generation.held == (((0, 2), (6, 8)), ((4, 6), (2, 4)), ((6, 8), (4, 6))) and places(generation) == set(range(8))
 
 
 def test_owner_and_twin_lost_is_a_start_from_a_checkpoint() -> None:
@@ -39,7 +39,7 @@ def test_owner_and_twin_lost_is_a_start_from_a_checkpoint() -> None:
     machine.feed(m.Lost("b", "killed"), m.Lost("c", "killed"))
     stands(machine, "a", 7)
     generation = formed(stands(machine, "d", 7))
-    assert generation.committed == -1 and generation.kept == ()
+    assert generation.committed == -1 and generation.held == ()
 
 
 def test_without_twins_any_loss_is_one_and_a_stop_of_all_is_none() -> None:
@@ -71,11 +71,11 @@ def test_who_lacks_what_others_keep_is_named() -> None:
 
 
 def test_a_joiner_has_nothing() -> None:
-    machine = running("a", "b", bounds=Bounds(1, 3, 9, keepers=2))
+    machine = running("a", "b", bounds=Bounds(1, 3, 9, holders=2))
     machine.feed(m.Starting("c"), m.Ready("c", "n", 1, "c:1"))
     stands(machine, "a", 7, reason="stopped")
     generation = formed(stands(machine, "b", 7, reason="stopped"))
-    assert generation.members == ("a", "b", "c") and generation.kept == (((0, 4), (4, 8)), ((4, 8), (0, 4)), ())
+    assert generation.members == ("a", "b", "c") and generation.held == (((0, 4), (4, 8)), ((4, 8), (0, 4)), ())
     assert generation.healers == ((0, (2,)),) and generation.torn == ()
 
 
@@ -104,7 +104,7 @@ def saves(actions: list[Any]) -> list[tuple[str, int, int]]:
 
 
 def test_too_few_write_down_what_they_own_and_what_they_are_the_twin_of() -> None:
-    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, keepers=2))
+    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, holders=2))
     machine.feed(m.Lost("b", "killed"))
     stands(machine, "a", 7)
     actions = stands(machine, "c", 7)
@@ -121,14 +121,14 @@ def test_at_a_failed_end_each_owner_writes_its_part() -> None:
 
 def test_a_torn_owner_is_its_twin_s_to_write_down() -> None:
     """b's update failed half-way: it has no state any more."""
-    machine = running("a", "b", "c", bounds=Bounds(1, 3, 9, keepers=2))
-    stands(machine, "b", -1, reason="failed", error="no", fatal=True, kept=(), seat=-1)
+    machine = running("a", "b", "c", bounds=Bounds(1, 3, 9, holders=2))
+    stands(machine, "b", -1, reason="failed", error="no", fatal=True, held=(), coordinate=-1)
     stands(machine, "a", 7)
     assert saves(stands(machine, "c", 7)) == [("a", 0, 3), ("c", 1, 3), ("c", 2, 3)]
 
 
 def test_nobody_writes_down_what_is_nowhere() -> None:
-    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, keepers=1))
+    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, holders=1))
     machine.feed(m.Lost("b", "killed"))
     stands(machine, "a", 7)
     assert saves(stands(machine, "c", 7)) == []
@@ -136,7 +136,7 @@ def test_nobody_writes_down_what_is_nowhere() -> None:
 
 def test_who_holds_the_last_step_applies_it_before_the_end_and_only_then() -> None:
     """Of three one is lost in a vote that one other saw complete."""
-    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, keepers=2))
+    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, holders=2))
     machine.feed(m.Lost("b", "killed"))
     stands(machine, "a", 7, ballot=ballot(7))
     assert saves(stands(machine, "c", 6, holds=7)) == [], "they may go on, from where they say that they stand"

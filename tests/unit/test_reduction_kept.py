@@ -1,4 +1,4 @@
-"""Sums of which everybody gets its own stretch: the bits of the whole tree's sum, cut by hand."""
+"""Sums of which everybody gets its own range: the bits of the whole tree's sum, cut by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_everybody_gets_the_trees_bits_of_what_it_keeps(num_shards: int, num_blo
         def member(rank: int, group: Any) -> np.ndarray:
             group = group if size > 1 else SoloGroup()
             sums = sums_of(group, leaves).nodes()
-            return reduction.reduce_kept(group, sums, num_shards, dirty(len(whole)), where, twin, Scratch(dirty), chunk).copy()
+            return reduction.reduce_held(group, sums, num_shards, dirty(len(whole)), where, twin, Scratch(dirty), chunk).copy()
 
         for rank, result in enumerate(together(size, member)):
             expected = np.concatenate([whole[where[r]:where[r + 1]] for r in ([rank, (rank - 1) % size] if twin and size > 1 else [rank])])
@@ -71,7 +71,7 @@ def test_everybody_gets_the_trees_bits_of_what_it_keeps(num_shards: int, num_blo
 
 @pytest.mark.parametrize("chunk", [1, 48, 1000])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_owners_give_their_stretches(size: int, chunk: int) -> None:
+def test_owners_give_their_chunks(size: int, chunk: int) -> None:
     where = [BLOCK * cut for cut in cuts(size, 7)]
     whole = leaves_of(1, 7 * BLOCK)[0]
 
@@ -91,7 +91,7 @@ def test_a_twin_costs_its_share_of_the_traffic(size: int) -> None:
     where = [BLOCK * cut for cut in cuts(size, 8)]
 
     def member(group: Counted, twin: bool) -> int:
-        reduction.reduce_kept(group, sums_of(group, leaves).nodes(), 8, dirty(8 * BLOCK), where, twin, Scratch(dirty))
+        reduction.reduce_held(group, sums_of(group, leaves).nodes(), 8, dirty(8 * BLOCK), where, twin, Scratch(dirty))
         reduction.gather_owned(group, dirty(8 * BLOCK), where, Scratch(dirty))
         return group.sent
 
@@ -103,4 +103,4 @@ def test_a_twin_costs_its_share_of_the_traffic(size: int) -> None:
 def test_sums_of_another_run_are_refused() -> None:
     group = Hub().form(0, 0, 2)
     with pytest.raises(ValueError, match="has the sums"):
-        reduction.reduce_kept(group, [((0, 1), dirty(4))], 4, dirty(4), [0, 2, 4], True, Scratch(dirty))
+        reduction.reduce_held(group, [((0, 1), dirty(4))], 4, dirty(4), [0, 2, 4], True, Scratch(dirty))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from elastic.checkpoint.manager import committed, read_manifest
-from elastic.controller.checkpoints import Commits
+from elastic.controller.checkpoints import Checkpoints
 from elastic.errors import NonFiniteLoss, RunFailed
 from elastic.messages import Part, Save
 from elastic.storage import store as stores
@@ -63,7 +63,7 @@ def test_training_goes_on_while_it_is_written_and_what_is_written_is_the_state_o
     (part,) = posted
     assert (part.worker, part.generation, part.step, part.rank, part.world_size, part.error) == ("w0", 1, 50, 0, 1, "")
     assert part.seconds >= part.stall_s >= 0
-    found = Commits(str(tmp_path), 3, "").take(part, 50)
+    found = Checkpoints(str(tmp_path), 3, "").take(part, 50)
     assert found is not None and found.event == "checkpoint_committed" and found.fields["bytes"] > 10_000
     arrays, manifest = load(Store.open(tmp_path), "step-00000050")
     assert_same(arrays, values(50))
@@ -149,39 +149,39 @@ def test_a_state_that_is_not_finite_is_no_checkpoint(value: float, tmp_path: Pat
 
 def test_a_checkpoint_counts_with_its_last_part_whatever_the_order(tmp_path: Path) -> None:
     parts = write_parts(str(tmp_path), 50, 3, loss=1.0)
-    commits, ready = Commits(str(tmp_path), 3, ""), []
+    checkpoints, ready = Checkpoints(str(tmp_path), 3, ""), []
     for part in (parts[2], parts[2], parts[0]):  # one is told twice
-        assert commits.take(part, 50, lambda: ready.append(1)) is None
-    assert committed(commits.store) == [] and not ready
-    found = commits.take(parts[1], 50, lambda: ready.append(1))
-    assert found is not None and not found.error and ready == [1] and commits.newest == 50
-    assert commits.take(parts[1], 50) is None, "it is told again"
-    assert read_manifest(commits.store, "step-00000050").eval == {"loss": 1.0}
+        assert checkpoints.take(part, 50, lambda: ready.append(1)) is None
+    assert committed(checkpoints.store) == [] and not ready
+    found = checkpoints.take(parts[1], 50, lambda: ready.append(1))
+    assert found is not None and not found.error and ready == [1] and checkpoints.newest == 50
+    assert checkpoints.take(parts[1], 50) is None, "it is told again"
+    assert read_manifest(checkpoints.store, "step-00000050").eval == {"loss": 1.0}
 
 
 def test_parts_of_two_generations_or_group_sizes_make_no_checkpoint(tmp_path: Path) -> None:
-    commits = Commits(str(tmp_path), 3, "")
+    checkpoints = Checkpoints(str(tmp_path), 3, "")
     one, two, alone = write_parts(str(tmp_path), 50, 2, 1), write_parts(str(tmp_path), 50, 2, 2), write_parts(str(tmp_path), 50, 1, 2)
-    assert commits.take(one[0], 50) is None and commits.take(two[1], 50) is None
-    assert committed(commits.store) == []
-    found = commits.take(alone[0], 50)
+    assert checkpoints.take(one[0], 50) is None and checkpoints.take(two[1], 50) is None
+    assert committed(checkpoints.store) == []
+    found = checkpoints.take(alone[0], 50)
     assert found is not None and not found.error
 
 
 def test_a_part_that_failed_ends_it_and_what_the_others_wrote_goes(tmp_path: Path) -> None:
-    commits, parts = Commits(str(tmp_path), 3, ""), write_parts(str(tmp_path), 50, 3)
-    assert commits.take(parts[0], 50) is None
-    found = commits.take(Part("w1", 1, 50, "", 0.0, 0.0, 1, 3, "", "The disk is full."), 50)
+    checkpoints, parts = Checkpoints(str(tmp_path), 3, ""), write_parts(str(tmp_path), 50, 3)
+    assert checkpoints.take(parts[0], 50) is None
+    found = checkpoints.take(Part("w1", 1, 50, "", 0.0, 0.0, 1, 3, "", "The disk is full."), 50)
     assert found is not None and (found.event, found.fields["reason"]) == ("checkpoint_rejected", "The disk is full.")
-    assert commits.take(parts[2], 50) is None and committed(commits.store) == []
+    assert checkpoints.take(parts[2], 50) is None and committed(checkpoints.store) == []
     assert [p.name for p in tmp_path.rglob("*.safetensors")] == ["state-0001-of-0003-g000001.safetensors"], "rank 1 said that it wrote nothing"
 
 
 def test_a_checkpoint_beyond_the_lines_on_disk_does_not_count(tmp_path: Path) -> None:
-    commits = Commits(str(tmp_path), 3, "")
+    checkpoints = Checkpoints(str(tmp_path), 3, "")
     (part,) = write_parts(str(tmp_path), 50, 1)
-    found = commits.take(part, 49)
-    assert found is not None and "not all on disk" in found.error and committed(commits.store) == []
+    found = checkpoints.take(part, 49)
+    assert found is not None and "not all on disk" in found.error and committed(checkpoints.store) == []
 
 
 def test_last_words_are_said_only_where_nothing_as_new_is(tmp_path: Path) -> None:
@@ -192,5 +192,5 @@ def test_last_words_are_said_only_where_nothing_as_new_is(tmp_path: Path) -> Non
     arrays, manifest = load(Store.open(tmp_path), "step-00000050")
     assert_same(arrays, values(50))
     assert manifest.extra["lines"] == lines and manifest.generation == 4
-    assert Commits(str(tmp_path), 3, "").lines_of(str(tmp_path / "step-00000050")) == lines
+    assert Checkpoints(str(tmp_path), 3, "").lines_of(str(tmp_path / "step-00000050")) == lines
     assert saver(str(tmp_path), "w1").leave(Arrays(values(51), 51), 4, {}, [])

@@ -12,7 +12,7 @@ from elastic.chaos import parse
 from elastic.controller import membership as m
 from elastic.controller.controller import Controller
 from elastic.controller.ending import close
-from elastic.controller.run_log import Books
+from elastic.controller.run_log import RunLog
 from elastic.messages import Begin, Progress, Standing
 from tests.support.rig import SETTINGS, Rig, metric, save
 
@@ -28,9 +28,9 @@ class Fallen(BaseException):
 
 def successor(rig: Rig, rewound_from: int = -1) -> Controller:
     """Who comes after a controller that fell."""
-    rig.books.close()
+    rig.run_log.close()
     rig.controller.journal.close()
-    return Controller(rig.controller.job, SETTINGS, rig.fleet, Books.take_over(rig.run_dir), Begin(rewound_from=rewound_from))
+    return Controller(rig.controller.job, SETTINGS, rig.fleet, RunLog.take_over(rig.run_dir), Begin(rewound_from=rewound_from))
 
 
 def test_a_continuation_finds_whom_a_controller_before_has_stopped(tmp_path: Path) -> None:
@@ -124,18 +124,18 @@ def test_a_disk_that_does_not_take_the_last_checkpoint_ends_the_run_with_what_it
 
 
 def test_first_and_last_line_are_written_by_whoever_comes_to_it_and_once(rig: Rig) -> None:
-    rig.books.event("rewound", **{"from": 7, "to": 0})
-    rig.books.event("noted", why="norm is in evaluation mode")
+    rig.run_log.event("rewound", **{"from": 7, "to": 0})
+    rig.run_log.event("noted", why="norm is in evaluation mode")
     again = successor(rig, 7)  # it fell between the first lines
     again.job = replace(again.job, notes=(("noted", "norm is in evaluation mode"), ("mesh_chosen", "tensor = 2: it fits")))
     again.opened()
     assert [(e["from"], e["to"]) for e in rig.events("rewound")] == [(7, 0)] and len(rig.events("run_started")) == 1
     assert [e["why"] for name in ("noted", "mesh_chosen") for e in rig.events(name)] == [why for _, why in again.job.notes]
-    rig.controller, rig.books = again, again.books
+    rig.controller, rig.run_log = again, again.run_log
     once_more = successor(rig, 7)
     once_more.opened()
     close(once_more, m.Finish("done"))
-    rig.controller, rig.books = once_more, once_more.books
+    rig.controller, rig.run_log = once_more, once_more.run_log
     last = successor(rig)  # it fell after its last line
     close(last, m.Finish("done"))
     assert [len(rig.events(name)) for name in ("rewound", "run_started", "run_finished", "run_failed")] == [1, 1, 1, 0]
@@ -152,4 +152,4 @@ def test_a_generation_that_the_journal_lacks_ends_the_run(word: Any, rig: Rig) -
     again.take("a", word)
     assert again.outcome is not None and again.outcome.status == "failed"
     assert "its journal lacks generation 2; make room there" in again.outcome.error
-    assert rig.written() == [1, 2] and rig.fleet.of("abandon") == [("a", 2)]
+    assert rig.written() == [1, 2] and rig.fleet.of("abort") == [("a", 2)]

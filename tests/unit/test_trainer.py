@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from elastic.controller.run_log import Books
+from elastic.controller.run_log import RunLog
 from elastic.driver import trainer as door
 from elastic.driver.follow import Result
 from elastic.driver.replay import replay
@@ -211,7 +211,7 @@ def test_the_second_of_two_starts_is_refused_and_changes_nothing(started: list[A
 def test_a_run_whose_driver_is_gone_is_not_started_again(started: list[Any], tmp_path: Path) -> None:
     run_dir = cut_off(tmp_path / "run")
     trainer, before = Trainer.resume(run_dir), content(run_dir)
-    controller = Books(run_dir)
+    controller = RunLog(run_dir)
     with pytest.raises(UserError, match="is alive"):
         trainer.fit()
     assert content(run_dir) == before and not started

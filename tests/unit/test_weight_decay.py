@@ -14,7 +14,7 @@ from elastic.messages import Ballot
 from elastic.recipe import dumps, loads, parse
 from elastic.state.flat_layout import FlatLayout
 from elastic.state.state import State
-from elastic.worker.loop import commit
+from elastic.worker.loop import apply_update
 from elastic.worker.loop_control import Control
 from elastic.worker.training import Member, Placement, Plan, Training
 from recommender.dlrm import build
@@ -56,7 +56,7 @@ def test_parameters_decay_as_their_pattern_says(kind: str, name: str) -> None:
             view[...] = draw.standard_normal(view.shape)
             theirs[n].grad = torch.tensor(view / 4)
         member.held.gradient = gradient
-        commit(member, Ballot(step, (1.0, 1.0), (2.0, 2.0)))
+        apply_update(member, Ballot(step, (1.0, 1.0), (2.0, 2.0)))
         optimizer.step()
     for n, view in state.layout.views(state.param).items():
         np.testing.assert_allclose(view, theirs[n].numpy(), rtol=2e-5, atol=2e-6, err_msg=n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from elastic.controller.run_log import Books
+from elastic.controller.run_log import RunLog
 from elastic.observe.events import EVENTS, EVERYWHERE
 
 
@@ -18,7 +18,7 @@ def mismatch(event: dict[str, Any]) -> str:
     return f"event {event['event']}: lacks {lacks}, has {strange} beside its fields" if lacks or strange else ""
 
 
-class CheckedBooks(Books):
+class CheckedRunLog(RunLog):
     """Every event is one of the table's, with its fields."""
 
     def event(self, name: str, step: int | None = None, generation: int | None = None, **fields: Any) -> None:

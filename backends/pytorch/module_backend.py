@@ -15,7 +15,7 @@ import torch
 
 from backends.pytorch.adapter import ModuleModel, as_sum, seeded
 from backends.pytorch.arrays import as_numpy, as_scalar, as_tensor, columns
-from backends.pytorch.neutral import TorchBackend
+from backends.pytorch.neutral_backend import TorchBackend
 from backends.pytorch.rehearsal import rehearse
 from elastic.data.collate import num_rows
 from elastic.errors import Overwritten, UserError
