@@ -44,8 +44,8 @@ class Generation:
 
     When it begins, every member gets the state of its own coordinate at step `committed`. Who has the gradients of that step commits them first,
     under the coordinate that it had. Then, with `healers`, each source gives its state to those it heals, which sit where it sits in other replicas
-    (and may have held another coordinate before); with `relaid`, everything moves from the old coordinates to the new ones. Of two members that
-    hold the same, the lower rank sends. With `relaid`, a holder's state stays whole until all have what they need, and is what it stands by with;
+    (and may have held another coordinate before); with `resharded`, everything moves from the old coordinates to the new ones. Of two members that
+    hold the same, the lower rank sends. With `resharded`, a holder's state stays whole until all have what they need, and is what it stands by with;
     one that `healers` give another coordinate lets its own go, for as many others as there are replicas hold that one.
     """
 
@@ -64,7 +64,7 @@ class Generation:
     mesh: Axes = (0, 1, 1, 1)
     held: tuple[tuple[tuple[int, int], ...], ...] = ()  # of a sharded optimizer, by rank: what each has at `committed` when that is applied
     torn: tuple[int, ...] = ()  # ranks that have, of the parameters, nothing else at `committed`
-    relaid: tuple[Holder, ...] = ()  # one for each member, where the mesh is another than the one that they hold; then `healers` is empty
+    resharded: tuple[Holder, ...] = ()  # one for each member, where the mesh is another than the one that they hold; then `healers` is empty
 
     @property
     def shape(self) -> Mesh:

@@ -177,8 +177,8 @@ def rejoin(number: int, members: tuple[str, ...], endpoint: str, mesh: Axes, who
         # all copies of a part are gone, or it cannot move: the carrier fills in the newest checkpoint
         return Generation(number, members, endpoint, "", committed=-1, mesh=mesh)
     if whole.degrees != mesh[1:]:
-        relaid = tuple(Holder(rank, (0, *whole.degrees), place) for rank, place in enumerate(held))
-        return Generation(number, members, endpoint, "", whole.step, whole.ballot, mesh=mesh, relaid=relaid)
+        resharded = tuple(Holder(rank, (0, *whole.degrees), place) for rank, place in enumerate(held))
+        return Generation(number, members, endpoint, "", whole.step, whole.ballot, mesh=mesh, resharded=resharded)
     size, healers, has = math.prod(whole.degrees), [], [place == r % math.prod(whole.degrees) for r, place in enumerate(held)]
     for place in range(size):
         ranks = range(place, len(members), size)

@@ -107,7 +107,7 @@ class Member:
 
     def settle(self, generation: Generation, group: CollectiveGroup) -> None:
         """Takes the coordinate that the generation gives it, and loads the checkpoint that it names, if any, all members together."""
-        assert not generation.relaid
+        assert not generation.resharded
 
     def save(self, order: Save) -> None:
         """Writes this member's share of a checkpoint, where there are any."""

@@ -180,14 +180,14 @@ class Worker(Member):
                         blocks=state.num_blocks, torn=state.torn, **hashes)
 
     def settle(self, generation: Generation, group: CollectiveGroup) -> None:
-        """With `relaid`, its part of the state comes out of what all members hold; until all have theirs, what this one holds stays what it was."""
+        """With `resharded`, its part of the state comes out of what all members hold; until all have theirs, what this one holds stays."""
         mesh, coordinate = generation.shape, generation.shape.coordinate(group.rank)
         place = self.place
         if (replace(mesh, data=1), replace(coordinate, data=0)) != (place.mesh, place.coordinate):
             place = place_on(self.recipe, self.workload, mesh, coordinate)
             self.control.at(generation.committed, "start")
             warm_up(self.training, place)
-        if generation.relaid:
+        if generation.resharded:
             self.move(generation, group, place.state)
         self.place = place
         if generation.load:
@@ -200,8 +200,8 @@ class Worker(Member):
     def move(self, generation: Generation, group: CollectiveGroup, state: State) -> None:
         """Fills `state` out of what the members hold."""
         started, mesh = time.perf_counter(), generation.shape
-        holders = {held.rank: shape(held.mesh).coordinate(held.coordinate) for held in generation.relaid if held.coordinate >= 0}
-        was = shape(next(held.mesh for held in generation.relaid if held.coordinate >= 0))
+        holders = {held.rank: shape(held.mesh).coordinate(held.coordinate) for held in generation.resharded if held.coordinate >= 0}
+        was = shape(next(held.mesh for held in generation.resharded if held.coordinate >= 0))
         given = self.place.state if group.rank in holders else None
         waiting = partial(self.control.collective, generation.committed, "relay")
         moved = relay(group, laid(self.recipe, self.workload, was), holders, given, laid(self.recipe, self.workload, mesh), state, waiting)

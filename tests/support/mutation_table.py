@@ -165,9 +165,9 @@ LIVES = (
     M("start-without-the-lock", "P6, driver.lock", "Two drivers start one run.",
       "elastic/driver/rundir.py", "if not locked(file, GLANCE_S) or has_writer(", "if has_writer(",
       "tests/unit/test_trainer.py::test_the_second_of_two_starts_is_refused_and_changes_nothing"),
-    M("waiters-are-blamed", "P7", "Of a group that hangs those are given up who wait for the hung one.", "elastic/controller/policy.py",
+    M("waiters-are-blamed", "P7", "Of a group that hangs those are given up who wait for the hung one.", "elastic/controller/failure_detector.py",
       "if not beat.progress.waiting)", "if beat.progress.waiting)",
-      "tests/unit/test_policy.py::test_whoever_has_not_entered_the_collective_is_the_suspect"),
+      "tests/unit/test_failure_detector.py::test_whoever_has_not_entered_the_collective_is_the_suspect"),
     M("wait-without-an-event", "P7, events.jsonl", "A run waits for workers and says nothing.", "elastic/controller/controller.py",
       'self.run_log.event("waiting", ready=action.ready, needed=action.needed)', "pass",
       "tests/unit/test_controller.py::test_a_wait_is_told_with_how_many_are_there"),
@@ -180,7 +180,7 @@ LIVES = (
 )
 
 RUNS = (
-    M("misspelt-key", "P8, recipe.toml, train", "A key that no section has is ignored.", "elastic/recipe/tables.py",
+    M("misspelt-key", "P8, recipe.toml, train", "A key that no section has is ignored.", "elastic/recipe/schema.py",
       'ConfigDict(frozen=True, extra="forbid"', 'ConfigDict(frozen=True, extra="ignore"',
       "tests/unit/test_recipe.py::test_a_wrong_key_is_told_in_one_sentence"),
     M("recipe-without-its-defaults", "P1, recipe.toml", "recipe.toml leaves out what was a default on that day.", "elastic/recipe/load.py",

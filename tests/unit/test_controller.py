@@ -108,7 +108,7 @@ def test_a_change_of_mesh_is_told_and_can_be_replayed(tmp_path: Path, clock: Clo
     for worker in "abcd":
         rig.say(Standing(worker, 1, "stopped", 2, ballot=Ballot(2, (1.0,), (1.0,), 1), mesh=(4, 1, 1, 1), coordinate=0))
     generation, workers = rig.assigned()
-    assert (generation.mesh, workers, len(generation.relaid)) == ((2, 1, 2, 1), list("abcd"), 4)
+    assert (generation.mesh, workers, len(generation.resharded)) == ((2, 1, 2, 1), list("abcd"), 4)
     was, now = ({"data": 4, "pipeline": 1, "tensor": 1, "expert": 1}, {"data": 2, "pipeline": 1, "tensor": 2, "expert": 1})
     assert [e["mesh"] for e in rig.events("generation_started")] == [was, now]
     rig.steps(3, generation=2)

@@ -30,7 +30,7 @@ class Worker:
     degrees: Degrees = (1, 1, 1)  # what it holds: the state of one coordinate of a replica of these
     coordinate: int = -1
     is_healing: bool = False
-    moves_to: tuple[Degrees, int] | None = None  # where its state is being laid anew
+    moves_to: tuple[Degrees, int] | None = None  # where its state is being resharded
     is_told: bool = False  # to abort its generation
     stop: int = 0
     last: Standing | None = None
@@ -124,7 +124,7 @@ class World:
         self.generation, self.group = generation.number, generation.members
         if generation.committed < 0:
             assert not is_there or furthest == self.saved, "a copy of the state was left behind"
-            assert not generation.healers and not generation.relaid
+            assert not generation.healers and not generation.resharded
             generation = replace(generation, committed=self.saved)
             for worker in self.workers.values():  # what others have is of a past that is given up
                 worker.committed = -1
@@ -132,10 +132,10 @@ class World:
             assert generation.committed == furthest
         for rank, worker in enumerate(members):
             self.enter(worker, generation, rank, action.generation.committed < 0)
-        if generation.relaid:
-            degrees = generation.relaid[0].mesh[1:]
-            assert degrees != generation.mesh[1:] and not generation.healers and len(generation.relaid) == len(members)
-            assert {holder.coordinate for holder in generation.relaid} >= set(range(math.prod(degrees))), "a part comes from nowhere"
+        if generation.resharded:
+            degrees = generation.resharded[0].mesh[1:]
+            assert degrees != generation.mesh[1:] and not generation.healers and len(generation.resharded) == len(members)
+            assert {holder.coordinate for holder in generation.resharded} >= set(range(math.prod(degrees))), "a part comes from nowhere"
 
     def is_whole(self, step: int) -> bool:
         """Whether the living have every coordinate of one mesh at this step."""
@@ -157,8 +157,8 @@ class World:
             assert generation.ballot.step == generation.committed
             worker.committed = generation.committed
         worker.holds = -1
-        if generation.relaid:
-            holder = generation.relaid[rank]
+        if generation.resharded:
+            holder = generation.resharded[rank]
             assert holder.rank == rank
             if holder.coordinate >= 0:
                 assert (worker.degrees, worker.coordinate, worker.committed) == (holder.mesh[1:], holder.coordinate, generation.committed)

@@ -73,12 +73,12 @@ def test_many_takers_do_not_all_ask_the_same_holder() -> None:
 def test_one_loss_at_a_time_loses_nothing_with_a_twin(seed: int, twin: bool) -> None:
     """Histories of one loss, any number of joins, then everything is moved. Every block's value is a number that only moves carry."""
     luck, num_blocks = random.Random(seed), luck_blocks(seed)
-    held = [{block: (block,) for block in range(num_blocks)}]  # of each member
+    state = [{block: (block,) for block in range(num_blocks)}]  # of each member
     is_whole = True
     for _ in range(12):
-        size = len(held)
+        size = len(state)
         lost = luck.randrange(size) if size > 1 and luck.random() < 0.7 else None
-        alive = [(r, mine) for r, mine in enumerate(held) if r != lost]
+        alive = [(r, mine) for r, mine in enumerate(state) if r != lost]
         luck.shuffle(alive)
         have = [held(r, size, num_blocks, twin) for r, _ in alive]
         if lost is not None:
@@ -90,11 +90,11 @@ def test_one_loss_at_a_time_loses_nothing_with_a_twin(seed: int, twin: bool) -> 
         joined = [{} for _ in range(luck.randrange(3) if len(alive) < 5 else 0)]
         before, have = [mine for _, mine in alive] + joined, have + [((0, 0), (0, 0)) for _ in joined]
         want = [held(r, len(before), num_blocks, twin) for r in range(len(before))]
-        held = [{block: mine[block] for block in places(list(w)) & mine.keys()} for mine, w in zip(before, want)]
+        state = [{block: mine[block] for block in places(list(w)) & mine.keys()} for mine, w in zip(before, want)]
         for move in moves(have, want, 2):
             for block in range(move.low, move.high):
-                held[move.to][block] = before[move.source][block]
-        for mine, w in zip(held, want):
+                state[move.to][block] = before[move.source][block]
+        for mine, w in zip(state, want):
             assert mine == {block: (block,) for block in places(list(w))}
     assert is_whole or not twin
 

@@ -8,7 +8,7 @@ import pytest
 
 from elastic.controller import membership as m
 from elastic.controller.policy import Bounds, choose, fewest, legal, world_size
-from elastic.controller.recovery import coordinate, find_whole, gaps, rejoin
+from elastic.controller.recovery import assign, find_whole, gaps, rejoin
 from elastic.messages import STOP, STOP_AND_SAVE, Holder, Standing, shape
 from tests.support.machine import PAIRS, ballot, formed, kinds, only, running, stand
 
@@ -52,7 +52,7 @@ def test_a_lost_member_breaks_its_replica_and_the_other_stays_warm() -> None:
     actions = stand(machine, "d", 9)
     generation = formed(actions)
     assert (generation.members, generation.mesh, generation.committed) == (("a", "d"), (1, 1, 2, 1), 9)
-    assert generation.healers == () and generation.relaid == (), "one of each coordinate is left"
+    assert generation.healers == () and generation.resharded == (), "one of each coordinate is left"
     assert kinds(actions) == ["Form"] and set(machine.state.ready) == {"a", "c", "d"}, "four are wanted: nobody is let go"
     actions = machine.ready("e")
     assert kinds(actions) == ["RequestStop"] * 2
@@ -78,7 +78,7 @@ def test_all_copies_of_a_part_are_lost_and_the_checkpoint_is_all_there_is() -> N
     machine.feed(m.Lost("b", "killed"), m.Lost("d", "killed"))
     stand(machine, "a", 9)
     generation = formed(stand(machine, "c", 9))
-    assert (generation.committed, generation.healers, generation.relaid) == (-1, (), ())
+    assert (generation.committed, generation.healers, generation.resharded) == (-1, (), ())
 
 
 def test_a_spare_s_state_counts_while_nobody_has_gone_on() -> None:
@@ -147,7 +147,7 @@ def test_back_on_the_preferred_mesh_the_state_is_laid_anew() -> None:
     assert kinds(machine.ready("b")) == ["RequestStop"]
     generation = formed(stand(machine, "a", 7, "stopped"))
     assert (generation.members, generation.mesh, generation.committed) == (("a", "b"), (1, 1, 2, 1), 7)
-    assert generation.relaid == (Holder(0, (0, 1, 1, 1), 0), Holder(1, (0, 1, 1, 1), -1)) and generation.healers == ()
+    assert generation.resharded == (Holder(0, (0, 1, 1, 1), 0), Holder(1, (0, 1, 1, 1), -1)) and generation.healers == ()
 
 
 def test_scaling_to_another_mesh_moves_the_state() -> None:
@@ -158,8 +158,8 @@ def test_scaling_to_another_mesh_moves_the_state() -> None:
     for name in "abc":
         stand(machine, name, 5, "stopped")
     generation = formed(stand(machine, "d", 5, "stopped"))
-    assert generation.shape == shape((2, 1, 2, 1)) and [h.coordinate for h in generation.relaid] == [0, 1, 2, 3]
-    assert {h.mesh for h in generation.relaid} == {(0, 2, 2, 1)}
+    assert generation.shape == shape((2, 1, 2, 1)) and [h.coordinate for h in generation.resharded] == [0, 1, 2, 3]
+    assert {h.mesh for h in generation.resharded} == {(0, 2, 2, 1)}
 
 
 def test_a_mesh_too_small_for_all_parts_waits_for_a_checkpoint() -> None:
@@ -186,7 +186,7 @@ def test_a_move_that_broke_starts_from_where_the_state_is_whole() -> None:
     whole = find_whole(words, "ab", (1, 2, 1))
     assert whole and whole.degrees == (1, 1, 1)
     generation = rejoin(4, ("a", "b"), "", (1, 1, 2, 1), whole)
-    assert [h.coordinate for h in generation.relaid] == [0, -1]
+    assert [h.coordinate for h in generation.resharded] == [0, -1]
     words["c"] = Standing("c", 3, "broken", 7, **{**new, "coordinate": 0})
     words |= {name: Standing(name, 3, "broken", 7, **old) for name in "de"}
     whole = find_whole(words, "abcde", (1, 2, 1))
@@ -226,22 +226,22 @@ def test_replicas_that_differ_fail_the_run() -> None:
 
 def test_a_tensor_group_sits_on_one_node() -> None:
     nodes = {"a": "n1", "b": "n2", "c": "n1", "d": "n2"}
-    members = coordinate("abcd", (2, 1, 2, 1), None, nodes)
+    members = assign("abcd", (2, 1, 2, 1), None, nodes)
     assert members == ("a", "c", "b", "d")
-    assert coordinate("abcd", (1, 2, 2, 1), None, nodes) == ("a", "c", "b", "d")
-    assert coordinate("abcd", (4, 1, 1, 1), None, nodes) == tuple("abcd"), "where nobody shares a replica, the order stays"
+    assert assign("abcd", (1, 2, 2, 1), None, nodes) == ("a", "c", "b", "d")
+    assert assign("abcd", (4, 1, 1, 1), None, nodes) == tuple("abcd"), "where nobody shares a replica, the order stays"
 
 
 def test_a_replacement_comes_from_the_node_of_its_tensor_group() -> None:
     nodes = {"a": "n1", "b": "n1", "c": "n2", "x": "n1", "y": "n2"}
     words = {w: Standing(w, 1, "broken", 9, mesh=(2, 1, 2, 1), coordinate=s) for w, s in {"a": 0, "b": 1, "c": 0}.items()}
-    assert coordinate("abcxy", (2, 1, 2, 1), find_whole(words, "abc", (1, 2, 1)), nodes) == ("a", "b", "c", "y")
+    assert assign("abcxy", (2, 1, 2, 1), find_whole(words, "abc", (1, 2, 1)), nodes) == ("a", "b", "c", "y")
 
 
 def test_members_on_one_node_are_put_beside_each_other() -> None:
     nodes = {"a": "n1", "b": "n2", "c": "n2", "d": "n1"}
     words = {w: Standing(w, 1, "broken", 9, mesh=(2, 1, 2, 1), coordinate=i % 2) for i, w in enumerate("abcd")}
-    assert coordinate("abcd", (2, 1, 2, 1), find_whole(words, "abcd", (1, 2, 1)), nodes) == ("a", "d", "c", "b")
+    assert assign("abcd", (2, 1, 2, 1), find_whole(words, "abcd", (1, 2, 1)), nodes) == ("a", "d", "c", "b")
 
 
 @pytest.mark.parametrize(("nodes", "tensor", "found"), [

@@ -17,7 +17,7 @@ BLOCKS = 8
 def stands(machine: Machine, name: str, committed: int, **more: Any) -> list[Any]:
     group, bounds = machine.state.group, machine.state.bounds
     mine = held(group.index(name), len(group), BLOCKS, bounds.holders > 1)
-    return stand(machine, name, committed, **{"kept": mine, "blocks": BLOCKS, **more})
+    return stand(machine, name, committed, **{"held": mine, "blocks": BLOCKS, **more})
 
 
 def places(generation: Generation) -> set[int]:

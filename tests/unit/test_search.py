@@ -18,7 +18,7 @@ from elastic.parallel.schedules import build
 from elastic.parallel.simulator import Costs, simulate
 from elastic.planning import candidates as meshes
 from elastic.planning import costs
-from elastic.planning.costs import Candidate, Cluster, Holding, Part, Task
+from elastic.planning.costs import Candidate, Cluster, Part, StageState, Task
 from elastic.planning.memory import question
 from elastic.planning.search import Forecast, choose, enough_shards, forecast, ranked, verdict
 from elastic.recipe import parse
@@ -29,7 +29,7 @@ from tests.support.threads import together
 
 TASK = Task(num_shards=8, shard_rows=8, num_slots=2, update_s=0.001 / 900_000)
 ONE = Cluster(nodes=1, workers_per_node=8, intra=1e9, inter=1e8, latency_s=1e-4, memory=1e9)
-HELD = Holding(900_000, 900_000, 900_000)
+HELD = StageState(900_000, 900_000, 900_000)
 PASS = Part(forward_s=0.003, backward_s=0.007, kept_bytes=1_000_000, out_bytes=40_000)
 
 
