@@ -1,4 +1,4 @@
-"""A part file: put together in memory as the bytes it will have, then hashed and written from there."""
+"""A part file of a checkpoint: put together in memory as the bytes it will have, which are hashed chunk by chunk and written from there."""
 
 from __future__ import annotations
 

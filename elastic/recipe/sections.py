@@ -1,4 +1,4 @@
-"""The sections of a recipe and their defaults. Each key's description says what would be right; error messages quote it."""
+"""Every key of a recipe, by section: its type, bounds and default. Its description says what would be right; error messages quote it."""
 
 from __future__ import annotations
 
