@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,31 +68,25 @@ class Injector:
 
     def at(self, step: int, phase: str) -> None:
         """Fires what is due."""
-        if not self.pending:
-            return
-        for fault in [f for f in self.pending if f.step <= step and f.phase == phase]:
-            self.pending.remove(fault)
-            self.announce(fault.spec)
+        for fault in self._due(step, lambda fault: fault.phase == phase):
             if fault.kind in SELF:
                 self.strike(fault)
 
     def disk(self, step: int) -> str:
         """What the file system is to do to the checkpoint of this step; "" for nothing."""
-        for fault in self.pending:
-            if fault.kind == "disk" and fault.step <= step:
-                self.pending.remove(fault)
-                self.announce(fault.spec)
-                return fault.phase
-        return ""
+        return next((fault.phase for fault in self._due(step, lambda fault: fault.kind == "disk")), "")
 
     def cut(self, group: Any, step: int, phase: str) -> Any:
         """The group to use for this phase's collective: the same one, unless a kill or stop is due within it."""
-        for fault in self.pending:
-            if fault.step <= step and fault.phase == phase and fault.kind in SELF:
-                self.pending.remove(fault)
-                self.announce(fault.spec)
-                return self._cut_short(fault, group)
-        return group
+        due = self._due(step, lambda fault: fault.phase == phase and fault.kind in SELF)
+        return next((self._cut_short(fault, group) for fault in due), group)
+
+    def _due(self, step: int, is_meant: Callable[[Fault], bool]) -> Iterator[Fault]:
+        """Each is announced when it is asked for, and never comes again."""
+        for fault in [fault for fault in self.pending if fault.step <= step and is_meant(fault)]:
+            self.pending.remove(fault)
+            self.announce(fault.spec)
+            yield fault
 
 
 def strike_process(fault: Fault) -> None:

@@ -188,7 +188,7 @@ def plan(recipe: Recipe, set_: Sets = [],  # noqa: B006
         for line in planning.calibrated(resolved, info, size):
             say(line, "dim")
     console = Console(highlight=False, width=WIDE)
-    for part in planning.parts(resolved, info, trainer.opened, size, tflops * planning.TERA, planning.Shown(show_layout, mesh)):
+    for part in planning.parts(resolved, info, trainer.opened, size, tflops * planning.TERA, show_layout, mesh):
         say(part) if isinstance(part, str) else console.print(part)
     return DONE
 

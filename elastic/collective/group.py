@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from elastic.buffers import copied, empty_like
 
 Buffer = Any
+Sums = Sequence[tuple[tuple[int, int], Buffer]]  # nodes of the canonical tree, and what the leaves below each come to
 
 SLICE_S = 0.02  # how long one wait may hold before it looks whether the group was aborted
 
@@ -84,12 +85,10 @@ class CollectiveGroup(Protocol):
         """A zeroed float32 buffer of which `all_reduce` and sums along the tree need no copy; of `plain` where there are none. It lives as
         long as the group."""
 
-    def reduce_tree(self, sums: Sequence[tuple[Any, Buffer]], num_shards: int, out: Buffer, numel: int, block: int, scratch: Any,
-                    chunk: int = ...) -> Buffer:
+    def reduce_tree(self, sums: Sums, num_shards: int, out: Buffer, numel: int, block: int, scratch: Any) -> Buffer:
         """What `reduction.reduce` does, to the bit."""
 
-    def reduce_held(self, sums: Sequence[tuple[Any, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Any,
-                    chunk: int = ...) -> Buffer:
+    def reduce_held(self, sums: Sums, num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Any) -> Buffer:
         """What `reduction.reduce_held` does, to the bit."""
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:

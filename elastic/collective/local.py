@@ -16,7 +16,6 @@ import numpy as np
 from elastic.buffers import copied
 from elastic.collective.group import SLICE_S, Buffer
 from elastic.collective.member import Member
-from elastic.errors import GroupBroken
 
 
 class Killed(BaseException):
@@ -88,9 +87,8 @@ class LocalGroup(Member):
         super().__init__(rank, len(ranks), aborted)
         self._world, self._ranks, self._me = world, ranks, ranks[rank]
 
-    def _break(self, what: str) -> GroupBroken:
+    def _leave(self) -> None:
         self._world.change(lambda world: world.gone.add(self._me))
-        return super()._break(what)
 
     def _enter(self) -> tuple[frozenset[int] | None, Callable[[], None]]:
         """Waits while stopped, dies if killed; who may see this call's data (None: everybody), and what then. Holds the condition."""
@@ -195,7 +193,3 @@ class LocalGroup(Member):
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
         self._world.change(lambda world: world.doomed.update({self._me: (frozenset(self._ranks[r] for r in delivered_to), then)}))
-
-    def abort(self) -> None:
-        super().abort()
-        self._world.change(lambda world: world.gone.add(self._me))

@@ -12,7 +12,6 @@ import numpy as np
 
 from elastic.collective import reduction
 from elastic.collective.group import Buffer, CollectiveGroup, Pending
-from elastic.collective.reduction import CHUNK, Node, Scratch
 from elastic.errors import GroupBroken
 
 
@@ -39,10 +38,15 @@ class Member(CollectiveGroup):
         """The error to raise now and ever after."""
         if not self._reason:
             self._reason = f"Rank {self.rank} of {self.size}: the group {what}."
+        self._leave()
         return GroupBroken(self._reason)
+
+    def _leave(self) -> None:
+        """Where peers can be told at once not to wait for this member any more, tells them."""
 
     def abort(self) -> None:
         self._aborted.set()
+        self._leave()
 
     def start(self, call: str, *arguments: Any) -> Pending:
         self._check()
@@ -51,13 +55,7 @@ class Member(CollectiveGroup):
     def allocate(self, size: int, plain: Callable[[int], Buffer] = zeros) -> Buffer:
         return plain(size)
 
-    def reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int, block: int, scratch: Scratch,
-                    chunk: int = CHUNK) -> Buffer:
-        return reduction.reduce(self, sums, num_shards, out, numel, block, scratch, chunk)
-
-    def reduce_held(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch,
-                    chunk: int = CHUNK) -> Buffer:
-        return reduction.reduce_held(self, sums, num_shards, out, cuts, twin, scratch, chunk)
+    reduce_tree, reduce_held = reduction.reduce, reduction.reduce_held
 
 
 class Meeting(Member):
@@ -69,8 +67,15 @@ class Meeting(Member):
         self._formed: dict[tuple[int, ...], int] = {}
 
     @abstractmethod
+    def _form_at(self, key: str, ranks: Sequence[int]) -> Self:
+        """The group of these members, who meet under `key` behind this group's own: ranks are within it, and others have them too."""
+
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> Self:
-        """The group of these members, met under a key that `kind` and `ranks` name."""
+        self._check()
+        try:
+            return self._form_at("/".join([kind, *map(str, ranks), ""]), ranks)
+        except GroupBroken as error:
+            raise self._break(f"fell apart: {error}") from error
 
     def send(self, buffer: Buffer, to: int) -> None:
         self._pair(to).broadcast(buffer, int(self.rank > to))

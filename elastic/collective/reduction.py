@@ -10,11 +10,12 @@ A member owns a contiguous run of leaves. It adds them up to the run's maximal s
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from elastic.collective.group import Buffer, CollectiveGroup
+from elastic.collective.group import Buffer, CollectiveGroup, Sums
 from elastic.mesh import shards_of
 
 Node = tuple[int, int]
@@ -76,12 +77,7 @@ def tree_sum(values: Sequence[float]) -> float:
     if not values:
         raise ValueError("a tree needs at least one leaf.")
     leaves = [((i, i + 1), 0.0 + value) for i, value in enumerate(values)]
-    return fold(leaves, len(leaves), lambda left, right: left + right)[0][1]
-
-
-def add_into(left: Buffer, right: Buffer) -> Buffer:
-    left += right
-    return left
+    return fold(leaves, len(leaves), operator.add)[0][1]
 
 
 class SubtreeSums:
@@ -129,10 +125,10 @@ class SubtreeSums:
 
 
 class Scratch:
-    """Receive buffers kept from step to step. They are a group's own: throw them away with it when it breaks."""
+    """Receive buffers kept from step to step, for `chunk` elements at a time. They are a group's own: throw them away with it when it breaks."""
 
-    def __init__(self, allocate: Callable[[int], Buffer]):
-        self._allocate = allocate
+    def __init__(self, allocate: Callable[[int], Buffer], chunk: int = CHUNK):
+        self._allocate, self.chunk = allocate, chunk
         self._buffer: Buffer | None = None
 
     def get(self, size: int) -> Buffer:
@@ -147,19 +143,12 @@ def part_size(length: int, block: int, size: int) -> int:
     return -(-length // (block * size)) * block
 
 
-def chunks(numel: int, block: int, size: int, chunk: int) -> list[tuple[int, int]]:
-    """(start, part size) of the ranges that are reduced one after the other."""
-    stride = max(1, chunk // (block * size)) * block * size
-    return [(start, part_size(min(stride, numel - start), block, size)) for start in range(0, numel, stride)]
-
-
 def out_size(numel: int, block: int, size: int) -> int:
     """Elements that `out` of `reduce` needs: `numel` and slack for `size` equal parts in whole blocks."""
     return part_size(numel, block, size) * size
 
 
-def reduce(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int,
-           block: int, scratch: Scratch, chunk: int = CHUNK) -> Buffer:
+def reduce(group: CollectiveGroup, sums: Sums, num_shards: int, out: Buffer, numel: int, block: int, scratch: Scratch) -> Buffer:
     """The sum over all shards along the canonical tree; every member gets the same bits, whatever the group's size. Callers ask for
     `group.reduce_tree`, which may have a faster way.
 
@@ -170,7 +159,9 @@ def reduce(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shar
     if group.size == 1:
         return sums[0][1]
     owned = checked_nodes(group, sums, num_shards)
-    for start, part in chunks(numel, block, group.size, chunk):
+    stride = max(1, scratch.chunk // (block * group.size)) * block * group.size
+    for start in range(0, numel, stride):
+        part = part_size(min(stride, numel - start), block, group.size)
         ends = [min(numel, start + rank * part) for rank in range(group.size + 1)]
         mine = exchange_and_add(group, sums, owned, num_shards, list(zip(ends, ends[1:])), scratch, part)
         group.all_gather(out[start:start + part * group.size], mine)
@@ -183,7 +174,7 @@ def all_nodes(size: int, num_shards: int) -> list[list[Node]]:
     return [maximal_subtrees(shards_of(rank, size, num_shards), num_shards) for rank in range(size)]
 
 
-def checked_nodes(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shards: int) -> list[list[Node]]:
+def checked_nodes(group: CollectiveGroup, sums: Sums, num_shards: int) -> list[list[Node]]:
     """`all_nodes`, once this rank is seen to have the sums of its own."""
     owned = all_nodes(group.size, num_shards)
     if owned[group.rank] != [node for node, _ in sums]:
@@ -191,7 +182,7 @@ def checked_nodes(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], n
     return owned
 
 
-def exchange_and_add(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], owned: Sequence[Sequence[Node]], num_shards: int,
+def exchange_and_add(group: CollectiveGroup, sums: Sums, owned: Sequence[Sequence[Node]], num_shards: int,
                      spans: Sequence[tuple[int, int]], scratch: Scratch, room: int = 0) -> Buffer:
     """This member's of everybody's `spans`, summed along the tree; with `room`, that many elements, zeros past the span."""
     lengths = [high - low for low, high in spans]
@@ -213,7 +204,7 @@ def exchange_and_add(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]]
             pieces.append((owned[rank][index], received[used:used + mine]))
             used += mine
     pieces.sort(key=lambda piece: piece[0])
-    fold(pieces, num_shards, add_into)  # into the first piece, which lies where `received` starts
+    fold(pieces, num_shards, operator.iadd)  # into the first piece, which lies where `received` starts
     received[mine:room] = 0
     return received[:room]
 
@@ -232,11 +223,6 @@ def gather(out: Buffer, buffer: Buffer, spans: Sequence[tuple[int, int]]) -> Buf
 # more than an all-reduce moves. Bits are those of `reduce`.
 
 
-def wanted(rank: int, size: int, twin: bool) -> list[int]:
-    """Whose ranges a member gets, its own first."""
-    return [rank, (rank - 1) % size] if twin and size > 1 else [rank]
-
-
 def ranges(cuts: Sequence[int], size: int, chunk: int) -> Iterator[list[tuple[int, int]]]:
     """A part of everybody's range at a time."""
     stride = max(1, chunk // size)
@@ -245,8 +231,7 @@ def ranges(cuts: Sequence[int], size: int, chunk: int) -> Iterator[list[tuple[in
         yield [(min(high, low + begin), min(high, low + begin + stride)) for low, high in zip(cuts, cuts[1:])]
 
 
-def reduce_held(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool,
-                scratch: Scratch, chunk: int = CHUNK) -> Buffer:
+def reduce_held(group: CollectiveGroup, sums: Sums, num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch) -> Buffer:
     """The sum over all shards along the canonical tree, of this member's range and behind it of the one whose twin it is.
 
     `sums` and what may be used after `GroupBroken` are as for `reduction.reduce`. Returns `out`, or in a group of one a buffer of `sums`.
@@ -256,7 +241,7 @@ def reduce_held(group: CollectiveGroup, sums: Sequence[tuple[Node, Buffer]], num
     owned = checked_nodes(group, sums, num_shards)
     own, before, after = cuts[group.rank + 1] - cuts[group.rank], (group.rank - 1) % group.size, (group.rank + 1) % group.size
     done, doubled = 0, own
-    for spans in ranges(cuts, group.size, chunk):
+    for spans in ranges(cuts, group.size, scratch.chunk):
         lengths = [high - low for low, high in spans]
         mine = lengths[group.rank]
         part = out[done:done + mine]
@@ -274,13 +259,13 @@ def alone(rank: int, count: int, size: int) -> list[int]:
     return [count if r == rank else 0 for r in range(size)]
 
 
-def gather_owned(group: CollectiveGroup, buffer: Buffer, cuts: Sequence[int], scratch: Scratch, chunk: int = CHUNK) -> None:
+def gather_owned(group: CollectiveGroup, buffer: Buffer, cuts: Sequence[int], scratch: Scratch) -> None:
     """Everybody's range of `buffer` becomes its owner's. What was received is copied in piece by piece: after `GroupBroken` the others'
     ranges are of no one time, this member's own and `scratch` apart.
     """
     if group.size == 1:
         return
-    for spans in ranges(cuts, group.size, chunk):
+    for spans in ranges(cuts, group.size, scratch.chunk):
         most = max(high - low for low, high in spans)
         low, high = spans[group.rank]
         space = scratch.get(most * (group.size + 1))

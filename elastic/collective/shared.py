@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from elastic.collective.group import SLICE_S, Buffer
+from elastic.collective.group import SLICE_S, Buffer, Sums
 from elastic.collective.kv_store import StoreClient
 from elastic.collective.member import Meeting, zeros
-from elastic.collective.reduction import CHUNK, Node, Scratch, all_nodes, checked_nodes, fold, part_size, wanted
+from elastic.collective.reduction import Scratch, all_nodes, checked_nodes, fold, part_size
 from elastic.collective.segment import GONE, POSTS, Peer, Segment
 from elastic.errors import GroupBroken
 
@@ -42,18 +42,17 @@ class SharedGroup(Meeting):
         self._views: list[np.ndarray] = [peer.bytes if peer else segment.bytes for peer in peers]
         self._kept: dict[Any, np.ndarray] = {}
         self._spare: dict[Any, np.ndarray] = {}
-        self._cut: tuple[Collection[int], Callable[[], None]] | None = None
+        self._delivered_to: Collection[int] = [r for r, _ in self._peers]
+        self._then: Callable[[], None] = lambda: None
 
     @classmethod
     def form(cls, rank: int, size: int, store_address: str, prefix: str, aborted: threading.Event,
              timeout_s: float) -> SharedGroup:
         """Meets the other members, all on this node, at the store under `prefix`."""
-        store = StoreClient(store_address, prefix, aborted, timeout_s)
-        return cls._form_at(store, "", rank, size, aborted, timeout_s)
+        return cls._join(StoreClient(store_address, prefix, aborted, timeout_s), "", rank, size, aborted, timeout_s)
 
     @classmethod
-    def _form_at(cls, store: StoreClient, key: str, rank: int, size: int, aborted: threading.Event,
-                 timeout_s: float) -> SharedGroup:
+    def _join(cls, store: StoreClient, key: str, rank: int, size: int, aborted: threading.Event, timeout_s: float) -> SharedGroup:
         try:
             segment = Segment("elastic", size)
             store.set(f"{key}{rank}", segment.card.encode())
@@ -83,7 +82,9 @@ class SharedGroup(Meeting):
             at += part.nbytes
         words = self._segment.words
         words[POSTS + 2 * turn], words[POSTS + 2 * turn + 1] = self._segment.offset(self._stages[turn]) or 0, length
-        self._notify()
+        for rank in self._delivered_to:
+            self._segment.count(rank, self._number)
+        self._then()
         for _, peer in self._peers:
             while (seen := peer.counter()) < self._number:
                 peer.sleep(seen, SLICE_S)
@@ -94,16 +95,6 @@ class SharedGroup(Meeting):
             found[rank] = peer.bytes[low:low + peer.words[POSTS + 2 * turn + 1]]
         return found
 
-    def _notify(self) -> None:
-        if self._cut is None:
-            for rank, _ in self._peers:
-                self._segment.count(rank, self._number)
-            return
-        delivered_to, then = self._cut
-        for rank in delivered_to:
-            self._segment.count(rank, self._number)
-        then()
-
     def _look(self) -> None:
         """In every slice of a wait: raises if the group was aborted, or someone who has yet to come never will."""
         self._check()
@@ -111,23 +102,13 @@ class SharedGroup(Meeting):
             if peer.lost() and peer.counter() < self._number:
                 raise self._break(f"lost rank {rank}")
 
-    def _break(self, what: str) -> Any:
-        error = super()._break(what)
-        self._leave()
-        return error
-
     def _leave(self) -> None:
-        """Tells the peers not to wait for this member any more."""
         self._segment.words[GONE] = 1
         for rank, _ in self._peers:
             self._segment.wake(rank)
 
-    def abort(self) -> None:
-        super().abort()
-        self._leave()
-
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
-        self._cut = delivered_to, then
+        self._delivered_to, self._then = delivered_to, then
 
     def barrier(self) -> None:
         self._meet()
@@ -178,17 +159,15 @@ class SharedGroup(Meeting):
             in_rank_order = [(0, right) for right in range(1, self.size)]
             self._reduce([x], in_rank_order, [1] * self.size, equal_cuts(x.shape[0], 16, self.size), range(self.size), out)
 
-    def reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, numel: int, block: int, scratch: Scratch,
-                    chunk: int = CHUNK) -> Buffer:
+    def reduce_tree(self, sums: Sums, num_shards: int, out: Buffer, numel: int, block: int, scratch: Scratch) -> Buffer:
         """By reading the peers' sums in place, as all that follows."""
         return self._reduce_tree(sums, num_shards, equal_cuts(numel, block, self.size), range(self.size), out)
 
-    def reduce_held(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch,
-                    chunk: int = CHUNK) -> Buffer:
-        return self._reduce_tree(sums, num_shards, cuts, wanted(self.rank, self.size, twin), out)
+    def reduce_held(self, sums: Sums, num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch) -> Buffer:
+        ranks = [self.rank, (self.rank - 1) % self.size] if twin and self.size > 1 else [self.rank]
+        return self._reduce_tree(sums, num_shards, cuts, ranks, out)
 
-    def _reduce_tree(self, sums: Sequence[tuple[Node, Buffer]], num_shards: int, cuts: Sequence[int], ranks: Sequence[int],
-                     out: Buffer) -> Buffer:
+    def _reduce_tree(self, sums: Sums, num_shards: int, cuts: Sequence[int], ranks: Sequence[int], out: Buffer) -> Buffer:
         num_terms = [len(nodes) for nodes in checked_nodes(self, sums, num_shards)]
         self._reduce([flat(buffer) for _, buffer in sums], tree_program(self.size, num_shards), num_terms, cuts, ranks, flat(out))
         return out
@@ -227,13 +206,8 @@ class SharedGroup(Meeting):
             self._kept[key] = self._segment.allocate(size, dtype)
         return self._kept[key][:size]
 
-    def _form_sub(self, ranks: tuple[int, ...], kind: str) -> SharedGroup:
-        self._check()
-        key = self._key + "/".join([kind, *map(str, ranks), ""])  # ranks in this group: others have them too
-        try:
-            return self._form_at(self._store, key, ranks.index(self.rank), len(ranks), self._aborted, self._timeout_s)
-        except GroupBroken as error:
-            raise self._break(f"fell apart: {error}") from error
+    def _form_at(self, key: str, ranks: Sequence[int]) -> SharedGroup:
+        return self._join(self._store, self._key + key, ranks.index(self.rank), len(ranks), self._aborted, self._timeout_s)
 
 
 def flat(buffer: Buffer) -> np.ndarray:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -25,8 +26,8 @@ class Door(dist.Store):
         self._client, self._prefix, self._is_sound, self._mine = client, prefix, is_sound, b""
         self._clones: list[Door] = []  # the library's own reference does not keep the Python half alive
 
-    def under(self, *parts: Any) -> Door:
-        return Door(self._client, self._prefix + "/".join(map(str, parts)) + "/")
+    def under(self, prefix: str) -> Door:
+        return Door(self._client, self._prefix + prefix)
 
     def clone(self) -> Door:
         """A door with a connection of its own, for the library's threads."""
@@ -61,36 +62,32 @@ def call_leaving(blocking: Callable[[], T], aborted: threading.Event, timeout_s:
 
     A call that was left ends by its own time limit; what it made dies in its thread, for dropping a group can block.
     """
-    made: list[T] = []
-    failed: list[Exception] = []
-    left, done, lock = threading.Event(), threading.Event(), threading.Lock()
+    future: Future[T] = Future()
 
     def work() -> None:
-        result = None
         try:
             result = blocking()
         except Exception as error:
-            failed.append(error)
-        with lock:
-            if result is not None and not left.is_set():
-                made.append(result)
-        done.set()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        else:
+            if future.set_running_or_notify_cancel():
+                future.set_result(result)
 
     threading.Thread(target=work, name=f"elastic-{what}", daemon=True).start()
     deadline = time.monotonic() + timeout_s
-    while not done.wait(SLICE_S) and not aborted.is_set() and time.monotonic() < deadline:
+    while not wait([future], SLICE_S).done and not aborted.is_set() and time.monotonic() < deadline:
         continue
-    with lock:
-        if made:
-            return made.pop()
-        left.set()
+    is_left = future.cancel()
+    if not is_left and not future.exception():
+        return future.result()
     if aborted.is_set():
         raise GroupBroken(f"{what} was aborted.")
-    if failed and isinstance(failed[0], UserError):
-        raise failed[0]
-    if failed:
-        raise GroupBroken(f"{what} failed: {failed[0]}") from failed[0]
-    raise GroupBroken(f"{what} took more than {timeout_s:g} s.")
+    if is_left:
+        raise GroupBroken(f"{what} took more than {timeout_s:g} s.")
+    if isinstance(error := future.exception(), UserError):
+        raise error
+    raise GroupBroken(f"{what} failed: {error}") from error
 
 
 def drop(things: list[object], *first: Callable[[], None]) -> None:

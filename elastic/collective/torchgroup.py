@@ -17,7 +17,6 @@ from elastic.collective.group import Buffer, Pending
 from elastic.collective.kv_store import StoreClient
 from elastic.collective.member import Meeting
 from elastic.collective.torch_store import Door, call_leaving, drop
-from elastic.errors import GroupBroken
 
 PIECE = 16 * 1024 * 1024  # elements broadcast at a time
 OPERATIONS: dict[str, Callable[..., Any]] = {  # on a process group and tensors
@@ -64,18 +63,18 @@ class TorchGroup(Meeting):
     def form(cls, rank: int, size: int, store_address: str, prefix: str, aborted: threading.Event, timeout_s: float,
              host: str = "") -> Self:
         """Meets the other members at the store under `prefix`. `host`: this member's own address; "" lets the library find it."""
+        return cls._join(f"group {prefix} as rank {rank} of {size}", lambda: Door(StoreClient(store_address, prefix, aborted, timeout_s)),
+                         rank, size, aborted, host, timeout_s)
 
-        def connect() -> tuple[Door, Any]:
-            store = Door(StoreClient(store_address, prefix, aborted, timeout_s))
-            return store, cls._connect(store, rank, size, host, timeout_s)
+    @classmethod
+    def _join(cls, what: str, door: Callable[[], Door], rank: int, size: int, aborted: threading.Event, host: str, timeout_s: float) -> Self:
+        def connect() -> tuple[Any, Door]:
+            store = door()
+            return cls._connect(store, rank, size, host, timeout_s), store
 
-        store, pg = call_leaving(connect, aborted, timeout_s, f"Forming group {prefix} as rank {rank} of {size}")
-        return cls(pg, store, rank, size, aborted, host, timeout_s)._complete()
-
-    def _complete(self) -> Self:
-        """Until every member has connected: one that is done and leaves at once would break it for those still connecting."""
-        self.barrier()
-        return self
+        group = cls(*call_leaving(connect, aborted, timeout_s, f"Forming {what}"), rank, size, aborted, host, timeout_s)
+        group.barrier()  # a member that is done and leaves at once would break it for those still connecting
+        return group
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
@@ -155,12 +154,6 @@ class TorchGroup(Meeting):
     def barrier(self) -> None:
         self.all_reduce(np.zeros(1, np.float32))
 
-    def _form_sub(self, ranks: tuple[int, ...], kind: str) -> Self:
-        self._check()
-        store, rank, size = self._store.under(kind, *ranks), ranks.index(self.rank), len(ranks)
-        try:
-            pg = call_leaving(lambda: self._connect(store, rank, size, self._host, self._timeout_s), self._aborted,
-                              self._timeout_s, f"Forming the group of ranks {list(ranks)}")
-        except GroupBroken as error:
-            raise self._break(f"fell apart: {error}") from error
-        return type(self)(pg, store, rank, size, self._aborted, self._host, self._timeout_s)._complete()
+    def _form_at(self, key: str, ranks: Sequence[int]) -> Self:
+        return self._join(f"the group of ranks {list(ranks)}", lambda: self._store.under(key), ranks.index(self.rank), len(ranks), self._aborted,
+                          self._host, self._timeout_s)

@@ -14,7 +14,6 @@ Kind = Literal["forward", "backward", "backward_input", "backward_weight",
                "send_activation", "receive_activation", "send_gradient", "receive_gradient"]
 Name = Literal["gpipe", "1f1b", "interleaved", "zb-h1"]
 NAMES: tuple[Name, ...] = get_args(Name)
-MESSAGES: tuple[Kind, ...] = ("send_activation", "receive_activation", "send_gradient", "receive_gradient")
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Action:
 
     @property
     def is_message(self) -> bool:
-        return self.kind in MESSAGES
+        return self.kind.startswith(("send", "receive"))
 
     def __str__(self) -> str:
         return f"{self.kind}(micro-batch {self.micro_batch}, chunk {self.chunk})"

@@ -33,22 +33,20 @@ class MeshGroups:
         self.broken: list[GroupBroken] = []
         self.counts: Counter[str] = Counter()
         self.data = self._group(mesh.axis_ranks(group.rank, "data"))
-        lines = {axis: self._watched(self._group(mesh.axis_ranks(group.rank, axis)), watch) for axis in (*SPLITTING, "pipeline")}
+        lines = {axis: self._group(mesh.axis_ranks(group.rank, axis), watch) for axis in (*SPLITTING, "pipeline")}
         self.pipeline = lines["pipeline"]
         self.axes = {axis: Axis(axis, lines[axis], self.counts) for axis in SPLITTING}
         self.replica = self._group(mesh.replica(group.rank))
         self.shared: list[tuple[Axis, tuple[str, ...]]] = []
         for one in sorted(portion.shared, key=lambda shared: [mesh.rank(coordinate) for coordinate in shared.coordinates]) if portion else ():
             ranks = [mesh.rank(replace(coordinate, data=self.coordinate.data)) for coordinate in one.coordinates]
-            self.shared.append((Axis("shared", self._watched(self._group(ranks), watch), self.counts), one.names))
+            self.shared.append((Axis("shared", self._group(ranks, watch), self.counts), one.names))
 
-    def _group(self, ranks: Sequence[int]) -> CollectiveGroup:
-        if len(ranks) == self.world.size:
-            return self.world
-        return SoloGroup(self.world.aborted) if len(ranks) == 1 else self.world.subgroup(tuple(ranks))
-
-    def _watched(self, group: CollectiveGroup, watch: Watch) -> CollectiveGroup:
-        return group if group.size == 1 else Watched(group, watch, self.broken)  # type: ignore[return-value]
+    def _group(self, ranks: Sequence[int], watch: Watch | None = None) -> CollectiveGroup:
+        if len(ranks) == 1 < self.world.size:
+            return SoloGroup(self.world.aborted)
+        group = self.world if len(ranks) == self.world.size else self.world.subgroup(tuple(ranks))
+        return Watched(group, watch, self.broken) if watch and group.size > 1 else group  # type: ignore[return-value]
 
     def dims(self, layout: dict[str, str]) -> dict[str, Axis]:
         """The axis of every dim that is split."""

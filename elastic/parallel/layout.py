@@ -48,11 +48,10 @@ class Layout:
         self.dims = {dim: axis for dim, axis in (dims or own).items() if getattr(mesh, axis) > 1}
         self._check_divides()
         self.depths: tuple[tuple[str, ...], ...] = ((),)
-        self._held = [tuple(self.parameters)]
+        self.reads = [tuple(self.parameters)]  # by depth: the parameters that the chunk there reads
         if chain:
             self.depths = self._cut(chain.pieces, costs)
-            reads = {piece: tuple(chain.names(piece)) for piece in chain.pieces}
-            self._held = [tuple(dict.fromkeys(name for piece in pieces for name in reads[piece])) for pieces in self.depths]
+            self.reads = [tuple(dict.fromkeys(name for piece in pieces for name in chain.names(piece))) for pieces in self.depths]
 
     def _cut(self, pieces: Sequence[str], costs: Mapping[str, float] | None) -> tuple[tuple[str, ...], ...]:
         """By depth. RecipeError where there are too few pieces."""
@@ -87,12 +86,8 @@ class Layout:
 
     def held(self, stage: int) -> tuple[str, ...]:
         """The parameters of a stage, in the model's order."""
-        mine = {name for depth in self.stage_depths(stage) for name in self._held[depth]}
+        mine = {name for depth in self.stage_depths(stage) for name in self.reads[depth]}
         return tuple(name for name in self.parameters if name in mine)
-
-    def read_at(self, depth: int) -> tuple[str, ...]:
-        """The parameters that the chunk at a depth reads."""
-        return self._held[depth]
 
     @cached_property
     def stages_of(self) -> dict[str, tuple[int, ...]]:

@@ -80,15 +80,6 @@ def together(parts: Sequence[Measure]) -> Measure:
                    parts[-1].out_shape, tuple(move for part in parts for move in part.moves), sum(part.forward for part in parts))
 
 
-def totals(moves: Sequence[Move]) -> dict[str, tuple[int, int]]:
-    """(calls, bytes) by "AXIS.KIND"."""
-    found: dict[str, tuple[int, int]] = {}
-    for move in moves:
-        calls, moved = found.get(move.key, (0, 0))
-        found[move.key] = calls + 1, moved + move.bytes
-    return found
-
-
 def costs_of(model: Any, batch: Batch) -> dict[str, float] | None:
     """What a pass over each piece takes, in operations: what to balance stages by. The same wherever it is asked. None without pieces."""
     measured = pieces(model, batch, Layout(model, Mesh(1)), Coordinate()) if is_chain(model) else {}

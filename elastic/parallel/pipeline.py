@@ -11,16 +11,12 @@ from contextlib import contextmanager
 from math import prod
 from typing import Any, Protocol
 
-import numpy as np
-
 from elastic.collective.group import CollectiveGroup
 from elastic.model.backend import Backend, Batch, Buffer, ShardResult
-from elastic.model.shape_ops import MeterOps, Shape
 from elastic.parallel.executor import Executor
 from elastic.parallel.layout import Portion
+from elastic.parallel.measure import pieces
 from elastic.parallel.schedules import build
-
-PACE = (1, 1, 1)  # the same on all stages: it decides at which points messages pass
 
 
 class Shards(Protocol):
@@ -51,7 +47,8 @@ class Pipeline:
     def __init__(self, portion: Portion, backend: Backend, schedule: str, micro_batches: int):
         self.portion, self.backend, self.schedule, self.micro_batches = portion, backend, schedule, micro_batches
         self.depths = portion.layout.stage_depths(portion.coordinate.pipeline)
-        self.last = len(portion.layout.depths) - 1
+        self.pieces = portion.layout.depths
+        self.last = len(self.pieces) - 1
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
         self._group: CollectiveGroup | None = None
         self._executors: dict[tuple[int, int], Executor] = {}
@@ -60,14 +57,14 @@ class Pipeline:
         self._into: Mapping[str, Buffer] = {}
         self._left = 0  # backward passes, or their second halves, of the shard whose gradients are being added
 
-    def pieces(self, depth: int) -> tuple[str, ...]:
-        return self.portion.layout.depths[depth]
-
     def shapes(self, batch: Batch) -> list[tuple[int, ...]]:
-        """Of what travels between depths d and d + 1, for a batch of so many rows."""
+        """Of what comes to each depth, for a batch of so many rows; nothing comes to the first. It passes between workers with the same part of
+        every split dim, and may be such a part itself.
+        """
         rows = len(next(iter(batch.values())))
         if rows not in self._shapes:
-            self._shapes[rows] = boundaries(self.portion, batch)
+            made = pieces(self.portion.model, batch, self.portion.layout, self.portion.coordinate)
+            self._shapes[rows] = [(), *(made[names[-1]].out_shape for names in self.pieces[:-1])]
         return self._shapes[rows]
 
     def run(self, group: CollectiveGroup, shards: Shards) -> None:
@@ -79,7 +76,7 @@ class Pipeline:
         try:
             for first in range(0, len(shards.run), per):
                 self._run, self._left = shards.run[first:first + per], 0
-                sizes = tuple(map(prod, self.shapes(shards.rows(self._run[0], 0)[0])))
+                sizes = tuple(map(prod, self.shapes(shards.rows(self._run[0], 0)[0])[1:]))
                 self._executor(group, per * self.micro_batches, sizes).run(self)
         except BaseException:
             self._executors = {}
@@ -92,7 +89,7 @@ class Pipeline:
     def _executor(self, group: CollectiveGroup, count: int, sizes: tuple[int, ...]) -> Executor:
         key = count, sum(sizes)
         if key not in self._executors:
-            schedule = build(self.schedule, group.size, count, self.portion.layout.num_chunks, PACE)  # type: ignore[arg-type]
+            schedule = build(self.schedule, group.size, count, self.portion.layout.num_chunks)  # type: ignore[arg-type]
             self._executors[key] = Executor(schedule, group, sizes, self.backend.allocate)
         return self._executors[key]
 
@@ -100,8 +97,7 @@ class Pipeline:
         number, micro = divmod(micro_batch, self.micro_batches)
         rows, seed = self._shards.rows(self._run[number], micro)
         depth = self.depths[chunk]
-        shape = self.shapes(rows)[depth - 1] if depth else ()
-        found = self.backend.forward((chunk, micro_batch), self.pieces(depth), inputs, shape, rows, seed)
+        found = self.backend.forward((chunk, micro_batch), self.pieces[depth], inputs, self.shapes(rows)[depth], rows, seed)
         if depth < self.last:
             return found
         self._shards.add(self._run[number], found)
@@ -130,7 +126,7 @@ class Pipeline:
             self._shards.end(shard)
 
     def _own(self, depth: int, into: Mapping[str, Buffer]) -> Mapping[str, Buffer]:
-        return {name: into[name] for name in self.portion.layout.read_at(depth) if name in into}
+        return {name: into[name] for name in self.portion.layout.reads[depth] if name in into}
 
     def infer(self, group: CollectiveGroup, batch: Batch) -> Any:
         """Metrics of one evaluation batch at the model's end; None on the other stages."""
@@ -140,7 +136,7 @@ class Pipeline:
             inputs = self._inputs(depth, shapes)
             if depth:
                 group.receive(inputs, (rank - 1) % stages)
-            found = self.backend.infer(self.pieces(depth), inputs, shapes[depth - 1] if depth else (), batch)
+            found = self.backend.infer(self.pieces[depth], inputs, shapes[depth], batch)
             if depth < self.last:
                 group.send(found, (rank + 1) % stages)
                 found = None
@@ -150,26 +146,9 @@ class Pipeline:
         """A micro-batch through this stage's chunks alone, for what compiles and allocates."""
         shapes = self.shapes(batch)
         for depth in self.depths:
-            self.backend.forward((0, 0), self.pieces(depth), self._inputs(depth, shapes), shapes[depth - 1] if depth else (), batch, 0)
+            self.backend.forward((0, 0), self.pieces[depth], self._inputs(depth, shapes), shapes[depth], batch, 0)
             self.backend.backward((0, 0), self._inputs(depth + 1, shapes) if depth < self.last else None, self._own(depth, into))
 
     def _inputs(self, depth: int, shapes: Sequence[Sequence[int]]) -> Buffer | None:
         """Room for what comes to a depth; None at the model's beginning."""
-        return self.backend.allocate(prod(shapes[depth - 1])) if depth else None
-
-
-def boundaries(portion: Portion, batch: Batch) -> list[tuple[int, ...]]:
-    """The shape of what each depth but the last gives, found without values. It passes between workers with the same part of every split dim,
-    and may be such a part itself.
-    """
-    ops, layout = MeterOps(), portion.layout
-    params = {name: Shape(layout.box(name, portion.coordinate).count, True, owned=False) for name in portion.whole}
-    columns = {name: Shape(np.shape(column), False, owned=False) for name, column in batch.items()}
-    shapes: list[tuple[int, ...]] = []
-    x = None
-    for pieces in layout.depths[:-1]:
-        for piece in pieces:
-            x = portion.model.run(ops, params, piece, x, columns, 0)
-        assert x is not None
-        shapes.append(tuple(x.shape))
-    return shapes
+        return self.backend.allocate(prod(shapes[depth])) if depth else None

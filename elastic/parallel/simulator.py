@@ -51,7 +51,6 @@ class Span:
 class Timeline:
     """`bubble` is the share of the stages' time that is not computation; `peaks[s]` the most chunks' activations alive on stage s."""
 
-    schedule: Schedule
     spans: tuple[Span, ...]
     seconds: float
     bubble: float
@@ -75,4 +74,4 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
             work += 0.0 if action.is_message else seconds
     total = max(clocks)
     bubble = 1.0 - work / (total * schedule.num_stages) if total else 0.0
-    return Timeline(schedule, tuple(spans), total, bubble, tuple(max(in_flight(actions), default=0) for actions in schedule.actions))
+    return Timeline(tuple(spans), total, bubble, tuple(max(in_flight(actions), default=0) for actions in schedule.actions))

@@ -13,13 +13,12 @@ from elastic.collective.segment import MOST_READERS
 from elastic.errors import UserError
 from elastic.mesh import Mesh
 from elastic.model.backend import is_chain
-from elastic.planning import tables as laid_out
 from elastic.planning.calibration import cache_file, calibrate, known
 from elastic.planning.costs import Cluster
 from elastic.planning.memory import PROCESS_BYTES, example, measured, question
 from elastic.planning.profile import Counted, copied_bytes_s
 from elastic.planning.search import Forecast, Question, choose, forecasts
-from elastic.planning.tables import Variant, brief, named, reason, sentences, table, too_large
+from elastic.planning.tables import Variant, brief, named, parsed, reason, sentences, show, table, too_large
 from elastic.recipe import Recipe, with_mesh
 from elastic.workload import Workload, open_model
 
@@ -68,8 +67,7 @@ class Plan:
         asked, work = measured(recipe, opened, flops_s)
         if recipe.mesh.auto:
             asked = replace(asked, micro_batches=0)
-        found = forecasts(asked, cluster, work)
-        return cls(recipe, asked, cluster, work, found)
+        return cls(recipe, asked, cluster, work, forecasts(asked, cluster, work))
 
     def variants(self, info: Mapping[str, Any]) -> list[Variant]:
         """Changes to the recipe that may make it fit, the mildest first."""
@@ -103,28 +101,22 @@ class Plan:
         return found
 
 
-@dataclass(frozen=True)
-class Shown:
-    """Whether a layout is to be shown in place of the table, and of which mesh; "" is the best."""
-
-    layout: bool = False
-    mesh: str = ""
-
-
-def parts(recipe: Recipe, info: Mapping[str, Any], opened: Workload, size: Size, flops_s: float, shown: Shown) -> Iterator[Any]:
-    """What `elastic plan` prints: tables and sentences. UserError where nothing fits."""
+def parts(recipe: Recipe, info: Mapping[str, Any], opened: Workload, size: Size, flops_s: float, layout: bool = False,
+          mesh: str = "") -> Iterator[Any]:
+    """What `elastic plan` prints: tables and sentences. With `layout`, in place of the table, how `mesh` lies; "" is the best. UserError where
+    nothing fits."""
     cluster = cluster_of(recipe, size)
-    if shown.layout and shown.mesh:
+    if layout and mesh:
         asked, work = question(recipe, opened.model, opened.balance), Counted(opened.model, example(opened), 0.0)
-        yield from laid_out.show(asked, work, laid_out.parsed(shown.mesh), recipe.mesh.micro_batches)
+        yield from show(asked, work, parsed(mesh), recipe.mesh.micro_batches)
         return
     plan = Plan.make(recipe, opened, cluster, flops_s)
     best = choose(plan.found, cluster)
-    if not shown.layout:
+    if not layout:
         yield table(plan.found, cluster)
     yield from sentences(recipe, plan.asked, cluster, plan.found, plan.variants(info))
-    if shown.layout and best:
-        yield from laid_out.show(plan.asked, plan.work, best.mesh, best.candidate.micro_batches)
+    if layout and best:
+        yield from show(plan.asked, plan.work, best.mesh, best.candidate.micro_batches)
 
 
 def calibrated(recipe: Recipe, info: Mapping[str, Any], size: Size) -> list[str]:

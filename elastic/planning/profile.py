@@ -102,7 +102,7 @@ def staged(backend: Backend, layout: Layout, measured: Sequence[Measure], batch:
         gradient = None
         for depth in reversed(range(len(layout.depths))):
             started = time.perf_counter()
-            gradient = backend.backward(depth, gradient, {name: views[name] for name in layout.read_at(depth) if name in views})
+            gradient = backend.backward(depth, gradient, {name: views[name] for name in layout.reads[depth] if name in views})
             ways[depth][1] = time.perf_counter() - started
         taken.append([(forward, backward) for forward, backward in ways])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ from elastic.errors import UserError
 from elastic.humanize import count, duration, size
 from elastic.mesh import AXES, Coordinate, Mesh, rounds
 from elastic.parallel.layout import Layout
-from elastic.parallel.measure import totals
 from elastic.planning import candidates as meshes
 from elastic.planning import costs
 from elastic.planning.costs import FLOAT, Cluster
@@ -62,14 +62,14 @@ def traffic(asked: Question, layout: Layout, work: Counted, coordinate: Coordina
     task, mesh = asked.task, layout.mesh
     shards = rounds(task.num_shards, mesh.data)
     each, measured = shards * micro_batches, work.measured(layout, task.shard_rows // mesh.expert // micro_batches)
-    for key, (calls, moved) in sorted(totals([move for depth in layout.stage_depths(coordinate.pipeline) for move in measured[depth].moves]).items()):
-        yield key, each * calls, each * moved
-    last = len(measured) - 1
-    onward = [measured[depth].out_bytes for depth in layout.stage_depths(coordinate.pipeline) if depth < last]
-    back = [measured[depth - 1].out_bytes for depth in layout.stage_depths(coordinate.pipeline) if depth]
-    for what, sizes in (("pipeline.activation", onward), ("pipeline.gradient", back)):
-        if sizes:
-            yield what, each * len(sizes), each * sum(sizes)
+    depths, sizes = layout.stage_depths(coordinate.pipeline), defaultdict[str, list[int]](list)
+    for move in sorted((move for depth in depths for move in measured[depth].moves), key=lambda move: move.key):
+        sizes[move.key].append(move.bytes)
+    sizes["pipeline.activation"] = [measured[depth].out_bytes for depth in depths if depth < len(measured) - 1]
+    sizes["pipeline.gradient"] = [measured[depth - 1].out_bytes for depth in depths if depth]
+    for key, moved in sizes.items():
+        if moved:
+            yield key, each * len(moved), each * sum(moved)
     held = meshes.holding(layout, asked.model, asked.rules, coordinate)
     if held.shared:
         yield "shared.all_reduce", len(held.shared), sum(elements for _, elements in held.shared) * FLOAT
@@ -167,10 +167,7 @@ def sentences(recipe: Recipe, asked: Question, cluster: Cluster, found: Sequence
 def too_large(found: Sequence[Forecast], cluster: Cluster, variants: Sequence[Variant]) -> str:
     """By how much a run does not fit, and what would make it."""
     least = min(found, key=lambda one: one.memory.total)
-    remedies = []
-    for words, variant in variants:
-        if any(not over(one, cluster) for one in variant()):
-            remedies.append(words)
+    remedies = [words for words, variant in variants if any(not over(one, cluster) for one in variant())]
     parts = vars(least.memory)
     worst = max(parts, key=lambda name: parts[name])
     end = " or ".join(remedies) if remedies else ('give workers more memory, or take a smaller model, a smaller data.batch_size or '

@@ -92,7 +92,7 @@ def through_stages(name: str, ops: Any, layout: Layout, params: Mapping[str, np.
                    seed: int) -> tuple[float, dict[str, np.ndarray]]:
     """The loss and the gradients per row, of stages that get nothing from each other but one array, and back its gradient."""
     def stage(depth: int, x: np.ndarray | None, cotangent: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        reads = layout.read_at(depth)
+        reads = layout.reads[depth]
 
         def function(ops: Any, *leaves: Any) -> Any:
             columns, out = {key: ops.constant(value) for key, value in batch.items()}, None if x is None else leaves[-1]
@@ -110,7 +110,7 @@ def through_stages(name: str, ops: Any, layout: Layout, params: Mapping[str, np.
     for depth in reversed(range(len(layout.depths))):
         found, slopes = stage(depth, inputs[depth], slope)
         total = found if depth == len(layout.depths) - 1 else total
-        for key, gradient in zip(layout.read_at(depth), slopes):
+        for key, gradient in zip(layout.reads[depth], slopes):
             gradients[key] += gradient
         slope = slopes[-1]
     return float(total), gradients

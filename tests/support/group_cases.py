@@ -94,7 +94,7 @@ def many_calls(group: Any, keep: dict[str, Any], rounds: int) -> float:
 def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, block: int, chunk: int, steps: int) -> list[bytes]:
     """The canonical reduction as the loop does it, in buffers of the group's own where it has some."""
     allocate = group.allocate
-    out, scratch, free = allocate(out_size(numel, block, group.size)), Scratch(lambda n: np.zeros(n, np.float32)), []
+    out, scratch, free = allocate(out_size(numel, block, group.size)), Scratch(lambda n: np.zeros(n, np.float32), chunk), []
     found = []
     for step in range(steps):
         def take() -> np.ndarray:
@@ -108,7 +108,7 @@ def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, blo
             buffer = sums.begin(shard)
             buffer += leaf(step, shard, numel)
             sums.end(shard)
-        found.append(group.reduce_tree(sums.nodes(), num_shards, out, numel, block, scratch, chunk)[:numel].tobytes())
+        found.append(group.reduce_tree(sums.nodes(), num_shards, out, numel, block, scratch)[:numel].tobytes())
         free += [buffer for _, buffer in sums.nodes()]
     return found
 
@@ -116,7 +116,7 @@ def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, blo
 def kept_sum(group: Any, keep: dict[str, Any], num_shards: int, cuts: list[int], twin: bool, chunk: int, steps: int) -> list[tuple[bytes, bytes]]:
     """The same sum, of which this member keeps two ranges; then all put their own together."""
     allocate, numel = group.allocate, cuts[-1]
-    out, whole, scratch = allocate(numel), np.zeros(numel, np.float32), Scratch(lambda n: np.zeros(n, np.float32))
+    out, whole, scratch = allocate(numel), np.zeros(numel, np.float32), Scratch(lambda n: np.zeros(n, np.float32), chunk)
     found = []
     for step in range(steps):
         run = shards_of(group.rank, group.size, num_shards)
@@ -125,12 +125,12 @@ def kept_sum(group: Any, keep: dict[str, Any], num_shards: int, cuts: list[int],
             buffer = sums.begin(shard)
             buffer += leaf(step, shard, numel)
             sums.end(shard)
-        mine = group.reduce_held(sums.nodes(), num_shards, out, cuts, twin, scratch, chunk)
-        count = sum(cuts[r + 1] - cuts[r] for r in reduction.wanted(group.rank, group.size, twin))
+        mine = group.reduce_held(sums.nodes(), num_shards, out, cuts, twin, scratch)
+        count = sum(cuts[r + 1] - cuts[r] for r in {group.rank, (group.rank - twin) % group.size})
         low, high = cuts[group.rank], cuts[group.rank + 1]
         whole[low:high] = mine[:high - low]
         kept = mine[:count].tobytes()
-        reduction.gather_owned(group, whole, cuts, scratch, chunk)
+        reduction.gather_owned(group, whole, cuts, scratch)
         found.append((kept, whole.tobytes()))
     return found
 

@@ -214,14 +214,15 @@ def test_a_report_of_a_run_without_a_line(tmp_path: Path) -> None:
 
 
 def test_a_pipelines_picture_has_a_bar_for_every_action_where_it_happens() -> None:
-    timeline = simulate(build("interleaved", 2, 4, 2), Costs.equal(2, 1.0, 1.0, 1.0, 0.25))
+    schedule = build("interleaved", 2, 4, 2)
+    timeline = simulate(schedule, Costs.equal(2, 1.0, 1.0, 1.0, 0.25))
     chart = gantt(timeline.rows(), "interleaved")
     bars = {(stage, bar.name, where, begin, begin + length) for bar in chart.data
             for stage, where, begin, length in zip(bar.y, bar.customdata, bar.base, bar.x, strict=True)}
     assert bars == {(f"stage {s.stage}", s.action.kind,
                      f"{s.action.kind} of micro-batch {s.action.micro_batch}, chunk {s.action.chunk}, on stage {s.stage}", s.start, s.end)
                     for s in timeline.spans}
-    assert len(bars) == sum(len(actions) for actions in timeline.schedule.actions)
+    assert len(bars) == sum(len(actions) for actions in schedule.actions)
     assert chart.layout.yaxis.categoryarray == ("stage 1", "stage 0")
     page = chart.to_html(include_plotlyjs=True)
     assert 'src="http' not in page and "forward of micro-batch 3, chunk 1, on stage 1" in page

@@ -13,7 +13,7 @@ from elastic import cli, workload
 from elastic.mesh import Mesh
 from elastic.planning import calibration, costs
 from elastic.planning.calibration import Constants
-from elastic.planning.plan import Plan, Shown, Size, cluster_of, parts, settle
+from elastic.planning.plan import Plan, Size, cluster_of, parts, settle
 from elastic.planning.profile import Counted
 from elastic.planning.search import forecasts
 from elastic.planning.tables import sentences, too_large
@@ -231,7 +231,7 @@ def test_a_users_own_module_is_planned() -> None:
     opened = Workload.open(recipe, {})
     plan = Plan.make(recipe, opened, cluster_of(recipe, Size(1, 2)))
     shown = Console(width=200, file=StringIO())
-    for part in parts(recipe, {}, opened, Size(1, 2), 0.0, Shown(layout=True)):
+    for part in parts(recipe, {}, opened, Size(1, 2), 0.0, layout=True):
         shown.print(part)
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     assert all(name in text for name in plan.asked.model.parameters) and "data.reduction" in text

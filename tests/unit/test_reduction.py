@@ -35,8 +35,8 @@ def reduce_as(group: Any, leaves: np.ndarray, chunk: int) -> np.ndarray:
         buffer[:numel] += leaves[shard]
         sums.end(shard)
     out = np.full(out_size(numel, BLOCK, group.size), np.nan, np.float32)
-    scratch = Scratch(lambda n: np.full(n, np.nan, np.float32))
-    return reduction.reduce(group, sums.nodes(), num_shards, out, numel, BLOCK, scratch, chunk)[:numel].copy()
+    scratch = Scratch(lambda n: np.full(n, np.nan, np.float32), chunk)
+    return reduction.reduce(group, sums.nodes(), num_shards, out, numel, BLOCK, scratch)[:numel].copy()
 
 
 @pytest.mark.parametrize("num_shards", range(1, 17))

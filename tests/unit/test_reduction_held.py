@@ -61,7 +61,7 @@ def test_everybody_gets_the_trees_bits_of_what_it_keeps(num_shards: int, num_blo
         def member(rank: int, group: Any) -> np.ndarray:
             group = group if size > 1 else SoloGroup()
             sums = sums_of(group, leaves).nodes()
-            return reduction.reduce_held(group, sums, num_shards, dirty(len(whole)), where, twin, Scratch(dirty), chunk).copy()
+            return reduction.reduce_held(group, sums, num_shards, dirty(len(whole)), where, twin, Scratch(dirty, chunk)).copy()
 
         for rank, result in enumerate(together(size, member)):
             expected = np.concatenate([whole[where[r]:where[r + 1]] for r in ([rank, (rank - 1) % size] if twin and size > 1 else [rank])])
@@ -78,7 +78,7 @@ def test_owners_give_their_chunks(size: int, chunk: int) -> None:
     def member(rank: int, group: Any) -> np.ndarray:
         buffer = dirty(7 * BLOCK + 3)
         buffer[where[rank]:where[rank + 1]] = whole[where[rank]:where[rank + 1]]
-        reduction.gather_owned(group if size > 1 else SoloGroup(), buffer, where, Scratch(dirty), chunk)
+        reduction.gather_owned(group if size > 1 else SoloGroup(), buffer, where, Scratch(dirty, chunk))
         assert np.isnan(buffer[7 * BLOCK:]).all()
         return buffer[:7 * BLOCK]
 
