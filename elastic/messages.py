@@ -1,6 +1,6 @@
 """What crosses a process: frozen dataclasses of plain values, and nothing else.
 
-The controller sends the workers `Generation`, stop requests and aborts; the workers report to it (`Ready`,
+The controller sends the workers orders (`Generation`, `Save`, `Abort`, `RequestStop`); the workers report to it (`Ready`,
 `Standing`, `Progress`, `Line`, `Part`). Every message carries the generation it belongs to.
 """
 
@@ -151,6 +151,26 @@ class Save:
     wait: bool = False  # until it is durable
     fault: str = ""  # that the file system is to have
     ballot: Ballot | None = None  # of `step`, for who holds its gradients and has not applied them
+
+
+@dataclass(frozen=True)
+class Abort:
+    """An order to leave a generation's collectives and stand by."""
+
+    worker: str
+    generation: int
+
+
+@dataclass(frozen=True)
+class RequestStop:
+    """An order to leave a generation together with all others, after a vote. `code`: STOP or STOP_AND_SAVE."""
+
+    worker: str
+    generation: int
+    code: int
+
+
+Order = Generation | Save | Abort | RequestStop
 
 
 @dataclass(frozen=True)

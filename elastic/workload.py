@@ -188,9 +188,9 @@ def check_model(recipe: Recipe, model: Any) -> tuple[str, ...]:
     return notes
 
 
-def mesh_of(recipe: Recipe, data: int = 1) -> Mesh:
-    """The recipe's degrees with so many replicas."""
-    return Mesh(data, recipe.mesh.pipeline, recipe.mesh.tensor, recipe.mesh.expert)
+def mesh_of(recipe: Recipe) -> Mesh:
+    """The recipe's degrees, of one replica."""
+    return Mesh(1, recipe.mesh.pipeline, recipe.mesh.tensor, recipe.mesh.expert)
 
 
 def lay_out(recipe: Recipe, model: Any, mesh: Mesh, balance: Mapping[str, float] | None = None) -> Layout:

@@ -26,7 +26,11 @@ def check_access(location: str, is_new: bool, owner: str = "") -> None:
 
     def work() -> None:
         try:
-            found.append(look(refused(Store.open(location), location, owner), is_new))
+            store = Store.open(location)
+            claim = claim_of(store)
+            if claim is not None and claim.others("", owner):
+                raise UserError(claim.sentence(location))
+            found.append(look(store, is_new))
         except Exception as error:
             found.append(error)
 
@@ -42,14 +46,6 @@ def check_access(location: str, is_new: bool, owner: str = "") -> None:
         raise UserError(f"{where} cannot be used ({' '.join(str(found[0]).split())[:300]}); {remedy(location)}.") from found[0]
     if found[0]:
         raise UserError(f"{where} holds the checkpoints of another run already ({found[0]}); name another path, or `elastic resume` that run.")
-
-
-def refused(store: Store, location: str, owner: str) -> Store:
-    """UserError where another live run writes there."""
-    claim = claim_of(store)
-    if claim is not None and claim.others("", owner):
-        raise UserError(claim.sentence(location))
-    return store
 
 
 def claimed(location: str, run: str, owner: str) -> None:

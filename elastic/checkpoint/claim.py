@@ -129,8 +129,11 @@ class Claim:
                 return
             self._refuse(back)
 
-    def keep(self, lost: Callable[[str], None]) -> None:
-        """Takes it, and renews it from now on beside whatever is done; `lost(sentence)` if another run has it after all."""
+    @contextmanager
+    def kept(self, lost: Callable[[str], None]) -> Iterator[None]:
+        """Takes it, and renews it while this lasts; `lost(sentence)` if another run has it after all. Given back where it ends well: who falls
+        may have somebody who carries on.
+        """
 
         def renew() -> bool:
             try:
@@ -148,11 +151,6 @@ class Claim:
 
         if renew():
             threading.Thread(target=work, name="claim", daemon=True).start()
-
-    @contextmanager
-    def kept(self, lost: Callable[[str], None]) -> Iterator[None]:
-        """As `keep`, while this lasts; given back where it ends well. Who falls may have somebody who carries on."""
-        self.keep(lost)
         try:
             yield
             self.release()

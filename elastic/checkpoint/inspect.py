@@ -33,17 +33,6 @@ class ArrayRow:
 
 
 @dataclass(frozen=True)
-class FileRow:
-    """One part file; `problem` is "" where it is there and as long as the manifest states."""
-
-    name: str
-    bytes: int
-    hash: str
-    num_arrays: int
-    problem: str
-
-
-@dataclass(frozen=True)
 class Difference:
     """An array of two checkpoints that is not the same in both. `reason` is "" where only values differ."""
 
@@ -80,23 +69,13 @@ def array_rows(manifest: Manifest) -> list[ArrayRow]:
     return [found[name] for name in sorted(found)]
 
 
-def file_rows(store: Store, name: str, manifest: Manifest) -> list[FileRow]:
-    """Every part file, and whether it is there in full length. The bytes themselves are not read."""
-    rows = []
-    for file in manifest.files:
-        found = store.size(f"{name}/{file.name}")
-        problem = "missing" if found is None else "" if found == file.bytes else f"has {found} bytes"
-        rows.append(FileRow(file.name, file.bytes, file.hash, len(file.pieces), problem))
-    return rows
-
-
 def differences(one: tuple[Store, str], other: tuple[Store, str]) -> tuple[list[Difference], int]:
     """Arrays that are not the same in both checkpoints, by name, and how many are the same to the bit. One pair is in memory at a time."""
     readers = [Reader(*place, read_sound(*place)) for place in (one, other)]
     a, b = ({row.name: row for row in array_rows(reader.manifest)} for reader in readers)
     found, num_same = [], 0
     for name in sorted({*a, *b}):
-        difference = kinds_apart(name, a, b) or values_differ(name, *(read_arrays(reader, {name: None})[name] for reader in readers))
+        difference = kinds_apart(name, a, b) or values_differ(name, *(read_arrays(reader, [name])[name] for reader in readers))
         num_same += difference is None
         found += [difference] if difference else []
     return found, num_same
@@ -141,22 +120,21 @@ def distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def tables(store: Store, name: str, manifest: Manifest) -> tuple[list[Table], bool]:
-    """The tables of one checkpoint, and whether every file is there in full length."""
-    files = file_rows(store, name, manifest)
+    """The tables of one checkpoint, and whether every file is there in full length. The bytes themselves are not read."""
     head = table("", "")
     for key, value in facts(manifest).items():
         head.add_row(key, Text(value))
-    parts = table(">", "file", ">bytes", ">arrays", "hash", "")
-    for number, row in enumerate(files, 1):
-        parts.add_row(str(number), Text(row.name), str(row.bytes), str(row.num_arrays), row.hash, Text(row.problem, "bold red"))
-    return [head, parts, array_table(manifest)], not any(row.problem for row in files)
-
-
-def array_table(manifest: Manifest) -> Table:
-    out = table("array", "dtype", "shape", ">bytes", "file")
+    parts, whole = table(">", "file", ">bytes", ">arrays", "hash", ""), True
+    for number, file in enumerate(manifest.files, 1):
+        found = store.size(f"{name}/{file.name}")
+        problem = "missing" if found is None else "" if found == file.bytes else f"has {found} bytes"
+        whole = whole and not problem
+        parts.add_row(str(number), Text(file.name), str(file.bytes), str(len(file.pieces)), file.hash, Text(problem, "bold red"))
+    arrays = table("array", "dtype", "shape", ">bytes", "file")
     for row in array_rows(manifest):
-        out.add_row(Text(row.name), row.dtype, Text(shape_words(row.shape)), str(row.bytes), ", ".join(map(str, row.files)))
-    return out
+        shape = Text(" x ".join(map(str, row.shape)) or "scalar")
+        arrays.add_row(Text(row.name), row.dtype, shape, str(row.bytes), ", ".join(map(str, row.files)))
+    return [head, parts, arrays], whole
 
 
 def diff_tables(manifests: tuple[Manifest, Manifest], found: list[Difference], num_same: int) -> tuple[list[Table], str]:
@@ -170,10 +148,6 @@ def diff_tables(manifests: tuple[Manifest, Manifest], found: list[Difference], n
         rows.add_row(Text(d.name), str(d.num_elements), *numbers_, Text(d.reason, "yellow"))
     same = f"{count(num_same, 'array')} the same to the bit"
     return [head, *([rows] if found else [])], f"{count(len(found), 'array')} differ{'s' if len(found) == 1 else ''}, {same}"
-
-
-def shape_words(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "scalar"
 
 
 def table(*columns: str) -> Table:

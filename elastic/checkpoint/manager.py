@@ -59,7 +59,7 @@ def read_manifest(store: Store, name: str) -> Manifest:
         raise BadCheckpoint(f"{name} has no manifest.")
     if size > MAX_BYTES:
         raise BadCheckpoint(f"The manifest of {name} has {size} bytes, more than {MAX_BYTES}.")
-    manifest = parse(store.read(file, size))
+    manifest = parse(store.read_range(file, 0, size))
     if (match := FOLDER.fullmatch(name)) and int(match[1]) != manifest.step:
         raise BadCheckpoint(f"{name} holds the manifest of step {manifest.step}.")
     return manifest
@@ -130,7 +130,7 @@ def read_weights(store: Store, name: str, manifest: Manifest) -> dict[str, np.nd
     names = dict.fromkeys(piece.name for entry in manifest.files for piece in entry.pieces)
     average = {name: AVERAGE + name.partition("/")[2] for name in names if not name.startswith(OPTIMIZER)}
     chosen = {name: mean if mean in names else name for name, mean in average.items()}
-    found = read_arrays(Reader(store, name, manifest), dict.fromkeys(chosen.values()))
+    found = read_arrays(Reader(store, name, manifest), chosen.values())
     return {name: found[source] for name, source in chosen.items()}
 
 
@@ -188,8 +188,9 @@ def clean(store: Store, live_generation: int, read: Read = read_manifest) -> lis
         if not match or int(match[1]) > newest or store.is_link(folder):
             continue
         files = store.names(folder)
-        named = named_files(store, folder, read) if MANIFEST in files else set()
-        if named is None:
+        try:
+            named = {MANIFEST, *(entry.name for entry in read(store, folder).files)} if MANIFEST in files else set()
+        except (BadCheckpoint, UserError):  # kept for inspection as it is
             continue
         left = [file for file in files if file not in named and is_older(file, live_generation)]
         for file in left:
@@ -198,14 +199,6 @@ def clean(store: Store, live_generation: int, read: Read = read_manifest) -> lis
         if len(left) == len(files):
             store.remove(folder)
     return gone
-
-
-def named_files(store: Store, folder: str, read: Read) -> set[str] | None:
-    """The files that belong to a committed checkpoint; None where its manifest is bad: it is kept for inspection as it is."""
-    try:
-        return {MANIFEST, *(entry.name for entry in read(store, folder).files)}
-    except (BadCheckpoint, UserError):
-        return None
 
 
 def is_older(file: str, live_generation: int) -> bool:

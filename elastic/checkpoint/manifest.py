@@ -105,7 +105,7 @@ def parse(text: str | bytes) -> Manifest:
         raise BadCheckpoint(f"The manifest is not JSON ({str(error)[:80]}).") from error
     need(isinstance(body, dict), "the manifest is not a JSON object")
     found = body.get("format")
-    need(isinstance(found, int) and not isinstance(found, bool), f"the manifest's format {found!r} is not a number")
+    need(type(found) is int, f"the manifest's format {found!r} is not a number")
     try:
         same = body.get("sha256") == body_sha256(body) and text == render(body)
     except (ValueError, RecursionError) as error:
@@ -133,7 +133,7 @@ def build(body: Mapping[str, Any]) -> Manifest:
     need(isinstance(body["recipe"], str), "the manifest's recipe is not a text")
     for key in ("eval", "extra"):
         need(isinstance(body[key], dict), f"the manifest's {key} is not a JSON object")
-    need(all(is_number(value) for value in body["eval"].values()), "the manifest's eval holds something that is no number")
+    need(all(type(value) in (int, float) for value in body["eval"].values()), "the manifest's eval holds something that is no number")
     need(isinstance(body["files"], list), "the manifest's files are not a list")
     check_count(body["chunk_bytes"], "chunk_bytes")
     need(0 < body["chunk_bytes"] <= MAX_CHUNK and body["chunk_bytes"] % 8 == 0, "the manifest's chunk_bytes is no multiple of 8 up to 1 GiB")
@@ -189,12 +189,7 @@ def check_keys(value: Any, kind: type, what: str, more: tuple[str, ...] = ()) ->
 
 
 def check_count(value: Any, what: str) -> None:
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-    need(good, f"the manifest's {what} is {str(value)[:40]}, not a number from 0 to 2^63 - 1")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    need(type(value) is int and 0 <= value < 1 << 63, f"the manifest's {what} is {str(value)[:40]}, not a number from 0 to 2^63 - 1")
 
 
 def check_pieces(manifest: Manifest) -> None:

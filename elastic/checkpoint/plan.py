@@ -1,4 +1,4 @@
-"""Who writes what, and who needs which bytes: pure functions of names, dtypes, shapes and the number of writers."""
+"""Who writes what: pure functions of names, dtypes, shapes and the number of writers."""
 
 from __future__ import annotations
 
@@ -40,11 +40,3 @@ def pieces_of(name: str, dtype: str, shape: Sequence[int], low: int, high: int) 
     """Elements low..high-1 of an array, each piece one run of them; an array without any has nothing to carry, but has to be named."""
     boxes = Box.all(shape).runs(low, high) if math.prod(shape) else [Box.all(shape)]
     return [Piece(name, dtype, box.shape, box.start, box.count) for box in boxes]
-
-
-def byte_range(piece: Piece, inside: Box) -> tuple[int, int]:
-    """The bytes (low, high) of the piece's file that hold `inside`, a box of the array that the piece is by itself: rows of its first axis."""
-    if not inside.count:
-        return piece.offset, piece.offset + piece.bytes
-    row = piece.bytes // piece.count[0]
-    return piece.offset + inside.start[0] * row, piece.offset + (inside.start[0] + inside.count[0]) * row

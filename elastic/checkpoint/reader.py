@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from elastic.boxes import Box
 from elastic.checkpoint.manifest import FileEntry, Manifest, Piece
 from elastic.checkpoint.part import hash_of
-from elastic.checkpoint.plan import byte_range
 from elastic.errors import BadCheckpoint, GroupBroken
 from elastic.storage.store import Store, patiently
 
@@ -58,8 +56,8 @@ class Reader:
         return content[low - first * size:high - first * size]
 
 
-def read_arrays(reader: Reader, wanted: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]] | None]) -> dict[str, np.ndarray]:
-    """Arrays, or boxes (start, count) of them, by name. Only the byte ranges that hold them are read.
+def read_arrays(reader: Reader, wanted: Iterable[str]) -> dict[str, np.ndarray]:
+    """Arrays by name. Only the byte ranges that hold them are read.
 
     BadCheckpoint where the checkpoint has no such array, or its bytes are not good.
     """
@@ -68,26 +66,15 @@ def read_arrays(reader: Reader, wanted: Mapping[str, tuple[tuple[int, ...], tupl
         for piece in entry.pieces:
             pieces.setdefault(piece.name, []).append((entry, piece))
     found = {}
-    for name, cut in wanted.items():
+    for name in wanted:
         if name not in pieces:
             raise BadCheckpoint(f"{reader.name} holds no array {name}.")
         first = pieces[name][0][1]
-        box = Box(first.shape, *cut) if cut else Box.all(first.shape)
-        found[name] = read_box(reader, box, pieces[name])
+        found[name] = np.empty(first.shape, np.dtype(first.dtype))
+        for entry, piece in pieces[name]:
+            content = reader.range(entry, piece.offset, piece.offset + piece.bytes)
+            found[name][piece.box.slices] = np.frombuffer(content, np.dtype(piece.dtype).newbyteorder("<")).reshape(piece.count)
     return found
-
-
-def read_box(reader: Reader, box: Box, pieces: list[tuple[FileEntry, Piece]]) -> np.ndarray:
-    """One box, out of every piece that meets it."""
-    out = np.empty(box.count, np.dtype(pieces[0][1].dtype))
-    for entry, piece in pieces:
-        if meeting := piece.box.meet(box):
-            inside = meeting.relative(piece.box)
-            low, high = byte_range(piece, inside)
-            rows = np.frombuffer(reader.range(entry, low, high), np.dtype(piece.dtype).newbyteorder("<"))
-            rows = rows.reshape(inside.count[:1] + piece.count[1:])
-            out[meeting.relative(box).slices] = rows[(slice(None), *inside.slices[1:])] if piece.count else rows
-    return out
 
 
 # The whole of a checkpoint, read by a group together.

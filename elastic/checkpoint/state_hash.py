@@ -10,18 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
 AVERAGE = "optimizer/ema/"  # moving averages, of parameters and buffers
 PARAMETER, OPTIMIZER, BUFFER = "parameter/", "optimizer/", "buffer/"
-
-
-def little_endian(array: np.ndarray) -> np.ndarray:
-    """The array's bytes as flat uint8; a view where the array is contiguous and little-endian."""
-    array = np.ascontiguousarray(array)
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8)
 
 
 def hashes_of(arrays: Iterable[tuple[str, np.ndarray]], cursor: int) -> tuple[str, str]:
@@ -31,7 +24,9 @@ def hashes_of(arrays: Iterable[tuple[str, np.ndarray]], cursor: int) -> tuple[st
         is_parameter = name.startswith(PARAMETER)
         if not is_parameter and not parameters:
             parameters = digest.hexdigest()
-        update(digest, name.removeprefix(PARAMETER) if is_parameter else name, array)
+        head = [name.removeprefix(PARAMETER) if is_parameter else name, array.dtype.name, list(array.shape)]
+        digest.update((json.dumps(head) + "\n").encode())
+        digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data)
     parameters = parameters or digest.hexdigest()
     digest.update((json.dumps(["cursor", cursor]) + "\n").encode())
     return parameters, digest.hexdigest()
@@ -41,8 +36,3 @@ def in_order(names: Iterable[str]) -> list[str]:
     """Parameters, then optimizer state, then buffers, each sorted."""
     listed = sorted(names)
     return [name for prefix in (PARAMETER, OPTIMIZER, BUFFER) for name in listed if name.startswith(prefix)]
-
-
-def update(digest: Any, name: str, array: np.ndarray) -> None:
-    digest.update((json.dumps([name, array.dtype.name, list(array.shape)]) + "\n").encode())
-    digest.update(little_endian(array))

@@ -16,7 +16,6 @@ import ray
 from elastic.controller import membership as m
 from elastic.controller import session
 from elastic.controller.controller import Controller, Settings
-from elastic.controller.ending import close
 from elastic.controller.journal import Journal
 from elastic.controller.ray_fleet import RayFleet
 from elastic.controller.run_log import RunLog, claimed
@@ -52,7 +51,7 @@ class ControllerActor:
         except BaseException as error:
             self.error = f"The controller failed: {type(error).__name__}: {error}"
             traceback.print_exc()
-            close(self.controller, m.Finish("failed", self.error))
+            session.close(self.controller, m.Finish("failed", self.error))
         finally:
             self.done.set()
         if time.monotonic() - self.polled > ABSENT_S:

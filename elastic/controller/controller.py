@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,9 +136,14 @@ class Controller:
         if isinstance(message, (Progress, Standing, Line, Part)) and message.generation > self.state.generation:
             self.outcome = self.outcome or self.behind(message.generation)
         elif isinstance(message, Progress):
-            self.take_progress(message)
+            record, now = self.workers[worker], time.monotonic()
+            if not record.released:
+                record.heartbeat = record.heartbeat.followed(message, now) if record.heartbeat else Heartbeat(message, now, now)
+        elif isinstance(message, Line) and message.file == "metrics":
+            self.run_log.metric(message.generation, message.fields)
         elif isinstance(message, Line):
-            self.take_line(message)
+            fields = dict(message.fields)
+            self.run_log.event(fields.pop("event"), fields.pop("step", None), message.generation, **fields)
         elif isinstance(message, Part):
             self.take_part(message)
         elif isinstance(message, Fault):
@@ -149,7 +154,7 @@ class Controller:
     def behind(self, generation: int) -> m.Finish:
         """Workers are in a generation that the journal lacks: who is in it nobody knows any more."""
         for worker in self.state.ready:
-            self.fleet.abort(worker, generation)
+            self.fleet.send(worker, m.Abort(worker, generation))
         return m.Finish("failed", f"A controller fell while the run directory {self.job.run_dir} could not be written, and its journal lacks "
                                   f"generation {generation}; make room there, then resume the run.")
 
@@ -248,19 +253,7 @@ class Controller:
         near = gaps([*nodes, *starting], self.state.bounds.meshes[0][1])
         self.fleet.want(self.target, policy.banned_nodes(self.losses, time.monotonic(), nodes), near)
 
-    def take_progress(self, progress: Progress) -> None:
-        record, now = self.workers[progress.worker], time.monotonic()
-        if not record.released:
-            record.heartbeat = record.heartbeat.followed(progress, now) if record.heartbeat else Heartbeat(progress, now, now)
-
-    # Lines, checkpoints, faults.
-
-    def take_line(self, line: Line) -> None:
-        if line.file == "metrics":
-            self.run_log.metric(line.generation, line.fields)
-        else:
-            fields = dict(line.fields)
-            self.run_log.event(fields.pop("event"), fields.pop("step", None), line.generation, **fields)
+    # Checkpoints, faults.
 
     def take_part(self, part: Part) -> None:
         """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it."""
@@ -291,33 +284,32 @@ class Controller:
 
     def perform(self, actions: Sequence[Any]) -> None:
         for action in actions:
-            ACTIONS[type(action)](self, action)
+            match action:
+                case m.Want():
+                    self.target = action.workers
+                    self.want()
+                case m.Abort() | m.RequestStop():
+                    self.fleet.send(action.worker, action)
+                case m.Release():
+                    self.workers[action.worker].released, self.workers[action.worker].heartbeat = True, None
+                    self.fleet.release(action.worker)
+                    self.want()
+                case m.Wait():
+                    self.run_log.event("waiting", ready=action.ready, needed=action.needed)
+                case m.SaveAlone():
+                    self.save_alone(action)
+                case m.Form():
+                    self.form(action)
+                case m.Finish():
+                    self.outcome = action
 
-    def do_want(self, action: m.Want) -> None:
-        self.target = action.workers
-        self.want()
-
-    def do_abort(self, action: m.Abort) -> None:
-        self.fleet.abort(action.worker, action.generation)
-
-    def do_request_stop(self, action: m.RequestStop) -> None:
-        self.fleet.request_stop(action.worker, action.generation, action.code)
-
-    def do_release(self, action: m.Release) -> None:
-        self.workers[action.worker].released, self.workers[action.worker].heartbeat = True, None
-        self.fleet.release(action.worker)
-        self.want()
-
-    def do_wait(self, action: m.Wait) -> None:
-        self.run_log.event("waiting", ready=action.ready, needed=action.needed)
-
-    def do_save_alone(self, action: m.SaveAlone) -> None:
+    def save_alone(self, action: m.SaveAlone) -> None:
         if action.step > self.checkpoints.newest:
             order = Save(action.generation, action.step, action.rank, action.world_size)
             self.saving[order] = action.worker
-            self.fleet.assign(action.worker, replace(order, ballot=action.ballot))
+            self.fleet.send(action.worker, replace(order, ballot=action.ballot))
 
-    def do_form(self, action: m.Form) -> None:
+    def form(self, action: m.Form) -> None:
         """Publishes a generation: on disk first, then to its members."""
         generation = self.completed(action.generation)
         if action.before or self.run_log.last_commit:
@@ -331,7 +323,7 @@ class Controller:
         self.announce_generation(generation)
         self.expect(generation.members, generation.number, generation.committed)
         for worker in generation.members:
-            self.fleet.assign(worker, generation)
+            self.fleet.send(worker, generation)
         with contextlib.suppress(OSError):  # of a full disk
             self.run_log.sync()  # who joins a group has none of the lines so far to bring along
 
@@ -366,11 +358,3 @@ class Controller:
         self.run_log.event("rewound", **{"from": self.run_log.written, "to": step})
         self.run_log.cut_back(step)
         self.checkpoints.newest = min(self.checkpoints.newest, step)
-
-    def do_finish(self, action: m.Finish) -> None:
-        self.outcome = action
-
-
-ACTIONS: dict[type, Callable[[Controller, Any], None]] = {
-    m.Want: Controller.do_want, m.Abort: Controller.do_abort, m.RequestStop: Controller.do_request_stop, m.Release: Controller.do_release,
-    m.Wait: Controller.do_wait, m.SaveAlone: Controller.do_save_alone, m.Form: Controller.do_form, m.Finish: Controller.do_finish}

@@ -1,4 +1,4 @@
-"""What the state machine takes and what it orders: its events, beside `Ready` and `Standing`, and its actions."""
+"""What the state machine takes and what it orders: its events, beside `Ready` and `Standing`; its actions, beside `Abort` and `RequestStop`."""
 
 from __future__ import annotations
 
@@ -54,25 +54,12 @@ class GiveUp:
     status: str = "failed"
 
 
-# Actions.
+# Actions beside `Abort` and `RequestStop`.
 @dataclass(frozen=True)
 class Want:
     """Keep this many worker processes alive or asked for."""
 
     workers: int
-
-
-@dataclass(frozen=True)
-class Abort:
-    worker: str
-    generation: int
-
-
-@dataclass(frozen=True)
-class RequestStop:
-    worker: str
-    generation: int
-    code: int
 
 
 @dataclass(frozen=True)

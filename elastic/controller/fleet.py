@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from elastic.chaos import Fault
-from elastic.messages import Generation, Ready, Save
+from elastic.messages import Order, Ready
 
 
 class Fleet(Protocol):
@@ -15,11 +15,7 @@ class Fleet(Protocol):
     def want(self, workers: int, avoid: Sequence[str], near: Sequence[str] = ()) -> None:
         """Keep this many workers alive or asked for, none of them on a node of `avoid`; the first new ones on those of `near`, if there is room."""
 
-    def assign(self, worker: str, order: Generation | Save) -> None: ...
-
-    def abort(self, worker: str, generation: int) -> None: ...
-
-    def request_stop(self, worker: str, generation: int, code: int) -> None: ...
+    def send(self, worker: str, order: Order) -> None: ...
 
     def release(self, worker: str) -> None:
         """Let it go; its end is no loss."""

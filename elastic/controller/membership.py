@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic.controller.events import (
-    Abort,
     Drain,
     Finish,
     Form,
@@ -27,7 +26,6 @@ from elastic.controller.events import (
     Interrupt,
     Lost,
     Release,
-    RequestStop,
     SaveAlone,
     ScaleTo,
     Starting,
@@ -36,7 +34,7 @@ from elastic.controller.events import (
 )
 from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, world_size
 from elastic.controller.recovery import Whole, assign, covers, find_whole, rejoin, writers
-from elastic.messages import STOP, STOP_AND_SAVE, Axes, Ready, Standing
+from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Ready, RequestStop, Standing
 from elastic.state.ownership import held, lacking
 
 

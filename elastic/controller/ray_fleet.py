@@ -24,7 +24,7 @@ from elastic.chaos import Fault
 from elastic.collective.connect import transport_of
 from elastic.controller import membership as m
 from elastic.errors import UserError
-from elastic.messages import Generation, Job, Ready, Save
+from elastic.messages import Job, Order, Ready
 from elastic.worker.actor import NAMESPACE, WorkerActor
 
 POLL_S = 0.5  # how often a pending placement group and draining nodes are looked at
@@ -105,7 +105,7 @@ class RayFleet:
         slot.thread.start()
 
     def resync(self, worker: str) -> None:
-        self.send(worker, "resync")
+        self.call(worker, "resync")
 
     def live(self, slot: Slot) -> None:
         """From asking for a place, or from taking charge of who has one, to the process's end."""
@@ -166,23 +166,17 @@ class RayFleet:
         except ray.exceptions.RayError as error:
             return brief(error), False
 
-    def send(self, worker: str, method: str, *arguments: Any) -> None:
+    def call(self, worker: str, method: str, *arguments: Any) -> None:
         """An order to a worker; nobody waits for it, and one that is gone does not receive it."""
         slot = self.slots.get(worker)
         if slot is not None and slot.actor is not None:
             getattr(slot.actor, method).remote(*arguments)
 
-    def assign(self, worker: str, order: Generation | Save) -> None:
-        self.send(worker, "assign", order)
-
-    def abort(self, worker: str, generation: int) -> None:
-        self.send(worker, "abort", generation)
-
-    def request_stop(self, worker: str, generation: int, code: int) -> None:
-        self.send(worker, "request_stop", generation, code)
+    def send(self, worker: str, order: Order) -> None:
+        self.call(worker, "take", order)
 
     def release(self, worker: str) -> None:
-        self.send(worker, "release")
+        self.call(worker, "release")
         self.forget(worker)
 
     def forget(self, worker: str) -> Slot | None:
@@ -230,7 +224,7 @@ class RayFleet:
             left = list(self.slots.values())
         for slot in left:
             slot.let_go.set()
-            self.send(slot.name, "release")
+            self.call(slot.name, "release")
         for slot in left + self.ended:
             if slot.thread is not None:
                 slot.thread.join(CLOSE_S)

@@ -17,7 +17,7 @@ from elastic.collective.group import CollectiveGroup
 from elastic.collective.local import Hub, Killed, die
 from elastic.controller import membership as m
 from elastic.errors import UserError
-from elastic.messages import Generation, Job, Ready, Save
+from elastic.messages import Generation, Job, Order, Ready
 from elastic.worker.loop_control import Control
 from elastic.worker.outbox import Outbox
 from elastic.worker.worker import Worker
@@ -115,17 +115,13 @@ class ThreadFleet:
             new = []
             while not self.closed and len(self.workers) < min(self.wanted, self.capacity):
                 number = next(self.numbers)
-                new.append(self.prepare(f"worker-{number}", f"node-{number % self.nodes}"))
+                name = f"worker-{number}"
+                rim = self.workers[name] = self.rims[name] = ThreadRim(self, name, f"node-{number % self.nodes}")
+                self.controller.post(m.Starting(name))
+                new.append(threading.Thread(target=self.live, args=(name, rim), name=name, daemon=True))
+            self.threads += new
             for thread in new:  # once all are announced: the first group waits for those that are known to come
                 thread.start()
-
-    def prepare(self, name: str, node: str) -> threading.Thread:
-        rim = ThreadRim(self, name, node)
-        self.workers[name] = self.rims[name] = rim
-        self.controller.post(m.Starting(name))
-        thread = threading.Thread(target=self.live, args=(name, rim), name=name, daemon=True)
-        self.threads.append(thread)
-        return thread
 
     def live(self, name: str, rim: ThreadRim) -> None:
         cause, raised = "released", False
@@ -153,19 +149,10 @@ class ThreadFleet:
             self.controller.post(m.Lost(name, cause, raised))
             self.fill()
 
-    def call(self, worker: str, act: Callable[[Control], Any]) -> None:
+    def send(self, worker: str, order: Order) -> None:
         found = self.workers.get(worker)
         if found is not None:
-            act(found.control)
-
-    def assign(self, worker: str, order: Generation | Save) -> None:
-        self.call(worker, lambda control: control.orders.put(order))
-
-    def abort(self, worker: str, generation: int) -> None:
-        self.call(worker, lambda control: control.abort(generation))
-
-    def request_stop(self, worker: str, generation: int, code: int) -> None:
-        self.call(worker, lambda control: control.request_stop(generation, code))
+            found.control.take(order)
 
     def release(self, worker: str) -> None:
         with self.lock:

@@ -52,7 +52,7 @@ class Callbacks:
 
     def __init__(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None):
         self.on_step, self.on_eval, self.on_event = on_step, on_eval, on_event
-        self.step = self.evaluated = 0
+        self.reached = {"step": 0, "eval": 0}
         self.events: set[str] = set()
 
     def feed(self, lines: Iterable[dict[str, Any]]) -> None:
@@ -68,14 +68,11 @@ class Callbacks:
             is_new = text not in self.events
             self.events.add(text)
             if is_new and fields["event"] == "rewound":
-                self.step, self.evaluated = min(self.step, fields["to"]), min(self.evaluated, fields["to"])
+                self.reached = {kind: min(step, fields["to"]) for kind, step in self.reached.items()}
             return is_new
-        before, step = self.evaluated if "eval" in fields else self.step, fields["step"]
-        if "eval" in fields:
-            self.evaluated = max(before, step)
-        else:
-            self.step = max(before, step)
-        return bool(step > before)
+        kind = "eval" if "eval" in fields else "step"
+        before, self.reached[kind] = self.reached[kind], max(self.reached[kind], fields["step"])
+        return self.reached[kind] > before
 
     def rest(self, run_dir: Path) -> None:
         """What came after the last event that was fed, from the files: another driver has seen the run out."""

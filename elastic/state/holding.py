@@ -24,10 +24,11 @@ class Store:
 
     @property
     def size(self) -> int:
+        """In elements: behind so many of the reduced gradient lie the statistics."""
         return size_of(self.ranges)
 
     def runs(self, low: int, high: int) -> Iterator[tuple[int, int, int]]:
-        """What of low..high-1 is here: (low, high, where it lies)."""
+        """What of low..high-1 is here: (low, high, where it lies in a slot, and in the reduced gradient)."""
         at = 0
         for begin, end in self.ranges:
             first, last = max(low, begin), min(high, end)

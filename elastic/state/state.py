@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.boxes import Box, Range, scaled, without
+from elastic.boxes import Box, scaled, without
 from elastic.buffers import fill, follow, like, spec_of, take_over, to_numpy, weighed
 from elastic.checkpoint.manifest import Piece
 from elastic.checkpoint.plan import pieces_of, shares
@@ -73,23 +73,6 @@ class State:
     def slots(self) -> dict[str, Buffer]:
         return self.holding.store.slots
 
-    @property
-    def blocks(self) -> tuple[Range, ...]:
-        return self.holding.blocks
-
-    @property
-    def holds_all(self) -> bool:
-        return self.holding.has_all
-
-    @property
-    def tail(self) -> int:
-        """Where the statistics lie in the reduced gradient."""
-        return self.holding.store.size
-
-    def runs(self, low: int, high: int) -> list[tuple[int, int, int]]:
-        """What this worker holds the slots of, within low..high-1: (low, high, where it lies in a slot and in the reduced gradient)."""
-        return list(self.holding.store.runs(low, high))
-
     def own_as(self, rank: int, size: int) -> None:
         """From now on this is replica `rank` of `size`; what it had does not count any more."""
         self.committed, self.torn = -1, False
@@ -98,7 +81,7 @@ class State:
     @property
     def is_all(self) -> bool:
         """Whether this worker alone has the whole state."""
-        return self.replica_size == 1 and not self.torn and self.holds_all
+        return self.replica_size == 1 and not self.torn and self.holding.has_all
 
     def start(self, seed: int, init: Mapping[str, np.ndarray] | None = None) -> None:
         """Starting values at step 0; `init` overrides some by name."""
@@ -145,18 +128,13 @@ class State:
         parameter = "" if name.startswith("buffer/") else parameter_of(name)
         return self.layout.places[parameter] if parameter in self.layout.trainable_set else None
 
-    def _saved(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """`specs` of what no other worker of the replica saves."""
-        if self.portion is None:
-            return self.specs()
-        return {name: spec for name, spec in self.specs().items()
-                if (self.portion.keeps(parameter_of(name)) if self.box(name) else self.portion.is_first)}
-
     def shares(self, rank: int, size: int) -> tuple[Piece, ...]:
         """The boxes that replica `rank` of `size` writes into a checkpoint, of the arrays as this worker holds them. What is trained with slots
         that are shared out is written by who owns those, or its twin: a torn state has no more. RunFailed where this worker does not hold it.
         """
-        mine = self._saved()
+        mine, portion = self.specs(), self.portion
+        if portion:  # what no other worker of the replica saves
+            mine = {name: spec for name, spec in mine.items() if (portion.keeps(parameter_of(name)) if self.box(name) else portion.is_first)}
         trained = {name: place for name in mine if (place := self._place(name))} if self.is_sharded else {}
         low, high = scaled([owned(rank, size, self.num_blocks)], BLOCK)[0]
         if without([(low, high)], self.holding.store.ranges):
@@ -203,7 +181,8 @@ class State:
         if name in self.views:
             return to_numpy(self.views[name].reshape(-1)[low:high])
         slot, place = self._slot(name)
-        parts = [to_numpy(self.slots[slot][at:at + last - first]) for first, last, at in sorted(self.runs(place.offset + low, place.offset + high))]
+        runs = sorted(self.holding.store.runs(place.offset + low, place.offset + high))
+        parts = [to_numpy(self.slots[slot][at:at + last - first]) for first, last, at in runs]
         return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, np.float32)])
 
     def put(self, name: str, box: Box, low: int, values: np.ndarray) -> None:
@@ -237,15 +216,12 @@ class State:
         shapes = {name: shape for name, (_, shape) in self.specs().items() if not name.startswith(without)}
         check_same(shapes, {name: np.shape(array) for name, array in arrays.items()})
         for name in shapes:
-            self._fill(name, arrays[name])
+            if name in self.views:
+                fill(self.views[name], arrays[name])
+            else:
+                slot, place = self._slot(name)
+                self.holding.store.put(slot, place.offset, place.offset + place.size, np.ascontiguousarray(arrays[name]).reshape(-1))
         self.committed, self.torn = committed, False
-
-    def _fill(self, name: str, values: np.ndarray) -> None:
-        if name in self.views:
-            fill(self.views[name], values)
-        else:
-            slot, place = self._slot(name)
-            self.holding.store.put(slot, place.offset, place.offset + place.size, np.ascontiguousarray(values).reshape(-1))
 
     def heal(self, group: Any, root: int, committed: int) -> int:
         """Every member of `group` takes the root's state; returns the bytes that each of the others received.
@@ -277,7 +253,7 @@ class State:
 
     def apply_statistics(self, gradient: Buffer, weight: float) -> None:
         """The buffers change by the weighted mean over all shards of what each changed."""
-        for name, view in shaped(gradient[self.tail:], self.layout.statistics, self.layout.trainable).items():
+        for name, view in shaped(gradient[self.holding.store.size:], self.layout.statistics, self.layout.trainable).items():
             values = self.moving(name)
             take_over(values, np.asarray(to_numpy(view), np.float64) / weight)
             if name not in self.buffers:
@@ -290,7 +266,7 @@ class State:
         if AVERAGE not in self.slots:
             return
         share = 1.0 - min(decay, (1 + step) / (10 + step))
-        for low, high, at in self.runs(0, self.layout.trainable):
+        for low, high, at in self.holding.store.runs(0, self.layout.trainable):
             for more in range(0, high - low, BLOCK):
                 mean = self.slots[AVERAGE][at + more:at + more + BLOCK]
                 mean += (self.param[low + more:low + more + BLOCK] - mean) * share

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from elastic.errors import BadCheckpoint
 from elastic.storage.files import Files
 from elastic.storage.remote import open_files
 
@@ -78,15 +77,6 @@ class Store:
         """Bytes of a file; None where there is none."""
         found = self.files.info(self.path(name))
         return None if found is None or found.is_folder else found.bytes
-
-    def read(self, name: str, num_bytes: int) -> bytes:
-        """A whole file, whose size must be `num_bytes`: nothing larger is ever read into memory."""
-        found = self.size(name)
-        if found is None:
-            raise BadCheckpoint(f"{name} is missing.")
-        if found != num_bytes:
-            raise BadCheckpoint(f"{name} has {found} bytes instead of {num_bytes}.")
-        return self.read_range(name, 0, num_bytes)
 
     def read_range(self, name: str, low: int, high: int) -> bytes:
         """Bytes low..high-1 of a file; fewer where it ends before."""

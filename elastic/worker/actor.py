@@ -18,7 +18,7 @@ import ray
 
 from elastic.chaos import Fault, strike_process
 from elastic.errors import UserError
-from elastic.messages import Generation, Job, Save
+from elastic.messages import Generation, Job, Order
 from elastic.worker.loop_control import Control
 
 NAMESPACE = "elastic"
@@ -40,27 +40,17 @@ def prepare_process(threads: int, log: Path, sys_path: Sequence[str]) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)
-    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(Forgiving(stream, "w", closefd=False), "utf-8", "backslashreplace", line_buffering=True)
+                              for stream in (1, 2))
 
 
-class Forgiving(io.TextIOBase):
-    """A log's stream. What a full disk does not take is lost, and nobody fails for that."""
+class Forgiving(io.FileIO):
+    """A log. What a full disk does not take is lost, and nobody fails for that."""
 
-    def __init__(self, stream: Any):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
+    def write(self, content: Any) -> int:
         with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def fileno(self) -> int:
-        found: int = self.stream.fileno()
-        return found
+            super().write(content)
+        return len(content)
 
 
 class ProcessRim:
@@ -84,6 +74,7 @@ class ProcessRim:
         self.outbox = Outbox(name, control, lambda messages, number: ray.get(controller.receive.remote(name, messages, number), timeout=DELIVER_S),
                              orphan_timeout_s, orphaned, leave)
         self.outbox.start()
+        self.post = self.outbox.post
 
     def form(self, generation: Generation, rank: int, control: Control) -> Any:
         from elastic.collective.connect import form
@@ -91,9 +82,6 @@ class ProcessRim:
         self.store.drop_before(self.run_id, generation.number)
         return form(generation.transport, rank, len(generation.members), f"{self.secret}@{generation.endpoint}",
                     f"{self.run_id}/{generation.number}", control.aborted, self.timeout_s, self.host)
-
-    def post(self, message: Any) -> None:
-        self.outbox.post(message)
 
     def announce(self, spec: str) -> None:
         """Again and again while the controller is away: one that comes back knows what was announced before."""
@@ -104,8 +92,7 @@ class ProcessRim:
                 print(f"The controller could not be told of {spec}: {type(error).__name__}", flush=True)
                 time.sleep(RETRY_S)
 
-    def strike(self, fault: Fault) -> None:
-        strike_process(fault)
+    strike = staticmethod(strike_process)
 
     def cut_short(self, fault: Fault, group: Any) -> Any:
         """Where the group can, exactly one peer receives; else as many as it comes to. Alone there is none."""
@@ -161,14 +148,8 @@ class WorkerActor:
         self.control.orphan()
         leave()
 
-    def assign(self, order: Generation | Save) -> None:
-        self.control.orders.put(order)
-
-    def abort(self, generation: int) -> None:
-        self.control.abort(generation)
-
-    def request_stop(self, generation: int, code: int) -> None:
-        self.control.request_stop(generation, code)
+    def take(self, order: Order) -> None:
+        self.control.take(order)
 
     def resync(self) -> None:
         if self.worker is not None:

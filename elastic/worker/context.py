@@ -83,7 +83,7 @@ class Buffers:
         self._allocate = partial(group.allocate, plain=place.backend.allocate)
         size = out_size(self.numel, BLOCK, group.size)
         if state.num_blocks:
-            size = state.tail + out_size(self.numel - layout.trainable, BLOCK, group.size)
+            size = state.holding.store.size + out_size(self.numel - layout.trainable, BLOCK, group.size)
         self.out = self._allocate(size) if group.size > 1 else None
         self.scratch = Scratch(place.backend.allocate)
         self._all: list[Buffer] = []

@@ -99,14 +99,14 @@ def apply_update(member: Member, ballot: Ballot) -> None:
     decays = options["weight_decay"] if isinstance(options["weight_decay"], dict) else {"*": options["weight_decay"]}
     for pattern, begins, ends in layout.decays:
         decay = decays.get(pattern, 0.0)
-        for low, high, at in state.runs(begins, ends):
+        for low, high, at in state.holding.store.runs(begins, ends):
             rule = UpdateRule(options["name"], lr, decay, scale, ballot.step, options["beta1"], options["beta2"], options["eps"],
                               options["momentum"])
             slots = {name: state.slots[name][at:at + high - low] for name in SLOTS[rule.name]}
             member.place.backend.update(rule, state.param[low:high], gradient[at:at + high - low], slots, BLOCK)
     state.apply_statistics(gradient, weight)
     state.average(options["ema"], ballot.step)
-    state.committed, state.torn = ballot.step, not state.holds_all
+    state.committed, state.torn = ballot.step, not state.holding.has_all
 
 
 def record(context: StepContext, ballot: Ballot, step_s: float) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from elastic.errors import GroupBroken
-from elastic.messages import GO, Generation, Save
+from elastic.messages import GO, Abort, Generation, Order, RequestStop, Save
 
 ORPHAN_S = 600.0  # for an orphan to write its state
 
@@ -32,6 +32,15 @@ class Control:
         self.written = 0  # steps that the controller has on disk
         self.repeat = threading.Event()  # a new controller may lack lines that the one before it had taken
         self.step, self.phase, self.inside, self.waiting, self.detail = 0, "start", 0, False, 0
+
+    def take(self, order: Order) -> None:
+        """What is to be done now, from any thread; what is to be done next waits for the worker's own."""
+        if isinstance(order, Abort):
+            self.abort(order.generation)
+        elif isinstance(order, RequestStop):
+            self.request_stop(order.generation, order.code)
+        else:
+            self.orders.put(order)
 
     def enter(self, generation: int, written: int = 0) -> None:
         """The loop takes up a generation. One that was aborted before it began stays so."""
@@ -61,12 +70,12 @@ class Control:
         if group is not None:
             group.abort()
 
-    def orphan(self, timeout_s: float = ORPHAN_S) -> None:
+    def orphan(self) -> None:
         """Nobody has answered for too long. Returns when the worker's state is on disk, or cannot be."""
         self.is_orphan = True
         self.orders.put(None)
         self.abort(self.generation)
-        self.is_gone.wait(timeout_s)
+        self.is_gone.wait(ORPHAN_S)
 
     def request_stop(self, generation: int, code: int) -> None:
         with self._lock:

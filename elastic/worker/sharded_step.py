@@ -19,7 +19,7 @@ from elastic.worker.gradients import Shards
 
 def reduce_own(context: StepContext, state: State, group: CollectiveGroup, shards: Shards) -> Buffer:
     """The sum over all shards of what this member holds, and of the statistics, in a group of several."""
-    layout, tail, num_shards, buffers, groups = state.layout, state.tail, context.plan.num_shards, context.buffers, context.groups
+    layout, tail, num_shards, buffers, groups = state.layout, state.holding.store.size, context.plan.num_shards, context.buffers, context.groups
     out, statistics, plain = buffers.out, layout.gradient - layout.trainable, shards.plain
     nodes = shards.sums.nodes() if shards.sums else []
     assert out is not None
@@ -46,7 +46,7 @@ def reduce_own(context: StepContext, state: State, group: CollectiveGroup, shard
 
 def take_held(state: State, out: Buffer, values: Buffer, low: int, high: int) -> None:
     """Of `values`, the elements low..high-1, what is held."""
-    for first, last, at in state.runs(low, high):
+    for first, last, at in state.holding.store.runs(low, high):
         out[at:at + last - first] = values[first - low:last - low]
 
 

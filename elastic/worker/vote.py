@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from elastic.errors import NonFiniteLoss
-from elastic.messages import GO, Ballot
+from elastic.messages import Ballot
 from elastic.state.flat_layout import BLOCK
 from elastic.worker.context import StepContext
 from elastic.worker.gradients import Shards
@@ -18,41 +17,31 @@ from elastic.worker.training import Training
 FEW = 5  # sample positions that a sentence lists
 
 
-@dataclass
-class Vote:
-    """What a member has to say of a step, or all together. What only one of them is to say is 0 with the others, so that sums are what counts."""
-
-    losses: np.ndarray  # (num_shards,) float64
-    weights: np.ndarray  # (num_shards,)
-    squared_norm: float = 0.0
-    busy: bool = False
-    stop: int = GO
-    fed: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (num_shards,) digests of what shards were fed, with a ledger
-
-    def pack(self) -> np.ndarray:
-        """As it travels, float64."""
-        return np.concatenate([self.fed, self.losses, self.weights, [self.squared_norm, self.busy, self.stop]])
-
-    @classmethod
-    def of_all(cls, rows: np.ndarray, num_shards: int) -> Vote:
-        """Of all members' packed votes, (members, length): busy if one is, and the largest stop."""
-        total, fed = rows.sum(axis=0), rows.shape[1] - 2 * num_shards - 3
-        digests, losses, weights, (norm, busy, _) = np.split(total, [fed, fed + num_shards, fed + 2 * num_shards])
-        return cls(losses, weights, float(norm), bool(busy), int(rows[:, -1].max()), digests)
-
-
 def vote(context: StepContext, shards: Shards) -> Ballot:
-    """`NonFiniteLoss`, or RunFailed for what was not fed as the ledger has it, on all members alike."""
+    """`NonFiniteLoss`, or RunFailed for what was not fed as the ledger has it, on all members alike.
+
+    What only one member is to say is 0 with the others, so that sums are what counts.
+    """
     step, ledger = context.step, context.training.ledger
-    mine = Vote(shards.losses, shards.weights, squared_norm(context), context.member.is_busy(), context.control.stop_request())
+    fed = ledger.digests(step) * (context.groups.replica.rank == 0) if ledger else np.zeros(0)
+    mine = packed(shards.losses, shards.weights, fed, squared_norm(context), context.member.is_busy(), context.control.stop_request())
+    ballot, digests = counted(step, context.gather("vote", mine), context.plan.num_shards)
     if ledger:
-        mine.fed = ledger.digests(step) * (context.groups.replica.rank == 0)
-    found = Vote.of_all(context.gather("vote", mine.pack()), context.plan.num_shards)
-    if ledger:
-        ledger.check(step, found.fed)
-    ballot = Ballot(step, tuple(found.losses.tolist()), tuple(found.weights.tolist()), found.stop, found.busy, found.squared_norm)
+        ledger.check(step, digests)
     check_finite(context.training, ballot)
     return ballot
+
+
+def packed(losses: np.ndarray, weights: np.ndarray, fed: np.ndarray, squared_norm: float, busy: bool, stop: int) -> np.ndarray:
+    """One member's vote as it travels, float64. `fed`: (num_shards,) digests of what shards were fed, with a ledger; else (0,)."""
+    return np.concatenate([fed, losses, weights, [squared_norm, busy, stop]])
+
+
+def counted(step: int, rows: np.ndarray, num_shards: int) -> tuple[Ballot, np.ndarray]:
+    """All members' votes, (members, length), and the digests in them: busy if one is, and the largest stop."""
+    fed = rows.shape[1] - 2 * num_shards - 3
+    digests, losses, weights, (norm, busy, _) = np.split(rows.sum(axis=0), [fed, fed + num_shards, fed + 2 * num_shards])
+    return Ballot(step, tuple(losses.tolist()), tuple(weights.tolist()), int(rows[:, -1].max()), bool(busy), float(norm)), digests
 
 
 def squared_norm(context: StepContext) -> float:

@@ -176,7 +176,7 @@ class Worker(Member):
         has_state = state.committed >= 0 or held.step >= 0
         return Standing(self.name, generation.number, reason, state.committed, held.step, held.ballot, error, fatal, rejected,
                         lines=tuple(self.unwritten), compilations=place.backend.compilations(), mesh=astuple(place.mesh),
-                        coordinate=place.mesh.rank(place.coordinate) if has_state else -1, held=state.blocks if state.committed >= 0 else (),
+                        coordinate=place.mesh.rank(place.coordinate) if has_state else -1, held=state.holding.blocks if state.committed >= 0 else (),
                         blocks=state.num_blocks, torn=state.torn, **hashes)
 
     def settle(self, generation: Generation, group: CollectiveGroup) -> None:

@@ -101,7 +101,7 @@ class FragileRun(Run):
                 found.append(session.run(self.controller))
             except Crash:
                 self.crashes += 1
-                self.controller.journal.close()
+                self.controller.journal.lines.close()
                 self.run_log.close()  # as the end of its process would
                 self.controller = self.build(FragileRunLog.take_over(self.run_dir))
             except BaseException as error:
@@ -172,7 +172,7 @@ def test_a_journal_says_what_was_said(tmp_path: Path) -> None:
     journal = Journal(path, "run-1")
     journal.event(messages[0])
     journal.published(messages[1])
-    journal.close()
+    journal.lines.close()
     with open(path, "a") as file:
         file.write('{"event": {"@": "Sta')  # torn by a crash
     again = Journal(path, "run-1")

@@ -160,7 +160,7 @@ def orphaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int, 
             thread.join(20)
             assert not thread.is_alive()
     run.run_log.close()
-    run.controller.journal.close()
+    run.controller.journal.lines.close()
 
 
 def test_orphans_write_down_what_they_have_with_their_lines(oracle: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

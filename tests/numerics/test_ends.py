@@ -295,7 +295,7 @@ class Falling(Run):
         super().work(found)
         if isinstance(found[0], Fallen):
             found.clear()
-            self.controller.journal.close()
+            self.controller.journal.lines.close()
             self.run_log.close()  # as the end of its process would: what it held back is gone
             self.room()
             self.controller = self.build(WatchedRunLog.take_over(self.run_dir))

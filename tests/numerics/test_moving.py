@@ -133,7 +133,7 @@ def test_a_checkpoint_s_ranges_find_their_places_in_slots_that_are_shared_out(ho
         portion = Portion(MODEL, Layout(MODEL, Mesh(2, 1, 2)), Coordinate(tensor=1))
         state = State(framework.create(portion, SETTINGS), "adamw", ("h1.mlp.*",), ("*ln*",), True, portion, holders=holders)
         state.own_as(group.rank, group.size)
-        assert state.num_blocks >= 2 and state.holds_all == (holders == 2)
+        assert state.num_blocks >= 2 and state.holding.has_all == (holders == 2)
         for name, whole in values.items():
             for box in {saved.box(parameter_of(name), coordinate) for coordinate in saved.owners(parameter_of(name))}:
                 flat = whole[box.slices].reshape(-1)

@@ -76,7 +76,7 @@ def train_on(recipe: Recipe, mesh: Mesh) -> Trained:
     members = [Member(recipe, info, mesh, rank) for rank in range(mesh.world_size)]
     generation = Generation(1, tuple(f"w{r}" for r in range(mesh.world_size)), "", "local", 0, checkpointed=1 << 40,
                             mesh=(mesh.data, mesh.pipeline, mesh.tensor, mesh.expert),
-                            held=tuple(member.place.state.blocks for member in members))
+                            held=tuple(member.place.state.holding.blocks for member in members))
     found = together(len(members), lambda rank, group: members[rank].live(generation, group), LIMIT_S)
     lines = [line.fields for line in members[0].sent if isinstance(line, Line) and line.file == "metrics"]
     return Trained([fields["loss"] for fields in lines if "loss" in fields], [fields["eval"] for fields in lines if "eval" in fields],

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from elastic.chaos import parse
 from elastic.controller import membership as m
 from elastic.controller.fleet import Fleet
-from elastic.messages import STOP, Generation, Job, Line, Progress, Ready, Save, Standing
+from elastic.messages import STOP, Abort, Generation, Job, Line, Progress, Ready, RequestStop, Save, Standing
 from elastic.recipe import dumps
 from tests.support.inprocess import module_recipe
 
@@ -77,7 +77,7 @@ class Desk:
     def train(self, fleet: Fleet, ready: Ready, chaos: tuple[str, ...] = ()) -> int:
         """Gives a worker a generation of its own to train in; returns its number."""
         number = next(self.numbers)
-        fleet.assign(ready.worker, Generation(number, (ready.worker,), ready.endpoint, fleet.transport([ready]), 0, load="recipe", chaos=chaos))
+        fleet.send(ready.worker, Generation(number, (ready.worker,), ready.endpoint, fleet.transport([ready]), 0, load="recipe", chaos=chaos))
         return number
 
 
@@ -92,10 +92,10 @@ def assert_those_who_are_wanted_come_and_say_so(fleet: Fleet, desk: Desk, worker
 
 def assert_orders_arrive(fleet: Fleet, desk: Desk, ready: Ready) -> None:
     stopped = desk.train(fleet, ready)
-    fleet.request_stop(ready.worker, stopped, STOP)
+    fleet.send(ready.worker, RequestStop(ready.worker, stopped, STOP))
     assert desk.stands(ready.worker, stopped).reason == "stopped"
     left = desk.train(fleet, ready)
-    fleet.abort(ready.worker, left)
+    fleet.send(ready.worker, Abort(ready.worker, left))
     assert desk.stands(ready.worker, left).reason == "broken"
 
 
@@ -113,10 +113,8 @@ def assert_an_end_of_its_own_is_a_loss(fleet: Fleet, desk: Desk, ready: Ready) -
 
 def assert_whoever_is_gone_takes_no_order(fleet: Fleet, worker: str) -> None:
     """And nobody falls over it."""
-    for order in (Generation(99, (worker,), "", "", 0), Save(99, 1)):
-        fleet.assign(worker, order)
-    fleet.abort(worker, 99)
-    fleet.request_stop(worker, 99, STOP)
+    for order in (Generation(99, (worker,), "", "", 0), Save(99, 1), Abort(worker, 99), RequestStop(worker, 99, STOP)):
+        fleet.send(worker, order)
     fleet.resync(worker)
     fleet.release(worker)
     fleet.inject(parse("cont:1@1"), None)

@@ -27,7 +27,7 @@ from elastic.collective.connect import form, transport_of
 from elastic.collective.kv_store import Endpoint
 from elastic.collective.segment import usable
 from elastic.controller import membership as m
-from elastic.messages import Generation, Job, Ready, Save
+from elastic.messages import Generation, Job, Order, Ready
 from elastic.recipe import loads
 from elastic.worker.actor import LOOPBACK
 from elastic.worker.loop_control import Control
@@ -83,13 +83,10 @@ def be_worker(orders: Any, words: Any) -> None:
 
     def listen() -> None:
         while True:
-            method, *arguments = orders.recv()
-            if method == "assign":
-                rim.control.orders.put(*arguments)
-            elif method == "release":
+            if (order := orders.recv()) is None:
                 rim.control.orders.put(None)
             else:
-                getattr(rim.control, method)(*arguments)
+                rim.control.take(order)
 
     threading.Thread(target=listen, daemon=True).start()
     rim.outbox.start()
@@ -142,26 +139,20 @@ class ForkedFleet:
         if name not in self.released:
             self.controller.post(m.Lost(name, "its process ended"))
 
-    def tell(self, worker: str, *words: Any) -> None:
+    def tell(self, worker: str, order: Order | None) -> None:
         found = self.living.get(worker)
         if found is not None:
             try:
-                found[1].send(words)
+                found[1].send(order)
             except OSError:
                 return  # it is gone, and its end is on its way
 
-    def assign(self, worker: str, order: Generation | Save) -> None:
-        self.tell(worker, "assign", order)
-
-    def abort(self, worker: str, generation: int) -> None:
-        self.tell(worker, "abort", generation)
-
-    def request_stop(self, worker: str, generation: int, code: int) -> None:
-        self.tell(worker, "request_stop", generation, code)
+    def send(self, worker: str, order: Order) -> None:
+        self.tell(worker, order)
 
     def release(self, worker: str) -> None:
         self.released.add(worker)
-        self.tell(worker, "release")
+        self.tell(worker, None)
 
     def kill(self, worker: str) -> None:
         self.released.add(worker)

@@ -13,7 +13,7 @@ from elastic.checkpoint.manifest import Manifest
 from elastic.controller import membership as m
 from elastic.controller.controller import Controller, Settings
 from elastic.controller.policy import Bounds
-from elastic.messages import Begin, Job, Line, Part, Progress, Ready
+from elastic.messages import Begin, Generation, Job, Line, Part, Progress, Ready
 from elastic.observe.jsonl import read_lines
 from elastic.storage.store import Store
 from tests.support.checkpoints import write_part
@@ -46,6 +46,9 @@ class Fleet:
 
     def of(self, name: str) -> list[Any]:
         return [call[1:] for call in self.calls if call[0] == name]
+
+    def aborted(self) -> list[m.Abort]:
+        return [order for _, order in self.of("send") if isinstance(order, m.Abort)]
 
 
 class Rig:
@@ -96,8 +99,8 @@ class Rig:
 
     def assigned(self) -> Any:
         """The newest generation and who got it."""
-        workers = [worker for worker, generation in self.fleet.of("assign") if generation.number == self.controller.state.generation]
-        return self.fleet.of("assign")[-1][1], workers
+        found = [(worker, order) for worker, order in self.fleet.of("send") if isinstance(order, Generation)]
+        return found[-1][1], [worker for worker, generation in found if generation.number == self.controller.state.generation]
 
 
 def metric(step: int, generation: int = 1) -> Line:

@@ -150,11 +150,10 @@ def test_a_run_that_was_away_for_too_long_learns_that_another_has_it(location: s
     with monkeypatch.context() as patch:
         patch.setattr(claims, "LAPSE_S", 0.0)
         claim(location, "b").take()
-    one.keep(lambda why: (lost.append(why), told.set()))
-    assert told.wait(WAIT_S) and "live run b-1" in lost[0]
-    with pytest.raises(BadCheckpoint, match="live run b-1"):
-        one.check()
-    one.release()
+    with one.kept(lambda why: (lost.append(why), told.set())):
+        assert told.wait(WAIT_S) and "live run b-1" in lost[0]
+        with pytest.raises(BadCheckpoint, match="live run b-1"):
+            one.check()
     assert read(Store.open(location)).run == "b-1"  # type: ignore[union-attr]
 
 

@@ -14,9 +14,9 @@ from elastic.chaos import parse
 from elastic.controller import controller as controllers
 from elastic.controller import membership as m
 from elastic.controller.controller import FENCED
-from elastic.controller.ending import close
 from elastic.controller.journal import replay
 from elastic.controller.policy import Bounds
+from elastic.controller.session import close
 from elastic.messages import Ballot, Line, Part, Progress, Ready, Save, Standing
 from elastic.observe.jsonl import read_lines
 from tests.support.rig import SETTINGS, Clock, Rig, metric, save
@@ -43,7 +43,7 @@ def pulse(worker: str, step: int = 7, phase: str = "reduction", inside: int = 3,
 
 def test_a_generation_is_on_disk_before_its_members_hear_of_it(rig: Rig) -> None:
     seen: list[int] = []
-    rig.fleet.assign = lambda worker, generation: seen.append(len(rig.events("generation_started")))
+    rig.fleet.send = lambda worker, generation: seen.append(len(rig.events("generation_started")))
     rig.start("a", "b")
     assert seen == [1, 1]
     (event,) = rig.events("generation_started")
@@ -61,7 +61,7 @@ def test_the_journal_is_on_the_disk_before_anything_follows_from_it(rig: Rig, mo
             synced[0] = path.stat().st_size
 
     monkeypatch.setattr(os, "fsync", fsync)
-    rig.fleet.assign = rig.fleet.abort = lambda *order: seen.append((*read_lines(path)[-1], path.stat().st_size == synced[0]))
+    rig.fleet.send = lambda *order: seen.append((*read_lines(path)[-1], path.stat().st_size == synced[0]))
     rig.start("a", "b")
     rig.controller.advance(m.Lost("a", "killed"))
     assert seen == [("published", True), ("published", True), ("event", True)]
@@ -183,7 +183,7 @@ def test_a_silent_worker_is_given_up_and_its_group_told(rig: Rig) -> None:
     rig.wait(29, pulse("a"), pulse("c"))
     assert rig.fleet.of("kill") == []
     rig.wait(3, pulse("a"), pulse("c"))
-    assert rig.fleet.of("kill") == [("b",)] and sorted(w for w, _ in rig.fleet.of("abort")) == ["a", "c"]
+    assert rig.fleet.of("kill") == [("b",)] and sorted(order.worker for order in rig.fleet.aborted()) == ["a", "c"]
     assert rig.events("hang")[0]["worker"] == rig.events("worker_lost")[0]["worker"] == "b"
     assert "hang_timeout_s = 30" in rig.events("worker_lost")[0]["cause"]
 
@@ -280,7 +280,7 @@ def test_the_end_is_written_down(rig: Rig) -> None:
 def test_a_failure_is_written_down_with_its_error(rig: Rig) -> None:
     rig.start("a")
     rig.say(Standing("a", 1, "failed", 2, error="The loss is nan at step 3.", fatal=True))
-    assert rig.controller.outcome is not None and rig.fleet.of("assign")[-1] == ("a", Save(1, 2))
+    assert rig.controller.outcome is not None and rig.fleet.of("send")[-1] == ("a", Save(1, 2))
     rig.controller.mailbox.put(("a", Part("a", 1, 2, "", 0.0, 0.0, error="no room")))
     close(rig.controller, rig.controller.outcome)
     assert rig.events("step_failed")[0]["error"] == rig.events("run_failed")[0]["error"] == "The loss is nan at step 3."

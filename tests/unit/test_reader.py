@@ -65,16 +65,12 @@ def test_only_the_ranges_that_are_wanted_are_read(tmp_path: Path) -> None:
     store, name = split(tmp_path / "step-00000050")
     reader = Reader(store, name, read_manifest(store, name))
     expected = values(50)
-    w = expected["parameter/w"]
-    found = read_arrays(reader, {"parameter/w": ((4, 0), (2, 30)), "buffer/count": None, "buffer/none": None})
-    assert found["parameter/w"].tobytes() == w[4:6].tobytes()
+    found = read_arrays(reader, ["buffer/count", "buffer/none"])
     assert found["buffer/count"] == 50 and found["buffer/none"].shape == (0, 3)
-    assert reader.bytes <= 4 * CHUNK, "two rows and a number lie in a few chunks"
-    for start, count in (((0, 0), (40, 30)), ((7, 3), (20, 9)), ((39, 29), (1, 1)), ((5, 5), (0, 3))):
-        cut = tuple(slice(s, s + c) for s, c in zip(start, count))
-        assert read_arrays(reader, {"parameter/w": (start, count)})["parameter/w"].tolist() == w[cut].tolist()
+    assert reader.bytes <= CHUNK, "a number lies in one chunk"
+    assert read_arrays(reader, ["parameter/w"])["parameter/w"].tobytes() == expected["parameter/w"].tobytes()
     with pytest.raises(BadCheckpoint, match="holds no array parameter/x"):
-        read_arrays(reader, {"parameter/x": None})
+        read_arrays(reader, ["parameter/x"])
 
 
 def test_a_flip_outside_of_what_is_wanted_does_not_matter_and_inside_it_does(tmp_path: Path) -> None:
@@ -90,7 +86,7 @@ def test_a_flip_outside_of_what_is_wanted_does_not_matter_and_inside_it_does(tmp
     assert_same(read_weights(store, name, manifest), {n: v for n, v in values(50).items() if not n.startswith("optimizer/")})
     assert_same(read_init(tmp_path / name), {n.removeprefix("parameter/"): v for n, v in values(50).items() if n.startswith("parameter/")})
     with pytest.raises(BadCheckpoint, match="does not have the hash"):
-        read_arrays(Reader(store, name, manifest), {"optimizer/exp_avg/w": None})
+        read_arrays(Reader(store, name, manifest), ["optimizer/exp_avg/w"])
     with pytest.raises(BadCheckpoint):
         verify(store, name)
 

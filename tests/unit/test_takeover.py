@@ -11,8 +11,8 @@ import pytest
 from elastic.chaos import parse
 from elastic.controller import membership as m
 from elastic.controller.controller import Controller
-from elastic.controller.ending import close
 from elastic.controller.run_log import RunLog
+from elastic.controller.session import close
 from elastic.messages import Begin, Progress, Standing
 from tests.support.rig import SETTINGS, Rig, metric, save
 
@@ -29,7 +29,7 @@ class Fallen(BaseException):
 def successor(rig: Rig, rewound_from: int = -1) -> Controller:
     """Who comes after a controller that fell."""
     rig.run_log.close()
-    rig.controller.journal.close()
+    rig.controller.journal.lines.close()
     return Controller(rig.controller.job, SETTINGS, rig.fleet, RunLog.take_over(rig.run_dir), Begin(rewound_from=rewound_from))
 
 
@@ -152,4 +152,4 @@ def test_a_generation_that_the_journal_lacks_ends_the_run(word: Any, rig: Rig) -
     again.take("a", word)
     assert again.outcome is not None and again.outcome.status == "failed"
     assert "its journal lacks generation 2; make room there" in again.outcome.error
-    assert rig.written() == [1, 2] and rig.fleet.of("abort") == [("a", 2)]
+    assert rig.written() == [1, 2] and rig.fleet.aborted() == [m.Abort("a", 2)]
