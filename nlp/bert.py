@@ -72,16 +72,12 @@ class BERT(Chained):
     """
 
     layout = {"heads": "tensor", "d_ff": "tensor", "vocab": "tensor"}
+    reads = {"embed": ("wte", "wpe", "ln_e."), "head": ("wte", "head.", "ln_h.", "vocab.")}  # the embedding is the head's last product as well
 
     def __init__(self, config: Config, num_tokens: int):
         self.config, self.num_tokens = config, num_tokens
         self.parameters = specs(config, num_tokens)
         self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
-
-    def names(self, piece: str) -> tuple[str, ...]:
-        """The embedding is the head's last product as well."""
-        own = {"embed": ("wte", "wpe", "ln_e."), "head": ("wte", "head.", "ln_h.", "vocab.")}.get(piece, (f"{piece}.",))
-        return tuple(name for name in self.parameters if name.startswith(own))
 
     def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
         layers = Layers(ops, False, self.config.dropout, seed, EPS)

@@ -6,7 +6,8 @@ A tokenizer is described by a JSON text, its spec, which is all that is needed t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -15,7 +16,8 @@ import numpy as np
 from elastic.errors import UserError
 
 KINDS = ("char", "byte", "bpe")
-PIECE = 1 << 16  # characters handed to the bpe trainer and encoder at a time
+LEAST = (1 << 16) - 1  # characters handed to the bpe trainer and encoder at a time, before the end of a line as `str.splitlines` knows them
+PIECES = re.compile(rf"(?s).{{{LEAST},}}?(?:\r\n|[\n-\r\x1c-\x1e\x85\u2028\u2029])|.+")
 
 
 class Tokenizer(Protocol):
@@ -112,13 +114,4 @@ def train_byte_pairs(text: str, vocab_size: int) -> str:
 
 def pieces(text: str) -> Iterator[str]:
     """The text in pieces that end behind a line, so that no word is cut."""
-    lines: Iterable[str] = text.splitlines(keepends=True)
-    gathered, size = [], 0
-    for line in lines:
-        gathered.append(line)
-        size += len(line)
-        if size >= PIECE:
-            yield "".join(gathered)
-            gathered, size = [], 0
-    if gathered:
-        yield "".join(gathered)
+    return (found[0] for found in PIECES.finditer(text))

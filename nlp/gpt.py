@@ -90,6 +90,8 @@ def specs(config: Config, vocab_size: int) -> dict[str, Spec]:
 class GPT(Chained):
     """The model behind `elastic.model.backend.Chain`. What travels between its pieces is (rows, time, d_model), at the end logits."""
 
+    reads = {"embed": ("wte", "wpe"), "head": ("wte", "ln_f.")}  # the embedding is the head as well
+
     def __init__(self, config: Config, vocab_size: int):
         self.config = config
         self.layout = {"heads": "tensor", "d_ff": "tensor", "vocab": "tensor"}
@@ -98,11 +100,6 @@ class GPT(Chained):
         self.vocab_size = vocab_size
         self.parameters = specs(config, vocab_size)
         self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
-
-    def names(self, piece: str) -> tuple[str, ...]:
-        """The embedding is the head as well."""
-        own = {"embed": ("wte", "wpe"), "head": ("wte", "ln_f.")}.get(piece, (f"{piece}.",))
-        return tuple(name for name in self.parameters if name.startswith(own))
 
     def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
         if piece == "embed":

@@ -18,7 +18,6 @@ import numpy as np
 
 from elastic.data.arrow import read_tokens, write_tokens
 from elastic.data.cache import facts_once
-from elastic.data.columns import Column
 from elastic.data.convert import write
 from elastic.data.dataset import Dataset
 from elastic.data.files import File, find, left_out, told
@@ -28,7 +27,7 @@ from elastic.data.permutation import keyed_word, mix, permute
 from elastic.data.table import Store
 from elastic.errors import UserError
 from elastic.storage.atomic import write_atomically
-from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, hashed
+from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, columns_of, hashed
 
 VERSION = 4
 UNIT = ""  # weights count rows
@@ -86,7 +85,6 @@ def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Samples:
 class Vocabulary:
     """What a column's codes become: row numbers of the model's table, or -1 for those that no training row holds often enough."""
 
-    name: str
     rows: np.ndarray  # by code
     size: int
     counts: np.ndarray  # by code, how many training rows hold it; none where the column is hashed
@@ -132,8 +130,7 @@ class Samples(Dataset):
 
 def store_of(info: Mapping[str, Any]) -> Store:
     """The rows of both splits as they were written."""
-    wide = ((NUMERIC, "float64", info["num_numeric"]), (CATEGORICAL, "int32", len(info["sizes"])))
-    columns = (Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]), *([Column(GROUP, "int32")] if info["top"] else []))
+    columns = tuple(columns_of(info["num_numeric"], len(info["sizes"]), bool(info["top"])))
     blocks = tuple((0, unit, 0, rows) for unit, rows in enumerate(info["blocks"]))
     return Store(Facts("arrow", "", "rows", columns, (Part((File(str(Path(info["folder"]) / "rows.arrow"), 0, 0),), blocks, True),)))
 
@@ -157,7 +154,7 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
                 raise UserError(f"{key}: {', '.join(file.name for file in files[:3])} has no rows; give a table with at least one.")
             counted.append(0)
 
-    blocks, digest = write(encoded(), encoder.columns, folder / "rows.arrow")
+    blocks, digest = write(encoded(), columns_of(len(data.numeric), len(data.categorical), bool(data.group)), folder / "rows.arrow")
     splits = split_rows(data, counted, encoder.apart)
     for name, rows in splits.items():
         if not isinstance(rows, range):
@@ -175,13 +172,10 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
     mean, scale = moments(store, splits["train"], len(data.numeric))
     label_mean = math.fsum(found[LABEL].sum(dtype=np.float64) for found, _ in chunks(store, splits["train"])) / len(splits["train"])
     parts = vocabularies(encoder, store, splits)
-    first, base = [], 0
-    for part in parts:
-        first.append(base)
-        base += len(part.rows)
+    first = np.cumsum([0, *(len(part.rows) for part in parts)])[:-1].tolist()
+    starts = np.cumsum([0, *(part.size for part in parts)])
     known: dict[str, dict[str, int]] = {}
     if parts:
-        starts = np.cumsum([0, *(part.size for part in parts)])
         if starts[-1] > MOST_ROWS:
             raise UserError(f"data.categorical needs {starts[-1]} rows of embeddings, and {MOST_ROWS} can be told apart; "
                             "hash the largest column into fewer by data.buckets.")
@@ -195,7 +189,7 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
     said = json.dumps([VERSION, digest, settings, counted, [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
     return {**info, "unused": encoder.unused, "label_mean": label_mean, "mean": mean, "scale": scale,
             "first_codes": first, "sizes": [part.size for part in parts],
-            "unknown": [[int(end) - part.extra, part.extra] for part, end in zip(parts, np.cumsum([part.size for part in parts]))],
+            "unknown": [[int(end) - part.extra, part.extra] for part, end in zip(parts, starts[1:])],
             "vocabulary": {name: len(codes.known) for name, codes in encoder.codes.items() if not codes.buckets},
             "key": hashlib.sha256(said.encode()).hexdigest()[:32]}
 
@@ -250,9 +244,9 @@ def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> l
         for column, count in counts.items():
             count += np.bincount(found[CATEGORICAL][:, column], minlength=len(count))
     parts = []
-    for column, (name, codes) in enumerate(encoder.codes.items()):
+    for column, codes in enumerate(encoder.codes.values()):
         if codes.buckets:
-            parts.append(Vocabulary(name, np.arange(codes.buckets, dtype=np.int32), codes.buckets, np.zeros(codes.buckets, np.int64)))
+            parts.append(Vocabulary(np.arange(codes.buckets, dtype=np.int32), codes.buckets, np.zeros(codes.buckets, np.int64)))
             continue
         known = counts[column] >= data.min_count
         rows, size = np.where(known, np.cumsum(known) - 1, -1), int(known.sum())
@@ -262,7 +256,7 @@ def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> l
                 rows[code] = size + hashed(value, extra)
         if data.oov == "error" and not known.all():
             refuse_unknown(encoder, store, column, known)
-        parts.append(Vocabulary(name, rows, size + extra, counts[column], extra))
+        parts.append(Vocabulary(rows, size + extra, counts[column], extra))
     return parts
 
 

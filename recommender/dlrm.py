@@ -167,17 +167,14 @@ class Recommender(Chained):
     log-odds, or under the squared loss the value itself.
     """
 
+    reads = {"interact": ("linear.", "bias", "embedding", "factors", "bottom", "cross")}
+
     def __init__(self, config: Config, columns: Columns, lists: tuple[int, int] | None = None):
         self.config, self.columns, self.lists = config, columns, lists
         self.parameters = specs(config, columns)
         self.pieces = ("interact", *(top_layers(config) if config.arch in ("dlrm", "dcn") else ()))
         splits = ("table_row", *paired(bottom_layers(config)), *paired(top_layers(config)))
         self.layout = {dim: "tensor" for spec in self.parameters.values() for dim in spec.dims if dim in splits}
-
-    def names(self, piece: str) -> tuple[str, ...]:
-        others = tuple(f"{name}." for name in self.pieces[1:])
-        return tuple(name for name in self.parameters
-                     if (not name.startswith(others) if piece == "interact" else name.startswith(f"{piece}.")))
 
     def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
         rows = batch["label"].shape[0]
@@ -190,15 +187,12 @@ class Recommender(Chained):
 
     def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
         """The summed loss and the number of real rows."""
-        return self.loss_of(ops, x, batch)
-
-    def loss_of(self, ops: Any, scores: Array, batch: Mapping[str, Array]) -> tuple[Array, Array]:
         measure = ops.binary_cross_entropy if self.config.loss == "binary" else ops.squared_error
-        return measure(scores, batch["label"], batch["row_weight"]), ops.sum(batch["row_weight"])
+        return measure(x, batch["label"], batch["row_weight"]), ops.sum(batch["row_weight"])
 
     def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
         """"loss" is the log-loss or the mean square error; with it the share of positives, or the mean absolute error."""
-        total, weight = self.loss_of(ops, x, batch)
+        total, weight = self.score(ops, x, batch, 0)
         if self.config.loss == "binary":
             return {"loss": (total, weight), "score": (x, weight),
                     "base_rate": (ops.sum(ops.multiply(batch["label"], batch["row_weight"])), weight)}

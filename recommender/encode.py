@@ -49,6 +49,12 @@ def hashed(value: str, buckets: int) -> int:
     return xxhash.xxh3_64_intdigest(value.encode()) % buckets
 
 
+def columns_of(num_numeric: int, num_categorical: int, is_grouped: bool) -> list[Column]:
+    """What is written of every row."""
+    wide = ((NUMERIC, "float64", num_numeric), (CATEGORICAL, "int32", num_categorical))
+    return [Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]), *([Column(GROUP, "int32")] if is_grouped else [])]
+
+
 class Encoder:
     """The declared columns of the recipe's `[data]`. `is_binary`: labels must be 0 or 1."""
 
@@ -60,13 +66,6 @@ class Encoder:
         self.rows_of: list[tuple[str, int]] = []  # of each file, in order
         self.unused: list[str] = []  # columns of the first file that nothing reads
         self.apart: list[np.ndarray] = []  # of each batch: what data.split_column says
-
-    @property
-    def columns(self) -> list[Column]:
-        """What is written of every row."""
-        data = self.data
-        wide = ((NUMERIC, "float64", len(data.numeric)), (CATEGORICAL, "int32", len(data.categorical)))
-        return [Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]), *([Column(GROUP, "int32")] if data.group else [])]
 
     def wanted(self, file: File) -> dict[str, pa.DataType]:
         """The columns to read and their types. UserError names one that is missing or of no use."""

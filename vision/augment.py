@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from elastic.data import permutation
-from elastic.data.permutation import keyed_word, permute
+from elastic.data.permutation import keyed_word
 
 WORDS = 4  # drawn for each sample: down, across, mirrored, mixture
 CROP, PARTNER = 2, 3  # what a key is for
@@ -28,15 +28,6 @@ def crop_and_flip(images: np.ndarray, words: np.ndarray, crop: int, flip: bool) 
         mirrored = (words[:, 2] >> np.uint64(63)).astype(bool)
         x[mirrored] = x[mirrored, ::-1]
     return wide[np.arange(rows)[:, None, None], y[:, :, None], x[:, None, :]]
-
-
-def partners(seed: int, epochs: np.ndarray, indices: np.ndarray, num_samples: int) -> np.ndarray:
-    """Which sample each is mixed with: in every epoch another permutation of all."""
-    out = np.empty(len(indices), np.int64)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        out[chosen] = permute(indices[chosen], num_samples, PARTNER, seed, int(epoch))
-    return out
 
 
 def proportions(words: np.ndarray, alpha: float) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 
 from elastic.data.cache import facts_once
 from elastic.data.dataset import Dataset
+from elastic.data.permutation import permute_by_epoch
 from elastic.errors import RecipeError, UserError
 from vision import augment
 from vision.images import sources
@@ -23,7 +24,6 @@ from vision.store import Classes, Store, path_of, sized, write
 
 UNIT = ""  # weights count rows
 VERSION = 4
-UNIT = ""  # weights count rows
 SPLITS = {"train": "path", "eval": "eval_path"}
 
 
@@ -110,7 +110,7 @@ class Images(Dataset):
         images, labels, words = self.look(indices, epochs)
         if not self.mixup:
             return {"image": images, "label": labels}
-        others, labels2, _ = self.look(augment.partners(self.seed or 0, epochs, indices, self.num_samples), epochs)
+        others, labels2, _ = self.look(permute_by_epoch(indices, epochs, self.num_samples, augment.PARTNER, self.seed or 0), epochs)
         part = augment.proportions(words, self.mixup)
         wide = part[:, None, None, None]
         return {"image": wide * images + (1 - wide) * others, "label": labels, "label2": labels2, "mix": part}

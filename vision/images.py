@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -50,7 +52,8 @@ def sources(key: str, data: Any, paths: Sequence[str]) -> tuple[list[File], list
     files, left = look(key, paths)
     notes = told(key, left, HIDDEN)
     if data.format == "imagefolder":
-        notes += Folders.of(files).told(key)
+        _, others, astray = by_class(files)
+        notes += [*told(key, others, "as no image by its name"), *told(key, astray, "as an image outside the classes' folders")]
     return files + [labels_of(key, file) for file in image_files(key, files)] if data.format == "idx" else files, notes
 
 
@@ -76,7 +79,9 @@ def decode(content: bytes, where: str, size: int = 0, channels: int = 0) -> np.n
                         "install it with pip install pillow.") from error
     try:
         with Image.open(io.BytesIO(content)) as stored:
-            opened = upright(stored, ImageOps.exif_transpose)
+            opened: Any = stored
+            with suppress(*UNREADABLE):  # an orientation that cannot be read is none
+                opened = ImageOps.exif_transpose(stored)
             wide = opened.mode.startswith("I;16")  # whose conversion makes white of all above 255
             if opened.mode in ("I", "F"):
                 raise BadImage(f"{where} holds numbers of 32 bits, which tell of no white; convert it to 8 or 16 bits")
@@ -90,14 +95,6 @@ def decode(content: bytes, where: str, size: int = 0, channels: int = 0) -> np.n
     except Exception as error:  # a decoder that stumbles over damaged bytes may raise anything
         raise BadImage(f"{where} is no image that can be decoded ({describe(error)})") from error
     return found.reshape(*found.shape[:2], -1)
-
-
-def upright(image: Any, transpose: Callable[[Any], Any]) -> Any:
-    """An orientation that cannot be read is none."""
-    try:
-        return transpose(image)
-    except UNREADABLE:
-        return image
 
 
 def content_of(key: str, file: File) -> bytes:
@@ -154,41 +151,26 @@ def read_idx(file: File, ranks: tuple[int, ...]) -> np.ndarray:
 # Folders, one for each class.
 
 
-@dataclass(frozen=True)
-class Folders:
-    """Every image with its class, the folder directly below data.path (or, where the recipe names class folders or files, that in which
-    it lies), and why the other files are left out."""
-
-    images: tuple[tuple[File, str], ...]
-    others: tuple[str, ...]
-    astray: tuple[str, ...]
-
-    @classmethod
-    def of(cls, files: Sequence[File]) -> Folders:
-        chosen = [file for file in files if file.path.suffix.lower() in SUFFIXES]
-        split = {root_of(file) for file in chosen if "/" in file.below}
-        is_astray = [file.below != "" and "/" not in file.below and root_of(file) in split for file in chosen]
-        images = tuple((file, class_of(file)) for file, astray in zip(chosen, is_astray, strict=True) if not astray)
-        others = tuple(file.name for file in files if file.path.suffix.lower() not in SUFFIXES)
-        return cls(images, others, tuple(file.name for file, astray in zip(chosen, is_astray, strict=True) if astray))
-
-    def told(self, key: str) -> list[str]:
-        return [*told(key, self.others, "as no image by its name"), *told(key, self.astray, "as an image outside the classes' folders")]
+def by_class(files: Sequence[File]) -> tuple[list[tuple[File, str]], list[str], list[str]]:
+    """Every image with its class, the folder directly below data.path (or, where the recipe names class folders or files, that in which it
+    lies); the files left out that are no images by their names; and those left out as images outside the classes' folders."""
+    chosen = [file for file in files if file.path.suffix.lower() in SUFFIXES]
+    roots = {root_of(file) for file in chosen if "/" in file.below}
+    fits = [not file.below or "/" in file.below or root_of(file) not in roots for file in chosen]
+    images = [(file, file.below.partition("/")[0] if "/" in file.below else file.path.parent.name) for file in compress(chosen, fits)]
+    others = [file.name for file in files if file.path.suffix.lower() not in SUFFIXES]
+    return images, others, [file.name for file, fit in zip(chosen, fits) if not fit]
 
 
 def root_of(file: File) -> str:
     return str(file.path).removesuffix(file.below)
 
 
-def class_of(file: File) -> str:
-    return file.below.partition("/")[0] if "/" in file.below else file.path.parent.name
-
-
 def folder_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
-    found = Folders.of(files).images
-    if not found:
+    images, _, _ = by_class(files)
+    if not images:
         raise RecipeError(f"{key} holds no image ({', '.join(SUFFIXES)}); give a folder with one folder for each class.")
-    for file, label in found:
+    for file, label in images:
         yield Sample(file.name, content_of(key, file), label)
 
 

@@ -59,17 +59,6 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Block:
-    """One residual block: its name, channels in, within and out, and by how much it shrinks the image."""
-
-    name: str
-    num_in: int
-    inner: int
-    num_out: int
-    stride: int
-
-
-@dataclass(frozen=True)
 class Conv:
     """One convolution and the norm behind it."""
 
@@ -90,34 +79,30 @@ def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> ResNet:
     return ResNet(checks.read("vision.resnet", Config, config), tuple(info["shape"]), int(info["num_classes"]), info.get("class_counts", ()))
 
 
-def blocks_of(config: Config) -> list[Block]:
+def blocks_of(config: Config) -> list[tuple[list[Conv], Conv | None]]:
+    """Of each residual block its convolutions, and what its input passes through to be added to its output, where their shapes differ.
+
+    A bottleneck shrinks the image in its 3 x 3 convolution (Goyal et al. 2017, section 5.1).
+    """
     out, num_in = [], config.width
     for stage, count in enumerate(config.blocks):
         inner = config.width << stage
+        num_out = inner * EXPANSION if config.bottleneck else inner
         for place in range(count):
-            num_out = inner * EXPANSION if config.bottleneck else inner
-            out.append(Block(f"s{stage}.b{place}", num_in, inner, num_out, 2 if stage and not place else 1))
+            name, stride = f"s{stage}.b{place}", 2 if stage and not place else 1
+            if config.bottleneck:
+                main = [Conv(f"{name}.conv1", 1, num_in, inner), Conv(f"{name}.conv2", 3, inner, inner, stride),
+                        Conv(f"{name}.conv3", 1, inner, num_out)]
+            else:
+                main = [Conv(f"{name}.conv1", 3, num_in, inner, stride), Conv(f"{name}.conv2", 3, inner, num_out)]
+            is_same = stride == 1 and num_in == num_out
+            out.append((main, None if is_same else Conv(f"{name}.shortcut", 1, num_in, num_out, stride)))
             num_in = num_out
     return out
 
 
 def stem_of(config: Config, channels: int) -> Conv:
     return Conv("stem", 7, channels, config.width, 2) if config.stem == "large" else Conv("stem", 3, channels, config.width)
-
-
-def main_of(config: Config, block: Block) -> list[Conv]:
-    """The convolutions of a block; a bottleneck shrinks the image in its 3 x 3 one (Goyal et al. 2017, section 5.1)."""
-    name, inner = block.name, block.inner
-    if config.bottleneck:
-        return [Conv(f"{name}.conv1", 1, block.num_in, inner), Conv(f"{name}.conv2", 3, inner, inner, block.stride),
-                Conv(f"{name}.conv3", 1, inner, block.num_out)]
-    return [Conv(f"{name}.conv1", 3, block.num_in, inner, block.stride), Conv(f"{name}.conv2", 3, inner, block.num_out)]
-
-
-def shortcut_of(block: Block) -> Conv | None:
-    """What a block's input passes through to be added to its output, where their shapes differ."""
-    same = block.stride == 1 and block.num_in == block.num_out
-    return None if same else Conv(f"{block.name}.shortcut", 1, block.num_in, block.num_out, block.stride)
 
 
 def specs(config: Config, channels: int, num_classes: int, counts: Sequence[int] = ()) -> tuple[dict[str, Spec], dict[str, Spec]]:
@@ -136,16 +121,13 @@ def specs(config: Config, channels: int, num_classes: int, counts: Sequence[int]
             buffers[f"{conv.name}.norm.var"] = Spec((conv.num_out,), ("channels",), "ones")
 
     add(stem_of(config, channels))
-    blocks = blocks_of(config)
-    for block in blocks:
-        *first, last = main_of(config, block)
+    for (*first, last), shortcut in blocks_of(config):
         for conv in first:
             add(conv)
         add(last, "zeros")
-        shortcut = shortcut_of(block)
         if shortcut:
             add(shortcut)
-    wide = blocks[-1].num_out
+    wide = last.num_out
     params["head.weight"] = Spec((wide, num_classes), ("channels", "classes"), "uniform", 1.0 / math.sqrt(wide))
     params["head.bias"] = head_bias(config, num_classes, counts)
     return params, buffers
@@ -189,12 +171,10 @@ class ResNet:
         x = ops.relu(pass_through(stem_of(config, self.shape[-1]), x))
         if config.stem == "large":
             x = ops.max_pool(x, 3, 2, 1)
-        for block in blocks_of(config):
-            *first, last = main_of(config, block)
+        for (*first, last), shortcut in blocks_of(config):
             y = x
             for conv in first:
                 y = ops.relu(pass_through(conv, y))
             y = pass_through(last, y)
-            shortcut = shortcut_of(block)
             x = ops.relu(ops.add(y, pass_through(shortcut, x) if shortcut else x))
         return ops.contract("bc,ck->bk", ops.mean(x, (1, 2)), params["head.weight"], params["head.bias"]), new

@@ -115,11 +115,10 @@ class Store:
     """Rows by number. UserError where the files are gone or have another length."""
 
     def __init__(self, prefix: Path, shape: Sequence[int]):
-        size = int(np.prod(shape))
         try:
             self.labels = np.memmap(path_of(prefix, "labels"), np.int64, "r")
             self.pixels = np.memmap(path_of(prefix, "pixels"), np.uint8, "r", shape=(len(self.labels), *shape))
-            whole = path_of(prefix, "pixels").stat().st_size == len(self.labels) * size
+            whole = path_of(prefix, "pixels").stat().st_size == self.pixels.nbytes
         except (OSError, ValueError) as error:
             raise UserError(f"The image files {prefix}.* cannot be read ({error}); delete their folder, it is made again.") from error
         if not whole:

@@ -75,15 +75,12 @@ class ViT(Chained):
     """The model behind `elastic.model.backend.Chain`. What travels between its pieces is (rows, places, d_model), at the end logits."""
 
     layout = {"heads": "tensor", "d_ff": "tensor"}
+    reads = {"embed": ("patch.", "position"), "head": ("ln_f.", "head.")}
 
     def __init__(self, config: Config, shape: tuple[int, ...], num_classes: int, counts: Sequence[int] = ()):
         self.config, self.shape, self.num_classes = config, shape, num_classes
         self.parameters = specs(config, shape, num_classes, counts)
         self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
-
-    def names(self, piece: str) -> tuple[str, ...]:
-        own = {"embed": ("patch.", "position"), "head": ("ln_f.", "head.")}.get(piece, (f"{piece}.",))
-        return tuple(name for name in self.parameters if name.startswith(own))
 
     def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
         layers = Layers(ops, False, self.config.dropout, seed)

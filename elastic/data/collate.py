@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from elastic.errors import RecipeError
-from elastic.model.user_code import rebuilt
+from elastic.model.user_code import Named, rebuilt
 
 Collate = Callable[[Sequence[Any]], Any]
 STRANGE = "OmMV"  # kinds of NumPy's that no framework computes with, but for bfloat16 and its like, which have names
@@ -34,7 +34,7 @@ def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = T
         return {key: stacked([item[key] for item in items], kinds, False, as_array) for key in first}
     if isinstance(first, (list, tuple)) and (is_item or not (isinstance(first, list) and all(type(entry) in PLAIN for entry in first))):
         columns = [stacked(column, kinds, False, as_array) for column in zip(*items, strict=True)]
-        return type(first)(*columns) if is_named(first) else type(first)(columns)
+        return type(first)(*columns) if isinstance(first, Named) else type(first)(columns)
     found = np.stack([as_array(item) for item in items])
     name = found.dtype.name
     if (found.dtype.kind in STRANGE and not name.startswith(("bfloat", "float"))) or name in WIDE:
@@ -72,8 +72,8 @@ def parts(value: Any) -> dict[str, Any] | None:
     """What a dict, list or tuple holds, by the sign that leads there; None for a leaf."""
     if isinstance(value, Mapping):
         return {f"[{key!r}]": entry for key, entry in value.items()}
-    if is_named(value):
-        return {f".{name}": entry for name, entry in zip(value._fields, value, strict=True)}
+    if isinstance(value, Named):
+        return {f".{name}": entry for name, entry in value._asdict().items()}
     if isinstance(value, (list, tuple)):
         return {f"[{place}]": entry for place, entry in enumerate(value)}
     return None
@@ -87,10 +87,6 @@ def refuse_unlike(path: str, first: Any, other: Any, number: int, another: int) 
                           "the same structure and shapes (on torch a collate_fn(items) of the data set may put them together).")
     for sign, entry in (mine or {}).items():
         refuse_unlike(path + sign, entry, (its or {})[sign], number, another)
-
-
-def is_named(value: Any) -> bool:
-    return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

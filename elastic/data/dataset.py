@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy, deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -35,25 +34,6 @@ class Dataset(Protocol):
         """Columns by name (a user's own may be a tuple), one row for each index; the epoch may vary what a sample looks like."""
 
 
-@dataclass(frozen=True)
-class Declared:
-    """What a user's data set says of itself beside its length and items, as far as it says anything."""
-
-    collate: Callable[[Sequence[Any]], Any] | None  # `collate_fn`
-    draws: bool  # whether it draws at random, and so is loaded while nothing else does
-    key: Callable[[], Any] | None
-
-    @classmethod
-    def by(cls, source: Any) -> Declared:
-        """RecipeError where it has a collate_fn by a name under which nobody calls it."""
-        collate, key = getattr(source, "collate_fn", None), getattr(source, "key", None)
-        other = next((name for name in COLLATES if callable(getattr(source, name, None))), None)
-        if other and not callable(collate):
-            raise RecipeError(f"data.kind: {type(source).__name__} has a method {other}, which is not called; name it collate_fn (a list of items "
-                              "in, a batch out), or take it out.")
-        return cls(collate, getattr(source, "draws", True), key if callable(key) else None)
-
-
 class MapStyle(Dataset):
     """A user's data set with a length and items of any nesting of dicts, lists and tuples; or `part` of it.
 
@@ -74,12 +54,17 @@ class MapStyle(Dataset):
         for method in ("__len__", "__getitem__"):
             if not hasattr(source, method):
                 raise RecipeError(f"data.kind: {type(source).__name__} has no {method}; a data set needs a length and items by index.")
-        declared, self.part = Declared.by(source), range(asked(source, "its length", lambda: len(source)))
+        own, key = getattr(source, "collate_fn", None), getattr(source, "key", None)
+        other = next((name for name in COLLATES if callable(getattr(source, name, None))), None)
+        if other and not callable(own):
+            raise RecipeError(f"data.kind: {type(source).__name__} has a method {other}, which is not called; name it collate_fn (a list of items "
+                              "in, a batch out), or take it out.")
+        self.part = range(asked(source, "its length", lambda: len(source)))
         if not self.part:
             raise RecipeError(f"data.kind: {type(source).__name__} has no samples; give one with at least one.")
-        self.source, self.seed, self.collate, self.own, self.num_samples = source, seed, collate, declared.collate, len(self.part)
-        self.seeded = seeded if declared.draws else nullcontext
-        self.key = f"{self.num_samples} samples" + (f", key() = {asked(source, 'key()', declared.key)!r}" if declared.key else "")
+        self.source, self.seed, self.collate, self.own, self.num_samples = source, seed, collate, own, len(self.part)
+        self.seeded = seeded if getattr(source, "draws", True) else nullcontext
+        self.key = f"{self.num_samples} samples" + (f", key() = {asked(source, 'key()', key)!r}" if callable(key) else "")
 
     def split(self, eval_fraction: float) -> tuple[MapStyle, MapStyle | None]:
         """The items to train on, and the last ones, to evaluate on, if there are any."""

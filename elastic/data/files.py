@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from elastic.errors import RecipeError, UserError
-from elastic.recipe import resolve_paths
+from elastic.recipe import resolve_path
 from elastic.storage.remote import hurried, open_s3, shown
 
 MAGIC = "*["
@@ -128,7 +128,7 @@ def _is_hidden(name: str) -> bool:
 
 def _local(key: str, path: str, left: list[str]) -> list[File]:
     found = []
-    for one in map(Path, resolve_paths(path, key=key)):
+    for one in map(Path, resolve_path(path, key)):
         inside = sorted(_walk(one, frozenset(), left)) if one.is_dir() else [one]
         if not inside:
             raise RecipeError(f"{key}: the folder {one} holds no file; give one with files.")

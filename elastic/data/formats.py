@@ -88,21 +88,6 @@ def parquet_contents(file: File, wanted: Sequence[str]) -> Contents:
     return Contents(schema, rows, hashlib.sha256(b"%d/" % file.size + footer).hexdigest())
 
 
-def parquet_unit(file: File, unit: int, first_row: int, rows: int, columns: Sequence[Column]) -> Arrays:
-    """The numbers of a row group; the checksums of its pages are checked where it has any."""
-    place = f"row group {unit} of "
-    with reading(file.name, place), file.open() as raw, \
-            pq.ParquetFile(raw, page_checksum_verification=True, pre_buffer=not file.is_local) as parquet:
-        table = parquet.read_row_group(unit, [column.name for column in columns], use_threads=False)
-        return checked(table, rows, columns, file.name, first_row)
-
-
-def checked(table: pa.Table | pa.RecordBatch, rows: int, columns: Sequence[Column], where: str, first_row: int) -> Arrays:
-    if table.num_rows != rows:
-        raise ValueError(f"{table.num_rows} rows where {rows} were")
-    return {column.name: values(table.column(column.name), column, where, first_row) for column in columns}
-
-
 # Arrow IPC files.
 
 
@@ -143,12 +128,6 @@ def lies_in(batch: pa.RecordBatch, mapped: pa.Buffer) -> bool:
     return not packed and all(mapped.address <= buffer.address < mapped.address + mapped.size for buffer in found)
 
 
-def arrow_unit(file: File, unit: int, first_row: int, rows: int, columns: Sequence[Column]) -> Arrays:
-    with reading(file.name, f"record batch {unit} of "), file.open() as raw:
-        batch = open_arrow(raw, [column.name for column in columns]).get_batch(unit)
-        return checked(batch, rows, columns, file.name, first_row)
-
-
 # CSV.
 
 
@@ -185,11 +164,7 @@ def wider(error: pa.ArrowInvalid, block: int) -> int:
 
 
 class TooNarrow(Exception):
-    """A CSV column that began with whole numbers goes on with others."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.name = name
+    """Names a CSV column that began with whole numbers and goes on with others."""
 
 
 def csv_batches(file: File, types: dict[str, pa.DataType], dialect: Dialect = PLAIN) -> Iterator[pa.RecordBatch]:
@@ -256,9 +231,17 @@ def contents(kind: str, file: File, wanted: Sequence[str]) -> Contents:
 
 
 def read_unit(kind: str, file: File, unit: int, first_row: int, rows: int, columns: Sequence[Column]) -> Arrays:
-    """The numbers of one unit."""
-    read = parquet_unit if kind == "parquet" else arrow_unit
-    return read(file, unit, first_row, rows, columns)
+    """The numbers of one unit; the checksums of a row group's pages are checked where it has any."""
+    names, what = [column.name for column in columns], "row group" if kind == "parquet" else "record batch"
+    with reading(file.name, f"{what} {unit} of "), file.open() as raw:
+        if kind == "parquet":
+            with pq.ParquetFile(raw, page_checksum_verification=True, pre_buffer=not file.is_local) as parquet:
+                found = parquet.read_row_group(unit, names, use_threads=False)
+        else:
+            found = open_arrow(raw, names).get_batch(unit)
+        if found.num_rows != rows:
+            raise ValueError(f"{found.num_rows} rows where {rows} were")
+        return {column.name: values(found.column(column.name), column, file.name, first_row) for column in columns}
 
 
 def batches(kind: str, file: File, types: dict[str, pa.DataType], dialect: Dialect = PLAIN) -> Iterator[pa.RecordBatch]:

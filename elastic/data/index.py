@@ -28,12 +28,16 @@ REMOTE_READERS = 16  # remote files looked at together
 
 @dataclass(frozen=True)
 class Part:
-    """One source's files. A block is (file, unit, first row of it in the file, rows)."""
+    """One source's files. A block is (file, unit, first row of it in the file, rows); there are none before the files are looked at."""
 
     files: tuple[File, ...]
-    blocks: tuple[tuple[int, int, int, int], ...]
+    blocks: tuple[tuple[int, int, int, int], ...] = ()
     is_mapped: bool = False  # its values are used where they lie
     is_eval: bool = False
+
+    @property
+    def key(self) -> str:
+        return "data.eval_path" if self.is_eval else "data.path"
 
     @property
     def num_rows(self) -> int:
@@ -55,15 +59,6 @@ class Facts:
 FORM = TypeAdapter(Facts)
 
 
-@dataclass(frozen=True)
-class Files:
-    """One source as the recipe names it."""
-
-    key: str
-    files: tuple[File, ...]
-    is_eval: bool = False
-
-
 def find_facts(data: Any, cache_dir: Path) -> tuple[Path, Facts]:
     """The facts and the folder that keeps them; made there if the same files, as dated, were not looked at before."""
     sources = sources_of(data)
@@ -83,14 +78,14 @@ def kept_facts(folder: Path) -> Facts | None:
         return None
 
 
-def sources_of(data: Any) -> list[Files]:
+def sources_of(data: Any) -> list[Part]:
     """With weights, one source an entry of data.path; else all of it is one."""
     entries = [(path,) for path in data.path] if data.weights else [data.path]
-    sources = [Files("data.path", tuple(find("data.path", entry))) for entry in entries]
-    return sources + ([Files("data.eval_path", tuple(find("data.eval_path", data.eval_path)), True)] if data.eval_path else [])
+    sources = [Part(tuple(find("data.path", entry))) for entry in entries]
+    return sources + ([Part(tuple(find("data.eval_path", data.eval_path)), is_eval=True)] if data.eval_path else [])
 
 
-def look(data: Any, sources: Sequence[Files], folder: Path) -> Facts:
+def look(data: Any, sources: Sequence[Part], folder: Path) -> Facts:
     """Every file is looked at, and converted where that is the way; then the facts are kept."""
     first = sources[0].files[0]
     schema = schema_of(data.format, first)
@@ -107,7 +102,7 @@ def look(data: Any, sources: Sequence[Files], folder: Path) -> Facts:
     if data.format == "csv" or (shuffle_by == "rows" and data.shuffle and not is_plain):
         columns, parts, digests = converted(data.format, sources, columns, schema, folder)
     else:
-        parts = [Part(source.files, blocks_of(of_source), is_plain, source.is_eval) for source, of_source in zip(sources, found)]
+        parts = [replace(source, blocks=blocks_of(of_source), is_mapped=is_plain) for source, of_source in zip(sources, found)]
         digests = []
     for part, source in zip(parts, sources):
         if not part.num_rows:
@@ -159,7 +154,7 @@ def blocks_of(found: Sequence[Contents]) -> tuple[tuple[int, int, int, int], ...
     return tuple(blocks)
 
 
-def converted(kind: str, sources: Sequence[Files], columns: Sequence[Column], schema: pa.Schema,
+def converted(kind: str, sources: Sequence[Part], columns: Sequence[Column], schema: pa.Schema,
               folder: Path) -> tuple[list[Column], list[Part], list[str]]:
     """Every source as one mapped file. A CSV's column of whole numbers becomes one of fractions if a later row has any."""
     types = {column.name: schema.field(column.name).type for column in columns}
@@ -174,5 +169,5 @@ def converted(kind: str, sources: Sequence[Files], columns: Sequence[Column], sc
                 digests.append(digest)
             return list(columns), parts, digests
         except TooNarrow as narrow:
-            types[narrow.name] = pa.float64()
-            columns = [replace(column, dtype="float64") if column.name == narrow.name else column for column in columns]
+            types[str(narrow)] = pa.float64()
+            columns = [replace(column, dtype="float64") if column.name == str(narrow) else column for column in columns]

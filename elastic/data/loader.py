@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -53,69 +54,31 @@ class Prefetcher:
         if depth < 1:
             raise ValueError(f"depth = {depth} must be at least 1.")
         self._load, self._depth = load, depth
-        self._stream: _Stream | None = None
+        self._keys: Iterator[Key] = iter(())
+        self._ahead: deque[tuple[Key, Future[Any]]] = deque()
+        self._thread = ThreadPoolExecutor(1, "prefetch")
 
     def expect(self, keys: Iterable[Key]) -> None:
         """Forgets what was buffered and loads ahead in this order from now on."""
         self.close()
-        self._stream = _Stream(self._load, keys, self._depth)
+        self._thread, self._keys = ThreadPoolExecutor(1, "prefetch"), iter(keys)
+        self._fill()
+
+    def _fill(self) -> None:
+        """`depth` in the buffer, and one in hand."""
+        for key in islice(self._keys, self._depth + 1 - len(self._ahead)):
+            self._ahead.append((key, self._thread.submit(self._load, *key)))
 
     def __call__(self, step: int, shard: int) -> Any:
-        found = self._stream.take((step, shard)) if self._stream else None
-        if isinstance(found, BaseException):
+        if not self._ahead or self._ahead[0][0] != (step, shard):
+            return self._load(step, shard)
+        _, found = self._ahead.popleft()
+        self._fill()
+        if found.exception():
             self.close()
-            raise found
-        return self._load(step, shard) if found is None else found
+        return found.result()
 
     def close(self) -> None:
         """Ends the thread; may be called again. Batches asked for afterwards are loaded on the spot."""
-        if self._stream:
-            self._stream.close()
-        self._stream = None
-
-
-class _Stream:
-    """One order of keys, its thread and its bounded buffer."""
-
-    def __init__(self, load: Callable[[int, int], Any], keys: Iterable[Key], depth: int):
-        self._load, self._keys = load, keys
-        self._buffer: queue.Queue[tuple[Key | None, Any]] = queue.Queue(depth)
-        self._head: tuple[Key | None, Any] | None = None
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            for key in self._keys:
-                try:
-                    value = self._load(*key)
-                except BaseException as error:  # handed to the caller, who raises it
-                    value = error
-                if not self._put((key, value)):
-                    return
-        finally:
-            self._put((None, None))
-
-    def _put(self, entry: tuple[Key | None, Any]) -> bool:
-        if not self._closed.is_set():
-            self._buffer.put(entry)
-        return not self._closed.is_set()
-
-    def take(self, key: Key) -> Any:
-        """The batch of `key` if it is the next one, else None."""
-        if self._head is None:
-            self._head = self._buffer.get()
-        if self._head[0] != key:
-            return None
-        value, self._head = self._head[1], None
-        return value
-
-    def close(self) -> None:
-        self._closed.set()
-        while self._thread.is_alive():
-            try:
-                self._buffer.get(timeout=0.01)
-            except queue.Empty:
-                continue
-        self._thread.join()
+        self._thread.shutdown(cancel_futures=True)
+        self._ahead.clear()

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from elastic.data.permutation import keyed_word, permute
+from elastic.data.permutation import keyed_word, permute, permute_by_epoch
 
 PERIOD = 4096  # positions over which a mixture keeps its shares exactly
 BLOCK_KEY, ROW_KEY, SLOT_KEY, SOURCE_KEY = 1, 2, 3, 4  # keep the permutations of one seed apart
@@ -36,11 +36,7 @@ class Rows:
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         epochs, samples = np.divmod(positions, self.num_samples)
-        if self.shuffle:
-            for epoch in np.unique(epochs).tolist():
-                chosen = epochs == epoch
-                samples[chosen] = permute(samples[chosen], self.num_samples, self.seed, epoch)
-        return epochs, samples
+        return epochs, permute_by_epoch(samples, epochs, self.num_samples, self.seed) if self.shuffle else samples
 
 
 class Blocks:

@@ -56,6 +56,15 @@ def permute(values: np.ndarray, size: int, *key: int) -> np.ndarray:
     return out.reshape(np.shape(values))
 
 
+def permute_by_epoch(values: np.ndarray, epochs: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """The same, in every epoch under a permutation of its own."""
+    out = np.empty_like(values)
+    for epoch in np.unique(epochs).tolist():
+        chosen = epochs == epoch
+        out[chosen] = permute(values[chosen], size, *key, epoch)
+    return out
+
+
 def _rounds(values: np.ndarray, rows: int, columns: int, words: np.ndarray) -> np.ndarray:
     a, b = np.uint64(rows), np.uint64(columns)
     left, right = np.divmod(values.astype(np.uint64), b)

@@ -118,14 +118,11 @@ class Store:
         order = np.argsort(blocks, kind="stable")
         found, begins = np.unique(blocks[order], return_index=True)
         for block, chosen in zip(found.tolist(), np.split(order, begins[1:])):
-            arrays, inside = self.block(block), rows[chosen] - self.first[block]
+            arrays = (self.mapped if self.places[block][0].is_mapped else self.decoded)(block)
+            inside = rows[chosen] - self.first[block]
             for name, target in out.items():
                 target[chosen] = arrays[name][inside]
         return out
-
-    def block(self, block: int) -> Arrays:
-        part, _ = self.places[block]
-        return self.mapped(block) if part.is_mapped else self.decoded(block)
 
     def decode(self, block: int) -> Arrays:
         part, number = self.places[block]

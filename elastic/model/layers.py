@@ -42,12 +42,16 @@ class Specs(dict[str, Spec]):
 
 
 class Chained(Chain):
-    """A `Model` made of an `elastic.model.backend.Chain`: whoever derives from it brings `parameters, layout, pieces, names, run, score, measure`.
+    """A `Model` made of an `elastic.model.backend.Chain`: whoever derives from it brings `parameters, layout, pieces, run, score, measure`.
 
-    It has no buffers.
+    It has no buffers. `reads`: what the names of a piece's parameters begin with, where that is not the piece's own name.
     """
 
     buffers: Mapping[str, Spec] = {}
+    reads: Mapping[str, tuple[str, ...]] = {}
+
+    def names(self, piece: str) -> tuple[str, ...]:
+        return tuple(name for name in self.parameters if name.startswith(self.reads.get(piece, (f"{piece}.",))))
 
     def loss(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array], batch: Mapping[str, Array],
              seed: int) -> tuple[Array, Array, Mapping[str, Array]]:

@@ -87,6 +87,8 @@ class Named(Protocol):
 
     def _make(self, entries: Iterable[Any]) -> Any: ...
 
+    def _asdict(self) -> dict[str, Any]: ...
+
 
 def rebuilt(batch: Mapping[Any, Any] | Sequence[Any], convert: Callable[[Any], Any]) -> Any:
     """A dict, list or tuple of the same kind, a user's own or a named one too, of converted entries."""

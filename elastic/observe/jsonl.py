@@ -6,8 +6,9 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,16 @@ class JsonLines:
         return True
 
     def cut_back(self, step: int) -> None:
-        """Drops the lines of later steps; the file is cut or replaced, whole or not at all."""
+        """Drops the lines of later steps; the file is cut or replaced, whole or not at all. Where the others lie before them, that needs no room on
+        a full disk."""
         self._held = deque(text for text in self._held if json.loads(text).get("step", 0) <= step)
-        rewrite(self.path, lambda fields: fields.get("step", 0) <= step)
+        stays = [fields.get("step", 0) <= step for fields in read_lines(self.path)]
+        lines = self.path.read_bytes().split(b"\n")[:len(stays)] if stays else []
+        first = stays.index(False) if False in stays else len(stays)
+        if any(stays[first:]):
+            write_atomically(self.path, b"".join(text + b"\n" for text in compress(lines, stays)))
+        elif self.path.exists():
+            os.truncate(self.path, sum(len(text) + 1 for text in lines[:first]))
         self._file.close()
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
 
@@ -148,15 +156,3 @@ def cut_torn(path: Path) -> None:
         end = data.rfind(b"\n") + 1
         if end < len(data):
             file.truncate(end)
-
-
-def rewrite(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keeps the lines for which `keep` holds. Where the others lie behind them, that needs no room on a full disk."""
-    kept = [keep(fields) for fields in read_lines(path)]
-    lines = path.read_bytes().split(b"\n")[:len(kept)] if kept else []
-    first = kept.index(False) if False in kept else len(kept)
-    if not any(kept[first:]):
-        if path.exists():
-            os.truncate(path, sum(len(text) + 1 for text in lines[:first]))
-        return
-    write_atomically(path, "".join(text.decode() + "\n" for text, stays in zip(lines, kept, strict=True) if stays))

@@ -34,7 +34,7 @@ class LedgerFiles:
     def __init__(self, run_dir: str | Path, written: int):
         self.folder = Path(run_dir) / FOLDER
         self.generation, self._file = -1, cast("FileIO | None", None)
-        self._path, self._open = self.folder, self.folder  # of the newest step, and of the file that is open
+        self._path = self.folder  # of the newest step's file
         self._held: deque[tuple[int, Path, bytes]] = deque()  # (step, file, rows)
         self.error: OSError | None = None  # why rows are held
         self.cut_back(written)
@@ -58,8 +58,10 @@ class LedgerFiles:
         try:
             while self._held:
                 _, path, piece = self._held[0]
-                if self._file is None or path != self._open:
-                    self._begin(path)
+                if self._file is None or self._file.name != str(path):
+                    self.close()
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
                 write_whole(self._file, piece)
                 self._held.popleft()
         except OSError as error:
@@ -67,12 +69,6 @@ class LedgerFiles:
             return False
         self.error = None
         return True
-
-    def _begin(self, path: Path) -> None:
-        self.close()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
-        self._open = path
 
     def cut_back(self, step: int) -> None:
         """Drops later steps and what is torn."""

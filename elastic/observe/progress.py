@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from elastic.humanize import count, duration, numbers
 from elastic.observe.events import kind_of, sentence
-from elastic.observe.metrics import UNITS
+from elastic.observe.metrics import unit_of
 
 WINDOW = 50  # steps that speed is averaged over
 PLAIN_EVERY_S = 5.0  # between two step lines where there is no terminal
@@ -25,9 +24,9 @@ class Pace:
 
     def __init__(self, num_steps: int | None):
         self.num_steps = num_steps
-        self.recent: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
+        self.recent: deque[dict[str, Any]] = deque(maxlen=WINDOW)
 
-    def add(self, step: Mapping[str, Any]) -> None:
+    def add(self, step: dict[str, Any]) -> None:
         self.recent.append(step)
 
     @property
@@ -42,7 +41,7 @@ class Pace:
             return "waiting for the first step"
         last = self.recent[-1]
         of = f"/{self.num_steps}" if self.num_steps else ""
-        unit = next((unit for unit in UNITS if unit in last), "samples")
+        unit = unit_of([last])
         rate = sum(step[unit] for step in self.recent) / self.span_s
         parts = [f"step {last['step']}{of}", f"loss {last['loss']:.4f}", f"{rate:.0f} {unit}/s", count(last["world_size"], "worker"),
                  f"generation {last['generation']}"]

@@ -37,12 +37,7 @@ class Clock:
         self.spans = sessions(events, metrics)
 
     def at(self, time: float) -> float:
-        passed = 0.0
-        for begin, end in self.spans:
-            if time < begin:
-                break
-            passed += min(time, end) - begin
-        return round(passed, 3)
+        return round(sum((min(time, end) - begin for begin, end in self.spans if begin <= time), 0.0), 3)
 
 
 def write_report(run_dir: str | Path) -> Path:

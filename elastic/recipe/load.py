@@ -49,8 +49,7 @@ def loads(text: str, overrides: Sequence[str] = (), base: Path | None = None, lo
 
 def dumps(recipe: Recipe) -> str:
     """TOML that loads to the same recipe. What is None has no TOML form and is left out."""
-    return tomli_w.dumps({name: {key: _plain(value) for key, value in section.items() if value is not None}
-                          for name, section in recipe.model_dump().items()})
+    return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
 def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | None = None, locate: bool = True) -> Recipe:
@@ -91,12 +90,6 @@ def _tree(text: str, where: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{where} is not valid TOML: {error}; mend that line.") from None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -140,7 +133,7 @@ def _complete(recipe: Recipe) -> Recipe:
 def model_defaults(kind: str) -> dict[str, Any]:
     """What a model takes for the keys that a recipe leaves out, as its domain's `Config` says, but for those that are not written down."""
     found = () if ":" in kind else fields(importlib.import_module(kind).Config)
-    return {f.name: _plain(f.default) for f in found if f.metadata.get("written", True)}
+    return {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in found if f.metadata.get("written", True)}
 
 
 def _located(recipe: Recipe, base: Path | None) -> Recipe:

@@ -6,7 +6,6 @@ import difflib
 import glob
 import importlib.util
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from elastic.errors import RecipeError
@@ -15,15 +14,9 @@ DOMAINS = ("nlp", "vision", "recommender")
 PACKAGE = "package:"
 
 
-def resolve_paths(path: str | Sequence[str], base: Path | None = None, key: str = "data.path") -> list[str]:
-    """The existing files or folders that `path` (one or many) means, absolute, globs and packages expanded, sorted within each.
-
-    A relative path is looked for in the current directory, then in `base`. RecipeError names `key` and what is missing.
-    """
-    found: list[str] = []
-    for one in [path] if isinstance(path, str) else path:
-        found += _packaged(one, key) if one.startswith(PACKAGE) else _local(one, base, key)
-    return found
+def resolve_path(path: str, key: str = "data.path") -> list[str]:
+    """The existing files or folders that `path` means, absolute, globs and packages expanded, sorted. RecipeError names `key` and what is missing."""
+    return _packaged(path, key) if path.startswith(PACKAGE) else _local(path, None, key)
 
 
 def absolute(path: str, base: Path | None, key: str) -> str:

@@ -138,7 +138,7 @@ def test_prefetching_runs_ahead_in_another_thread_and_no_further_than_its_depth(
     assert three.wait(10)  # two in the buffer, one in hand
     prefetch.close()
     assert [entry[:2] for entry in loaded] == [(1, 0), (1, 1), (2, 0)]
-    assert {entry[2] for entry in loaded} == {"prefetch"}
+    assert {entry[2] for entry in loaded} == {"prefetch_0"}
 
 
 def test_a_loaders_error_reaches_whoever_asks_for_that_batch() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.errors import RecipeError
-from elastic.recipe import Recipe, best_mode, dumps, load_recipe, loads, parse, resolve_paths, shipped, with_mesh
+from elastic.recipe import Recipe, best_mode, dumps, load_recipe, loads, parse, resolve_path, shipped, with_mesh
 
 DEFAULTS = {
     "run": {"name": "run", "steps": 2000, "epochs": None, "seed": 0, "eval_every": 200},
@@ -306,11 +306,12 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(here)
     recipe = load_recipe(there / "r.toml")
     assert recipe.data.path == (str(here / "both.txt"), str(there / "one.txt"), str(here / "*.txt"))
-    assert resolve_paths(recipe.data.path) == [str(here / "both.txt"), str(there / "one.txt"), str(here / "both.txt")]
+    found = [file for path in recipe.data.path for file in resolve_path(path)]
+    assert found == [str(here / "both.txt"), str(there / "one.txt"), str(here / "both.txt")]
 
 
 def test_files_of_a_package() -> None:
-    found = resolve_paths("package:nlp/recipes/*.toml")
+    found = resolve_path("package:nlp/recipes/*.toml")
     assert found == sorted(found) and all(Path(file).is_absolute() and file.endswith(".toml") for file in found)
     assert set(found) == {str(file) for name, file in shipped().items() if name.startswith("nlp/")}
 
