@@ -108,8 +108,6 @@ class ModelBackend(Backend):
 class HostBackend(ModelBackend):
     """A backend whose buffers are NumPy's, in float32 or, for tests, float64."""
 
-    _ops: Any
-
     def __init__(self, model: Any, settings: Any):
         if settings.device not in ("cpu", "auto"):
             raise UserError(f'backend.device = {settings.device!r} is not for the {self.name} backend, which runs on "cpu"; '
@@ -121,9 +119,6 @@ class HostBackend(ModelBackend):
 
     def allocate(self, size: int) -> Buffer:
         return aligned(size, self._dtype)
-
-    def connect(self, axes: Mapping[str, Any]) -> None:
-        self._ops.axes = dict(axes)
 
     def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
         """Each by itself, in NumPy's pairwise order: a BLAS has threads of its own."""

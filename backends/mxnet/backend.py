@@ -170,6 +170,9 @@ class MXNetBackend(HostBackend):
         if at < len(param):
             yield at, len(param), None
 
+    def connect(self, axes: Mapping[str, Any]) -> None:
+        self._ops.axes = dict(axes)
+
     def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
                 ) -> Buffer | ShardResult:
         with computing(*self._way):

@@ -74,6 +74,9 @@ class ReferenceBackend(HostBackend):
         wide = (grad[start:start + block].astype(np.float64) for start in range(0, len(grad), block))
         return np.array([np.dot(values, values) for values in wide])
 
+    def connect(self, axes: Mapping[str, Any]) -> None:
+        self._ops.axes = dict(axes)
+
     def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
                 ) -> Buffer | ShardResult:
         leaves = {name: Variable(self._params[name]) for name in self._read_by(pieces)}

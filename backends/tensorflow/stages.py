@@ -37,7 +37,7 @@ class Stages(HostBackend):
 
     def connect(self, axes: Mapping[str, Any]) -> None:
         self.forget()
-        super().connect(axes)
+        self._ops.axes = dict(axes)
         self._degrees = tuple(sorted((dim, axis.size) for dim, axis in axes.items() if axis.size > 1))
 
     def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
