@@ -66,7 +66,46 @@ def drawing(seed: int) -> Iterator[None]:
         np.random.set_state(theirs)
 
 
-class HostBackend(Backend):
+class ModelBackend(Backend):
+    """A backend over one model, and what it asks of a `Chain`."""
+
+    def __init__(self, model: Any):
+        self.parameters: Mapping[str, Spec] = model.parameters
+        self.buffers: Mapping[str, Spec] = model.buffers
+        self._model = model
+        self._own: Any = model if isinstance(model, Adapted) else None
+        self._state: Mapping[str, np.ndarray] = {}
+        self._kept: dict[Any, Any] = {}  # what forward passes leave for their backward passes
+        self._compilations = 0
+
+    def initial(self) -> Mapping[str, Any]:
+        """Of a user's own, adapted, or of a model of named arrays that has `initial`."""
+        if self._own is not None:
+            return self._own.given  # type: ignore[no-any-return]
+        return self._model.initial() if callable(getattr(self._model, "initial", None)) else {}
+
+    def tally(self) -> Tally | None:
+        return tally_of(self._model)
+
+    def forget(self) -> None:
+        self._kept.clear()
+
+    def compilations(self) -> int:
+        return self._compilations
+
+    def _through(self, ops: Any, params: Mapping[str, Any], pieces: Sequence[str], x: Any, columns: Mapping[str, Any], seed: Any) -> Any:
+        for piece in pieces:
+            x = self._model.run(ops, params, piece, x, columns, seed)
+        return x
+
+    def _ends(self, pieces: Sequence[str]) -> bool:
+        return bool(pieces[-1] == self._model.pieces[-1])
+
+    def _read_by(self, pieces: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for piece in pieces for name in self._model.names(piece)))
+
+
+class HostBackend(ModelBackend):
     """A backend whose buffers are NumPy's, in float32 or, for tests, float64."""
 
     def __init__(self, model: Any, settings: Any):
@@ -75,21 +114,11 @@ class HostBackend(Backend):
                             'write backend.name = "torch" for a GPU.')
         if settings.precision not in ("float32", "float64"):
             raise UserError(f'backend.precision = {settings.precision!r} must be "float32" with the {self.name} backend.')
-        self.parameters: Mapping[str, Spec] = model.parameters
-        self.buffers: Mapping[str, Spec] = model.buffers
-        self._model = model
-        self._own: Any = model if isinstance(model, Adapted) else None
+        super().__init__(model)
         self._dtype = np.dtype(settings.precision)
-        self._state: Mapping[str, np.ndarray] = {}
 
     def allocate(self, size: int) -> Buffer:
         return aligned(size, self._dtype)
-
-    def initial(self) -> Mapping[str, Any]:
-        return given_by(self._model)
-
-    def tally(self) -> Tally | None:
-        return tally_of(self._model)
 
     def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
         """Each by itself, in NumPy's pairwise order: a BLAS has threads of its own."""
@@ -107,13 +136,6 @@ def neutral(batch: Batch, dtype: np.dtype) -> dict[str, np.ndarray]:
     """The columns of a model of named arrays: whole numbers as int64, floats as `dtype`."""
     kinds: dict[str, Any] = {"f": dtype, "i": np.int64, "u": np.int64, "b": np.bool_}
     return {name: np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False) for name, column in batch.items()}
-
-
-def given_by(model: Any) -> Mapping[str, Any]:
-    """The starting values that a model brings along: a user's own, adapted, or one of named arrays that has `initial`."""
-    if isinstance(model, Adapted):
-        return model.given
-    return model.initial() if callable(getattr(model, "initial", None)) else {}
 
 
 def tallied(found: Mapping[str, tuple[Any, Any]], as_numpy: Callable[[Any], Any] = np.asarray) -> dict[str, tuple[Any, float]]:
@@ -161,6 +183,10 @@ def swapped(axis: Any, x: np.ndarray, length: int = 0) -> np.ndarray:
     return axis.exchange(x.reshape(-1), counts, counts).reshape(x.shape)  # type: ignore[no-any-return]
 
 
+def as_it_is(axis: Any, x: np.ndarray, length: int = 0) -> np.ndarray:
+    return x
+
+
 def side_by_side(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
     """All spans of the last dim, `length` of it; the shorter ones are filled up on their way."""
     filled = np.zeros((*x.shape[:-1], -(-length // axis.size)), x.dtype)
@@ -173,6 +199,10 @@ def own_range(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
     """This worker's span of the last dim."""
     start, count = axis.span(length)
     return np.ascontiguousarray(x[..., start:start + count])
+
+
+# by kind of `Kernels.across`: what is done to the array, and what to its gradient; `length` is that of the whole dim
+MOVES = {"enter": (as_it_is, summed), "leave": (summed, as_it_is), "collect": (side_by_side, own_range), "exchange": (swapped, swapped)}
 
 
 @functools.cache

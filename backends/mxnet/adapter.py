@@ -61,10 +61,6 @@ class GluonModel(Adapted):
         dtype = np.float32 if values.dtype == np.float64 and not is_exact else values.dtype
         return (mx.np if self.numpy else mx.nd).array(values, dtype=dtype)
 
-    def arrays(self, batch: Any) -> Any:
-        """The batch as its data set made it, dict or tuple, with arrays for NumPy's."""
-        return mapped(batch, self.array)
-
     def loss(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any,
              seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
         """The loss sum, its weight and the new buffers, which are complete after the backward pass."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import Blocks, Door, HostBackend, rehearse, tallied
+from backends.common import Blocks, Door, HostBackend, mapped, rehearse, tallied
 from backends.mxnet import adapter, optimizer, warn_if_late
 from backends.mxnet.adapter import seeded
 from backends.mxnet.arrays import add_fresh, as_array, as_numpy, blocks_of, flat, flattened, number, paired, taken
@@ -83,9 +83,7 @@ class MXNetBackend(HostBackend):
         self._multiplied: list[tuple[int, int, tuple[float, float]]] = []  # address, elements, and what rate and decay are multiplied by
         self._trainable: set[str] = set()
         self._graphs: dict[Any, Callable[..., dict[str, Any]]] = {}
-        self._compilations = 0
         self._blocks = Blocks(blocks_of)
-        self._passes: dict[Any, Pass] = {}
 
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         with computing(*self._way):
@@ -98,40 +96,8 @@ class MXNetBackend(HostBackend):
         rates = self._own.multiplied if self._own else {}
         self._multiplied = sorted((params[name].ctypes.data, params[name].size, both) for name, both in rates.items())
 
-    def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
-        return self._computed(batch, seed, into)
-
-    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
-        own = self._own
-        if own is None:
-            return super().rehearse(batch, room)
-        like = room()
-
-        def run(hidden: Sequence[str], factor: float) -> tuple[ShardResult, Mapping[str, np.ndarray]]:
-            into = {name: np.zeros(view.shape, view.dtype) for name, view in like.items()}
-            with own.hidden(hidden):
-                return self._computed(batch, 0, into, factor), into
-
-        self._find_moved(batch, like)
-        rehearse(own, (*self.parameters, *self.buffers), run, own.attributes)
-        return Habits(moved=self._moved)
-
-    def _find_moved(self, batch: Batch, into: Mapping[str, Buffer]) -> None:
-        """Which frozen parameters the loss writes to; they are as before afterwards, and it gets copies from now on. UserError for others."""
-        assert self._own is not None
-        self._moved = ()
-        before = {name: leaf.asnumpy() for name, leaf in self._leaves.items()}
-        self._computed(batch, 0, into)
-        written = [name for name, value in before.items() if not np.array_equal(value, self._leaves[name].asnumpy(), equal_nan=True)]
-        for name in written:
-            self._leaves[name][:] = before[name]
-            if name in into:
-                raise UserError(f"model.kind: {self._own.kind} writes to its parameter {name} in its loss, and the optimizer writes to "
-                                'it too; give it grad_req = "null", or leave it to the optimizer.')
-        self._moved = tuple(written)
-
-    def _computed(self, batch: Batch, seed: int, into: Mapping[str, Buffer], factor: float = 1.0) -> ShardResult:
-        """One shard; adds `factor` times the gradients of its loss sum."""
+    def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer], factor: float = 1.0) -> ShardResult:
+        """With `factor` times the gradients."""
         with computing(*self._way), self._own.telling() if self._own else nullcontext():
             self._aim(into)
             columns, state = self._columns(batch), self._device_state()
@@ -143,6 +109,35 @@ class MXNetBackend(HostBackend):
             elif count:
                 raise UserError(UNTRAINED)
             return ShardResult(total, count, {name: as_numpy(value) for name, value in new.items()})
+
+    def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
+        own = self._own
+        if own is None:
+            return super().rehearse(batch, room)
+        like = room()
+
+        def run(hidden: Sequence[str], factor: float) -> tuple[ShardResult, Mapping[str, np.ndarray]]:
+            into = {name: np.zeros(view.shape, view.dtype) for name, view in like.items()}
+            with own.hidden(hidden):
+                return self.gradients(batch, 0, into, factor), into
+
+        self._find_moved(batch, like)
+        rehearse(own, (*self.parameters, *self.buffers), run, own.attributes)
+        return Habits(moved=self._moved)
+
+    def _find_moved(self, batch: Batch, into: Mapping[str, Buffer]) -> None:
+        """Which frozen parameters the loss writes to; they are as before afterwards, and it gets copies from now on. UserError for others."""
+        assert self._own is not None
+        self._moved = ()
+        before = {name: leaf.asnumpy() for name, leaf in self._leaves.items()}
+        self.gradients(batch, 0, into)
+        written = [name for name, value in before.items() if not np.array_equal(value, self._leaves[name].asnumpy(), equal_nan=True)]
+        for name in written:
+            self._leaves[name][:] = before[name]
+            if name in into:
+                raise UserError(f"model.kind: {self._own.kind} writes to its parameter {name} in its loss, and the optimizer writes to "
+                                'it too; give it grad_req = "null", or leave it to the optimizer.')
+        self._moved = tuple(written)
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
         # in predict mode the kernels of some layers rearrange their weights in place, here in the platform's own buffers
@@ -187,13 +182,13 @@ class MXNetBackend(HostBackend):
                 leaf.attach_grad()
             columns = self._columns(batch)
             with _autograd.record():
-                found = self._through(pieces, entering, columns, seed)
-            self._passes[key] = Pass(found.get("loss", found.get("out")), entering.get("inputs"), self._leaves)
+                found = self._made_by(pieces, entering, columns, seed)
+            self._kept[key] = Pass(found.get("loss", found.get("out")), entering.get("inputs"), self._leaves)
             return ShardResult(number(found["loss"]), number(found["weight"]), {}) if "loss" in found else flat(found["out"])
 
     def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
         with computing(*self._way):
-            done = self._passes.pop(key)
+            done = self._kept.pop(key)
             slope = self._back(done, gradient)
             add_fresh(done.leaves, into)
             return slope
@@ -201,28 +196,25 @@ class MXNetBackend(HostBackend):
     def backward_input(self, key: Any, gradient: Buffer | None) -> Buffer | None:
         # the whole pass: MXNet would compute most of this half again for the other one
         with computing(*self._way):
-            done = self._passes[key]
+            done = self._kept[key]
             slope = self._back(done, gradient)
             done.gradients = {name: taken(leaf) for name, leaf in done.leaves.items() if leaf._fresh_grad}
             return slope
 
     def backward_weight(self, key: Any, into: Mapping[str, Buffer]) -> None:
-        for name, gradient in self._passes.pop(key).gradients.items():
+        for name, gradient in self._kept.pop(key).gradients.items():
             if name in into:
                 view = into[name]
                 view += gradient
 
     def forget(self) -> None:
-        self._passes.clear()
+        super().forget()
         self._ops.lost = None
 
     def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
         with computing(*self._way), _autograd.train_mode():
-            found = self._through(pieces, self._entering(inputs, shape), self._columns(batch), None)
+            found = self._made_by(pieces, self._entering(inputs, shape), self._columns(batch), None)
             return flat(found["out"]) if "out" in found else self._told(paired(found))
-
-    def compilations(self) -> int:
-        return self._compilations
 
     def _loss(self, state: Mapping[str, Any], columns: Any, seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
         if self._own is not None:
@@ -254,13 +246,11 @@ class MXNetBackend(HostBackend):
     def _entering(self, inputs: Buffer | None, shape: Sequence[int]) -> dict[str, Any]:
         return {} if inputs is None else {"inputs": as_array(inputs.reshape(tuple(shape))).as_np_ndarray()}
 
-    def _through(self, pieces: Sequence[str], entering: Mapping[str, Any], columns: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+    def _made_by(self, pieces: Sequence[str], entering: Mapping[str, Any], columns: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
         """What pieces of the model make, as "out"; or the loss, or for evaluation (`seed` None) the metrics, where they end it."""
         def results(ops: Any, params: Mapping[str, Any], entering: Mapping[str, Any], batch: Mapping[str, Any], handed: Any) -> dict[str, Any]:
-            x = entering.get("inputs")
-            for piece in pieces:
-                x = self._model.run(ops, params, piece, x, batch, None if seed is None else handed)
-            if pieces[-1] != self._model.pieces[-1]:
+            x = self._through(ops, params, pieces, entering.get("inputs"), batch, None if seed is None else handed)
+            if not self._ends(pieces):
                 return {"out": x}
             if seed is None:
                 return flattened(self._model.measure(ops, x, batch))
@@ -317,4 +307,4 @@ class MXNetBackend(HostBackend):
         return {name: self._own.array(value, is_exact=True) if self._own else to_array(value, self._dtype) for name, value in self._state.items()}
 
     def _columns(self, batch: Any) -> Any:
-        return self._own.arrays(batch) if self._own else {name: to_array(column, self._dtype) for name, column in batch.items()}
+        return mapped(batch, self._own.array) if self._own else {name: to_array(column, self._dtype) for name, column in batch.items()}

@@ -11,9 +11,9 @@ from typing import Any
 import mxnet as mx
 import numpy as np
 
-from backends.common import largest, own_range, side_by_side, summed, swapped
+from backends.common import MOVES, as_it_is, largest
 from backends.mxnet.arrays import copied_in
-from backends.mxnet.turn import turn
+from backends.mxnet.turn import aside
 from elastic.model import ops as neutral
 from elastic.parallel.axis import span
 
@@ -21,27 +21,22 @@ Array = Any  # mx.np.ndarray
 Move = Callable[[Any, np.ndarray, int], np.ndarray]  # over an axis, of a dim of this length in all
 
 
-# by kind: forward, and what becomes of the gradient; None: it stays as it is
-MOVES: dict[str, tuple[Move | None, Move | None]] = {
-    "enter": (None, summed), "leave": (summed, None), "collect": (side_by_side, own_range), "exchange": (swapped, swapped), "peak": (largest, None)}
-
-
 class AcrossOps(neutral.Kernels):
     """The kernels between workers; a recorder overrides `across` alone."""
 
     lost: BaseException | None = None  # what went wrong on a way back, where MXNet's own code stands between it and the caller
 
-    def across(self, kind: str, x: Array, dim: str, length: int = 0) -> Array:
-        if kind == "peak":  # has no gradient
-            return self.moved(MOVES[kind][0], x, dim, length)
+    def across(self, kind: str, x: Array, dim: str, length: int) -> Array:
+        if kind == "peak":  # the maximum, which has no gradient
+            return self.moved(largest, x, dim, length)
         return Across(self, kind, dim, length)(x)
 
-    def moved(self, move: Move | None, x: Array, dim: str, length: int) -> Array:
+    def moved(self, move: Move, x: Array, dim: str, length: int) -> Array:
         """A new array. The lock of this process's kernels is free while others are waited for."""
-        if move is None:
+        if move is as_it_is:
             return x.detach()
         values = x.asnumpy()
-        with turn.aside():
+        with aside():
             found = move(self.axes[dim], values, length)
         return copied_in(found)
 
@@ -50,18 +45,6 @@ class AcrossOps(neutral.Kernels):
         lost, self.lost = self.lost, None
         if lost is not None:
             raise lost
-
-    def _enter(self, x: Array, dim: str) -> Array:
-        return self.across("enter", x, dim)
-
-    def _leave(self, x: Array, dim: str) -> Array:
-        return self.across("leave", x, dim)
-
-    def _collect(self, x: Array, dim: str, length: int) -> Array:
-        return self.across("collect", x, dim, length)
-
-    def _exchange(self, x: Array, dim: str) -> Array:
-        return self.across("exchange", x, dim)
 
     def span(self, dim: str, own: int, length: int) -> tuple[int, int]:
         """(start, count) of this worker's part of a dim, `own` long."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,12 +26,28 @@ from elastic.model import ops as neutral
 Array = Any  # mx.np.ndarray
 
 
+def kernel(path: str) -> Callable[..., Array]:
+    """One of the kernels that ops have at hand, as a method."""
+    found = operator.attrgetter(path)
+    return lambda ops, *arrays: found(ops)(*arrays)
+
+
 class MXNetOps(AcrossOps, ChoiceOps):
     """Kernels on the CPU. `dtype` is what constants of floating point become; `apart`: biases are added by a kernel of their own, for the
     product's gives them no gradient where its weight wants none.
     """
 
     name = "mxnet"
+    add = kernel("np.add")
+    subtract = kernel("np.subtract")
+    multiply = kernel("np.multiply")
+    divide = kernel("np.divide")
+    exp = kernel("np.exp")
+    log = kernel("np.log")
+    sqrt = kernel("np.sqrt")
+    relu = kernel("npx.relu")
+    sigmoid = kernel("npx.sigmoid")
+    tanh = kernel("np.tanh")
 
     def __init__(self, dtype: Any = np.float32, np_space: Any = mx.np, npx_space: Any = mx.npx, apart: bool = False):
         self.dtype, self.apart = np.dtype(dtype), apart
@@ -78,27 +95,6 @@ class MXNetOps(AcrossOps, ChoiceOps):
         within = self.np.clip(moved, 0, count - 1)
         return within, self.np.multiply(self.np.equal(within, moved), self.constant(1.0))
 
-    def add(self, x: Array, y: Array) -> Array:
-        return self.np.add(x, y)
-
-    def subtract(self, x: Array, y: Array) -> Array:
-        return self.np.subtract(x, y)
-
-    def multiply(self, x: Array, y: Array) -> Array:
-        return self.np.multiply(x, y)
-
-    def divide(self, x: Array, y: Array) -> Array:
-        return self.np.divide(x, y)
-
-    def exp(self, x: Array) -> Array:
-        return self.np.exp(x)
-
-    def log(self, x: Array) -> Array:
-        return self.np.log(x)
-
-    def sqrt(self, x: Array) -> Array:
-        return self.np.sqrt(x)
-
     def sum(self, x: Array, axes: Sequence[int] | None = None, keep: bool = False) -> Array:
         return self.np.sum(x, axis=None if axes is None else tuple(axes), keepdims=keep)
 
@@ -126,9 +122,6 @@ class MXNetOps(AcrossOps, ChoiceOps):
         out = self.transpose(out, plan.out_order)
         return out if bias is None else self.np.add(out, bias)
 
-    def relu(self, x: Array) -> Array:
-        return self.npx.relu(x)
-
     def gelu(self, x: Array) -> Array:
         if self.dtype == np.float32:
             return self.npx.leaky_relu(x, act_type="gelu")
@@ -138,12 +131,6 @@ class MXNetOps(AcrossOps, ChoiceOps):
         density = self.np.multiply(self.np.exp(self.np.multiply(self.np.multiply(v, v), -0.5)), 1 / math.sqrt(2 * math.pi))
         slope = self.stopped(self.np.add(below, self.np.multiply(v, density)))
         return self.np.add(self.stopped(self.np.multiply(v, below)), self.np.multiply(slope, self.np.subtract(x, v)))
-
-    def sigmoid(self, x: Array) -> Array:
-        return self.npx.sigmoid(x)
-
-    def tanh(self, x: Array) -> Array:
-        return self.np.tanh(x)
 
     def softmax(self, x: Array, axis: int = -1) -> Array:
         return self.npx.softmax(x, axis=axis)
@@ -273,7 +260,7 @@ class MXNetOps(AcrossOps, ChoiceOps):
 
     def split_cross_entropy(self, logits: Array, targets: Array, weights: Array, dim: str, length: int) -> Array:
         """log of the sum of exp(z) over all workers, less the target's z, which one of them has; z are the logits less their maximum."""
-        peak = self.across("peak", self.stopped(self.np.max(logits, axis=-1)), dim)
+        peak = self.across("peak", self.stopped(self.np.max(logits, axis=-1)), dim, 0)
         lowered = self.np.subtract(logits, self._reshaped(peak, (*peak.shape, 1)))
         within, inside = self.local(targets, *self.span(dim, logits.shape[-1], length))
         own = self.np.multiply(self.npx.pick(lowered, within, axis=-1), inside)

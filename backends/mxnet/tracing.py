@@ -120,7 +120,7 @@ class RecordingOps(MXNetOps):
             self.segments[node.home].outputs[node.carried.name] = node.symbol
         return node.carried
 
-    def across(self, kind: str, x: Node, dim: str, length: int = 0) -> Node:
+    def across(self, kind: str, x: Node, dim: str, length: int) -> Node:
         """Ends the segment. Nobody is waited for: others may have recorded this long ago. What came would have this shape."""
         crossing = Crossing(kind, dim, length, self.by_name(x).name, f"crossed{len(self.segments)}")
         self.segments[-1].crossing = crossing

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mxnet as mx
 
@@ -17,42 +18,23 @@ _library = mx.base._LIB
 _blas = ctypes.CDLL(str(Path(mx.__file__).parent / "libopenblas.so.0")) if (Path(mx.__file__).parent / "libopenblas.so.0").exists() else None
 
 
-class Turn:
-    """A lock that its holder may take again, and lend out whole."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._depth = 0  # how often the holder has taken it
-        self._holder: int | None = None
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._depth += 1
-        self._holder = threading.get_ident()
-
-    def __exit__(self, *error: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._holder = None
-        self._lock.release()
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Inside, others may have it; afterwards all is as it was. Does nothing for who does not hold it."""
-        depth = self._depth if self._holder == threading.get_ident() else 0
-        threads = _blas.openblas_get_num_threads() if depth and _blas is not None else 0
-        for _ in range(depth):
-            self.__exit__()
-        try:
-            yield
-        finally:
-            for _ in range(depth):
-                self.__enter__()
-            if threads:
-                set_blas_threads(threads)
+turn: Any = threading.RLock()  # a holder may take it again; `aside` uses what `threading.Condition` does
 
 
-turn = Turn()
+@contextmanager
+def aside() -> Iterator[None]:
+    """Inside, others may have the turn, however often it was taken; afterwards all is as it was. Does nothing for who does not hold it."""
+    if not turn._is_owned():
+        yield
+        return
+    threads = _blas.openblas_get_num_threads() if _blas is not None else 0
+    taken = turn._release_save()
+    try:
+        yield
+    finally:
+        turn._acquire_restore(taken)
+        if threads:
+            set_blas_threads(threads)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class ModuleModel(Adapted):
         if not named:
             raise self.error("has no parameters to train.")
         for name, p in [*named.items(), *module.named_buffers()]:
-            if is_lazy(p) or p.is_meta:
+            if p.is_meta or isinstance(p, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)):
                 raise self.error(f"has no values in {name} yet; let the factory call it once on an example, or build it with its sizes.")
             if p.layout != torch.strided or p.is_quantized or p.dtype not in KEPT:
                 what = p.dtype if p.layout == torch.strided else p.layout
@@ -123,10 +123,6 @@ class ModuleModel(Adapted):
             raise self.error(f"makes its buffer {name} {plain(now.dtype)} of shape {tuple(now.shape)} in loss(batch), where it was {plain(kind)} of "
                              f"shape {tuple(shape)}; a buffer keeps its shape and kind of numbers: make it as large as it gets.")
         return now
-
-
-def is_lazy(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer))
 
 
 def slots_of(module: torch.nn.Module, named: Mapping[str, torch.Tensor]) -> dict[str, Slot]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.common import address_of, neutral
+from backends.common import address_of
 from elastic.data.collate import PLAIN, Collated
-from elastic.model.backend import Batch, Buffer
+from elastic.model.backend import Buffer
 from elastic.model.user_code import rebuilt
 
 
@@ -40,8 +40,10 @@ def as_tensor(buffer: Buffer) -> torch.Tensor:
     return buffer if isinstance(buffer, torch.Tensor) else torch.from_numpy(buffer)
 
 
-def as_buffer(x: torch.Tensor) -> Buffer:
+def as_buffer(x: torch.Tensor | None) -> Buffer | None:
     """A tensor as a flat buffer, where it lies if that is possible; narrow floats as float32."""
+    if x is None:
+        return None
     wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
     flat = wide.reshape(-1)
     return flat.numpy() if flat.device.type == "cpu" else flat
@@ -67,11 +69,6 @@ def as_scalar(weight: Any, like: torch.Tensor) -> torch.Tensor:
 
 def address(buffer: Buffer) -> int:
     return buffer.data_ptr() if isinstance(buffer, torch.Tensor) else address_of(buffer)
-
-
-def neutral_columns(batch: Batch, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """NumPy columns as tensors: integers as int64, floats as `dtype`."""
-    return {name: placed(column, device) for name, column in neutral(batch, np.dtype(plain(dtype))).items()}
 
 
 def columns(batch: Any, device: torch.device) -> Any:

@@ -6,6 +6,7 @@ its nodes is that of the forward pass reversed, so all workers call in the same 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,69 +28,44 @@ def moved(x: Tensor, call: Callable[[Any], Any]) -> Tensor:
     return torch.as_tensor(call(flat.numpy()))
 
 
-def summed(x: Tensor, axis: Any) -> Tensor:
+def unmoved(axis: Any, x: Tensor, length: int = 0) -> Tensor:
+    return x.view_as(x)
+
+
+def summed(axis: Any, x: Tensor, length: int = 0) -> Tensor:
     return moved(x, axis.sum).view(x.shape)
 
 
-def swapped(x: Tensor, axis: Any) -> Tensor:
+def swapped(axis: Any, x: Tensor, length: int = 0) -> Tensor:
     """Slice i of x (parts, ...) to place i, and in its stead what came from there."""
     counts = [x[0].numel()] * axis.size
     return moved(x, lambda flat: axis.exchange(flat, counts, counts)).view(x.shape)
 
 
-def gathered(x: Tensor, axis: Any, length: int) -> Tensor:
+def gathered(axis: Any, x: Tensor, length: int) -> Tensor:
     """All spans of the last dim side by side; everybody gives as much as the longest has."""
     padded = torch.nn.functional.pad(x.detach(), (0, -(-length // axis.size) - x.shape[-1]))
-    parts = moved(padded, lambda flat: joined(axis.gather(flat))).view(axis.size, *padded.shape)
+    parts = moved(padded, lambda flat: torch.cat([torch.as_tensor(part) for part in axis.gather(flat)])).view(axis.size, *padded.shape)
     return torch.cat([part[..., :span(length, axis.size, rank)[1]] for rank, part in enumerate(parts)], -1)
 
 
-def joined(parts: list[Any]) -> Any:
-    """One tensor of buffers that lie one after the other."""
-    return torch.cat([torch.as_tensor(part) for part in parts])
+def own_range(axis: Any, x: Tensor, length: int) -> Tensor:
+    return x.narrow(-1, *axis.span(length))
 
 
-class Enter(torch.autograd.Function):
+# `backends.common.MOVES` on tensors
+MOVES = {"enter": (unmoved, summed), "leave": (summed, unmoved), "collect": (gathered, own_range), "exchange": (swapped, swapped)}
+
+
+class Across(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Any) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return summed(grads[0], ctx.axis), None
-
-
-class Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Any) -> Tensor:
-        return summed(x, axis)
+    def forward(ctx: Any, x: Tensor, kind: str, axis: Any, length: int) -> Tensor:
+        ctx.back = functools.partial(MOVES[kind][1], axis, length=length)
+        return MOVES[kind][0](axis, x, length)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0], None
-
-
-class Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Any, length: int) -> Tensor:
-        ctx.start, ctx.count = axis.span(length)
-        return gathered(x, axis, length)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0].narrow(-1, ctx.start, ctx.count), None, None
-
-
-class Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Any) -> Tensor:
-        ctx.axis = axis
-        return swapped(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return swapped(grads[0], ctx.axis), None
+        return ctx.back(grads[0]), None, None, None
 
 
 class Attach(torch.autograd.Function):
@@ -115,7 +91,7 @@ class CrossEntropy(torch.autograd.Function):
         shifted = logits - highest.unsqueeze(-1)
         logit = shifted.gather(-1, own).squeeze(-1).masked_fill(~held, 0.0)
         exps = shifted.exp_()
-        total, logit = summed(torch.stack((exps.sum(-1), logit)), axis)
+        total, logit = summed(axis, torch.stack((exps.sum(-1), logit)))
         ctx.save_for_backward(exps.div_(total.unsqueeze(-1)), own, held, weights)
         return ((total.log() - logit) * weights).sum()
 

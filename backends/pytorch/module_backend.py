@@ -27,7 +27,6 @@ class ModuleBackend(TorchBackend):
     """`elastic.model.backend.Backend` over a module."""
 
     def __init__(self, model: ModuleModel, settings: Any):
-        self._own = model
         super().__init__(model, settings)
         self._leaves = dict(model.tensors)
         for slot in model.slots.values():
@@ -37,9 +36,6 @@ class ModuleBackend(TorchBackend):
         self._versions: dict[str, int] = {}
         self._where: dict[str, int] = {}
         self._aims: dict[str, torch.Tensor] = {}
-
-    def initial(self) -> Mapping[str, Any]:
-        return self._own.given
 
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         """The Parameters stay the objects that they are: no graph, hook or compiled function notices."""
@@ -81,9 +77,7 @@ class ModuleBackend(TorchBackend):
         own, rows = self._own, num_rows(batch)
         if not rows:
             return {"loss": (0.0, 0.0)}
-        self._note()
-        with self._evaluating(), seeded(0):
-            own.begin()
+        with self._lent(), torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16), seeded(0):
             own.module.eval()
             out = {"loss": as_sum(self._asked("loss", batch), rows)}
             if callable(getattr(own.module, "metrics", None)):
@@ -105,25 +99,26 @@ class ModuleBackend(TorchBackend):
                                   "`with torch.enable_grad():` around that, or set data.eval_fraction = 0.") from error
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Modes, buffers and moved parameters are put back, whatever is done to them inside."""
-        kept = self._copies()
+    def _lent(self) -> Iterator[None]:
+        """Modes, buffers and moved parameters are as before afterwards, whatever is done to them inside."""
+        self._own.begin()
+        kept = {name: self._leaves[name].detach().clone() for name in self._moved}
+        self._versions = {name: leaf._version for name, leaf in self._leaves.items()}
         try:
-            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-                yield
+            yield
         finally:
+            for leaf in self._leaves.values():
+                leaf.grad = None  # a gradient buffer ends with its generation
             self._own.begin()
-            self._give_back(kept)
+            for name, values in kept.items():
+                self._leaves[name].data.copy_(values)
 
     def _shard(self, batch: Batch, seed: int, scale: float = 1.0) -> ShardResult:
         """Into the gradients that are aimed at; what the module draws on its way forward and back is a function of `seed`."""
         own, rows = self._own, num_rows(batch)
         if not rows:
             return ShardResult(0.0, 0.0, dict(self._state) | {name: as_numpy(self._leaves[name]) for name in self._moved})
-        own.begin()
-        kept = self._copies()
-        self._note()
-        try:
+        with self._lent():
             with seeded(seed):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
                     total, weight = as_sum(self._loss(columns(batch, self.device)), rows)
@@ -132,25 +127,10 @@ class ModuleBackend(TorchBackend):
                 elif float(weight):
                     raise UserError(UNTRAINED)
             self._refuse_swaps()
-            new = own.found() | {name: as_numpy(self._leaves[name]) for name in kept}
+            new = own.found() | {name: as_numpy(self._leaves[name]) for name in self._moved}
             loss = torch.as_tensor(total).detach()
             found, count = torch.stack((loss.double().reshape(()), as_scalar(weight, loss))).tolist()
-        finally:
-            for leaf in self._leaves.values():
-                leaf.grad = None  # a gradient buffer ends with its generation
-            own.begin()
-            self._give_back(kept)
         return ShardResult(found, count, new)
-
-    def _copies(self) -> dict[str, torch.Tensor]:
-        return {name: self._leaves[name].detach().clone() for name in self._moved}
-
-    def _give_back(self, kept: Mapping[str, torch.Tensor]) -> None:
-        for name, values in kept.items():
-            self._leaves[name].data.copy_(values)
-
-    def _note(self) -> None:
-        self._versions = {name: leaf._version for name, leaf in self._leaves.items()}
 
     def _refuse_writes(self) -> None:
         for name in self.written():

@@ -5,7 +5,6 @@ Gradients accumulate in place: a leaf's `.grad` is set to the caller's view, and
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.common import Blocks, aligned, given_by, tallied
+from backends.common import Blocks, ModelBackend, aligned, neutral, tallied
 from backends.pytorch import optimizer
 from backends.pytorch.arrays import (
     address,
@@ -21,17 +20,15 @@ from backends.pytorch.arrays import (
     as_float64,
     as_scalar,
     as_tensor,
-    neutral_columns,
     placed,
     plain,
     shaped_like,
     tensors,
 )
-from backends.pytorch.ops import TorchOps
+from backends.pytorch.ops import TorchOps, signed
 from backends.pytorch.stages import Run
 from elastic.errors import UserError
-from elastic.model.backend import Backend, Batch, Buffer, ShardResult, Spec, UpdateRule
-from elastic.model.tally import Tally, tally_of
+from elastic.model.backend import Batch, Buffer, ShardResult, UpdateRule
 from elastic.model.user_code import UNTRAINED
 
 _thread = threading.local()
@@ -48,7 +45,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-class TorchBackend(Backend):
+class TorchBackend(ModelBackend):
     """One model on one device. Calls may come from any thread, one at a time; processes may hold several backends."""
 
     name = "torch"
@@ -56,24 +53,18 @@ class TorchBackend(Backend):
     def __init__(self, model: Any, settings: Any):
         if settings.precision not in ("float32", "bfloat16", "float64"):
             raise UserError(f"backend.precision = {settings.precision!r} must be float32 or bfloat16 with the torch backend.")
+        super().__init__(model)
         self.device = choose_device(settings.device)
-        self.parameters: Mapping[str, Spec] = model.parameters
-        self.buffers: Mapping[str, Spec] = model.buffers
-        self._model = model
         self._dtype = torch.float64 if settings.precision == "float64" else torch.float32
         self._ops = TorchOps(self.device, self._dtype)
         self._threads = int(settings.threads)
         self._bfloat16 = settings.precision == "bfloat16"
-        self._columns = functools.partial(neutral_columns, dtype=self._dtype)
         self._leaves: dict[str, torch.Tensor] = {}
-        self._state: Mapping[str, np.ndarray] = {}
         self._trainable: set[str] = set()
         self._blocks = Blocks(lambda buffer, block: as_tensor(buffer).split(block), address)
-        self._compilations = 0
         self._compiled = bool(settings.compile)
         self._loss = self._choose_loss()
         self._splits = False
-        self._runs: dict[Any, Run] = {}
         torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms() is the same, and loads the compiler: 1.3 s of every start
         # a debugging aid of deterministic mode that costs a pass over every new tensor
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -82,12 +73,6 @@ class TorchBackend(Backend):
         if self.device.type == "cuda":
             return torch.zeros(size, device=self.device, dtype=self._dtype)
         return aligned(size, np.dtype(plain(self._dtype)))
-
-    def initial(self) -> Mapping[str, Any]:
-        return given_by(self._model)
-
-    def tally(self) -> Tally | None:
-        return tally_of(self._model)
 
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         self._leaves = {name: as_tensor(params[name]).detach().requires_grad_() for name in self.parameters}
@@ -98,7 +83,7 @@ class TorchBackend(Backend):
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
         self._enter()
         self._aim(into)
-        columns = self._columns(batch, self.device)
+        columns = self._columns(batch)
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
                 function = self._model.loss if self._splits else self._loss
@@ -115,7 +100,7 @@ class TorchBackend(Backend):
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         self._enter()
-        columns = self._columns(batch, self.device)
+        columns = self._columns(batch)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
             return tallied(self._model.metrics(self._ops, self._leaves, self._device_state(), columns), as_float64)
 
@@ -149,13 +134,12 @@ class TorchBackend(Backend):
         self._enter()
         self._train(set(self.parameters))
         start = None if inputs is None else as_tensor(inputs).detach().view(tuple(shape)).requires_grad_()
-        columns, recomputed = self._columns(batch, self.device), self._ops.recomputed
-        names = dict.fromkeys(name for piece in pieces for name in self._model.names(piece))
+        columns, recomputed = self._columns(batch), self._ops.recomputed
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            x, weight = self._through(pieces, start, columns, seed), None
-            if pieces[-1] == self._model.pieces[-1]:
+            x, weight = self._through(self._ops, self._leaves, pieces, start, columns, seed), None
+            if self._ends(pieces):
                 x, weight = self._model.score(self._ops, x, columns, seed)
-        self._runs[key] = Run(x, start, {name: self._leaves[name] for name in names}, self._ops.recomputed > recomputed)
+        self._kept[key] = Run(x, start, {name: self._leaves[name] for name in self._read_by(pieces)}, self._ops.recomputed > recomputed)
         if weight is None:
             return as_buffer(x)
         total, count = torch.stack((x.detach().double(), as_scalar(weight, x))).tolist()
@@ -163,39 +147,26 @@ class TorchBackend(Backend):
 
     def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
         self._enter()
-        run = self._runs.pop(key)
-        found = run.backward(shaped_like(run.result, gradient), tensors(into))
-        return None if found is None else as_buffer(found)
+        run = self._kept.pop(key)
+        return as_buffer(run.backward(shaped_like(run.result, gradient), tensors(into)))
 
     def backward_input(self, key: Any, gradient: Buffer | None) -> Buffer | None:
         self._enter()
-        run = self._runs[key]
-        found = run.backward_input(shaped_like(run.result, gradient))
-        return None if found is None else as_buffer(found)
+        run = self._kept[key]
+        return as_buffer(run.backward_input(shaped_like(run.result, gradient)))
 
     def backward_weight(self, key: Any, into: Mapping[str, Buffer]) -> None:
         self._enter()
-        self._runs.pop(key).backward_weight(tensors(into))
-
-    def forget(self) -> None:
-        self._runs.clear()
+        self._kept.pop(key).backward_weight(tensors(into))
 
     def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
         self._enter()
-        start, columns = None if inputs is None else as_tensor(inputs).view(tuple(shape)), self._columns(batch, self.device)
+        start, columns = None if inputs is None else as_tensor(inputs).view(tuple(shape)), self._columns(batch)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            x = self._through(pieces, start, columns, None)
-            if pieces[-1] != self._model.pieces[-1]:
+            x = self._through(self._ops, self._leaves, pieces, start, columns, None)
+            if not self._ends(pieces):
                 return as_buffer(x)
             return tallied(self._model.measure(self._ops, x, columns), as_float64)
-
-    def _through(self, pieces: Sequence[str], x: Any, columns: Mapping[str, torch.Tensor], seed: int | None) -> Any:
-        for piece in pieces:
-            x = self._model.run(self._ops, self._leaves, piece, x, columns, seed)
-        return x
-
-    def compilations(self) -> int:
-        return self._compilations
 
     def _choose_loss(self) -> Callable[..., Any]:
         return self._compiler(fullgraph=True)(self._model.loss) if self._compiled else self._model.loss
@@ -224,8 +195,10 @@ class TorchBackend(Backend):
     def _seed(self, seed: int) -> int | torch.Tensor:
         if not self._compiled or self._splits:
             return seed
-        wrapped = (seed & (1 << 64) - 1) - (1 << 64 if seed >> 63 & 1 else 0)
-        return torch.full((), wrapped, dtype=torch.int64, device=self.device)  # a Python number would recompile every step
+        return torch.full((), signed(seed), dtype=torch.int64, device=self.device)  # a Python number would recompile every step
+
+    def _columns(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {name: placed(column, self.device) for name, column in neutral(batch, np.dtype(plain(self._dtype))).items()}
 
     def _device_state(self) -> dict[str, torch.Tensor]:
         return {name: placed(value, self.device) for name, value in self._state.items()}

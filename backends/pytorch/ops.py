@@ -22,6 +22,16 @@ class TorchOps(neutral.Kernels):
     """Kernels on one device. `dtype` is what constants of floating point become."""
 
     name = "torch"
+    concatenate = staticmethod(torch.cat)
+    unbind = staticmethod(torch.unbind)
+    narrow = staticmethod(torch.narrow)
+    exp = staticmethod(torch.exp)
+    log = staticmethod(torch.log)
+    sqrt = staticmethod(torch.sqrt)
+    relu = staticmethod(F.relu)
+    gelu = staticmethod(F.gelu)
+    sigmoid = staticmethod(torch.sigmoid)
+    tanh = staticmethod(torch.tanh)
 
     def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         self.device = torch.device(device)
@@ -39,15 +49,6 @@ class TorchOps(neutral.Kernels):
     def transpose(self, x: Tensor, axes: Sequence[int]) -> Tensor:
         return x.permute(tuple(axes))
 
-    def concatenate(self, arrays: Sequence[Tensor], axis: int) -> Tensor:
-        return torch.cat(tuple(arrays), axis)
-
-    def unbind(self, x: Tensor, axis: int) -> tuple[Tensor, ...]:
-        return x.unbind(axis)
-
-    def narrow(self, x: Tensor, axis: int, start: int, length: int) -> Tensor:
-        return x.narrow(axis, start, length)
-
     def gather(self, table: Tensor, indices: Tensor, dim: str = "", length: int = 0) -> Tensor:
         if self.degree(dim) > 1:
             start, count = self.axes[dim].span(length)
@@ -59,32 +60,11 @@ class TorchOps(neutral.Kernels):
         rows = F.embedding(indices, table.reshape(table.shape[0], -1))
         return rows.reshape(indices.shape + table.shape[1:])
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-    def subtract(self, x: Tensor, y: Tensor) -> Tensor:
-        return x - y
-
-    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
-        return x * y
-
-    def divide(self, x: Tensor, y: Tensor) -> Tensor:
-        return x / y
-
-    def exp(self, x: Tensor) -> Tensor:
-        return x.exp()
-
-    def log(self, x: Tensor) -> Tensor:
-        return x.log()
-
-    def sqrt(self, x: Tensor) -> Tensor:
-        return x.sqrt()
-
     def sum(self, x: Tensor, axes: Sequence[int] | None = None, keep: bool = False) -> Tensor:
-        return x.sum() if axes is None and not keep else x.sum(_axes(x, axes), keepdim=keep)
+        return x.sum(None if axes is None else tuple(axes), keepdim=keep)
 
     def mean(self, x: Tensor, axes: Sequence[int] | None = None, keep: bool = False) -> Tensor:
-        return x.mean() if axes is None and not keep else x.mean(_axes(x, axes), keepdim=keep)
+        return x.mean(None if axes is None else tuple(axes), keepdim=keep)
 
     def contract(self, equation: str, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
         plan = (matrix_product.__wrapped__ if torch.compiler.is_compiling() else matrix_product)(equation)  # a tracer sees no caches
@@ -99,18 +79,6 @@ class TorchOps(neutral.Kernels):
         else:
             out = F.linear(x.reshape(left.numel(), -1), y.reshape(right.numel(), -1), None if bias is None else bias.reshape(-1))
         return out.view(left + right)
-
-    def relu(self, x: Tensor) -> Tensor:
-        return F.relu(x)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(x)
-
-    def sigmoid(self, x: Tensor) -> Tensor:
-        return x.sigmoid()
-
-    def tanh(self, x: Tensor) -> Tensor:
-        return x.tanh()
 
     def softmax(self, x: Tensor, axis: int = -1) -> Tensor:
         return x.softmax(axis)
@@ -187,17 +155,8 @@ class TorchOps(neutral.Kernels):
     def group_norm(self, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
         return channels_last(F.group_norm(channels_first(x), groups, weight, bias, eps))
 
-    def _enter(self, x: Tensor, dim: str) -> Tensor:
-        return collectives.Enter.apply(x, self.axes[dim])
-
-    def _leave(self, x: Tensor, dim: str) -> Tensor:
-        return collectives.Leave.apply(x, self.axes[dim])
-
-    def _collect(self, x: Tensor, dim: str, length: int) -> Tensor:
-        return collectives.Collect.apply(x, self.axes[dim], length)
-
-    def _exchange(self, x: Tensor, dim: str) -> Tensor:
-        return collectives.Exchange.apply(x, self.axes[dim])
+    def across(self, kind: str, x: Tensor, dim: str, length: int) -> Tensor:
+        return collectives.Across.apply(x, kind, self.axes[dim], length)
 
     def attach(self, x: Tensor, penalty: Tensor) -> Tensor:
         return collectives.Attach.apply(x, penalty)
@@ -234,11 +193,7 @@ def channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1)
 
 
-def _axes(x: Tensor, axes: Sequence[int] | None) -> tuple[int, ...]:
-    return tuple(range(x.dim())) if axes is None else tuple(axes)
-
-
-def _signed(number: int) -> int:
+def signed(number: int) -> int:
     number &= (1 << 64) - 1
     return number - (1 << 64) if number >> 63 else number
 
@@ -248,8 +203,8 @@ def _shifted(x: Tensor, by: int) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    x = (x ^ _shifted(x, 30)) * _signed(neutral.MIX1)
-    x = (x ^ _shifted(x, 27)) * _signed(neutral.MIX2)
+    x = (x ^ _shifted(x, 30)) * signed(neutral.MIX1)
+    x = (x ^ _shifted(x, 27)) * signed(neutral.MIX2)
     return x ^ _shifted(x, 31)
 
 
@@ -257,9 +212,9 @@ def keep_mask(shape: torch.Size, levels: int, seed: int | Tensor, tag: str, devi
     """`elastic.model.ops.keep_mask` in int64 tensor arithmetic; a tensor `seed` keeps a compiled graph free of constants."""
     size = shape.numel()
     if not isinstance(seed, Tensor):
-        seed = torch.tensor(_signed(seed), dtype=torch.int64, device=device)
-    start = _mixed(seed + _signed(neutral.GOLDEN * (neutral.tag_key(tag) + 1)))
-    numbers = torch.arange(1, -(-size // 4) + 1, dtype=torch.int64, device=device) * _signed(neutral.GOLDEN) + start
+        seed = torch.tensor(signed(seed), dtype=torch.int64, device=device)
+    start = _mixed(seed + signed(neutral.GOLDEN * (neutral.tag_key(tag) + 1)))
+    numbers = torch.arange(1, -(-size // 4) + 1, dtype=torch.int64, device=device) * signed(neutral.GOLDEN) + start
     parts = _mixed(numbers).view(torch.int16)[:size]
     return (parts >= levels - neutral.DROPOUT_LEVELS // 2).view(shape)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,6 @@ class ReferenceBackend(HostBackend):
         super().__init__(model, settings)
         self._ops = ReferenceOps(self._dtype)
         self._params: Mapping[str, np.ndarray] = {}
-        self._kept: dict[Any, Run] = {}
 
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         self._params = {name: params[name] for name in self.parameters}
@@ -67,11 +66,12 @@ class ReferenceBackend(HostBackend):
         return self._model.logits(self._ops, self._params, np.asarray(tokens, np.int64))
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
-        for cut in cuts(len(param), block):
+        for start in range(0, len(param), block):
+            cut = slice(start, start + block)
             optimizer.apply(rule, param[cut], grad[cut], {name: slot[cut] for name, slot in slots.items()})
 
     def squared_norms(self, grad: Buffer, block: int) -> np.ndarray:
-        wide = (grad[cut].astype(np.float64) for cut in cuts(len(grad), block))
+        wide = (grad[start:start + block].astype(np.float64) for start in range(0, len(grad), block))
         return np.array([np.dot(values, values) for values in wide])
 
     def connect(self, axes: Mapping[str, Any]) -> None:
@@ -79,14 +79,11 @@ class ReferenceBackend(HostBackend):
 
     def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
                 ) -> Buffer | ShardResult:
-        names = dict.fromkeys(name for piece in pieces for name in self._model.names(piece))
-        leaves = {name: Variable(self._params[name]) for name in names}
+        leaves = {name: Variable(self._params[name]) for name in self._read_by(pieces)}
         start = None if inputs is None else Variable(inputs.reshape(tuple(shape)))
-        x: Any = start
         columns, weight = neutral(batch, self._dtype), None
-        for piece in pieces:
-            x = self._model.run(self._ops, {**self._params, **leaves}, piece, x, columns, seed)
-        if pieces[-1] == self._model.pieces[-1]:
+        x = self._through(self._ops, {**self._params, **leaves}, pieces, start, columns, seed)
+        if self._ends(pieces):
             x, weight = self._model.score(self._ops, x, columns, seed)
         self._kept[key] = Run(start, leaves, x)
         return x.value.reshape(-1) if weight is None else ShardResult(float(x.value), float(value_of(weight)), {})
@@ -104,18 +101,10 @@ class ReferenceBackend(HostBackend):
             if name in into and leaf.gradient is not None:
                 into[name][...] += leaf.gradient
 
-    def forget(self) -> None:
-        self._kept.clear()
-
     def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
-        x, columns = None if inputs is None else inputs.reshape(tuple(shape)), neutral(batch, self._dtype)
-        for piece in pieces:
-            x = self._model.run(self._ops, self._params, piece, x, columns, None)
-        return tallied(self._model.measure(self._ops, x, columns)) if pieces[-1] == self._model.pieces[-1] else np.ascontiguousarray(x).reshape(-1)
+        start, columns = None if inputs is None else inputs.reshape(tuple(shape)), neutral(batch, self._dtype)
+        x = self._through(self._ops, self._params, pieces, start, columns, None)
+        return tallied(self._model.measure(self._ops, x, columns)) if self._ends(pieces) else np.ascontiguousarray(x).reshape(-1)
 
     def _copied(self) -> dict[str, np.ndarray]:
         return {name: np.array(value) for name, value in self._state.items()}
-
-
-def cuts(size: int, block: int) -> Iterator[slice]:
-    return (slice(start, min(start + block, size)) for start in range(0, size, block))

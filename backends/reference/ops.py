@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import largest, own_range, side_by_side, summed, swapped
+from backends.common import MOVES, largest, summed
 from backends.reference.tape import record, value_of
 from elastic.model import ops as neutral
 
@@ -195,18 +195,9 @@ class ReferenceOps(neutral.Kernels):
     def recompute(self, function: Callable[..., Array], *arrays: Array) -> Array:
         return function(*arrays)  # an oracle may keep everything
 
-    def _enter(self, x: Array, dim: str) -> Array:
-        return record(value_of(x), (x,), lambda g: (summed(self.axes[dim], g),))
-
-    def _leave(self, x: Array, dim: str) -> Array:
-        return record(summed(self.axes[dim], value_of(x)), (x,), lambda g: (g,))
-
-    def _collect(self, x: Array, dim: str, length: int) -> Array:
-        axis = self.axes[dim]
-        return record(side_by_side(axis, value_of(x), length), (x,), lambda g: (own_range(axis, g, length),))
-
-    def _exchange(self, x: Array, dim: str) -> Array:
-        return record(swapped(self.axes[dim], value_of(x)), (x,), lambda g: (swapped(self.axes[dim], g),))
+    def across(self, kind: str, x: Array, dim: str, length: int) -> Array:
+        (there, back), axis = MOVES[kind], self.axes[dim]
+        return record(there(axis, value_of(x), length), (x,), lambda g: (back(axis, g, length),))
 
     def attach(self, x: Array, penalty: Array) -> Array:
         return record(value_of(x), (x, penalty), lambda g: (g, np.ones_like(value_of(penalty))))

@@ -84,7 +84,7 @@ class KerasModel(Adapted):
         self.parameters = {name: Spec.given(self.given[name], trainable=id(v) in trained, whole=name in self.constraints)
                            for name, v in self._weights.items()}
         self.buffers = {name: Spec.given(self.given[name]) for name in self._kept}
-        self._figures: Figures | None = None
+        self.figures: Figures | None = None  # until `open` has seen a batch
         self.moved: tuple[str, ...] = ()
         self.sums, self.undivided = not self._own_loss and is_sum(model), ""
 
@@ -123,25 +123,21 @@ class KerasModel(Adapted):
     def tally(self) -> MetricTally:
         return MetricTally(self)
 
-    @property
-    def num_values(self) -> int:
-        """Of the metrics' variables."""
-        return sum(first.size for first in self._figures.initial) if self._figures else 0
-
-    def results(self, moved: np.ndarray) -> dict[str, float]:
-        """The metrics' figures, from how far their variables have moved over all batches."""
-        return self._figures.results(moved) if self._figures else {}
-
     def open(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> None:
         """Makes what compile() names: this creates variables, which no stateless scope allows. UserError for metrics that do not add up."""
-        if self._figures is not None or not num_rows(batch):
+        if self.figures is not None or not num_rows(batch):
             return
         if not self._own_loss:
-            x, y, sample_weight = self._parts(batch)
+            x, y, sample_weight = parts(batch, bool(self._model.loss))
             with self._scope(params, state, 0, opening=True):
                 y_pred = self._called(x, False)
-            with self.telling():
-                self._make(y, y_pred, sample_weight)
+            loss, metrics = self._model._compile_loss, self._model._compile_metrics
+            with self.telling():  # some make variables when they first see values
+                if loss is not None and not loss.built:
+                    loss.build(y, y_pred)
+                if metrics is not None and not metrics.built:
+                    metrics.update_state(y, y_pred, sample_weight)
+                    metrics.reset_state()
         figures = Figures(self._model)
         with self.telling():
             if not figures.variables:  # nor need it take half of a shard
@@ -149,16 +145,7 @@ class KerasModel(Adapted):
             else:
                 halves = pieces_of(batch)
                 figures.check_adds_up(self.kind, *(self._measured(figures, params, state, some) for some in (halves, halves[:1], halves[1:])))
-        self._figures = figures
-
-    def _make(self, y: Any, y_pred: Any, sample_weight: Any) -> None:
-        """The losses and metrics that compile() names; some make variables when they first see values."""
-        loss, metrics = self._model._compile_loss, self._model._compile_metrics
-        if loss is not None and not loss.built:
-            loss.build(y, y_pred)
-        if metrics is not None and not metrics.built:
-            metrics.update_state(y, y_pred, sample_weight)
-            metrics.reset_state()
+        self.figures = figures
 
     def rehearse(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> None:
         """Beside traces: why a batch's loss is not made of its parts', and attributes that change. The model has been called before."""
@@ -205,8 +192,8 @@ class KerasModel(Adapted):
             out = {"loss": self._loss(batch, False, scope.added)}
             if hasattr(self._model, "batch_metrics"):
                 out |= pairs(self._model.batch_metrics(mapped(batch)), "batch_metrics(batch)")
-            if self._figures is not None and self._figures.variables:
-                out[VARIABLES] = self._figures.change(map(scope.get_current_value, self._figures.variables)), 1.0
+            if self.figures is not None and self.figures.variables:
+                out[VARIABLES] = self.figures.change(map(scope.get_current_value, self.figures.variables)), 1.0
         return out
 
     def _measured(self, figures: Figures, params: Mapping[str, Any], state: Mapping[str, Any], batches: list[Any]) -> np.ndarray:
@@ -234,7 +221,7 @@ class KerasModel(Adapted):
     def _found(self, batch: Any, training: bool, added: Callable[[], Sequence[Any]]) -> tuple[Any, Any]:
         """The loss as `fit` has it, and what it is divided by."""
         model = self._model
-        x, y, sample_weight = self._parts(batch)
+        x, y, sample_weight = parts(batch, bool(self._model.loss))
         y_pred = self._called(x, training)
         loss = tf.reshape(model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training), ())
         weight, why = divisor(model, y_pred, sample_weight, added(), num_rows(batch))
@@ -242,9 +229,6 @@ class KerasModel(Adapted):
         if not training and model._compile_metrics is not None:
             model._compile_metrics.update_state(y, y_pred, sample_weight)
         return loss, weight
-
-    def _parts(self, batch: Any) -> tuple[Any, Any, Any]:
-        return parts(batch, bool(self._model.loss))
 
     def _attributes(self) -> Mapping[str, Any]:
         layers = [(layer.name if layer is not self._model else "", layer) for layer in self._model._flatten_layers()
@@ -261,7 +245,7 @@ class KerasModel(Adapted):
         """Inside, the model computes with these arrays, and metrics with `values`. UserError where it writes to what it must not."""
         model = self._model
         if values is None:
-            values = self._figures.values() if self._figures else []
+            values = self.figures.values() if self.figures else []
         values = values + [(v, params[name]) for name, v in self._weights.items()] + [(v, state[name]) for name, v in self._kept.items()]
         values += [(v, seed_state(seed, i, v.dtype)) for i, v in enumerate(self._seeds)]
         known = len(model.variables)

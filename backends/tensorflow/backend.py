@@ -116,7 +116,7 @@ class TensorFlowBackend(Stages):
         """One shard, with `factor` times the gradients of its loss sum."""
         columns, state = self._columns(batch), self._device_state()
         arguments: tuple[Any, ...] = self._params, state, columns, tf.constant(np.uint64(seed & U64))
-        if self.is_split:
+        if self._degrees:
             loss, weight, new, slopes = self._call(("gradients", names), self._step_of(names), arguments)
         else:
             if names not in self._steps:
@@ -134,7 +134,7 @@ class TensorFlowBackend(Stages):
         if self._own:
             self._own.open(self._params, state, columns)
         with self._telling():
-            found = (self._call(("metrics",), self._measured, (self._params, state, columns)) if self.is_split
+            found = (self._call(("metrics",), self._measured, (self._params, state, columns)) if self._degrees
                      else self._metrics(self._params, state, columns))
         return tallied(found)
 

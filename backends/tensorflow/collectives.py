@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from backends.common import largest, side_by_side, summed, swapped
+from backends.common import MOVES, as_it_is, largest, summed
 from elastic.model import ops as neutral
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Tensor = Any  # tf.Tensor
 Pull = Callable[[Tensor], Any]
+Move = Callable[[Any, np.ndarray, int], np.ndarray]
 
 
 class SplitKernels(neutral.Kernels):
@@ -33,42 +34,16 @@ class SplitKernels(neutral.Kernels):
             self.recording.parts[dim] = part
         return part
 
-    def _enter(self, x: Tensor, dim: str) -> Tensor:
-        @tf.custom_gradient
-        def kernel(x: Tensor) -> tuple[Tensor, Pull]:
-            return tf.identity(x), lambda g: self._sum(g, dim)
-
-        return kernel(x)
-
-    def _leave(self, x: Tensor, dim: str) -> Tensor:
-        @tf.custom_gradient
-        def kernel(x: Tensor) -> tuple[Tensor, Pull]:
-            return self._sum(x, dim), lambda g: g
-
-        return kernel(x)
-
-    def _collect(self, x: Tensor, dim: str, length: int) -> Tensor:
-        lead = tuple(x.shape)[:-1]
-
-        def host(own: np.ndarray) -> np.ndarray:
-            return side_by_side(self.axes[dim], own, length)
+    def across(self, kind: str, x: Tensor, dim: str, length: int) -> Tensor:
+        (there, back), shape = MOVES[kind], tuple(x.shape)
 
         @tf.custom_gradient
         def kernel(x: Tensor) -> tuple[Tensor, Pull]:
-            begin = tf.concat([tf.zeros(len(lead), tf.int64), self._start(dim, length)[None]], 0)
-            return self._between(x, (*lead, length), host), lambda g: tf.slice(g, begin, tf.constant(tuple(x.shape), tf.int64))
-
-        return kernel(x)
-
-    def _exchange(self, x: Tensor, dim: str) -> Tensor:
-        shape = tuple(x.shape)
-
-        def host(own: np.ndarray) -> np.ndarray:
-            return swapped(self.axes[dim], np.array(own))  # a copy, as below
-
-        @tf.custom_gradient
-        def kernel(x: Tensor) -> tuple[Tensor, Pull]:
-            return self._between(x, shape, host), lambda g: self._between(g, shape, host)
+            if kind != "collect":
+                return self._moved(there, x, dim), lambda g: self._moved(back, g, dim)
+            begin = tf.concat([tf.zeros(len(shape) - 1, tf.int64), self._start(dim, length)[None]], 0)
+            found = self._between(x, (*shape[:-1], length), lambda own: there(self.axes[dim], own, length))
+            return found, lambda g: tf.slice(g, begin, tf.constant(shape, tf.int64))
 
         return kernel(x)
 
@@ -86,17 +61,16 @@ class SplitKernels(neutral.Kernels):
 
     def _split_cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor, dim: str, length: int) -> Tensor:
         """Shoeybi et al. 2019, section 3; logits (n, classes here), targets and weights (n,)."""
-        num_rows, num_here = logits.shape
+        num_here = logits.shape[1]
         local, here = self._local(targets, dim, length, num_here)
 
         @tf.custom_gradient
         def kernel(logits: Tensor) -> tuple[Tensor, Pull]:
-            # a copy: TensorFlow's own memory may not be written to, and libraries warn of what may not
-            highest = self._between(tf.reduce_max(logits, 1), (num_rows,), lambda own: largest(self.axes[dim], np.array(own)))
+            highest = self._moved(largest, tf.reduce_max(logits, 1), dim)
             shifted = logits - highest[:, None]
             each = tf.exp(shifted)
             own = tf.where(here, tf.gather(shifted, local, batch_dims=1), tf.zeros((), logits.dtype))
-            both = self._sum(tf.stack([tf.reduce_sum(each, 1), own]), dim)
+            both = self._moved(summed, tf.stack([tf.reduce_sum(each, 1), own]), dim)
 
             def pull(g: Tensor) -> Tensor:
                 hit = tf.cast(here, logits.dtype)[:, None] * tf.one_hot(local, num_here, dtype=logits.dtype)
@@ -118,9 +92,12 @@ class SplitKernels(neutral.Kernels):
         place = tf.constant(self.axes[dim].rank, tf.int64) if self.recording is None else self.recording.place(dim)
         return place * each + tf.minimum(place, more)
 
-    def _sum(self, x: Tensor, dim: str) -> Tensor:
+    def _moved(self, move: Move, x: Tensor, dim: str) -> Tensor:
         x = tf.convert_to_tensor(x)
-        return self._between(x, tuple(x.shape), lambda own: summed(self.axes[dim], own))
+        if move is as_it_is:
+            return tf.identity(x)
+        # a copy: TensorFlow's own memory may not be written to, and libraries warn of what may not
+        return self._between(x, tuple(x.shape), lambda own: move(self.axes[dim], own if move is summed else np.array(own), 0))
 
     def _between(self, x: Tensor, shape: Sequence[int], host: Callable[[np.ndarray], np.ndarray]) -> Tensor:
         if tf.executing_eagerly():

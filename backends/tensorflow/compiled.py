@@ -133,23 +133,13 @@ class Figures:
     def check_adds_up(self, kind: str, both: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
         """UserError unless two batches after one another move the variables as far as each of them alone, added up."""
         at = 0
-        for metric in self.metrics:
-            size = sum(int(np.prod(v.shape)) for v in metric.variables)
-            cut = slice(at, at + size)
-            at += size
+        for metric, variable in [(owner, v) for owner in self.metrics for v in owner.variables]:
+            cut = slice(at, at + int(np.prod(variable.shape)))
+            at = cut.stop
             if not np.allclose(both[cut], one[cut] + other[cut], rtol=1e-4, atol=1e-6, equal_nan=True):
-                raise UserError(f"model.kind: the metric {self.name_of(metric, cut, both, one + other)} of {kind} cannot be added up over shards: "
+                inner = (part for part in getattr(metric, "metrics", ()) if any(v is variable for v in part.variables))  # of a list of metrics
+                raise UserError(f"model.kind: the metric {next(inner, metric).name} of {kind} cannot be added up over shards: "
                                 "what two batches make of its variables is not the sum of what each makes; take it out of compile(metrics=...).")
-
-    def name_of(self, metric: Any, cut: slice, both: np.ndarray, added: np.ndarray) -> str:
-        """Of a list of metrics, the one that differs."""
-        at = cut.start
-        for part in getattr(metric, "metrics", [metric]):
-            size = sum(int(np.prod(v.shape)) for v in part.variables)
-            if not np.allclose(both[at:at + size], added[at:at + size], rtol=1e-4, atol=1e-6, equal_nan=True):
-                return str(part.name)
-            at += size
-        return str(metric.name)
 
     def results(self, moved: np.ndarray) -> dict[str, float]:
         """Each metric's own result, by the names that Keras tells them by; an array's entries are numbered."""
@@ -196,7 +186,8 @@ class MetricTally:
 
     @property
     def counts(self) -> np.ndarray:
-        return self._parts if len(self._parts) else np.zeros(2 * self._model.num_values)
+        figures = self._model.figures
+        return self._parts if len(self._parts) or not figures else np.zeros(2 * sum(first.size for first in figures.initial))
 
     def add(self, batch: Any, found: Mapping[str, tuple[Any, float]]) -> None:
         if VARIABLES not in found:
@@ -207,4 +198,5 @@ class MetricTally:
         self._parts = parts if not len(self._parts) else self._parts + parts
 
     def figures(self, counts: np.ndarray, means: Mapping[str, float]) -> Mapping[str, float]:
-        return self._model.results(counts.reshape(2, -1).sum(axis=0)) if len(counts) else {}
+        found = self._model.figures
+        return found.results(counts.reshape(2, -1).sum(axis=0)) if found and len(counts) else {}

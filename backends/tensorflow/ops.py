@@ -28,6 +28,15 @@ class TensorFlowOps(SplitKernels):
     """Kernels on the CPU. `dtype` is what constants of floating point become."""
 
     name = "tensorflow"
+    concatenate = staticmethod(tf.concat)
+    exp = staticmethod(tf.exp)
+    log = staticmethod(tf.math.log)
+    sqrt = staticmethod(tf.sqrt)
+    relu = staticmethod(tf.nn.relu)
+    sigmoid = staticmethod(tf.sigmoid)
+    tanh = staticmethod(tf.tanh)
+    softmax = staticmethod(tf.nn.softmax)
+    log_softmax = staticmethod(tf.nn.log_softmax)
 
     def __init__(self, dtype: Any = np.float32):
         self.dtype = np.dtype(dtype)
@@ -42,9 +51,6 @@ class TensorFlowOps(SplitKernels):
     def transpose(self, x: Tensor, axes: Sequence[int]) -> Tensor:
         return tf.transpose(x, tuple(axes))
 
-    def concatenate(self, arrays: Sequence[Tensor], axis: int) -> Tensor:
-        return tf.concat(list(arrays), axis)
-
     def unbind(self, x: Tensor, axis: int) -> tuple[Tensor, ...]:
         return tuple(tf.unstack(x, axis=axis))
 
@@ -57,27 +63,6 @@ class TensorFlowOps(SplitKernels):
         if self.degree(dim) == 1:
             return tf.gather(table, indices)
         return self.leave(self._rows(table, indices, dim, length), dim)
-
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-    def subtract(self, x: Tensor, y: Tensor) -> Tensor:
-        return x - y
-
-    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
-        return x * y
-
-    def divide(self, x: Tensor, y: Tensor) -> Tensor:
-        return x / y
-
-    def exp(self, x: Tensor) -> Tensor:
-        return tf.exp(x)
-
-    def log(self, x: Tensor) -> Tensor:
-        return tf.math.log(x)
-
-    def sqrt(self, x: Tensor) -> Tensor:
-        return tf.sqrt(x)
 
     def sum(self, x: Tensor, axes: Sequence[int] | None = None, keep: bool = False) -> Tensor:
         return tf.reduce_sum(x, None if axes is None else tuple(axes), keepdims=keep)
@@ -100,23 +85,16 @@ class TensorFlowOps(SplitKernels):
             out = tf.nn.bias_add(out, tf.reshape(bias, (columns,)))
         return tf.reshape(out, left + right)
 
-    def relu(self, x: Tensor) -> Tensor:
-        return tf.nn.relu(x)
+    @staticmethod
+    @tf.custom_gradient
+    def gelu(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """x Phi(x); Phi is kept for the gradient Phi(x) + x phi(x)."""
+        below = 0.5 + 0.5 * tf.math.erf(x * math.sqrt(0.5))
 
-    def gelu(self, x: Tensor) -> Tensor:
-        return gelu(x)
+        def pull(g: Tensor) -> Tensor:
+            return g * (below + x * tf.exp(tf.square(x) * -0.5) * (1 / math.sqrt(2 * math.pi)))
 
-    def sigmoid(self, x: Tensor) -> Tensor:
-        return tf.sigmoid(x)
-
-    def tanh(self, x: Tensor) -> Tensor:
-        return tf.tanh(x)
-
-    def softmax(self, x: Tensor, axis: int = -1) -> Tensor:
-        return tf.nn.softmax(x, axis)
-
-    def log_softmax(self, x: Tensor, axis: int = -1) -> Tensor:
-        return tf.nn.log_softmax(x, axis)
+        return x * below, pull
 
     def one_hot(self, indices: Tensor, num: int) -> Tensor:
         return tf.one_hot(indices, num, dtype=self.dtype)
@@ -220,17 +198,6 @@ class TensorFlowOps(SplitKernels):
 def around(padding: int) -> list[list[int]]:
     both = [padding, padding]
     return [[0, 0], both, both, [0, 0]]
-
-
-@tf.custom_gradient
-def gelu(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """x Phi(x); Phi is kept for the gradient Phi(x) + x phi(x)."""
-    below = 0.5 + 0.5 * tf.math.erf(x * math.sqrt(0.5))
-
-    def pull(g: Tensor) -> Tensor:
-        return g * (below + x * tf.exp(tf.square(x) * -0.5) * (1 / math.sqrt(2 * math.pi)))
-
-    return x * below, pull
 
 
 def normalised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:

@@ -32,14 +32,8 @@ class Stages(HostBackend):
         super().__init__(model, settings)
         self._ops, self._jit = TensorFlowOps(self._dtype), bool(settings.compile)
         self._params: dict[str, Any] = {}
-        self._compilations = 0
         self._programs: dict[Any, list[Program]] = {}
-        self._kept: dict[Any, Kept] = {}
-        self._degrees: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def is_split(self) -> bool:
-        return bool(self._degrees)
+        self._degrees: tuple[tuple[str, int], ...] = ()  # of the dims that are split
 
     def connect(self, axes: Mapping[str, Any]) -> None:
         self.forget()
@@ -76,14 +70,11 @@ class Stages(HostBackend):
                 view = into[name]
                 view += np.asarray(slope)
 
-    def forget(self) -> None:
-        self._kept.clear()
-
     def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
         names = self._read_by(pieces)
 
         def function(params: Mapping[str, Any], x: Any, batch: Any) -> Any:
-            x = self._run(pieces, params, x, batch, None)
+            x = self._through(self._ops, params, pieces, x, batch, None)
             return dict(self._model.measure(self._ops, x, batch)) if self._ends(pieces) else x
 
         arguments = {name: self._params[name] for name in names}, shaped(inputs, shape), self._columns(batch)
@@ -99,7 +90,7 @@ class Stages(HostBackend):
                 tape.watch([params[name] for name in names])
                 if inputs is not None:
                     tape.watch(inputs)
-                x = self._run(pieces, params, inputs, batch, seed)
+                x = self._through(self._ops, params, pieces, inputs, batch, seed)
                 result = self._model.score(self._ops, x, batch, seed) if self._ends(pieces) else x
             recording.turn()
             loss = result[0] if self._ends(pieces) else result
@@ -111,24 +102,10 @@ class Stages(HostBackend):
 
         return function
 
-    def compilations(self) -> int:
-        return self._compilations
-
     def _columns(self, batch: Any) -> Any:
         if self._own:
             return columns(batch)
         return {name: tf.constant(column) for name, column in neutral(batch, self._dtype).items()}
-
-    def _run(self, pieces: Sequence[str], params: Mapping[str, Any], x: Any, batch: Any, seed: Any) -> Any:
-        for piece in pieces:
-            x = self._model.run(self._ops, params, piece, x, batch, seed)
-        return x
-
-    def _ends(self, pieces: Sequence[str]) -> bool:
-        return pieces[-1] == self._model.pieces[-1]
-
-    def _read_by(self, pieces: Sequence[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for piece in pieces for name in self._model.names(piece)))
 
     def _call(self, key: tuple[Any, ...], function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         """A function of a single phase."""

@@ -97,6 +97,8 @@ class Program:
         self._inputs: list[str] = found["inputs"]
         self._captured = {inner.name: outer for outer, inner in concrete.graph.captures}
         self._outputs = found["outputs"]
+        self._constant_outputs = {out.op.name for out in tf.nest.flatten(self._outputs) if out is not None and out.op.type == "Const"}
+        self._library = recording.graph.as_graph_def().library
         self._keep = concrete  # owns the graph
         self._cuts = {cut.made.op.name: cut for cut in recording.cuts}
         self._operations = recording.graph.get_operations()
@@ -184,10 +186,6 @@ class Program:
             later |= uses[i]
         return steps[::-1]
 
-    @cached_property
-    def _constant_outputs(self) -> set[str]:
-        return {out.op.name for out in tf.nest.flatten(self._outputs) if out is not None and out.op.type == "Const"}
-
     def _read_by(self, operations: Iterable[Any]) -> set[str]:
         return {x.name for op in operations for x in op.inputs if x.op.type != "Const"}
 
@@ -221,10 +219,6 @@ class Program:
 
         specs = [spec_of(graph.get_tensor_by_name(name)) for name in inputs]
         return tf.function(function, autograph=False, jit_compile=self._jit).get_concrete_function(*specs).inference_fn.call_flat
-
-    @cached_property
-    def _library(self) -> Any:
-        return self._recording.graph.as_graph_def().library
 
 
 def spec_of(x: Any) -> Any:

@@ -7,6 +7,7 @@ own error on shapes that do not fit. Batch columns arrive as integer (int64) or 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,17 +27,18 @@ DROPOUT_LEVELS = 65_536  # a dropout rate is rounded to this many levels: four d
 class Kernels:
     """What the implementations inherit: a kernel that a framework lacks is one sentence to whoever wrote the model; and the collectives of dims
     that are split over an axis of the mesh (`elastic.parallel.axis`), forward and backward, with sums in rank order. A dim that is not split, or
-    not known, has degree 1, and they return `x` as it is. `_enter` and so on are each framework's own, on a flat or shaped array of its kind.
+    not known, has degree 1, and they return `x` as it is. `across` is each framework's own: (kind, x, dim, length of the whole dim, for "collect").
     """
 
     name: str
     axes: Mapping[str, Any] = {}  # `elastic.parallel.axis.Axis` by dim, of this generation
+    across: Callable[[str, Array, str, int], Array]
 
-    if TYPE_CHECKING:
-        _enter: Callable[[Array, str], Array]
-        _leave: Callable[[Array, str], Array]
-        _collect: Callable[[Array, str, int], Array]
-        _exchange: Callable[[Array, str], Array]
+    # where an array's own operators are the framework's kernels
+    add = staticmethod(operator.add)
+    subtract = staticmethod(operator.sub)
+    multiply = staticmethod(operator.mul)
+    divide = staticmethod(operator.truediv)
 
     def degree(self, dim: str) -> int:
         """In how many parts `dim` is split."""
@@ -48,22 +50,22 @@ class Kernels:
 
     def enter(self, x: Array, dim: str) -> Array:
         """`x`, the same on all workers, on its way into what is split along `dim`; the gradients that come back are summed. (...) -> (...)"""
-        return x if self.degree(dim) == 1 else self._enter(x, dim)
+        return x if self.degree(dim) == 1 else self.across("enter", x, dim, 0)
 
     def leave(self, x: Array, dim: str) -> Array:
         """The sum over the axis of what each worker's part along `dim` gave, the same on all; the gradient passes as it is. (...) -> (...)"""
-        return x if self.degree(dim) == 1 else self._leave(x, dim)
+        return x if self.degree(dim) == 1 else self.across("leave", x, dim, 0)
 
     def collect(self, x: Array, dim: str, length: int = 0) -> Array:
         """The workers' parts of the last dim, side by side, the same on all; each part gets its own range of the gradient.
 
         `length` is that of the whole, needed where the parts are the spans of a dim that does not divide.
         """
-        return x if self.degree(dim) == 1 else self._collect(x, dim, length or x.shape[-1] * self.degree(dim))
+        return x if self.degree(dim) == 1 else self.across("collect", x, dim, length or x.shape[-1] * self.degree(dim))
 
     def exchange(self, x: Array, dim: str) -> Array:
         """x (parts, ...): slice i goes to the worker of part i, slice i of the result has come from it. So do the gradients, back."""
-        return x if self.degree(dim) == 1 else self._exchange(x, dim)
+        return x if self.degree(dim) == 1 else self.across("exchange", x, dim, 0)
 
     if not TYPE_CHECKING:  # for whom a missing kernel is an error already
 

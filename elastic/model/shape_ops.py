@@ -19,6 +19,7 @@ from elastic.model.ops import Kernels
 
 FLOAT = 4  # bytes
 INDEX = 8
+MOVES = {"enter": ("", "all_reduce"), "leave": ("all_reduce", ""), "collect": ("all_gather", ""), "exchange": ("all_to_all", "all_to_all")}
 
 
 class Shape:
@@ -80,25 +81,15 @@ class MeterOps(Kernels):
     def _move(self, dim: str, kind: str, size: int, is_forward: bool = True) -> None:
         self.moves.append(Move(f"{self.axes[dim].name}.{kind}", size * FLOAT, is_forward))
 
-    def _enter(self, x: Shape, dim: str) -> Shape:
-        if x.grad:
-            self._move(dim, "all_reduce", x.size, False)
-        return self._view(x, x.shape)
-
-    def _leave(self, x: Shape, dim: str) -> Shape:
-        self._move(dim, "all_reduce", x.size)
-        return self._new(x.shape, x)
-
-    def _collect(self, x: Shape, dim: str, length: int) -> Shape:
+    def across(self, kind: str, x: Shape, dim: str, length: int) -> Shape:
         """Parts travel as long as the longest."""
-        self._move(dim, "all_gather", math.prod(x.shape[:-1]) * -(-length // self.degree(dim)))
-        return self._new((*x.shape[:-1], length), x)
-
-    def _exchange(self, x: Shape, dim: str) -> Shape:
-        self._move(dim, "all_to_all", x.size)
-        if x.grad:
-            self._move(dim, "all_to_all", x.size, False)
-        return self._new(x.shape, x)
+        (there, back), whole = MOVES[kind], (*x.shape[:-1], length) if kind == "collect" else x.shape
+        size = math.prod(x.shape[:-1]) * -(-length // self.degree(dim)) if kind == "collect" else x.size
+        if there:
+            self._move(dim, there, size)
+        if back and x.grad:
+            self._move(dim, back, size, False)
+        return self._new(whole, x) if there else self._view(x, whole)
 
     def constant(self, values: Any) -> Shape:
         return Shape(np.shape(values), False, owned=False)

@@ -21,7 +21,7 @@ from vision import resnet
 load("mxnet", "backend")
 
 from backends.mxnet.backend import computing  # noqa: E402
-from backends.mxnet.turn import turn  # noqa: E402
+from backends.mxnet.turn import aside, turn  # noqa: E402
 
 
 def test_recorded_once_for_each_set_of_shapes() -> None:
@@ -103,7 +103,7 @@ class Echo:
         self.calls, self.lost = 0, lost
 
     def sum(self, x: np.ndarray) -> np.ndarray:
-        assert not turn._depth  # a worker in another thread could come
+        assert not turn._is_owned()  # a worker in another thread could come
         self.calls += 1
         if self.calls - 1 == self.lost:
             raise GroupBroken("lost rank 1")
@@ -136,20 +136,21 @@ def test_a_peer_lost_in_any_collective_is_told_and_the_next_generation_goes_on(r
 
 
 def test_who_steps_aside_lets_go_of_every_entry() -> None:
-    taken: list[int] = []
+    taken: list[bool] = []
 
     def other() -> None:
         with turn:
-            taken.append(turn._depth)
+            taken.append(True)
 
     with computing(1), turn:
         thread = threading.Thread(target=other)
         thread.start()
         assert not taken
-        with turn.aside():
+        with aside():
             thread.join(60)
-            assert taken == [1]
-        assert turn._depth == 2
-    with turn.aside():  # by who holds nothing
+            assert taken and not turn._is_owned()
+        assert turn._is_owned()
+    assert not turn._is_owned()  # as often as it was taken, or leaving `with` would have raised
+    with aside():  # by who holds nothing
         pass
-    assert turn._depth == 0
+    assert not turn._is_owned()

@@ -11,7 +11,6 @@ from elastic.parallel.measure import measure
 from nlp import bert, gpt
 from recommender import dlrm
 from tests.support.batches import Batches
-from tests.support.frameworks import load
 from tests.support.models import rig_of
 from vision import resnet, vit
 
@@ -40,7 +39,7 @@ def saved_bytes(model: Any, batch: dict[str, np.ndarray]) -> int:
     """Of every storage that PyTorch's graph holds on to, but for parameters, batch and constants, which are there before the loss is."""
     rig, held = rig_of("torch", model), dict[int, int]()
     before = {leaf.untyped_storage().data_ptr() for leaf in rig.backend._leaves.values()}
-    columns = load("torch", "arrays").neutral_columns(batch, rig.backend.device)
+    columns = rig.backend._columns(batch)
     before |= {column.untyped_storage().data_ptr() for column in columns.values()}
 
     def note(tensor: Any) -> Any:
