@@ -1,4 +1,4 @@
-"""A user's own `torch.nn.Module` as a model: the objects behind its names, and what its batches, losses and draws are.
+"""A user's own `torch.nn.Module` wrapped as a model, which `module_backend` trains: its objects by name, its batches, losses and draws.
 
 The module has `loss(batch)` giving the mean loss over the batch or (sum, weight), and may have `metrics(batch)` giving
 {name: (sum, weight)}. It keeps its own Parameter and buffer objects for good: `backends.pytorch.module_backend` lets the parameters' storage be the

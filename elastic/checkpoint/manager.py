@@ -1,4 +1,6 @@
-"""Checkpoints in a store: step-00000050/manifest.json and its part files. The manifest, written last, is the commit.
+"""Checkpoints in a store: committed, the newest good one found, old ones pruned; `controller/checkpoints.py` decides when.
+
+Each is a folder, step-00000050, of part files and manifest.json. The manifest, written last, is the commit.
 
 A checkpoint without a manifest does not exist. One with a manifest is used only after every file has the size and the hash
 that the manifest states. Part files carry the generation that wrote them, so an older generation overwrites nothing of a younger.

@@ -1,4 +1,4 @@
-"""Who writes what: pure functions of names, dtypes, shapes and the number of writers."""
+"""Which rank writes which share of a checkpoint: pure functions of names, dtypes, shapes and the number of writers."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ class Member(CollectiveGroup):
         return GroupBroken(self._reason)
 
     def _leave(self) -> None:
-        """Where peers can be told at once not to wait for this member any more, tells them."""
+        """Tells the peers, where that can be done at once, not to wait for this member any more; else they learn of it by the broken connection."""
+        return None
 
     def abort(self) -> None:
         self._aborted.set()

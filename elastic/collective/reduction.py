@@ -1,4 +1,4 @@
-"""The canonical tree over logical shards, and sums along it that do not depend on who owns which shard.
+"""How gradients are reduced: sums along the canonical tree over logical shards, the same bits whoever owns which shard.
 
 A node is (low, high): the sum of leaves low..high-1. It splits at the largest power of two below its length, so every
 aligned power-of-two range of leaves is a node; its sum is left child + right child, in this order. A leaf's value is

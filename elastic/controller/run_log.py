@@ -13,7 +13,7 @@ from typing import Any
 from elastic.errors import UserError
 from elastic.messages import Axes, Begin, shape
 from elastic.observe.jsonl import JsonLines
-from elastic.observe.ledger import LedgerFiles
+from elastic.observe.ledger_files import LedgerFiles
 from elastic.observe.metrics import evaluations_of, steps_of
 from elastic.observe.run_files import lines_of
 

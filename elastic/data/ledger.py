@@ -1,4 +1,4 @@
-"""What a run feeds, written down: what each worker fed is compared, before a step counts, with what its positions name."""
+"""What each worker feeds, compared with what its positions name before a step counts; `observe/ledger_files.py` has it on disk."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Ledger:
                 raise RunFailed(f"Logical shard {shard} of step {step} was fed other samples than its positions name.")
 
     def line(self, step: int) -> dict[str, Any]:
-        """The rows of a step, as plain values: see `elastic.observe.ledger`."""
+        """The rows of a step, as plain values: see `elastic.observe.ledger_files`."""
         rows = np.stack(self.named(step), axis=1)
         packed = rows[rows[:, 1] >= 0].astype("<i8").tobytes()
         return {"sizes": list(self.sampler.order.sizes), "rows": base64.b64encode(packed).decode()}

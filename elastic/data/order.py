@@ -1,4 +1,4 @@
-"""Which sample comes at which position: orders as pure functions, by rows, by blocks of rows, and of several sources mixed.
+"""From a position, of which `sampler` makes batches, to a sample: orders as pure functions, by rows, by blocks of rows, and of several sources mixed.
 
 An order maps a position, counted from the start of the run and on across epochs, to (epoch, sample). Every sample comes once an
 epoch. Nothing is listed: rows cost no memory, blocks that of one number each.

@@ -1,4 +1,4 @@
-"""Which sample stands at which position: a pure function of (seed, position), so one integer is the cursor of a run.
+"""Which samples make up a batch: a pure function of (seed, step, shard), so one integer is the cursor of a run.
 
 Positions count samples from the start of the run and run on across epochs. Step k (from 1) owns the positions
 [(k - 1) * batch_size, k * batch_size), cut into one contiguous slice per logical shard. Who computes a shard does not enter.

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from elastic.humanize import count, duration, numbers
-from elastic.observe.events import kind_of, sentence
+from elastic.observe.event_kinds import kind_of, sentence
 from elastic.observe.metrics import unit_of
 
 WINDOW = 50  # steps that speed is averaged over

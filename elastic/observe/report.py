@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from elastic.errors import UserError
 from elastic.mesh import rounds
-from elastic.observe.events import EVENTS, kind_of, sentence
+from elastic.observe.event_kinds import EVENTS, kind_of, sentence
 from elastic.observe.metrics import Lines, evaluations_of, sessions, steps_of, unit_of
 from elastic.observe.run_files import lines_of, recipe_of, summary_of
 from elastic.parallel.schedules import build

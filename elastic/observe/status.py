@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic.humanize import duration, numbers
-from elastic.observe.events import sentence
+from elastic.observe.event_kinds import sentence
 from elastic.observe.metrics import Lines, build_summary, evaluations_of, steps_of
 from elastic.observe.progress import WINDOW, Pace
 from elastic.observe.run_files import lines_of, recipe_text, summary_of

@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic.errors import BadCheckpoint, UserError
 from elastic.humanize import count
-from elastic.observe.ledger import FOLDER, prove
+from elastic.observe.ledger_files import FOLDER, prove
 from elastic.observe.metrics import Lines, build_summary, evaluations_of, steps_of
 from elastic.observe.run_files import RECIPE, lines_of, summary_of
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, FiniteFloat
 
 from elastic.errors import RecipeError
-from elastic.recipe.schema import refuse_given, shown
+from elastic.recipe.fields import refuse_given, shown
 from elastic.recipe.tables import Labelled
 
 FORMATS = ("idx", "imagefolder")

@@ -1,4 +1,4 @@
-"""TOML and --set in, a resolved `Recipe` out; and back to TOML."""
+"""TOML and --set in, a resolved `Recipe` out, or the sentence for a key that is wrong; and back to TOML."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from elastic.errors import RecipeError
-from elastic.recipe.checks import check
+from elastic.recipe.cross_checks import check
+from elastic.recipe.fields import shown
 from elastic.recipe.paths import absolute, find_recipe
-from elastic.recipe.schema import shown
 from elastic.recipe.sections import Recipe
 
 DEFAULT_STEPS = 2000

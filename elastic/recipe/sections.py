@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, PlainValidator, field_validator
 
+from elastic.recipe.fields import NAMES, Section, Texts, at_least, share
 from elastic.recipe.images import Pictured
-from elastic.recipe.schema import NAMES, Section, Texts, at_least, share
 from elastic.recipe.tables import TABLES
 
 KINDS = ("nlp.gpt", "nlp.bert", "vision.resnet", "vision.vit", "recommender.dlrm")  # modules, each with a `Config` and a `build`

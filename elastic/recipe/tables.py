@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from elastic.errors import RecipeError
-from elastic.recipe.schema import NAMES, Section, Texts, refuse_given, shown
+from elastic.recipe.fields import NAMES, Section, Texts, refuse_given, shown
 
 TABLES = ("csv", "parquet", "arrow")
 

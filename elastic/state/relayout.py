@@ -1,4 +1,4 @@
-"""A state on its way from one mesh to another: who sends which box of each array to whom, and the sending.
+"""A state on its way from one mesh to another (to other owners on the same mesh: `resharding`): who sends which box to whom, and the sending.
 
 Pure in its plan: every member computes the same from who holds what. A box that a member holds itself does not travel.
 """

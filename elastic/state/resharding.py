@@ -1,4 +1,4 @@
-"""The optimizer's state on its way from old holders to new ones, and parameters to those that lack them, when a generation begins.
+"""A sharded optimizer's state on its way from old holders to new ones, and parameters to those that lack them, when a generation begins.
 
 Everybody computes the same from who has what. Until all have what they are to hold, nobody gives up what it held: whoever is
 lost on the way, it is as if the move had not begun, or had been done.

@@ -12,8 +12,8 @@ from elastic.parallel.pipeline import Pipeline
 from elastic.recipe import Recipe
 from elastic.state.flat_layout import round_up
 from elastic.worker.lr_schedule import scaled
+from elastic.worker.overwrite_watch import Watch
 from elastic.worker.training import Placement, Plan, Training
-from elastic.worker.watch import Watch
 from elastic.workload import EVAL_ROWS, Workload, create_backend, laid, open_state
 
 

@@ -1,4 +1,7 @@
-"""The gradients of one member's logical shards, added along the canonical tree: a shard at a time, or through a pipeline of stages."""
+"""The gradients of one member's logical shards, added along the canonical tree: a shard at a time, or through a pipeline of stages.
+
+Over the members they are reduced by `elastic.collective.reduction`.
+"""
 
 from __future__ import annotations
 

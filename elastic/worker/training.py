@@ -18,7 +18,7 @@ from elastic.parallel.layout import Portion
 from elastic.parallel.pipeline import Pipeline
 from elastic.state.state import State
 from elastic.worker.loop_control import Control
-from elastic.worker.watch import Watch
+from elastic.worker.overwrite_watch import Watch
 
 MAX_LINES = 50_000  # that a manifest carries; those before are on the disk itself long since
 

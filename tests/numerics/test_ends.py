@@ -18,7 +18,7 @@ from elastic import cli
 from elastic.controller import membership as m
 from elastic.driver.inference import check_checkpoint
 from elastic.observe import jsonl as events
-from elastic.observe import ledger
+from elastic.observe import ledger_files as ledger
 from elastic.observe.verify import verify
 from elastic.recipe import Recipe
 from elastic.worker import worker

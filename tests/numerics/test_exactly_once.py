@@ -15,7 +15,7 @@ import pytest
 from elastic.chaos import PHASES
 from elastic.checkpoint.manager import split
 from elastic.driver.inference import check_checkpoint
-from elastic.observe.ledger import FOLDER, files, pieces
+from elastic.observe.ledger_files import FOLDER, files, pieces
 from elastic.observe.verify import verify
 from tests.support.checkpoints import load
 from tests.support.inprocess import Run

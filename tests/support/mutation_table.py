@@ -83,9 +83,9 @@ STEPS = (
       "tests/unit/test_sampler.py::test_every_sample_of_an_epoch_is_fed_exactly_once"),
     M("nobody-fed-it", "P2", "A shard that nobody fed passes the vote.", "elastic/data/ledger.py", "if was != digest(", "if was and was != digest(",
       "tests/unit/test_ledger.py::test_what_workers_fed_is_what_the_positions_name"),
-    M("ledger-behind", "P2, ledger", "The ledger loses the step at which it is cut back.", "elastic/observe/ledger.py",
+    M("ledger-behind", "P2, ledger", "The ledger loses the step at which it is cut back.", "elastic/observe/ledger_files.py",
       'if batch["step"][0] > step:', 'if batch["step"][0] >= step:', "tests/unit/test_ledger.py::test_it_is_cut_back_with_the_metrics"),
-    M("ledger-torn", "ledger", "A torn tail stays, and the next rows lie behind it.", "elastic/observe/ledger.py",
+    M("ledger-torn", "ledger", "A torn tail stays, and the next rows lie behind it.", "elastic/observe/ledger_files.py",
       "elif end < file.stat().st_size:", "elif False:", "tests/unit/test_ledger.py::test_a_tail_torn_at_any_byte_is_cut"),
     M("spares-let-go", "P3", "Healthy members of a broken replica are released instead of kept warm.", "elastic/controller/membership.py",
       "surplus = extra[max(0, want.workers - len(members)):]", "surplus = extra",
@@ -180,7 +180,7 @@ LIVES = (
 )
 
 RUNS = (
-    M("misspelt-key", "P8, recipe.toml, train", "A key that no section has is ignored.", "elastic/recipe/schema.py",
+    M("misspelt-key", "P8, recipe.toml, train", "A key that no section has is ignored.", "elastic/recipe/fields.py",
       'ConfigDict(frozen=True, extra="forbid"', 'ConfigDict(frozen=True, extra="ignore"',
       "tests/unit/test_recipe.py::test_a_wrong_key_is_told_in_one_sentence"),
     M("recipe-without-its-defaults", "P1, recipe.toml", "recipe.toml leaves out what was a default on that day.", "elastic/recipe/load.py",
@@ -283,7 +283,7 @@ USERS = (
     M("memory-is-believed", "P9", "A module that remembers something from one loss to the next passes.", "backends/pytorch/rehearsal.py",
       "    stale = differing(steady, described(now))\n", "    stale = []\n",
       "tests/numerics/test_torch_refusals.py::test_it_is_refused_in_one_sentence_that_names_it"),
-    M("quiet-write", "P9", "A write to a parameter that no version counter sees is trained on.", "elastic/worker/watch.py",
+    M("quiet-write", "P9", "A write to a parameter that no version counter sees is trained on.", "elastic/worker/overwrite_watch.py",
       "        if len(changed):", "        if False:",
       "tests/numerics/test_torch_refusals.py::test_a_write_that_no_counter_sees_is_refused_before_its_vote_or_before_it_is_saved"),
     M("sum-divided", "P9", "A loss that is a sum over rows is trained as a mean.", "elastic/worker/loop.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from elastic.controller.run_log import RunLog
-from elastic.observe.events import EVENTS, EVERYWHERE
+from elastic.observe.event_kinds import EVENTS, EVERYWHERE
 
 
 def mismatch(event: dict[str, Any]) -> str:

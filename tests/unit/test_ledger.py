@@ -15,7 +15,7 @@ from elastic.data.ledger import Ledger, NotedLoader, digest
 from elastic.data.order import Mixture, Rows
 from elastic.errors import RunFailed
 from elastic.observe.jsonl import read_lines
-from elastic.observe.ledger import FOLDER, LedgerFiles, files, pieces, prove
+from elastic.observe.ledger_files import FOLDER, LedgerFiles, files, pieces, prove
 
 SIZE, BATCH, SHARDS, EPOCHS = 21, 8, 4, 2
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from elastic.errors import BadCheckpoint, UserError
 from elastic.humanize import duration, size
-from elastic.observe.events import EVENTS, sentence
+from elastic.observe.event_kinds import EVENTS, sentence
 from elastic.observe.jsonl import JsonLines, read_lines
 from elastic.observe.metrics import build_summary, goodput, sessions, world_sizes
 from elastic.observe.progress import Pace, Progress

@@ -13,7 +13,7 @@ import pytest
 
 from elastic.controller.run_log import RunLog
 from elastic.errors import UserError
-from elastic.observe import ledger
+from elastic.observe import ledger_files as ledger
 from elastic.observe.jsonl import read_lines
 
 

@@ -8,7 +8,7 @@ import pytest
 from elastic.errors import Overwritten
 from elastic.model.backend import Spec
 from elastic.state.flat_layout import BLOCK, FlatLayout
-from elastic.worker.watch import SMALL, STRIDE, Watch
+from elastic.worker.overwrite_watch import SMALL, STRIDE, Watch
 
 SHAPES = {"wide": (3, BLOCK), "bias": (SMALL,), "odd": (SMALL + 1,), "none": (0, 4), "scale": (), "frozen": (5, 900)}
 

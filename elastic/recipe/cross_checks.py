@@ -1,12 +1,12 @@
-"""What must hold between keys. Pure; `RecipeError` in one sentence."""
+"""What must hold between keys of a recipe; one key alone (its type, bounds, default) is held by `sections`. Pure; `RecipeError` in one sentence."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from elastic.errors import RecipeError
+from elastic.recipe.fields import refuse_given, shown
 from elastic.recipe.images import check_pictured
-from elastic.recipe.schema import refuse_given, shown
 from elastic.recipe.sections import TABLES, Recipe
 from elastic.recipe.tables import check_labelled
 

@@ -1,4 +1,4 @@
-"""Every event there is: its fields, and the line that a person reads. Pure."""
+"""Every kind of event in events.jsonl, which `controller/run_log.py` writes: its fields, and the line that a person reads. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of: a frozen, strict, closed model, its kinds of fields, and how a value that is wrong is shown."""
+"""What `sections` are made of: a frozen, strict, closed model, its kinds of fields, and how a value that is wrong is shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trains changes by the optimizer alone: writes by a user's own model are seen in the values, for no framework counts all of them.
+"""Nothing but the optimizer may change what trains: writes by a user's own model are seen in the values, for no framework counts all of them.
 
 Values are looked at before and after users' code computes. Where a checkpoint follows, and around an evaluation, at all of them. Else at all of a
 small parameter and at one cache line in STRIDE of a large one, each step at others: what changes a whole array shows at once, what goes on changing a

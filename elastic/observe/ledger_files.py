@@ -1,4 +1,4 @@
-"""The ledger: which sample fed which logical shard at which step, on disk, and what it proves.
+"""The ledger on disk: which sample fed which logical shard at which step (`data/ledger.py` notes it), and what that proves.
 
 One Arrow IPC stream per generation, one record batch per step, one row per sample. Each batch goes to the operating system in
 one piece before the step's own line does, so every step in metrics.jsonl is in the ledger; a torn tail is cut. What a full disk does not
