@@ -56,20 +56,23 @@ class Journal:
             path.unlink(missing_ok=True)
         self.lines = JsonLines(path, mode=0o600)
         if not self.is_continued:
-            self.lines.append({"run_id": run_id, "secret": self.secret})
+            self.append({"run_id": run_id, "secret": self.secret})
             self.sync()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        self.lines.append(record)
 
     def event(self, event: Any) -> None:
         """Metric lines are left out: they are in metrics.jsonl by now."""
-        self.lines.append({"event": encode(replace(event, lines=()) if isinstance(event, Standing) else event)})
+        self.append({"event": encode(replace(event, lines=()) if isinstance(event, Standing) else event)})
 
     def published(self, generation: Generation) -> None:
-        self.lines.append({"published": encode(generation)})
+        self.append({"published": encode(generation)})
         self.sync()
 
     def spent(self, spec: str, stopped: Ready | None = None) -> None:
         """A fault has fired; `stopped`: whom it has stopped, for the one that is to continue it."""
-        self.lines.append({"spent": spec, "stopped": encode(stopped)})
+        self.append({"spent": spec, "stopped": encode(stopped)})
         self.sync()
 
     def sync(self) -> None:

@@ -177,7 +177,7 @@ def test_a_journal_says_what_was_said(tmp_path: Path) -> None:
         file.write('{"event": {"@": "Sta')  # torn by a crash
     again = Journal(path, "run-1")
     assert len(again.past) == 2 and replay(again.past, Bounds(1, 2, 4), 0).published == messages[1]
-    again.close()
+    again.lines.close()
     other = Journal(path, "run-2")
     assert other.past == [] and len(read_lines(path)) == 1, "another run's journal is replaced"
     assert again.secret == journal.secret != other.secret and len(other.secret) == 64
