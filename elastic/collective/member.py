@@ -43,7 +43,7 @@ class Member(CollectiveGroup):
 
     def _leave(self) -> None:
         """Tells the peers, where that can be done at once, not to wait for this member any more; else they learn of it by the broken connection."""
-        return None
+        return
 
     def abort(self) -> None:
         self._aborted.set()
