@@ -302,6 +302,8 @@ class Controller:
                     self.form(action)
                 case m.Finish():
                     self.outcome = action
+                case _:
+                    raise TypeError(f"{action} is no action.")
 
     def save_alone(self, action: m.SaveAlone) -> None:
         if action.step > self.checkpoints.newest:

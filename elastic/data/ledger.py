@@ -66,7 +66,7 @@ class NotedLoader(Prefetcher):
 
     def __init__(self, dataset: Dataset, sampler: Sampler, ledger: Ledger):
         def load(step: int, shard: int) -> Any:
-            epochs, samples = sampler.locate(sampler.positions(step, shard))
+            epochs, samples = sampler.rows(step, shard)
             return rows_of(dataset, samples, epochs), digest(step, shard, epochs, samples)
 
         super().__init__(load)

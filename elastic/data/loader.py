@@ -20,7 +20,7 @@ Key = tuple[int, int]  # (step, shard)
 
 def load_batch(dataset: Dataset, sampler: Sampler, step: int, shard: int) -> Batch:
     """The batch of one logical shard. With `dataset.fills`, "row_weight" (float32) is 1 for samples and 0 for filler rows."""
-    epochs, indices = sampler.locate(sampler.positions(step, shard))
+    epochs, indices = sampler.rows(step, shard)
     return rows_of(dataset, indices, epochs)
 
 

@@ -7,12 +7,14 @@ Positions count samples from the start of the run and run on across epochs. Step
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
 from elastic.data.order import Order, Rows
 
 FILLER = -1  # a position that holds no sample; its row has weight 0
+AT_ONCE = 4096  # positions that are located together: a few cost nearly as much
 
 
 class Sampler:
@@ -37,6 +39,7 @@ class Sampler:
         else:
             raise ValueError("give either steps or epochs.")
         self.num_steps = -(-self.num_positions // batch_size)
+        self._located = lru_cache(maxsize=4)(self._locate_steps)  # the loader's and the ledger's
 
     def positions(self, step: int, shard: int) -> np.ndarray:
         """(shard_size,) int64: the positions of one shard of a step; `FILLER` behind the end of the run."""
@@ -54,3 +57,23 @@ class Sampler:
         indices, real = epochs.copy(), positions >= 0
         epochs[real], indices[real] = self.order.locate(positions[real])
         return epochs, indices
+
+    def rows(self, step: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """`locate` of a shard's `positions`, read-only."""
+        positions, together = self.positions(step, shard), AT_ONCE // self.batch_size
+        if together < 2:
+            return self.locate(positions)
+        block, within = divmod(step - 1, together)
+        first = within * self.batch_size + shard * self.shard_size
+        epochs, indices = self._located(block, together)
+        return epochs[first:first + self.shard_size], indices[first:first + self.shard_size]
+
+    def _locate_steps(self, block: int, together: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the `block`-th run of so many steps."""
+        size = together * self.batch_size
+        positions = np.arange(block * size, (block + 1) * size, dtype=np.int64)
+        positions[positions >= self.num_positions] = FILLER
+        found = self.locate(positions)
+        for array in found:
+            array.flags.writeable = False
+        return found

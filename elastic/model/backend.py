@@ -6,6 +6,7 @@ tensor on a GPU. Both slice, reshape and add in place with the same syntax, whic
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -49,10 +50,12 @@ class Model(Protocol):
     parameters: Mapping[str, Spec]
     buffers: Mapping[str, Spec]
 
+    @abstractmethod
     def loss(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array], batch: Mapping[str, Array],
              seed: int) -> tuple[Array, Array, Mapping[str, Array]]:
         """The sum of the loss over the batch, the weight it is to be divided by, and the new buffers."""
 
+    @abstractmethod
     def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
                 batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
         """Sums and weights by name for evaluation, without dropout; always with "loss".
@@ -88,15 +91,18 @@ class Chain(Model, Pieces, Protocol):
     `ops.leave` around what is split. Where no axis has more than one worker they do nothing.
     """
 
+    @abstractmethod
     def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
         """One piece: from what the piece before made (None for the first) to one floating-point array with the rows first.
 
         `seed` None means evaluation: no dropout.
         """
 
+    @abstractmethod
     def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
         """The loss's sum and weight, of what the last piece made."""
 
+    @abstractmethod
     def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
         """What `metrics` gives, of what the last piece made."""
 
@@ -166,13 +172,14 @@ class UpdateRule:
 class Backend(Protocol):
     """One framework on one device. Built once per worker process; it outlives generations, so nothing compiles twice.
 
-    Backends inherit the defaults.
+    Backends inherit the defaults; what has none they must bring.
     """
 
     name: str
     parameters: Mapping[str, Spec]
     buffers: Mapping[str, Spec]
 
+    @abstractmethod
     def allocate(self, size: int) -> Buffer:
         """A zeroed buffer of `size` float32 elements on the device, 64-byte aligned."""
 
@@ -180,9 +187,11 @@ class Backend(Protocol):
         """NumPy values of the arrays whose spec says "given" (a user's own module); else empty."""
         return {}
 
+    @abstractmethod
     def bind(self, params: Mapping[str, Buffer], buffers: Mapping[str, Any]) -> None:
         """From now on the model's parameters are these shaped views, and its buffers these NumPy arrays."""
 
+    @abstractmethod
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
         """Adds the gradient of one shard's loss sum to `into` (shaped views of a flat buffer, trainable names only)."""
 
@@ -194,6 +203,7 @@ class Backend(Protocol):
         self.gradients(batch, 0, room())
         return Habits()
 
+    @abstractmethod
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         """Sums and weights of one evaluation shard; what is no scalar comes as a NumPy array."""
 
@@ -205,9 +215,11 @@ class Backend(Protocol):
         """Of a model that offers `logits`: NumPy integers (rows, time) -> the scores of each next token, (rows, time, vocab)."""
         raise UserError(f'backend.name = "{self.name}" scores no tokens; write another.')
 
+    @abstractmethod
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         """Applies `rule` in place to a flat range, block by block. `grad` may be overwritten."""
 
+    @abstractmethod
     def squared_norms(self, grad: Buffer, block: int) -> Any:
         """The squared norm of every block of `grad`, float64 NumPy, computed block by block."""
 

@@ -117,6 +117,15 @@ def test_steps_and_shards_outside_the_run_are_refused() -> None:
             sampler.positions(step, shard)
 
 
+@pytest.mark.parametrize(("batch_size", "options"), [(6, {"epochs": 2.6}), (6, {"steps": 1500}), (3000, {"steps": 3}), (6000, {"epochs": 1})])
+def test_a_shard_s_rows_are_those_of_its_positions(batch_size: int, options: dict) -> None:
+    sampler = Sampler(9001, batch_size, 2, 4, True, **options)
+    for step in {1, 2, sampler.num_steps // 2, sampler.num_steps - 1, sampler.num_steps} - {0}:
+        for shard in range(2):
+            for found, wanted in zip(sampler.rows(step, shard), sampler.locate(sampler.positions(step, shard)), strict=True):
+                np.testing.assert_array_equal(found, wanted)
+
+
 def test_a_huge_source_costs_nothing() -> None:
     started = time.perf_counter()
     sampler = Sampler(100_000_000_000, 4096, 8, 0, True, epochs=3)
