@@ -30,7 +30,8 @@ Told = tuple[str, str]
 
 
 class Door(Framework):
-    """What a framework's door does unless it says otherwise. `name` is the recipe's; `trains`: of a user's own, "a Gluon block"."""
+    """What a framework's door does unless it says otherwise. `name` is the recipe's; `trains`: of a user's own, "a
+    Gluon block"."""
 
     name: str
     trains: str
@@ -40,7 +41,8 @@ class Door(Framework):
 
     def own(self, model: Any) -> Any:
         """A user's own, as an `Adapted`."""
-        raise UserError(f'model.kind gives a {type(model).__name__}, which is no {self.trains}; backend.name = "{self.name}" trains those.')
+        raise UserError(f'model.kind gives a {type(model).__name__}, which is no {self.trains}; backend.name = '
+                        f'"{self.name}" trains those.')
 
     def construct(self, factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
         with self.seeded(seed):
@@ -55,7 +57,8 @@ class Door(Framework):
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:
-    """Inside, the generators of Python and NumPy start from `seed`; then they are as before. For one thread at a time."""
+    """Inside, the generators of Python and NumPy start from `seed`; then they are as before. For one thread at a time.
+    """
     own, theirs = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed & (1 << 32) - 1)
@@ -93,7 +96,8 @@ class ModelBackend(Backend):
     def compilations(self) -> int:
         return self._compilations
 
-    def _through(self, ops: Any, params: Mapping[str, Any], pieces: Sequence[str], x: Any, columns: Mapping[str, Any], seed: Any) -> Any:
+    def _through(self, ops: Any, params: Mapping[str, Any], pieces: Sequence[str], x: Any, columns: Mapping[str, Any],
+                 seed: Any) -> Any:
         for piece in pieces:
             x = self._model.run(ops, params, piece, x, columns, seed)
         return x
@@ -110,10 +114,11 @@ class HostBackend(ModelBackend):
 
     def __init__(self, model: Any, settings: Any):
         if settings.device not in ("cpu", "auto"):
-            raise UserError(f'backend.device = {settings.device!r} is not for the {self.name} backend, which runs on "cpu"; '
-                            'write backend.name = "torch" for a GPU.')
+            raise UserError(f'backend.device = {settings.device!r} is not for the {self.name} backend, which runs on '
+                            '"cpu"; write backend.name = "torch" for a GPU.')
         if settings.precision not in ("float32", "float64"):
-            raise UserError(f'backend.precision = {settings.precision!r} must be "float32" with the {self.name} backend.')
+            raise UserError(f'backend.precision = {settings.precision!r} must be "float32" with the {self.name} '
+                            'backend.')
         super().__init__(model)
         self._dtype = np.dtype(settings.precision)
 
@@ -135,13 +140,16 @@ def aligned(size: int, dtype: np.dtype) -> np.ndarray:
 def neutral(batch: Batch, dtype: np.dtype) -> dict[str, np.ndarray]:
     """The columns of a model of named arrays: whole numbers as int64, floats as `dtype`."""
     kinds: dict[str, Any] = {"f": dtype, "i": np.int64, "u": np.int64, "b": np.bool_}
-    return {name: np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False) for name, column in batch.items()}
+    return {name: np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False)
+            for name, column in batch.items()}
 
 
-def tallied(found: Mapping[str, tuple[Any, Any]], as_numpy: Callable[[Any], Any] = np.asarray) -> dict[str, tuple[Any, float]]:
+def tallied(found: Mapping[str, tuple[Any, Any]],
+            as_numpy: Callable[[Any], Any] = np.asarray) -> dict[str, tuple[Any, float]]:
     """Sums and weights as numbers; a sum that is no scalar as float64 NumPy."""
     sums = {name: np.asarray(as_numpy(total)) for name, (total, _) in found.items()}
-    return {name: (total.astype(np.float64) if total.ndim else float(total), float(found[name][1])) for name, total in sums.items()}
+    return {name: (total.astype(np.float64) if total.ndim else float(total), float(found[name][1]))
+            for name, total in sums.items()}
 
 
 def address_of(buffer: np.ndarray) -> int:
@@ -149,8 +157,8 @@ def address_of(buffer: np.ndarray) -> int:
 
 
 class Blocks:
-    """Recent ranges of buffers, cut into the framework's arrays. Only of buffers that live as long as the model: what is kept holds its memory, so
-    the address cannot pass to another.
+    """Recent ranges of buffers, cut into the framework's arrays. Only of buffers that live as long as the model: what
+    is kept holds its memory, so the address cannot pass to another.
     """
 
     def __init__(self, cut: Callable[[Buffer, int], Any], address: Callable[[Buffer], int] = address_of):
@@ -192,7 +200,8 @@ def side_by_side(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
     filled = np.zeros((*x.shape[:-1], -(-length // axis.size)), x.dtype)
     filled[..., :x.shape[-1]] = x
     parts = axis.gather(filled.reshape(-1))
-    return np.concatenate([part.reshape(filled.shape)[..., :span(length, axis.size, r)[1]] for r, part in enumerate(parts)], -1)
+    return np.concatenate([part.reshape(filled.shape)[..., :span(length, axis.size, r)[1]]
+                           for r, part in enumerate(parts)], -1)
 
 
 def own_range(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
@@ -202,13 +211,14 @@ def own_range(axis: Any, x: np.ndarray, length: int) -> np.ndarray:
 
 
 # by kind of `Kernels.across`: what is done to the array, and what to its gradient; `length` is that of the whole dim
-MOVES = {"enter": (as_it_is, summed), "leave": (summed, as_it_is), "collect": (side_by_side, own_range), "exchange": (swapped, swapped)}
+MOVES = {"enter": (as_it_is, summed), "leave": (summed, as_it_is), "collect": (side_by_side, own_range),
+         "exchange": (swapped, swapped)}
 
 
 @functools.cache
 def matrix_product(equation: str) -> tuple[int, int, bool] | None:
-    """(lead, trail, turned) where an einsum of two arrays is one matrix product: the first has `lead` dims, then the inner ones; the second
-    these and then `trail` dims, or the other way round if `turned`.
+    """(lead, trail, turned) where an einsum of two arrays is one matrix product: the first has `lead` dims, then the
+    inner ones; the second these and then `trail` dims, or the other way round if `turned`.
     """
     inputs, out = equation.replace(" ", "").split("->")
     left, right = inputs.split(",")
@@ -221,7 +231,8 @@ def matrix_product(equation: str) -> tuple[int, int, bool] | None:
 
 def check_loss(kind: str, model: Any) -> None:
     if not callable(getattr(model, "loss", None)):
-        raise UserError(f"model.kind: {kind} has no method loss(batch) that gives the mean loss or (sum, weight); write one.")
+        raise UserError(f"model.kind: {kind} has no method loss(batch) that gives the mean loss or (sum, weight); "
+                        "write one.")
 
 
 def check_float32(dtypes: Mapping[str, Any]) -> None:
@@ -232,7 +243,8 @@ def check_float32(dtypes: Mapping[str, Any]) -> None:
 
 
 def mapped(batch: Any, convert: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
-    """Other containers with the same entries, or what `convert` makes of them: a user's function may take entries out."""
+    """Other containers with the same entries, or what `convert` makes of them: a user's function may take entries out.
+    """
     if isinstance(batch, Mapping):
         return {name: mapped(value, convert) for name, value in batch.items()}
     return rebuilt(batch, lambda entry: mapped(entry, convert)) if isinstance(batch, (tuple, list)) else convert(batch)
@@ -240,7 +252,8 @@ def mapped(batch: Any, convert: Callable[[Any], Any] = lambda leaf: leaf) -> Any
 
 @contextmanager
 def telling(kind: str, in_one_line: Callable[[Exception], str]) -> Iterator[None]:
-    """What goes wrong in a user's code, in one sentence with its place. `in_one_line`: what the framework says of it."""
+    """What goes wrong in a user's code, in one sentence with its place. `in_one_line`: what the framework says of it.
+    """
     try:
         yield
     except ElasticError:
@@ -248,12 +261,14 @@ def telling(kind: str, in_one_line: Callable[[Exception], str]) -> Iterator[None
     except Exception as error:
         if is_of_machine(error):
             raise
-        raise UserError(f"model.kind: {kind} cannot be called ({type(error).__name__}: {in_one_line(error)}){place_of(error)}.") from error
+        raise UserError(f"model.kind: {kind} cannot be called ({type(error).__name__}: "
+                        f"{in_one_line(error)}){place_of(error)}.") from error
 
 
 def plain_attributes(parts: Iterable[tuple[str, Any]], as_numpy: Callable[[Any], np.ndarray | None],
                      without: Container[str] = ()) -> dict[str, Told]:
-    """The plain values among the attributes of a model's parts, by path. `as_numpy`: of the framework's arrays; None for anything else.
+    """The plain values among the attributes of a model's parts, by path. `as_numpy`: of the framework's arrays; None
+    for anything else.
     `without`: attributes that the framework keeps.
     """
     out = {}
@@ -274,7 +289,8 @@ def fingerprint(value: Any, as_numpy: Callable[[Any], np.ndarray | None], depth:
         return f"{array.dtype}{array.shape}{hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}"
     if not depth or not isinstance(value, (list, tuple, dict, set, frozenset)):
         return None
-    entries = sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else value.items() if isinstance(value, dict) else value
+    entries = sorted(map(repr, value)) if isinstance(value,
+                                                     (set, frozenset)) else value.items() if isinstance(value, dict) else value
     return repr([fingerprint(entry, as_numpy, depth - 1) for entry in entries])
 
 
@@ -282,23 +298,28 @@ def check_attributes(kind: str, before: Mapping[str, Told], after: Mapping[str, 
     """UserError that names the first attribute that is not what it was."""
     for name in [*before, *(name for name in after if name not in before)]:
         if before.get(name) != after.get(name):
-            raise UserError(f"model.kind: {kind} changes its attribute {name} while it computes, which a step that is done again or on another "
-                            f"worker would not repeat; {remedy}.")
+            raise UserError(f"model.kind: {kind} changes its attribute {name} while it computes, which a step that is "
+                            f"done again or on another worker would not repeat; {remedy}.")
 
 
 def differing(first: ShardResult, second: ShardResult) -> str:
     """What is not the same to the bit, or ""."""
-    one, other = ({"loss": np.asarray(found.loss_sum), **{f"buffer {name}": np.asarray(value) for name, value in found.buffers.items()}}
+    one, other = ({"loss": np.asarray(found.loss_sum),
+                   **{f"buffer {name}": np.asarray(value) for name, value in found.buffers.items()}}
                   for found in (first, second))
-    return next((what for what, value in one.items() if not np.array_equal(value, other[what], equal_nan=value.dtype.kind in "fc")), "")
+    return next((what for what, value in one.items()
+                 if not np.array_equal(value, other[what], equal_nan=value.dtype.kind in "fc")), "")
 
 
-def rehearse(own: Any, names: Sequence[str], run: Callable[[Sequence[str], float], tuple[ShardResult, Mapping[str, np.ndarray]]],
+def rehearse(own: Any, names: Sequence[str],
+             run: Callable[[Sequence[str], float], tuple[ShardResult, Mapping[str, np.ndarray]]],
              attributes: Callable[[], Mapping[str, Told]] = dict) -> Mapping[str, np.ndarray]:
-    """The gradients of one shard, computed twice from one seed. UserError where the user's own model `own` would train wrong without a word.
+    """The gradients of one shard, computed twice from one seed. UserError where the user's own model `own` would train
+    wrong without a word.
 
-    `run(hidden, factor)` gives the shard's result and `factor` times its gradients, while those of the arrays that the model was made with which
-    are `hidden` hold what nothing should read. The second time all `names` are, and the slope is two.
+    `run(hidden, factor)` gives the shard's result and `factor` times its gradients, while those of the arrays that the
+    model was made with which are `hidden` hold what nothing should read. The second time all `names` are, and the slope
+    is two.
     """
     first, once = run((), 1.0)
     before = attributes()
@@ -307,10 +328,11 @@ def rehearse(own: Any, names: Sequence[str], run: Callable[[Sequence[str], float
     if differing(first, second) and not differing(first, run((), 1.0)[0]):
         for name in names:
             if differing(first, run((name,), 1.0)[0]):
-                raise UserError(f"model.kind: {own.kind} reads its parameter or buffer {name} as it was when it was made, by an array that was taken "
-                                f"out of it, which no training changes; {own.READ}.")
+                raise UserError(f"model.kind: {own.kind} reads its parameter or buffer {name} as it was when it was "
+                                f"made, by an array that was taken out of it, which no training changes; {own.READ}.")
     if what := differing(first, second):
-        raise UserError(f"model.kind: {own.kind} gives another {what} when one shard is computed twice from one seed; {own.GENERATORS}.")
+        raise UserError(f"model.kind: {own.kind} gives another {what} when one shard is computed twice from one seed; "
+                        f"{own.GENERATORS}.")
     check_linear(own.kind, once, twice)
     return once
 
@@ -325,6 +347,6 @@ def check_linear(kind: str, once: Mapping[str, np.ndarray], twice: Mapping[str, 
     for name, value in once.items():
         same = np.array_equal(2 * value, twice[name], equal_nan=True)
         if not same and not np.allclose(2 * value, twice[name], rtol=0, atol=TINY, equal_nan=True):
-            raise UserError(f"model.kind: the gradient of {name} in {kind} is not linear: twice the loss does not give twice of it, so those of "
-                            "the shards cannot be added up; take out what clips or rounds gradients in the model (optimizer.clip_norm clips "
-                            "the whole gradient).")
+            raise UserError(f"model.kind: the gradient of {name} in {kind} is not linear: twice the loss does not give "
+                            "twice of it, so those of the shards cannot be added up; take out what clips or rounds "
+                            "gradients in the model (optimizer.clip_norm clips the whole gradient).")

@@ -28,7 +28,8 @@ CONTESTANTS = {
     "torch.save + fsync": "benchmarks.peers.checkpoints",
     LIMITS: "benchmarks.kit.limits",
 }
-COLUMNS = {"stall": "stall of the step loop, ms", "total": "until durable, ms", "beside": "a step beside it, ratio", "load": "load, ms"}
+COLUMNS = {"stall": "stall of the step loop, ms", "total": "until durable, ms", "beside": "a step beside it, ratio",
+           "load": "load, ms"}
 Round = Mapping[str, Mapping[str, float]]  # contestant -> figure -> its median in this round
 
 
@@ -42,7 +43,8 @@ def measure(folder: Path, rounds: int, saves: int, scale: float, names: list[str
                 run(python(CONTESTANTS[name], *arguments), Path(place) / "log", 600.0, ONE_THREAD)
                 figures: dict[str, list[float]] = json.loads(Path(place, "result.json").read_text())
             medians[name] = {key: statistics.median(values) for key, values in figures.items() if values}
-            print(f"round {number + 1}: {name}: {', '.join(f'{key} {value:.3f}' for key, value in medians[name].items())}", flush=True)
+            print(f"round {number + 1}: {name}: "
+                  f"{', '.join(f'{key} {value:.3f}' for key, value in medians[name].items())}", flush=True)
         found.append(medians)
     return found
 
@@ -67,7 +69,8 @@ def tables(rounds: list[Round]) -> str:
     if LIMITS not in rounds[0]:
         return text
     words = {"copy": "a copy into kept memory, one thread", "hash": "the hash (xxh3-128), one thread",
-             "raw write": "write + fsync, through the page cache", "raw write, direct": "write + fsync, past the page cache"}
+             "raw write": "write + fsync, through the page cache",
+             "raw write, direct": "write + fsync, past the page cache"}
     limits = [[words[key], cell(rounds, LIMITS, key)] for key in words]
     beside = f"A step beside the write + fsync past the page cache, and nothing else, takes {cell(rounds, LIMITS, 'beside')} of one without."
     return f"{text}\n\nThe limits, {figure(rounds, LIMITS, 'bytes') / 1e9:.2f} GB each:\n\n" + results.table(["", "ms"], limits) + f"\n\n{beside}"
@@ -82,7 +85,8 @@ def goals(rounds: list[Round]) -> list[tuple[str, float, float]]:
             ("stall against the copy", ratio("stall", lambda one: one[LIMITS]["copy"]), 1.3),
             ("until durable against the faster raw write",
              ratio("total", lambda one: min(one[LIMITS]["raw write"], one[LIMITS]["raw write, direct"])), 1.2),
-            ("until durable against the raw write through the page cache", ratio("total", lambda one: one[LIMITS]["raw write"]), 1.2),
+            ("until durable against the raw write through the page cache",
+             ratio("total", lambda one: one[LIMITS]["raw write"]), 1.2),
             ("a step beside the write against one without", figure(rounds, OURS, "beside"), 1.1),
             ("the same with checkpoint.write_mb_s = 500", figure(rounds, PACED, "beside"), 1.1)]
 
@@ -90,7 +94,8 @@ def goals(rounds: list[Round]) -> list[tuple[str, float, float]]:
 def verdicts(rounds: list[Round]) -> str:
     if not {OURS, PACED, ASYNC, LIMITS} <= set(rounds[0]):
         return ""
-    return "\n".join(f"- {words} at most {limit}: {got:.2f}, {'reached' if got <= limit else 'missed'}" for words, got, limit in goals(rounds))
+    return "\n".join(f"- {words} at most {limit}: {got:.2f}, {'reached' if got <= limit else 'missed'}"
+                     for words, got, limit in goals(rounds))
 
 
 def main() -> None:
@@ -103,7 +108,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tidy_on_termination()
     rounds: list[Any] = measure(arguments.folder, arguments.rounds, arguments.saves, arguments.scale, arguments.only)
-    results.write("checkpoint", "Checkpoints", [__doc__.partition("\n\n    python")[0] + "\n\n" + NOTE, tables(rounds), verdicts(rounds)])
+    results.write("checkpoint", "Checkpoints",
+                  [__doc__.partition("\n\n    python")[0] + "\n\n" + NOTE, tables(rounds), verdicts(rounds)])
 
 
 NOTE = """Every contestant runs in a process of its own, one after the other, in an order that rotates from round to round; a round's figure is

@@ -2,8 +2,8 @@
 
     python -m benchmarks.data [--rounds 5] [--gigabytes 100]
 
-The table is one file of 100 MB under many names: to the reader it is many files. "Cold" is a new process with an empty cache
-folder; the files themselves lie in the page cache.
+The table is one file of 100 MB under many names: to the reader it is many files. "Cold" is a new process with an empty
+cache folder; the files themselves lie in the page cache.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ GOAL_S = 1.0
 
 
 def section(path: Path, **keys: Any) -> SimpleNamespace:
-    given = {"format": path.suffix[1:] or "parquet", "path": (str(path),), "eval_path": (), "eval_fraction": 0.0, "shuffle": True,
+    given = {"format": path.suffix[1:] or "parquet", "path": (str(path),), "eval_path": (), "eval_fraction": 0.0,
+             "shuffle": True,
              "shuffle_by": "auto", "columns": (), "weights": ()} | keys
     return SimpleNamespace(**given)
 
@@ -59,7 +60,8 @@ def many_names(folder: Path, file: Path, num: int) -> Path:
 
 
 def first_batch(folder: Path, format: str, cache: Path) -> dict[str, float]:
-    """In this process: seconds to look at all files, to open them, and to the first batch; bytes read (a mapped file's are not counted)."""
+    """In this process: seconds to look at all files, to open them, and to the first batch; bytes read (a mapped file's
+    are not counted)."""
     data, before = section(folder, format=format, shuffle_by="blocks"), psutil.Process().io_counters().read_chars
     begin, worked = time.perf_counter(), time.process_time()
     info = table.prepare(data, cache)
@@ -68,15 +70,19 @@ def first_batch(folder: Path, format: str, cache: Path) -> dict[str, float]:
     sampler = Sampler(training.num_samples, BATCH, SHARDS, 0, True, epochs=1, order=training.order)
     opened = time.perf_counter()
     load_batch(training, sampler, 1, 0)
-    found = {"look": looked - begin, "open": opened - looked, "batch": time.perf_counter() - opened, "cpu": time.process_time() - worked}
+    found = {"look": looked - begin, "open": opened - looked, "batch": time.perf_counter() - opened,
+             "cpu": time.process_time() - worked}
     return {**found, "rows": info["num_rows"],
-            "blocks": training.store.decoded.cache_info().misses, "bytes": psutil.Process().io_counters().read_chars - before}
+            "blocks": training.store.decoded.cache_info().misses,
+            "bytes": psutil.Process().io_counters().read_chars - before}
 
 
 def cold(folder: Path, format: str, again: bool) -> dict[str, float]:
-    """In a new process, with an empty cache or one that a first process has filled; "process" is all of its life, imports too."""
+    """In a new process, with an empty cache or one that a first process has filled; "process" is all of its life,
+    imports too."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-m", "benchmarks.data", "--first-batch", str(folder), "--format", format, "--cache", cache]
+        command = [sys.executable, "-m", "benchmarks.data", "--first-batch", str(folder), "--format", format, "--cache",
+                   cache]
         found: dict[str, float] = {}
         for _ in range(1 + again):
             begin = time.perf_counter()
@@ -96,12 +102,16 @@ def start(folder: Path, gigabytes: int, rounds: int) -> str:
             found = {key: statistics.median(one[key] for one in all_found) for key in all_found[0]}
             whole = found["look"] + found["open"] + found["batch"]
             seconds = [f"{found[key]:.3f}" for key in ("look", "open", "batch")]
-            rows.append([format, "again" if again else "first time", f"{found['rows'] / 1e9:.2f} billion", *seconds, f"{found['bytes'] / 1e6:.0f}",
-                         f"{whole:.2f} ({'met' if whole < GOAL_S else 'missed'})", f"{found['cpu']:.2f}", f"{found['process']:.2f}"])
-    return "\n\n".join([f"## The first batch of {gigabytes} GB in {gigabytes * 10**9 // FILE_BYTES} files, shuffled by blocks\n\nSeconds. "
-                        f"Goal: under {GOAL_S:g} from the recipe's path to the batch. \"CPU\" is what that takes of a processor, "
-                        "which others' load hardly lengthens; \"process\" is its whole life, with Python's and pyarrow's start.",
-                        results.table(["format", "", "rows", "looking", "opening", "batch", "read, MB", "together (goal)", "CPU", "process"], rows)])
+            rows.append([format, "again" if again else "first time", f"{found['rows'] / 1e9:.2f} billion", *seconds,
+                         f"{found['bytes'] / 1e6:.0f}",
+                         f"{whole:.2f} ({'met' if whole < GOAL_S else 'missed'})", f"{found['cpu']:.2f}",
+                         f"{found['process']:.2f}"])
+    return "\n\n".join([f"## The first batch of {gigabytes} GB in {gigabytes * 10**9 // FILE_BYTES} files, shuffled by "
+                        f"blocks\n\nSeconds. Goal: under {GOAL_S:g} from the recipe's path to the batch. \"CPU\" is "
+                        "what that takes of a processor, which others' load hardly lengthens; \"process\" is its whole "
+                        "life, with Python's and pyarrow's start.",
+                        results.table(["format", "", "rows", "looking", "opening", "batch", "read, MB",
+                                       "together (goal)", "CPU", "process"], rows)])
 
 
 def permuting(rounds: int) -> str:
@@ -140,8 +150,9 @@ def reading(folder: Path, rounds: int) -> str:
                 load_batch(training, sampler, step, 0)
             rates.append(steps * BATCH / (time.perf_counter() - begin))
         rows.append([format, way, f"{converted:.2f}", f"{statistics.median(rates) / 1e3:.0f}"])
-    return "\n\n".join([f"## Reading at random\n\n100 MB, {COLUMNS} columns of float64, batches of {BATCH} rows, order and copies included. "
-                        "Parquet by rows is converted once.", results.table(["format", "shuffled by", "prepared in, s", "thousand rows/s"], rows)])
+    return "\n\n".join([f"## Reading at random\n\n100 MB, {COLUMNS} columns of float64, batches of {BATCH} rows, order "
+                        "and copies included. Parquet by rows is converted once.",
+                        results.table(["format", "shuffled by", "prepared in, s", "thousand rows/s"], rows)])
 
 
 def main() -> None:
@@ -157,7 +168,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sections = [start(folder, options.gigabytes, options.rounds), permuting(options.rounds), reading(folder, options.rounds)]
+        sections = [start(folder, options.gigabytes, options.rounds), permuting(options.rounds),
+                    reading(folder, options.rounds)]
         results.write("data", "Data", sections)
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu [--rounds 5] [--steps 20] [--rows 32]
 
-Both compute in bfloat16 (autocast) with `torch.compile`, attention by `scaled_dot_product_attention` and fused AdamW, from the same
-weights and on the same rows, turn by turn. Ours is the platform's own loop: the gradients of one logical shard, the reduction, the
-vote over a group of one (NCCL), the commit. The plain loop reads no loss and votes on nothing. Needs torch and NumPy only.
+Both compute in bfloat16 (autocast) with `torch.compile`, attention by `scaled_dot_product_attention` and fused AdamW,
+from the same weights and on the same rows, turn by turn. Ours is the platform's own loop: the gradients of one logical
+shard, the reduction, the vote over a group of one (NCCL), the commit. The plain loop reads no loss and votes on
+nothing. Needs torch and NumPy only.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ VOCAB = 50_304
 GOAL = 0.97  # of the plain loop's tokens a second
 WARM_STEPS = 3  # of each, before anything counts: they compile
 SAME = 0.02  # how far the two losses may lie apart, relatively, after the warm steps
-OPTIMIZER = {"name": "adamw", "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.1, "beta1": 0.9,
+OPTIMIZER = {"name": "adamw", "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.1,
+             "beta1": 0.9,
              "beta2": 0.99, "eps": 1e-8, "momentum": 0.9, "clip_norm": 0.0, "ema": 0.0}
 # dense bfloat16, from NVIDIA's data sheets; the first name that is part of the device's counts
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -79,7 +81,8 @@ def ours(state: State, batches: Batches, device: torch.device) -> Contestant:
     def run(steps: int) -> float:
         torch.use_deterministic_algorithms(True)
         training.plan = replace(training.plan, num_steps=state.committed + steps)
-        train(begin(member, Generation(1, ("gpu",), endpoint.address, "", state.committed), group, Injector([], 0, print, print, print)))
+        train(begin(member, Generation(1, ("gpu",), endpoint.address, "", state.committed), group,
+                    Injector([], 0, print, print, print)))
         return lines[-1].fields["loss"]
 
     return run
@@ -112,10 +115,12 @@ def take_over(module: GPT, values: Mapping[str, Any]) -> None:
     found = {"tokens.weight": values["wte"], "positions.weight": values["wpe"], "last.weight": values["ln_f.weight"]}
     for i in range(len(module.blocks)):
         h, block = f"h{i}", f"blocks.{i}"
-        found |= {f"{block}.first.weight": values[f"{h}.ln1.weight"], f"{block}.second.weight": values[f"{h}.ln2.weight"],
+        found |= {f"{block}.first.weight": values[f"{h}.ln1.weight"],
+                  f"{block}.second.weight": values[f"{h}.ln2.weight"],
                   f"{block}.qkv.weight": values[f"{h}.attn.qkv.weight"].reshape(width, -1).T,
                   f"{block}.out.weight": values[f"{h}.attn.out.weight"].reshape(-1, width).T,
-                  f"{block}.up.weight": values[f"{h}.mlp.up.weight"].T, f"{block}.down.weight": values[f"{h}.mlp.down.weight"].T}
+                  f"{block}.up.weight": values[f"{h}.mlp.up.weight"].T,
+                  f"{block}.down.weight": values[f"{h}.mlp.down.weight"].T}
     module.load_state_dict({name: torch.as_tensor(value) for name, value in found.items()})
 
 
@@ -124,7 +129,8 @@ def flops_per_token(model: Mapping[str, int], num_parameters: int) -> float:
     return 6 * num_parameters + 12 * model["layers"] * model["width"] * model["context"]
 
 
-def measure(contestants: Mapping[str, Contestant], rounds: int, steps: int, device: torch.device) -> dict[str, list[float]]:
+def measure(contestants: Mapping[str, Contestant], rounds: int, steps: int,
+            device: torch.device) -> dict[str, list[float]]:
     """Seconds a step of each, round by round. ValueError where the two do not train the same model."""
     for _ in range(2):  # what one sets for the whole process may make the other compile once more
         losses = {name: run(WARM_STEPS) for name, run in contestants.items()}
@@ -152,17 +158,19 @@ def section(seconds: Mapping[str, list[float]], tokens: int, flops: float, devic
     rows = []
     for name, taken in seconds.items():
         rate = tokens / statistics.median(taken)
-        rows.append([name, f"{statistics.median(taken) * 1e3:.2f}", f"{rate:,.0f}", f"{flops * rate / peak:.3f}" if peak else "-"])
+        rows.append([name, f"{statistics.median(taken) * 1e3:.2f}", f"{rate:,.0f}", f"{flops * rate / peak:.3f}" if peak
+                     else "-"])
     ratios = sorted(theirs / mine for theirs, mine in zip(seconds["plain torch"], seconds["ours"], strict=True))
     ratio = statistics.median(ratios)
     return results.table(["", "step, ms", "tokens/s", "FLOPs utilisation"], rows) + (
-        f"\n\nOurs against plain torch, median of the rounds: {ratio:.3f} ({ratios[0]:.3f} - {ratios[-1]:.3f}) of its tokens a second. "
-        f"Goal: at least {GOAL}; {'reached' if ratio >= GOAL else 'missed'}.")
+        f"\n\nOurs against plain torch, median of the rounds: {ratio:.3f} ({ratios[0]:.3f} - {ratios[-1]:.3f}) of its "
+        f"tokens a second. Goal: at least {GOAL}; {'reached' if ratio >= GOAL else 'missed'}.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the script out and writes no result")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda",
+                        help="cpu tries the script out and writes no result")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=32)
@@ -171,24 +179,28 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks.gpu: this process sees no CUDA GPU or has a torch without CUDA, so nothing was measured; --device cpu tries it out.")
+        print("benchmarks.gpu: this process sees no CUDA GPU or has a torch without CUDA, so nothing was measured; "
+              "--device cpu tries it out.")
         return
-    device, model = torch.device(given.device), {key: getattr(given, key) for key in ("layers", "heads", "width", "context")}
+    device, model = torch.device(given.device), {key: getattr(given, key)
+                                                 for key in ("layers", "heads", "width", "context")}
     settings = SimpleNamespace(device=given.device, precision="bfloat16", threads=1, compile=given.compile)
     state = State(framework.create(gpt.build(model, {"vocab_size": given.vocab}), settings), "adamw")
     state.start(0)
     module = GPT(model, given.vocab)
     take_over(module, state.layout.views(state.param))
     batches = Batches(given.rows, given.context, given.vocab)
-    contestants = {"ours": ours(state, batches, device), "plain torch": plain(module.to(device), batches, device, given.compile)}
+    contestants = {"ours": ours(state, batches, device),
+                   "plain torch": plain(module.to(device), batches, device, given.compile)}
     seconds = measure(contestants, given.rounds, given.steps, device)
 
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else results.processor()
-    about = (f"A GPT of {num_parameters / 1e6:.0f} M parameters ({', '.join(f'{key} {value}' for key, value in model.items())}, vocabulary "
-             f"{given.vocab:,}), {given.rows} rows a step, on {name}; {given.rounds} rounds of {given.steps} steps. The utilisation is that of "
-             "PaLM's appendix B; positions do not count as parameters there. Ours computes with deterministic kernels, as always, plain torch "
-             "with whichever it likes best.")
+    about = (f"A GPT of {num_parameters / 1e6:.0f} M parameters "
+             f"({', '.join(f'{key} {value}' for key, value in model.items())}, vocabulary {given.vocab:,}), "
+             f"{given.rows} rows a step, on {name}; {given.rounds} rounds of {given.steps} steps. The utilisation is "
+             "that of PaLM's appendix B; positions do not count as parameters there. Ours computes with deterministic "
+             "kernels, as always, plain torch with whichever it likes best.")
     flops = flops_per_token(model, num_parameters - module.positions.weight.numel())
     table = section(seconds, given.rows * given.context, flops, name)
     if device.type == "cuda":

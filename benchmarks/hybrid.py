@@ -2,8 +2,9 @@
 
     python -m benchmarks.hybrid [--rounds 9] [--steps 4] [--only tensor ...] [--data tiny-shakespeare.txt]
 
-All sides' processes are alive from the start and take turns of a few steps, in an order that changes from round to round. A ratio is
-taken within a round; the table gives the median of the rounds. Losses of the first steps, from the same weights, must agree.
+All sides' processes are alive from the start and take turns of a few steps, in an order that changes from round to
+round. A ratio is taken within a round; the table gives the median of the rounds. Losses of the first steps, from the
+same weights, must agree.
 """
 
 from __future__ import annotations
@@ -50,10 +51,12 @@ def contest(case: Case, text: str, rounds: int, length: int) -> list[dict[str, f
     """Per round the mean step of each side, in seconds, after a turn that is not counted."""
     endpoint = Endpoint("127.0.0.1")
     sides: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
-        "ours": (ours, (endpoint.address, "shared")), "ours, gloo": (ours, (endpoint.address, "gloo")), "peer": (peer, (free_port(),))}
+        "ours": (ours, (endpoint.address, "shared")), "ours, gloo": (ours, (endpoint.address, "gloo")),
+        "peer": (peer, (free_port(),))}
     found = []
     with ExitStack() as stack:
-        contestants = [stack.enter_context(Contestant(name, side, case.size, length, case, text, *how)) for name, (side, how) in sides.items()]
+        contestants = [stack.enter_context(Contestant(name, side, case.size, length, case, text, *how))
+                       for name, (side, how) in sides.items()]
         for turn in range(rounds + 1):
             order = contestants[turn % len(contestants):] + contestants[:turn % len(contestants)]
             times = {one.name: one.turn() for one in order}
@@ -79,14 +82,16 @@ def row(case: Case, rounds: list[dict[str, float]]) -> list[str]:
 
     middle, shown = ratio("ours")
     steps = [f"{statistics.median(times[side] for times in rounds) * 1e3:.0f}" for side in SIDES]
-    return [case.name, str(case.size), case.peer, *steps, shown, "reached" if middle <= LIMIT else "missed", ratio("ours, gloo")[1]]
+    return [case.name, str(case.size), case.peer, *steps, shown, "reached" if middle <= LIMIT else "missed",
+            ratio("ours, gloo")[1]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES])
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES],
+                        default=[case.name for case in CASES])
     parser.add_argument("--data", type=Path, default=ROOT / "tiny-shakespeare.txt")
     arguments = parser.parse_args()
     tidy_on_termination()
@@ -95,8 +100,10 @@ def main() -> None:
         if case.name in arguments.only:
             rows.append(row(case, contest(case, str(arguments.data.absolute()), arguments.rounds, arguments.steps)))
             print(*rows[-1], flush=True)
-    head = ["mesh", "workers", "torch's", "ours, ms", "ours over gloo, ms", "torch's, ms", "ratio", f"at most {LIMIT}", "ratio over gloo"]
-    results.write("hybrid", "A step on a mesh", [__doc__.split("\n\n")[2].replace("\n", " "), NOTE, results.table(head, rows)])
+    head = ["mesh", "workers", "torch's", "ours, ms", "ours over gloo, ms", "torch's, ms", "ratio", f"at most {LIMIT}",
+            "ratio over gloo"]
+    results.write("hybrid", "A step on a mesh",
+                  [__doc__.split("\n\n")[2].replace("\n", " "), NOTE, results.table(head, rows)])
 
 
 NOTE = """A GPT as nanoGPT has it, embedding and head tied: 4 layers, 4 heads, width 256, context 128, 65 characters, 3.2 million

@@ -1,10 +1,11 @@
 """Shipped recipes on real data, through the command: the evaluation of the last step beside a published figure, and the minutes.
 
-    python -m benchmarks.learning [NAME ...] [--data NAME=FOLDER ...] [--workers 2] [--seeds 0] [--backends torch tensorflow mxnet]
+    python -m benchmarks.learning [NAME ...] [--data NAME=FOLDER ...] [--workers 2] [--seeds 0] [--backends torch
+    tensorflow mxnet]
 
-NAME is a line of `LINES`, all of them where none is given; each writes results/NAME.md. Where a line's data come from is said by --data or by its
-variable of the environment; a line without its data is left out. Processor minutes are those of all processes together: what the machine's load
-does not change.
+NAME is a line of `LINES`, all of them where none is given; each writes results/NAME.md. Where a line's data come from
+is said by --data or by its variable of the environment; a line without its data is left out. Processor minutes are
+those of all processes together: what the machine's load does not change.
 """
 
 from __future__ import annotations
@@ -56,16 +57,20 @@ LINES = {
     "adult": Line("A small DLRM on UCI Adult", "recommender/adult_dlrm", "auc", 0.89,
                   "32,561 rows once, in file order. Published for this setting (PERSIA): 0.8929.", "ADULT",
                   ('data.path="{data}/adult.data"', 'data.eval_path="{data}/adult.test"')),
-    "fashion_resnet": Line("A small residual network on Fashion-MNIST", "vision/fashion_resnet", "accuracy", 0.91, IMAGES, "FASHION_MNIST", IDX),
-    "fashion_vit": Line("A small vision transformer on Fashion-MNIST", "vision/fashion_vit", "accuracy", 0.88, IMAGES, "FASHION_MNIST", IDX),
+    "fashion_resnet": Line("A small residual network on Fashion-MNIST", "vision/fashion_resnet", "accuracy", 0.91,
+                           IMAGES, "FASHION_MNIST", IDX),
+    "fashion_vit": Line("A small vision transformer on Fashion-MNIST", "vision/fashion_vit", "accuracy", 0.88, IMAGES,
+                        "FASHION_MNIST", IDX),
     "nanogpt": Line("nanoGPT's CPU setting", "nlp/gpt_tiny_shakespeare", "loss", 1.90,
-                    "The mean over the whole last tenth of the text. Published: 1.88, which nanoGPT's script estimates from 20 random batches.",
+                    "The mean over the whole last tenth of the text. Published: 1.88, which nanoGPT's script estimates "
+                    "from 20 random batches.",
                     "TINY_SHAKESPEARE", ('data.path="{data}/tiny-shakespeare.txt"',), ("torch",), 1337, lower=True),
     "bert": Line("A small BERT on Shakespeare", "nlp/bert_shakespeare", "loss", 3.2094,
-                 "Nats a hidden character, over the whole evaluation text, whose unigram entropy is the bar: what always guessing by frequency "
-                 "would lose.", frameworks=("torch",), lower=True),
+                 "Nats a hidden character, over the whole evaluation text, whose unigram entropy is the bar: what "
+                 "always guessing by frequency would lose.", frameworks=("torch",), lower=True),
 }
-HEAD = ("backend", "seed", "parameters", "the evaluation", "step, ms", "minutes, start included", "processor minutes", "load average", "met")
+HEAD = ("backend", "seed", "parameters", "the evaluation", "step, ms", "minutes, start included", "processor minutes",
+        "load average", "met")
 
 
 class Clock:
@@ -109,7 +114,8 @@ def train(line: Line, data: Path | None, backend: str, workers: int, seed: int, 
     found = json.loads((run_dir / "summary.json").read_text())["eval"]
     size = sum(int(np.prod(spec.shape)) for spec in restore(run_dir).backend.parameters.values())
     return [backend, str(seed), f"{size:,}", ", ".join(f"{name} {value:.4f}" for name, value in found.items()),
-            f"{1000 * statistics.median(step['step_s'] for step in done.steps):.1f}", f"{minutes:.1f}", f"{spent / 60:.1f}",
+            f"{1000 * statistics.median(step['step_s'] for step in done.steps):.1f}", f"{minutes:.1f}",
+            f"{spent / 60:.1f}",
             f"{os.getloadavg()[0]:.0f}", "yes" if line.meets(found[line.metric]) else "no"]
 
 

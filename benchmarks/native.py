@@ -2,9 +2,10 @@
 
     python -m benchmarks.native [--backend torch tensorflow mxnet] [--steps 100] [--rows 12]
 
-A GPT of nanoGPT's CPU size (0.8 M parameters, context 64). Ours is what a lone worker computes of a step: gradients of one shard
-into the flat buffer and AdamW over its blocks. The peer is an nn.Module with torch's fused AdamW in a plain loop, a Keras model with
-Keras' AdamW in one `tf.function`, or a hybridised Gluon block with Gluon's trainer (Adam: it has no AdamW).
+A GPT of nanoGPT's CPU size (0.8 M parameters, context 64). Ours is what a lone worker computes of a step: gradients of
+one shard into the flat buffer and AdamW over its blocks. The peer is an nn.Module with torch's fused AdamW in a plain
+loop, a Keras model with Keras' AdamW in one `tf.function`, or a hybridised Gluon block with Gluon's trainer (Adam: it
+has no AdamW).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from nlp import gpt
 
 MODEL = {"layers": 4, "heads": 4, "width": 128, "context": 64}
 VOCAB = 65
-PEERS = {"torch": ("torch", "torch_gpt", 1.05), "tensorflow": ("Keras", "keras_gpt", 1.05), "mxnet": ("Gluon", "gluon_gpt", 1.15)}
+PEERS = {"torch": ("torch", "torch_gpt", 1.05), "tensorflow": ("Keras", "keras_gpt", 1.05),
+         "mxnet": ("Gluon", "gluon_gpt", 1.15)}
 FOLDERS = {"torch": "pytorch"}  # of backends, where it is not the name
 
 
@@ -61,11 +63,13 @@ def timed(step: Callable[[], float], times: list[tuple[float, float]]) -> None:
 
 
 def measure(name: str, num_steps: int, rows: int) -> str:
-    """The section on one backend. For a process of its own: a framework's threads and settings are the whole process's."""
+    """The section on one backend. For a process of its own: a framework's threads and settings are the whole process's.
+    """
     tokens = np.random.default_rng(0).integers(0, VOCAB, (rows, MODEL["context"] + 1))
     peer, module, limit = PEERS[name]
     mine = ours(name, {"tokens": tokens, "row_weight": np.ones(rows, np.float32)})
-    stepper = importlib.import_module(f"benchmarks.peers.{module}").stepper  # after ours, which sets the framework's threads
+    # after ours, which sets the framework's threads
+    stepper = importlib.import_module(f"benchmarks.peers.{module}").stepper
 
     steps: dict[str, Callable[[], float]] = {peer: stepper(MODEL, VOCAB, tokens), "ours": mine}
     for step in steps.values():
@@ -78,7 +82,8 @@ def measure(name: str, num_steps: int, rows: int) -> str:
     middle = {side: [statistics.median(column) * 1e3 for column in zip(*taken)] for side, taken in times.items()}
     ratio: list[Any] = [mine / theirs for mine, theirs in zip(middle["ours"], middle[peer], strict=True)]
     lines = [[side, *(f"{value:.1f}" for value in values)] for side, values in middle.items()]
-    table = results.table(["one step, median", "wall, ms", "processor, ms"], [*lines, ["ratio", *(f"{value:.3f}" for value in ratio)]])
+    table = results.table(["one step, median", "wall, ms", "processor, ms"],
+                          [*lines, ["ratio", *(f"{value:.3f}" for value in ratio)]])
     verdict = f"Goal: at most {limit} of the native processor time; {'reached' if ratio[1] <= limit else 'missed'}."
     return "\n\n".join([f"## {name}", table, verdict])
 
@@ -93,8 +98,8 @@ def main() -> None:
     for name in arguments.backend:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
             sections.append(apart.submit(measure, name, arguments.steps, arguments.rows).result())
-    setting = (f"A GPT of 0.8 M parameters, {arguments.rows} rows of {MODEL['context']} tokens, one process a framework, one thread, "
-               "turn by turn.")
+    setting = (f"A GPT of 0.8 M parameters, {arguments.rows} rows of {MODEL['context']} tokens, one process a "
+               "framework, one thread, turn by turn.")
     results.write("native", "Our step against the same model written natively", [setting, *sections])
 
 

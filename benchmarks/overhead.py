@@ -2,8 +2,9 @@
 
     python -m benchmarks.overhead [--rounds 5] [--steps 100] [--workers 4 2]
 
-The contestants run one after the other, in an order that rotates from round to round. A run's figure is the median of its
-steps; a ratio is taken within a round, and the table gives the median of the rounds: the machine's moods touch both sides.
+The contestants run one after the other, in an order that rotates from round to round. A run's figure is the median of
+its steps; a ratio is taken within a round, and the table gives the median of the rounds: the machine's moods touch both
+sides.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from benchmarks.kit.logs import Folder, durations
 from benchmarks.kit.processes import ONE_THREAD, free_port, python, run, started, tidy_on_termination
 
 Contestant = Callable[[Path, int, int], list[float]]  # (an empty folder, workers, steps) -> seconds of each step
-GOALS = (("ours, fast", "bare", 1.03), ("ours, exact", "bare", 1.10), ("ours, exact, one shard a worker", "Ray Train", 0.8))
+GOALS = (("ours, fast", "bare", 1.03), ("ours, exact", "bare", 1.10),
+         ("ours, exact, one shard a worker", "Ray Train", 0.8))
 
 
 def bare(shards: int) -> Contestant:
     def contest(folder: Path, workers: int, steps: int) -> list[float]:
         port = free_port()
         with ExitStack() as stack:
-            processes = [stack.enter_context(started(python("benchmarks.peers.bare", rank, workers, port, steps, shards, folder),
+            processes = [stack.enter_context(started(python("benchmarks.peers.bare", rank, workers, port, steps, shards,
+                                                            folder),
                                                      folder / "log", ONE_THREAD)) for rank in range(workers)]
             for process in processes:
                 if process.wait(300):
@@ -38,7 +41,8 @@ def bare(shards: int) -> Contestant:
 
 
 def ray_train(folder: Path, workers: int, steps: int) -> list[float]:
-    run(python("benchmarks.peers.ray_train", "--workers", workers, "--steps", steps, "--folder", folder), folder / "log")
+    run(python("benchmarks.peers.ray_train", "--workers", workers, "--steps", steps, "--folder", folder),
+        folder / "log")
     found = Folder(folder).read()
     return durations(found)
 
@@ -91,7 +95,8 @@ def ratio(rounds: list[dict[str, float]], name: str, other: str) -> str:
 
 
 def section(workers: int, rounds: list[dict[str, float]], steps: int) -> str:
-    rows = [[name, f"{statistics.median(m[name] for m in rounds) * 1000:.1f}", ratio(rounds, name, "bare"), ratio(rounds, name, "Ray Train")]
+    rows = [[name, f"{statistics.median(m[name] for m in rounds) * 1000:.1f}", ratio(rounds, name, "bare"),
+             ratio(rounds, name, "Ray Train")]
             for name in rounds[0]]
     text = f"## {workers} workers, {len(rounds)} rounds of {steps} steps\n\n"
     return text + results.table(["", "step, ms", "ratio to bare", "ratio to Ray Train"], rows)
@@ -102,7 +107,8 @@ def goals(rounds: list[dict[str, float]], workers: int) -> str:
     for name, other, limit in GOALS:
         if name in rounds[0] and other in rounds[0]:
             got = statistics.median(medians[name] / medians[other] for medians in rounds)
-            lines.append(f"- {workers} workers: {name} against {other} at most {limit}: {got:.3f}, {'reached' if got <= limit else 'missed'}")
+            lines.append(f"- {workers} workers: {name} against {other} at most {limit}: {got:.3f}, "
+                         f"{'reached' if got <= limit else 'missed'}")
     return "\n".join(lines)
 
 
@@ -119,7 +125,8 @@ def main() -> None:
         rounds = measure(workers, arguments.rounds, arguments.steps, arguments.only)
         sections.append(section(workers, rounds, arguments.steps))
         verdicts.append(goals(rounds, workers))
-    results.write("overhead", "Steady step", [__doc__.partition("\n\n    python")[0] + "\n\n" + NOTE, *sections, "\n".join(verdicts)])
+    results.write("overhead", "Steady step", [__doc__.partition("\n\n    python")[0] + "\n\n" + NOTE, *sections,
+                                              "\n".join(verdicts)])
 
 
 NOTE = """An MLP of 3.4 million parameters, 32 rows a worker and step, AdamW, one thread a worker. The module comes into the platform as

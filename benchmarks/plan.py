@@ -2,9 +2,10 @@
 
     python -m benchmarks.plan [--rounds 2] [--steps 30] [--workers 4]
 
-Every mesh that the planner can choose trains the same small GPT on real processes, under `elastic train --address local`; the recipes differ in
-[mesh] and in the number of workers alone. The machine is calibrated first. A figure is the lowest over rounds of the median step, the first
-steps left out; what counts is how far the planner's choice is from the best that was measured: at most 10 %.
+Every mesh that the planner can choose trains the same small GPT on real processes, under `elastic train --address
+local`; the recipes differ in [mesh] and in the number of workers alone. The machine is calibrated first. A figure is
+the lowest over rounds of the median step, the first steps left out; what counts is how far the planner's choice is from
+the best that was measured: at most 10 %.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from elastic.recipe import Recipe, load_recipe
 from elastic.workload import Workload
 
 RECIPE = "nlp/gpt_shakespeare"
-SETTINGS = ("model.layers=4", "model.width=128", "model.heads=4", "model.context=64", "data.batch_size=16", "elastic.logical_shards=4",
+SETTINGS = ("model.layers=4", "model.width=128", "model.heads=4", "model.context=64", "data.batch_size=16",
+            "elastic.logical_shards=4",
             "run.eval_every=0", "checkpoint.every_steps=0", "data.eval_fraction=0.0")
 FIRST = 8  # steps left out
 BAR = 1.10  # times the best
@@ -36,7 +38,8 @@ BAR = 1.10  # times the best
 def keys(one: Forecast) -> list[str]:
     """What sets a mesh's recipe apart."""
     mesh = one.mesh
-    return [*(f"mesh.{axis}={getattr(mesh, axis)}" for axis in ("pipeline", "tensor", "expert")), f"mesh.micro_batches={one.candidate.micro_batches}",
+    return [*(f"mesh.{axis}={getattr(mesh, axis)}" for axis in ("pipeline", "tensor", "expert")),
+            f"mesh.micro_batches={one.candidate.micro_batches}",
             f"elastic.max_workers={mesh.world_size}", f"elastic.min_workers={mesh.world_size}"]
 
 
@@ -67,7 +70,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     options = parser.parse_args()
     settings = list(SETTINGS)
-    plan, found = planned(load_recipe(RECIPE, [*settings, f"elastic.max_workers={options.workers}", "mesh=auto"]), options.workers)
+    plan, found = planned(load_recipe(RECIPE, [*settings, f"elastic.max_workers={options.workers}", "mesh=auto"]),
+                          options.workers)
     taken: dict[Forecast, list[float]] = {one: [] for one in found}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(options.rounds):
@@ -77,13 +81,16 @@ def main() -> None:
     chosen, best = choose(found, plan.cluster), min(found, key=lambda one: min(taken[one]))
     assert chosen is not None
     order = sorted(found, key=lambda one: min(taken[one]))
-    rows = [[named(one.mesh), str(one.candidate.micro_batches), f"{min(taken[one]) * 1e3:.1f}", f"{one.step_s * 1e3:.1f}",
+    rows = [[named(one.mesh), str(one.candidate.micro_batches), f"{min(taken[one]) * 1e3:.1f}",
+             f"{one.step_s * 1e3:.1f}",
              f"{one.step_s / min(taken[one]):.2f}", "chosen" if one is chosen else ""] for one in order]
     gap = min(taken[chosen]) / min(taken[best])
-    words = (f"Chosen: {named(chosen.mesh)}; best measured: {named(best.mesh)}. The choice takes {gap:.2f} times the best; the bar is {BAR:.2f}: "
-             f"{'kept' if gap <= BAR else 'NOT kept'}. Of all pairs of meshes the forecast orders {pairs(found, taken):.0%} as measured.")
+    words = (f"Chosen: {named(chosen.mesh)}; best measured: {named(best.mesh)}. The choice takes {gap:.2f} times the "
+             f"best; the bar is {BAR:.2f}: {'kept' if gap <= BAR else 'NOT kept'}. Of all pairs of meshes the forecast "
+             f"orders {pairs(found, taken):.0%} as measured.")
     head = ["mesh", "micro-batches", "measured, ms", "forecast, ms", "forecast / measured", ""]
-    results.write("plan", "The planner's choice", [__doc__.split("\n\n")[2].replace("\n", " "), results.table(head, rows), words])
+    results.write("plan", "The planner's choice",
+                  [__doc__.split("\n\n")[2].replace("\n", " "), results.table(head, rows), words])
 
 
 def pairs(found: list[Forecast], taken: dict[Forecast, list[float]]) -> float:

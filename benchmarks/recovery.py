@@ -1,10 +1,11 @@
 """The pause after a SIGKILL of a random worker at a random moment, four workers: ours, Ray Train's elastic mode, torchft.
 
-    python -m benchmarks.recovery [--kills 20] [--peer-kills 20] [--only ours "Ray Train" "torchft, DDP" "torchft, flat"]
+    python -m benchmarks.recovery [--kills 20] [--peer-kills 20] [--only ours "Ray Train" "torchft, DDP" "torchft,
+    flat"]
 
 The clock runs from the signal, sent from outside, to the next step that commits without the victim, by the workers' own
-logs; one ordinary step of the smaller group is taken off where that step was redone. The killed worker is replaced, and the next kill
-comes when the group is whole and has gone on for some steps.
+logs; one ordinary step of the smaller group is taken off where that step was redone. The killed worker is replaced, and
+the next kill comes when the group is whole and has gone on for some steps.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def ray_train_kills(kills: int, seed: int) -> list[Outcome]:
     generator, found = random.Random(seed), []
     with tempfile.TemporaryDirectory() as folder:
         logs = Folder(Path(folder))
-        command = python("benchmarks.peers.ray_train", "--workers", SIZE, "--elastic", "--steps", ENDLESS, "--checkpoint-every", 10,
+        command = python("benchmarks.peers.ray_train", "--workers", SIZE, "--elastic", "--steps", ENDLESS,
+                         "--checkpoint-every", 10,
                          "--folder", folder)
         with started(command, Path(folder) / "log") as process:
             try:
@@ -109,7 +111,8 @@ def whole(logs: Folder) -> tuple[list[int], int]:
     """The processes whose last word is less than two seconds old and speaks of a full group."""
     last = {step.pid: step for step in logs.read()}
     now = time.time()
-    fresh = [step for step in last.values() if now - step.time < 2.0 and step.world == SIZE and os.path.exists(f"/proc/{step.pid}")]
+    fresh = [step for step in last.values() if now - step.time < 2.0 and step.world == SIZE
+             and os.path.exists(f"/proc/{step.pid}")]
     return [step.pid for step in fresh], max((step.step for step in fresh), default=0)
 
 
@@ -141,7 +144,8 @@ def torchft_kills(mode: str) -> Contestant:
 def torchft_run(mode: str, kills: int, folder: Path, stack: ExitStack, generator: random.Random,
                 so_far: list[Outcome]) -> list[Outcome]:
     """Kills until the survivors fail or there were enough."""
-    stack.enter_context(started(python("benchmarks.peers.torchft_ddp", "lighthouse", folder / "address"), folder / "log", ONE_THREAD))
+    stack.enter_context(started(python("benchmarks.peers.torchft_ddp", "lighthouse", folder / "address"),
+                                folder / "log", ONE_THREAD))
     wait_until((folder / "address").exists, 30, "no lighthouse", lambda: True)
     address, logs, found = (folder / "address").read_text(), Folder(folder), []
 
@@ -169,7 +173,8 @@ def torchft_run(mode: str, kills: int, folder: Path, stack: ExitStack, generator
 
 def report(name: str, outcomes: list[Outcome]) -> None:
     last = outcomes[-1]
-    print(f"{name}: kill {len(outcomes)}: survived {last.survived}, pause {last.pause_s:.3f} s, lost {last.steps_lost}", flush=True)
+    print(f"{name}: kill {len(outcomes)}: survived {last.survived}, pause {last.pause_s:.3f} s, lost {last.steps_lost}",
+          flush=True)
 
 
 def row(name: str, outcomes: list[Outcome]) -> list[str]:
@@ -180,7 +185,8 @@ def row(name: str, outcomes: list[Outcome]) -> list[str]:
     return [name, f"{len(survived)} of {len(outcomes)}", *figures, lost]
 
 
-CONTESTANTS: dict[str, Contestant] = {"ours": ours_kills, "Ray Train": ray_train_kills, "torchft, DDP": torchft_kills("ddp"),
+CONTESTANTS: dict[str, Contestant] = {"ours": ours_kills, "Ray Train": ray_train_kills,
+                                      "torchft, DDP": torchft_kills("ddp"),
                "torchft, flat": torchft_kills("flat")}
 
 
@@ -192,15 +198,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     arguments = parser.parse_args()
     tidy_on_termination()
-    found = {name: CONTESTANTS[name](arguments.kills if name == "ours" else arguments.peer_kills, arguments.seed) for name in arguments.only}
+    found = {name: CONTESTANTS[name](arguments.kills if name == "ours" else arguments.peer_kills, arguments.seed)
+             for name in arguments.only}
     head = ["", "survived", "median pause, s", "worst, s", "steps lost, mean (worst)"]
     text = __doc__.split("\n\n")
-    sections = [text[0], text[2].strip(), NOTE, results.table(head, [row(name, outcomes) for name, outcomes in found.items()])]
+    sections = [text[0], text[2].strip(), NOTE,
+                results.table(head, [row(name, outcomes) for name, outcomes in found.items()])]
     if "ours" in found:
         pauses = [o.pause_s for o in found["ours"] if o.survived]
-        others = [f"{statistics.median(o.pause_s for o in outcomes if o.survived) / statistics.median(pauses):.1f} times shorter than {name}'s"
+        others = [f"{statistics.median(o.pause_s for o in outcomes if o.survived) / statistics.median(pauses):.1f} "
+                  f"times shorter than {name}'s"
                   for name, outcomes in found.items() if name != "ours" and any(o.survived for o in outcomes)]
-        sections.append(f"Goal: a median under 0.2 s, nothing lost, all survived. Our median pause is {', '.join(others) or 'alone here'}.")
+        sections.append("Goal: a median under 0.2 s, nothing lost, all survived. Our median pause is "
+                        f"{', '.join(others) or 'alone here'}.")
     results.write("recovery", "Recovery from a kill", sections)
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.reduction [--rounds 15] [--workers 2 3 4] [--megabytes 14 64]
 
-The same processes hold a gloo group and a shared-memory group. The contestants take turns within a round; a figure is the median
-over rounds of the slowest member's time; a ratio is the median of the ratios within a round. Eight logical shards, so with 3 workers a run
-is no whole subtree and the members exchange two sums each. What is summed lies where the loop has it: in the group's own buffers.
+The same processes hold a gloo group and a shared-memory group. The contestants take turns within a round; a figure is
+the median over rounds of the slowest member's time; a ratio is the median of the ratios within a round. Eight logical
+shards, so with 3 workers a run is no whole subtree and the members exchange two sums each. What is summed lies where
+the loop has it: in the group's own buffers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def zeros(size: int) -> np.ndarray:
     return np.zeros(size, np.float32)
 
 
-def contestants(group: Any, allocate: Callable[[int], np.ndarray], numel: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def contestants(group: Any, allocate: Callable[[int], np.ndarray],
+                numel: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The library's all-reduce of one buffer, and the exact reduction of this member's sums."""
     nodes = maximal_subtrees(shards_of(group.rank, group.size, SHARDS), SHARDS)
     sums = [(node, allocate(numel)) for node in nodes]
@@ -56,7 +58,8 @@ def contestants(group: Any, allocate: Callable[[int], np.ndarray], numel: int) -
 def member(rank: int, size: int, address: str, numel: int, rounds: int, pipe: Any) -> None:
     gloo = GlooGroup.form(rank, size, address, "gloo", threading.Event(), 60, "127.0.0.1")
     shared = SharedGroup.form(rank, size, address, "shared", threading.Event(), 60)
-    calls = dict(zip(CONTESTANTS, (*contestants(gloo, zeros, numel), *contestants(shared, shared.allocate, numel)), strict=True))
+    calls = dict(zip(CONTESTANTS, (*contestants(gloo, zeros, numel), *contestants(shared, shared.allocate, numel)),
+                     strict=True))
     times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     for turn in range(rounds + 2):  # the first two touch the memory
         for name in (*CONTESTANTS[turn % 4:], *CONTESTANTS[:turn % 4]):
@@ -80,7 +83,8 @@ def contest(size: int, numel: int, rounds: int) -> dict[str, list[float]]:
     """The slowest member's seconds of every round, by contestant."""
     endpoint, context = Endpoint(), multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(size)]
-    processes = [context.Process(target=member, args=(rank, size, endpoint.address, numel, rounds, pipes[rank][1]), daemon=True)
+    processes = [context.Process(target=member, args=(rank, size, endpoint.address, numel, rounds, pipes[rank][1]),
+                                 daemon=True)
                  for rank in range(size)]
     for process in processes:
         process.start()
@@ -106,9 +110,11 @@ def main() -> None:
     options = parser.parse_args()
     rows = [row(size, megabytes, contest(size, megabytes * 250_000, options.rounds))
             for megabytes in options.megabytes for size in options.workers]
-    head = ["gradient", "workers", f"{GLOO}, ms", *(f"{name}, ms (ratio)" for name in CONTESTANTS[1:]), "vote, gloo, us",
+    head = ["gradient", "workers", f"{GLOO}, ms", *(f"{name}, ms (ratio)" for name in CONTESTANTS[1:]),
+            "vote, gloo, us",
             "vote, shared, us"]
-    results.write("reduction", "The sum of gradients", [__doc__.split("\n\n")[2].replace("\n", " "), results.table(head, rows)])
+    results.write("reduction", "The sum of gradients",
+                  [__doc__.split("\n\n")[2].replace("\n", " "), results.table(head, rows)])
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python -m benchmarks.resize [--joins 8] [--peer-joins 2] [--only ours "Ray Train"]
 
-Ray's own test cluster (ray.cluster_utils.Cluster) adds a node of one CPU and takes it away again. The clock runs from the moment
-when the node is registered; the pause is the gap between two commits of the others, beyond one ordinary step. The gap is taken from
-metrics.jsonl, and from the step logs of Ray Train; the platform's own word (`resized.pause_s`) stands beside it.
+Ray's own test cluster (ray.cluster_utils.Cluster) adds a node of one CPU and takes it away again. The clock runs from
+the moment when the node is registered; the pause is the gap between two commits of the others, beyond one ordinary
+step. The gap is taken from metrics.jsonl, and from the step logs of Ray Train; the platform's own word
+(`resized.pause_s`) stands beside it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def joins(nodes: Any, steps: Callable[[], list[Step]], count: int, alive: Callab
     since = time.time()
 
     def settle(world: int, since: float) -> None:
-        wait_until(lambda: len(of_world(steps(), world, since)) >= STEADY, WAIT_S, f"no group of {world} went on for {STEADY} steps", alive)
+        wait_until(lambda: len(of_world(steps(), world, since)) >= STEADY, WAIT_S,
+                   f"no group of {world} went on for {STEADY} steps", alive)
 
     for _ in range(count):
         settle(SMALL, since)
@@ -94,7 +96,8 @@ def ours_joins(count: int) -> list[Join]:
             return run.as_steps()
 
         def own_word(arrived: float) -> float:
-            return next((e["pause_s"] for e in run.events if e["event"] == "resized" and e["to"] == LARGE and e["time"] > arrived), float("nan"))
+            return next((e["pause_s"] for e in run.events if e["event"] == "resized" and e["to"] == LARGE
+                         and e["time"] > arrived), float("nan"))
 
         command = ours.command(Path(folder) / "run", LARGE, ENDLESS, options=["--address", nodes.address])
         with started(command, Path(folder) / "log") as process:
@@ -107,17 +110,20 @@ def ours_joins(count: int) -> list[Join]:
 def ray_train_joins(count: int) -> list[Join]:
     with tempfile.TemporaryDirectory() as folder, cluster(SMALL) as nodes:
         logs = Folder(Path(folder))
-        command = python("benchmarks.peers.ray_train", "--workers", LARGE, "--elastic", "--steps", ENDLESS, "--checkpoint-every", 10,
+        command = python("benchmarks.peers.ray_train", "--workers", LARGE, "--elastic", "--steps", ENDLESS,
+                         "--checkpoint-every", 10,
                          "--monitor-s", 1, "--folder", folder, "--address", nodes.address)
         with started(command, Path(folder) / "log") as process:
-            return joins(nodes, logs.read, count, lambda: process.poll() is None, "Ray Train", lambda arrived: float("nan"))
+            return joins(nodes, logs.read, count, lambda: process.poll() is None, "Ray Train",
+                         lambda arrived: float("nan"))
 
 
 def row(name: str, found: list[Join]) -> list[str]:
     def both(values: list[float]) -> str:
         return f"{statistics.median(values):.3f} ({max(values):.3f})" if all(v == v for v in values) else "-"
 
-    return [name, str(len(found)), both([j.first_step_s for j in found]), both([j.pause_s for j in found]), both([j.own_word_s for j in found]),
+    return [name, str(len(found)), both([j.first_step_s for j in found]), both([j.pause_s for j in found]),
+            both([j.own_word_s for j in found]),
             f"{statistics.mean(j.redone for j in found):.1f}"]
 
 
@@ -133,12 +139,15 @@ def main() -> None:
         found["ours"] = ours_joins(arguments.joins)
     if "Ray Train" in arguments.only:
         found["Ray Train"] = ray_train_joins(arguments.peer_joins)
-    head = ["", "joins", "node to first step, s: median (worst)", "pause of the others, s", "by its own word, s", "steps redone"]
+    head = ["", "joins", "node to first step, s: median (worst)", "pause of the others, s", "by its own word, s",
+            "steps redone"]
     text = __doc__.split("\n\n")
-    sections = [text[0], text[2].strip(), NOTE, results.table(head, [row(name, joined) for name, joined in found.items()])]
+    sections = [text[0], text[2].strip(), NOTE,
+                results.table(head, [row(name, joined) for name, joined in found.items()])]
     if "ours" in found:
         pause = statistics.median(j.pause_s for j in found["ours"])
-        sections.append(f"Goal: a pause under 0.3 s; {'reached' if pause < 0.3 else 'missed'} with a median of {pause:.3f} s.")
+        sections.append(f"Goal: a pause under 0.3 s; {'reached' if pause < 0.3 else 'missed'} with a median of "
+                        f"{pause:.3f} s.")
     results.write("resize", "A node joins", sections)
 
 

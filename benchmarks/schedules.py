@@ -2,9 +2,10 @@
 
     python -m benchmarks.schedules [--rounds 4] [--micro-batches 8] [--kilobytes 256] [--unit-ms 40]
 
-A stage sleeps for what its computation is said to cost, so that four stages fit on any machine; messages are real. A figure is
-the median over rounds of the slowest stage's time from a barrier to its last action; the schedules take turns within a round. The simulation
-is told the stages' costs and the median seconds of a message, which both halves of the stages measure in every round with nothing else to do.
+A stage sleeps for what its computation is said to cost, so that four stages fit on any machine; messages are real. A
+figure is the median over rounds of the slowest stage's time from a barrier to its last action; the schedules take turns
+within a round. The simulation is told the stages' costs and the median seconds of a message, which both halves of the
+stages measure in every round with nothing else to do.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Sleeper:
 
     def __init__(self, stage: int, schedule: Schedule, costs: Costs, size: int):
         self.chunks, self.made = schedule.num_chunks, zeros(size)
-        self.seconds = {"forward": costs.forward[stage], "input": costs.backward_input[stage], "weight": costs.backward_weight[stage]}
+        self.seconds = {"forward": costs.forward[stage], "input": costs.backward_input[stage],
+                        "weight": costs.backward_weight[stage]}
 
     def sleep(self, *parts: str) -> np.ndarray:
         time.sleep(sum(self.seconds[part] for part in parts) / self.chunks)
@@ -110,7 +112,8 @@ def stage(rank: int, kind: str, address: str, options: argparse.Namespace, pipe:
 def rows(kind: str, options: argparse.Namespace) -> list[list[str]]:
     endpoint, context = Endpoint("127.0.0.1"), multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(STAGES)]
-    processes = [context.Process(target=stage, args=(rank, kind, endpoint.address, options, pipes[rank][1]), daemon=True)
+    processes = [context.Process(target=stage, args=(rank, kind, endpoint.address, options, pipes[rank][1]),
+                                 daemon=True)
                  for rank in range(STAGES)]
     for process in processes:
         process.start()
@@ -126,8 +129,10 @@ def rows(kind: str, options: argparse.Namespace) -> list[list[str]]:
         steps = [max(one[case, name][turn] for one in found) for turn in range(len(first))]
         took = statistics.median(steps)
         busy = 3 * options.unit_ms / 1e3 * options.micro_batches
-        lines.append([kind, case, name, f"{1e3 * said.seconds:.0f}", f"{1e3 * took:.0f} ({1e3 * min(steps):.0f}-{1e3 * max(steps):.0f})",
-                      f"{took / said.seconds:.3f}", f"{said.bubble:.3f}", f"{1 - busy / took:.3f}", f"{1e3 * message_s:.2f}"])
+        lines.append([kind, case, name, f"{1e3 * said.seconds:.0f}",
+                      f"{1e3 * took:.0f} ({1e3 * min(steps):.0f}-{1e3 * max(steps):.0f})",
+                      f"{took / said.seconds:.3f}", f"{said.bubble:.3f}", f"{1 - busy / took:.3f}",
+                      f"{1e3 * message_s:.2f}"])
     return lines
 
 
@@ -138,7 +143,8 @@ def main() -> None:
     parser.add_argument("--kilobytes", type=int, default=256)
     parser.add_argument("--unit-ms", type=float, default=40.0)
     options = parser.parse_args()
-    head = ["group", "costs", "schedule", "simulated, ms", "measured, ms (range)", "ratio", "bubble, simulated", "bubble, measured", "a message, ms"]
+    head = ["group", "costs", "schedule", "simulated, ms", "measured, ms (range)", "ratio", "bubble, simulated",
+            "bubble, measured", "a message, ms"]
     table = results.table(head, [row for kind in ("shared", "gloo") for row in rows(kind, options)])
     results.write("schedules", "Pipeline schedules", [__doc__.split("\n\n")[2].replace("\n", " "), table])
 

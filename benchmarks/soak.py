@@ -2,9 +2,10 @@
 
     python -m benchmarks.soak [--minutes 10] [--every 5] [--seed 1] [--workers 3]
 
-Workers are killed and stopped, singly and by twos, the controller and the driver are killed, by signals from outside; the group is
-scaled, checkpoints are damaged and disks fail, by the run's own injector. After the time the run is interrupted, and
-another one trains as many steps on one worker. The exit code is 0 only if the bits are the same and nothing is left behind.
+Workers are killed and stopped, singly and by twos, the controller and the driver are killed, by signals from outside;
+the group is scaled, checkpoints are damaged and disks fail, by the run's own injector. After the time the run is
+interrupted, and another one trains as many steps on one worker. The exit code is 0 only if the bits are the same and
+nothing is left behind.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class Soak:
     def inside(self, workers: int) -> Iterator[str]:
         for number in range(1, 200):
             step, kind = int(number * 2 * self.every_s * STEPS_A_SECOND * self.chance.uniform(0.7, 1.3)), self.chance.choice(INSIDE)
-            how = self.chance.choice(("error", "short", "full", "delay"))  # a crash may end the last copy: kills are from outside
+            # a crash may end the last copy: kills are from outside
+            how = self.chance.choice(("error", "short", "full", "delay"))
             yield {"scale": f"scale:{self.chance.randint(min(2, workers), workers)}@{step}",
                    "disk": f"disk:{self.chance.randrange(workers)}@{step}/{how}",
                    "corrupt": f"corrupt@{step}"}[kind]
@@ -105,7 +107,8 @@ class Soak:
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         log = open(self.folder / "driver.log", "ab")  # noqa: SIM115 - the child's
         address = ["--address", self.address]
-        return subprocess.Popen([sys.executable, "-m", "elastic.cli", *arguments, *address], cwd=self.folder, stdout=log, stderr=log,
+        return subprocess.Popen([sys.executable, "-m", "elastic.cli", *arguments, *address], cwd=self.folder,
+                                stdout=log, stderr=log,
                                 env={**os.environ, "PYTHONPATH": str(ROOT)})
 
     def look(self) -> None:
@@ -118,7 +121,8 @@ class Soak:
             elif line["event"] == "chaos":
                 kind = line["fault"].partition(":")[0].partition("@")[0]
                 tally = self.tallies.setdefault(kind, Tally())
-                tally.injected, tally.survived = tally.injected + 1, tally.survived + 1  # the run has to end well for that
+                # the run has to end well for that
+                tally.injected, tally.survived = tally.injected + 1, tally.survived + 1
             elif line["event"] in ("run_failed", "rewound"):
                 raise SystemExit(f"steps were lost, or the run: {line}; see {self.folder}")
         for line in self.metrics.read():
@@ -174,7 +178,8 @@ class Soak:
         self.wait(lambda: self.step > 20, "the first steps")
         until = time.monotonic() + 60 * minutes
         while time.monotonic() < until:
-            quiet = time.monotonic() + self.chance.expovariate(1 / self.every_s)  # it takes time too, and others come from inside
+            # it takes time too, and others come from inside
+            quiet = time.monotonic() + self.chance.expovariate(1 / self.every_s)
             while time.monotonic() < min(quiet, until):
                 time.sleep(0.05)
                 self.look()
@@ -207,8 +212,10 @@ def cluster(workers: int) -> Iterator[Cluster]:
 def left_behind(run_id: str, run: Path) -> list[str]:
     """Processes, actors, placement groups and files that the run should have taken with it."""
     actors = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith(run_id)]
-    places = [p["name"] for p in placement_group_table().values() if p["name"].startswith(run_id) and p["state"] != "REMOVED"]
-    processes = [str(p.info["name"]) for p in psutil.process_iter(["name", "cmdline"]) if "WorkerActor" in " ".join(p.info["cmdline"] or [])
+    places = [p["name"] for p in placement_group_table().values() if p["name"].startswith(run_id)
+              and p["state"] != "REMOVED"]
+    processes = [str(p.info["name"]) for p in psutil.process_iter(["name", "cmdline"])
+                 if "WorkerActor" in " ".join(p.info["cmdline"] or [])
                  or "ControllerActor" in " ".join(p.info["cmdline"] or [])]
     files = [str(p) for p in run.rglob("*") if p.name.endswith((".tmp", ".new"))]
     return actors + places + processes + files
@@ -217,7 +224,8 @@ def left_behind(run_id: str, run: Path) -> list[str]:
 def undisturbed(folder: Path, steps: int) -> str:
     """state_sha256 of as many steps on one worker, on a Ray of its own."""
     (folder / "plain.toml").write_text(RECIPE.format(steps=steps, workers=1))
-    subprocess.run([sys.executable, "-m", "elastic.cli", "train", "plain.toml", "--run-dir", str(folder / "plain")], cwd=folder, check=True,
+    subprocess.run([sys.executable, "-m", "elastic.cli", "train", "plain.toml", "--run-dir", str(folder / "plain")],
+                   cwd=folder, check=True,
                    env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
     return json.loads((folder / "plain" / "summary.json").read_text())["state_sha256"]
 
@@ -240,20 +248,22 @@ def main() -> None:
     store = Store.open(str(soak.run / "checkpoints"))
     step, name = committed(store)[-1]
     manifest = read_sound(store, name)
-    arrays = read_arrays(Reader(store, name, manifest), {piece.name: None for file in manifest.files for piece in file.pieces})
+    arrays = read_arrays(Reader(store, name, manifest),
+                         {piece.name: None for file in manifest.files for piece in file.pieces})
     same = hashes_of(((key, arrays[key]) for key in in_order(arrays)), manifest.cursor)[1] == undisturbed(folder, step)
     lost = sum(e.get("steps_lost", 0) for e in lines if e["event"] == "recovered")
     kinds = [*OUTSIDE, *INSIDE]
     rows = [soak.row(kind) for kind in kinds if kind in soak.tallies]
     total = sum(t.injected for t in soak.tallies.values())
     results.write("soak", "Soak", [
-        f"{options.workers} workers at most, {step} steps in {options.minutes:g} minutes, {total} faults: seed {options.seed}.",
-        "After a fault from outside, the seconds until the next step's line is written, beyond an ordinary step. Without the controller\n"
-        "the workers train on, and their lines wait for the next one.",
+        f"{options.workers} workers at most, {step} steps in {options.minutes:g} minutes, {total} faults: seed "
+        f"{options.seed}.",
+        "After a fault from outside, the seconds until the next step's line is written, beyond an ordinary step. "
+        "Without the controller\nthe workers train on, and their lines wait for the next one.",
         results.table(("fault", "injected", "survived", "median pause, s", "worst, s"), rows),
         f"- steps lost: {lost}\n- the bits of an undisturbed run of one worker: {'the same' if same else 'OTHERS'}\n"
-        f"- left behind: {', '.join(left) or 'nothing'}\n- generations: {max(e['generation'] for e in lines)}, controllers: "
-        f"{1 + sum(e['event'] == 'controller_restarted' for e in lines)}, checkpoints rejected: "
+        f"- left behind: {', '.join(left) or 'nothing'}\n- generations: {max(e['generation'] for e in lines)}, "
+        f"controllers: {1 + sum(e['event'] == 'controller_restarted' for e in lines)}, checkpoints rejected: "
         f"{sum(e['event'] == 'checkpoint_rejected' for e in lines)}"])
     sys.exit(0 if same and not left and not lost else 1)
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.split [--widths 128 256 512] [--steps 15] [--backend pytorch]
 
-Gradients of 8 rows of 128 tokens through 4 layers, one thread a worker, the two over shared memory. A figure is the median over steps of the
-slower worker's time; "between workers" is the part of it in their sums, waiting for each other included: two a layer forward, two back, and three
-at the ends. The ideal is two: what is not split (norms, residual additions) both of them compute.
+Gradients of 8 rows of 128 tokens through 4 layers, one thread a worker, the two over shared memory. A figure is the
+median over steps of the slower worker's time; "between workers" is the part of it in their sums, waiting for each other
+included: two a layer forward, two back, and three at the ends. The ideal is two: what is not split (norms, residual
+additions) both of them compute.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def member(rank: int, size: int, job: Job, pipe: Any) -> None:
 def contest(size: int, job: Job) -> list[tuple[list[float], list[float], float]]:
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(size)]
-    processes = [context.Process(target=member, args=(rank, size, job, pipes[rank][1]), daemon=True) for rank in range(size)]
+    processes = [context.Process(target=member, args=(rank, size, job, pipes[rank][1]), daemon=True)
+                 for rank in range(size)]
     for process in processes:
         process.start()
     found = [pipe.recv() for pipe, _ in pipes]
@@ -105,7 +107,8 @@ def row(width: int, steps: int, backend: str) -> list[str]:
     together = statistics.median(max(pair) for pair in zip(*(times for times, _, _ in split)))
     between = statistics.median(max(pair) for pair in zip(*(seconds for _, seconds, _ in split)))
     one = statistics.median(alone)
-    return [str(width), f"{ROWS * TIME * width * 4 / 1e6:.1f} MB", f"{1e3 * one:.1f}", f"{1e3 * together:.1f}", f"{one / together:.2f}",
+    return [str(width), f"{ROWS * TIME * width * 4 / 1e6:.1f} MB", f"{1e3 * one:.1f}", f"{1e3 * together:.1f}",
+            f"{one / together:.2f}",
             f"{1e3 * between:.1f}"]
 
 
@@ -117,7 +120,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = [row(width, options.steps, options.backend) for width in options.widths]
     head = ["width", "activation", "one worker, ms", "two workers, ms", "ratio", "between workers, ms"]
-    results.write("split", "A model split over two workers", [__doc__.split("\n\n")[2].replace("\n", " "), results.table(head, rows)])
+    results.write("split", "A model split over two workers",
+                  [__doc__.split("\n\n")[2].replace("\n", " "), results.table(head, rows)])
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-DOORS = {"Trainer": "elastic.driver.trainer", "Result": "elastic.driver.follow", "Recipe": "elastic.recipe", "load_recipe": "elastic.recipe",
-         **dict.fromkeys(("ElasticError", "UserError", "RecipeError", "RunFailed", "NonFiniteLoss", "BadCheckpoint"), "elastic.errors")}
+DOORS = {"Trainer": "elastic.driver.trainer", "Result": "elastic.driver.follow", "Recipe": "elastic.recipe",
+         "load_recipe": "elastic.recipe",
+         **dict.fromkeys(("ElasticError", "UserError", "RecipeError", "RunFailed", "NonFiniteLoss", "BadCheckpoint"),
+                         "elastic.errors")}
 __all__ = list(DOORS)
 
 
@@ -22,8 +24,10 @@ def __getattr__(name: str) -> Any:
 class Moved(MetaPathFinder, Loader):
     """Modules that users' own code, and so the runs that they have trained, imports by names of before."""
 
-    NAMES = {"elastic.trainer": "elastic.driver.trainer", "elastic.follow": "elastic.driver.follow", "elastic.inference": "elastic.driver.inference",
-             "elastic.backend": "elastic.model.backend", "elastic.ops": "elastic.model.ops", "elastic.layers": "elastic.model.layers"}
+    NAMES = {"elastic.trainer": "elastic.driver.trainer", "elastic.follow": "elastic.driver.follow",
+             "elastic.inference": "elastic.driver.inference",
+             "elastic.backend": "elastic.model.backend", "elastic.ops": "elastic.model.ops",
+             "elastic.layers": "elastic.model.layers"}
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname in self.NAMES else None

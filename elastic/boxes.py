@@ -72,7 +72,8 @@ class Box:
         return Box(outer.shape, tuple(s + o for s, o in zip(self.start, outer.start, strict=True)), self.count)
 
     def runs(self, low: int, high: int) -> list[Box]:
-        """Elements low..high-1 of the box in C order as boxes of the same array, in order, each one run of the box's elements."""
+        """Elements low..high-1 of the box in C order as boxes of the same array, in order, each one run of the box's
+        elements."""
         return [Box(self.count, start, count).inside(self) for start, count in _runs(self.count, low, high)]
 
 
@@ -85,8 +86,10 @@ def _runs(shape: tuple[int, ...], low: int, high: int) -> list[tuple[tuple[int, 
     row = math.prod(shape[1:])
     first, last = -(-low // row), high // row  # whole rows
     if first > last:  # within a row
-        return [((low // row, *start), (1, *count)) for start, count in _runs(shape[1:], low % row, high - low // row * row)]
-    head = [((first - 1, *start), (1, *count)) for start, count in _runs(shape[1:], low % row, row)] if low % row else []
+        return [((low // row, *start), (1, *count))
+                for start, count in _runs(shape[1:], low % row, high - low // row * row)]
+    head = [((first - 1, *start), (1, *count))
+            for start, count in _runs(shape[1:], low % row, row)] if low % row else []
     rest = (0,) * (len(shape) - 1)
     whole = [((first, *rest), (last - first, *shape[1:]))] if first < last else []
     return head + whole + [((last, *start), (1, *count)) for start, count in _runs(shape[1:], 0, high % row)]

@@ -1,7 +1,7 @@
 """Arrays that are NumPy's or torch's, asked nowhere else which; and a model's own buffers, of any dtype that a checkpoint holds.
 
-What one shard changed in a buffer travels as float32 behind the gradients; a complex number as two. So a count's change must be small enough
-to come out right.
+What one shard changed in a buffer travels as float32 behind the gradients; a complex number as two. So a count's change
+must be small enough to come out right.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ with suppress(ImportError):  # where only torch and NumPy are, nothing is kept a
 
 
 def like(array: Any, values: Any) -> Any:
-    """Values, NumPy's or of the array's own kind, as its kind, dtype and device have them; NumPy's for NumPy as they are."""
+    """Values, NumPy's or of the array's own kind, as its kind, dtype and device have them; NumPy's for NumPy as they
+    are."""
     return values if isinstance(array, np.ndarray) or isinstance(values, type(array)) else array.new_tensor(values)
 
 
@@ -64,11 +65,13 @@ def change(old: np.ndarray, now: np.ndarray) -> np.ndarray:
 
 
 def weighed(name: str, old: np.ndarray, now: np.ndarray, weight: float) -> np.ndarray:
-    """What a shard adds behind its gradients: its change times its weight, in the array's room. UserError for a count that leaps."""
+    """What a shard adds behind its gradients: its change times its weight, in the array's room. UserError for a count
+    that leaps."""
     moved = change(wide(old), wide(now))
     if moved.dtype.kind == "i" and moved.size and (most := max(moved.max(), -moved.min())) > MOST:
-        raise UserError(f"model.kind: the buffer {name}, of whole numbers, changes by {most} in one loss, and a mean over shards is right to the "
-                        f"last digit only up to {MOST}; count in larger units, or in a float64 buffer.")
+        raise UserError(f"model.kind: the buffer {name}, of whole numbers, changes by {most} in one loss, and a mean "
+                        f"over shards is right to the last digit only up to {MOST}; count in larger units, or in a "
+                        "float64 buffer.")
     found = moved * weight
     return (np.stack([found.real, found.imag], -1) if found.dtype.kind == "c" else found).astype(np.float32)
 

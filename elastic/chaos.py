@@ -1,13 +1,13 @@
 """The fault injector behind --chaos: faults that fire once, at a named step and phase.
 
     kill:RANK@STEP[/PHASE]   SIGKILL of that rank's process        stop:RANK@STEP[/PHASE]   SIGSTOP
-    node:RANK@STEP           its node dies                         cont:RANK@STEP           SIGCONT of the rank stopped before
-    scale:N@STEP             a request to scale to N workers       corrupt@STEP             flips a byte of the newest checkpoint
-    controller@STEP          SIGKILL of the controller
-    disk:RANK@STEP/HOW       the next checkpoint of that rank meets an error, a short write, a full disk, a delay or a crash
+    node:RANK@STEP           its node dies                         cont:RANK@STEP           SIGCONT of the rank stopped
+    before scale:N@STEP             a request to scale to N workers       corrupt@STEP             flips a byte of the
+    newest checkpoint controller@STEP          SIGKILL of the controller disk:RANK@STEP/HOW       the next checkpoint of
+    that rank meets an error, a short write, a full disk, a delay or a crash
 
-A fault fires at the first chance at or after its step. It is announced to the controller before it fires, so that it fires once
-however often the step is redone and whoever has the rank by then.
+A fault fires at the first chance at or after its step. It is announced to the controller before it fires, so that it
+fires once however often the step is redone and whoever has the rank by then.
 """
 
 from __future__ import annotations
@@ -42,25 +42,30 @@ def parse(spec: str) -> Fault:
     """A fault from its text; `RecipeError` in one sentence if it is none."""
     match = PATTERN.fullmatch(spec)
     if not match:
-        raise RecipeError(f"--chaos {spec!r} is no fault; write kill:RANK@STEP[/PHASE], stop:RANK@STEP, cont:RANK@STEP, node:RANK@STEP, "
-                          f"scale:N@STEP, controller@STEP, corrupt@STEP or disk:RANK@STEP/{'|'.join(DISK)}.")
+        raise RecipeError(f"--chaos {spec!r} is no fault; write kill:RANK@STEP[/PHASE], stop:RANK@STEP, "
+                          "cont:RANK@STEP, node:RANK@STEP, scale:N@STEP, controller@STEP, corrupt@STEP or "
+                          f"disk:RANK@STEP/{'|'.join(DISK)}.")
     kind, phase = match[1] or match[3], match[5] or "forward"
     if kind == "disk":
         if phase not in DISK:
-            raise RecipeError(f"--chaos {spec!r}: a disk's fault is one of {', '.join(DISK)}; write disk:{match[2]}@{match[4]}/{DISK[0]}.")
+            raise RecipeError(f"--chaos {spec!r}: a disk's fault is one of {', '.join(DISK)}; write "
+                              f"disk:{match[2]}@{match[4]}/{DISK[0]}.")
     elif phase not in PHASES or (match[5] and kind not in SELF):
-        raise RecipeError(f"--chaos {spec!r}: the phase of a kill or stop is one of {', '.join(PHASES)}; other faults have none.")
+        raise RecipeError(f"--chaos {spec!r}: the phase of a kill or stop is one of {', '.join(PHASES)}; other faults "
+                          "have none.")
     return Fault(kind, int(match[2] or 0), int(match[4]), phase, spec)
 
 
 class Injector:
-    """The faults of one rank in one generation. `announce(spec)` returns once the controller knows; `strike(fault)` does it.
+    """The faults of one rank in one generation. `announce(spec)` returns once the controller knows; `strike(fault)`
+    does it.
 
-    `cut_short(fault, group)` gives a group in whose next collective the fault strikes, when some peers may have received and
-    others have not.
+    `cut_short(fault, group)` gives a group in whose next collective the fault strikes, when some peers may have
+    received and others have not.
     """
 
-    def __init__(self, specs: Sequence[str], rank: int, announce: Callable[[str], None], strike: Callable[[Fault], None],
+    def __init__(self, specs: Sequence[str], rank: int, announce: Callable[[str], None],
+                 strike: Callable[[Fault], None],
                  cut_short: Callable[[Fault, Any], Any]):
         faults = [parse(spec) for spec in specs]
         self.pending = [f for f in faults if (f.number == rank if f.kind in (*SELF, "disk") else rank == 0)]

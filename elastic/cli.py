@@ -29,22 +29,32 @@ WIDE = 10_000  # columns
 app = typer.Typer(name="elastic", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Elastic training on Ray: workers come and go, the result stays the same to the bit.")
 
-Sets = Annotated[list[str], typer.Option("--set", metavar="section.key=value", help="Overrides a key of the recipe; may be repeated.")]
-Address = Annotated[str, typer.Option(metavar="local|auto|ADDR", help="Which Ray: a new one here, the one here, or one elsewhere.")]
+Sets = Annotated[list[str], typer.Option("--set", metavar="section.key=value",
+                                         help="Overrides a key of the recipe; may be repeated.")]
+Address = Annotated[str, typer.Option(metavar="local|auto|ADDR",
+                                      help="Which Ray: a new one here, the one here, or one elsewhere.")]
 Chaos = Annotated[list[str], typer.Option(metavar="SPEC", help="A fault, as kill:1@50/backward; may be repeated.")]
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped name such as nlp/gpt_shakespeare.")]
-Degree = Annotated[int | None, typer.Option(min=1, help="Workers along this axis of the mesh; as the recipe says, where it is not given.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE",
+                                       help="A TOML file, or a shipped name such as nlp/gpt_shakespeare.")]
+Degree = Annotated[int | None, typer.Option(min=1,
+                                            help="Workers along this axis of the mesh; as the recipe says, where it is "
+                                                 "not given.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's directory.")]
-Location = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder or manifest, or a run's directory; a path or URI.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Imports a model or data set that somebody else's run or checkpoint names.")]
+Location = Annotated[str, typer.Argument(metavar="CHECKPOINT",
+                                         help="A checkpoint's folder or manifest, or a run's directory; a path or "
+                                              "URI.")]
+Trust = Annotated[bool, typer.Option("--trust",
+                                     help="Imports a model or data set that somebody else's run or checkpoint names.")]
 
 
 @app.command()
 def train(recipe: Recipe,
           set_: Sets = [],  # noqa: B006 - typer copies it
-          run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where it is written; none: runs/NAME-TIME.")] = None,
+          run_dir: Annotated[Path | None, typer.Option(metavar="DIR",
+                                                       help="Where it is written; none: runs/NAME-TIME.")] = None,
           address: Address = "local", chaos: Chaos = [],  # noqa: B006
-          check: Annotated[bool, typer.Option("--check", help="Opens recipe and data, tries the model, and trains nothing.")] = False) -> int:
+          check: Annotated[bool, typer.Option("--check",
+                                              help="Opens recipe and data, tries the model, and trains nothing.")] = False) -> int:
     """Trains a recipe."""
     from elastic.recipe import load_recipe
 
@@ -69,10 +79,12 @@ def scale(run_dir: RunDir, workers: Annotated[int, typer.Option(help="How many w
     """Grows or shrinks a live run, or lays it on another mesh."""
     from elastic.driver import trainer
 
-    degrees = {axis: degree for axis, degree in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert)) if degree}
+    degrees = {axis: degree for axis, degree in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert))
+               if degree}
     trainer.scale(run_dir, workers, trust, **degrees)
     lying = ", ".join(f"{axis} {degree}" for axis, degree in degrees.items())
-    say(f"asked for {workers} workers{' with ' + lying if lying else ''}; `elastic status {run_dir}` shows when they train")
+    say(f"asked for {workers} workers{' with ' + lying if lying else ''}; `elastic status {run_dir}` shows when they "
+        "train")
     return DONE
 
 
@@ -87,7 +99,9 @@ def status(run_dir: RunDir) -> int:
 
 
 @app.command()
-def verify(run_dir: RunDir, replay: Annotated[bool, typer.Option("--replay", help="Runs it again undisturbed and compares the bits.")] = False,
+def verify(run_dir: RunDir, replay: Annotated[bool,
+                                              typer.Option("--replay", help="Runs it again undisturbed and compares "
+                                                                            "the bits.")] = False,
            address: Address = "local", trust: Trust = False) -> int:
     """Checks a run's steps, generations and every hash."""
     from elastic.driver import replay as door
@@ -128,7 +142,9 @@ def sample(checkpoint: Location, prompt: Annotated[str, typer.Option(help="What 
 
 
 @app.command()
-def inspect(checkpoint: Location, diff: Annotated[str, typer.Option(metavar="OTHER", help="Another checkpoint: what differs.")] = "") -> int:
+def inspect(checkpoint: Location, diff: Annotated[str,
+                                                  typer.Option(metavar="OTHER",
+                                                               help="Another checkpoint: what differs.")] = "") -> int:
     """Shows a checkpoint's arrays, files, sizes and hashes, or how it differs from another."""
     from elastic.checkpoint import inspect as door
     from elastic.checkpoint.find import find
@@ -151,8 +167,11 @@ def inspect(checkpoint: Location, diff: Annotated[str, typer.Option(metavar="OTH
 
 
 @app.command()
-def export(checkpoint: Location, format_: Annotated[str, typer.Option("--format", metavar="safetensors|torch|hf", help="hf is for nlp.gpt.")],
-           out: Annotated[str, typer.Option(metavar="PATH", help="A file, or for hf a folder, that does not exist yet.")]) -> int:
+def export(checkpoint: Location, format_: Annotated[str,
+                                                    typer.Option("--format", metavar="safetensors|torch|hf",
+                                                                 help="hf is for nlp.gpt.")],
+           out: Annotated[str, typer.Option(metavar="PATH",
+                                            help="A file, or for hf a folder, that does not exist yet.")]) -> int:
     """Writes a checkpoint's parameters in a form that others read."""
     from elastic.checkpoint import export as door
 
@@ -166,12 +185,19 @@ def plan(recipe: Recipe, set_: Sets = [],  # noqa: B006
          nodes: Annotated[int, typer.Option(min=0, help="Nodes of the cluster; none: this machine.")] = 0,
          gpus_per_node: Annotated[int, typer.Option(min=0, help="Workers on each of them.")] = 0,
          memory_gb: Annotated[float, typer.Option(min=0, help="Memory of a worker.")] = 0.0,
-         tflops: Annotated[float, typer.Option(min=0, max=1e6, help="10^12 operations a second of a worker; none: a trial here.")] = 0.0,
-         intra_gbps: Annotated[float, typer.Option(min=0, help="Gigabits a second of a worker within its node; none: a copy here.")] = 0.0,
+         tflops: Annotated[float, typer.Option(min=0, max=1e6,
+                                               help="10^12 operations a second of a worker; none: a trial here.")] = 0.0,
+         intra_gbps: Annotated[float, typer.Option(min=0,
+                                                   help="Gigabits a second of a worker within its node; none: a copy "
+                                                        "here.")] = 0.0,
          inter_gbps: Annotated[float, typer.Option(min=0.001, help="Gigabits a second of a node.")] = 10.0,
-         mesh: Annotated[str, typer.Option(metavar="data=2,tensor=2", help="Which mesh --show-layout shows; none: the recommended one.")] = "",
-         show_layout: Annotated[bool, typer.Option("--show-layout", help="How every parameter lies, and what a step's collectives carry.")] = False,
-         calibrate: Annotated[bool, typer.Option("--calibrate", help="First measures this machine, for this plan and later ones.")] = False) -> int:
+         mesh: Annotated[str, typer.Option(metavar="data=2,tensor=2",
+                                           help="Which mesh --show-layout shows; none: the recommended one.")] = "",
+         show_layout: Annotated[bool, typer.Option("--show-layout",
+                                                   help="How every parameter lies, and what a step's collectives "
+                                                        "carry.")] = False,
+         calibrate: Annotated[bool, typer.Option("--calibrate",
+                                                 help="First measures this machine, for this plan and later ones.")] = False) -> int:
     """A step's seconds, memory and traffic on every mesh of the cluster's workers, and which to take."""
     from elastic.driver.trainer import Trainer
     from elastic.planning import plan as planning
@@ -237,8 +263,9 @@ def fit(trainer: Trainer) -> int:
     summary = result.summary
     if result.status == "failed":
         complain(result.error)
-    say(f"{result.status}: {summary['steps']} steps in {duration(summary['wall_s'])}, loss {summary['final_loss']}, evaluation "
-        f"{numbers(summary['eval']) or 'none'}, recoveries {summary['recoveries']}, steps lost {summary['steps_lost']}")
+    say(f"{result.status}: {summary['steps']} steps in {duration(summary['wall_s'])}, loss {summary['final_loss']}, "
+        f"evaluation {numbers(summary['eval']) or 'none'}, recoveries {summary['recoveries']}, steps lost "
+        f"{summary['steps_lost']}")
     say(f"report: {result.run_dir / 'report.html'}")
     if result.status == "interrupted":
         say(f"go on with: elastic resume {result.run_dir}")

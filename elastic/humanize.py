@@ -30,4 +30,5 @@ def count(number: int, noun: str) -> str:
 
 def numbers(values: Mapping[str, Any]) -> str:
     """{"loss": 1.86} -> loss 1.8600"""
-    return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
+    return ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in values.items())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 AXES = ("data", "pipeline", "tensor", "expert")
-ORDER = ("data", "pipeline", "expert", "tensor")  # of the axes in a rank, slowest first: a replica is a run of ranks, so is a tensor group
+# of the axes in a rank, slowest first: a replica is a run of ranks, so is a tensor group
+ORDER = ("data", "pipeline", "expert", "tensor")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Mesh:
 
 
 def shards_of(rank: int, size: int, num_shards: int) -> range:
-    """The contiguous run of logical shards that replica `rank` of `size` owns; the first `num_shards % size` own one more."""
+    """The contiguous run of logical shards that replica `rank` of `size` owns; the first `num_shards % size` own one
+    more."""
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} is not in a group of {size}.")
     each, more = divmod(num_shards, size)

@@ -1,6 +1,7 @@
 """What crosses a process: frozen dataclasses of plain values, and nothing else.
 
-The controller sends the workers orders (`Generation`, `Save`, `Abort`, `RequestStop`); the workers report to it (`Ready`,
+The controller sends the workers orders (`Generation`, `Save`, `Abort`, `RequestStop`); the workers report to it
+(`Ready`,
 `Standing`, `Progress`, `Line`, `Part`). Every message carries the generation it belongs to.
 """
 
@@ -26,12 +27,14 @@ class Ballot:
     squared_norm: float = 0.0  # of all reduced gradients, where the recipe clips
 
 
-Axes = tuple[int, int, int, int]  # a mesh as plain values: data, pipeline, tensor, expert; data 0 is as many as there are members
+# a mesh as plain values: data, pipeline, tensor, expert; data 0 is as many as there are members
+Axes = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What the member at `rank` has when a generation starts: the state of one coordinate (a rank within a replica) of `mesh`; -1: nothing."""
+    """What the member at `rank` has when a generation starts: the state of one coordinate (a rank within a replica) of
+    `mesh`; -1: nothing."""
 
     rank: int
     mesh: Axes
@@ -42,11 +45,13 @@ class Holder:
 class Generation:
     """One membership of the group, and where everybody starts.
 
-    When it begins, every member gets the state of its own coordinate at step `committed`. Who has the gradients of that step commits them first,
-    under the coordinate that it had. Then, with `healers`, each source gives its state to those it heals, which sit where it sits in other replicas
-    (and may have held another coordinate before); with `resharded`, everything moves from the old coordinates to the new ones. Of two members that
-    hold the same, the lower rank sends. With `resharded`, a holder's state stays whole until all have what they need, and is what it stands by with;
-    one that `healers` give another coordinate lets its own go, for as many others as there are replicas hold that one.
+    When it begins, every member gets the state of its own coordinate at step `committed`. Who has the gradients of that
+    step commits them first, under the coordinate that it had. Then, with `healers`, each source gives its state to
+    those it heals, which sit where it sits in other replicas (and may have held another coordinate before); with
+    `resharded`, everything moves from the old coordinates to the new ones. Of two members that hold the same, the lower
+    rank sends. With `resharded`, a holder's state stays whole until all have what they need, and is what it stands by
+    with; one that `healers` give another coordinate lets its own go, for as many others as there are replicas hold that
+    one.
     """
 
     number: int
@@ -55,16 +60,19 @@ class Generation:
     transport: str  # "gloo" | "shared" | "nccl" | "local"
     committed: int  # steps that count when the generation starts
     ballot: Ballot | None = None  # for members that hold the last step's gradients but did not see its vote
-    healers: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (a source's rank, those it heals), for each coordinate where somebody needs state
+    # (a source's rank, those it heals), for each coordinate where somebody needs state
+    healers: tuple[tuple[int, tuple[int, ...]], ...] = ()
     load: str = ""  # "": keep what you have; "recipe": start anew; else the checkpoint that every member loads
     written: int = 0  # steps already in metrics.jsonl
     evaluated: int = 0  # last step whose evaluation is on disk
     checkpointed: int = 0  # last step whose checkpoint is committed
     chaos: tuple[str, ...] = ()  # faults that have not fired yet
     mesh: Axes = (0, 1, 1, 1)
-    held: tuple[tuple[tuple[int, int], ...], ...] = ()  # of a sharded optimizer, by rank: what each has at `committed` when that is applied
+    # of a sharded optimizer, by rank: what each has at `committed` when that is applied
+    held: tuple[tuple[tuple[int, int], ...], ...] = ()
     torn: tuple[int, ...] = ()  # ranks that have, of the parameters, nothing else at `committed`
-    resharded: tuple[Holder, ...] = ()  # one for each member, where the mesh is another than the one that they hold; then `healers` is empty
+    # one for each member, where the mesh is another than the one that they hold; then `healers` is empty
+    resharded: tuple[Holder, ...] = ()
 
     @property
     def shape(self) -> Mesh:
@@ -93,9 +101,11 @@ class Ready:
 class Standing:
     """A worker has left a generation's loop and stands by.
 
-    `reason`: "broken" (a peer is gone), "stopped" (the vote said so), "done", or "failed" (an error of the step itself).
+    `reason`: "broken" (a peer is gone), "stopped" (the vote said so), "done", or "failed" (an error of the step
+    itself).
     `committed` is -1 where the state is missing or torn. `holds` is the step whose reduced gradients it has, else -1.
-    State and gradients are those of `coordinate` (a rank within a replica) of `mesh`; a coordinate of -1 is nobody's: nothing of it is of use.
+    State and gradients are those of `coordinate` (a rank within a replica) of `mesh`; a coordinate of -1 is nobody's:
+    nothing of it is of use.
     """
 
     worker: str
@@ -110,10 +120,12 @@ class Standing:
     state_sha256: str = ""
     parameters_sha256: str = ""
     compilations: int = 0
-    lines: tuple[dict[str, Any], ...] = ()  # of metrics.jsonl, that may not be on disk yet: rank 0 may have died with them
+    # of metrics.jsonl, that may not be on disk yet: rank 0 may have died with them
+    lines: tuple[dict[str, Any], ...] = ()
     mesh: Axes = (0, 1, 1, 1)
     coordinate: int = 0
-    held: tuple[tuple[int, int], ...] = ()  # of a sharded optimizer: the ranges of blocks, of `blocks`, whose slots it has, own and twin's in turn
+    # of a sharded optimizer: the ranges of blocks, of `blocks`, whose slots it has, own and twin's in turn
+    held: tuple[tuple[int, int], ...] = ()
     blocks: int = 0
     torn: bool = False  # only what it keeps, of the parameters, is of `committed`
 
@@ -142,7 +154,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Save:
-    """An order to write a checkpoint: one rank's share of it. The controller gives it to survivors where too few are left to go on."""
+    """An order to write a checkpoint: one rank's share of it. The controller gives it to survivors where too few are
+    left to go on."""
 
     generation: int
     step: int
@@ -175,7 +188,8 @@ Order = Generation | Save | Abort | RequestStop
 
 @dataclass(frozen=True)
 class Part:
-    """A rank's part of a checkpoint is written and synced, or `error` says why not. All parts of one make the controller commit it."""
+    """A rank's part of a checkpoint is written and synced, or `error` says why not. All parts of one make the
+    controller commit it."""
 
     worker: str
     generation: int
@@ -203,7 +217,8 @@ class Job:
     num_steps: int = 0
     is_local: bool = False  # on a Ray of this machine alone: nobody elsewhere is to reach its workers
     notes: tuple[tuple[str, str], ...] = ()  # (event, why): what was found before the start and is to be known
-    secret: str = field(default="", repr=False)  # what members show to each other; the controller's journal has it, and nothing else on disk
+    # what members show to each other; the controller's journal has it, and nothing else on disk
+    secret: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def cache_dir() -> Path:
 
 
 def framework(recipe: Recipe) -> Framework:
-    """The door of the recipe's backend, with all set that must be before a user's own model computes. UserError where it cannot be imported."""
+    """The door of the recipe's backend, with all set that must be before a user's own model computes. UserError where
+    it cannot be imported."""
     try:
         found: Framework = importlib.import_module(BACKENDS[recipe.backend.name]).framework
     except ImportError as error:
@@ -61,17 +62,19 @@ def call_user(key: str, function: Callable[..., Any], arguments: Mapping[str, An
     except UserError:
         raise
     except Exception as error:
-        raise RecipeError(f"{key}: calling it with {dict(arguments)} failed ({type(error).__name__}: {error}{place_of(error)}); "
-                          "mend it or its keys.") from error
+        raise RecipeError(f"{key}: calling it with {dict(arguments)} failed ({type(error).__name__}: "
+                          f"{error}{place_of(error)}); mend it or its keys.") from error
 
 
 def door(kind: str, name: str) -> Any:
-    """The module `name` of a kind's domain: "nlp.gpt" and "data" give nlp.data, and so does a user's own kind, whose text is nlp's."""
+    """The module `name` of a kind's domain: "nlp.gpt" and "data" give nlp.data, and so does a user's own kind, whose
+    text is nlp's."""
     return importlib.import_module(f"{'nlp' if ':' in kind else kind.split('.')[0]}.{name}")
 
 
 def prepare(recipe: Recipe) -> dict[str, Any]:
-    """What the data's door finds out before the run: vocabulary, files, sizes. `RecipeError` where the data cannot serve."""
+    """What the data's door finds out before the run: vocabulary, files, sizes. `RecipeError` where the data cannot
+    serve."""
     if recipe.data.kind:
         return {}
     if recipe.data.is_table:
@@ -87,18 +90,21 @@ def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset
         source = call_user("data.kind", lambda **keys: own.construct(factory, keys, seed), recipe.data.options)
         whole = MapStyle(source, seed, own.seeded, own.collate)
         if whole.own and recipe.backend.name != "torch":
-            raise RecipeError(f'data.kind: {type(source).__name__} has a collate_fn, which backend.name = "{recipe.backend.name}" does not call; '
-                              "give items of one shape, padded and with their lengths or weights beside them, and take it out.")
+            raise RecipeError(f'data.kind: {type(source).__name__} has a collate_fn, which backend.name = '
+                              f'"{recipe.backend.name}" does not call; '
+                              "give items of one shape, padded and with their lengths or weights beside them, and take "
+                              "it out.")
         if info.get("key", whole.key) != whole.key:
-            raise UserError(f"data.kind = {recipe.data.kind!r} has {whole.key} here, and {info['key']} where the run began; give it the same data "
-                            "on every machine.")
+            raise UserError(f"data.kind = {recipe.data.kind!r} has {whole.key} here, and {info['key']} where the run "
+                            "began; give it the same data on every machine.")
         return *whole.split(recipe.data.eval_fraction), ""
     if recipe.data.is_table:
         return *table.open_tables(info, recipe.data, cache_dir(), recipe.run.seed), ""
     domain = door(recipe.model.kind, "data")
     facts = dict(info) if Path(info["train_file"]).exists() else prepare(recipe)  # another node, another cache
     if facts.get("key") != info.get("key"):
-        raise UserError(f"data.path = {list(recipe.data.path)} holds other data on this machine than on the one that started the run; copy it there.")
+        raise UserError(f"data.path = {list(recipe.data.path)} holds other data on this machine than on the one that "
+                        "started the run; copy it there.")
     training = domain.open_dataset(facts, "train", recipe.run.seed)
     evaluation = domain.open_dataset(facts, "eval", recipe.run.seed)
     return training, evaluation if evaluation.num_samples else None, domain.UNIT
@@ -113,7 +119,8 @@ class Workload:
     evaluation: Dataset | None
     sampler: Sampler
     unit: str
-    names: Mapping[str, str] = field(default_factory=dict)  # a torch module's keys of its state dict, each with the array's first name
+    # a torch module's keys of its state dict, each with the array's first name
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, recipe: Recipe, info: Mapping[str, Any]) -> Workload:
@@ -127,11 +134,13 @@ class Workload:
 
     def facts(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """The data's facts, with what is known once a data set and a model of the user's own are open."""
-        return {**info, **({"key": self.training.key} if self.training.key else {}), **({"names": dict(self.names)} if self.names else {})}
+        return {**info, **({"key": self.training.key} if self.training.key else {}),
+                **({"names": dict(self.names)} if self.names else {})}
 
     @cached_property
     def balance(self) -> Mapping[str, float] | None:
-        """What each piece of the model costs, to balance stages by: counted on one shard, so the same on every worker."""
+        """What each piece of the model costs, to balance stages by: counted on one shard, so the same on every worker.
+        """
         return costs_of(self.model, load_batch(self.training, self.sampler, 1, 0))
 
 
@@ -147,7 +156,8 @@ def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
 
 
 def check_items(opened: Workload) -> None:
-    """A user's own data set gives the first rows of both splits, and the same again. UserError before a worker starts."""
+    """A user's own data set gives the first rows of both splits, and the same again. UserError before a worker starts.
+    """
     if isinstance(opened.training, MapStyle):
         epochs, indices = opened.sampler.locate(opened.sampler.positions(1, 0))
         opened.training.check_repeats(indices[indices >= 0], epochs[indices >= 0])
@@ -159,12 +169,14 @@ def check_best(recipe: Recipe, opened: Workload) -> None:
     """RecipeError where a checkpoint is to be kept by a figure, and nothing is evaluated."""
     best = recipe.checkpoint.best
     if opened.evaluation is None and best not in ("", type(recipe.checkpoint).model_fields["best"].default):
-        raise RecipeError(f'checkpoint.best = "{best}" is a figure of evaluations, and nothing is set aside to evaluate on; set data.eval_fraction, '
+        raise RecipeError(f'checkpoint.best = "{best}" is a figure of evaluations, and nothing is set aside to '
+                          'evaluate on; set data.eval_fraction, '
                           "or leave checkpoint.best out.")
 
 
 def check_model(recipe: Recipe, model: Any) -> tuple[str, ...]:
-    """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a worker starts.
+    """What patterns, starting weights and the mesh say, against the model's own names and shapes. UserError before a
+    worker starts.
 
     Returns what a user's own model should have said about it.
     """
@@ -172,19 +184,21 @@ def check_model(recipe: Recipe, model: Any) -> tuple[str, ...]:
     if not is_neutral(model):
         model = framework(recipe).adapt(model)
         notes = model.notes
-    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay, decayed=recipe.optimizer.decayed,
+    FlatLayout(model.parameters, model.buffers, recipe.model.freeze, recipe.optimizer.no_decay,
+               decayed=recipe.optimizer.decayed,
                thaw=recipe.model.thaw)
     read_start(recipe.model.init, model.parameters)
     whole = [name for name, spec in model.parameters.items() if spec.whole]
     if whole and recipe.optimizer.sharded:
-        raise RecipeError(f"optimizer.sharded = true cuts parameter {whole[0]}, which has a constraint that needs all of it; write "
-                          "optimizer.sharded = false, or take the constraint out.")
+        raise RecipeError(f"optimizer.sharded = true cuts parameter {whole[0]}, which has a constraint that needs all "
+                          "of it; write optimizer.sharded = false, or take the constraint out.")
     layout = lay_out(recipe, model, mesh_of(recipe))
     for stage in range(layout.mesh.pipeline):
         if layout.mesh.pipeline > 1 and all(
-                is_frozen(name, model.parameters[name], recipe.model.freeze, recipe.model.thaw) for name in layout.held(stage)):
-            raise RecipeError(f"model.freeze leaves nothing to train on stage {stage} of mesh.pipeline = {layout.mesh.pipeline}; freeze less, or "
-                              "write a smaller mesh.pipeline.")
+                is_frozen(name, model.parameters[name], recipe.model.freeze, recipe.model.thaw)
+                for name in layout.held(stage)):
+            raise RecipeError(f"model.freeze leaves nothing to train on stage {stage} of mesh.pipeline = "
+                              f"{layout.mesh.pipeline}; freeze less, or write a smaller mesh.pipeline.")
     return notes
 
 
@@ -211,7 +225,8 @@ def create_backend(recipe: Recipe, model: Any) -> Backend:
 
 def open_state(recipe: Recipe, backend: Backend, portion: Portion | None = None, holders: int = 0) -> State:
     """`holders` of each block of the optimizer's slots; 0: every worker holds all."""
-    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay, recipe.optimizer.ema > 0, portion,
+    return State(backend, recipe.optimizer.name, recipe.model.freeze, recipe.optimizer.no_decay,
+                 recipe.optimizer.ema > 0, portion,
                  recipe.optimizer.decayed, recipe.model.thaw, holders)
 
 

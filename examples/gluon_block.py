@@ -31,7 +31,8 @@ class Spirals:
 
 
 class Net(gluon.nn.HybridSequential):
-    """A block with a `loss`: a mean, one value a row, or a sum and a weight. `metrics` is for evaluation, and optional."""
+    """A block with a `loss`: a mean, one value a row, or a sum and a weight. `metrics` is for evaluation, and optional.
+    """
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -52,7 +53,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # workers import this file by its name
     result = Trainer(parse({
         "run": {"name": "gluon", "epochs": 8, "eval_every": 50}, "model": {"kind": "gluon_block:Net", "width": 64},
-        "backend": {"name": "mxnet"}, "data": {"kind": "gluon_block:Spirals", "options": {"size": 3000}, "batch_size": 100},
+        "backend": {"name": "mxnet"}, "data": {"kind": "gluon_block:Spirals", "options": {"size": 3000},
+                                               "batch_size": 100},
         "optimizer": {"lr": 1e-2}}), Path(sys.argv[1] if len(sys.argv) > 1 else "runs/gluon_block")).fit(
             on_eval=lambda line: print("step", line["step"], line["eval"]))
     print(result.status, result.summary["eval"])

@@ -32,7 +32,8 @@ class Spirals:
 def net(width: int = 64):
     """A built model, compiled with its loss and its metrics. The optimizer is the recipe's."""
     model = keras.Sequential([
-        keras.Input((2,)), keras.layers.Dense(width), keras.layers.BatchNormalization(momentum=0.9), keras.layers.ReLU(), keras.layers.Dense(3)])
+        keras.Input((2,)), keras.layers.Dense(width), keras.layers.BatchNormalization(momentum=0.9),
+        keras.layers.ReLU(), keras.layers.Dense(3)])
     model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     return model
 

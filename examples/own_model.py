@@ -31,18 +31,21 @@ class Spirals:
 
 
 class Net(torch.nn.Module):
-    """A module with a `loss`: a mean over the batch (or a sum and a weight). `metrics` is for evaluation, and optional."""
+    """A module with a `loss`: a mean over the batch (or a sum and a weight). `metrics` is for evaluation, and optional.
+    """
 
     def __init__(self, width: int = 64):
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(2, width), torch.nn.BatchNorm1d(width), torch.nn.ReLU(), torch.nn.Linear(width, 3))
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, width), torch.nn.BatchNorm1d(width), torch.nn.ReLU(),
+                                          torch.nn.Linear(width, 3))
 
     def loss(self, batch):
         return torch.nn.functional.cross_entropy(self.layers(batch["point"]), batch["label"])
 
     def metrics(self, batch):
         right = (self.layers(batch["point"]).argmax(1) == batch["label"]).sum()
-        return {"loss": (self.loss(batch) * len(batch["label"]), len(batch["label"])), "accuracy": (right, len(batch["label"]))}
+        return {"loss": (self.loss(batch) * len(batch["label"]), len(batch["label"])),
+                "accuracy": (right, len(batch["label"]))}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ KEY = 5  # apart from what else is drawn from a seed and an epoch
 
 
 class MaskedWindows(Dataset):
-    """`windows` of tokens with the same number of tokens chosen in each: "tokens", "places" and "targets" as `nlp.bert` reads them.
+    """`windows` of tokens with the same number of tokens chosen in each: "tokens", "places" and "targets" as `nlp.bert`
+    reads them.
 
     `vocab_size` is also the number of the hidden token. Every epoch hides other tokens.
     """

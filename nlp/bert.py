@@ -1,8 +1,9 @@
 """BERT's encoder and its masked-token head (Devlin et al. 2019): post-norm, learned positions, exact GELU, output tied to the embedding.
 
-The model is a neutral function of named arrays; a framework enters through `ops`. A batch has "tokens", integers (rows, context),
-some of them hidden; "places" (rows, hidden), where in each row; "targets" (rows, hidden), what stood there; and "row_weight"
-(rows,), 0 for filler rows. The head looks at the hidden places alone. There are no segments: a row is one piece of text.
+The model is a neutral function of named arrays; a framework enters through `ops`. A batch has "tokens", integers (rows,
+context), some of them hidden; "places" (rows, hidden), where in each row; "targets" (rows, hidden), what stood there;
+and "row_weight" (rows,), 0 for filler rows. The head looks at the hidden places alone. There are no segments: a row is
+one piece of text.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ EPS = 1e-12  # of the norms, as in the original
 
 @dataclass(frozen=True)
 class Config:
-    """The keys of `[model]`. `mask` is the share of tokens to predict; at least one a row is. `recompute` as in `nlp.gpt`."""
+    """The keys of `[model]`. `mask` is the share of tokens to predict; at least one a row is. `recompute` as in
+    `nlp.gpt`."""
 
     layers: int = 4
     heads: int = 4
@@ -72,14 +74,16 @@ class BERT(Chained):
     """
 
     layout = {"heads": "tensor", "d_ff": "tensor", "vocab": "tensor"}
-    reads = {"embed": ("wte", "wpe", "ln_e."), "head": ("wte", "head.", "ln_h.", "vocab.")}  # the embedding is the head's last product as well
+    # the embedding is the head's last product as well
+    reads = {"embed": ("wte", "wpe", "ln_e."), "head": ("wte", "head.", "ln_h.", "vocab.")}
 
     def __init__(self, config: Config, num_tokens: int):
         self.config, self.num_tokens = config, num_tokens
         self.parameters = specs(config, num_tokens)
         self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
 
-    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array],
+            seed: int | None) -> Array:
         layers = Layers(ops, False, self.config.dropout, seed, EPS)
         if piece == "embed":
             x = ops.add(ops.gather(params["wte"], batch["tokens"], "vocab", self.num_tokens), params["wpe"])
@@ -92,7 +96,8 @@ class BERT(Chained):
         rows, context = places.shape[0], self.config.context
         flat = ops.add(places, ops.constant(np.arange(rows, dtype=np.int64)[:, None] * context))
         x = ops.gather(ops.reshape(encoded, (rows * context, self.config.width)), flat)
-        x = layers.norm(params, "ln_h", ops.gelu(ops.contract("bnd,de->bne", x, params["head.weight"], params["head.bias"])))
+        x = layers.norm(params, "ln_h", ops.gelu(ops.contract("bnd,de->bne", x, params["head.weight"],
+                                                              params["head.bias"])))
         return ops.contract("bnd,vd->bnv", ops.enter(x, "vocab"), params["wte"], params["vocab.bias"])
 
     def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:

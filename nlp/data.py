@@ -1,7 +1,7 @@
 """Text as windows of tokens: files or a column of tables, read through pyarrow, tokenised once into Arrow files, memory-mapped afterwards.
 
-The data door of a language model: `prepare` turns the recipe's `[data]` into plain facts (`info`), `open_dataset` turns the
-facts into a data set. Both give the same on every machine that sees the same text.
+The data door of a language model: `prepare` turns the recipe's `[data]` into plain facts (`info`), `open_dataset` turns
+the facts into a data set. Both give the same on every machine that sees the same text.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ UNIT = "tokens"  # what a batch's weight counts
 
 
 def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -> dict[str, Any]:
-    """Facts that a model and `open_dataset` need, as plain values; tokenises the text where `cache_dir` does not hold it yet.
+    """Facts that a model and `open_dataset` need, as plain values; tokenises the text where `cache_dir` does not hold
+    it yet.
 
-    `data` has format and text (the column, of tables), path and eval_path (files, folders, globs, URIs, "package:NAME/GLOB";
-    eval_path may be empty), tokens, eval_fraction and perhaps vocab_size.
-    Keys of the result: vocab_size, tokenizer (its spec), context, mask (0 for a model that reads on), num_tokens, num_eval_tokens,
+    `data` has format and text (the column, of tables), path and eval_path (files, folders, globs, URIs,
+    "package:NAME/GLOB"; eval_path may be empty), tokens, eval_fraction and perhaps vocab_size. Keys of the result:
+    vocab_size, tokenizer (its spec), context, mask (0 for a model that reads on), num_tokens, num_eval_tokens,
     train_file, eval_file, sources, notes (lines on what is left out), key (the same for the same text, cut and tokens).
     RecipeError names the key, the file and the remedy.
     """
@@ -53,7 +54,8 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
 
 
 def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> TokenWindows | MaskedWindows:
-    """The "train" split, its windows shifted anew every epoch, or the "eval" split, not shifted; with `mask`, tokens hidden in them."""
+    """The "train" split, its windows shifted anew every epoch, or the "eval" split, not shifted; with `mask`, tokens
+    hidden in them."""
     tokens = read_tokens(info[f"{split}_file"])
     expected = info["num_tokens" if split == "train" else "num_eval_tokens"]
     if len(tokens) != expected:
@@ -78,8 +80,9 @@ def decode(info: Mapping[str, Any], tokens: Sequence[int]) -> str:
 class TokenWindows(Dataset):
     """Windows of `context` + 1 tokens, the last `context` of which are the targets of the first.
 
-    Window i of epoch e starts at i * context + offset(e), with an offset in [0, context) drawn from (seed, e), so that over the
-    epochs a model sees other cuts of the text; without a seed the offset is 0. No token is a target twice in an epoch.
+    Window i of epoch e starts at i * context + offset(e), with an offset in [0, context) drawn from (seed, e), so that
+    over the epochs a model sees other cuts of the text; without a seed the offset is 0. No token is a target twice in
+    an epoch.
     """
 
     def __init__(self, tokens: np.ndarray, context: int, seed: int | None):
@@ -109,7 +112,8 @@ class Source:
 
 
 def read(data: Any) -> Source:
-    """Reads and checks the files that `data` names, and cuts off the evaluation text (as nanoGPT: the last part, by characters)."""
+    """Reads and checks the files that `data` names, and cuts off the evaluation text (as nanoGPT: the last part, by
+    characters)."""
     kind, vocab_size = data.tokens or "char", getattr(data, "vocab_size", None) or VOCAB_SIZE
     if kind not in tokenizing.KINDS:
         raise RecipeError(f"data.tokens = {kind!r} must be one of {', '.join(tokenizing.KINDS)}.")
@@ -143,19 +147,21 @@ def tokenise(source: Source, folder: Path) -> dict[str, Any]:
     spec = tokenizing.train(source.kind, source.training, source.training + source.evaluation, source.vocab_size)
     tokenizer = tokenizing.build(spec)
     kind = np.uint8 if tokenizer.size <= 1 << 8 else np.uint16 if tokenizer.size <= 1 << 16 else np.int32
-    splits = {"train": tokenizer.encode(source.training).astype(kind), "eval": tokenizer.encode(source.evaluation).astype(kind)}
+    splits = {"train": tokenizer.encode(source.training).astype(kind),
+              "eval": tokenizer.encode(source.evaluation).astype(kind)}
     for split, tokens in splits.items():
         write_tokens(folder / f"{split}.arrow", tokens)
-    return {"vocab_size": tokenizer.size, "tokenizer": spec, "num_tokens": len(splits["train"]), "num_eval_tokens": len(splits["eval"])}
+    return {"vocab_size": tokenizer.size, "tokenizer": spec, "num_tokens": len(splits["train"]),
+            "num_eval_tokens": len(splits["eval"])}
 
 
 def check_lengths(data: Any, info: Mapping[str, Any]) -> None:
     """At least one window in each split that is asked for."""
     context, files = info["context"], ", ".join(info["sources"][:3]) + (", ..." if len(info["sources"]) > 3 else "")
     if info["num_tokens"] < 2 * context:
-        raise RecipeError(f"data.path: {files} gives {info['num_tokens']} tokens to train on, fewer than the {2 * context} that "
-                          f"model.context = {context} needs; give more text or a smaller context.")
+        raise RecipeError(f"data.path: {files} gives {info['num_tokens']} tokens to train on, fewer than the "
+                          f"{2 * context} that model.context = {context} needs; give more text or a smaller context.")
     if 0 < info["num_eval_tokens"] <= context:
         key = f"data.eval_path = {data.eval_path!r}" if data.eval_path else f"data.eval_fraction = {data.eval_fraction}"
-        raise RecipeError(f"{key} gives {info['num_eval_tokens']} tokens of {files}, fewer than one window of model.context + 1 = {context + 1}; "
-                          "give more text, a larger part or a smaller context.")
+        raise RecipeError(f"{key} gives {info['num_eval_tokens']} tokens of {files}, fewer than one window of "
+                          f"model.context + 1 = {context + 1}; give more text, a larger part or a smaller context.")

@@ -16,7 +16,8 @@ import numpy as np
 from elastic.errors import UserError
 
 KINDS = ("char", "byte", "bpe")
-LEAST = (1 << 16) - 1  # characters handed to the bpe trainer and encoder at a time, before the end of a line as `str.splitlines` knows them
+# characters handed to the bpe trainer and encoder at a time, before the end of a line as `str.splitlines` knows them
+LEAST = (1 << 16) - 1
 PIECES = re.compile(rf"(?s).{{{LEAST},}}?(?:\r\n|[\n-\r\x1c-\x1e\x85\u2028\u2029])|.+")
 
 
@@ -33,7 +34,8 @@ class Tokenizer(Protocol):
 
 
 def train(kind: str, training: str, everything: str, vocab_size: int) -> str:
-    """The spec of a tokenizer. Characters come from `everything` (evaluation text too, as in nanoGPT), byte pairs from `training`."""
+    """The spec of a tokenizer. Characters come from `everything` (evaluation text too, as in nanoGPT), byte pairs from
+    `training`."""
     if kind == "char":
         return json.dumps({"kind": "char", "characters": "".join(sorted(set(everything)))})
     if kind == "byte":
@@ -95,7 +97,8 @@ class BytePairs:
         self.size = self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.concatenate([np.asarray(self._tokenizer.encode(piece).ids, np.int64) for piece in pieces(text)] or [np.zeros(0, np.int64)])
+        return np.concatenate([np.asarray(self._tokenizer.encode(piece).ids, np.int64) for piece in pieces(text)]
+                              or [np.zeros(0, np.int64)])
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token) for token in tokens])
@@ -107,7 +110,8 @@ def train_byte_pairs(text: str, vocab_size: int) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(pieces(text), trainer)
     return tokenizer.to_str()
 

@@ -1,5 +1,6 @@
 """A mixture of experts in place of a transformer layer's MLP: every token goes through `top` of them (Fedus et al. 2022, Switch; Lepikhin et
-al. 2021, GShard). Experts may be split over workers, each of which has tokens of its own and sends them to the experts' owners.
+al. 2021, GShard). Experts may be split over workers, each of which has tokens of its own and sends them to the experts'
+owners.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ Array = Any
 
 @dataclass(frozen=True)
 class Experts(Layers):
-    """Layers of which some have NAME.moe.gate, moe.up and moe.down in place of NAME.mlp. "expert" and "d_ff_expert" may be split.
+    """Layers of which some have NAME.moe.gate, moe.up and moe.down in place of NAME.mlp. "expert" and "d_ff_expert" may
+    be split.
 
-    An expert takes ceil(capacity * tokens * top / experts) of a worker's tokens; what does not fit passes by on the residual. First
-    choices come first. `weights` (rows,), 0 for filler rows, which are sent but do not count for the balance; None: no balance.
+    An expert takes ceil(capacity * tokens * top / experts) of a worker's tokens; what does not fit passes by on the
+    residual. First choices come first. `weights` (rows,), 0 for filler rows, which are sent but do not count for the
+    balance; None: no balance.
     """
 
     top: int = 1
@@ -44,7 +47,8 @@ class Experts(Layers):
             gates = ops.divide(gates, ops.sum(gates, (1,), keep=True))
         places, sources = ops.queue(chosen, num, math.ceil(self.capacity * rows * time * self.top / num))
 
-        nothing = ops.constant(np.zeros((1, width)))  # what stands in a place that is empty, and what comes of a token without a place
+        # what stands in a place that is empty, and what comes of a token without a place
+        nothing = ops.constant(np.zeros((1, width)))
         sent = ops.gather(ops.concatenate((tokens, nothing), 0), sources)
         found = ops.gather(ops.concatenate((self.through(p, sent, h), nothing), 0), places)
         mixed = ops.sum(ops.multiply(found, ops.reshape(gates, (rows * time, self.top, 1))), (1,))
@@ -66,8 +70,8 @@ class Experts(Layers):
         return ops.reshape(ops.exchange(back, "expert"), (parts * own * places, width))
 
     def penalty(self, odds: Array, hot: Array, time: int) -> Array:
-        """balance * experts * sum over experts of f P, times the tokens; f is the share of first choices, P the mean odds, both of the tokens
-        of all workers of the axis. Fedus et al. 2022, equations 4 to 6.
+        """balance * experts * sum over experts of f P, times the tokens; f is the share of first choices, P the mean
+        odds, both of the tokens of all workers of the axis. Fedus et al. 2022, equations 4 to 6.
         """
         ops, (tokens, _, num) = self.ops, hot.shape
         weights = ops.multiply(ops.reshape(self.weights, (-1, 1)), ops.constant(np.ones((1, time))))
@@ -75,6 +79,7 @@ class Experts(Layers):
         first = ops.reshape(ops.narrow(hot, 1, 0, 1), (tokens, num))
         sums = [ops.sum(ops.multiply(each, weights), (0,)) for each in (first, odds)]
         total = ops.leave(ops.concatenate((*sums, ops.sum(weights, (0,))), 0), "expert")
-        taken, likely, count = (ops.narrow(total, 0, start, length) for start, length in ((0, num), (num, num), (2 * num, 1)))
+        taken, likely, count = (ops.narrow(total, 0, start, length)
+                                for start, length in ((0, num), (num, num), (2 * num, 1)))
         least = ops.add(ops.relu(ops.subtract(count, 1.0)), 1.0)  # of nothing but filler rows nothing is divided
         return ops.sum(ops.multiply(ops.divide(ops.multiply(taken, likely), least), self.balance * num))

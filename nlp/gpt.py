@@ -1,7 +1,8 @@
 """GPT as nanoGPT has it (Radford et al. 2019; Karpathy's nanoGPT, model.py): tied embedding and head, learned positions, pre-norm.
 
 The model is a neutral function of named arrays; a framework enters through `ops`. A batch has "tokens", integers (rows,
-context + 1): the first `context` are the input, the last `context` the targets; and "row_weight" (rows,), 0 for filler rows.
+context + 1): the first `context` are the input, the last `context` the targets; and "row_weight" (rows,), 0 for filler
+rows.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ Array = Any
 
 @dataclass(frozen=True)
 class Config:
-    """The keys of `[model]`. `bias` adds biases to the projections and norms; nanoGPT trains small models without. `recompute` keeps what
-    comes between layers alone and computes the rest again for the gradient (Chen et al. 2016). With `experts`, every `expert_every`th
-    layer has that many MLPs instead of one; for the other keys see `nlp.experts`.
+    """The keys of `[model]`. `bias` adds biases to the projections and norms; nanoGPT trains small models without.
+    `recompute` keeps what comes between layers alone and computes the rest again for the gradient (Chen et al. 2016).
+    With `experts`, every `expert_every`th layer has that many MLPs instead of one; for the other keys see
+    `nlp.experts`.
     """
 
     layers: int = 4
@@ -53,9 +55,11 @@ class Config:
         checks.number(self, "capacity", "a finite number above 0", lambda value: 0 < value < math.inf)
         checks.number(self, "balance", "a finite number of at least 0", lambda value: 0 <= value < math.inf)
         if self.top > 2 or self.experts and self.top > self.experts:
-            raise RecipeError(f"model.top = {self.top} must be 1 or 2, and no more than model.experts = {self.experts}.")
+            raise RecipeError(f"model.top = {self.top} must be 1 or 2, and no more than model.experts = "
+                              f"{self.experts}.")
         if self.experts and self.expert_every > self.layers:
-            raise RecipeError(f"model.expert_every = {self.expert_every} must be at most model.layers = {self.layers}, or no layer has experts.")
+            raise RecipeError(f"model.expert_every = {self.expert_every} must be at most model.layers = {self.layers}, "
+                              "or no layer has experts.")
 
     def has_experts(self, layer: int) -> bool:
         return self.experts > 0 and layer % self.expert_every == self.expert_every - 1
@@ -80,7 +84,8 @@ def specs(config: Config, vocab_size: int) -> dict[str, Spec]:
             num, wide = config.experts, 4 * width
             out[f"h{i}.moe.gate.weight"] = Spec((width, num), ("d_model", "experts"))
             out[f"h{i}.moe.up.weight"] = Spec((num, width, wide), ("expert", "d_model", "d_ff_expert"))
-            out[f"h{i}.moe.down.weight"] = Spec((num, wide, width), ("expert", "d_ff_expert", "d_model"), "normal", residual)
+            out[f"h{i}.moe.down.weight"] = Spec((num, wide, width), ("expert", "d_ff_expert", "d_model"), "normal",
+                                                residual)
         else:
             out.mlp(f"h{i}", width, 4 * width, scale_out=residual)
     out.norm("ln_f", width)
@@ -88,7 +93,8 @@ def specs(config: Config, vocab_size: int) -> dict[str, Spec]:
 
 
 class GPT(Chained):
-    """The model behind `elastic.model.backend.Chain`. What travels between its pieces is (rows, time, d_model), at the end logits."""
+    """The model behind `elastic.model.backend.Chain`. What travels between its pieces is (rows, time, d_model), at the
+    end logits."""
 
     reads = {"embed": ("wte", "wpe"), "head": ("wte", "ln_f.")}  # the embedding is the head as well
 
@@ -101,7 +107,8 @@ class GPT(Chained):
         self.parameters = specs(config, vocab_size)
         self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
 
-    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array],
+            seed: int | None) -> Array:
         if piece == "embed":
             tokens = batch["tokens"]
             return self.embed(ops, params, ops.narrow(tokens, 1, 0, tokens.shape[1] - 1), seed)
@@ -127,7 +134,8 @@ class GPT(Chained):
         config = self.config
         if not config.experts:
             return Layers(ops, True, config.dropout, seed)
-        return Experts(ops, True, config.dropout, seed, top=config.top, capacity=config.capacity, balance=config.balance,
+        return Experts(ops, True, config.dropout, seed, top=config.top, capacity=config.capacity,
+                       balance=config.balance,
                        weights=None if seed is None else batch["row_weight"])
 
     def embed(self, ops: Any, params: Mapping[str, Array], tokens: Array, seed: int | None) -> Array:

@@ -1,7 +1,8 @@
 """Tables of labels, categories and numbers for recommenders: read once through pyarrow, memory-mapped afterwards.
 
-The data door of a recommender: `prepare` turns the recipe's `[data]` into plain facts (`info`), `open_dataset` turns the facts
-into a data set. The rows of all embedding tables lie one after the other: `sizes` says how many each column has.
+The data door of a recommender: `prepare` turns the recipe's `[data]` into plain facts (`info`), `open_dataset` turns
+the facts into a data set. The rows of all embedding tables lie one after the other: `sizes` says how many each column
+has.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ PRIVATE = ("embedding_dim", "batch_size", "shuffle", "ledger", "options")  # key
 
 
 def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -> dict[str, Any]:
-    """Facts that a model and `open_dataset` need, as plain values; reads the tables where `cache_dir` does not hold them yet.
+    """Facts that a model and `open_dataset` need, as plain values; reads the tables where `cache_dir` does not hold
+    them yet.
 
-    Keys of the result: sizes (embedding rows of each categorical column), num_numeric, embedding_dim, num_rows, num_eval_rows,
-    train_file, folder, notes (lines on what is left out), and key, the same for the same content and settings.
-    UserError names file, column and row of what cannot serve.
+    Keys of the result: sizes (embedding rows of each categorical column), num_numeric, embedding_dim, num_rows,
+    num_eval_rows, train_file, folder, notes (lines on what is left out), and key, the same for the same content and
+    settings. UserError names file, column and row of what cannot serve.
     """
     is_binary = model_config.get("loss", "binary") == "binary"
     paths = {key: path for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)) if path}
@@ -64,14 +66,15 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -
 
 
 def vocabularies_of(info: Mapping[str, Any], data: Any, model_config: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """By column which row of the table of all columns each known value has; columns that are hashed into buckets have none.
+    """By column which row of the table of all columns each known value has; columns that are hashed into buckets have
+    none.
 
     UserError where the cache holds them no more and the data are not there to be read again.
     """
     file = Path(info["folder"]) / VOCABULARIES
     if not file.exists() and prepare(data, model_config, file.parent.parent)["key"] != info["key"]:
-        raise UserError(f"data.path = {list(data.path)} holds other data than the checkpoint was trained on, and its vocabularies come from them; "
-                        "put those data back.")
+        raise UserError(f"data.path = {list(data.path)} holds other data than the checkpoint was trained on, and its "
+                        "vocabularies come from them; put those data back.")
     found: dict[str, dict[str, int]] = json.loads(file.read_text())
     return found
 
@@ -83,7 +86,8 @@ def open_dataset(info: Mapping[str, Any], split: str, seed: int = 0) -> Samples:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a column's codes become: row numbers of the model's table, or -1 for those that no training row holds often enough."""
+    """What a column's codes become: row numbers of the model's table, or -1 for those that no training row holds often
+    enough."""
 
     rows: np.ndarray  # by code
     size: int
@@ -92,9 +96,10 @@ class Vocabulary:
 
 
 class Samples(Dataset):
-    """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1 over the training
-    rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns, in training now and then one for unknown
-    values. Rows to evaluate on in lists have "group" and "row" (rows,), the list and the row's own number."""
+    """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1
+    over the training rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns, in
+    training now and then one for unknown values. Rows to evaluate on in lists have "group" and "row" (rows,), the list
+    and the row's own number."""
 
     def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], seed: int | None):
         """`seed` is for training, None for evaluation, in which nothing is hidden."""
@@ -119,8 +124,10 @@ class Samples(Dataset):
         return found
 
     def hidden(self, codes: np.ndarray, seed: int, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """Rows of the table, some of them those for unknown values: which is a function of the seed, epoch, sample and column."""
-        words = np.array([keyed_word(seed, epoch, HIDING_KEY) for epoch in epochs.tolist()], np.uint64) ^ mix(indices.astype(np.uint64))
+        """Rows of the table, some of them those for unknown values: which is a function of the seed, epoch, sample and
+        column."""
+        words = np.array([keyed_word(seed, epoch, HIDING_KEY) for epoch in epochs.tolist()],
+                         np.uint64) ^ mix(indices.astype(np.uint64))
         words = mix(mix(words)[:, None] + np.arange(codes.shape[1], dtype=np.uint64))
         found, (rows, columns) = self.codes[codes], np.nonzero(words.astype(np.uint32) < self.hiding[codes])
         first, extra = self.unknown[columns].T
@@ -132,7 +139,8 @@ def store_of(info: Mapping[str, Any]) -> Store:
     """The rows of both splits as they were written."""
     columns = tuple(columns_of(info["num_numeric"], len(info["sizes"]), bool(info["top"])))
     blocks = tuple((0, unit, 0, rows) for unit, rows in enumerate(info["blocks"]))
-    return Store(Facts("arrow", "", "rows", columns, (Part((File(str(Path(info["folder"]) / "rows.arrow"), 0, 0),), blocks, True),)))
+    return Store(Facts("arrow", "", "rows", columns,
+                       (Part((File(str(Path(info["folder"]) / "rows.arrow"), 0, 0),), blocks, True),)))
 
 
 def rows_of(info: Mapping[str, Any], split: str) -> range | np.ndarray:
@@ -141,7 +149,8 @@ def rows_of(info: Mapping[str, Any], split: str) -> range | np.ndarray:
     return range(*kept) if kept else read_tokens(Path(info["folder"]) / f"{split}.arrow")
 
 
-def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path,
+         settings: Mapping[str, Any]) -> dict[str, Any]:
     """The one pass; then what follows from which rows are trained on."""
     data, counted = encoder.data, [0]
 
@@ -151,34 +160,40 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
                 yield part
                 counted[-1] += len(part[LABEL])
             if not counted[-1]:
-                raise UserError(f"{key}: {', '.join(file.name for file in files[:3])} has no rows; give a table with at least one.")
+                raise UserError(f"{key}: {', '.join(file.name for file in files[:3])} has no rows; give a table with "
+                                "at least one.")
             counted.append(0)
 
-    blocks, digest = write(encoded(), columns_of(len(data.numeric), len(data.categorical), bool(data.group)), folder / "rows.arrow")
+    blocks, digest = write(encoded(), columns_of(len(data.numeric), len(data.categorical), bool(data.group)),
+                           folder / "rows.arrow")
     splits = split_rows(data, counted, encoder.apart)
     for name, rows in splits.items():
         if not isinstance(rows, range):
             write_tokens(folder / f"{name}.arrow", rows)
     if not len(splits["train"]):
-        raise UserError(f'data.split = "{data.split}" leaves no row to train on; mend data.eval_fraction or data.eval_values.')
+        raise UserError(f'data.split = "{data.split}" leaves no row to train on; mend data.eval_fraction or '
+                        'data.eval_values.')
     if data.group and len(splits["eval"]) > MOST_LISTED:
-        raise UserError(f'data.group = "{data.group}" is for at most {MOST_LISTED} rows to evaluate on, and there are {len(splits["eval"])}; '
+        raise UserError(f'data.group = "{data.group}" is for at most {MOST_LISTED} rows to evaluate on, and there are '
+                        f'{len(splits["eval"])}; '
                         "evaluate on fewer, or leave it out.")
     info = {"blocks": blocks, "top": data.top if data.group else 0,
             "num_numeric": len(data.numeric), "sizes": [0] * len(data.categorical), "folder": str(folder),
-            "splits": {name: [rows.start, rows.stop] if isinstance(rows, range) else None for name, rows in splits.items()},
+            "splits": {name: [rows.start, rows.stop] if isinstance(rows, range) else None
+                       for name, rows in splits.items()},
             "num_rows": len(splits["train"]), "num_eval_rows": len(splits["eval"])}
     store = store_of(info)
     mean, scale = moments(store, splits["train"], len(data.numeric))
-    label_mean = math.fsum(found[LABEL].sum(dtype=np.float64) for found, _ in chunks(store, splits["train"])) / len(splits["train"])
+    label_mean = math.fsum(found[LABEL].sum(dtype=np.float64)
+                           for found, _ in chunks(store, splits["train"])) / len(splits["train"])
     parts = vocabularies(encoder, store, splits)
     first = np.cumsum([0, *(len(part.rows) for part in parts)])[:-1].tolist()
     starts = np.cumsum([0, *(part.size for part in parts)])
     known: dict[str, dict[str, int]] = {}
     if parts:
         if starts[-1] > MOST_ROWS:
-            raise UserError(f"data.categorical needs {starts[-1]} rows of embeddings, and {MOST_ROWS} can be told apart; "
-                            "hash the largest column into fewer by data.buckets.")
+            raise UserError(f"data.categorical needs {starts[-1]} rows of embeddings, and {MOST_ROWS} can be told "
+                            "apart; hash the largest column into fewer by data.buckets.")
         codes = np.concatenate([part.rows + start for part, start in zip(parts, starts)]).astype(np.int32)
         write_tokens(folder / "codes.arrow", codes)
         known = {name: {value: int(codes[base + code]) for value, code in column.known.items()}
@@ -186,7 +201,8 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path, 
         write_tokens(folder / "hiding.arrow", np.concatenate([hiding(part) for part in parts]))
         digest += hashlib.sha256(codes.tobytes()).hexdigest()
     write_atomically(folder / VOCABULARIES, json.dumps(known))
-    said = json.dumps([VERSION, digest, settings, counted, [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
+    said = json.dumps([VERSION, digest, settings, counted,
+                       [hashlib.sha256(a.tobytes()).hexdigest() for a in encoder.apart]])
     return {**info, "unused": encoder.unused, "label_mean": label_mean, "mean": mean, "scale": scale,
             "first_codes": first, "sizes": [part.size for part in parts],
             "unknown": [[int(end) - part.extra, part.extra] for part, end in zip(parts, starts[1:])],
@@ -220,8 +236,9 @@ def chunks(store: Store, rows: range | np.ndarray, most: int = 1 << 18) -> Itera
 
 
 def moments(store: Store, rows: range | np.ndarray, columns: int) -> tuple[list[float], list[float]]:
-    """Mean and 1/deviation of every number over the rows that have it, in float64: first the means, then the squares of what is off them.
-    A column whose deviation its numbers' own rounding could make is taken as constant, its deviation for 1."""
+    """Mean and 1/deviation of every number over the rows that have it, in float64: first the means, then the squares of
+    what is off them. A column whose deviation its numbers' own rounding could make is taken as constant, its deviation
+    for 1."""
     def sums(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         parts = (np.nansum(of(found[NUMERIC]), 0) for found, _ in chunks(store, rows))
         return sum(parts, np.zeros(columns))
@@ -239,14 +256,16 @@ def moments(store: Store, rows: range | np.ndarray, columns: int) -> tuple[list[
 def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> list[Vocabulary]:
     """For every column, which of its codes have a row of their own, and where the others go, by data.oov."""
     data = encoder.data
-    counts = {column: np.zeros(len(codes), np.int64) for column, codes in enumerate(encoder.codes.values()) if not codes.buckets}
+    counts = {column: np.zeros(len(codes), np.int64) for column, codes in enumerate(encoder.codes.values())
+              if not codes.buckets}
     for found, _ in chunks(store, splits["train"]) if counts else ():
         for column, count in counts.items():
             count += np.bincount(found[CATEGORICAL][:, column], minlength=len(count))
     parts = []
     for column, codes in enumerate(encoder.codes.values()):
         if codes.buckets:
-            parts.append(Vocabulary(np.arange(codes.buckets, dtype=np.int32), codes.buckets, np.zeros(codes.buckets, np.int64)))
+            parts.append(Vocabulary(np.arange(codes.buckets, dtype=np.int32), codes.buckets,
+                                    np.zeros(codes.buckets, np.int64)))
             continue
         known = counts[column] >= data.min_count
         rows, size = np.where(known, np.cumsum(known) - 1, -1), int(known.sum())
@@ -261,8 +280,9 @@ def vocabularies(encoder: Encoder, store: Store, splits: Mapping[str, Any]) -> l
 
 
 def hiding(part: Vocabulary) -> np.ndarray:
-    """uint32 by code: how often, of 2^32 times, a training row's value is fed as one that nobody knows, so that the rows for those are trained:
-    about once an epoch for each value, so that they come to stand for a value as such, and at least 1 % of the time."""
+    """uint32 by code: how often, of 2^32 times, a training row's value is fed as one that nobody knows, so that the
+    rows for those are trained: about once an epoch for each value, so that they come to stand for a value as such, and
+    at least 1 % of the time."""
     share = np.maximum(1 / (1 + part.counts), LEAST_HIDDEN) if part.extra else np.zeros(len(part.rows))
     return np.minimum(share * (1 << 32), (1 << 32) - 1).astype(np.uint32)
 
@@ -276,5 +296,5 @@ def refuse_unknown(encoder: Encoder, store: Store, column: int, known: np.ndarra
             code, (where, row) = int(found[CATEGORICAL][wrong[0], column]), encoder.place(before + int(wrong[0]))
             value = next(value for value, number in encoder.codes[name].known.items() if number == code)
             held = "no training row holds" if data.min_count == 1 else f"fewer than data.min_count = {data.min_count} training rows hold"
-            raise UserError(f'data.oov = "error": the column "{name}" of {where} holds {value!r} in row {row} (counted from 0), which {held}; mend '
-                            'the row, or write data.oov = "row" or "hash".')
+            raise UserError(f'data.oov = "error": the column "{name}" of {where} holds {value!r} in row {row} (counted '
+                            f'from 0), which {held}; mend the row, or write data.oov = "row" or "hash".')

@@ -1,12 +1,14 @@
 """Models for tables of categories and numbers. By `arch`:
 
-    dlrm   numbers through an MLP, embeddings of categories, dot products of every pair, an MLP on top (Naumov et al. 2019)
+    dlrm   numbers through an MLP, embeddings of categories, dot products of every pair, an MLP on top (Naumov et al.
+    2019)
     dcn    cross layers over numbers and embeddings, an MLP on top (Wang et al. 2021, DCN-V2, stacked)
     mf     factorisation machine (Rendle 2010); with two categories and no numbers, matrix factorisation with biases
     lr     logistic regression
 
-The model is a neutral function of named arrays; a framework enters through `ops`. A batch has "label" (rows,), "numeric" (rows,
-columns) and "categorical" (rows, columns), rows of one table of all columns; and "row_weight" (rows,), 0 for filler rows.
+The model is a neutral function of named arrays; a framework enters through `ops`. A batch has "label" (rows,),
+"numeric" (rows, columns) and "categorical" (rows, columns), rows of one table of all columns; and "row_weight" (rows,),
+0 for filler rows.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ LEAST_SHARE = 1e-6  # of positives, that log-odds stand for
 
 @dataclass(frozen=True)
 class Config:
-    """The keys of `[model]`. `bottom` and `top` are widths of hidden layers; `layers` counts dcn's cross layers. `embedding_init` is how the rows
-    of embeddings start, "normal:DEVIATION" or "uniform:LIMIT", "" for normal:1/sqrt(width); `bias_init` how the last bias does, "zeros" or
-    "mean", the labels' mean in the training rows (their log-odds under the binary loss).
+    """The keys of `[model]`. `bottom` and `top` are widths of hidden layers; `layers` counts dcn's cross layers.
+    `embedding_init` is how the rows of embeddings start, "normal:DEVIATION" or "uniform:LIMIT", "" for
+    normal:1/sqrt(width); `bias_init` how the last bias does, "zeros" or "mean", the labels' mean in the training rows
+    (their log-odds under the binary loss).
     """
 
     arch: str = "dlrm"
@@ -68,14 +71,15 @@ class Config:
         except ValueError:
             scale = -1.0
         if kind not in ("normal", "uniform") or not 0.0 <= scale < math.inf:
-            raise RecipeError(f'model.embedding_init = {self.embedding_init!r} must be "normal:DEVIATION" or "uniform:LIMIT", as "uniform:0.05".')
+            raise RecipeError(f'model.embedding_init = {self.embedding_init!r} must be "normal:DEVIATION" or '
+                              '"uniform:LIMIT", as "uniform:0.05".')
         return kind, scale
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the data says: rows of each categorical column's embedding, the number of numeric columns, the embedding's width, and where the
-    labels lie: their mean in the training rows."""
+    """What the data says: rows of each categorical column's embedding, the number of numeric columns, the embedding's
+    width, and where the labels lie: their mean in the training rows."""
 
     sizes: tuple[int, ...]
     num_numeric: int
@@ -86,9 +90,11 @@ class Columns:
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> Recommender:
     """The model for a recipe's `[model]` keys and the data's facts. RecipeError names a bad key."""
     read = checks.read("recommender.dlrm", Config, config)
-    columns = Columns(tuple(info["sizes"]), int(info["num_numeric"]), int(info["embedding_dim"]), float(info.get("label_mean", 0.0)))
+    columns = Columns(tuple(info["sizes"]), int(info["num_numeric"]), int(info["embedding_dim"]),
+                      float(info.get("label_mean", 0.0)))
     if read.arch == "dlrm" and not columns.sizes:
-        raise RecipeError('data.categorical is missing; model.arch = "dlrm" needs at least one: add it, or write model.arch = "dcn" or "lr".')
+        raise RecipeError('data.categorical is missing; model.arch = "dlrm" needs at least one: add it, or write '
+                          'model.arch = "dcn" or "lr".')
     return Recommender(read, columns, (int(info["num_eval_rows"]), int(info["top"])) if info.get("top") else None)
 
 
@@ -97,7 +103,8 @@ def specs(config: Config, columns: Columns) -> dict[str, Spec]:
     out: dict[str, Spec] = {}
     rows, numbers, width = sum(columns.sizes), columns.num_numeric, columns.width
 
-    def dense(name: str, num_in: int, num_out: int, gain: float = 2.0, dims: tuple[str, str] = ("d_in", "d_out")) -> int:
+    def dense(name: str, num_in: int, num_out: int, gain: float = 2.0,
+              dims: tuple[str, str] = ("d_in", "d_out")) -> int:
         out[f"{name}.weight"] = Spec((num_in, num_out), dims, "normal", math.sqrt(gain / num_in))
         out[f"{name}.bias"] = Spec((num_out,), dims[1:], "zeros")
         return num_out
@@ -121,7 +128,8 @@ def specs(config: Config, columns: Columns) -> dict[str, Spec]:
         if numbers:
             mlp(numbers, bottom_layers(config), (*config.bottom, width))
         count = len(columns.sizes) + bool(numbers)
-        mlp((width if numbers else 0) + count * (count - 1) // 2 + (0 if count > 1 else width), top_layers(config), (*config.top, 1))
+        mlp((width if numbers else 0) + count * (count - 1) // 2 + (0 if count > 1 else width), top_layers(config),
+            (*config.top, 1))
     if config.arch == "dcn":
         total = numbers + len(columns.sizes) * width
         for i in range(config.layers):
@@ -150,9 +158,11 @@ def top_layers(config: Config) -> list[str]:
 
 
 def paired(layers: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Of dense layers one after the other, the dim by which each one's input may be split and that of its result, "" where it is whole.
+    """Of dense layers one after the other, the dim by which each one's input may be split and that of its result, ""
+    where it is whole.
 
-    Two and two split what lies between them, a dim called as the first (Shoeybi et al. 2019, section 3); an odd last one stays whole.
+    Two and two split what lies between them, a dim called as the first (Shoeybi et al. 2019, section 3); an odd last
+    one stays whole.
     """
     out = dict.fromkeys(layers, ("", ""))
     for first, second in zip(layers[::2], layers[1::2], strict=False):
@@ -161,10 +171,11 @@ def paired(layers: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 class Recommender(Chained):
-    """The model behind `elastic.model.backend.Chain`. `lists`: rows to evaluate on in lists, and how many of each count.
+    """The model behind `elastic.model.backend.Chain`. `lists`: rows to evaluate on in lists, and how many of each
+    count.
 
-    What travels between its pieces is (rows, width): of the layer before, or all that the layers on top read; at the end scores (rows,),
-    log-odds, or under the squared loss the value itself.
+    What travels between its pieces is (rows, width): of the layer before, or all that the layers on top read; at the
+    end scores (rows,), log-odds, or under the squared loss the value itself.
     """
 
     reads = {"interact": ("linear.", "bias", "embedding", "factors", "bottom", "cross")}
@@ -176,7 +187,8 @@ class Recommender(Chained):
         splits = ("table_row", *paired(bottom_layers(config)), *paired(top_layers(config)))
         self.layout = {dim: "tensor" for spec in self.parameters.values() for dim in spec.dims if dim in splits}
 
-    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array],
+            seed: int | None) -> Array:
         rows = batch["label"].shape[0]
         p = Pass(ops, params, batch, self.config, self.columns, rows, seed)
         if piece == "interact":
@@ -191,14 +203,16 @@ class Recommender(Chained):
         return measure(x, batch["label"], batch["row_weight"]), ops.sum(batch["row_weight"])
 
     def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
-        """"loss" is the log-loss or the mean square error; with it the share of positives, or the mean absolute error."""
+        """"loss" is the log-loss or the mean square error; with it the share of positives, or the mean absolute error.
+        """
         total, weight = self.score(ops, x, batch, 0)
         if self.config.loss == "binary":
             return {"loss": (total, weight), "score": (x, weight),
                     "base_rate": (ops.sum(ops.multiply(batch["label"], batch["row_weight"])), weight)}
         off = ops.subtract(x, batch["label"])
         size = ops.add(ops.relu(off), ops.relu(ops.multiply(off, -1.0)))
-        return {"loss": (total, weight), "score": (x, weight), "mae": (ops.sum(ops.multiply(size, batch["row_weight"])), weight)}
+        return {"loss": (total, weight), "score": (x, weight),
+                "mae": (ops.sum(ops.multiply(size, batch["row_weight"])), weight)}
 
     def tally(self) -> Tally:
         is_binary = self.config.loss == "binary"

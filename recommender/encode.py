@@ -1,7 +1,7 @@
 """Columns of a table as numbers, in one pass: the label as 0 and 1, categories as codes, numbers as float64.
 
-A code is a category's place in the order in which its column's values first appear, or its hash where the column has buckets.
-Which codes a model knows is decided afterwards, when it is known which rows it trains on.
+A code is a category's place in the order in which its column's values first appear, or its hash where the column has
+buckets. Which codes a model knows is decided afterwards, when it is known which rows it trains on.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def hashed(value: str, buckets: int) -> int:
 def columns_of(num_numeric: int, num_categorical: int, is_grouped: bool) -> list[Column]:
     """What is written of every row."""
     wide = ((NUMERIC, "float64", num_numeric), (CATEGORICAL, "int32", num_categorical))
-    return [Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]), *([Column(GROUP, "int32")] if is_grouped else [])]
+    return [Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]),
+            *([Column(GROUP, "int32")] if is_grouped else [])]
 
 
 class Encoder:
@@ -71,9 +72,11 @@ class Encoder:
         """The columns to read and their types. UserError names one that is missing or of no use."""
         data = self.data
         schema = schema_of(data.format, file, self.dialect)
-        texts = {*data.categorical, data.group, *([data.label] if data.positive else []), *([data.split_column] if data.split == "column" else [])}
+        texts = {*data.categorical, data.group, *([data.label] if data.positive else []),
+                 *([data.split_column] if data.split == "column" else [])}
         out = {}
-        for name in dict.fromkeys((data.label, *data.categorical, *data.numeric, *filter(None, (data.split_column, data.group)))):
+        for name in dict.fromkeys((data.label, *data.categorical, *data.numeric,
+                                   *filter(None, (data.split_column, data.group)))):
             kind = field_of(f"data.{role(data, name)}", file.name, schema, name).type
             kind = kind.value_type if t.is_dictionary(kind) else kind
             number = t.is_boolean(kind) or t.is_integer(kind) or t.is_floating(kind) or t.is_decimal(kind)
@@ -84,7 +87,8 @@ class Encoder:
                                 f'{"category" if name in texts else "number"}; convert it or leave it out.')
             if data.format == "csv" and text and name in (data.label, data.split_column) and name not in texts:
                 remedy = "list them in data.negative and data.positive" if name == data.label else "write times as 2030-12-31 23:59:59, or as numbers"
-                raise UserError(f'data.{role(data, name)}: the column "{name}" of {file.name} holds texts; {remedy}, or mend the rows that are none.')
+                raise UserError(f'data.{role(data, name)}: the column "{name}" of {file.name} holds texts; {remedy}, '
+                                'or mend the rows that are none.')
             out[name] = TEXT if name in texts else kind if timed or t.is_boolean(kind) else pa.float64()
         if not self.rows_of:
             self.unused = [name for name in schema.names if name not in out]
@@ -110,7 +114,8 @@ class Encoder:
         if data.numeric:
             out[NUMERIC] = np.stack([self.numbers(column(name), name, where, row) for name in data.numeric], 1)
         if data.categorical:
-            out[CATEGORICAL] = np.stack([self.categories(column(name), name, where, row) for name in data.categorical], 1)
+            out[CATEGORICAL] = np.stack([self.categories(column(name), name, where, row) for name in data.categorical],
+                                        1)
         if data.group:
             refuse(column(data.group), data.group, where, row)
             out[GROUP] = self.groups.encode(column(data.group))
@@ -132,10 +137,11 @@ class Encoder:
             found = view(array, Column("", "float64"))
             wrong = np.flatnonzero(~np.isin(found, (0.0, 1.0)) if self.is_binary else ~np.isfinite(narrow(found)))
             unlisted = int(wrong[0]) if len(wrong) else None
-            remedy = ('it must be 0 or 1: mend the row, list what the column holds in data.negative and data.positive, or write '
-                      'model.loss = "squared"' if self.is_binary else f"it must be {FINITE}: mend the row")
+            remedy = ('it must be 0 or 1: mend the row, list what the column holds in data.negative and data.positive, '
+                      'or write model.loss = "squared"' if self.is_binary else f"it must be {FINITE}: mend the row")
         if unlisted is not None:
-            raise UserError(f'data.label: the column "{data.label}" of {where} holds {array[unlisted].as_py()!r} in row {row + unlisted} '
+            raise UserError(f'data.label: the column "{data.label}" of {where} holds {array[unlisted].as_py()!r} in '
+                            f'row {row + unlisted} '
                             f"(counted from 0); {remedy}.")
         return found.astype(np.float32)
 
@@ -147,7 +153,8 @@ class Encoder:
         out = np.sign(found) * np.log1p(np.abs(found)) if name in self.data.log else found
         endless = np.flatnonzero(np.isinf(narrow(out)) if self.data.nulls == "fill" else ~np.isfinite(narrow(out)))
         if len(endless):
-            raise UserError(f'data.numeric: the column "{name}" of {where} holds {found[endless[0]]} in row {row + int(endless[0])} '
+            raise UserError(f'data.numeric: the column "{name}" of {where} holds {found[endless[0]]} in row '
+                            f'{row + int(endless[0])} '
                             f"(counted from 0); it must be {FINITE}: mend the row or leave it out.")
         return out
 
@@ -172,7 +179,8 @@ class Encoder:
 
 
 def role(data: Any, name: str) -> str:
-    return next(key for key in ("label", "categorical", "numeric", "split_column", "group") if name == getattr(data, key) or
+    return next(key for key in ("label", "categorical", "numeric", "split_column", "group")
+                if name == getattr(data, key) or
                 (key in ("categorical", "numeric") and name in getattr(data, key)))
 
 
@@ -204,5 +212,5 @@ def refuse(array: pa.Array, name: str, where: str, row: int) -> None:
     """UserError where a value is missing."""
     place = first_null(array)
     if place is not None:
-        raise UserError(f'data.path: the column "{name}" of {where} has no value in row {row + place} (counted from 0); fill it in, leave the '
-                        'row out, or, if it is no label, write data.nulls = "fill".')
+        raise UserError(f'data.path: the column "{name}" of {where} has no value in row {row + place} (counted from '
+                        '0); fill it in, leave the row out, or, if it is no label, write data.nulls = "fill".')

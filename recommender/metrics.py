@@ -16,10 +16,12 @@ RANGE = 16.0  # of a score (a logit): what lies outside counts as the outermost 
 
 
 class Curve:
-    """AUC from counts of scores by label, and normalised entropy (He et al. 2014, section 3). An `elastic.model.backend.Tally`.
+    """AUC from counts of scores by label, and normalised entropy (He et al. 2014, section 3). An
+    `elastic.model.backend.Tally`.
 
-    Scores are rounded to bins of 2 * RANGE / BINS = 0.0005; pairs of a positive and a negative within one bin count one half, as ties
-    do. The result is within half the share of such pairs of the exact one: within 1e-6 on Adult's 16,281 test rows.
+    Scores are rounded to bins of 2 * RANGE / BINS = 0.0005; pairs of a positive and a negative within one bin count one
+    half, as ties do. The result is within half the share of such pairs of the exact one: within 1e-6 on Adult's 16,281
+    test rows.
     """
 
     def __init__(self) -> None:
@@ -27,12 +29,14 @@ class Curve:
 
     def add(self, batch: Mapping[str, np.ndarray], found: Mapping[str, tuple[Any, float]]) -> None:
         scores, real = found["score"][0], batch["row_weight"] > 0
-        scores = np.nan_to_num(scores, nan=0.0, posinf=RANGE, neginf=-RANGE)  # of a model that diverges, which the loss tells
+        # of a model that diverges, which the loss tells
+        scores = np.nan_to_num(scores, nan=0.0, posinf=RANGE, neginf=-RANGE)
         places = np.clip((scores / (2 * RANGE) + 0.5) * BINS, 0, BINS - 1).astype(np.int64)
         np.add.at(self.counts, places[real] + BINS * (batch["label"][real] > 0.5), 1.0)
 
     def figures(self, counts: np.ndarray, means: Mapping[str, float]) -> dict[str, float]:
-        return {"auc": area(counts[:BINS], counts[BINS:]), "normalized_entropy": normalized_entropy(means["loss"], means["base_rate"])}
+        return {"auc": area(counts[:BINS], counts[BINS:]),
+                "normalized_entropy": normalized_entropy(means["loss"], means["base_rate"])}
 
 
 class Errors:
@@ -49,9 +53,11 @@ class Errors:
 
 
 class Lists:
-    """Recall and NDCG of the `top` highest scores of every list, beside the figures of another tally. An `elastic.model.backend.Tally`.
+    """Recall and NDCG of the `top` highest scores of every list, beside the figures of another tally. An
+    `elastic.model.backend.Tally`.
 
-    What it counts is every row's score, label and list at the row's own place: exact, and as long as the evaluation set.
+    What it counts is every row's score, label and list at the row's own place: exact, and as long as the evaluation
+    set.
     """
 
     def __init__(self, other: Curve | Errors, num_rows: int, top: int, recalls: bool):
@@ -79,12 +85,14 @@ class Lists:
                 recalls.append(recall_at(self.top, found, wanted))
                 gains.append(ndcg_at(self.top, found, wanted))
         both = {f"recall_at_{self.top}": recalls, f"ndcg_at_{self.top}": gains}
-        ranked = {name: math.fsum(each) / max(len(each), 1) for name, each in both.items() if self.recalls or each is gains}
+        ranked = {name: math.fsum(each) / max(len(each), 1) for name, each in both.items() if self.recalls
+                  or each is gains}
         return {**ranked, **self.other.figures(counts[self.rows.size:], means)}
 
 
 def area(negatives: np.ndarray, positives: np.ndarray) -> float:
-    """The share of (positive, negative) pairs in the right order, ties one half, from counts by rising score. 0.5 without a pair."""
+    """The share of (positive, negative) pairs in the right order, ties one half, from counts by rising score. 0.5
+    without a pair."""
     pairs = float(negatives.sum()) * float(positives.sum())
     if not pairs:
         return 0.5
@@ -93,20 +101,23 @@ def area(negatives: np.ndarray, positives: np.ndarray) -> float:
 
 
 def normalized_entropy(loss: float, base_rate: float) -> float:
-    """Log-loss over that of always predicting the share of positives; below 1 is better than that. NaN-free: 1 where there is one class."""
+    """Log-loss over that of always predicting the share of positives; below 1 is better than that. NaN-free: 1 where
+    there is one class."""
     if not 0.0 < base_rate < 1.0:
         return 1.0
     return loss / -(base_rate * math.log(base_rate) + (1 - base_rate) * math.log(1 - base_rate))
 
 
 def recall_at(k: int, scores: np.ndarray, relevant: np.ndarray) -> float:
-    """Mean over lists with anything relevant of the share of it among the `k` highest scores. Both (lists, items); relevant 0 or 1."""
+    """Mean over lists with anything relevant of the share of it among the `k` highest scores. Both (lists, items);
+    relevant 0 or 1."""
     found, total = (placed(scores, np.arange(scores.shape[1]) < k) * (relevant > 0)).sum(1), (relevant > 0).sum(1)
     return float((found[total > 0] / total[total > 0]).mean()) if total.any() else 0.0
 
 
 def ndcg_at(k: int, scores: np.ndarray, gains: np.ndarray) -> float:
-    """Mean over lists with any gain of the discounted gain of the `k` highest scores, over the best possible (Jarvelin and Kekalainen 2002)."""
+    """Mean over lists with any gain of the discounted gain of the `k` highest scores, over the best possible (Jarvelin
+    and Kekalainen 2002)."""
     places = np.arange(scores.shape[1])
     weights = (places < k) / np.log2(places + 2)
     reached = (placed(scores, weights) * gains).sum(1)
@@ -115,8 +126,9 @@ def ndcg_at(k: int, scores: np.ndarray, gains: np.ndarray) -> float:
 
 
 def placed(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(lists, items): the weight of the place that each item takes by falling score. Equal scores share the mean of theirs (McSherry and
-    Najork 2008): else the order of the rows would tell, and many a table has what is relevant first."""
+    """(lists, items): the weight of the place that each item takes by falling score. Equal scores share the mean of
+    theirs (McSherry and Najork 2008): else the order of the rows would tell, and many a table has what is relevant
+    first."""
     out = np.empty(scores.shape)
     for own, row in zip(scores, out):
         _, group, sizes = np.unique(-own, return_inverse=True, return_counts=True)

@@ -27,7 +27,8 @@ GRACE_S = 15.0  # Ray ends its processes some seconds after the driver lets go
 GROWN_BYTES = 200 << 20  # by so much a process may grow before what tests have left is looked for
 
 
-FILES = {"tensorflow": ("tensorflow", "keras"), "mxnet": ("mxnet", "gluon")}  # a word in the name of a file of tests that imports one
+# a word in the name of a file of tests that imports one
+FILES = {"tensorflow": ("tensorflow", "keras"), "mxnet": ("mxnet", "gluon")}
 
 
 def owner_of(file: Path) -> str:
@@ -41,17 +42,21 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def home_of(item: pytest.Item) -> str:
-    """The framework in whose process a test runs: that of its file; of those that its marker or its parameters name, the last one; else torch."""
+    """The framework in whose process a test runs: that of its file; of those that its marker or its parameters name,
+    the last one; else torch."""
     if owner := owner_of(item.path):
         return owner
     marks = [name for mark in item.iter_markers("backends") for name in mark.args]
-    values = list(item.callspec.params.values()) if isinstance(item, pytest.Function) and hasattr(item, "callspec") else []
-    named = {*marks, *(word for value in values for word in (value if isinstance(value, tuple) else (value,)) if isinstance(word, str))}
+    values = list(item.callspec.params.values()) if isinstance(item,
+                                                               pytest.Function) and hasattr(item, "callspec") else []
+    named = {*marks, *(word for value in values for word in (value if isinstance(value, tuple) else (value,))
+                       if isinstance(word, str))}
     return next((name for name in reversed(FOLDERS) if name in named), "torch")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """ELASTIC_TEST_BACKENDS chooses: what belongs to a framework that it does not name runs in another process. NumPy's is torch's."""
+    """ELASTIC_TEST_BACKENDS chooses: what belongs to a framework that it does not name runs in another process. NumPy's
+    is torch's."""
     if not SELECTED:
         return
     chosen = {*SELECTED, *(["reference"] if "torch" in SELECTED else [])}
@@ -72,7 +77,8 @@ def _held() -> list[int]:
 
 @pytest.fixture(autouse=True)
 def lean(_held: list[int]) -> Iterator[None]:
-    """Runs on threads leave cycles with whole models in them, and glibc keeps what was freed: given back before it adds up to gigabytes."""
+    """Runs on threads leave cycles with whole models in them, and glibc keeps what was freed: given back before it adds
+    up to gigabytes."""
     yield
     if psutil is None or psutil.Process().memory_info().rss < _held[0] + GROWN_BYTES:
         return
@@ -101,7 +107,8 @@ def s3() -> Iterator[Server]:
 def plays(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small text that needs no download: made of a few words in an order that a model can learn."""
     file = tmp_path_factory.mktemp("plays") / "plays.txt"
-    file.write_text("".join(f"KING: to be or not to be, that is line {n % 10}.\n" for n in range(400)), encoding="utf-8")
+    file.write_text("".join(f"KING: to be or not to be, that is line {n % 10}.\n" for n in range(400)),
+                    encoding="utf-8")
     return file
 
 
@@ -122,7 +129,8 @@ def no_process_left() -> Iterator[None]:
     if ray is not None and getattr(ray, "is_initialized", bool)():
         ray.shutdown()
     end = time.monotonic() + GRACE_S
-    while (left := [child for child in _children() if child.pid not in before and not _harmless(child)]) and time.monotonic() < end:
+    while (left := [child for child in _children() if child.pid not in before
+                    and not _harmless(child)]) and time.monotonic() < end:
         psutil.wait_procs(left, timeout=0.2)
     assert not left, f"processes left behind: {[(child.pid, child.cmdline()[:4]) for child in left]}"
 

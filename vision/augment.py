@@ -18,7 +18,8 @@ def draws(seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
 
 
 def crop_and_flip(images: np.ndarray, words: np.ndarray, crop: int, flip: bool) -> np.ndarray:
-    """(rows, h, w, c) moved by up to `crop` pixels in each direction, black where nothing comes after, half of them mirrored."""
+    """(rows, h, w, c) moved by up to `crop` pixels in each direction, black where nothing comes after, half of them
+    mirrored."""
     rows, height, width, _ = images.shape
     around = (crop, crop)
     wide = np.pad(images, ((0, 0), around, around, (0, 0)))

@@ -26,7 +26,9 @@ from elastic.errors import RecipeError, UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 UNSIGNED_BYTES = 8  # the third byte of an IDX file
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, SyntaxError, struct.error)  # EXIF of any bytes
+# EXIF of any bytes
+UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError, SyntaxError,
+              struct.error)
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
 
 
@@ -48,12 +50,14 @@ class Sample:
 
 
 def sources(key: str, data: Any, paths: Sequence[str]) -> tuple[list[File], list[str]]:
-    """Every file that is read for the recipe's `[data]` at `paths`, those of labels too; and a line for each kind of file that is not."""
+    """Every file that is read for the recipe's `[data]` at `paths`, those of labels too; and a line for each kind of
+    file that is not."""
     files, left = look(key, paths)
     notes = told(key, left, HIDDEN)
     if data.format == "imagefolder":
         _, others, astray = by_class(files)
-        notes += [*told(key, others, "as no image by its name"), *told(key, astray, "as an image outside the classes' folders")]
+        notes += [*told(key, others, "as no image by its name"),
+                  *told(key, astray, "as an image outside the classes' folders")]
     return files + [labels_of(key, file) for file in image_files(key, files)] if data.format == "idx" else files, notes
 
 
@@ -70,8 +74,9 @@ def samples(key: str, data: Any, paths: Sequence[str]) -> Iterator[Sample]:
 
 
 def decode(content: bytes, where: str, size: int = 0, channels: int = 0) -> np.ndarray:
-    """uint8 (height, width, 1) of a grey image, else (height, width, 3), or what `channels` says; transparency is left out. With `size`, the
-    middle square scaled to that many pixels a side. Of 16 bits the upper 8 are kept. It is turned as its EXIF orientation says."""
+    """uint8 (height, width, 1) of a grey image, else (height, width, 3), or what `channels` says; transparency is left
+    out. With `size`, the middle square scaled to that many pixels a side. Of 16 bits the upper 8 are kept. It is turned
+    as its EXIF orientation says."""
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
@@ -111,8 +116,8 @@ def content_of(key: str, file: File) -> bytes:
 def image_files(key: str, files: Sequence[File]) -> list[File]:
     chosen = [file for file in files if "images" in PurePosixPath(file.where).name]
     if not chosen:
-        raise RecipeError(f'{key}: {files[0].name} is not named as a file of images is; give one as "train-images-idx3-ubyte.gz", with '
-                          'its labels beside it.')
+        raise RecipeError(f'{key}: {files[0].name} is not named as a file of images is; give one as '
+                          '"train-images-idx3-ubyte.gz", with its labels beside it.')
     return chosen
 
 
@@ -120,7 +125,8 @@ def idx_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
     for file in image_files(key, files):
         images, labels = read_idx(file, (3, 4)), read_idx(labels_of(key, file), (1,))
         if len(images) != len(labels):
-            raise UserError(f"{key}: {file.name} holds {len(images)} images and its labels {len(labels)}; restore both files.")
+            raise UserError(f"{key}: {file.name} holds {len(images)} images and its labels {len(labels)}; restore both "
+                            "files.")
         images = images.reshape(*images.shape[:3], math.prod(images.shape[3:]))
         for row, label in enumerate(labels.tolist()):
             yield Sample(f"row {row} of {file.name}", images[row], label)
@@ -140,11 +146,12 @@ def read_idx(file: File, ranks: tuple[int, ...]) -> np.ndarray:
     head = 4 + 4 * content[3] if len(content) > 3 else 4
     if content[:3] != bytes([0, 0, UNSIGNED_BYTES]) or content[3] not in ranks or len(content) < head:
         dims = " or ".join(map(str, ranks))
-        raise UserError(f"data.path: {file.name} is no IDX file of unsigned bytes with {dims} dims (it begins with {content[:4].hex(' ')}); "
-                        "give one of the MNIST family.")
+        raise UserError(f"data.path: {file.name} is no IDX file of unsigned bytes with {dims} dims (it begins with "
+                        f"{content[:4].hex(' ')}); give one of the MNIST family.")
     shape = np.frombuffer(content, ">u4", content[3], 4).astype(np.int64)
     if len(content) - head != shape.prod():
-        raise UserError(f"data.path: {file.name} holds {len(content) - head} bytes of values where its header tells of {shape.prod()}; restore it.")
+        raise UserError(f"data.path: {file.name} holds {len(content) - head} bytes of values where its header tells of "
+                        f"{shape.prod()}; restore it.")
     return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
 
 
@@ -152,12 +159,14 @@ def read_idx(file: File, ranks: tuple[int, ...]) -> np.ndarray:
 
 
 def by_class(files: Sequence[File]) -> tuple[list[tuple[File, str]], list[str], list[str]]:
-    """Every image with its class, the folder directly below data.path (or, where the recipe names class folders or files, that in which it
-    lies); the files left out that are no images by their names; and those left out as images outside the classes' folders."""
+    """Every image with its class, the folder directly below data.path (or, where the recipe names class folders or
+    files, that in which it lies); the files left out that are no images by their names; and those left out as images
+    outside the classes' folders."""
     chosen = [file for file in files if file.path.suffix.lower() in SUFFIXES]
     roots = {root_of(file) for file in chosen if "/" in file.below}
     fits = [not file.below or "/" in file.below or root_of(file) not in roots for file in chosen]
-    images = [(file, file.below.partition("/")[0] if "/" in file.below else file.path.parent.name) for file in compress(chosen, fits)]
+    images = [(file, file.below.partition("/")[0] if "/" in file.below else file.path.parent.name)
+              for file in compress(chosen, fits)]
     others = [file.name for file in files if file.path.suffix.lower() not in SUFFIXES]
     return images, others, [file.name for file, fit in zip(chosen, fits) if not fit]
 
@@ -169,7 +178,8 @@ def root_of(file: File) -> str:
 def folder_samples(key: str, files: Sequence[File]) -> Iterator[Sample]:
     images, _, _ = by_class(files)
     if not images:
-        raise RecipeError(f"{key} holds no image ({', '.join(SUFFIXES)}); give a folder with one folder for each class.")
+        raise RecipeError(f"{key} holds no image ({', '.join(SUFFIXES)}); give a folder with one folder for each "
+                          "class.")
     for file, label in images:
         yield Sample(file.name, content_of(key, file), label)
 
@@ -184,7 +194,8 @@ def table_samples(data: Any, file: File) -> Iterator[Sample]:
     kind = schema.field(data.image).type
     inner = kind.field("bytes").type if t.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if not (t.is_binary(inner) or t.is_large_binary(inner)):
-        raise UserError(f'data.image: the column "{data.image}" of {file.name} is {kind}, which holds no bytes; name one with encoded images.')
+        raise UserError(f'data.image: the column "{data.image}" of {file.name} is {kind}, which holds no bytes; name '
+                        'one with encoded images.')
     row = 0
     for batch in batches(data.format, file, {name: schema.field(name).type for name in (data.image, data.label)}):
         for image, label in zip(batch.column(data.image), batch.column(data.label).to_pylist()):
@@ -192,6 +203,7 @@ def table_samples(data: Any, file: File) -> Iterator[Sample]:
             content = image.as_py()
             content = content["bytes"] if isinstance(content, dict) else content
             if not isinstance(label, (int, str)):
-                raise UserError(f'data.label: the column "{data.label}" has {label!r} in {where}; it must hold whole numbers or texts.')
+                raise UserError(f'data.label: the column "{data.label}" has {label!r} in {where}; it must hold whole '
+                                'numbers or texts.')
             yield Sample(where, content or b"", label)
             row += 1

@@ -1,10 +1,11 @@
 """Residual networks (He et al. 2016), with batch or group norm, for large images and for small ones.
 
-The model is a neutral function of named arrays; a framework enters through `ops`. A batch has "image" (rows, height, width,
-channels), normalised, "label" (rows,) and "row_weight" (rows,), 0 for filler rows; see `vision.metrics`.
+The model is a neutral function of named arrays; a framework enters through `ops`. A batch has "image" (rows, height,
+width, channels), normalised, "label" (rows,) and "row_weight" (rows,), 0 for filler rows; see `vision.metrics`.
 
-Batch norm's means and variances are buffers: each logical shard normalises by its own rows, and the platform moves the running
-ones by the mean of what the shards moved them, weighted by their rows. Filler rows of a run's last batch count in a shard's own.
+Batch norm's means and variances are buffers: each logical shard normalises by its own rows, and the platform moves the
+running ones by the mean of what the shards moved them, weighted by their rows. Filler rows of a run's last batch count
+in a shard's own.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ EXPANSION = 4  # a bottleneck's outer channels for each inner one
 
 @dataclass(frozen=True)
 class Config:
-    """The keys of `[model]`. `blocks` are the residual blocks of each stage: [2, 2, 2, 2] is ResNet-18, [3, 4, 6, 3] ResNet-34, and
-    with `bottleneck` ResNet-50.
+    """The keys of `[model]`. `blocks` are the residual blocks of each stage: [2, 2, 2, 2] is ResNet-18, [3, 4, 6, 3]
+    ResNet-34, and with `bottleneck` ResNet-50.
 
-    `width` is the channels of the first stage; each further one halves the image and doubles them. The "large" stem, 7 x 7 and
-    pooled, quarters the image first; the "small" one, 3 x 3, does not. `momentum` is how much of a batch goes into batch
-    norm's running statistics, `groups` the groups of group norm. `bias_init` "mean" starts the logits' bias at the logarithms of the classes'
-    shares of the training images.
+    `width` is the channels of the first stage; each further one halves the image and doubles them. The "large" stem, 7
+    x 7 and pooled, quarters the image first; the "small" one, 3 x 3, does not. `momentum` is how much of a batch goes
+    into batch norm's running statistics, `groups` the groups of group norm. `bias_init` "mean" starts the logits' bias
+    at the logarithms of the classes' shares of the training images.
     """
 
     blocks: tuple[int, ...] = (2, 2, 2, 2)
@@ -46,7 +47,8 @@ class Config:
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, (list, tuple)) or not self.blocks or not all(map(checks.is_whole, self.blocks)):
-            raise RecipeError(f"model.blocks = {self.blocks!r} must be a list of whole numbers of at least 1, one a stage, as [2, 2, 2, 2].")
+            raise RecipeError(f"model.blocks = {self.blocks!r} must be a list of whole numbers of at least 1, one a "
+                              "stage, as [2, 2, 2, 2].")
         object.__setattr__(self, "blocks", tuple(self.blocks))
         checks.whole(self, "width", "groups")
         checks.one_of(self, "bias_init", BIASES)
@@ -75,12 +77,15 @@ class Conv:
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> ResNet:
-    """The model for a recipe's `[model]` keys and the data's facts ("shape", "num_classes"). RecipeError names a bad key."""
-    return ResNet(checks.read("vision.resnet", Config, config), tuple(info["shape"]), int(info["num_classes"]), info.get("class_counts", ()))
+    """The model for a recipe's `[model]` keys and the data's facts ("shape", "num_classes"). RecipeError names a bad
+    key."""
+    return ResNet(checks.read("vision.resnet", Config, config), tuple(info["shape"]), int(info["num_classes"]),
+                  info.get("class_counts", ()))
 
 
 def blocks_of(config: Config) -> list[tuple[list[Conv], Conv | None]]:
-    """Of each residual block its convolutions, and what its input passes through to be added to its output, where their shapes differ.
+    """Of each residual block its convolutions, and what its input passes through to be added to its output, where their
+    shapes differ.
 
     A bottleneck shrinks the image in its 3 x 3 convolution (Goyal et al. 2017, section 5.1).
     """
@@ -102,17 +107,21 @@ def blocks_of(config: Config) -> list[tuple[list[Conv], Conv | None]]:
 
 
 def stem_of(config: Config, channels: int) -> Conv:
-    return Conv("stem", 7, channels, config.width, 2) if config.stem == "large" else Conv("stem", 3, channels, config.width)
+    return Conv("stem", 7, channels, config.width,
+                2) if config.stem == "large" else Conv("stem", 3, channels, config.width)
 
 
-def specs(config: Config, channels: int, num_classes: int, counts: Sequence[int] = ()) -> tuple[dict[str, Spec], dict[str, Spec]]:
-    """Parameters and buffers by name. A block starts as the identity: its last norm's weight is 0 (Goyal et al. 2017, section 5.1)."""
+def specs(config: Config, channels: int, num_classes: int,
+          counts: Sequence[int] = ()) -> tuple[dict[str, Spec], dict[str, Spec]]:
+    """Parameters and buffers by name. A block starts as the identity: its last norm's weight is 0 (Goyal et al. 2017,
+    section 5.1)."""
     params: dict[str, Spec] = {}
     buffers: dict[str, Spec] = {}
 
     def add(conv: Conv, gain: str = "ones") -> None:
         weight, scale, shift = conv.names
-        params[weight] = Spec((conv.kernel, conv.kernel, conv.num_in, conv.num_out), ("kernel_h", "kernel_w", "channels_in", "channels"),
+        params[weight] = Spec((conv.kernel, conv.kernel, conv.num_in, conv.num_out),
+                              ("kernel_h", "kernel_w", "channels_in", "channels"),
                               "normal", math.sqrt(2.0 / (conv.kernel ** 2 * conv.num_out)))
         params[scale] = Spec((conv.num_out,), ("channels",), gain)
         params[shift] = Spec((conv.num_out,), ("channels",), "zeros")
@@ -161,11 +170,14 @@ class ResNet:
             x = ops.conv2d(x, params[weight], stride=conv.stride, padding=conv.kernel // 2)
             if config.norm == "group":
                 return ops.group_norm(x, config.groups, params[scale], params[shift])
-            if training and math.prod(x.shape[:-1]) == 1:  # the variance of one value: NaN in some frameworks, an error in others
-                raise UserError(f'model.norm = "batch" needs several values of each channel, and "{conv.name}" gets one, of one row a logical shard '
-                                'with 1 x 1 pixels; write model.norm = "group", fewer elastic.logical_shards or a larger data.batch_size.')
+            # the variance of one value: NaN in some frameworks, an error in others
+            if training and math.prod(x.shape[:-1]) == 1:
+                raise UserError(f'model.norm = "batch" needs several values of each channel, and "{conv.name}" gets '
+                                'one, of one row a logical shard with 1 x 1 pixels; write model.norm = "group", fewer '
+                                'elastic.logical_shards or a larger data.batch_size.')
             mean, var = f"{conv.name}.norm.mean", f"{conv.name}.norm.var"
-            y, new[mean], new[var] = ops.batch_norm(x, params[scale], params[shift], state[mean], state[var], training, config.momentum)
+            y, new[mean], new[var] = ops.batch_norm(x, params[scale], params[shift], state[mean], state[var], training,
+                                                    config.momentum)
             return y
 
         x = ops.relu(pass_through(stem_of(config, self.shape[-1]), x))

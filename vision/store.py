@@ -22,7 +22,8 @@ MOST_CLASSES = 1 << 20
 
 
 class Classes:
-    """Numbers labels. While the training set is read, by first appearance; once it is `close`d, for good, and no class is added."""
+    """Numbers labels. While the training set is read, by first appearance; once it is `close`d, for good, and no class
+    is added."""
 
     def __init__(self) -> None:
         self.numbers: dict[Label, int] = {}
@@ -35,14 +36,16 @@ class Classes:
             raise UserError(f"{where} is of class {label}; the classes are counted from 0.")
         first = next(iter(self.numbers), label)
         if isinstance(label, str) != isinstance(first, str):
-            raise UserError(f"{where} is of class {label!r} and others are of class {first!r}; write all labels as whole numbers or all as texts.")
+            raise UserError(f"{where} is of class {label!r} and others are of class {first!r}; write all labels as "
+                            "whole numbers or all as texts.")
         if not self.count:
             return self.numbers.setdefault(label, len(self.numbers))
         if isinstance(label, int) and label < self.count:
             return label
         if label not in self.numbers:
             known = ", ".join(self.names[:12]) if self.names else f"0 to {self.count - 1}"
-            raise UserError(f"{where} is of class {label!r}, which is none of those to train on ({known}); mend the label or leave it out.")
+            raise UserError(f"{where} is of class {label!r}, which is none of those to train on ({known}); mend the "
+                            "label or leave it out.")
         return self.numbers[label]
 
     def close(self) -> np.ndarray:
@@ -52,8 +55,9 @@ class Classes:
         final = [label if isinstance(label, int) else self.names.index(label) for label in found]
         self.count = max(final, default=-1) + 1
         if self.count > MOST_CLASSES:
-            raise UserError(f"The largest class is {self.count - 1}, of {len(found)} different ones, and classes are counted from 0, at most "
-                            f"{MOST_CLASSES} of them; number them anew, or write them as texts.")
+            raise UserError(f"The largest class is {self.count - 1}, of {len(found)} different ones, and classes are "
+                            f"counted from 0, at most {MOST_CLASSES} of them; number them anew, or write them as "
+                            "texts.")
         self.numbers = dict(zip(found, final))
         return np.array(final, np.int64)
 
@@ -68,10 +72,13 @@ class Written:
     digest: str
 
 
-def write(key: str, data: Any, paths: Sequence[str], prefix: Path, classes: Classes, shape: tuple[int, ...] | None) -> Written:
-    """Reads and decodes all images at `paths`; they have `shape`, or the first one's. Ends the training set of `classes`.
+def write(key: str, data: Any, paths: Sequence[str], prefix: Path, classes: Classes, shape: tuple[int, ...]
+          | None) -> Written:
+    """Reads and decodes all images at `paths`; they have `shape`, or the first one's. Ends the training set of
+    `classes`.
 
-    UserError names the file and row of an image that is damaged or of another size, unless the recipe says that such are skipped.
+    UserError names the file and row of an image that is damaged or of another size, unless the recipe says that such
+    are skipped.
     """
     target, labels, skipped, digest = path_of(prefix, "pixels"), list[int](), 0, hashlib.sha256()
     try:
@@ -84,8 +91,9 @@ def write(key: str, data: Any, paths: Sequence[str], prefix: Path, classes: Clas
                         raise BadImage(f"{sample.where} is {sized(pixels.shape)} and the first image {sized(shape)}")
                 except BadImage as error:
                     if not data.skip_bad:
-                        raise UserError(f"{key}: {error}; mend it, leave it out, or skip all such images by data.skip_bad = true "
-                                        "(data.image_size brings all to one size, data.channels all to grey or to colour).") from error
+                        raise UserError(f"{key}: {error}; mend it, leave it out, or skip all such images by "
+                                        "data.skip_bad = true (data.image_size brings all to one size, data.channels "
+                                        "all to grey or to colour).") from error
                     skipped += 1
                     continue
                 labels.append(classes.number(sample.label, sample.where))
@@ -120,12 +128,14 @@ class Store:
             self.pixels = np.memmap(path_of(prefix, "pixels"), np.uint8, "r", shape=(len(self.labels), *shape))
             whole = path_of(prefix, "pixels").stat().st_size == self.pixels.nbytes
         except (OSError, ValueError) as error:
-            raise UserError(f"The image files {prefix}.* cannot be read ({error}); delete their folder, it is made again.") from error
+            raise UserError(f"The image files {prefix}.* cannot be read ({error}); delete their folder, it is made "
+                            "again.") from error
         if not whole:
             raise UserError(f"The image files {prefix}.* do not fit together; delete their folder, it is made again.")
 
     def moments(self, rows: np.ndarray) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel's pixels, 0 to 1; from sums of whole numbers, so that no order shows."""
+        """Mean and standard deviation of each channel's pixels, 0 to 1; from sums of whole numbers, so that no order
+        shows."""
         channels = self.pixels.shape[-1]
         total, square, count = np.zeros(channels, np.int64), np.zeros(channels, np.int64), 0
         for low in range(0, len(rows), CHUNK):

@@ -21,8 +21,9 @@ Array = Any
 
 @dataclass(frozen=True)
 class Config:
-    """The keys of `[model]`. `patch` is the side of a patch in pixels, `mlp` the hidden width in multiples of `width`. `recompute`
-    keeps what comes between layers alone and computes the rest again for the gradient (Chen et al. 2016). `bias_init` as `vision.resnet` has it.
+    """The keys of `[model]`. `patch` is the side of a patch in pixels, `mlp` the hidden width in multiples of `width`.
+    `recompute` keeps what comes between layers alone and computes the rest again for the gradient (Chen et al. 2016).
+    `bias_init` as `vision.resnet` has it.
     """
 
     layers: int = 6
@@ -44,7 +45,8 @@ class Config:
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> ViT:
-    """The model for a recipe's `[model]` keys and the data's facts ("shape", "num_classes"). RecipeError names a bad key."""
+    """The model for a recipe's `[model]` keys and the data's facts ("shape", "num_classes"). RecipeError names a bad
+    key."""
     read, (height, width, channels) = checks.read("vision.vit", Config, config), info["shape"]
     if height % read.patch or width % read.patch:
         raise RecipeError(f"model.patch = {read.patch} must divide the images' height {height} and width {width}.")
@@ -52,8 +54,8 @@ def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> ViT:
 
 
 def specs(config: Config, shape: tuple[int, ...], num_classes: int, counts: Sequence[int] = ()) -> dict[str, Spec]:
-    """Every parameter by name. A projection starts with the variance 1 / its inputs, whatever the width (a deviation of 0.02 learns small
-    models slowly); one back into the residual stream smaller, by 1/sqrt(2 layers).
+    """Every parameter by name. A projection starts with the variance 1 / its inputs, whatever the width (a deviation of
+    0.02 learns small models slowly); one back into the residual stream smaller, by 1/sqrt(2 layers).
     """
     width, patch, (height, wide, channels) = config.width, config.patch, shape
     scale, residual, out = 1.0 / math.sqrt(width), 1.0 / math.sqrt(2 * config.layers), Specs()
@@ -72,7 +74,8 @@ def specs(config: Config, shape: tuple[int, ...], num_classes: int, counts: Sequ
 
 
 class ViT(Chained):
-    """The model behind `elastic.model.backend.Chain`. What travels between its pieces is (rows, places, d_model), at the end logits."""
+    """The model behind `elastic.model.backend.Chain`. What travels between its pieces is (rows, places, d_model), at
+    the end logits."""
 
     layout = {"heads": "tensor", "d_ff": "tensor"}
     reads = {"embed": ("patch.", "position"), "head": ("ln_f.", "head.")}
@@ -82,7 +85,8 @@ class ViT(Chained):
         self.parameters = specs(config, shape, num_classes, counts)
         self.pieces = ("embed", *(f"h{i}" for i in range(config.layers)), "head")
 
-    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array],
+            seed: int | None) -> Array:
         layers = Layers(ops, False, self.config.dropout, seed)
         if piece == "embed":
             images = batch["image"]
@@ -90,7 +94,8 @@ class ViT(Chained):
             x = ops.reshape(patches, (images.shape[0], -1, self.config.width))
             return layers.drop(ops.add(x, params["position"]), "embedding")
         if piece == "head":
-            return ops.contract("bd,dk->bk", ops.mean(layers.norm(params, "ln_f", x), (1,)), params["head.weight"], params["head.bias"])
+            return ops.contract("bd,dk->bk", ops.mean(layers.norm(params, "ln_f", x), (1,)), params["head.weight"],
+                                params["head.bias"])
         return one_layer(ops, layers.pre, params, piece, x, self.config.recompute and seed is not None)
 
     def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:

@@ -17,7 +17,8 @@ def as_array(buffer: np.ndarray) -> Any:
 
 
 class Lent:
-    """An MXNet array as NumPy takes it without a copy. It must be in C order, as gradients are; MXNet refuses others."""
+    """An MXNet array as NumPy takes it without a copy. It must be in C order, as gradients are; MXNet refuses others.
+    """
 
     def __init__(self, array: Any):
         self._array = array
@@ -76,4 +77,5 @@ def flattened(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
 
 def paired(values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The reverse of `flattened`."""
-    return {name.removesuffix("/0"): (total, values[name.removesuffix("0") + "1"]) for name, total in values.items() if name.endswith("/0")}
+    return {name.removesuffix("/0"): (total, values[name.removesuffix("0") + "1"]) for name, total in values.items()
+            if name.endswith("/0")}

@@ -1,7 +1,7 @@
 """`elastic.model.backend.Backend` on MXNet: parameters are arrays over the platform's flat buffers, without a copy.
 
-Kernels run in the calling thread (see `backends.mxnet`) and share scratch memory across threads, so one thread computes at a time
-in a process; workers that are processes never wait for one another.
+Kernels run in the calling thread (see `backends.mxnet`) and share scratch memory across threads, so one thread computes
+at a time in a process; workers that are processes never wait for one another.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class MXNet(Door):
     seeded = staticmethod(seeded)
 
     def create(self, model: Model | Any, settings: Any) -> MXNetBackend:
-        """`settings` has device ("cpu", "auto"), precision ("float32", "float64" for tests), threads and compile. UserError."""
+        """`settings` has device ("cpu", "auto"), precision ("float32", "float64" for tests), threads and compile.
+        UserError."""
         warn_if_late()
         return MXNetBackend(self.adapt(model), settings)
 
@@ -48,7 +49,8 @@ class MXNet(Door):
 
     def collate(self, items: Sequence[Any]) -> Any:
         """MXNet's own arrays may be among them."""
-        return stacked(items, KINDS, as_array=lambda item: taken_out(item) if isinstance(item, mx.nd.NDArray) else np.asarray(item))
+        return stacked(items, KINDS, as_array=lambda item: taken_out(item) if isinstance(item, mx.nd.NDArray)
+                       else np.asarray(item))
 
 
 framework = MXNet()
@@ -61,7 +63,8 @@ def taken_out(array: Any) -> np.ndarray:
 
 @dataclass
 class Pass:
-    """What a micro-batch's backward pass needs. `gradients` are those of the parameters, by name, between its two halves."""
+    """What a micro-batch's backward pass needs. `gradients` are those of the parameters, by name, between its two
+    halves."""
 
     result: Any
     inputs: Any
@@ -80,7 +83,8 @@ class MXNetBackend(HostBackend):
         self._way = int(settings.threads), self._own is None or self._own.numpy  # how `computing` is entered
         self._leaves: dict[str, Any] = {}
         self._moved: tuple[str, ...] = ()
-        self._multiplied: list[tuple[int, int, tuple[float, float]]] = []  # address, elements, and what rate and decay are multiplied by
+        # address, elements, and what rate and decay are multiplied by
+        self._multiplied: list[tuple[int, int, tuple[float, float]]] = []
         self._trainable: set[str] = set()
         self._graphs: dict[Any, Callable[..., dict[str, Any]]] = {}
         self._blocks = Blocks(blocks_of)
@@ -126,21 +130,25 @@ class MXNetBackend(HostBackend):
         return Habits(moved=self._moved)
 
     def _find_moved(self, batch: Batch, into: Mapping[str, Buffer]) -> None:
-        """Which frozen parameters the loss writes to; they are as before afterwards, and it gets copies from now on. UserError for others."""
+        """Which frozen parameters the loss writes to; they are as before afterwards, and it gets copies from now on.
+        UserError for others."""
         assert self._own is not None
         self._moved = ()
         before = {name: leaf.asnumpy() for name, leaf in self._leaves.items()}
         self.gradients(batch, 0, into)
-        written = [name for name, value in before.items() if not np.array_equal(value, self._leaves[name].asnumpy(), equal_nan=True)]
+        written = [name for name, value in before.items()
+                   if not np.array_equal(value, self._leaves[name].asnumpy(), equal_nan=True)]
         for name in written:
             self._leaves[name][:] = before[name]
             if name in into:
-                raise UserError(f"model.kind: {self._own.kind} writes to its parameter {name} in its loss, and the optimizer writes to "
+                raise UserError(f"model.kind: {self._own.kind} writes to its parameter {name} in its loss, and the "
+                                "optimizer writes to "
                                 'it too; give it grad_req = "null", or leave it to the optimizer.')
         self._moved = tuple(written)
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[float, float]]:
-        # in predict mode the kernels of some layers rearrange their weights in place, here in the platform's own buffers
+        # in predict mode the kernels of some layers rearrange their weights in place, here in the platform's own
+        # buffers
         with computing(*self._way), _autograd.train_mode():  # a user's block switches back, on copies
             return self._told(self._measured(self._device_state(), self._columns(batch)))
 
@@ -151,9 +159,11 @@ class MXNetBackend(HostBackend):
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         with computing(*self._way):
             for low, high, rates in self._ranges(param):
-                own = rule if rates is None else replace(rule, lr=rule.lr * rates[0], weight_decay=rule.weight_decay * rates[1])
+                own = rule if rates is None else replace(rule, lr=rule.lr * rates[0],
+                                                         weight_decay=rule.weight_decay * rates[1])
                 kept = {name: self._blocks(slot[low:high], block) for name, slot in slots.items()}
-                for i, (values, slope) in enumerate(zip(self._blocks(param[low:high], block), blocks_of(grad[low:high], block))):
+                for i, (values, slope) in enumerate(zip(self._blocks(param[low:high], block),
+                                                        blocks_of(grad[low:high], block))):
                     optimizer.apply(own, values, slope, {name: blocks[i] for name, blocks in kept.items()})
 
     def _ranges(self, param: Buffer) -> Iterator[tuple[int, int, tuple[float, float] | None]]:
@@ -173,7 +183,8 @@ class MXNetBackend(HostBackend):
     def connect(self, axes: Mapping[str, Any]) -> None:
         self._ops.axes = dict(axes)
 
-    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
+    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch,
+                seed: int
                 ) -> Buffer | ShardResult:
         with computing(*self._way):
             self._aim(self._leaves)  # frozen ones too: it is told only in `backward` what learns
@@ -184,7 +195,8 @@ class MXNetBackend(HostBackend):
             with _autograd.record():
                 found = self._made_by(pieces, entering, columns, seed)
             self._kept[key] = Pass(found.get("loss", found.get("out")), entering.get("inputs"), self._leaves)
-            return ShardResult(number(found["loss"]), number(found["weight"]), {}) if "loss" in found else flat(found["out"])
+            return ShardResult(number(found["loss"]), number(found["weight"]),
+                               {}) if "loss" in found else flat(found["out"])
 
     def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
         with computing(*self._way):
@@ -227,7 +239,8 @@ class MXNetBackend(HostBackend):
             return {"loss": loss, "weight": weight, **{f"new/{name}": value for name, value in new.items()}}
 
         found = self._graph(results, frozenset(self._trainable), state, columns, seed)
-        return found["loss"], found["weight"], {name: found[f"new/{name}"] for name in self._state if f"new/{name}" in found}
+        return found["loss"], found["weight"], {name: found[f"new/{name}"] for name in self._state
+                                                if f"new/{name}" in found}
 
     def _measured(self, state: Mapping[str, Any], columns: Any) -> Mapping[str, tuple[Any, Any]]:
         if self._own is not None:
@@ -246,9 +259,12 @@ class MXNetBackend(HostBackend):
     def _entering(self, inputs: Buffer | None, shape: Sequence[int]) -> dict[str, Any]:
         return {} if inputs is None else {"inputs": as_array(inputs.reshape(tuple(shape))).as_np_ndarray()}
 
-    def _made_by(self, pieces: Sequence[str], entering: Mapping[str, Any], columns: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
-        """What pieces of the model make, as "out"; or the loss, or for evaluation (`seed` None) the metrics, where they end it."""
-        def results(ops: Any, params: Mapping[str, Any], entering: Mapping[str, Any], batch: Mapping[str, Any], handed: Any) -> dict[str, Any]:
+    def _made_by(self, pieces: Sequence[str], entering: Mapping[str, Any], columns: Mapping[str, Any], seed: int
+                 | None) -> dict[str, Any]:
+        """What pieces of the model make, as "out"; or the loss, or for evaluation (`seed` None) the metrics, where they
+        end it."""
+        def results(ops: Any, params: Mapping[str, Any], entering: Mapping[str, Any], batch: Mapping[str, Any],
+                    handed: Any) -> dict[str, Any]:
             x = self._through(ops, params, pieces, entering.get("inputs"), batch, None if seed is None else handed)
             if not self._ends(pieces):
                 return {"out": x}
@@ -264,9 +280,11 @@ class MXNetBackend(HostBackend):
         self._differentiated(done.result, slope)
         return None if done.inputs is None else flat(done.inputs.grad)
 
-    def _graph(self, function: Callable[..., dict[str, Any]], what: Any, state: Mapping[str, Any], columns: Mapping[str, Any],
+    def _graph(self, function: Callable[..., dict[str, Any]], what: Any, state: Mapping[str, Any],
+               columns: Mapping[str, Any],
                seed: int) -> dict[str, Any]:
-        """Results of the graph that is recorded for these shapes, or of one kernel after the other where a model cannot be recorded."""
+        """Results of the graph that is recorded for these shapes, or of one kernel after the other where a model cannot
+        be recorded."""
         key = key_of(what, self._ops, state, columns)
         if key not in self._graphs:
             try:
@@ -296,7 +314,8 @@ class MXNetBackend(HostBackend):
         self._trainable = set(into)
         self._ops.apart = len(into) < len(self.parameters)
         self._leaves = {name: leaf.detach() for name, leaf in self._leaves.items()}
-        # a user's layer of which a weight alone is frozen: MXNet's dense and convolution kernels leave out the bias's gradient with it
+        # a user's layer of which a weight alone is frozen: MXNet's dense and convolution kernels leave out the bias's
+        # gradient with it
         layers = {name.rpartition(".")[0] for name in into} if self._own else set()
         for name, leaf in self._leaves.items():
             if name in into or name.rpartition(".")[0] in layers:
@@ -304,7 +323,9 @@ class MXNetBackend(HostBackend):
 
     def _device_state(self) -> dict[str, Any]:
         """Copies, because a step may be redone."""
-        return {name: self._own.array(value, is_exact=True) if self._own else to_array(value, self._dtype) for name, value in self._state.items()}
+        return {name: self._own.array(value, is_exact=True) if self._own else to_array(value, self._dtype)
+                for name, value in self._state.items()}
 
     def _columns(self, batch: Any) -> Any:
-        return mapped(batch, self._own.array) if self._own else {name: to_array(column, self._dtype) for name, column in batch.items()}
+        return mapped(batch, self._own.array) if self._own else {name: to_array(column, self._dtype)
+                                                                 for name, column in batch.items()}

@@ -1,6 +1,7 @@
 """What passes between workers inside a model: collectives as kernels, with what their gradients do on the way back.
 
-The data goes through NumPy, copied both ways: kernels keep arrays in orders of their own, and bits depend on where operands lie.
+The data goes through NumPy, copied both ways: kernels keep arrays in orders of their own, and bits depend on where
+operands lie.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Move = Callable[[Any, np.ndarray, int], np.ndarray]  # over an axis, of a dim of
 class AcrossOps(neutral.Kernels):
     """The kernels between workers; a recorder overrides `across` alone."""
 
-    lost: BaseException | None = None  # what went wrong on a way back, where MXNet's own code stands between it and the caller
+    # what went wrong on a way back, where MXNet's own code stands between it and the caller
+    lost: BaseException | None = None
 
     def across(self, kind: str, x: Array, dim: str, length: int) -> Array:
         if kind == "peak":  # the maximum, which has no gradient
@@ -54,8 +56,8 @@ class AcrossOps(neutral.Kernels):
 class Guarded(mx.autograd.Function):
     """A function of arrays whose way back raises nothing: MXNet would print it, and leave its own state as it is.
 
-    `raise_lost` does it afterwards; what is left of the pass goes on with zeros, which costs little beside a new generation. `slopes` gives
-    the gradients of the arguments from that of what `forward` gave.
+    `raise_lost` does it afterwards; what is left of the pass goes on with zeros, which costs little beside a new
+    generation. `slopes` gives the gradients of the arguments from that of what `forward` gave.
     """
 
     slopes: Callable[[Array], tuple[Array, ...]]
@@ -75,7 +77,8 @@ class Guarded(mx.autograd.Function):
                 found = self.slopes(slope.as_np_ndarray())
         except BaseException as error:  # noqa: BLE001  (raised again by `raise_lost`)
             self.ops.lost = error
-        return tuple(array.as_nd_ndarray() for array in found or [mx.np.zeros(shape, dtype=dtype) for shape, dtype in self.given])
+        return tuple(array.as_nd_ndarray() for array in found
+                     or [mx.np.zeros(shape, dtype=dtype) for shape, dtype in self.given])
 
 
 class Across(Guarded):

@@ -33,8 +33,8 @@ def kernel(path: str) -> Callable[..., Array]:
 
 
 class MXNetOps(AcrossOps, ChoiceOps):
-    """Kernels on the CPU. `dtype` is what constants of floating point become; `apart`: biases are added by a kernel of their own, for the
-    product's gives them no gradient where its weight wants none.
+    """Kernels on the CPU. `dtype` is what constants of floating point become; `apart`: biases are added by a kernel of
+    their own, for the product's gives them no gradient where its weight wants none.
     """
 
     name = "mxnet"
@@ -90,7 +90,8 @@ class MXNetOps(AcrossOps, ChoiceOps):
         return self._reshaped(found, (*indices.shape, *rest))
 
     def local(self, indices: Array, start: int, count: int) -> tuple[Array, Array]:
-        """Indices of a whole dim as those of the part that begins at `start`, and which of them lie in it: 1 or 0. Others are any index of it."""
+        """Indices of a whole dim as those of the part that begins at `start`, and which of them lie in it: 1 or 0.
+        Others are any index of it."""
         moved = self.np.subtract(indices, start)
         within = self.np.clip(moved, 0, count - 1)
         return within, self.np.multiply(self.np.equal(within, moved), self.constant(1.0))
@@ -128,7 +129,8 @@ class MXNetOps(AcrossOps, ChoiceOps):
         # the constant in the slope of the library's erf is a float32: the true slope enters by a term whose value is 0
         v = self.stopped(x)
         below = self.np.multiply(self.np.add(self.npx.erf(self.np.multiply(v, math.sqrt(0.5))), 1.0), 0.5)
-        density = self.np.multiply(self.np.exp(self.np.multiply(self.np.multiply(v, v), -0.5)), 1 / math.sqrt(2 * math.pi))
+        density = self.np.multiply(self.np.exp(self.np.multiply(self.np.multiply(v, v), -0.5)),
+                                   1 / math.sqrt(2 * math.pi))
         slope = self.stopped(self.np.add(below, self.np.multiply(v, density)))
         return self.np.add(self.stopped(self.np.multiply(v, below)), self.np.multiply(slope, self.np.subtract(x, v)))
 
@@ -146,18 +148,20 @@ class MXNetOps(AcrossOps, ChoiceOps):
         return self._reshaped(out, x.shape)
 
     def standardised(self, runs: Array, eps: float) -> Array:
-        """(runs, n): each run with mean 0 and variance 1. By the kernel of batch norms, with runs for channels: that of layer norms takes twice
-        the time, most of it backwards."""
+        """(runs, n): each run with mean 0 and variance 1. By the kernel of batch norms, with runs for channels: that of
+        layer norms takes twice the time, most of it backwards."""
         one, half = (self.constant(np.full(runs.shape[0], value)) for value in (1.0, 0.5))
         image = self._reshaped(runs, (1, *runs.shape, 1))
         # momentum 1: the kernel leaves the running statistics alone
-        found = self.npx.batch_norm(image, one, self.constant(np.zeros(runs.shape[0])), half, half, momentum=1.0, eps=eps, fix_gamma=False, axis=1)
+        found = self.npx.batch_norm(image, one, self.constant(np.zeros(runs.shape[0])), half, half, momentum=1.0,
+                                    eps=eps, fix_gamma=False, axis=1)
         return self._reshaped(found, runs.shape)
 
     def widened(self, x: Array, rows: int) -> Array:
-        """(n,) -> (rows, n). A product with ones, whose gradient is a product too: the kernel that sums up after a broadcast takes ten times as
-        long."""
-        return self.npx.fully_connected(self.constant(np.ones((rows, 1))), self._reshaped(x, (x.shape[0], 1)), num_hidden=x.shape[0], no_bias=True,
+        """(n,) -> (rows, n). A product with ones, whose gradient is a product too: the kernel that sums up after a
+        broadcast takes ten times as long."""
+        return self.npx.fully_connected(self.constant(np.ones((rows, 1))), self._reshaped(x, (x.shape[0], 1)),
+                                        num_hidden=x.shape[0], no_bias=True,
                                         flatten=False)
 
     def rms_norm(self, x: Array, weight: Array, eps: float = 1e-6) -> Array:
@@ -167,16 +171,19 @@ class MXNetOps(AcrossOps, ChoiceOps):
     def attention(self, query: Array, key: Array, value: Array, causal: bool, rate: float = 0.0, seed: Any = 0,
                   tag: str = "") -> Array:
         rows, time, heads, d_head = query.shape
-        turned = [self._reshaped(self.transpose(x, (0, 2, 1, 3)), (rows * heads, x.shape[1], x.shape[3])) for x in (query, key, value)]
+        turned = [self._reshaped(self.transpose(x, (0, 2, 1, 3)), (rows * heads, x.shape[1], x.shape[3]))
+                  for x in (query, key, value)]
         scores = self.npx.batch_dot(self.np.multiply(turned[0], 1 / math.sqrt(d_head)), turned[1], transpose_b=True)
-        if causal:  # softmax's own lengths take three times as long, and a mask to broadcast costs a sum in its gradient
+        # softmax's own lengths take three times as long, and a mask to broadcast costs a sum in its gradient
+        if causal:
             later = np.triu(np.full(scores.shape[1:], -1e30), 1)
             scores = self.np.add(scores, self.constant(np.broadcast_to(later, scores.shape)))
         weights = self.npx.softmax(scores, axis=-1)
         if rate:
             whole = (rows, heads, *weights.shape[1:])
             weights = self._reshaped(self.dropout(self._reshaped(weights, whole), rate, seed, tag), weights.shape)
-        return self.transpose(self._reshaped(self.npx.batch_dot(weights, turned[2]), (rows, heads, time, d_head)), (0, 2, 1, 3))
+        return self.transpose(self._reshaped(self.npx.batch_dot(weights, turned[2]), (rows, heads, time, d_head)),
+                              (0, 2, 1, 3))
 
     def dropout(self, x: Array, rate: float, seed: Any, tag: str) -> Array:
         if not neutral.dropout_levels(rate):
@@ -188,7 +195,8 @@ class MXNetOps(AcrossOps, ChoiceOps):
         return to_array(factors(shape, rate, seed, tag, self.dtype), self.dtype)
 
     def recompute(self, function: Callable[..., Array], *arrays: Array) -> Array:
-        # the library's loop over gradients ends at the first array that wants none: those that surely want one come first
+        # the library's loop over gradients ends at the first array that wants none: those that surely want one come
+        # first
         order = sorted(range(len(arrays)), key=lambda i: arrays[i].grad is None)
 
         def ordered(*given: Array) -> Array:
@@ -200,13 +208,16 @@ class MXNetOps(AcrossOps, ChoiceOps):
         tall, wide, _, filters = weight.shape
         inputs = [self.channels_first(x), self.transpose(weight, (3, 2, 0, 1))] + ([] if bias is None else [bias])
         return self.channels_last(self.npx.convolution(
-            *inputs, kernel=(tall, wide), stride=(stride, stride), pad=(padding, padding), num_filter=filters, no_bias=bias is None))
+            *inputs, kernel=(tall, wide), stride=(stride, stride), pad=(padding, padding), num_filter=filters,
+            no_bias=bias is None))
 
     def max_pool(self, x: Array, size: int, stride: int, padding: int = 0) -> Array:
         return self.channels_last(self.npx.pooling(
-            self.channels_first(x), kernel=(size, size), stride=(stride, stride), pad=(padding, padding), pool_type="max"))
+            self.channels_first(x), kernel=(size, size), stride=(stride, stride), pad=(padding, padding),
+            pool_type="max"))
 
-    def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool, momentum: float = 0.1,
+    def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool,
+                   momentum: float = 0.1,
                    eps: float = 1e-5) -> tuple[Array, Array, Array]:
         first, options = self.channels_first(x), {"eps": eps, "fix_gamma": False, "axis": 1}
         if not training:
@@ -214,12 +225,14 @@ class MXNetOps(AcrossOps, ChoiceOps):
             return self.channels_last(y), mean, var
         # the kernel would write to the running statistics: it gets others, and with momentum 1 it leaves them alone
         running = [self.constant(np.full(weight.shape, 0.5))] * 2
-        y, batch_mean, inverse = self.npx.batch_norm(first, weight, bias, *running, momentum=1.0, output_mean_var=True, **options)
+        y, batch_mean, inverse = self.npx.batch_norm(first, weight, bias, *running, momentum=1.0, output_mean_var=True,
+                                                     **options)
         count = math.prod(x.shape[:-1])
         inverse = self.stopped(inverse)  # 1 / sqrt(variance + eps)
         batch_var = self.np.subtract(self.np.divide(1.0, self.np.multiply(inverse, inverse)), eps)
         found = self.stopped(batch_mean), self.np.multiply(batch_var, count / (count - 1) if count > 1 else math.nan)
-        return self.channels_last(y), *(self.np.add(self.np.multiply(old, 1 - momentum), self.np.multiply(new, momentum))
+        return self.channels_last(y), *(self.np.add(self.np.multiply(old, 1 - momentum),
+                                                    self.np.multiply(new, momentum))
                                         for old, new in zip((mean, var), found))
 
     def group_norm(self, x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
@@ -259,7 +272,8 @@ class MXNetOps(AcrossOps, ChoiceOps):
         return self.np.negative(self.np.sum(self.np.multiply(each, weights)))
 
     def split_cross_entropy(self, logits: Array, targets: Array, weights: Array, dim: str, length: int) -> Array:
-        """log of the sum of exp(z) over all workers, less the target's z, which one of them has; z are the logits less their maximum."""
+        """log of the sum of exp(z) over all workers, less the target's z, which one of them has; z are the logits less
+        their maximum."""
         peak = self.across("peak", self.stopped(self.np.max(logits, axis=-1)), dim, 0)
         lowered = self.np.subtract(logits, self._reshaped(peak, (*peak.shape, 1)))
         within, inside = self.local(targets, *self.span(dim, logits.shape[-1], length))
@@ -270,7 +284,8 @@ class MXNetOps(AcrossOps, ChoiceOps):
         return self.np.sum(self.np.multiply(self.np.subtract(self.np.log(every), target), weights))
 
     def binary_cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
-        # the two classes have the scores 0 and z: stable, and with the right slope at z = 0, where kernels of |z| have none
+        # the two classes have the scores 0 and z: stable, and with the right slope at z = 0, where kernels of |z| have
+        # none
         pair = self.np.concatenate((self._reshaped(self.np.multiply(logits, 0.0), (*logits.shape, 1)),
                                     self._reshaped(logits, (*logits.shape, 1))), -1)
         both = self._reshaped(targets, (*targets.shape, 1))

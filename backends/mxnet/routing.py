@@ -45,5 +45,6 @@ class ChoiceOps(neutral.Kernels):
         starts = np_.subtract(np_.cumsum(lengths, axis=0), lengths)
         nth = self.constant(np.arange(capacity)[None])
         standing = np_.take(in_order, np_.add(np_.reshape(starts, (num, 1)), nth), axis=0, mode="clip")
-        sources = np_.where(np_.less(nth, np_.reshape(lengths, (num, 1))), standing, self.constant(np.full((num, capacity), rows)))
+        sources = np_.where(np_.less(nth, np_.reshape(lengths, (num, 1))), standing,
+                            self.constant(np.full((num, capacity), rows)))
         return np_.transpose(np_.reshape(places, (choices, rows)), (1, 0)), np_.reshape(sources, (-1,))

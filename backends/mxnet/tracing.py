@@ -1,8 +1,9 @@
 """Writing down what a model does, to run it by MXNet's graph executor (what Gluon calls hybridising): it runs once on real arrays, and the
 same calls are made on symbols beside them, so a model may ask every intermediate result for its shape.
 
-A graph cannot wait for other workers, so each collective ends a segment, and the next one begins. What a later segment needs of an
-earlier one is carried over by name. The executor lets reshapes share memory and keeps its arrays from call to call.
+A graph cannot wait for other workers, so each collective ends a segment, and the next one begins. What a later segment
+needs of an earlier one is carried over by name. The executor lets reshapes share memory and keeps its arrays from call
+to call.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Unrecordable(Exception):
 
 
 class Node:
-    """An array of the recording and its symbol. `home` is the number of its segment, -1 if it is there by its name before any of them;
+    """An array of the recording and its symbol. `home` is the number of its segment, -1 if it is there by its name
+    before any of them;
     `first` the same image with its channels before height and width, if known.
     """
 
@@ -47,7 +49,8 @@ class Node:
 
 @dataclass
 class Segment:
-    """What runs between two collectives: symbols by the names under which others ask for them. Then `crossing`, the collective."""
+    """What runs between two collectives: symbols by the names under which others ask for them. Then `crossing`, the
+    collective."""
 
     outputs: dict[str, Any] = field(default_factory=dict)
     crossing: Crossing | None = None
@@ -78,7 +81,8 @@ class Space:
             home = len(self.ops.segments) - 1
             symbols = on_symbols(*each(args, self.ops.symbol), **keywords)
             values = on_arrays(*each(args, lambda node: node.value), **keywords)
-            return [Node(*both, home) for both in zip(symbols, values)] if isinstance(values, list) else Node(symbols, values, home)
+            return [Node(*both, home) for both in zip(symbols,
+                                                      values)] if isinstance(values, list) else Node(symbols, values, home)
 
         setattr(self, name, call)
         return call
@@ -91,7 +95,8 @@ def each(argument: Any, of: Callable[[Node], Any]) -> Any:
 
 
 class RecordingOps(MXNetOps):
-    """Ops on nodes. What enters the graph is written down in `inputs`: a name and a function of the seed that gives the array."""
+    """Ops on nodes. What enters the graph is written down in `inputs`: a name and a function of the seed that gives the
+    array."""
 
     def __init__(self, ops: MXNetOps):
         spaces = Space(mx.np, mx.sym.np), Space(mx.npx, mx.sym.npx)
@@ -121,7 +126,8 @@ class RecordingOps(MXNetOps):
         return node.carried
 
     def across(self, kind: str, x: Node, dim: str, length: int) -> Node:
-        """Ends the segment. Nobody is waited for: others may have recorded this long ago. What came would have this shape."""
+        """Ends the segment. Nobody is waited for: others may have recorded this long ago. What came would have this
+        shape."""
         crossing = Crossing(kind, dim, length, self.by_name(x).name, f"crossed{len(self.segments)}")
         self.segments[-1].crossing = crossing
         self.segments.append(Segment())
@@ -133,7 +139,8 @@ class RecordingOps(MXNetOps):
         raw = array.asnumpy()
         key = (raw.shape, raw.dtype.str, raw.tobytes())
         if key not in self.constants:
-            # another handle each time: a backward pass forgets what MXNet knew of a handle, though other passes may still need it
+            # another handle each time: a backward pass forgets what MXNet knew of a handle, though other passes may
+            # still need it
             self.constants[key] = self.admit(f"constant{len(self.inputs)}", array, lambda seed: array.detach())
         return self.constants[key]
 
@@ -178,9 +185,11 @@ def variable(name: str) -> Any:
 
 
 class Graph:
-    """`function(ops, params, state, batch, seed)`, which gives results by name, for one set of shapes; recorded with ops like these."""
+    """`function(ops, params, state, batch, seed)`, which gives results by name, for one set of shapes; recorded with
+    ops like these."""
 
-    def __init__(self, function: Callable[..., Mapping[str, Any]], like: MXNetOps, params: Mapping[str, Any], state: Mapping[str, Any],
+    def __init__(self, function: Callable[..., Mapping[str, Any]], like: MXNetOps, params: Mapping[str, Any],
+                 state: Mapping[str, Any],
                  batch: Mapping[str, Any], seed: int):
         self._like = like
         ops = RecordingOps(like)
@@ -192,7 +201,8 @@ class Graph:
         self._again = ops.inputs
         self._parts = [(_compiled(segment), segment.crossing) for segment in ops.segments]
 
-    def __call__(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    def __call__(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Mapping[str, Any],
+                 seed: int) -> dict[str, Any]:
         """The results by name. The next call overwrites them, unless they still wait for their gradient."""
         known = {f"{kind}/{name}": value for kind, arrays in (("params", params), ("state", state), ("batch", batch))
                  for name, value in arrays.items()}
@@ -203,7 +213,8 @@ class Graph:
                 for name, value in zip(outputs, found if isinstance(found, list) else [found]):
                     known[name] = value if value.dtype.kind == "f" else value.detach()  # an integer has no gradient
             if crossing is not None:
-                known[crossing.result] = self._like.across(crossing.kind, known[crossing.source], crossing.dim, crossing.length)
+                known[crossing.result] = self._like.across(crossing.kind, known[crossing.source], crossing.dim,
+                                                           crossing.length)
         return {**self._plain, **{name: known[source] for name, source in self._results.items()}}
 
 
@@ -220,6 +231,7 @@ def _none(seed: int) -> Any:
 
 
 def key_of(what: Any, ops: MXNetOps, state: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
-    """What a graph is good for. Of the axes it knows the worker's place, not the group: the next generation runs the same graph."""
+    """What a graph is good for. Of the axes it knows the worker's place, not the group: the next generation runs the
+    same graph."""
     return (what, *((dim, axis.size, axis.rank) for dim, axis in ops.axes.items()),
             *((name, tuple(array.shape), str(array.dtype)) for name, array in (*state.items(), *batch.items())))

@@ -23,7 +23,8 @@ turn: Any = threading.RLock()  # a holder may take it again; `aside` uses what `
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Inside, others may have the turn, however often it was taken; afterwards all is as it was. Does nothing for who does not hold it."""
+    """Inside, others may have the turn, however often it was taken; afterwards all is as it was. Does nothing for who
+    does not hold it."""
     if not turn._is_owned():
         yield
         return
@@ -39,7 +40,8 @@ def aside() -> Iterator[None]:
 
 @contextmanager
 def computing(threads: int, numpy_shapes: bool = True) -> Iterator[None]:
-    """This thread's turn, with the thread count on which bits depend: OpenMP's is a thread's own setting, BLAS has one for all."""
+    """This thread's turn, with the thread count on which bits depend: OpenMP's is a thread's own setting, BLAS has one
+    for all."""
     with turn:
         _library.MXSetNumOMPThreads(threads)
         set_blas_threads(threads)

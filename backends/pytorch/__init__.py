@@ -1,7 +1,8 @@
 """The PyTorch backend: models of named arrays, and users' own modules as the objects that they are.
 
-backend is the door; neutral, the Backend for models of named arrays, and module, the one for users' own modules, which adapter describes, watch
-looks into and rehearsal tries out; ops, optimizer, arrays, collectives and stages as in every backend; export: files for torch's own loading.
+backend is the door; neutral, the Backend for models of named arrays, and module, the one for users' own modules, which
+adapter describes, watch looks into and rehearsal tries out; ops, optimizer, arrays, collectives and stages as in every
+backend; export: files for torch's own loading.
 """
 
 import os
@@ -27,5 +28,6 @@ for _name in _missing:
 def warn_if_late() -> None:
     """Called where computing begins; opening a model for a look does not matter."""
     if LATE:
-        warnings.warn("torch was imported before backends.pytorch and MKL_CBWR was not set: results may differ in their last bits "
-                      "from process to process; set MKL_CBWR=AUTO,STRICT in the environment.", stacklevel=3)
+        warnings.warn("torch was imported before backends.pytorch and MKL_CBWR was not set: results may differ in "
+                      "their last bits from process to process; set MKL_CBWR=AUTO,STRICT in the environment.",
+                      stacklevel=3)

@@ -72,7 +72,8 @@ def address(buffer: Buffer) -> int:
 
 
 def columns(batch: Any, device: torch.device) -> Any:
-    """The batch as its data set made it, with copies of its tensors and tensors for arrays (of which float64 becomes float32); all else stays."""
+    """The batch as its data set made it, with copies of its tensors and tensors for arrays (of which float64 becomes
+    float32); all else stays."""
     if isinstance(batch, Collated):
         return columns(batch.content, device)
     if isinstance(batch, torch.Tensor):
@@ -92,6 +93,7 @@ def columns(batch: Any, device: torch.device) -> Any:
 
 
 def placed(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A copy on the device. Through pinned memory, so that the host need not wait until a GPU is done with all that it was given."""
+    """A copy on the device. Through pinned memory, so that the host need not wait until a GPU is done with all that it
+    was given."""
     copy = torch.tensor(array, dtype=dtype)
     return copy.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else copy

@@ -26,7 +26,8 @@ class Torch(Door):
     seeded = staticmethod(seeded)
 
     def create(self, model: Model | torch.nn.Module, settings: Any) -> TorchBackend:
-        """`settings` has device ("cpu", "cuda", "auto"), precision ("float32", "bfloat16", for tests "float64"), threads and compile. UserError."""
+        """`settings` has device ("cpu", "cuda", "auto"), precision ("float32", "bfloat16", for tests "float64"),
+        threads and compile. UserError."""
         warn_if_late()
         model = self.adapt(model)
         return ModuleBackend(model, settings) if isinstance(model, ModuleModel) else TorchBackend(model, settings)
@@ -35,12 +36,15 @@ class Torch(Door):
         return ModuleModel(model) if isinstance(model, torch.nn.Module) else super().own(model)
 
     def construct(self, factory: Callable[..., Any], config: Mapping[str, Any], seed: int) -> Any:
-        """UserError for a module that was there before: what one worker trains must be its own, and begin as every other's."""
-        there = list(vars(sys.modules.get(getattr(factory, "__module__", ""), sys)).values())  # gc.get_objects() breaks other threads' tuples
+        """UserError for a module that was there before: what one worker trains must be its own, and begin as every
+        other's."""
+        # gc.get_objects() breaks other threads' tuples
+        there = list(vars(sys.modules.get(getattr(factory, "__module__", ""), sys)).values())
         made = super().construct(factory, config, seed)
         if isinstance(made, torch.nn.Module):
             if made in _made or any(made is found for found in there):
-                raise UserError(f"model.kind: the factory gives a {type(made).__name__} that was there before; let it make a new one in each call.")
+                raise UserError(f"model.kind: the factory gives a {type(made).__name__} that was there before; let it "
+                                "make a new one in each call.")
             _made.add(made)
         return made
 

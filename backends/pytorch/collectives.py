@@ -1,7 +1,7 @@
 """The collectives of a model's kernels, forward and backward, on flat buffers: NumPy's view of a CPU tensor, a GPU's tensor as it is.
 
-On the CPU a backward pass runs in the thread that asks for it, so the workers of one process do not wait in each other's place; the order of
-its nodes is that of the forward pass reversed, so all workers call in the same order.
+On the CPU a backward pass runs in the thread that asks for it, so the workers of one process do not wait in each
+other's place; the order of its nodes is that of the forward pass reversed, so all workers call in the same order.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def swapped(axis: Any, x: Tensor, length: int = 0) -> Tensor:
 def gathered(axis: Any, x: Tensor, length: int) -> Tensor:
     """All spans of the last dim side by side; everybody gives as much as the longest has."""
     padded = torch.nn.functional.pad(x.detach(), (0, -(-length // axis.size) - x.shape[-1]))
-    parts = moved(padded, lambda flat: torch.cat([torch.as_tensor(part) for part in axis.gather(flat)])).view(axis.size, *padded.shape)
+    parts = moved(padded, lambda flat: torch.cat([torch.as_tensor(part)
+                                                  for part in axis.gather(flat)])).view(axis.size, *padded.shape)
     return torch.cat([part[..., :span(length, axis.size, rank)[1]] for rank, part in enumerate(parts)], -1)
 
 
@@ -54,7 +55,8 @@ def own_range(axis: Any, x: Tensor, length: int) -> Tensor:
 
 
 # `backends.common.MOVES` on tensors
-MOVES = {"enter": (unmoved, summed), "leave": (summed, unmoved), "collect": (gathered, own_range), "exchange": (swapped, swapped)}
+MOVES = {"enter": (unmoved, summed), "leave": (summed, unmoved), "collect": (gathered, own_range),
+         "exchange": (swapped, swapped)}
 
 
 class Across(torch.autograd.Function):

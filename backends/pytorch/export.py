@@ -14,8 +14,8 @@ from backends.pytorch.arrays import as_torch
 
 
 def names(module: Any) -> dict[str, str]:
-    """What `load_state_dict` asks for, each with the name that a checkpoint has for it: the first of a tied array; buffers that are not
-    persistent are left out. Of anything but a module: nothing.
+    """What `load_state_dict` asks for, each with the name that a checkpoint has for it: the first of a tied array;
+    buffers that are not persistent are left out. Of anything but a module: nothing.
     """
     if not isinstance(module, torch.nn.Module):
         return {}
@@ -25,8 +25,10 @@ def names(module: Any) -> dict[str, str]:
     return {key: first[id(value)] for key, value in module.state_dict(keep_vars=True).items() if id(value) in first}
 
 
-def save_state_dict(arrays: Mapping[str, np.ndarray], names: Mapping[str, str], facts: Mapping[str, Any], path: Path) -> None:
-    """An OrderedDict of CPU tensors: `torch.load(path, weights_only=True)` gives it back, `load_state_dict` takes it. `names`: as above.
+def save_state_dict(arrays: Mapping[str, np.ndarray], names: Mapping[str, str], facts: Mapping[str, Any],
+                    path: Path) -> None:
+    """An OrderedDict of CPU tensors: `torch.load(path, weights_only=True)` gives it back, `load_state_dict` takes it.
+    `names`: as above.
 
     Its attribute `facts` says what the data are to the model.
     """

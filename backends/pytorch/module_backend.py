@@ -1,7 +1,8 @@
 """A user's own module on the PyTorch backend, as the object that it is.
 
-Its Parameters stay its own; their storage is the platform's flat buffer and their `.grad` the gradient buffer's, as flat-parameter trainers
-(FSDP: https://arxiv.org/abs/2304.11277, section 4.2) have it. Hooks, `requires_grad`, references and recomputation are plain torch's.
+Its Parameters stay its own; their storage is the platform's flat buffer and their `.grad` the gradient buffer's, as
+flat-parameter trainers (FSDP: https://arxiv.org/abs/2304.11277, section 4.2) have it. Hooks, `requires_grad`,
+references and recomputation are plain torch's.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class ModuleBackend(TorchBackend):
         for slot in model.slots.values():
             slot.tensor.data = slot.tensor.data.to(self.device)
         self._trains: frozenset[str] = frozenset()
-        self._moved = tuple(name for name, leaf in self._leaves.items() if not leaf.requires_grad)  # may be, as long as nothing is known
+        # may be, as long as nothing is known
+        self._moved = tuple(name for name, leaf in self._leaves.items() if not leaf.requires_grad)
         self._versions: dict[str, int] = {}
         self._where: dict[str, int] = {}
         self._aims: dict[str, torch.Tensor] = {}
@@ -54,7 +56,8 @@ class ModuleBackend(TorchBackend):
         return found
 
     def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
-        """Twice from one seed: backward from 1 into zeros, then from 2 into a filled buffer x. x + 2g it must be, bit for bit."""
+        """Twice from one seed: backward from 1 into zeros, then from 2 into a filled buffer x. x + 2g it must be, bit
+        for bit."""
         self._enter()
         if num_rows(batch):
             trained = room().keys()
@@ -77,7 +80,8 @@ class ModuleBackend(TorchBackend):
         own, rows = self._own, num_rows(batch)
         if not rows:
             return {"loss": (0.0, 0.0)}
-        with self._lent(), torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16), seeded(0):
+        with self._lent(), torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16,
+                                                           enabled=self._bfloat16), seeded(0):
             own.module.eval()
             out = {"loss": as_sum(self._asked("loss", batch), rows)}
             if callable(getattr(own.module, "metrics", None)):
@@ -95,8 +99,8 @@ class ModuleBackend(TorchBackend):
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
-            raise self._own.error(f"asks in {method}(batch) for a gradient while it is evaluated, where torch records none; put "
-                                  "`with torch.enable_grad():` around that, or set data.eval_fraction = 0.") from error
+            raise self._own.error(f"asks in {method}(batch) for a gradient while it is evaluated, where torch records "
+                                  "none; put `with torch.enable_grad():` around that, or set data.eval_fraction = 0.") from error
 
     @contextmanager
     def _lent(self) -> Iterator[None]:
@@ -114,10 +118,12 @@ class ModuleBackend(TorchBackend):
                 self._leaves[name].data.copy_(values)
 
     def _shard(self, batch: Batch, seed: int, scale: float = 1.0) -> ShardResult:
-        """Into the gradients that are aimed at; what the module draws on its way forward and back is a function of `seed`."""
+        """Into the gradients that are aimed at; what the module draws on its way forward and back is a function of
+        `seed`."""
         own, rows = self._own, num_rows(batch)
         if not rows:
-            return ShardResult(0.0, 0.0, dict(self._state) | {name: as_numpy(self._leaves[name]) for name in self._moved})
+            return ShardResult(0.0, 0.0, dict(self._state)
+                               | {name: as_numpy(self._leaves[name]) for name in self._moved})
         with self._lent():
             with seeded(seed):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
@@ -135,22 +141,27 @@ class ModuleBackend(TorchBackend):
     def _refuse_writes(self) -> None:
         for name in self.written():
             if name in self._trains:
-                raise Overwritten(f"model.kind: {self._own.kind} writes to its parameter {name} in place, and did not when it first ran; a trained "
-                                  "parameter changes once a step, by the optimizer: compute the changed values from it instead, or freeze it.")
+                raise Overwritten(f"model.kind: {self._own.kind} writes to its parameter {name} in place, and did not "
+                                  "when it first ran; a trained parameter changes once a step, by the optimizer: "
+                                  "compute the changed values from it instead, or freeze it.")
             if name not in self._moved:
-                raise Overwritten(f"model.kind: {self._own.kind} writes to its frozen parameter {name} in place, and did not when it first ran; "
-                                  "write to it in every loss(batch), so that it is known to move, or never.")
+                raise Overwritten(f"model.kind: {self._own.kind} writes to its frozen parameter {name} in place, and "
+                                  "did not when it first ran; write to it in every loss(batch), so that it is known to "
+                                  "move, or never.")
 
     def _refuse_swaps(self) -> None:
         for name, leaf in self._leaves.items():
             if leaf.requires_grad != (name in self._trains):
-                raise self._own.error(f"changes requires_grad of {name} while it trains; set it where the model is made (model.freeze and model.thaw "
-                                      "may name it), and use .detach() for a part of the loss that is not to reach it.")
+                raise self._own.error(f"changes requires_grad of {name} while it trains; set it where the model is "
+                                      "made (model.freeze and model.thaw may name it), and use .detach() for a part of "
+                                      "the loss that is not to reach it.")
             if leaf.data_ptr() != self._where[name]:
-                raise self._own.error(f"gives its parameter {name} other memory while it trains; write into the Parameter that is there.")
+                raise self._own.error(f"gives its parameter {name} other memory while it trains; write into the "
+                                      "Parameter that is there.")
             if leaf.grad is not self._aims.get(name):
-                raise self._own.error(f"takes away or replaces the .grad of its parameter {name} in loss(batch), as zero_grad() does, and with it "
-                                      "what other shards have added there; ask for gradients within a loss by torch.autograd.grad().")
+                raise self._own.error(f"takes away or replaces the .grad of its parameter {name} in loss(batch), as "
+                                      "zero_grad() does, and with it what other shards have added there; ask for "
+                                      "gradients within a loss by torch.autograd.grad().")
 
     def _aim(self, into: Mapping[str, Buffer]) -> None:
         """Which parameters train is settled by the first call; from then on the module may not change it."""
@@ -163,7 +174,8 @@ class ModuleBackend(TorchBackend):
             self._leaves[name].grad = view
 
     def _choose_loss(self) -> Callable[..., Any]:
-        """The module's own `loss`, compiled by itself: torch counts how often it traces one piece of code, whoever's it is."""
+        """The module's own `loss`, compiled by itself: torch counts how often it traces one piece of code, whoever's it
+        is."""
         module: Any = self._own.module
         if not self._compiled:
             return module.loss  # type: ignore[no-any-return]
@@ -172,13 +184,15 @@ class ModuleBackend(TorchBackend):
             return module.loss(batch)
 
         code = loss.__code__.replace(co_name=f"loss_{id(self)}")
-        compiled = self._compiler(fullgraph=False)(types.FunctionType(code, globals(), code.co_name, None, loss.__closure__))
+        compiled = self._compiler(fullgraph=False)(types.FunctionType(code, globals(), code.co_name, None,
+                                                                      loss.__closure__))
 
         def call(batch: Any) -> Any:
             try:
                 return compiled(batch)
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-                raise self._own.error("makes torch compile its loss again and again (backend.compile = true), because its shapes or its attributes "
-                                      "change from call to call; set backend.compile = false.") from error
+                raise self._own.error("makes torch compile its loss again and again (backend.compile = true), because "
+                                      "its shapes or its attributes change from call to call; set backend.compile = "
+                                      "false.") from error
 
         return call

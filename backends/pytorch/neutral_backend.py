@@ -40,8 +40,8 @@ def choose_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise UserError(f"backend.device = {name!r} must be cpu, cuda or auto.")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError('backend.device = "cuda" needs a CUDA GPU and a CUDA build of torch, and this process sees none; '
-                        'set backend.device = "cpu".')
+        raise UserError('backend.device = "cuda" needs a CUDA GPU and a CUDA build of torch, and this process sees '
+                        'none; set backend.device = "cpu".')
     return torch.device(name)
 
 
@@ -52,7 +52,8 @@ class TorchBackend(ModelBackend):
 
     def __init__(self, model: Any, settings: Any):
         if settings.precision not in ("float32", "bfloat16", "float64"):
-            raise UserError(f"backend.precision = {settings.precision!r} must be float32 or bfloat16 with the torch backend.")
+            raise UserError(f"backend.precision = {settings.precision!r} must be float32 or bfloat16 with the torch "
+                            "backend.")
         super().__init__(model)
         self.device = choose_device(settings.device)
         self._dtype = torch.float64 if settings.precision == "float64" else torch.float32
@@ -65,7 +66,8 @@ class TorchBackend(ModelBackend):
         self._compiled = bool(settings.compile)
         self._loss = self._choose_loss()
         self._splits = False
-        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms() is the same, and loads the compiler: 1.3 s of every start
+        # use_deterministic_algorithms() is the same, and loads the compiler: 1.3 s of every start
+        torch.set_deterministic_debug_mode("error")
         # a debugging aid of deterministic mode that costs a pass over every new tensor
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -108,12 +110,14 @@ class TorchBackend(ModelBackend):
         """As float32."""
         self._enter()
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            out = self._model.logits(self._ops, self._leaves, torch.as_tensor(tokens, dtype=torch.int64, device=self.device))
+            out = self._model.logits(self._ops, self._leaves,
+                                     torch.as_tensor(tokens, dtype=torch.int64, device=self.device))
         return out.float().cpu().numpy()
 
     def update(self, rule: UpdateRule, param: Buffer, grad: Buffer, slots: Mapping[str, Buffer], block: int) -> None:
         self._enter()
-        if self.device.type == "cuda":  # its kernels have no tail that depends on the cut, and thousands of blocks take longer to name than to update
+        # its kernels have no tail that depends on the cut, and thousands of blocks take longer to name than to update
+        if self.device.type == "cuda":
             block = len(param)
         with torch.no_grad():
             optimizer.apply(rule, self._blocks(param, block), as_tensor(grad).split(block),
@@ -126,10 +130,12 @@ class TorchBackend(ModelBackend):
 
     def connect(self, axes: Mapping[str, Any]) -> None:
         """Where a dim is split, the model runs as it is written: a compiled function cannot hold the collectives."""
-        self._ops.axes = {dim: axis for dim, axis in axes.items() if axis.size > 1}  # a key more or less would compile anew
+        # a key more or less would compile anew
+        self._ops.axes = {dim: axis for dim, axis in axes.items() if axis.size > 1}
         self._splits = bool(self._ops.axes)
 
-    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
+    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch,
+                seed: int
                 ) -> Buffer | ShardResult:
         self._enter()
         self._train(set(self.parameters))
@@ -139,7 +145,8 @@ class TorchBackend(ModelBackend):
             x, weight = self._through(self._ops, self._leaves, pieces, start, columns, seed), None
             if self._ends(pieces):
                 x, weight = self._model.score(self._ops, x, columns, seed)
-        self._kept[key] = Run(x, start, {name: self._leaves[name] for name in self._read_by(pieces)}, self._ops.recomputed > recomputed)
+        self._kept[key] = Run(x, start, {name: self._leaves[name] for name in self._read_by(pieces)},
+                              self._ops.recomputed > recomputed)
         if weight is None:
             return as_buffer(x)
         total, count = torch.stack((x.detach().double(), as_scalar(weight, x))).tolist()
@@ -195,10 +202,12 @@ class TorchBackend(ModelBackend):
     def _seed(self, seed: int) -> int | torch.Tensor:
         if not self._compiled or self._splits:
             return seed
-        return torch.full((), signed(seed), dtype=torch.int64, device=self.device)  # a Python number would recompile every step
+        # a Python number would recompile every step
+        return torch.full((), signed(seed), dtype=torch.int64, device=self.device)
 
     def _columns(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return {name: placed(column, self.device) for name, column in neutral(batch, np.dtype(plain(self._dtype))).items()}
+        return {name: placed(column, self.device)
+                for name, column in neutral(batch, np.dtype(plain(self._dtype))).items()}
 
     def _device_state(self) -> dict[str, torch.Tensor]:
         return {name: placed(value, self.device) for name, value in self._state.items()}

@@ -67,7 +67,8 @@ class TorchOps(neutral.Kernels):
         return x.mean(None if axes is None else tuple(axes), keepdim=keep)
 
     def contract(self, equation: str, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
-        plan = (matrix_product.__wrapped__ if torch.compiler.is_compiling() else matrix_product)(equation)  # a tracer sees no caches
+        # a tracer sees no caches
+        plan = (matrix_product.__wrapped__ if torch.compiler.is_compiling() else matrix_product)(equation)
         if plan is None:
             out = torch.einsum(equation, x, y)
             return out if bias is None else out + bias
@@ -77,7 +78,8 @@ class TorchOps(neutral.Kernels):
             flat_x, flat_y = x.reshape(left.numel(), -1), y.reshape(-1, right.numel())
             out = flat_x.mm(flat_y) if bias is None else torch.addmm(bias.reshape(-1), flat_x, flat_y)
         else:
-            out = F.linear(x.reshape(left.numel(), -1), y.reshape(right.numel(), -1), None if bias is None else bias.reshape(-1))
+            out = F.linear(x.reshape(left.numel(), -1), y.reshape(right.numel(), -1), None if bias is None
+                           else bias.reshape(-1))
         return out.view(left + right)
 
     def softmax(self, x: Tensor, axis: int = -1) -> Tensor:
@@ -99,7 +101,8 @@ class TorchOps(neutral.Kernels):
         position = (hot.cumsum(0) * hot).sum(1) - 1
         places = torch.where(position < capacity, queues * capacity + position, full)
         row = torch.arange(rows, device=chosen.device).repeat(choices)
-        sources = torch.full((full + 1,), rows, device=chosen.device).scatter(0, places, row)  # those without a place fall behind the last
+        # those without a place fall behind the last
+        sources = torch.full((full + 1,), rows, device=chosen.device).scatter(0, places, row)
         return places.view(choices, rows).t(), sources[:full]
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -138,14 +141,17 @@ class TorchOps(neutral.Kernels):
         # what is random here is a function of the seed: the generators need not be brought back
         return checkpoint(function, *arrays, use_reentrant=False, preserve_rng_state=False)
 
-    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
-        # turned this way, an image with its channels last is what PyTorch calls channels_last: no copy, and its fastest kernels
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1,
+               padding: int = 0) -> Tensor:
+        # turned this way, an image with its channels last is what PyTorch calls channels_last: no copy, and its fastest
+        # kernels
         return channels_last(F.conv2d(channels_first(x), weight.permute(3, 2, 0, 1), bias, stride, padding))
 
     def max_pool(self, x: Tensor, size: int, stride: int, padding: int = 0) -> Tensor:
         return channels_last(F.max_pool2d(channels_first(x), size, stride, padding))
 
-    def batch_norm(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, training: bool, momentum: float = 0.1,
+    def batch_norm(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, training: bool,
+                   momentum: float = 0.1,
                    eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
         if training:
             mean, var = mean.clone(), var.clone()  # the kernel writes to them
@@ -164,7 +170,8 @@ class TorchOps(neutral.Kernels):
     def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor, dim: str = "", length: int = 0) -> Tensor:
         if self.degree(dim) > 1:
             wide = logits.float() if logits.dtype in collectives.NARROW else logits
-            return collectives.CrossEntropy.apply(wide.reshape(-1, wide.shape[-1]), targets.reshape(-1), weights.reshape(-1),
+            return collectives.CrossEntropy.apply(wide.reshape(-1, wide.shape[-1]), targets.reshape(-1),
+                                                  weights.reshape(-1),
                                                   self.axes[dim], length)
         each = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="none")
         return (each * weights.reshape(-1)).sum()
@@ -209,7 +216,8 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def keep_mask(shape: torch.Size, levels: int, seed: int | Tensor, tag: str, device: torch.device) -> Tensor:
-    """`elastic.model.ops.keep_mask` in int64 tensor arithmetic; a tensor `seed` keeps a compiled graph free of constants."""
+    """`elastic.model.ops.keep_mask` in int64 tensor arithmetic; a tensor `seed` keeps a compiled graph free of
+    constants."""
     size = shape.numel()
     if not isinstance(seed, Tensor):
         seed = torch.tensor(signed(seed), dtype=torch.int64, device=device)
@@ -219,10 +227,12 @@ def keep_mask(shape: torch.Size, levels: int, seed: int | Tensor, tag: str, devi
     return (parts >= levels - neutral.DROPOUT_LEVELS // 2).view(shape)
 
 
-@torch.library.custom_op("elastic::keep_mask", mutates_args=(), schema="(int[] shape, float rate, Tensor seed, str tag) -> Tensor")
+@torch.library.custom_op("elastic::keep_mask", mutates_args=(),
+                         schema="(int[] shape, float rate, Tensor seed, str tag) -> Tensor")
 def opaque_mask(shape: Sequence[int], rate: float, seed: Tensor, tag: str) -> Tensor:
-    """`elastic.model.ops.keep_mask` as one kernel for compiled code: of its int64 arithmetic torch 2.13's compiler makes CPU loops that give other
-    bits, and write outside of their memory, where the last dim is no multiple of its vectors.
+    """`elastic.model.ops.keep_mask` as one kernel for compiled code: of its int64 arithmetic torch 2.13's compiler
+    makes CPU loops that give other bits, and write outside of their memory, where the last dim is no multiple of its
+    vectors.
     """
     return torch.from_numpy(neutral.keep_mask(shape, rate, int(seed), tag))
 

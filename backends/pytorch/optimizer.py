@@ -19,14 +19,16 @@ Blocks = tuple[torch.Tensor, ...]
 def apply(rule: UpdateRule, params: Blocks, grads: Blocks, slots: Mapping[str, Blocks]) -> None:
     """One step in place. The kernels unscale the gradient as they go and may write it back.
 
-    Numbers go to a device by `torch.full`: a GPU's host waits with `torch.tensor` until all is done that it was given before.
+    Numbers go to a device by `torch.full`: a GPU's host waits with `torch.tensor` until all is done that it was given
+    before.
     """
     device = params[0].device
     unscale = None if rule.scale == 1.0 else torch.full((), 1.0 / rule.scale, dtype=torch.float32, device=device)
     if rule.name in ("adam", "adamw"):
         kernel = torch._fused_adamw_ if rule.name == "adamw" else torch._fused_adam_
         steps = [torch.full((), float(rule.step), dtype=torch.float32, device=device)] * len(params)
-        kernel(params, grads, slots["exp_avg"], slots["exp_avg_sq"], [], steps, lr=rule.lr, beta1=rule.beta1, beta2=rule.beta2,
+        kernel(params, grads, slots["exp_avg"], slots["exp_avg_sq"], [], steps, lr=rule.lr, beta1=rule.beta1,
+               beta2=rule.beta2,
                weight_decay=rule.weight_decay, eps=rule.eps, amsgrad=False, maximize=False, grad_scale=unscale)
     elif rule.name == "sgd":
         torch._fused_sgd_(params, grads, slots["momentum"] if rule.momentum else [], weight_decay=rule.weight_decay,
@@ -39,7 +41,8 @@ def apply(rule: UpdateRule, params: Blocks, grads: Blocks, slots: Mapping[str, B
 def adagrad(rule: UpdateRule, params: Blocks, grads: Blocks, sums: Blocks, unscale: torch.Tensor | None) -> None:
     if params[0].device.type == "cpu":
         steps = [torch.tensor(float(rule.step))] * len(params)
-        torch._fused_adagrad_(params, grads, sums, steps, lr=rule.lr, lr_decay=0.0, weight_decay=rule.weight_decay, eps=rule.eps,
+        torch._fused_adagrad_(params, grads, sums, steps, lr=rule.lr, lr_decay=0.0, weight_decay=rule.weight_decay,
+                              eps=rule.eps,
                               maximize=False, grad_scale=unscale)
         return
     if unscale is not None:  # there is no fused kernel on a GPU; these are elementwise, so cuts cannot show

@@ -1,10 +1,11 @@
 """Pieces of a model between their forward and their backward pass, which may come in two halves (Qi et al. 2023, zero bubble).
 
-The graph of a stage hangs between its result and its input. A node on a way between the two that has parameters beside that way is a fork: the
-first half runs down to the input and notes what gradient each fork got; the second runs from every fork to its own parameters, and nothing
-is computed twice, for a node computes only what is asked for. Walking the graph costs some microseconds a node. Where
-it cannot be cut so (a parameter under two forks, activations that are computed again) the first half does all the work and keeps the
-weights' gradients apart: nothing is saved then by their coming later, and they take as much memory as the parameters.
+The graph of a stage hangs between its result and its input. A node on a way between the two that has parameters beside
+that way is a fork: the first half runs down to the input and notes what gradient each fork got; the second runs from
+every fork to its own parameters, and nothing is computed twice, for a node computes only what is asked for. Walking the
+graph costs some microseconds a node. Where it cannot be cut so (a parameter under two forks, activations that are
+computed again) the first half does all the work and keeps the weights' gradients apart: nothing is saved then by their
+coming later, and they take as much memory as the parameters.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Fork:
     def weights(self, leaves: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[tuple[str, Tensor | None]]:
         """Of those of the names that are here, the gradients; what the node keeps is let go."""
         own = [name for name in self.names if name in names]
-        came = [(GradientEdge(self.node, i), gradient) for i, gradient in enumerate(self.gradients) if gradient is not None]
+        came = [(GradientEdge(self.node, i), gradient) for i, gradient in enumerate(self.gradients)
+                if gradient is not None]
         if not own or not came:
             return iter(())
         edges, gradients = zip(*came)
@@ -42,7 +44,8 @@ class Fork:
 
 @dataclass
 class Run:
-    """`leaves` are the parameters that were read, `start` the leaf that stands for the input; `recomputes`: activations are computed again."""
+    """`leaves` are the parameters that were read, `start` the leaf that stands for the input; `recomputes`: activations
+    are computed again."""
 
     result: Tensor
     start: Tensor | None
@@ -74,7 +77,8 @@ class Run:
         forks = None if self.recomputes else find_forks(self.result, self.start, self.leaves)
         if forks is None:
             names = list(self.leaves)
-            found, *weights = torch.autograd.grad(self.result, [self.start, *(self.leaves[name] for name in names)], gradient, allow_unused=True)
+            found, *weights = torch.autograd.grad(self.result, [self.start, *(self.leaves[name] for name in names)],
+                                                  gradient, allow_unused=True)
             self._weights = list(zip(names, weights))
             return filled(found, self.start)
         hooks = [fork.node.register_prehook(fork.note) for fork in forks]
@@ -110,7 +114,8 @@ def find_forks(result: Tensor, start: Tensor, leaves: Mapping[str, Tensor]) -> l
     forks = []
     for node, children in ordered(get_gradient_edge(result).node):
         on_way[node] = node is goal or any(on_way[child] for child in children)
-        names = [ends[node]] if node in ends else [name for child in children if not on_way[child] for name in below[child]]
+        names = [ends[node]] if node in ends else [name for child in children if not on_way[child]
+                                                   for name in below[child]]
         below[node] = tuple(dict.fromkeys(names))
         if on_way[node] and names:
             forks.append(Fork(node, below[node]))
@@ -119,7 +124,8 @@ def find_forks(result: Tensor, start: Tensor, leaves: Mapping[str, Tensor]) -> l
 
 
 def ordered(root: Node) -> Iterator[tuple[Node, list[Node]]]:
-    """The nodes of a graph with those that they lead to, these first; without recursion, because a deep model is a deep graph."""
+    """The nodes of a graph with those that they lead to, these first; without recursion, because a deep model is a deep
+    graph."""
     seen: set[Any] = set()
     stack: list[tuple[Node, list[Node] | None]] = [(root, None)]
     while stack:

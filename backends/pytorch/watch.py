@@ -38,7 +38,8 @@ class Leaf:
             return ("tensor", value.dtype, tuple(value.shape), checksum(value))
         if isinstance(value, np.ndarray):
             content = np.ascontiguousarray(value).reshape(-1)
-            return ("array", value.dtype.str, value.shape, 0 if value.dtype.hasobject else digest(content.view(np.uint8)))
+            return ("array", value.dtype.str, value.shape, 0 if value.dtype.hasobject
+                    else digest(content.view(np.uint8)))
         if isinstance(value, torch.Generator):
             return ("generator", checksum(value.get_state()))
         if isinstance(value, np.random.Generator):
@@ -47,7 +48,8 @@ class Leaf:
             return ("generator", repr(value.get_state()))
         if isinstance(value, random.Random):
             return ("generator", value.getstate())
-        return (type(value).__name__, repr(value)) if isinstance(value, PLAIN) or type(value).__module__ == "itertools" else ("object",)
+        return (type(value).__name__, repr(value)) if isinstance(value,
+                                                                 PLAIN) or type(value).__module__ == "itertools" else ("object",)
 
 
 def digest(content: np.ndarray) -> str:
@@ -74,7 +76,8 @@ def leaves(module: torch.nn.Module) -> dict[str, Leaf]:
     return found
 
 
-def walk(path: str, value: Any, place: tuple[Any, Any] | None, depth: int, own: set[int], seen: set[int], found: dict[str, Leaf]) -> None:
+def walk(path: str, value: Any, place: tuple[Any, Any] | None, depth: int, own: set[int], seen: set[int],
+         found: dict[str, Leaf]) -> None:
     if len(found) >= MOST or id(value) in own or isinstance(value, OPAQUE):
         return
     inner = list(inside(value))
@@ -97,7 +100,8 @@ def inside(value: Any) -> Iterator[tuple[str, Any, tuple[Any, Any] | None]]:
             yield f"[{index}]", item, (value, index) if isinstance(value, MutableSequence) else None
     elif isinstance(value, (set, frozenset)):
         yield from ((f"{{{item!r}}}", item, None) for item in sorted(value, key=repr))
-    elif not isinstance(value, (*PLAIN, torch.Tensor, np.ndarray, np.generic, torch.Generator, np.random.Generator, random.Random)):
+    elif not isinstance(value, (*PLAIN, torch.Tensor, np.ndarray, np.generic, torch.Generator, np.random.Generator,
+                                random.Random)):
         for key, item in list(getattr(value, "__dict__", {}).items()):
             yield f".{key}", item, (vars(value), key)
 
@@ -137,12 +141,13 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def refuse_views(kind: str, module: torch.nn.Module, named: Mapping[str, torch.Tensor]) -> None:
-    """UserError where something beside a parameter's own object uses its memory: it would go on with what the parameter was built with."""
+    """UserError where something beside a parameter's own object uses its memory: it would go on with what the parameter
+    was built with."""
     owned = sorted((*extent(p), name) for name, p in named.items() if p.numel())
     for (_, end, one), (begin, _, two) in zip(owned, owned[1:]):
         if begin < end:
-            raise UserError(f"model.kind: {kind} has two parameters, {one} and {two}, that share their memory; tie them by using one Parameter in "
-                            "both places.")
+            raise UserError(f"model.kind: {kind} has two parameters, {one} and {two}, that share their memory; tie "
+                            "them by using one Parameter in both places.")
     attributes = [(path, leaf.value) for path, leaf in leaves(module).items() if isinstance(leaf.value, torch.Tensor)]
     for path, tensor in [*attributes, *module.named_buffers()]:
         owner, _, key = path.rpartition(".")
@@ -151,23 +156,27 @@ def refuse_views(kind: str, module: torch.nn.Module, named: Mapping[str, torch.T
         low, high = extent(tensor)
         shared = next((name for begin, end, name in owned if low < end and begin < high), None)
         if shared:
-            raise UserError(f"model.kind: {kind} keeps in {path} a view of the parameter {shared}, taken where it was made; take it from the "
-                            "parameter where it is used, or keep the Parameter itself.")
+            raise UserError(f"model.kind: {kind} keeps in {path} a view of the parameter {shared}, taken where it was "
+                            "made; take it from the parameter where it is used, or keep the Parameter itself.")
 
 
-def refuse_hooks(kind: str, named: Mapping[str, torch.Tensor], seeded: Callable[[int], AbstractContextManager[None]]) -> None:
-    """UserError for hooks that are not linear in the gradient: here it is a shard's sum, and shards are added up. What they draw is seeded."""
+def refuse_hooks(kind: str, named: Mapping[str, torch.Tensor],
+                 seeded: Callable[[int], AbstractContextManager[None]]) -> None:
+    """UserError for hooks that are not linear in the gradient: here it is a shard's sum, and shards are added up. What
+    they draw is seeded."""
     generator = torch.Generator().manual_seed(0)
     for name, p in named.items():
         if getattr(p, "_post_accumulate_grad_hooks", None):
             raise UserError(f"model.kind: parameter {name} of {kind} has a hook that runs once its gradient is added "
-                            "(register_post_accumulate_grad_hook), and here gradients are added shard by shard; take it out, or use register_hook.")
+                            "(register_post_accumulate_grad_hook), and here gradients are added shard by shard; take "
+                            "it out, or use register_hook.")
         for hook in list((p._backward_hooks or {}).values()):
             probe = torch.randn(p.shape, generator=generator).to(p)
             one, many = (called(hook, probe * scale, seeded) for scale in (1.0, 4096.0))
             if not torch.equal(one * 4096.0, many):
-                raise UserError(f"model.kind: parameter {name} of {kind} has a hook on its gradient that is not linear in it, as a clipping is, and "
-                                "here it would see single shards; take it out (optimizer.clip_norm clips the whole gradient).")
+                raise UserError(f"model.kind: parameter {name} of {kind} has a hook on its gradient that is not linear "
+                                "in it, as a clipping is, and here it would see single shards; take it out "
+                                "(optimizer.clip_norm clips the whole gradient).")
 
 
 def called(hook: Any, gradient: torch.Tensor, seeded: Callable[[int], AbstractContextManager[None]]) -> torch.Tensor:

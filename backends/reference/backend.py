@@ -19,7 +19,8 @@ class Reference(Door):
     name, trains = "reference", "model of named arrays"
 
     def create(self, model: Model, settings: Any) -> ReferenceBackend:
-        """`settings` has device ("cpu" or "auto"), precision ("float32", "float64"); threads and compile do not matter."""
+        """`settings` has device ("cpu" or "auto"), precision ("float32", "float64"); threads and compile do not matter.
+        """
         return ReferenceBackend(self.adapt(model), settings)
 
 
@@ -51,13 +52,15 @@ class ReferenceBackend(HostBackend):
 
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
         leaves = {name: Variable(self._params[name]) for name in into}
-        loss, weight, new = self._model.loss(self._ops, {**self._params, **leaves}, self._copied(), neutral(batch, self._dtype), seed)
+        loss, weight, new = self._model.loss(self._ops, {**self._params, **leaves}, self._copied(),
+                                             neutral(batch, self._dtype), seed)
         backward(loss)
         for name, view in into.items():
             gradient = leaves[name].gradient
             if gradient is not None:
                 view += gradient
-        return ShardResult(float(loss.value), float(value_of(weight)), {name: np.asarray(value_of(v)) for name, v in new.items()})
+        return ShardResult(float(loss.value), float(value_of(weight)),
+                           {name: np.asarray(value_of(v)) for name, v in new.items()})
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         return tallied(self._model.metrics(self._ops, self._params, self._copied(), neutral(batch, self._dtype)))
@@ -77,7 +80,8 @@ class ReferenceBackend(HostBackend):
     def connect(self, axes: Mapping[str, Any]) -> None:
         self._ops.axes = dict(axes)
 
-    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
+    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch,
+                seed: int
                 ) -> Buffer | ShardResult:
         leaves = {name: Variable(self._params[name]) for name in self._read_by(pieces)}
         start = None if inputs is None else Variable(inputs.reshape(tuple(shape)))
@@ -104,7 +108,8 @@ class ReferenceBackend(HostBackend):
     def infer(self, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch) -> Any:
         start, columns = None if inputs is None else inputs.reshape(tuple(shape)), neutral(batch, self._dtype)
         x = self._through(self._ops, self._params, pieces, start, columns, None)
-        return tallied(self._model.measure(self._ops, x, columns)) if self._ends(pieces) else np.ascontiguousarray(x).reshape(-1)
+        return tallied(self._model.measure(self._ops, x,
+                                           columns)) if self._ends(pieces) else np.ascontiguousarray(x).reshape(-1)
 
     def _copied(self) -> dict[str, np.ndarray]:
         return {name: np.array(value) for name, value in self._state.items()}

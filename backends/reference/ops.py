@@ -104,7 +104,8 @@ class ReferenceOps(neutral.Kernels):
         value = value_of(x)
         every = tuple(range(value.ndim)) if axes is None else tuple(axis % value.ndim for axis in axes)
         kept = tuple(1 if i in every else length for i, length in enumerate(value.shape))
-        return record(value.sum(axis=every, keepdims=keep), (x,), lambda g: (np.broadcast_to(g.reshape(kept), value.shape),))
+        return record(value.sum(axis=every, keepdims=keep), (x,),
+                      lambda g: (np.broadcast_to(g.reshape(kept), value.shape),))
 
     def mean(self, x: Array, axes: Sequence[int] | None = None, keep: bool = False) -> Array:
         every = range(len(x.shape)) if axes is None else axes
@@ -231,7 +232,8 @@ class ReferenceOps(neutral.Kernels):
 
         return record(stacked.max(axis=0), (x,), pull)
 
-    def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool, momentum: float = 0.1,
+    def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool,
+                   momentum: float = 0.1,
                    eps: float = 1e-5) -> tuple[Array, Array, Array]:
         mean, var = np.asarray(value_of(mean), self.dtype), np.asarray(value_of(var), self.dtype)
         if not training:

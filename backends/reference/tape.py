@@ -42,7 +42,8 @@ def record(value: Any, parents: tuple[Any, ...], pull: Pull) -> Any:
 
 
 def backward(result: Variable, gradient: np.ndarray | None = None) -> None:
-    """Adds d result / d leaf, weighted with `gradient` (1 where there is none), to the `gradient` of every variable behind `result`."""
+    """Adds d result / d leaf, weighted with `gradient` (1 where there is none), to the `gradient` of every variable
+    behind `result`."""
     order = topological(result)
     result.gradient = np.ones_like(result.value) if gradient is None else gradient
     for variable in reversed(order):
@@ -71,5 +72,6 @@ def topological(result: Variable) -> list[Variable]:
 def summed_to(gradient: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Undoes broadcasting."""
     extra = gradient.ndim - len(shape)
-    axes = (*range(extra), *(i + extra for i, length in enumerate(shape) if length == 1 and gradient.shape[i + extra] != 1))
+    axes = (*range(extra), *(i + extra for i, length in enumerate(shape) if length == 1
+                             and gradient.shape[i + extra] != 1))
     return gradient.sum(axis=axes).reshape(shape) if axes else gradient

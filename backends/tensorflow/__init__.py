@@ -1,6 +1,7 @@
 """The TensorFlow backend: traced functions, cut where workers meet; Keras models as `fit` trains them.
 
-backend, ops, optimizer, arrays, collectives, stages, tracing and adapter as in every backend; compiled: what a Keras model's compile() was told.
+backend, ops, optimizer, arrays, collectives, stages, tracing and adapter as in every backend; compiled: what a Keras
+model's compile() was told.
 """
 
 import os

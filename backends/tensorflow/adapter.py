@@ -1,9 +1,10 @@
 """A user's own Keras model as a model: named arrays and a call without side effects.
 
-The model is built and compiled with a loss, and its rows are (x, y) or (x, y, sample_weight); or it has `batch_loss(batch)` giving
-the mean loss over the batch or (sum, weight), and may have `batch_metrics(batch)` giving {name: (sum, weight)}. What compile() was told
-is served as `fit` serves it or refused; its optimizer is not asked, the recipe's trains. The model is called inside a stateless
-scope: what it writes (a batch norm's statistics) comes back as new buffers.
+The model is built and compiled with a loss, and its rows are (x, y) or (x, y, sample_weight); or it has
+`batch_loss(batch)` giving the mean loss over the batch or (sum, weight), and may have `batch_metrics(batch)` giving
+{name: (sum, weight)}. What compile() was told is served as `fit` serves it or refused; its optimizer is not asked, the
+recipe's trains. The model is called inside a stateless scope: what it writes (a batch norm's statistics) comes back as
+new buffers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from typing import Any
 import numpy as np
 
 from backends.common import check_attributes, check_float32, mapped, plain_attributes, spoiled, telling
-from backends.tensorflow.compiled import VARIABLES, Figures, MetricTally, check_compiled, divisor, is_sum, parts, snake, uneven
+from backends.tensorflow.compiled import (
+    VARIABLES,
+    Figures,
+    MetricTally,
+    check_compiled,
+    divisor,
+    is_sum,
+    parts,
+    snake,
+    uneven,
+)
 from backends.tensorflow.ops import mixed, tf
 
 # isort: split
@@ -33,7 +44,8 @@ OF_KERAS = frozenset(vars(keras.Model()))
 
 
 class Scope(keras.StatelessScope):
-    """Remembers which variables were written to. As with variables themselves, no gradient goes through what was written."""
+    """Remembers which variables were written to. As with variables themselves, no gradient goes through what was
+    written."""
 
     def __init__(self, values: list[tuple[Any, Any]]):
         super().__init__(values, collect_losses=True, initialize_variables=False)
@@ -51,21 +63,23 @@ class Scope(keras.StatelessScope):
 class KerasModel(Adapted):
     """`elastic.model.backend.Model` over a Keras model; `ops` is not used.
 
-    `open` must have seen a batch before `loss` and `metrics` are traced. `moved`: frozen weights that the loss writes to.
+    `open` must have seen a batch before `loss` and `metrics` are traced. `moved`: frozen weights that the loss writes
+    to.
     """
 
     KEEP = "keep it in a weight of the model (add_weight(trainable=False)), or leave it as it is"
     READ = "keep the variable itself, and ask for its value in each call"
-    GENERATORS = ("let layers draw by a keras.random.SeedGenerator that is an attribute of theirs (one made elsewhere, and tf.random, go on from "
-                  "call to call), and count nothing in the loss")
+    GENERATORS = ("let layers draw by a keras.random.SeedGenerator that is an attribute of theirs (one made elsewhere, "
+                  "and tf.random, go on from call to call), and count nothing in the loss")
 
     def __init__(self, model: keras.Model):
         self._model, self.kind = model, type(model).__name__
         if keras.backend.backend() != "tensorflow":
-            raise UserError(f'model.kind: Keras computes on {keras.backend.backend()} here; with backend.name = "tensorflow" let KERAS_BACKEND be '
-                            '"tensorflow" or unset.')
+            raise UserError(f'model.kind: Keras computes on {keras.backend.backend()} here; with backend.name = '
+                            '"tensorflow" let KERAS_BACKEND be "tensorflow" or unset.')
         if not model.built:
-            raise UserError(f"model.kind: {self.kind} is not built; call it once on an example, or its build(input_shape), where it is made.")
+            raise UserError(f"model.kind: {self.kind} is not built; call it once on an example, or its "
+                            "build(input_shape), where it is made.")
         self._own_loss = hasattr(model, "batch_loss")
         check_compiled(model, self._own_loss)
         generators = [generator.state for layer in model._flatten_layers() for generator in layer._seed_generators]
@@ -73,15 +87,17 @@ class KerasModel(Adapted):
         named = named_variables(model, [v for v in model.variables if all(v is not state for state in self._seeds)])
         weights = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables}
         self._trained = trained = {id(v) for v in model.trainable_weights}
-        self._weights = {name: v for name, v in named.items() if id(v) in trained or (id(v) in weights and v.dtype == "float32")}
+        self._weights = {name: v for name, v in named.items() if id(v) in trained
+                         or (id(v) in weights and v.dtype == "float32")}
         self._kept = {name: v for name, v in named.items() if name not in self._weights}
         if not trained:
-            raise UserError(f"model.kind: {self.kind} has no parameters to train; if its layers make them when they are first called, call it once "
-                            "on an example where it is made.")
+            raise UserError(f"model.kind: {self.kind} has no parameters to train; if its layers make them when they "
+                            "are first called, call it once on an example where it is made.")
         check_float32({name: v.dtype for name, v in self._weights.items()})
         self.constraints = {name: v.constraint for name, v in self._weights.items() if v.constraint is not None}
         self.given = {name: np.array(v.numpy()) for name, v in named.items()}
-        self.parameters = {name: Spec.given(self.given[name], trainable=id(v) in trained, whole=name in self.constraints)
+        self.parameters = {name: Spec.given(self.given[name], trainable=id(v) in trained,
+                                            whole=name in self.constraints)
                            for name, v in self._weights.items()}
         self.buffers = {name: Spec.given(self.given[name]) for name in self._kept}
         self.figures: Figures | None = None  # until `open` has seen a batch
@@ -104,27 +120,33 @@ class KerasModel(Adapted):
         """Inside, these of the variables themselves hold what nothing should read."""
         return self._lent({name: spoiled(self.given[name]) for name in names})
 
-    def check_gradients(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any, found: Mapping[str, np.ndarray]) -> None:
-        """UserError where Keras by itself, with variables instead of a scope's tensors, has other gradients than were `found`."""
+    def check_gradients(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any,
+                        found: Mapping[str, np.ndarray]) -> None:
+        """UserError where Keras by itself, with variables instead of a scope's tensors, has other gradients than were
+        `found`."""
         for number, seed in enumerate(self._seeds):
             seed.assign(seed_state(0, number, seed.dtype))
         with self._lent({**params, **state}), self.telling(), tf.GradientTape() as tape:
-            total, _ = self._loss(batch, True, lambda: [loss for layer in self._model._flatten_layers() for loss in layer._losses])
+            total, _ = self._loss(batch, True, lambda: [loss for layer in self._model._flatten_layers()
+                                                        for loss in layer._losses])
         slopes = tape.gradient(total, [self._weights[name].value for name in found])
-        wanted = {name: np.zeros(()) if slope is None else np.asarray(tf.convert_to_tensor(slope)) for name, slope in zip(found, slopes, strict=True)}
+        wanted = {name: np.zeros(()) if slope is None else np.asarray(tf.convert_to_tensor(slope))
+                  for name, slope in zip(found, slopes, strict=True)}
         everything = np.sqrt(sum(np.square(slope, dtype=np.float64).sum() for slope in wanted.values()))
         for name, slope in wanted.items():
             off = np.linalg.norm(np.asarray(found.get(name, 0.0) - slope, np.float64))
             if off > COARSELY * np.linalg.norm(slope) and off > COARSELY ** 2 * everything:
-                raise UserError(f"model.kind: {self.kind} has another gradient of {name} here than in Keras itself: keras.remat, tf.recompute_grad "
-                                "and a tf.custom_gradient do not see the variables that are read inside of them; take them out, or hand the "
-                                "variables' values to them as arguments.")
+                raise UserError(f"model.kind: {self.kind} has another gradient of {name} here than in Keras itself: "
+                                "keras.remat, tf.recompute_grad and a tf.custom_gradient do not see the variables that "
+                                "are read inside of them; take them out, or hand the variables' values to them as "
+                                "arguments.")
 
     def tally(self) -> MetricTally:
         return MetricTally(self)
 
     def open(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> None:
-        """Makes what compile() names: this creates variables, which no stateless scope allows. UserError for metrics that do not add up."""
+        """Makes what compile() names: this creates variables, which no stateless scope allows. UserError for metrics
+        that do not add up."""
         if self.figures is not None or not num_rows(batch):
             return
         if not self._own_loss:
@@ -144,11 +166,13 @@ class KerasModel(Adapted):
                 self._measured(figures, params, state, [batch])
             else:
                 halves = pieces_of(batch)
-                figures.check_adds_up(self.kind, *(self._measured(figures, params, state, some) for some in (halves, halves[:1], halves[1:])))
+                figures.check_adds_up(self.kind, *(self._measured(figures, params, state, some)
+                                                   for some in (halves, halves[:1], halves[1:])))
         self.figures = figures
 
     def rehearse(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> None:
-        """Beside traces: why a batch's loss is not made of its parts', and attributes that change. The model has been called before."""
+        """Beside traces: why a batch's loss is not made of its parts', and attributes that change. The model has been
+        called before."""
         before = self._attributes()
         halves = pieces_of(batch)
 
@@ -161,7 +185,8 @@ class KerasModel(Adapted):
         check_attributes(self.kind, before, self._attributes(), self.KEEP)
         if not self._own_loss and not self.undivided:
             why = uneven(self.kind, losses, self.sums)
-            if why and told(together(halves), 1) == losses[0]:  # what draws in inference as well, as a VAE does, gives other losses anyway
+            # what draws in inference as well, as a VAE does, gives other losses anyway
+            if why and told(together(halves), 1) == losses[0]:
                 self.undivided = why
 
     def loss(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any,
@@ -180,8 +205,8 @@ class KerasModel(Adapted):
         """UserError where the loss writes to what the optimizer trains."""
         for name in self.moved:
             if name in trained:
-                raise UserError(f"model.kind: {self.kind} writes to its parameter {name} in its loss, and the optimizer writes to it "
-                                "too; use a constraint, or make it untrainable.")
+                raise UserError(f"model.kind: {self.kind} writes to its parameter {name} in its loss, and the "
+                                "optimizer writes to it too; use a constraint, or make it untrainable.")
 
     def metrics(self, ops: Any, params: Mapping[str, Any], state: Mapping[str, Any],
                 batch: Any) -> Mapping[str, tuple[Any, Any]]:
@@ -196,7 +221,8 @@ class KerasModel(Adapted):
                 out[VARIABLES] = self.figures.change(map(scope.get_current_value, self.figures.variables)), 1.0
         return out
 
-    def _measured(self, figures: Figures, params: Mapping[str, Any], state: Mapping[str, Any], batches: list[Any]) -> np.ndarray:
+    def _measured(self, figures: Figures, params: Mapping[str, Any], state: Mapping[str, Any],
+                  batches: list[Any]) -> np.ndarray:
         """How far some batches after one another move the metrics' variables."""
         values = figures.values()
         for batch in batches:
@@ -209,7 +235,8 @@ class KerasModel(Adapted):
         return self._model(x, training=training) if self._model._call_has_training_arg else self._model(x)
 
     def _loss(self, batch: Any, training: bool, added: Callable[[], Sequence[Any]]) -> tuple[Any, Any]:
-        """(sum, weight), with what was `added` by add_loss until then. An evaluation weighs batches by their rows, as `evaluate` does."""
+        """(sum, weight), with what was `added` by add_loss until then. An evaluation weighs batches by their rows, as
+        `evaluate` does."""
         rows = num_rows(batch)
         if self._own_loss:
             return as_sum(self._model.batch_loss(mapped(batch)), rows)
@@ -223,7 +250,8 @@ class KerasModel(Adapted):
         model = self._model
         x, y, sample_weight = parts(batch, bool(self._model.loss))
         y_pred = self._called(x, training)
-        loss = tf.reshape(model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training), ())
+        loss = tf.reshape(model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training),
+                          ())
         weight, why = divisor(model, y_pred, sample_weight, added(), num_rows(batch))
         self.undivided = self.undivided or why
         if not training and model._compile_metrics is not None:
@@ -233,16 +261,19 @@ class KerasModel(Adapted):
     def _attributes(self) -> Mapping[str, Any]:
         layers = [(layer.name if layer is not self._model else "", layer) for layer in self._model._flatten_layers()
                   if not type(layer).__module__.startswith("keras.")]
-        return plain_attributes(layers, lambda value: value.numpy() if isinstance(value, tf.Tensor) and hasattr(value, "numpy") else None,
+        return plain_attributes(layers, lambda value: value.numpy() if isinstance(value, tf.Tensor)
+                                and hasattr(value, "numpy") else None,
                                 OF_KERAS)
 
     def telling(self) -> AbstractContextManager[None]:
         return telling(self.kind, in_one_line)
 
     @contextmanager
-    def _scope(self, params: Mapping[str, Any], state: Mapping[str, Any], seed: Any, values: list[tuple[Any, Any]] | None = None,
+    def _scope(self, params: Mapping[str, Any], state: Mapping[str, Any], seed: Any, values: list[tuple[Any, Any]]
+               | None = None,
                opening: bool = False) -> Iterator[Scope]:
-        """Inside, the model computes with these arrays, and metrics with `values`. UserError where it writes to what it must not."""
+        """Inside, the model computes with these arrays, and metrics with `values`. UserError where it writes to what it
+        must not."""
         model = self._model
         if values is None:
             values = self.figures.values() if self.figures else []
@@ -252,15 +283,17 @@ class KerasModel(Adapted):
         with self.telling(), Scope(values) as scope:
             yield scope
         if len(model.variables) != known:
-            raise UserError(f"model.kind: {self.kind} makes parameters while it runs; make all of them where it is built.")
+            raise UserError(f"model.kind: {self.kind} makes parameters while it runs; make all of them where it is "
+                            "built.")
         ours = {id(v) for v, _ in values} | ({id(v) for v in model.metrics_variables} if opening else set())
         for number, variable in scope.written.items():
             if number not in ours:
-                raise UserError(f"model.kind: {self.kind} writes to the variable {variable.path}, which is none of its own, so no checkpoint has it; "
-                                "make it, or the SeedGenerator that it belongs to, an attribute of a layer.")
+                raise UserError(f"model.kind: {self.kind} writes to the variable {variable.path}, which is none of its "
+                                "own, so no checkpoint has it; make it, or the SeedGenerator that it belongs to, an "
+                                "attribute of a layer.")
         if {id(v) for v in model.trainable_weights} != self._trained:
-            raise UserError(f"model.kind: {self.kind} changes `trainable` while it computes its loss; set it where the model is made, or use "
-                            "model.freeze and model.thaw.")
+            raise UserError(f"model.kind: {self.kind} changes `trainable` while it computes its loss; set it where the "
+                            "model is made, or use model.freeze and model.thaw.")
         check_graph(self.kind, model._flatten_layers())
 
 
@@ -274,8 +307,8 @@ def check_graph(kind: str, layers: Iterable[Any]) -> None:
             handles = [outer for outer, inner in graph.captures if inner is op.inputs[0]]
             found = [f"{layer.name}.{name}" for layer in layers for name, value in vars(layer).items()
                      if isinstance(value, tf.Variable) and any(value.handle is handle for handle in handles)]
-            raise UserError(f"model.kind: {kind} writes to the tf.Variable {(found or [op.name])[0]}, which Keras does not know as its own; "
-                            "make it by add_weight(trainable=False).")
+            raise UserError(f"model.kind: {kind} writes to the tf.Variable {(found or [op.name])[0]}, which Keras does "
+                            "not know as its own; make it by add_weight(trainable=False).")
 
 
 def pieces_of(batch: Any) -> list[Any]:
@@ -283,7 +316,8 @@ def pieces_of(batch: Any) -> list[Any]:
     middle = num_rows(batch) // 2
     if not middle:
         return [batch, batch]
-    return [keras.tree.map_structure(lambda x: x[:middle], batch), keras.tree.map_structure(lambda x: x[middle:], batch)]
+    return [keras.tree.map_structure(lambda x: x[:middle], batch),
+            keras.tree.map_structure(lambda x: x[middle:], batch)]
 
 
 def together(batches: list[Any]) -> Any:
@@ -293,11 +327,12 @@ def together(batches: list[Any]) -> Any:
 def named_variables(model: keras.Model, variables: list[Any]) -> dict[str, Any]:
     """Variables by name, as "dense.kernel".
 
-    Keras numbers layers without a name of their own by how many the process has made; here they are numbered within the model,
-    so that every worker finds the same names.
+    Keras numbers layers without a name of their own by how many the process has made; here they are numbered within the
+    model, so that every worker finds the same names.
     """
     automatic = {layer.name: snake(type(layer).__name__) for layer in model._flatten_layers(include_self=False)}
-    automatic = {name: found[1] for name, base in automatic.items()  # the prefixes are what Bidirectional puts before a name
+    # the prefixes are what Bidirectional puts before a name
+    automatic = {name: found[1] for name, base in automatic.items()
                  if (found := re.fullmatch(rf"((?:forward_|backward_)?{base})(?:_\d+)?", name))}
     renamed: dict[str, str] = {}
     counts: dict[str, int] = {}
@@ -327,7 +362,8 @@ def seed_state(seed: Any, number: int, dtype: str) -> Any:
 def in_one_line(error: Exception) -> str:
     """What Keras says of an error, without its frame of colours and arguments."""
     told = [part.strip() for part in re.sub(r"\x1b\[\d*m", "", str(error)).split("\n\n")]
-    return " ".join(next((part for part in told if not part.startswith("Exception encountered")), told[0]).split()).rstrip(".")
+    return " ".join(next((part for part in told if not part.startswith("Exception encountered")),
+                         told[0]).split()).rstrip(".")
 
 
 def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
@@ -336,5 +372,6 @@ def as_sum(found: Any, rows: int) -> tuple[Any, Any]:
         return pair(found, "batch_loss(batch)")
     found = tf.convert_to_tensor(found)
     if found.shape.num_elements() != 1:
-        raise UserError(f"model.kind: batch_loss(batch) must give one number or (sum, weight), not a tensor of shape {tuple(found.shape)}.")
+        raise UserError("model.kind: batch_loss(batch) must give one number or (sum, weight), not a tensor of shape "
+                        f"{tuple(found.shape)}.")
     return tf.reshape(found, ()) * rows, float(rows)

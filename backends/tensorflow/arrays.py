@@ -13,7 +13,8 @@ from elastic.model.backend import Buffer
 
 
 def tensor_over(view: np.ndarray) -> Any:
-    """A tensor that shares the memory of a view. TensorFlow ends the process on DLPack memory that is aligned to less than 64 bytes."""
+    """A tensor that shares the memory of a view. TensorFlow ends the process on DLPack memory that is aligned to less
+    than 64 bytes."""
     assert view.ctypes.data % ALIGN_BYTES == 0, "parameters begin at multiples of 64 bytes"
     return tf.experimental.dlpack.from_dlpack(view.__dlpack__())
 

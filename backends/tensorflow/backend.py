@@ -1,7 +1,8 @@
 """`elastic.model.backend.Backend` on TensorFlow: a shard's loss and its gradients are one traced function of the parameters.
 
-Parameters are tensors over the platform's flat buffers, without a copy (DLPack): what the platform writes there, the next
-call reads. They are handed to the traced function as arguments, so it holds no copy and never traces twice for them.
+Parameters are tensors over the platform's flat buffers, without a copy (DLPack): what the platform writes there, the
+next call reads. They are handed to the traced function as arguments, so it holds no copy and never traces twice for
+them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from elastic.model.user_code import UNTRAINED
 
 _start = threading.Lock()
 
-# Starting values and a data set's draws come from process-wide generators: what one thread seeds and draws must not interleave
-# with another's.
+# Starting values and a data set's draws come from process-wide generators: what one thread seeds and draws must not
+# interleave with another's.
 _generators = threading.RLock()
 
 
@@ -33,8 +34,8 @@ class TensorFlow(Door):
     name, trains = "tensorflow", "Keras model"
 
     def before_models(self, settings: Any) -> None:
-        """TensorFlow starts with the first variable. What cannot be had any more, `create` tells: a process that only looks at a model need not
-        compute like a worker.
+        """TensorFlow starts with the first variable. What cannot be had any more, `create` tells: a process that only
+        looks at a model need not compute like a worker.
         """
         with suppress(UserError):
             start(int(settings.threads))
@@ -59,7 +60,8 @@ framework = TensorFlow()
 
 
 def start(threads: int) -> None:
-    """Sets what TensorFlow fixes for a process at its first kernel. UserError where it has run already, with other threads."""
+    """Sets what TensorFlow fixes for a process at its first kernel. UserError where it has run already, with other
+    threads."""
     with _start:
         config = tf.config.threading
         if config.get_intra_op_parallelism_threads() != threads:
@@ -68,8 +70,8 @@ def start(threads: int) -> None:
                 config.set_inter_op_parallelism_threads(1)  # a training step is a chain: its kernels share the threads
                 tf.config.set_visible_devices([], "GPU")
             except RuntimeError as error:
-                raise UserError(f"backend.threads = {threads} cannot be had: TensorFlow has already computed in this process, with other "
-                                "threads; let nothing use it before the run begins.") from error
+                raise UserError(f"backend.threads = {threads} cannot be had: TensorFlow has already computed in this "
+                                "process, with other threads; let nothing use it before the run begins.") from error
         tf.config.experimental.enable_op_determinism()
 
 
@@ -109,10 +111,12 @@ class TensorFlowBackend(Stages):
 
         once = rehearse(own, (*self.parameters, *self.buffers), run)
         own.rehearse(self._params, self._device_state(), columns)
-        own.check_gradients(self._params, self._device_state(), columns, {name: once.get(name, np.zeros(())) for name in names})
+        own.check_gradients(self._params, self._device_state(), columns,
+                            {name: once.get(name, np.zeros(())) for name in names})
         return Habits(moved=own.moved, sums=own.sums, undivided=own.undivided)
 
-    def _computed(self, names: tuple[str, ...], batch: Batch, seed: int, factor: float = 1.0) -> tuple[ShardResult, dict[str, np.ndarray]]:
+    def _computed(self, names: tuple[str, ...], batch: Batch, seed: int,
+                  factor: float = 1.0) -> tuple[ShardResult, dict[str, np.ndarray]]:
         """One shard, with `factor` times the gradients of its loss sum."""
         columns, state = self._columns(batch), self._device_state()
         arguments: tuple[Any, ...] = self._params, state, columns, tf.constant(np.uint64(seed & U64))
@@ -159,11 +163,13 @@ class TensorFlowBackend(Stages):
 
         return tf.function(counted, jit_compile=self._jit, autograph=False)
 
-    def _measured(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> Mapping[str, tuple[Any, Any]]:
+    def _measured(self, params: Mapping[str, Any], state: Mapping[str, Any],
+                  batch: Any) -> Mapping[str, tuple[Any, Any]]:
         return self._model.metrics(self._ops, params, state, batch)
 
     def _step_of(self, names: Sequence[str]) -> Callable[..., Any]:
-        def step(params: Mapping[str, Any], state: Mapping[str, Any], batch: Any, seed: Any, factor: Any = None) -> tuple[Any, Any, Any, list[Any]]:
+        def step(params: Mapping[str, Any], state: Mapping[str, Any], batch: Any, seed: Any,
+                 factor: Any = None) -> tuple[Any, Any, Any, list[Any]]:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch([params[name] for name in names])
                 loss, weight, new = self._model.loss(self._ops, params, state, batch, seed)
@@ -171,7 +177,8 @@ class TensorFlowBackend(Stages):
                 self._own.check_moved(names)
             slopes = tape.gradient(loss, [params[name] for name in names],
                                    output_gradients=None if factor is None else tf.cast(factor, loss.dtype))
-            if all(slope is None for slope in slopes) and not (isinstance(weight, float) and weight == 0.0):  # a batch without rows
+            # a batch without rows
+            if all(slope is None for slope in slopes) and not (isinstance(weight, float) and weight == 0.0):
                 raise UserError(UNTRAINED)
             return (tf.cast(loss, tf.float64), tf.cast(weight, tf.float64), dict(new),
                     [None if slope is None else tf.convert_to_tensor(slope) for slope in slopes])

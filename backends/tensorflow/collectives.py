@@ -1,7 +1,7 @@
 """Kernels of dims that are split over an axis of the mesh: what they exchange, forward and backward.
 
-Whatever crosses workers goes through `_between`: at once where kernels run one by one, else noted in the recording of a program. The
-axis is looked up when data is there, so a generation's new groups change no trace.
+Whatever crosses workers goes through `_between`: at once where kernels run one by one, else noted in the recording of a
+program. The axis is looked up when data is there, so a generation's new groups change no trace.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class SplitKernels(neutral.Kernels):
     def _rows(self, table: Tensor, indices: Tensor, dim: str, length: int) -> Tensor:
         """Of the rows asked for those that are here, zeros for the others."""
         local, here = self._local(indices, dim, length, table.shape[0])
-        return tf.where(tf.reshape(here, (*here.shape, *[1] * (len(table.shape) - 1))), tf.gather(table, local), tf.zeros((), table.dtype))
+        return tf.where(tf.reshape(here, (*here.shape, *[1] * (len(table.shape) - 1))), tf.gather(table, local),
+                        tf.zeros((), table.dtype))
 
     def _split_cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor, dim: str, length: int) -> Tensor:
         """Shoeybi et al. 2019, section 3; logits (n, classes here), targets and weights (n,)."""
@@ -97,7 +98,8 @@ class SplitKernels(neutral.Kernels):
         if move is as_it_is:
             return tf.identity(x)
         # a copy: TensorFlow's own memory may not be written to, and libraries warn of what may not
-        return self._between(x, tuple(x.shape), lambda own: move(self.axes[dim], own if move is summed else np.array(own), 0))
+        return self._between(x, tuple(x.shape), lambda own: move(self.axes[dim], own if move is summed
+                                                                 else np.array(own), 0))
 
     def _between(self, x: Tensor, shape: Sequence[int], host: Callable[[np.ndarray], np.ndarray]) -> Tensor:
         if tf.executing_eagerly():

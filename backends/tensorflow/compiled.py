@@ -22,7 +22,8 @@ from elastic.errors import UserError
 
 OWN_LOSS = "give the model a method batch_loss(batch), which is computed shard by shard and returns the mean or (sum, weight)"
 ONE_SHARD = f"write elastic.logical_shards = 1, or {OWN_LOSS}"
-NOT_ASKED = ("train_step", "test_step", "compute_metrics", "make_train_function", "make_test_function", "fit", "evaluate", "train_on_batch")
+NOT_ASKED = ("train_step", "test_step", "compute_metrics", "make_train_function", "make_test_function", "fit",
+             "evaluate", "train_on_batch")
 MEANS = ("sum_over_batch_size", "mean")
 WEIGHTED = "mean_with_sample_weight"
 TOLERANCE = 1e-4
@@ -35,9 +36,11 @@ def check_compiled(model: keras.Model, own_loss: bool) -> None:
     kind = type(model).__name__
     for variable in model.trainable_weights:
         if variable.overwrite_with_gradient:
-            raise UserError(f"model.kind: {kind} keeps {variable.path} by overwriting it with its gradient (float8); use another dtype policy.")
+            raise UserError(f"model.kind: {kind} keeps {variable.path} by overwriting it with its gradient (float8); "
+                            "use another dtype policy.")
     if any(layer.compute_dtype == "float16" for layer in model._flatten_layers()):
-        raise UserError(f'model.kind: {kind} computes in float16, for which `fit` scales its loss; use "mixed_bfloat16" or "float32".')
+        raise UserError(f'model.kind: {kind} computes in float16, for which `fit` scales its loss; use '
+                        '"mixed_bfloat16" or "float32".')
     if own_loss:
         return
     for name in NOT_ASKED:
@@ -47,7 +50,8 @@ def check_compiled(model: keras.Model, own_loss: bool) -> None:
         raise UserError(f"model.kind: {kind} has no loss; call its compile(loss=...), or {OWN_LOSS}.")
     for loss in losses_of(model):
         if loss.reduction not in (*MEANS, WEIGHTED, "sum"):
-            raise UserError(f"model.kind: the loss {loss.name} of {kind} has reduction = {loss.reduction!r}, which gives no one number; write "
+            raise UserError(f"model.kind: the loss {loss.name} of {kind} has reduction = {loss.reduction!r}, which "
+                            "gives no one number; write "
                             f'reduction = "sum_over_batch_size", or {OWN_LOSS}.')
 
 
@@ -66,7 +70,8 @@ def num_losses(model: keras.Model) -> int:
 
 
 def divisor(model: keras.Model, y_pred: Any, sample_weight: Any, added: Sequence[Any], rows: int) -> tuple[Any, str]:
-    """What the loss of a batch is divided by, so that batches' losses can be put together by it; and why they cannot, or "".
+    """What the loss of a batch is divided by, so that batches' losses can be put together by it; and why they cannot,
+    or "".
 
     `added`: what the call has told to add_loss.
     """
@@ -98,8 +103,9 @@ def uneven(kind: str, found: Sequence[tuple[float, float]], is_sum: bool) -> str
     pieces = [loss * (1.0 if is_sum else weight / max(size, 1e-30)) for loss, weight in rest]
     if abs(whole - sum(pieces)) <= TOLERANCE * max(abs(whole), sum(map(abs, pieces))) + 1e-6:
         return ""
-    return (f"model.kind: the loss of {kind} is not a {'sum' if is_sum else 'mean'} over rows: over a batch it is {whole:.6g}, and {sum(pieces):.6g} "
-            f"put together from its two parts, so shards would train it otherwise than `fit`; {ONE_SHARD}.")
+    return (f"model.kind: the loss of {kind} is not a {'sum' if is_sum else 'mean'} over rows: over a batch it is "
+            f"{whole:.6g}, and {sum(pieces):.6g} put together from its two parts, so shards would train it otherwise "
+            f"than `fit`; {ONE_SHARD}.")
 
 
 def parts(batch: Any, is_asked: bool) -> tuple[Any, Any, Any]:
@@ -107,13 +113,14 @@ def parts(batch: Any, is_asked: bool) -> tuple[Any, Any, Any]:
     if not is_asked and (isinstance(batch, Mapping) or not isinstance(batch, (tuple, list)) or len(batch) == 1):
         return batch[0] if isinstance(batch, (tuple, list)) else batch, None, None
     if not isinstance(batch, (tuple, list)) or not 2 <= len(batch) <= 3:
-        raise UserError("model.kind: a compiled Keras model trains on rows (x, y) or (x, y, sample_weight); let the data set give them, or "
-                        "give the model a method batch_loss(batch).")
+        raise UserError("model.kind: a compiled Keras model trains on rows (x, y) or (x, y, sample_weight); let the "
+                        "data set give them, or give the model a method batch_loss(batch).")
     return batch[0], batch[1], batch[2] if len(batch) == 3 else None
 
 
 class Figures:
-    """A model's metrics beside its loss: compiled ones, those of its outputs' losses, and metrics that its layers keep."""
+    """A model's metrics beside its loss: compiled ones, those of its outputs' losses, and metrics that its layers keep.
+    """
 
     def __init__(self, model: keras.Model):
         self.metrics = [metric for metric in model.metrics if metric is not model._loss_tracker]
@@ -127,7 +134,8 @@ class Figures:
 
     def change(self, current: Iterable[Any]) -> Any:
         """How far the variables have moved, as one float64 tensor."""
-        moved = [tf.reshape(tf.cast(now, tf.float64) - first.astype(np.float64), (-1,)) for now, first in zip(current, self.initial, strict=True)]
+        moved = [tf.reshape(tf.cast(now, tf.float64) - first.astype(np.float64), (-1,))
+                 for now, first in zip(current, self.initial, strict=True)]
         return tf.concat(moved, 0) if moved else tf.zeros(0, tf.float64)
 
     def check_adds_up(self, kind: str, both: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
@@ -137,9 +145,11 @@ class Figures:
             cut = slice(at, at + int(np.prod(variable.shape)))
             at = cut.stop
             if not np.allclose(both[cut], one[cut] + other[cut], rtol=1e-4, atol=1e-6, equal_nan=True):
-                inner = (part for part in getattr(metric, "metrics", ()) if any(v is variable for v in part.variables))  # of a list of metrics
-                raise UserError(f"model.kind: the metric {next(inner, metric).name} of {kind} cannot be added up over shards: "
-                                "what two batches make of its variables is not the sum of what each makes; take it out of compile(metrics=...).")
+                # of a list of metrics
+                inner = (part for part in getattr(metric, "metrics", ()) if any(v is variable for v in part.variables))
+                raise UserError(f"model.kind: the metric {next(inner, metric).name} of {kind} cannot be added up over "
+                                "shards: what two batches make of its variables is not the sum of what each makes; "
+                                "take it out of compile(metrics=...).")
 
     def results(self, moved: np.ndarray) -> dict[str, float]:
         """Each metric's own result, by the names that Keras tells them by; an array's entries are numbered."""
@@ -161,7 +171,8 @@ class Figures:
 
 
 def rename(metrics: Iterable[Any]) -> None:
-    """Keras numbers metrics without a name of their own by how many the process has made; here they are numbered within the model."""
+    """Keras numbers metrics without a name of their own by how many the process has made; here they are numbered within
+    the model."""
     counts: Counter[str] = Counter()
     for metric in metrics:
         base = snake(type(metric).__name__)
@@ -177,8 +188,8 @@ def snake(name: str) -> str:
 
 
 class MetricTally:
-    """`elastic.model.tally.Tally` of `Figures`. Kept in two parts on grids, so that no order of adding up shows. The length of `counts` is known
-    when the model has measured a batch.
+    """`elastic.model.tally.Tally` of `Figures`. Kept in two parts on grids, so that no order of adding up shows. The
+    length of `counts` is known when the model has measured a batch.
     """
 
     def __init__(self, model: Any):

@@ -122,7 +122,8 @@ class TensorFlowOps(SplitKernels):
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, rate: float = 0.0, seed: Any = 0,
                   tag: str = "") -> Tensor:
-        query, key, value = (tf.transpose(x, (0, 2, 1, 3)) for x in (query * (1 / math.sqrt(query.shape[-1])), key, value))
+        query, key, value = (tf.transpose(x, (0, 2, 1, 3)) for x in (query * (1 / math.sqrt(query.shape[-1])), key,
+                                                                     value))
         scores = tf.linalg.matmul(query, key, transpose_b=True)
         if causal:
             scores += np.triu(np.full(tuple(scores.shape)[-2:], -np.inf, self.dtype), 1)
@@ -139,15 +140,18 @@ class TensorFlowOps(SplitKernels):
     def recompute(self, function: Callable[..., Tensor], *arrays: Tensor) -> Tensor:
         return tf.recompute_grad(function)(*arrays)
 
-    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
-        same = stride == 1 and tuple(weight.shape)[:2] == (2 * padding + 1, 2 * padding + 1)  # by kernels twice as fast at times
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1,
+               padding: int = 0) -> Tensor:
+        # by kernels twice as fast at times
+        same = stride == 1 and tuple(weight.shape)[:2] == (2 * padding + 1, 2 * padding + 1)
         out = tf.nn.conv2d(x, weight, stride, "SAME" if same else around(padding) if padding else "VALID")
         return out if bias is None else tf.nn.bias_add(out, bias)
 
     def max_pool(self, x: Tensor, size: int, stride: int, padding: int = 0) -> Tensor:
         return tf.nn.max_pool2d(x, size, stride, around(padding))
 
-    def batch_norm(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, training: bool, momentum: float = 0.1,
+    def batch_norm(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, training: bool,
+                   momentum: float = 0.1,
                    eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
         axes = tuple(range(len(x.shape) - 1))
         if not training:
@@ -157,7 +161,8 @@ class TensorFlowOps(SplitKernels):
         if x.dtype == tf.float32:  # the fused kernel knows no other
             flat = tf.reshape(x, (num, 1, 1, x.shape[-1]))
             y, batch_mean, batch_var, *_ = tf.raw_ops.FusedBatchNormV3(
-                x=flat, scale=weight, offset=bias, mean=(), variance=(), epsilon=eps, exponential_avg_factor=1.0, is_training=True)
+                x=flat, scale=weight, offset=bias, mean=(), variance=(), epsilon=eps, exponential_avg_factor=1.0,
+                is_training=True)
             y = tf.reshape(y, x.shape)
         else:
             batch_mean = tf.reduce_mean(x, axes)
@@ -209,7 +214,8 @@ def normalised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
         y = centred * factor
 
         def pull(g: Tensor) -> Tensor:
-            return factor * (g - tf.reduce_mean(g, axes, keepdims=True) - y * tf.reduce_mean(g * y, axes, keepdims=True))
+            return factor * (g - tf.reduce_mean(g, axes,
+                                                keepdims=True) - y * tf.reduce_mean(g * y, axes, keepdims=True))
 
         return y, pull
 

@@ -1,9 +1,9 @@
 """Optimizer steps on flat NumPy ranges, in place.
 
-TensorFlow's own updates write to variables, and those copy a buffer that anybody else holds. These are elementwise NumPy loops of
-exactly rounded operations, so no cut of a range can show in the bits; a range at a time, so that its temporaries stay in the cache.
-Formulas: AdamW, Loshchilov and Hutter 2019, algorithm 2; Adam, Kingma and Ba 2015, algorithm 1; SGD, Sutskever et al. 2013 with
-v = momentum v + g; Adagrad, Duchi et al. 2011, diagonal.
+TensorFlow's own updates write to variables, and those copy a buffer that anybody else holds. These are elementwise
+NumPy loops of exactly rounded operations, so no cut of a range can show in the bits; a range at a time, so that its
+temporaries stay in the cache. Formulas: AdamW, Loshchilov and Hutter 2019, algorithm 2; Adam, Kingma and Ba 2015,
+algorithm 1; SGD, Sutskever et al. 2013 with v = momentum v + g; Adagrad, Duchi et al. 2011, diagonal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Array = np.ndarray
 
 def apply(rule: UpdateRule, param: Array, grad: Array, slots: Mapping[str, Array]) -> None:
     """One step in place; `grad` is overwritten."""
-    step, rooms = {"adamw": adam, "adam": adam, "sgd": sgd, "adagrad": adagrad}[rule.name], np.empty((2, min(RANGE, len(param))), param.dtype)
+    step, rooms = {"adamw": adam, "adam": adam, "sgd": sgd,
+                   "adagrad": adagrad}[rule.name], np.empty((2, min(RANGE, len(param))), param.dtype)
     for start in range(0, len(param), RANGE):
         cut = slice(start, start + RANGE)
         p, g, scale = param[cut], grad[cut], rule.scale

@@ -40,12 +40,15 @@ class Stages(HostBackend):
         self._ops.axes = dict(axes)
         self._degrees = tuple(sorted((dim, axis.size) for dim, axis in axes.items() if axis.size > 1))
 
-    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
+    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch,
+                seed: int
                 ) -> Buffer | ShardResult:
         names = self._read_by(pieces)
-        arguments = ({name: self._params[name] for name in names}, shaped(inputs, shape), self._columns(batch), tf.constant(np.uint64(seed & U64)))
+        arguments = ({name: self._params[name] for name in names}, shaped(inputs, shape), self._columns(batch),
+                     tf.constant(np.uint64(seed & U64)))
         recording = Recording()
-        program = self._program(("forward", tuple(pieces)), self._passes(pieces, names, recording), arguments, recording)
+        program = self._program(("forward", tuple(pieces)), self._passes(pieces, names, recording), arguments,
+                                recording)
         environment = program.begin(arguments, self._ops.part)
         result = program.run(environment, 0)
         self._kept[key] = Kept(program, environment, names, None if inputs is None else int(np.prod(shape)))
@@ -95,7 +98,8 @@ class Stages(HostBackend):
             recording.turn()
             loss = result[0] if self._ends(pieces) else result
             gradient = None if self._ends(pieces) else recording.gradient_of(result)
-            slope, slopes = tape.gradient(loss, [[] if inputs is None else [inputs], [params[name] for name in names]], gradient)
+            slope, slopes = tape.gradient(loss, [[] if inputs is None else [inputs], [params[name] for name in names]],
+                                          gradient)
             if self._ends(pieces):
                 result = tf.cast(result[0], tf.float64), tf.cast(result[1], tf.float64)
             return result, slope[0] if slope else None, slopes
@@ -113,8 +117,10 @@ class Stages(HostBackend):
         program = self._program(key, lambda *arguments: (function(*arguments),), arguments, recording)
         return program.run(program.begin(arguments, self._ops.part), 0)
 
-    def _program(self, key: tuple[Any, ...], function: Callable[..., Any], arguments: Sequence[Any], recording: Recording) -> Program:
-        """Traced for these degrees and shapes, and again only where a model that asks for its own place has got another one."""
+    def _program(self, key: tuple[Any, ...], function: Callable[..., Any], arguments: Sequence[Any],
+                 recording: Recording) -> Program:
+        """Traced for these degrees and shapes, and again only where a model that asks for its own place has got another
+        one."""
         programs = self._programs.setdefault((*key, self._degrees, signature(arguments)), [])
         for program in programs:
             if program.suits(self._ops.part):

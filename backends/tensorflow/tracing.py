@@ -1,9 +1,10 @@
 """Functions that are traced as a whole and cut where workers meet.
 
-A kernel that blocks for its peers inside a graph holds one of the process's few threads for kernels, and two that do not depend on each
-other may start in another order elsewhere. So a graph is cut at every collective: TensorFlow runs the parts, and the calling thread
-itself meets its peers between them, in the order in which the function named the collectives, which is the same for all.
-The same cuts part a forward pass from its backward pass, and what a backward pass must do for the inputs from the rest.
+A kernel that blocks for its peers inside a graph holds one of the process's few threads for kernels, and two that do
+not depend on each other may start in another order elsewhere. So a graph is cut at every collective: TensorFlow runs
+the parts, and the calling thread itself meets its peers between them, in the order in which the function named the
+collectives, which is the same for all. The same cuts part a forward pass from its backward pass, and what a backward
+pass must do for the inputs from the rest.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Recording:
     graph: Any = None
     cuts: list[Cut] = field(default_factory=list)
     places: dict[str, Any] = field(default_factory=dict)  # dim -> this worker's place, told at each call
-    parts: dict[str, int] = field(default_factory=dict)  # dim -> a place that the function itself has read, and the trace relies on
+    # dim -> a place that the function itself has read, and the trace relies on
+    parts: dict[str, int] = field(default_factory=dict)
     num_forward: int | None = None  # operations that belong to the first phase
     gradient: Any = None  # that of the first phase's result, told later
 
@@ -79,10 +81,12 @@ class Step:
 class Program:
     """A function of tensors in phases: it returns one nest of outputs for each, tensors, numbers or None.
 
-    Before `recording.turn()` it computes the first phase; what comes behind it goes to the first later phase that needs it.
+    Before `recording.turn()` it computes the first phase; what comes behind it goes to the first later phase that needs
+    it.
     """
 
-    def __init__(self, function: Callable[..., Sequence[Any]], arguments: Sequence[Any], recording: Recording, jit: bool = False):
+    def __init__(self, function: Callable[..., Sequence[Any]], arguments: Sequence[Any], recording: Recording,
+                 jit: bool = False):
         self._recording, self._jit = recording, jit
         found: dict[str, Any] = {}
 
@@ -90,14 +94,16 @@ class Program:
             recording.graph = tf.compat.v1.get_default_graph()
             found["inputs"] = [tensor.name for tensor in tf.nest.flatten(arguments) if tensor is not None]
             results = function(*arguments)
-            found["outputs"] = [tf.nest.map_structure(lambda x: x if x is None else tf.convert_to_tensor(x), phase) for phase in results]
+            found["outputs"] = [tf.nest.map_structure(lambda x: x if x is None else tf.convert_to_tensor(x), phase)
+                                for phase in results]
             return ()
 
         concrete = tf.function(traced, autograph=False).get_concrete_function(*tf.nest.map_structure(spec_of, list(arguments)))
         self._inputs: list[str] = found["inputs"]
         self._captured = {inner.name: outer for outer, inner in concrete.graph.captures}
         self._outputs = found["outputs"]
-        self._constant_outputs = {out.op.name for out in tf.nest.flatten(self._outputs) if out is not None and out.op.type == "Const"}
+        self._constant_outputs = {out.op.name for out in tf.nest.flatten(self._outputs) if out is not None
+                                  and out.op.type == "Const"}
         self._library = recording.graph.as_graph_def().library
         self._keep = concrete  # owns the graph
         self._cuts = {cut.made.op.name: cut for cut in recording.cuts}
@@ -109,7 +115,8 @@ class Program:
         return all(parts(dim) == part for dim, part in self._recording.parts.items())
 
     def begin(self, arguments: Sequence[Any], parts: Callable[[str], int]) -> Environment:
-        environment = dict(zip(self._inputs, (tensor for tensor in tf.nest.flatten(list(arguments)) if tensor is not None), strict=True))
+        environment = dict(zip(self._inputs, (tensor for tensor in tf.nest.flatten(list(arguments))
+                                              if tensor is not None), strict=True))
         environment.update(self._captured)
         for dim, place in self._recording.places.items():
             environment[place.name] = tf.constant(parts(dim), tf.int64)
@@ -126,14 +133,16 @@ class Program:
             self._phases[phase, wanted] = self._build(phase, wanted)
         for step in self._phases[phase, wanted]:
             if step.run is not None:
-                environment.update(zip(step.outputs, step.run(*[environment[name] for name in step.inputs]), strict=True))
+                environment.update(zip(step.outputs, step.run(*[environment[name] for name in step.inputs]),
+                                       strict=True))
             if step.cut is not None:
                 environment[step.cut.made.name] = tf.constant(step.cut.host(np.asarray(environment[step.cut.given.name])))
             for name in step.done:
                 environment.pop(name, None)
         flat = tf.nest.flatten(self._outputs[phase])
         return tf.nest.pack_sequence_as(self._outputs[phase], [
-            None if out is None or (wanted is not None and i not in wanted) else environment[out.name] for i, out in enumerate(flat)])
+            None if out is None or (wanted is not None and i not in wanted) else environment[out.name]
+            for i, out in enumerate(flat)])
 
     @cached_property
     def _phase_of(self) -> dict[str, int]:
@@ -163,7 +172,8 @@ class Program:
         if wanted is not None:
             outputs = [out for i, out in enumerate(outputs) if i in wanted]
         alive = self._behind(outputs) if wanted is not None else None
-        chosen = [op for op in self._operations if self._phase_of.get(op.name) == phase and (alive is None or op.name in alive)]
+        chosen = [op for op in self._operations if self._phase_of.get(op.name) == phase
+                  and (alive is None or op.name in alive)]
         parts: list[list[Any]] = [[]]
         cuts: list[Cut] = []
         for op in chosen:
@@ -172,7 +182,8 @@ class Program:
                 parts.append([])
             elif op.type not in ("Placeholder", "Const") or (op.type == "Const" and op.name in self._constant_outputs):
                 parts[-1].append(op)
-        uses = [self._read_by(part) | ({cuts[i].given.name} if i < len(cuts) else set()) for i, part in enumerate(parts)]
+        uses = [self._read_by(part) | ({cuts[i].given.name} if i < len(cuts) else set())
+                for i, part in enumerate(parts)]
         later = {out.name for out in outputs if out is not None} | self._read_by(
             op for op in self._operations if self._phase_of.get(op.name, -1) > phase)
         later |= {cut.given.name for cut in self._cuts.values() if self._phase_of.get(cut.made.op.name, -1) > phase}
@@ -215,10 +226,12 @@ class Program:
             node.attr.pop("_class", None)  # beside which operations it would lie: some are in other parts
 
         def function(*tensors: Any) -> Any:
-            return tf.graph_util.import_graph_def(definition, input_map=dict(zip(inputs, tensors)), return_elements=list(outputs))
+            return tf.graph_util.import_graph_def(definition, input_map=dict(zip(inputs, tensors)),
+                                                  return_elements=list(outputs))
 
         specs = [spec_of(graph.get_tensor_by_name(name)) for name in inputs]
-        return tf.function(function, autograph=False, jit_compile=self._jit).get_concrete_function(*specs).inference_fn.call_flat
+        return tf.function(function, autograph=False,
+                           jit_compile=self._jit).get_concrete_function(*specs).inference_fn.call_flat
 
 
 def spec_of(x: Any) -> Any:

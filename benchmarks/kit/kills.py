@@ -25,7 +25,8 @@ class Kill:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a kill came to. `pause_s`: from the kill to the next commit without the victim, minus one ordinary step if it was redone."""
+    """What a kill came to. `pause_s`: from the kill to the next commit without the victim, minus one ordinary step if
+    it was redone."""
 
     survived: bool
     pause_s: float
@@ -71,5 +72,6 @@ def peer_outcome(kill: Kill, steps: list[Step], size: int, restarts: bool) -> Ou
     first = candidates[0]
     committed = max(s.step for s in steps if s.time <= kill.time or (s.time < first.time and s.pid in before))
     going_on = [s.time for s in later if s.pid == first.pid]
-    step_s = statistics.median(b - a for a, b in zip(going_on, going_on[1:], strict=False)) if len(going_on) > 2 else 0.0
+    step_s = statistics.median(b - a for a, b in zip(going_on, going_on[1:],
+                                                     strict=False)) if len(going_on) > 2 else 0.0
     return Outcome(True, max(0.0, first.time - kill.time - step_s), max(0, committed + 1 - first.step))

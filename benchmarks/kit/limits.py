@@ -69,7 +69,8 @@ def main(folder: str, rounds: str, scale: str, result: str) -> None:
         os.sync()
         found["beside"].append(beside(path, memoryview(kept), step))
     path.unlink()
-    report({name: values[1:] for name, values in found.items()} | {"bytes": [size]}, result)  # the first finds cold caches, as with the others
+    # the first finds cold caches, as with the others
+    report({name: values[1:] for name, values in found.items()} | {"bytes": [size]}, result)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,11 @@ class Case:
         return loads(f'[run]\nsteps = {MOST_STEPS}\nseed = {SEED}\neval_every = 0\n'
                      '[model]\nkind = "nlp.gpt"\n' + "".join(f"{key} = {value}\n" for key, value in MODEL.items()) +
                      f'[backend]\ndevice = "cpu"\n[data]\nformat = "text"\npath = "{text}"\nbatch_size = {self.rows}\n'
-                     f"[mesh]\ntensor = {self.tensor}\npipeline = {self.pipeline}\nmicro_batches = {self.micro_batches}\n{layout}"
-                     f"[elastic]\nmax_workers = {self.size}\nlogical_shards = {self.data}\n"
-                     f"[optimizer]\nlr = {LR}\nbeta1 = {BETAS[0]}\nbeta2 = {BETAS[1]}\nweight_decay = {DECAY}\n"
-                     f"sharded = {str(self.sharded).lower()}\n" + ("twin = false\n" if self.sharded else "") + "[checkpoint]\nevery_steps = 0\n")
+                     f"[mesh]\ntensor = {self.tensor}\npipeline = {self.pipeline}\nmicro_batches = "
+                     f"{self.micro_batches}\n{layout}[elastic]\nmax_workers = {self.size}\nlogical_shards = "
+                     f"{self.data}\n[optimizer]\nlr = {LR}\nbeta1 = {BETAS[0]}\nbeta2 = {BETAS[1]}\nweight_decay = "
+                     f"{DECAY}\nsharded = {str(self.sharded).lower()}\n" + ("twin = false\n" if self.sharded else "")
+                     + "[checkpoint]\nevery_steps = 0\n")
 
 
 def opened(recipe: Recipe) -> Workload:

@@ -50,7 +50,8 @@ class Rows:
         return self.x[index], self.y[index]
 
 
-def batch_of(x: torch.Tensor, y: torch.Tensor, step: int, part: int, num_parts: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(x: torch.Tensor, y: torch.Tensor, step: int, part: int, num_parts: int,
+             rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of part `part` of `num_parts` of a step's global batch, `rows` each, going round the data for ever."""
     index = (torch.arange(rows) + (step * num_parts + part) * rows) % len(x)
     return x[index], y[index]

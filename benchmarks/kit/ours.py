@@ -1,7 +1,7 @@
 """The platform on the timings' recipe, through its own command; and the same with all collectives over TCP.
 
-`python -m benchmarks.kit.ours [elastic's arguments]` is `elastic` with gloo in place of shared memory between the workers of
-a node: what they would use on several nodes, and what the peers use here.
+`python -m benchmarks.kit.ours [elastic's arguments]` is `elastic` with gloo in place of shared memory between the
+workers of a node: what they would use on several nodes, and what the peers use here.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ class GlooController(controller_actor.ControllerActor):
         super().__init__(*arguments)
 
 
-def command(run_dir: Path, workers: int, steps: int, *, gloo: bool = False, settings: Sequence[str] = (), options: Sequence[str] = ()) -> list[str]:
+def command(run_dir: Path, workers: int, steps: int, *, gloo: bool = False, settings: Sequence[str] = (),
+            options: Sequence[str] = ()) -> list[str]:
     """`elastic train` on the recipe: 32 rows a worker, two logical shards each."""
     pairs = [f"run.steps={steps}", f"data.batch_size={ROWS_PER_WORKER * workers}", f"elastic.max_workers={workers}",
              f"elastic.logical_shards={2 * workers}", *settings]
     sets = [word for pair in pairs for word in ("--set", pair)]
-    return python("benchmarks.kit.ours" if gloo else "elastic.cli", "train", RECIPE, "--run-dir", run_dir, *sets, *options)
+    return python("benchmarks.kit.ours" if gloo else "elastic.cli", "train", RECIPE, "--run-dir", run_dir, *sets,
+                  *options)
 
 
 class Run:

@@ -41,10 +41,12 @@ class Memory:
 class Own:
     def __init__(self, arrays: dict[str, np.ndarray], folder: Path, mb_s: float):
         prefix = "parameter/"
-        specs = {name.removeprefix(prefix): Spec(array.shape) for name, array in arrays.items() if name.startswith(prefix)}
+        specs = {name.removeprefix(prefix): Spec(array.shape) for name, array in arrays.items()
+                 if name.startswith(prefix)}
         self.state = State(Memory(specs), "adamw")  # type: ignore[arg-type]
         self.state.load(arrays, 0)
-        self.saver = Saver("worker-0", str(folder), Manifest(0, 0, 0, 0, f"[model]\nwidth = {WIDTH}\n"), 1, self.take, mb_s=mb_s)
+        self.saver = Saver("worker-0", str(folder), Manifest(0, 0, 0, 0, f"[model]\nwidth = {WIDTH}\n"), 1, self.take,
+                           mb_s=mb_s)
         self.durable = Durable()
 
     def save(self, path: Path, step: int) -> Durable:

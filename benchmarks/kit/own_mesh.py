@@ -54,7 +54,8 @@ def take_part(rank: int, turns: Turns, case: Case, text: str, address: str, tran
         place.state.keep(mesh.coordinate(rank).data, case.data)
     place.state.start(recipe.run.seed)
     training.load_batch = Gate(training.load_batch, turns)
-    group: Any = (SharedGroup.form(rank, case.size, address, transport, threading.Event(), 60.0) if transport == "shared"
+    group: Any = (SharedGroup.form(rank, case.size, address, transport, threading.Event(), 60.0)
+                  if transport == "shared"
                   else GlooGroup.form(rank, case.size, address, transport, threading.Event(), 60.0, "127.0.0.1"))
     control.enter(1)
     control.attach(group)

@@ -20,7 +20,8 @@ def python(module: str, *arguments: object) -> list[str]:
 
 
 @contextmanager
-def started(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: Sequence[str], log: Path, env: Mapping[str, str]
+            | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a session of its own; at the end the whole session is killed."""
     with open(log, "ab") as out:
         process = subprocess.Popen(list(command), cwd=ROOT, stdout=out, stderr=out, start_new_session=True,

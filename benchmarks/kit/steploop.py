@@ -61,7 +61,8 @@ class Step:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.left, self.right = (torch.randn(256, 1024, generator=generator), torch.randn(1024, 1024, generator=generator))
+        self.left, self.right = (torch.randn(256, 1024, generator=generator),
+                                 torch.randn(1024, 1024, generator=generator))
         self.memory = torch.zeros(4_000_000)
         self.repeat = 1
         once = min(self() for _ in range(5))
@@ -117,7 +118,8 @@ def steps_beside(durable: Durable, step: Step, quiet: list[float]) -> dict[str, 
     beside = []
     while not durable.event.is_set():
         beside.append(step())
-    return {"beside": statistics.mean(beside[:-1]) / statistics.mean(quiet)} if len(beside) > 2 else {}  # the last ran on when all was over
+    # the last ran on when all was over
+    return {"beside": statistics.mean(beside[:-1]) / statistics.mean(quiet)} if len(beside) > 2 else {}
 
 
 def digest(arrays: dict[str, np.ndarray]) -> str:

@@ -27,7 +27,8 @@ class Turns:
         self._losses: list[tuple[int, float]] = []
 
     def note(self, step: int, loss: float) -> None:
-        """Steps count from 1. Where several processes know losses of a step, each of its own rows, theirs is the mean."""
+        """Steps count from 1. Where several processes know losses of a step, each of its own rows, theirs is the mean.
+        """
         self._losses.append((step, loss))
 
     def begin(self) -> None:
@@ -60,7 +61,8 @@ class Contestant:
         self.wait()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
+                 | None) -> None:
         for process in self._processes:
             process.kill()
         for process in self._processes:

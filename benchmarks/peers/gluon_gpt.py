@@ -19,14 +19,16 @@ class Block(gluon.HybridBlock):
         super().__init__()
         self.sizes = rows, time, heads, width
         with self.name_scope():
-            self.first, self.second = gluon.nn.LayerNorm(center=False, in_channels=width), gluon.nn.LayerNorm(center=False, in_channels=width)
+            self.first, self.second = gluon.nn.LayerNorm(center=False,
+                                                         in_channels=width), gluon.nn.LayerNorm(center=False, in_channels=width)
             self.qkv, self.out = dense(3 * width, width), dense(width, width)
             self.up, self.down = dense(4 * width, width), dense(width, 4 * width)
 
     def hybrid_forward(self, F: Any, x: Any, mask: Any) -> Any:
         rows, time, heads, width = self.sizes
         apart = F.transpose(F.reshape(self.qkv(self.first(x)), (rows, time, 3, heads, width // heads)), (2, 0, 3, 1, 4))
-        query, key, value = (F.reshape(part, (rows * heads, time, -1)) for part in F.split(apart, 3, axis=0, squeeze_axis=True))
+        query, key, value = (F.reshape(part, (rows * heads, time, -1))
+                             for part in F.split(apart, 3, axis=0, squeeze_axis=True))
         scores = F.broadcast_add(F.batch_dot(query * (width // heads) ** -0.5, key, transpose_b=True), mask)
         mixed = F.transpose(F.reshape(F.batch_dot(F.softmax(scores), value), (rows, heads, time, -1)), (0, 2, 1, 3))
         x = x + self.out(F.reshape(mixed, (rows, time, width)))
@@ -41,7 +43,8 @@ class GPT(gluon.HybridBlock):
         width = model["width"]
         self.sizes = vocab_size, width
         with self.name_scope():
-            self.tokens, self.positions = self.params.get("tokens", shape=(vocab_size, width)), self.params.get("positions", shape=(time, width))
+            self.tokens, self.positions = self.params.get("tokens",
+                                                          shape=(vocab_size, width)), self.params.get("positions", shape=(time, width))
             self.blocks = [Block(rows, time, model["heads"], width) for _ in range(model["layers"])]
             self.last = gluon.nn.LayerNorm(center=False, in_channels=width)
             for block in self.blocks:
@@ -49,7 +52,8 @@ class GPT(gluon.HybridBlock):
 
     def hybrid_forward(self, F: Any, inputs: Any, targets: Any, mask: Any, tokens: Any, positions: Any) -> Any:
         vocab_size, width = self.sizes
-        x = F.broadcast_add(F.Embedding(inputs, tokens, input_dim=vocab_size, output_dim=width), F.expand_dims(positions, 0))
+        x = F.broadcast_add(F.Embedding(inputs, tokens, input_dim=vocab_size, output_dim=width),
+                            F.expand_dims(positions, 0))
         for block in self.blocks:
             x = block(x, mask)
         logits = F.FullyConnected(self.last(x), tokens, num_hidden=vocab_size, no_bias=True, flatten=False)
@@ -66,7 +70,8 @@ def stepper(model: dict[str, int], vocab_size: int, tokens: np.ndarray) -> Calla
     gpt = GPT(rows, time, model, vocab_size)
     gpt.initialize(mx.init.Normal(0.02))
     gpt.hybridize(**SHAPES)
-    trainer = gluon.Trainer(gpt.collect_params(), "adam", {"learning_rate": 1e-3, "beta2": 0.99, "wd": 0.1}, kvstore=None)
+    trainer = gluon.Trainer(gpt.collect_params(), "adam", {"learning_rate": 1e-3, "beta2": 0.99, "wd": 0.1},
+                            kvstore=None)
     mask = mx.nd.array(np.triu(np.full((1, time, time), -1e30, np.float32), 1))
 
     def step() -> float:

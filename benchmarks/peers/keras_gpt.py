@@ -30,7 +30,8 @@ class Block(layers.Layer):
 
     def call(self, x: Any) -> Any:
         rows, time, width = x.shape
-        apart = tf.transpose(tf.reshape(self.qkv(self.first(x)), (rows, time, 3, self.heads, width // self.heads)), (2, 0, 3, 1, 4))
+        apart = tf.transpose(tf.reshape(self.qkv(self.first(x)), (rows, time, 3, self.heads, width // self.heads)),
+                             (2, 0, 3, 1, 4))
         query, key, value = tf.unstack(apart)
         scores = tf.matmul(query, key, transpose_b=True) * (width // self.heads) ** -0.5
         scores += np.triu(np.full((time, time), -np.inf, np.float32), 1)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """One layer, pre-norm. Query, key and value of a head lie side by side, so that a tensor rank's rows are whole heads."""
+    """One layer, pre-norm. Query, key and value of a head lie side by side, so that a tensor rank's rows are whole
+    heads."""
 
     def __init__(self, width: int, d_head: int):
         super().__init__()
@@ -31,7 +32,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Layers low to high - 1, with the embedding where `first` and the head where `last`; tied where it has both."""
 
-    def __init__(self, model: Mapping[str, int], vocab_size: int, low: int = 0, high: int = -1, first: bool = True, last: bool = True):
+    def __init__(self, model: Mapping[str, int], vocab_size: int, low: int = 0, high: int = -1, first: bool = True,
+                 last: bool = True):
         super().__init__()
         width, high = model["width"], model["layers"] if high < 0 else high
         self.tokens = nn.Embedding(vocab_size, width) if first else None
@@ -58,10 +60,12 @@ class GPT(nn.Module):
                   "last.weight": arrays["ln_f.weight"]}
         for i in self.blocks:
             width = arrays["wte"].shape[1]
-            values |= {f"blocks.{i}.first.weight": arrays[f"h{i}.ln1.weight"], f"blocks.{i}.second.weight": arrays[f"h{i}.ln2.weight"],
+            values |= {f"blocks.{i}.first.weight": arrays[f"h{i}.ln1.weight"],
+                       f"blocks.{i}.second.weight": arrays[f"h{i}.ln2.weight"],
                        f"blocks.{i}.qkv.weight": arrays[f"h{i}.attn.qkv.weight"].transpose(2, 1, 3, 0).reshape(3 * width, width),
                        f"blocks.{i}.out.weight": arrays[f"h{i}.attn.out.weight"].reshape(width, width).T,
-                       f"blocks.{i}.up.weight": arrays[f"h{i}.mlp.up.weight"].T, f"blocks.{i}.down.weight": arrays[f"h{i}.mlp.down.weight"].T}
+                       f"blocks.{i}.up.weight": arrays[f"h{i}.mlp.up.weight"].T,
+                       f"blocks.{i}.down.weight": arrays[f"h{i}.mlp.down.weight"].T}
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(torch.from_numpy(np.ascontiguousarray(values[name])))

@@ -1,7 +1,7 @@
 """Ray Train's TorchTrainer with DDP: `python -m benchmarks.peers.ray_train --help`.
 
-Fixed size without checkpoints for the steady step; with --elastic and --checkpoint-every for failures and resizes, as its own
-guide has it: every process starts again from the last checkpoint.
+Fixed size without checkpoints for the steady step; with --elastic and --checkpoint-every for failures and resizes, as
+its own guide has it: every process starts again from the last checkpoint.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, time, width = x.shape
-        apart = (part.view(rows, time, self.heads, -1).transpose(1, 2) for part in self.qkv(self.first(x)).split(width, 2))
+        apart = (part.view(rows, time, self.heads, -1).transpose(1, 2)
+                 for part in self.qkv(self.first(x)).split(width, 2))
         mixed = F.scaled_dot_product_attention(*apart, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(rows, time, width))
         return x + self.down(F.gelu(self.up(self.second(x))))
@@ -36,7 +37,8 @@ class GPT(nn.Module):
         super().__init__()
         width = model["width"]
         self.tokens, self.positions = nn.Embedding(vocab_size, width), nn.Embedding(model["context"], width)
-        self.blocks, self.last = nn.ModuleList(Block(model["heads"], width) for _ in range(model["layers"])), nn.LayerNorm(width, bias=False)
+        self.blocks, self.last = nn.ModuleList(Block(model["heads"], width)
+                                               for _ in range(model["layers"])), nn.LayerNorm(width, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)

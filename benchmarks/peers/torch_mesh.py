@@ -25,13 +25,16 @@ PREPARED = 400  # steps whose rows are loaded before the clock starts; then they
 def take_part(rank: int, turns: Turns, case: Case, text: str, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=case.size)
-    mesh = init_device_mesh("cpu", (case.data, case.pipeline, case.tensor), mesh_dim_names=("data", "pipeline", "tensor"))
+    mesh = init_device_mesh("cpu", (case.data, case.pipeline, case.tensor),
+                            mesh_dim_names=("data", "pipeline", "tensor"))
     workload = opened(case.recipe(text))
     shard = mesh["data"].get_local_rank()
     batches = [torch.from_numpy(tokens_of(workload, step, shard)) for step in range(1, PREPARED + 1)]
     model = build(case, mesh, workload.model)
-    kinds = [[p for p in model.parameters() if isinstance(p, DTensor) is split] for split in (True, False)]  # the fused kernel takes no mixture
-    optimizer = torch.optim.AdamW([{"params": kind} for kind in kinds if kind], LR, betas=BETAS, weight_decay=DECAY, fused=True)
+    # the fused kernel takes no mixture
+    kinds = [[p for p in model.parameters() if isinstance(p, DTensor) is split] for split in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": kind} for kind in kinds if kind], LR, betas=BETAS, weight_decay=DECAY,
+                                  fused=True)
     step = staged(case, mesh, model) if case.pipeline > 1 else whole(model)
     split = loss_parallel if case.tensor > 1 and case.split_vocab else nullcontext
     number = 0
@@ -77,7 +80,8 @@ def whole(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def staged(case: Case, mesh: DeviceMesh, model: GPT) -> Callable[[torch.Tensor], torch.Tensor | None]:
     group, rank = mesh["pipeline"].get_group(), mesh["pipeline"].get_local_rank()
-    schedule = Schedule1F1B(PipelineStage(model, rank, case.pipeline, torch.device("cpu"), group=group), case.micro_batches, token_loss)
+    schedule = Schedule1F1B(PipelineStage(model, rank, case.pipeline, torch.device("cpu"), group=group),
+                            case.micro_batches, token_loss)
     tied = model.tokens.weight if model.tokens is not None else model.head.weight if model.head is not None else None
 
     def step(tokens: torch.Tensor) -> torch.Tensor | None:

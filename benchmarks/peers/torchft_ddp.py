@@ -3,7 +3,8 @@
     python -m benchmarks.peers.torchft_ddp lighthouse ADDRESS_FILE
     python -m benchmarks.peers.torchft_ddp replica NUMBER LIGHTHOUSE FOLDER ddp|flat
 
-"ddp" is its DistributedDataParallel, as its guide has it; "flat" calls its manager's all-reduce once, on all gradients together.
+"ddp" is its DistributedDataParallel, as its guide has it; "flat" calls its manager's all-reduce once, on all gradients
+together.
 """
 
 from __future__ import annotations

@@ -16,12 +16,14 @@ from elastic.storage.remote import shown
 from elastic.storage.store import Store
 
 ACCESS_S = 30.0  # for a storage to take and give back a few bytes
-AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE",
+            "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
             "AWS_CONTAINER_CREDENTIALS_FULL_URI")
 
 
 def check_access(location: str, is_new: bool, owner: str = "") -> None:
-    """UserError where nothing can be written there, another live run writes there, or a new one would find another's checkpoints."""
+    """UserError where nothing can be written there, another live run writes there, or a new one would find another's
+    checkpoints."""
     found: list[str | Exception] = []
 
     def work() -> None:
@@ -45,11 +47,13 @@ def check_access(location: str, is_new: bool, owner: str = "") -> None:
     if isinstance(found[0], Exception):
         raise UserError(f"{where} cannot be used ({' '.join(str(found[0]).split())[:300]}); {remedy(location)}.") from found[0]
     if found[0]:
-        raise UserError(f"{where} holds the checkpoints of another run already ({found[0]}); name another path, or `elastic resume` that run.")
+        raise UserError(f"{where} holds the checkpoints of another run already ({found[0]}); name another path, or "
+                        "`elastic resume` that run.")
 
 
 def claimed(location: str, run: str, owner: str) -> None:
-    """Takes the place for a run; its controller renews that. UserError where another live run has it, or nothing can be written there."""
+    """Takes the place for a run; its controller renews that. UserError where another live run has it, or nothing can be
+    written there."""
     try:
         Claim(location, run, owner).take()
     except OSError as error:

@@ -1,9 +1,10 @@
 """A place for checkpoints belongs to one live run: a small file there says whose it is, and was renewed when.
 
-On a disk the file is read and written under a lock, so of two only one gets it. On a storage without locks whoever finds the place free writes,
-waits, and has it if it reads back its own text; a text that was on its way for longer than the wait takes the place from who had just
-got it, which learns that before it commits anything. A claim runs out when nobody renews it; machines' clocks may differ by less than that.
-A run directory is one run's already (`rundir.held`): whoever goes on there takes over what the run before it had.
+On a disk the file is read and written under a lock, so of two only one gets it. On a storage without locks whoever
+finds the place free writes, waits, and has it if it reads back its own text; a text that was on its way for longer than
+the wait takes the place from who had just got it, which learns that before it commits anything. A claim runs out when
+nobody renews it; machines' clocks may differ by less than that. A run directory is one run's already (`rundir.held`):
+whoever goes on there takes over what the run before it had.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class Word:
         return self.is_live() and self.run != run and self.owner != owner
 
     def sentence(self, location: str) -> str:
-        return (f'checkpoint.path = "{shown(location)}" is in use by the live run {self.run} of {self.owner} (last sign of life '
-                f"{max(0.0, time.time() - self.time):.0f} s ago); name another path, or wait until it has ended, after a crash {LAPSE_S:g} s more.")
+        return (f'checkpoint.path = "{shown(location)}" is in use by the live run {self.run} of {self.owner} (last '
+                'sign of life '
+                f"{max(0.0, time.time() - self.time):.0f} s ago); name another path, or wait until it has ended, after "
+                f"a crash {LAPSE_S:g} s more.")
 
 
 def owner_of(run_dir: str | os.PathLike[str]) -> str:
@@ -131,8 +134,8 @@ class Claim:
 
     @contextmanager
     def kept(self, lost: Callable[[str], None]) -> Iterator[None]:
-        """Takes it, and renews it while this lasts; `lost(sentence)` if another run has it after all. Given back where it ends well: who falls
-        may have somebody who carries on.
+        """Takes it, and renews it while this lasts; `lost(sentence)` if another run has it after all. Given back where
+        it ends well: who falls may have somebody who carries on.
         """
 
         def renew() -> bool:
@@ -142,7 +145,8 @@ class Claim:
                 self.lost = str(error)
                 lost(self.lost)
             except OSError as error:  # the storage may answer again before the next checkpoint
-                print(f"The claim on {shown(self.location)} could not be renewed: {' '.join(str(error).split())[:200]}", flush=True)
+                print(f"The claim on {shown(self.location)} could not be renewed: {' '.join(str(error).split())[:200]}",
+                      flush=True)
             return not self.lost
 
         def work() -> None:

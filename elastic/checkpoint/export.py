@@ -22,12 +22,14 @@ from elastic.recipe import loads
 from elastic.storage.atomic import beside
 
 Arrays = Mapping[str, np.ndarray]
-PLACES = ("folder", "train_file", "eval_file", "blocks", "splits", "names")  # of the data's facts, what means something here alone
+# of the data's facts, what means something here alone
+PLACES = ("folder", "train_file", "eval_file", "blocks", "splits", "names")
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What is exported: parameters and buffers by name, and a state dict's keys, each with the array that it stands for."""
+    """What is exported: parameters and buffers by name, and a state dict's keys, each with the array that it stands
+    for."""
 
     arrays: Arrays
     names: Mapping[str, str]
@@ -35,12 +37,14 @@ class Taken:
 
 
 def export(path: str, form: str, out: str) -> tuple[int, int]:
-    """Writes the parameters of a checkpoint (see `find`) to `out`, which must not exist yet and appears whole; returns its step and how many.
+    """Writes the parameters of a checkpoint (see `find`) to `out`, which must not exist yet and appears whole; returns
+    its step and how many.
 
-    Buffers go with them, and what the data are to the model (vocabularies, means, names of classes), except to Hugging Face. A torch state
-    dict loads strictly into the module.
+    Buffers go with them, and what the data are to the model (vocabularies, means, names of classes), except to Hugging
+    Face. A torch state dict loads strictly into the module.
 
-    UserError for a form, a place or a model that cannot serve; BadCheckpoint before anything of a damaged one is written.
+    UserError for a form, a place or a model that cannot serve; BadCheckpoint before anything of a damaged one is
+    written.
     """
     write = FORMS.get(form)
     if write is None:
@@ -70,7 +74,8 @@ def free(out: str) -> Path:
 
 
 def facts_of(manifest: Manifest) -> dict[str, Any]:
-    """The recipe, and what the run knew of the data. Vocabularies, too long for a checkpoint, come from the cache, or from the data anew."""
+    """The recipe, and what the run knew of the data. Vocabularies, too long for a checkpoint, come from the cache, or
+    from the data anew."""
     info = manifest.extra.get("info", {})
     facts = {"recipe": manifest.recipe, **{key: value for key, value in info.items() if key not in PLACES}}
     if "first_codes" in info:
@@ -97,8 +102,10 @@ def write_torch(taken: Taken, path: Path) -> None:
 def write_hugging_face(taken: Taken, path: Path) -> None:
     model = loads(taken.manifest.recipe, locate=False).model
     if model.kind != "nlp.gpt":
-        raise UserError(f'--format hf is for the model nlp.gpt, and this checkpoint is of "{model.kind}"; take --format safetensors or torch.')
+        raise UserError(f'--format hf is for the model nlp.gpt, and this checkpoint is of "{model.kind}"; take '
+                        '--format safetensors or torch.')
     importlib.import_module("nlp.hugging_face").write(model.config, taken.arrays, path)
 
 
-FORMS: dict[str, Callable[[Taken, Path], None]] = {"safetensors": write_safetensors, "torch": write_torch, "hf": write_hugging_face}
+FORMS: dict[str, Callable[[Taken, Path], None]] = {"safetensors": write_safetensors, "torch": write_torch,
+                                                   "hf": write_hugging_face}

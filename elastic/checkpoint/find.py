@@ -16,8 +16,8 @@ from elastic.storage.store import Store
 
 
 def find(path: str | os.PathLike[str], refused: Container[str] = ()) -> tuple[Store, str]:
-    """The store and the name of a checkpoint: its folder, its manifest, or a run's directory or folder of checkpoints for its newest good one
-    beside those whose names are in `refused`.
+    """The store and the name of a checkpoint: its folder, its manifest, or a run's directory or folder of checkpoints
+    for its newest good one beside those whose names are in `refused`.
 
     Good is one whose files are all there in full length.
     UserError where there is none, or where the storage cannot be reached.

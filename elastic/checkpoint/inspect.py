@@ -46,7 +46,8 @@ class Difference:
 def facts(manifest: Manifest) -> dict[str, str]:
     """What a checkpoint says of itself, as words."""
     return {"step": str(manifest.step), "generation": str(manifest.generation), "cursor": f"{manifest.cursor} samples",
-            "seed": str(manifest.seed), "evaluation": numbers(dict(manifest.eval)) or "none", "recipe": recipe_name(manifest.recipe),
+            "seed": str(manifest.seed), "evaluation": numbers(dict(manifest.eval)) or "none",
+            "recipe": recipe_name(manifest.recipe),
             "arrays": str(len({piece.name for file in manifest.files for piece in file.pieces})),
             "files": str(len(manifest.files)), "size": f"{size(manifest.bytes)} ({manifest.bytes} bytes)"}
 
@@ -65,17 +66,21 @@ def array_rows(manifest: Manifest) -> list[ArrayRow]:
     for number, file in enumerate(manifest.files, 1):
         for piece in file.pieces:
             old = found.get(piece.name, ArrayRow(piece.name, piece.dtype, piece.shape, 0, ()))
-            found[piece.name] = ArrayRow(piece.name, piece.dtype, piece.shape, old.bytes + piece.bytes, (*old.files, number))
+            found[piece.name] = ArrayRow(piece.name, piece.dtype, piece.shape, old.bytes + piece.bytes,
+                                         (*old.files, number))
     return [found[name] for name in sorted(found)]
 
 
 def differences(one: tuple[Store, str], other: tuple[Store, str]) -> tuple[list[Difference], int]:
-    """Arrays that are not the same in both checkpoints, by name, and how many are the same to the bit. One pair is in memory at a time."""
+    """Arrays that are not the same in both checkpoints, by name, and how many are the same to the bit. One pair is in
+    memory at a time."""
     readers = [Reader(*place, read_sound(*place)) for place in (one, other)]
     a, b = ({row.name: row for row in array_rows(reader.manifest)} for reader in readers)
     found, num_same = [], 0
     for name in sorted({*a, *b}):
-        difference = kinds_apart(name, a, b) or values_differ(name, *(read_arrays(reader, [name])[name] for reader in readers))
+        difference = kinds_apart(name, a, b) or values_differ(name,
+                                                              *(read_arrays(reader, [name])[name]
+                                                                for reader in readers))
         num_same += difference is None
         found += [difference] if difference else []
     return found, num_same
@@ -99,7 +104,8 @@ def values_differ(name: str, left: np.ndarray, right: np.ndarray) -> Difference 
 
 
 def values_apart(left: np.ndarray, right: np.ndarray) -> tuple[int, float]:
-    """How many elements differ in any bit (-0 is not 0), and the largest distance; NaN where a number stands against a NaN."""
+    """How many elements differ in any bit (-0 is not 0), and the largest distance; NaN where a number stands against a
+    NaN."""
     num_different, largest = 0, 0.0
     bits = f"u{min(left.dtype.itemsize, 8)}"  # a wider number is two
     for low in range(0, len(left), BLOCK):
@@ -116,11 +122,13 @@ def distance(x: np.ndarray, y: np.ndarray) -> float:
         with np.errstate(invalid="ignore"):  # of two infinities
             return float(np.abs(wide(x) - wide(y)).max())
     low, high = np.minimum(x, y), np.maximum(x, y)
-    return float((high.astype(np.uint64) - low.astype(np.uint64)).max())  # modulo 2^64, which a difference never reaches
+    # modulo 2^64, which a difference never reaches
+    return float((high.astype(np.uint64) - low.astype(np.uint64)).max())
 
 
 def tables(store: Store, name: str, manifest: Manifest) -> tuple[list[Table], bool]:
-    """The tables of one checkpoint, and whether every file is there in full length. The bytes themselves are not read."""
+    """The tables of one checkpoint, and whether every file is there in full length. The bytes themselves are not read.
+    """
     head = table("", "")
     for key, value in facts(manifest).items():
         head.add_row(key, Text(value))
@@ -129,7 +137,8 @@ def tables(store: Store, name: str, manifest: Manifest) -> tuple[list[Table], bo
         found = store.size(f"{name}/{file.name}")
         problem = "missing" if found is None else "" if found == file.bytes else f"has {found} bytes"
         whole = whole and not problem
-        parts.add_row(str(number), Text(file.name), str(file.bytes), str(len(file.pieces)), file.hash, Text(problem, "bold red"))
+        parts.add_row(str(number), Text(file.name), str(file.bytes), str(len(file.pieces)), file.hash,
+                      Text(problem, "bold red"))
     arrays = table("array", "dtype", "shape", ">bytes", "file")
     for row in array_rows(manifest):
         shape = Text(" x ".join(map(str, row.shape)) or "scalar")
@@ -137,7 +146,8 @@ def tables(store: Store, name: str, manifest: Manifest) -> tuple[list[Table], bo
     return [head, parts, arrays], whole
 
 
-def diff_tables(manifests: tuple[Manifest, Manifest], found: list[Difference], num_same: int) -> tuple[list[Table], str]:
+def diff_tables(manifests: tuple[Manifest, Manifest], found: list[Difference],
+                num_same: int) -> tuple[list[Table], str]:
     """Both heads side by side, what differs, and one sentence that sums it up."""
     head = table("", "A", "B")
     for key, (a, b) in {key: (a, facts(manifests[1])[key]) for key, a in facts(manifests[0]).items()}.items():
@@ -154,5 +164,6 @@ def table(*columns: str) -> Table:
     """Without lines; ">" before a heading puts its column to the right."""
     out = Table(box=None, pad_edge=False)
     for heading in columns:
-        out.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left", overflow="fold")
+        out.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left",
+                       overflow="fold")
     return out

@@ -2,8 +2,9 @@
 
 Each is a folder, step-00000050, of part files and manifest.json. The manifest, written last, is the commit.
 
-A checkpoint without a manifest does not exist. One with a manifest is used only after every file has the size and the hash
-that the manifest states. Part files carry the generation that wrote them, so an older generation overwrites nothing of a younger.
+A checkpoint without a manifest does not exist. One with a manifest is used only after every file has the size and the
+hash that the manifest states. Part files carry the generation that wrote them, so an older generation overwrites
+nothing of a younger.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def folder_of(step: int) -> str:
 
 
 def commit(store: Store, manifest: Manifest) -> str:
-    """Makes a checkpoint exist whose parts are written, and returns its name. ValueError where the manifest cannot be read back."""
+    """Makes a checkpoint exist whose parts are written, and returns its name. ValueError where the manifest cannot be
+    read back."""
     text = manifest.dumps()
     try:
         parse(text)
@@ -104,10 +106,11 @@ def read_sound(store: Store, name: str) -> Manifest:
 
 def newest_good(store: Store, refused: Container[str] = (), look: Callable[[Store, str], Any] = read_sound
                 ) -> tuple[str | None, list[tuple[str, str]]]:
-    """The newest checkpoint that is whole by its manifest and its files' sizes, and (name, reason) of the newer ones that are not.
+    """The newest checkpoint that is whole by its manifest and its files' sizes, and (name, reason) of the newer ones
+    that are not.
 
-    Those stay where they are. Names in `refused` are passed over. `look=verify` reads every byte. OSError where none is whole and
-    one could not be read: a storage that does not answer must not look like a run without checkpoints.
+    Those stay where they are. Names in `refused` are passed over. `look=verify` reads every byte. OSError where none is
+    whole and one could not be read: a storage that does not answer must not look like a run without checkpoints.
     """
     rejected: list[tuple[str, str]] = []
     unread: OSError | None = None
@@ -123,12 +126,14 @@ def newest_good(store: Store, refused: Container[str] = (), look: Callable[[Stor
             rejected.append((name, f"It cannot be read ({error})."))
             unread = error
     if unread is not None:
-        raise OSError(f"No checkpoint can be read ({rejected[0][0]}: {unread}); resume the run when the storage answers.") from unread
+        raise OSError(f"No checkpoint can be read ({rejected[0][0]}: {unread}); resume the run when the storage "
+                      "answers.") from unread
     return None, rejected
 
 
 def read_weights(store: Store, name: str, manifest: Manifest) -> dict[str, np.ndarray]:
-    """Parameters and buffers by name, or the averages of those of which a checkpoint keeps some: only the bytes that hold them are read."""
+    """Parameters and buffers by name, or the averages of those of which a checkpoint keeps some: only the bytes that
+    hold them are read."""
     names = dict.fromkeys(piece.name for entry in manifest.files for piece in entry.pieces)
     average = {name: AVERAGE + name.partition("/")[2] for name in names if not name.startswith(OPTIMIZER)}
     chosen = {name: mean if mean in names else name for name, mean in average.items()}
@@ -146,8 +151,9 @@ def split(path: str | os.PathLike[str]) -> tuple[Store, str]:
 
 def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0, refused: Container[str] = (),
           read: Read = read_manifest, best_mode: str = "min") -> list[str]:
-    """Removes all but the newest `keep` checkpoints, the one with the best `best` ("eval.loss"; the `best_mode` of all), and those whose step
-    is a multiple of `keep_every` (0: none); returns what is gone. Of a checkpoint that is a link only the link goes.
+    """Removes all but the newest `keep` checkpoints, the one with the best `best` ("eval.loss"; the `best_mode` of
+    all), and those whose step is a multiple of `keep_every` (0: none); returns what is gone. Of a checkpoint that is a
+    link only the link goes.
 
     Unreadable ones, ones with missing or truncated files and those in `refused` count for nothing and stay.
     """
@@ -166,13 +172,15 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
     gone = [name for name, _ in good if name not in kept]
     for name in gone:
         if not store.is_link(name):
-            store.remove(f"{name}/{MANIFEST}")  # first: a removal that is cut off must leave no manifest without its files
+            # first: a removal that is cut off must leave no manifest without its files
+            store.remove(f"{name}/{MANIFEST}")
         store.remove(name)
     return gone
 
 
 def best_of(checkpoints: list[tuple[str, Manifest]], best: str | None, mode: str) -> set[str]:
-    """The name of the best one, given newest first; of equals the oldest, because later ones repeat its evaluation until the next."""
+    """The name of the best one, given newest first; of equals the oldest, because later ones repeat its evaluation
+    until the next."""
     metric = (best or "").removeprefix("eval.")
     rated = [(manifest.eval[metric], name) for name, manifest in reversed(checkpoints) if metric in manifest.eval]
     if not rated:
@@ -181,8 +189,9 @@ def best_of(checkpoints: list[tuple[str, Manifest]], best: str | None, mode: str
 
 
 def clean(store: Store, live_generation: int, read: Read = read_manifest) -> list[str]:
-    """Removes what crashes left behind and returns it: files that no manifest names, in checkpoints at or below the newest
-    committed one, written by generations before the live one. Called by the one who commits, and not during a commit."""
+    """Removes what crashes left behind and returns it: files that no manifest names, in checkpoints at or below the
+    newest committed one, written by generations before the live one. Called by the one who commits, and not during a
+    commit."""
     newest = max((step for step, _ in committed(store)), default=-1)
     gone = []
     for folder in store.names():
@@ -212,13 +221,15 @@ def is_older(file: str, live_generation: int) -> bool:
 
 
 def read_start(path: str, places: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The values of [model] init by parameter name; every one must be a parameter of the model, of its shape. None for ""."""
+    """The values of [model] init by parameter name; every one must be a parameter of the model, of its shape. None for
+    ""."""
     values = read_init(path) if path else {}
     for name, value in values.items():
         place = places.get(name)
         if place is None or place.shape != value.shape:
             has = f"shape {place.shape}" if place else f"no such parameter, but {', '.join(list(places)[:3])} and so on"
-            raise RecipeError(f"model.init = {path!r} holds {name} of shape {value.shape}, the model has {has}; give weights of this model.")
+            raise RecipeError(f"model.init = {path!r} holds {name} of shape {value.shape}, the model has {has}; give "
+                              "weights of this model.")
     return values
 
 
@@ -231,8 +242,10 @@ def read_init(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             found = read_weights(store, name, read_sound(store, name))
             return {name.removeprefix(PARAMETER): array for name, array in found.items() if name.startswith(PARAMETER)}
         found = safetensors.decode(path.read_bytes(), str(path))
-        return {name: array.astype(np.float32) if array.dtype.name == "bfloat16" else array for name, array in found.items()}
+        return {name: array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+                for name, array in found.items()}
     except OSError as error:
-        raise RecipeError(f"model.init = {str(path)!r} cannot be read ({error.strerror}); give a safetensors file or a checkpoint.") from error
+        raise RecipeError(f"model.init = {str(path)!r} cannot be read ({error.strerror}); give a safetensors file or a "
+                          "checkpoint.") from error
     except BadCheckpoint as error:
         raise RecipeError(f"model.init = {str(path)!r}: {error} Give a safetensors file or a whole checkpoint.") from error

@@ -19,13 +19,15 @@ CHUNK = 4 * 1024 * 1024  # bytes: what is hashed, read and checked in one piece
 MAX_CHUNK = 1 << 30
 MAX_BYTES = 1 << 26  # of a manifest; a million arrays need less
 MAX_PIECES = 10_000  # of one array that is not cut into runs; each is compared with each
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4,
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8,
+              "uint32": 4,
               "uint16": 2, "uint8": 1, "bool": 1, "bfloat16": 2, "complex64": 8, "complex128": 16}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of one named array, as it lies in one file. The whole array is the box that starts at 0 and counts `shape`."""
+    """A box of one named array, as it lies in one file. The whole array is the box that starts at 0 and counts `shape`.
+    """
 
     name: str
     dtype: str
@@ -45,7 +47,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One part file. `hash` is the xxh3-128 of all of it, `chunks` those of its pieces of `Manifest.chunk_bytes`, in hex."""
+    """One part file. `hash` is the xxh3-128 of all of it, `chunks` those of its pieces of `Manifest.chunk_bytes`, in
+    hex."""
 
     name: str
     bytes: int
@@ -111,8 +114,8 @@ def parse(text: str | bytes) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"The manifest holds values that JSON has not ({str(error)[:80]}).") from error
     if found > FORMAT and same:  # whole, and not for this version: to take an older one would throw its steps away
-        raise UserError(f"The checkpoint has format {found}, newer than {FORMAT}, the newest that this version reads; install the version of "
-                        "this package that wrote it.")
+        raise UserError(f"The checkpoint has format {found}, newer than {FORMAT}, the newest that this version reads; "
+                        "install the version of this package that wrote it.")
     need(same, "the manifest does not have the hash that it states")
     need(found == FORMAT, f"the checkpoint has format {found}, which this version does not know")
     manifest = build(body)
@@ -133,10 +136,12 @@ def build(body: Mapping[str, Any]) -> Manifest:
     need(isinstance(body["recipe"], str), "the manifest's recipe is not a text")
     for key in ("eval", "extra"):
         need(isinstance(body[key], dict), f"the manifest's {key} is not a JSON object")
-    need(all(type(value) in (int, float) for value in body["eval"].values()), "the manifest's eval holds something that is no number")
+    need(all(type(value) in (int, float) for value in body["eval"].values()),
+         "the manifest's eval holds something that is no number")
     need(isinstance(body["files"], list), "the manifest's files are not a list")
     check_count(body["chunk_bytes"], "chunk_bytes")
-    need(0 < body["chunk_bytes"] <= MAX_CHUNK and body["chunk_bytes"] % 8 == 0, "the manifest's chunk_bytes is no multiple of 8 up to 1 GiB")
+    need(0 < body["chunk_bytes"] <= MAX_CHUNK and body["chunk_bytes"] % 8 == 0,
+         "the manifest's chunk_bytes is no multiple of 8 up to 1 GiB")
     values = {f.name: body[f.name] for f in fields(Manifest)}
     return Manifest(**{**values, "files": tuple(build_file(entry, body["chunk_bytes"]) for entry in body["files"])})
 
@@ -148,14 +153,18 @@ def build_file(value: Any, chunk_bytes: int) -> FileEntry:
     plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
     need(plain, f"the manifest names the file {name!r}, which is not a plain name inside the checkpoint")
     check_count(value["bytes"], f"size of {name}")
-    need(isinstance(value["chunks"], list) and all(is_hash(h) for h in (value["hash"], *value["chunks"])), f"a hash of {name} is not an xxh3-128")
-    need(len(value["chunks"]) == -(-value["bytes"] // chunk_bytes), f"{name} has another number of chunk hashes than chunks")
+    need(isinstance(value["chunks"], list) and all(is_hash(h) for h in (value["hash"], *value["chunks"])),
+         f"a hash of {name} is not an xxh3-128")
+    need(len(value["chunks"]) == -(-value["bytes"] // chunk_bytes),
+         f"{name} has another number of chunk hashes than chunks")
     need(isinstance(value["pieces"], list), f"the arrays of {name} are not a list")
     pieces = tuple(build_piece(piece, name) for piece in value["pieces"])
-    need(sum(piece.bytes for piece in pieces) <= value["bytes"], f"the arrays of {name} are larger than its {value['bytes']} bytes")
+    need(sum(piece.bytes for piece in pieces) <= value["bytes"],
+         f"the arrays of {name} are larger than its {value['bytes']} bytes")
     ends = [0]
     for piece in sorted(pieces, key=lambda piece: (piece.offset, piece.bytes)):
-        need(ends[-1] <= piece.offset and piece.offset + piece.bytes <= value["bytes"], f"{piece.name} lies outside of {name} or on another array")
+        need(ends[-1] <= piece.offset and piece.offset + piece.bytes <= value["bytes"],
+             f"{piece.name} lies outside of {name} or on another array")
         ends.append(piece.offset + piece.bytes)
     return FileEntry(name, value["bytes"], value["hash"], tuple(value["chunks"]), pieces)
 
@@ -176,10 +185,13 @@ def build_piece(value: Any, file: str) -> Piece:
             check_count(size, f"shape of {name}")
     sizes = math.prod(n or 1 for n in shape) if 0 in shape else 0  # NumPy refuses them although the array is empty
     need(sizes < 1 << 60, f"the empty array {name} has the shape {shape}, which is larger than any memory")
-    need(len(shape) == len(start) == len(count), f"the box of {name} in {file} has another number of dims than the array")
-    need(all(s + c <= n for s, c, n in zip(start, count, shape, strict=True)), f"the box of {name} in {file} reaches out of the array")
+    need(len(shape) == len(start) == len(count),
+         f"the box of {name} in {file} has another number of dims than the array")
+    need(all(s + c <= n for s, c, n in zip(start, count, shape, strict=True)),
+         f"the box of {name} in {file} reaches out of the array")
     check_count(value["offset"], f"offset of {name}")
-    need(value["offset"] % ITEM_BYTES[dtype] == 0, f"the offset of {name} in {file} is not a multiple of its element's size")
+    need(value["offset"] % ITEM_BYTES[dtype] == 0,
+         f"the offset of {name} in {file} is not a multiple of its element's size")
     return Piece(name, dtype, tuple(shape), tuple(start), tuple(count), value["offset"])
 
 
@@ -189,7 +201,8 @@ def check_keys(value: Any, kind: type, what: str, more: tuple[str, ...] = ()) ->
 
 
 def check_count(value: Any, what: str) -> None:
-    need(type(value) is int and 0 <= value < 1 << 63, f"the manifest's {what} is {str(value)[:40]}, not a number from 0 to 2^63 - 1")
+    need(type(value) is int and 0 <= value < 1 << 63,
+         f"the manifest's {what} is {str(value)[:40]}, not a number from 0 to 2^63 - 1")
 
 
 def check_pieces(manifest: Manifest) -> None:
@@ -202,8 +215,10 @@ def check_pieces(manifest: Manifest) -> None:
             arrays.setdefault(piece.name, []).append(piece)
     for name, pieces in arrays.items():
         first = pieces[0]
-        need(all((p.dtype, p.shape) == (first.dtype, first.shape) for p in pieces), f"the array {name} has two dtypes or shapes")
-        need(sum(math.prod(p.count) for p in pieces) == math.prod(first.shape), f"the pieces of {name} do not make up the whole array")
+        need(all((p.dtype, p.shape) == (first.dtype, first.shape) for p in pieces),
+             f"the array {name} has two dtypes or shapes")
+        need(sum(math.prod(p.count) for p in pieces) == math.prod(first.shape),
+             f"the pieces of {name} do not make up the whole array")
         need(are_apart(pieces), f"two pieces of {name} overlap")
 
 

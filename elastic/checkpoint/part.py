@@ -26,13 +26,16 @@ Take = Callable[[str, int, int], np.ndarray]  # elements low..high-1 of an array
 class Image:
     """A part file's bytes in memory, kept from save to save: two saves of the same boxes allocate nothing."""
 
-    def __init__(self, boxes: tuple[Piece, ...], memory: np.ndarray | None = None, sources: tuple[Piece, ...] | None = None):
-        """`memory`: bytes that may be used again. `sources`: the same boxes where they are taken from, if that is a part of each array.
+    def __init__(self, boxes: tuple[Piece, ...], memory: np.ndarray | None = None, sources: tuple[Piece, ...]
+                 | None = None):
+        """`memory`: bytes that may be used again. `sources`: the same boxes where they are taken from, if that is a
+        part of each array.
 
         ValueError for an array that a checkpoint cannot hold.
         """
         self.boxes, self.sources = boxes, sources or boxes
-        self._runs = {(piece.name, piece.start): source.box.run for piece, source in zip(boxes, self.sources, strict=True)}
+        self._runs = {(piece.name, piece.start): source.box.run
+                      for piece, source in zip(boxes, self.sources, strict=True)}
         header, self.pieces = lay_out(boxes)
         size = len(header) + sum(piece.bytes for piece in boxes)
         if memory is None or not size <= len(memory) <= 2 * size + CHUNK:
@@ -42,7 +45,8 @@ class Image:
         self.bytes[:len(header)] = np.frombuffer(header, np.uint8)
 
     def fill(self, take: Take) -> None:
-        """Copies the boxes' values in, with a second thread where there is much to copy: one alone does not fill the memory's lanes."""
+        """Copies the boxes' values in, with a second thread where there is much to copy: one alone does not fill the
+        memory's lanes."""
         left = deque(self.runs())
 
         def copy() -> None:
@@ -77,17 +81,21 @@ class Image:
         self.bytes[at:at + (high - low) * kind.itemsize].view(kind)[...] = take(piece.name, run[0] + low, run[0] + high)
 
     def are_finite(self, prefix: str) -> bool:
-        """Whether all floats of the arrays under `prefix` are numbers. A minimum and a maximum show NaN and infinity."""
+        """Whether all floats of the arrays under `prefix` are numbers. A minimum and a maximum show NaN and infinity.
+        """
         for piece in self.pieces:
             if piece.name.startswith(prefix) and piece.dtype.startswith("float") and piece.bytes:
-                values = self.bytes[piece.offset:piece.offset + piece.bytes].view(np.dtype(piece.dtype).newbyteorder("<"))
+                values = self.bytes[piece.offset:piece.offset
+                                    + piece.bytes].view(np.dtype(piece.dtype).newbyteorder("<"))
                 if not (np.isfinite(values.min()) and np.isfinite(values.max())):
                     return False
         return True
 
-    def write(self, store: Store, folder: str, name: str, chunk_bytes: int = CHUNK, progress: Callable[[int], None] = lambda done: None,
+    def write(self, store: Store, folder: str, name: str, chunk_bytes: int = CHUNK,
+              progress: Callable[[int], None] = lambda done: None,
               check: Callable[[], None] = lambda: None) -> FileEntry:
-        """Writes the file, and hashes it meanwhile; durable on return. `progress(bytes)`: how far it is. Nothing is left where `check` raises."""
+        """Writes the file, and hashes it meanwhile; durable on return. `progress(bytes)`: how far it is. Nothing is
+        left where `check` raises."""
         with ThreadPoolExecutor(1, "hash") as beside:
             checked, hashed = beside.submit(check), beside.submit(self.hashes, chunk_bytes)
 

@@ -27,7 +27,8 @@ class Reader:
         self.bytes = 0
 
     def chunks(self, entry: FileEntry, low: int, high: int) -> bytes:
-        """The bytes of chunks low..high-1 of a file. BadCheckpoint where one does not have its hash, or cannot be read in several tries."""
+        """The bytes of chunks low..high-1 of a file. BadCheckpoint where one does not have its hash, or cannot be read
+        in several tries."""
         size = self.manifest.chunk_bytes
         begins, ends = low * size, min(high * size, entry.bytes)
         where = f"{self.name}/{entry.name}"
@@ -42,8 +43,8 @@ class Reader:
         for number in range(low, high):
             at = (number - low) * size
             if hash_of(view[at:at + size]) != entry.chunks[number]:
-                raise BadCheckpoint(f"{where} does not have the hash that the manifest states, in bytes {number * size} to "
-                                    f"{min((number + 1) * size, entry.bytes) - 1}.")
+                raise BadCheckpoint(f"{where} does not have the hash that the manifest states, in bytes "
+                                    f"{number * size} to {min((number + 1) * size, entry.bytes) - 1}.")
         return content
 
     def range(self, entry: FileEntry, low: int, high: int) -> memoryview:
@@ -73,7 +74,8 @@ def read_arrays(reader: Reader, wanted: Iterable[str]) -> dict[str, np.ndarray]:
         found[name] = np.empty(first.shape, np.dtype(first.dtype))
         for entry, piece in pieces[name]:
             content = reader.range(entry, piece.offset, piece.offset + piece.bytes)
-            found[name][piece.box.slices] = np.frombuffer(content, np.dtype(piece.dtype).newbyteorder("<")).reshape(piece.count)
+            found[name][piece.box.slices] = np.frombuffer(content,
+                                                          np.dtype(piece.dtype).newbyteorder("<")).reshape(piece.count)
     return found
 
 
@@ -92,22 +94,26 @@ class Block:
 def windows(manifest: Manifest, world_size: int) -> Iterator[list[list[Block]]]:
     """All chunks in order, a window at a time: which of them each rank reads. Pure."""
     size = manifest.chunk_bytes
-    blocks = [Block(f, n, min(size, entry.bytes - n * size)) for f, entry in enumerate(manifest.files) for n in range(len(entry.chunks))]
+    blocks = [Block(f, n, min(size, entry.bytes - n * size)) for f, entry in enumerate(manifest.files)
+              for n in range(len(entry.chunks))]
     per_window = world_size * max(1, WINDOW // size)
     for low in range(0, len(blocks), per_window):
         window = blocks[low:low + per_window]
-        yield [window[len(window) * rank // world_size:len(window) * (rank + 1) // world_size] for rank in range(world_size)]
+        yield [window[len(window) * rank // world_size:len(window) * (rank + 1) // world_size]
+               for rank in range(world_size)]
 
 
 def read_together(reader: Reader, group: Any, put: Put, at: Callable[[int], Any]) -> None:
-    """Every rank reads and checks its part of each window; all get all of it, in bounded memory. `at(window)` enters the exchange.
+    """Every rank reads and checks its part of each window; all get all of it, in bounded memory. `at(window)` enters
+    the exchange.
 
     Nobody passes a window of which a chunk is bad: its reader raises BadCheckpoint before the exchange, and breaks it.
     """
     if group.size > 1:
         with at(0):
             agree(reader.manifest, group)
-    places = [sorted((p for p in entry.pieces if p.bytes), key=lambda piece: piece.offset) for entry in reader.manifest.files]
+    places = [sorted((p for p in entry.pieces if p.bytes), key=lambda piece: piece.offset)
+              for entry in reader.manifest.files]
     for number, window in enumerate(windows(reader.manifest, group.size)):
         mine = read_blocks(reader, window[group.rank])
         if group.size == 1:
@@ -150,7 +156,8 @@ def within(pieces: list[Piece], low: int, high: int) -> Iterator[Piece]:
         yield piece
 
 
-def scatter(manifest: Manifest, window: list[list[Block]], rows: list[Any], places: list[list[Piece]], put: Put) -> None:
+def scatter(manifest: Manifest, window: list[list[Block]], rows: list[Any], places: list[list[Piece]],
+            put: Put) -> None:
     """Hands the bytes of a window to the arrays they belong to."""
     for blocks, row in zip(window, rows, strict=True):
         at = 0

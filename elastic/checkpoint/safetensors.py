@@ -1,8 +1,9 @@
 """The form of a safetensors file: the header's length (8 bytes, little-endian), a JSON header padded with spaces to where a
 cache line begins, and the arrays' C-order little-endian bytes, the widest dtypes first so that each lies aligned.
 
-The format has no complex128. Such an array is F64 with a last dimension of 2, real and imaginary part: the same bytes. The header's metadata names
-it in a JSON list under "complex128"; `decode` and `index` put it together. Files of earlier versions have a dtype "C128" of their own.
+The format has no complex128. Such an array is F64 with a last dimension of 2, real and imaginary part: the same bytes.
+The header's metadata names it in a JSON list under "complex128"; `decode` and `index` put it together. Files of earlier
+versions have a dtype "C128" of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 from elastic.checkpoint.manifest import ITEM_BYTES, Piece
 from elastic.errors import BadCheckpoint
 
-CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16",
+         "int8": "I8",
          "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
          "bfloat16": "BF16", "complex64": "C64"}
 WIDE = "complex128"
@@ -34,7 +36,8 @@ def lay_out(boxes: Iterable[Piece]) -> tuple[bytes, tuple[Piece, ...]]:
     """
     ordered = sorted(boxes, key=lambda piece: (-ITEM_BYTES.get(piece.dtype, 0), piece.name, piece.start))
     offset, placed, named = 0, [], keyed(ordered)
-    header: dict[str, Any] = {"__metadata__": noted} if (noted := wide(key for key, piece in named.items() if piece.dtype == WIDE)) else {}
+    header: dict[str, Any] = {"__metadata__": noted} if (noted := wide(key for key, piece in named.items()
+                                                                       if piece.dtype == WIDE)) else {}
     for key, piece in named.items():
         if piece.dtype not in CODES and piece.dtype != WIDE:
             raise ValueError(f"the array {piece.name} has dtype {piece.dtype}, which a checkpoint cannot hold.")
@@ -57,7 +60,8 @@ def apart(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict
     """The arrays as the format has them, in C order, and the metadata that goes with them."""
     split = [name for name, array in arrays.items() if array.dtype.name == WIDE]
     return {name: np.asarray(array, order="C") if name not in split else
-            np.ascontiguousarray(array).view(np.float64).reshape(*array.shape, 2) for name, array in arrays.items()}, wide(split)
+            np.ascontiguousarray(array).view(np.float64).reshape(*array.shape, 2)
+            for name, array in arrays.items()}, wide(split)
 
 
 def keyed(pieces: Iterable[Piece]) -> dict[str, Piece]:
@@ -79,7 +83,8 @@ def decode(content: bytes, what: str) -> dict[str, np.ndarray]:
 def index(content: bytes, what: str) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """(dtype, shape, offset in the file) of every array. BadCheckpoint as `decode`."""
     try:
-        return {name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), len(content) - len(body) + entry["data_offsets"][0])
+        return {name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), len(content) - len(body)
+                       + entry["data_offsets"][0])
                 for name, entry, body in entries(content)}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise refusal(what, error) from error

@@ -1,9 +1,10 @@
 """The two hashes by which runs are compared (a file's own: `part`), over arrays named as in a checkpoint.
 
 The names are parameter/NAME, optimizer/SLOT/NAME, buffer/NAME.
-Each array is one line of JSON, [name, dtype, shape], and then its C-order little-endian bytes. `parameters_sha256` takes the
-parameters, by NAME alone and in sorted order. `state_sha256` goes on from there with "optimizer/SLOT/NAME" in sorted order (moving
-averages are the slot "ema"), with "buffer/NAME" in sorted order, and ends with the line ["cursor", CURSOR].
+Each array is one line of JSON, [name, dtype, shape], and then its C-order little-endian bytes. `parameters_sha256`
+takes the parameters, by NAME alone and in sorted order. `state_sha256` goes on from there with "optimizer/SLOT/NAME" in
+sorted order (moving averages are the slot "ema"), with "buffer/NAME" in sorted order, and ends with the line ["cursor",
+CURSOR].
 """
 
 from __future__ import annotations

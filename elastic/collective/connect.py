@@ -12,7 +12,8 @@ from elastic.messages import Ready
 
 
 def transport_of(members: Sequence[Ready], device: str = "cpu") -> str:
-    """What serves these members best: shared memory where all are on one node and as many as a segment has counters for."""
+    """What serves these members best: shared memory where all are on one node and as many as a segment has counters
+    for."""
     if device == "cuda":
         return "nccl"
     is_near = len({ready.node for ready in members}) == 1 and all(ready.shares for ready in members)

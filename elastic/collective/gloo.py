@@ -1,10 +1,10 @@
 """A group of processes over TCP: torch.distributed's gloo, one fresh process group a generation.
 
 Hazards, each measured: `abort()` does not wake a waiter, so waits are sliced; send and recv break the pair, so they are
-a broadcast in a group of two; freeing a group whose peer hangs blocks, so a thread does it; a peer that was only stopped writes
-into the old buffers when it goes on. The first send or receive between two ranks forms their group: a peer that dies before it
-has come is noticed by the others' report alone.
-A malformed address record ends the process, so each is looked at before the library sees it.
+a broadcast in a group of two; freeing a group whose peer hangs blocks, so a thread does it; a peer that was only
+stopped writes into the old buffers when it goes on. The first send or receive between two ranks forms their group: a
+peer that dies before it has come is noticed by the others' report alone. A malformed address record ends the process,
+so each is looked at before the library sees it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SLICE = timedelta(seconds=SLICE_S)
 
 
 def is_card(card: bytes, mine: bytes) -> bool:
-    """Whether another member's address record is built as this one's; the library reads beyond the end of one that is not.
+    """Whether another member's address record is built as this one's; the library reads beyond the end of one that is
+    not.
 
     Each is a host's name, an address and one number for each member; name and address have their sizes before them.
     """

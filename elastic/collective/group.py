@@ -1,8 +1,8 @@
 """The contract of a collective group: one generation's members, and what they may ask of each other.
 
-Any call may raise `GroupBroken`: then the group is finished, every later call raises at once, and every buffer that was in a
-call must never be used again (a peer that was only stopped may still write to it). `abort` may be called from another
-thread; a waiter notices within `SLICE_S`.
+Any call may raise `GroupBroken`: then the group is finished, every later call raises at once, and every buffer that was
+in a call must never be used again (a peer that was only stopped may still write to it). `abort` may be called from
+another thread; a waiter notices within `SLICE_S`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ SLICE_S = 0.02  # how long one wait may hold before it looks whether the group w
 
 @dataclass(frozen=True)
 class Pending:
-    """A call that was started. `finish`, once, waits for its end; after that its buffers are the caller's again. It raises as any call does,
-    also where the group was aborted since the start."""
+    """A call that was started. `finish`, once, waits for its end; after that its buffers are the caller's again. It
+    raises as any call does, also where the group was aborted since the start."""
 
     finish: Callable[[], None]
 
 
 class CollectiveGroup(Protocol):
-    """Buffers are flat arrays (NumPy or torch) of one dtype; all sizes are in elements. What is optional has its default in `member.Member`."""
+    """Buffers are flat arrays (NumPy or torch) of one dtype; all sizes are in elements. What is optional has its
+    default in `member.Member`."""
 
     rank: int
     size: int
@@ -60,7 +61,8 @@ class CollectiveGroup(Protocol):
         """`out` = the members' parts in rank order; every part has the same size."""
 
     def all_to_all(self, out: Buffer, out_counts: Sequence[int], buffer: Buffer, counts: Sequence[int]) -> None:
-        """`counts[r]` elements go to rank r, `out_counts[r]` come from it; parts lie in rank order; a count may be 0."""
+        """`counts[r]` elements go to rank r, `out_counts[r]` come from it; parts lie in rank order; a count may be 0.
+        """
 
     def broadcast(self, buffer: Buffer, root: int) -> None:
         """Every member's `buffer` becomes the root's."""
@@ -78,22 +80,24 @@ class CollectiveGroup(Protocol):
         """Returns once every member has entered."""
 
     def start(self, call: str, *arguments: Any) -> Pending:
-        """Begins `call` ("all_reduce" and so on) beside the computation: no other call of this group before it is finished, and its buffers are
-        neither read nor written until then. By default all of it is done in `finish`, where its wait is in any case."""
+        """Begins `call` ("all_reduce" and so on) beside the computation: no other call of this group before it is
+        finished, and its buffers are neither read nor written until then. By default all of it is done in `finish`,
+        where its wait is in any case."""
 
     def allocate(self, size: int, plain: Callable[[int], Buffer] = ...) -> Buffer:
-        """A zeroed float32 buffer of which `all_reduce` and sums along the tree need no copy; of `plain` where there are none. It lives as
-        long as the group."""
+        """A zeroed float32 buffer of which `all_reduce` and sums along the tree need no copy; of `plain` where there
+        are none. It lives as long as the group."""
 
     def reduce_tree(self, sums: Sums, num_shards: int, out: Buffer, numel: int, block: int, scratch: Any) -> Buffer:
         """What `reduction.reduce` does, to the bit."""
 
-    def reduce_held(self, sums: Sums, num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Any) -> Buffer:
+    def reduce_held(self, sums: Sums, num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool,
+                    scratch: Any) -> Buffer:
         """What `reduction.reduce_held` does, to the bit."""
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
-        """For fault injection: in the next call, the data reaches these ranks alone, or on some transports whom chance says; then `then()`,
-        which ends the member."""
+        """For fault injection: in the next call, the data reaches these ranks alone, or on some transports whom chance
+        says; then `then()`, which ends the member."""
 
     def abort(self) -> None:
         """Gives the group up without waiting for anybody: all calls, running ones too, raise `GroupBroken`."""

@@ -1,11 +1,13 @@
 """Where processes meet: a small key-value store over TCP, one server in every worker for the worker's lifetime.
 
-torch's TCPStore looks up the name of every address it connects to; where the name server drops such questions (IPv4-mapped
-addresses are in no hosts file) one connection in twelve takes 5 s. Here nothing is looked up, and a wait can be aborted.
+torch's TCPStore looks up the name of every address it connects to; where the name server drops such questions
+(IPv4-mapped addresses are in no hosts file) one connection in twelve takes 5 s. Here nothing is looked up, and a wait
+can be aborted.
 
-Server and client each send a nonce and show with an HMAC of both (RFC 2104) that they know the run's secret, which never travels.
-Then a request is (operation, key size, value size), key, value; the answer is (size), value. A get is answered once the key is there.
-Whoever cannot show it, asks before it was answered, or announces more than the limits is disconnected.
+Server and client each send a nonce and show with an HMAC of both (RFC 2104) that they know the run's secret, which
+never travels. Then a request is (operation, key size, value size), key, value; the answer is (size), value. A get is
+answered once the key is there. Whoever cannot show it, asks before it was answered, or announces more than the limits
+is disconnected.
 """
 
 from __future__ import annotations
@@ -31,9 +33,11 @@ REQUEST, ANSWER = struct.Struct("!cII"), struct.Struct("!I")
 SET, GET, CHECK = b"S", b"G", b"C"
 NONCE, PROOF = 32, 32  # bytes
 MAX_KEY, MAX_VALUE = 1 << 16, 1 << 22  # bytes: a thousand members' names in a key, their addresses in a value
-STRANGER_S, MAX_STRANGERS = 10.0, 256  # how long, and how many at a time, may be connected without having shown the secret
+# how long, and how many at a time, may be connected without having shown the secret
+STRANGER_S, MAX_STRANGERS = 10.0, 256
 REST_S = 0.05  # before the next try to accept where the process has no descriptor left
-SILENCE_S = 90  # after which the system asks a silent client's machine whether it is there, or gives up what it cannot send
+# after which the system asks a silent client's machine whether it is there, or gives up what it cannot send
+SILENCE_S = 90
 TRIES, AGAIN_S = 5, 0.05  # of a client that was disconnected as a stranger: the one that waits longest makes room
 
 
@@ -42,7 +46,8 @@ def proof(secret: str, whose: bytes, server: bytes, client: bytes) -> bytes:
 
 
 class Caller:
-    """One connection to the server: what was received of its request, what its answer still lacks, and the key that it waits for."""
+    """One connection to the server: what was received of its request, what its answer still lacks, and the key that it
+    waits for."""
 
     def __init__(self, client: socket.socket):
         self.socket, self.until = client, time.monotonic() + STRANGER_S
@@ -51,8 +56,8 @@ class Caller:
 
 
 class Endpoint:
-    """This worker's server on a free port: any generation may meet here, under a prefix of its own. One question at a time a connection,
-    so what it holds for each is bounded; its thread waits for nobody and outlives whatever comes in.
+    """This worker's server on a free port: any generation may meet here, under a prefix of its own. One question at a
+    time a connection, so what it holds for each is bounded; its thread waits for nobody and outlives whatever comes in.
     """
 
     def __init__(self, host: str = "127.0.0.1", secret: str = ""):
@@ -124,7 +129,8 @@ class Endpoint:
         self._strangers[caller] = None
         self._selector.register(client, selectors.EVENT_READ, caller)
         self._send(caller, caller.nonce)
-        if len(self._strangers) > min(MAX_STRANGERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):  # the worker needs some itself
+        # the worker needs some itself
+        if len(self._strangers) > min(MAX_STRANGERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
             self._forget(next(iter(self._strangers)))
 
     def _receive(self, caller: Caller) -> None:
@@ -190,7 +196,8 @@ class Endpoint:
             self._forget(caller)
             return
         if waited != bool(caller.unsent):
-            self._selector.modify(caller.socket, selectors.EVENT_READ | (selectors.EVENT_WRITE if caller.unsent else 0), caller)
+            self._selector.modify(caller.socket, selectors.EVENT_READ | (selectors.EVENT_WRITE if caller.unsent else 0),
+                                  caller)
 
     def _forget(self, caller: Caller) -> None:
         if caller in self._callers:
@@ -254,7 +261,8 @@ class StoreClient:
     def _greet(self, deadline: float) -> None:
         mine, theirs = os.urandom(NONCE), self._receive(NONCE, "greeting", deadline)
         self._send(mine + proof(self._secret, b"client", theirs, mine), "greeting", deadline)
-        if not hmac.compare_digest(self._receive(PROOF, "greeting", deadline), proof(self._secret, b"server", theirs, mine)):
+        if not hmac.compare_digest(self._receive(PROOF, "greeting", deadline),
+                                   proof(self._secret, b"server", theirs, mine)):
             raise GroupBroken(f"{self._what} is another run's.")
 
     def clone(self) -> StoreClient:

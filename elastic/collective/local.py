@@ -27,7 +27,8 @@ def die() -> None:
 
 
 class Hub:
-    """Where the threads of one process meet, by generation. Ranks are those of the generation, the newest by default."""
+    """Where the threads of one process meet, by generation. Ranks are those of the generation, the newest by default.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,14 +59,16 @@ class Hub:
 
 
 class World:
-    """One generation's members: who is dead, doomed, stopped or gone, and the calls in flight, by (ranks, number of the call)."""
+    """One generation's members: who is dead, doomed, stopped or gone, and the calls in flight, by (ranks, number of the
+    call)."""
 
     def __init__(self, size: int):
         self.size = size
         self.condition = threading.Condition()
         self.dead: set[int] = set()
         self.gone: set[int] = set()  # aborted the group; alive
-        self.doomed: dict[int, tuple[frozenset[int], Callable[[], None]]] = {}  # who sees the next call's data; what then
+        # who sees the next call's data; what then
+        self.doomed: dict[int, tuple[frozenset[int], Callable[[], None]]] = {}
         self.stopped: set[int] = set()
         self.entered: dict[tuple[Any, int], int] = {}  # (ranks, rank) -> calls entered
         self.calls: dict[tuple[Any, int], dict[int, tuple[Any, frozenset[int] | None]]] = {}
@@ -91,7 +94,8 @@ class LocalGroup(Member):
         self._world.change(lambda world: world.gone.add(self._me))
 
     def _enter(self) -> tuple[frozenset[int] | None, Callable[[], None]]:
-        """Waits while stopped, dies if killed; who may see this call's data (None: everybody), and what then. Holds the condition."""
+        """Waits while stopped, dies if killed; who may see this call's data (None: everybody), and what then. Holds the
+        condition."""
         world = self._world
         while self._me in world.stopped and self._me not in world.dead:
             world.condition.wait(SLICE_S)
@@ -189,7 +193,8 @@ class LocalGroup(Member):
 
     def subgroup(self, ranks: Sequence[int]) -> LocalGroup:
         self._check()
-        return LocalGroup(self._world, tuple(self._ranks[r] for r in ranks), list(ranks).index(self.rank), self._aborted)
+        return LocalGroup(self._world, tuple(self._ranks[r] for r in ranks), list(ranks).index(self.rank),
+                          self._aborted)
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
         self._world.change(lambda world: world.doomed.update({self._me: (frozenset(self._ranks[r] for r in delivered_to), then)}))

@@ -42,7 +42,8 @@ class Member(CollectiveGroup):
         return GroupBroken(self._reason)
 
     def _leave(self) -> None:
-        """Tells the peers, where that can be done at once, not to wait for this member any more; else they learn of it by the broken connection."""
+        """Tells the peers, where that can be done at once, not to wait for this member any more; else they learn of it
+        by the broken connection."""
         return
 
     def abort(self) -> None:
@@ -60,7 +61,8 @@ class Member(CollectiveGroup):
 
 
 class Meeting(Member):
-    """A member of a group whose processes meet at a store: pairs and subgroups are groups of their own, formed there."""
+    """A member of a group whose processes meet at a store: pairs and subgroups are groups of their own, formed there.
+    """
 
     def __init__(self, rank: int, size: int, aborted: threading.Event):
         super().__init__(rank, size, aborted)
@@ -69,7 +71,8 @@ class Meeting(Member):
 
     @abstractmethod
     def _form_at(self, key: str, ranks: Sequence[int]) -> Self:
-        """The group of these members, who meet under `key` behind this group's own: ranks are within it, and others have them too."""
+        """The group of these members, who meet under `key` behind this group's own: ranks are within it, and others
+        have them too."""
 
     def _form_sub(self, ranks: tuple[int, ...], kind: str) -> Self:
         self._check()

@@ -1,8 +1,9 @@
 """A group of GPUs: torch.distributed's NCCL, non-blocking, aborted on failure.
 
-Written by the libraries' documentation and by the way torchft uses them; more than one rank is unproven until run somewhere.
-NCCL's calls return once they are queued on the device, so a wait polls an event; aborting the communicator lets a device go on
-that waits for a lost peer. The library's own watchdog, which would end the process, is off: who is lost is the group's to say.
+Written by the libraries' documentation and by the way torchft uses them; more than one rank is unproven until run
+somewhere. NCCL's calls return once they are queued on the device, so a wait polls an event; aborting the communicator
+lets a device go on that waits for a lost peer. The library's own watchdog, which would end the process, is off: who is
+lost is the group's to say.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class NcclGroup(TorchGroup):
     @staticmethod
     def _connect(store: Door, rank: int, size: int, host: str, timeout_s: float) -> Any:
         if not usable():
-            raise UserError("backend.device = 'cuda' needs a CUDA device and a torch built with NCCL; use device = 'cpu'.")
+            raise UserError("backend.device = 'cuda' needs a CUDA device and a torch built with NCCL; use device = "
+                            "'cpu'.")
         device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # devices are per thread, and this one is not the worker's
         os.environ.update(QUIET | {"TORCH_NCCL_NONBLOCKING_TIMEOUT": f"{timeout_s:.0f}"})  # read when a group is made

@@ -5,7 +5,8 @@ aligned power-of-two range of leaves is a node; its sum is left child + right ch
 0 + gradient: never a negative zero. That is why a leaf may be added straight into its complete left sibling's buffer:
 x + (0 + g) and x + g have the same bits.
 
-A member owns a contiguous run of leaves. It adds them up to the run's maximal subtrees; the group moves these, not leaves.
+A member owns a contiguous run of leaves. It adds them up to the run's maximal subtrees; the group moves these, not
+leaves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from elastic.mesh import shards_of
 
 Node = tuple[int, int]
 
-CHUNK = 4 * 1024 * 1024  # elements reduced at a time: bounds the receive buffers; over gloo 64 MB take 1.6 times as long in one go
+# elements reduced at a time: bounds the receive buffers; over gloo 64 MB take 1.6 times as long in one go
+CHUNK = 4 * 1024 * 1024
 
 
 def split(node: Node) -> int:
@@ -45,7 +47,8 @@ def parents(num_shards: int) -> dict[tuple[Node, Node], Node]:
 
 
 def maximal_subtrees(run: range, num_shards: int) -> list[Node]:
-    """The largest nodes that cover exactly the leaves of `run`, in order: at most 2 log2(len(run)), 1 for a whole subtree."""
+    """The largest nodes that cover exactly the leaves of `run`, in order: at most 2 log2(len(run)), 1 for a whole
+    subtree."""
     if not run:
         return []
     found: list[Node] = []
@@ -61,7 +64,8 @@ def maximal_subtrees(run: range, num_shards: int) -> list[Node]:
 
 
 def fold(nodes: Sequence[tuple[Node, Any]], num_shards: int, add: Callable[[Any, Any], Any]) -> list[tuple[Node, Any]]:
-    """Adds neighbours that are siblings, as far as it goes. `nodes` are disjoint, in order; `add(left, right)` -> the sum."""
+    """Adds neighbours that are siblings, as far as it goes. `nodes` are disjoint, in order; `add(left, right)` -> the
+    sum."""
     tree = parents(num_shards)
     stack: list[tuple[Node, Any]] = []
     for item in nodes:
@@ -83,12 +87,14 @@ def tree_sum(values: Sequence[float]) -> float:
 class SubtreeSums:
     """Adds up one member's run of shards, in order, with as few buffers as the tree allows.
 
-    `begin(shard)` gives the buffer to which the shard's gradient must be added, each element once; `end(shard)` follows.
-    A run of n shards keeps at most log2(n) + 1 buffers while it lies on one subtree, and twice that where it straddles. With `apart`
-    every shard has a buffer of its own, to which may be added several times: (tree + g0) + g1 has other bits than tree + (g0 + g1).
+    `begin(shard)` gives the buffer to which the shard's gradient must be added, each element once; `end(shard)`
+    follows. A run of n shards keeps at most log2(n) + 1 buffers while it lies on one subtree, and twice that where it
+    straddles. With `apart` every shard has a buffer of its own, to which may be added several times: (tree + g0) + g1
+    has other bits than tree + (g0 + g1).
     """
 
-    def __init__(self, run: range, num_shards: int, take: Callable[[], Buffer], give: Callable[[Buffer], None], apart: bool = False):
+    def __init__(self, run: range, num_shards: int, take: Callable[[], Buffer], give: Callable[[Buffer], None],
+                 apart: bool = False):
         self._apart = apart
         self._run, self._num_shards, self._tree = run, num_shards, parents(num_shards)
         self._take, self._give = take, give
@@ -125,7 +131,8 @@ class SubtreeSums:
 
 
 class Scratch:
-    """Receive buffers kept from step to step, for `chunk` elements at a time. They are a group's own: throw them away with it when it breaks."""
+    """Receive buffers kept from step to step, for `chunk` elements at a time. They are a group's own: throw them away
+    with it when it breaks."""
 
     def __init__(self, allocate: Callable[[int], Buffer], chunk: int = CHUNK):
         self._allocate, self.chunk = allocate, chunk
@@ -148,13 +155,15 @@ def out_size(numel: int, block: int, size: int) -> int:
     return part_size(numel, block, size) * size
 
 
-def reduce(group: CollectiveGroup, sums: Sums, num_shards: int, out: Buffer, numel: int, block: int, scratch: Scratch) -> Buffer:
-    """The sum over all shards along the canonical tree; every member gets the same bits, whatever the group's size. Callers ask for
+def reduce(group: CollectiveGroup, sums: Sums, num_shards: int, out: Buffer, numel: int, block: int,
+           scratch: Scratch) -> Buffer:
+    """The sum over all shards along the canonical tree; every member gets the same bits, whatever the group's size.
+    Callers ask for
     `group.reduce_tree`, which may have a faster way.
 
-    `sums` is what `SubtreeSums.nodes` gave for this member's `shards_of`. Returns a buffer whose first `numel` elements are
-    the sum: `out` (of `out_size(numel, block, group.size)` elements or more), or a buffer of `sums` in a group of one.
-    After `GroupBroken`, neither `out` nor `scratch` nor a buffer of `sums` may be used again.
+    `sums` is what `SubtreeSums.nodes` gave for this member's `shards_of`. Returns a buffer whose first `numel` elements
+    are the sum: `out` (of `out_size(numel, block, group.size)` elements or more), or a buffer of `sums` in a group of
+    one. After `GroupBroken`, neither `out` nor `scratch` nor a buffer of `sums` may be used again.
     """
     if group.size == 1:
         return sums[0][1]
@@ -178,17 +187,20 @@ def checked_nodes(group: CollectiveGroup, sums: Sums, num_shards: int) -> list[l
     """`all_nodes`, once this rank is seen to have the sums of its own."""
     owned = all_nodes(group.size, num_shards)
     if owned[group.rank] != [node for node, _ in sums]:
-        raise ValueError(f"rank {group.rank} of {group.size} has the sums {[n for n, _ in sums]}, not {owned[group.rank]}.")
+        raise ValueError(f"rank {group.rank} of {group.size} has the sums {[n for n, _ in sums]}, not "
+                         f"{owned[group.rank]}.")
     return owned
 
 
 def exchange_and_add(group: CollectiveGroup, sums: Sums, owned: Sequence[Sequence[Node]], num_shards: int,
                      spans: Sequence[tuple[int, int]], scratch: Scratch, room: int = 0) -> Buffer:
-    """This member's of everybody's `spans`, summed along the tree; with `room`, that many elements, zeros past the span."""
+    """This member's of everybody's `spans`, summed along the tree; with `room`, that many elements, zeros past the
+    span."""
     lengths = [high - low for low, high in spans]
     mine, total = lengths[group.rank], sum(lengths)
     room = room or mine
-    adjoin = all(one[1] == after[0] for one, after in zip(spans, spans[1:]))  # then nothing is packed: they go straight from the sums' own buffers
+    # then nothing is packed: they go straight from the sums' own buffers
+    adjoin = all(one[1] == after[0] for one, after in zip(spans, spans[1:]))
     received = scratch.get(room + mine * sum(len(nodes) for nodes in owned) + (0 if adjoin else total))
     packed = received[received.shape[0] - total:]
     pieces: list[tuple[Node, Buffer]] = []
@@ -199,7 +211,8 @@ def exchange_and_add(group: CollectiveGroup, sums: Sums, owned: Sequence[Sequenc
         if index < len(sums):
             sent = sums[index][1][spans[0][0]:spans[-1][1]] if adjoin else gather(packed, sums[index][1], spans)
         out_counts = [mine if rank in senders else 0 for rank in range(group.size)]
-        group.all_to_all(received[used:used + sum(out_counts)], out_counts, sent, lengths if index < len(sums) else [0] * group.size)
+        group.all_to_all(received[used:used + sum(out_counts)], out_counts, sent, lengths if index < len(sums)
+                         else [0] * group.size)
         for rank in senders:
             pieces.append((owned[rank][index], received[used:used + mine]))
             used += mine
@@ -218,9 +231,9 @@ def gather(out: Buffer, buffer: Buffer, spans: Sequence[tuple[int, int]]) -> Buf
     return out
 
 
-# Sums of which every member gets its own range alone, and the gathering of what members made of theirs. `cuts` says whose is what: member r owns
-# elements cuts[r]..cuts[r+1]-1. With a twin it also gets the range of the member before it, from that member once it is summed: 1 / (2 (size - 1))
-# more than an all-reduce moves. Bits are those of `reduce`.
+# Sums of which every member gets its own range alone, and the gathering of what members made of theirs. `cuts` says
+# whose is what: member r owns elements cuts[r]..cuts[r+1]-1. With a twin it also gets the range of the member before
+# it, from that member once it is summed: 1 / (2 (size - 1)) more than an all-reduce moves. Bits are those of `reduce`.
 
 
 def ranges(cuts: Sequence[int], size: int, chunk: int) -> Iterator[list[tuple[int, int]]]:
@@ -231,10 +244,13 @@ def ranges(cuts: Sequence[int], size: int, chunk: int) -> Iterator[list[tuple[in
         yield [(min(high, low + begin), min(high, low + begin + stride)) for low, high in zip(cuts, cuts[1:])]
 
 
-def reduce_held(group: CollectiveGroup, sums: Sums, num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch) -> Buffer:
-    """The sum over all shards along the canonical tree, of this member's range and behind it of the one whose twin it is.
+def reduce_held(group: CollectiveGroup, sums: Sums, num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool,
+                scratch: Scratch) -> Buffer:
+    """The sum over all shards along the canonical tree, of this member's range and behind it of the one whose twin it
+    is.
 
-    `sums` and what may be used after `GroupBroken` are as for `reduction.reduce`. Returns `out`, or in a group of one a buffer of `sums`.
+    `sums` and what may be used after `GroupBroken` are as for `reduction.reduce`. Returns `out`, or in a group of one a
+    buffer of `sums`.
     """
     if group.size == 1:
         return sums[0][1]
@@ -248,7 +264,8 @@ def reduce_held(group: CollectiveGroup, sums: Sums, num_shards: int, out: Buffer
         part[:] = exchange_and_add(group, sums, owned, num_shards, spans, scratch)
         if twin:
             theirs = lengths[before]
-            group.all_to_all(out[doubled:doubled + theirs], alone(before, theirs, group.size), part, alone(after, mine, group.size))
+            group.all_to_all(out[doubled:doubled + theirs], alone(before, theirs, group.size), part,
+                             alone(after, mine, group.size))
             doubled += theirs
         done += mine
     return out
@@ -260,8 +277,8 @@ def alone(rank: int, count: int, size: int) -> list[int]:
 
 
 def gather_owned(group: CollectiveGroup, buffer: Buffer, cuts: Sequence[int], scratch: Scratch) -> None:
-    """Everybody's range of `buffer` becomes its owner's. What was received is copied in piece by piece: after `GroupBroken` the others'
-    ranges are of no one time, this member's own and `scratch` apart.
+    """Everybody's range of `buffer` becomes its owner's. What was received is copied in piece by piece: after
+    `GroupBroken` the others' ranges are of no one time, this member's own and `scratch` apart.
     """
     if group.size == 1:
         return

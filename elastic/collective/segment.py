@@ -1,8 +1,8 @@
 """Memory that one process writes and others read: an anonymous file that has no name, so nothing outlives its users.
 
-A segment is a memfd, which peers open through /proc/PID/fd and map read-only. Its first page holds one 64-bit counter per reader;
-a reader sleeps on its own counter with a futex. x86-64 keeps stores in order, so a counter's new value means that all data
-written before it is there; other processors would need fences that Python lacks.
+A segment is a memfd, which peers open through /proc/PID/fd and map read-only. Its first page holds one 64-bit counter
+per reader; a reader sleeps on its own counter with a futex. x86-64 keeps stores in order, so a counter's new value
+means that all data written before it is there; other processors would need fences that Python lacks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ MOST_READERS = (PAGE // 8 - COUNTERS) // LINE
 _FUTEX, _WAIT, _WAKE = 202, 0, 1  # x86-64's system call number, and operations across processes
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
-_libc.syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p,
+_libc.syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p,
+                          ctypes.c_void_p,
                           ctypes.c_uint32]
 
 

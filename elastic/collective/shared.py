@@ -1,9 +1,9 @@
 """A group of processes on one node over shared memory.
 
-Every call is one or two meetings: a member stages its data in its own segment, counts up for every peer, waits for every peer's
-count, and reads the peers' data where it lies. Two stages alternate: whoever has counted up for a meeting has read all of the
-one before, so the stage of the one before that is free. A member writes to its own segment alone, so one that was stopped
-and goes on can change nothing of another generation's.
+Every call is one or two meetings: a member stages its data in its own segment, counts up for every peer, waits for
+every peer's count, and reads the peers' data where it lies. Two stages alternate: whoever has counted up for a meeting
+has read all of the one before, so the stage of the one before that is free. A member writes to its own segment alone,
+so one that was stopped and goes on can change nothing of another generation's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class SharedGroup(Meeting):
 
     sums_in_order = True  # `all_reduce` adds in rank order
 
-    def __init__(self, segment: Segment, peers: Sequence[Peer | None], store: StoreClient, key: str, rank: int, aborted: threading.Event,
+    def __init__(self, segment: Segment, peers: Sequence[Peer | None], store: StoreClient, key: str, rank: int,
+                 aborted: threading.Event,
                  timeout_s: float):
         super().__init__(rank, len(peers), aborted)
         self._segment, self._store, self._key, self._timeout_s = segment, store, key, timeout_s
@@ -52,7 +53,8 @@ class SharedGroup(Meeting):
         return cls._join(StoreClient(store_address, prefix, aborted, timeout_s), "", rank, size, aborted, timeout_s)
 
     @classmethod
-    def _join(cls, store: StoreClient, key: str, rank: int, size: int, aborted: threading.Event, timeout_s: float) -> SharedGroup:
+    def _join(cls, store: StoreClient, key: str, rank: int, size: int, aborted: threading.Event,
+              timeout_s: float) -> SharedGroup:
         try:
             segment = Segment("elastic", size)
             store.set(f"{key}{rank}", segment.card.encode())
@@ -146,7 +148,8 @@ class SharedGroup(Meeting):
         return out
 
     def _sum(self, x: np.ndarray, out: np.ndarray) -> None:
-        """`out` may be `x`. Two members read as much, and meet once less, where each adds up all that does not lie in its segment already."""
+        """`out` may be `x`. Two members read as much, and meet once less, where each adds up all that does not lie in
+        its segment already."""
         if self.size == 1:
             out[:] = x
         elif x.shape[0] <= LITTLE or (self.size == 2 and self._segment.offset(x) is None):
@@ -157,24 +160,30 @@ class SharedGroup(Meeting):
                     np.add(total if i else first, part, out=total)
         else:
             in_rank_order = [(0, right) for right in range(1, self.size)]
-            self._reduce([x], in_rank_order, [1] * self.size, equal_cuts(x.shape[0], 16, self.size), range(self.size), out)
+            self._reduce([x], in_rank_order, [1] * self.size, equal_cuts(x.shape[0], 16, self.size), range(self.size),
+                         out)
 
     def reduce_tree(self, sums: Sums, num_shards: int, out: Buffer, numel: int, block: int, scratch: Scratch) -> Buffer:
         """By reading the peers' sums in place, as all that follows."""
         return self._reduce_tree(sums, num_shards, equal_cuts(numel, block, self.size), range(self.size), out)
 
-    def reduce_held(self, sums: Sums, num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool, scratch: Scratch) -> Buffer:
+    def reduce_held(self, sums: Sums, num_shards: int, out: Buffer, cuts: Sequence[int], twin: bool,
+                    scratch: Scratch) -> Buffer:
         ranks = [self.rank, (self.rank - 1) % self.size] if twin and self.size > 1 else [self.rank]
         return self._reduce_tree(sums, num_shards, cuts, ranks, out)
 
-    def _reduce_tree(self, sums: Sums, num_shards: int, cuts: Sequence[int], ranks: Sequence[int], out: Buffer) -> Buffer:
+    def _reduce_tree(self, sums: Sums, num_shards: int, cuts: Sequence[int], ranks: Sequence[int],
+                     out: Buffer) -> Buffer:
         num_terms = [len(nodes) for nodes in checked_nodes(self, sums, num_shards)]
-        self._reduce([flat(buffer) for _, buffer in sums], tree_program(self.size, num_shards), num_terms, cuts, ranks, flat(out))
+        self._reduce([flat(buffer) for _, buffer in sums], tree_program(self.size, num_shards), num_terms, cuts, ranks,
+                     flat(out))
         return out
 
-    def _reduce(self, mine: Sequence[np.ndarray], program: Sequence[tuple[int, int]], num_terms: Sequence[int], cuts: Sequence[int],
+    def _reduce(self, mine: Sequence[np.ndarray], program: Sequence[tuple[int, int]], num_terms: Sequence[int],
+                cuts: Sequence[int],
                 ranks: Sequence[int], out: np.ndarray) -> None:
-        """Each member adds up its slice (cuts[rank]..cuts[rank + 1]) of everybody's terms, then copies the slices of `ranks`, in this order."""
+        """Each member adds up its slice (cuts[rank]..cuts[rank + 1]) of everybody's terms, then copies the slices of
+        `ranks`, in this order."""
         numel, dtype = cuts[-1], out.dtype
         placed = [self._placed(index, term[:numel]) for index, term in enumerate(mine)]
         found = self._meet(np.array([self._segment.offset(term) for term in placed], np.int64))
@@ -185,7 +194,8 @@ class SharedGroup(Meeting):
             raise self._break("does not agree on what is summed")
         result = self._keep(("result", dtype), high - low, dtype)
         add_up(terms, program, result, self._spare)
-        # Whoever comes to this meeting has read everybody's terms; whoever comes to the next call's first has copied the results.
+        # Whoever comes to this meeting has read everybody's terms; whoever comes to the next call's first has copied
+        # the results.
         results = self._meet(np.array([self._segment.offset(result)], np.int64))
         used = 0
         for rank in ranks:
@@ -207,7 +217,8 @@ class SharedGroup(Meeting):
         return self._kept[key][:size]
 
     def _form_at(self, key: str, ranks: Sequence[int]) -> SharedGroup:
-        return self._join(self._store, self._key + key, ranks.index(self.rank), len(ranks), self._aborted, self._timeout_s)
+        return self._join(self._store, self._key + key, ranks.index(self.rank), len(ranks), self._aborted,
+                          self._timeout_s)
 
 
 def flat(buffer: Buffer) -> np.ndarray:
@@ -234,12 +245,15 @@ def tree_program(size: int, num_shards: int) -> list[tuple[int, int]]:
         program.append((left, right))
         return left
 
-    fold([(node, index) for index, node in enumerate(node for nodes in all_nodes(size, num_shards) for node in nodes)], num_shards, add)
+    fold([(node, index) for index, node in enumerate(node for nodes in all_nodes(size, num_shards) for node in nodes)],
+         num_shards, add)
     return program
 
 
-def add_up(terms: Sequence[np.ndarray], program: Sequence[tuple[int, int]], out: np.ndarray, spare: dict[Any, np.ndarray]) -> None:
-    """`out` = the sum of all terms by `program`, which ends in term 0. The terms are only read; `spare` is kept from call to call."""
+def add_up(terms: Sequence[np.ndarray], program: Sequence[tuple[int, int]], out: np.ndarray,
+           spare: dict[Any, np.ndarray]) -> None:
+    """`out` = the sum of all terms by `program`, which ends in term 0. The terms are only read; `spare` is kept from
+    call to call."""
     if not program:
         out[:] = terms[0]
     for low, high in pieces(out.shape[0], PIECE):

@@ -91,7 +91,8 @@ def call_leaving(blocking: Callable[[], T], aborted: threading.Event, timeout_s:
 
 
 def drop(things: list[object], *first: Callable[[], None]) -> None:
-    """Calls `first`, then forgets `things`, last first, in a daemon thread: freeing a group whose peer hangs blocks until it is gone."""
+    """Calls `first`, then forgets `things`, last first, in a daemon thread: freeing a group whose peer hangs blocks
+    until it is gone."""
 
     def work() -> None:
         for call in first:

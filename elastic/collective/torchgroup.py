@@ -20,7 +20,8 @@ from elastic.collective.torch_store import Door, call_leaving, drop
 
 PIECE = 16 * 1024 * 1024  # elements broadcast at a time
 OPERATIONS: dict[str, Callable[..., Any]] = {  # on a process group and tensors
-    "all_reduce": lambda pg, tensor: pg.allreduce([tensor]), "all_gather": lambda pg, whole, mine: pg._allgather_base(whole, mine)}
+    "all_reduce": lambda pg, tensor: pg.allreduce([tensor]), "all_gather": lambda pg, whole,
+    mine: pg._allgather_base(whole, mine)}
 OPERATION_S = 86_400.0  # never what ends a wait: that is a broken connection or `abort`
 
 
@@ -30,9 +31,11 @@ def brief(error: BaseException) -> str:
 
 
 class TorchGroup(Meeting):
-    """Made by `form`. A subclass says how members connect, how a call is waited for, and what a buffer is to the library."""
+    """Made by `form`. A subclass says how members connect, how a call is waited for, and what a buffer is to the
+    library."""
 
-    def __init__(self, pg: Any, store: Door, rank: int, size: int, aborted: threading.Event, host: str, timeout_s: float):
+    def __init__(self, pg: Any, store: Door, rank: int, size: int, aborted: threading.Event, host: str,
+                 timeout_s: float):
         super().__init__(rank, size, aborted)
         self._store, self._host, self._timeout_s = store, host, timeout_s
         self._flight: list[Any] = [pg]  # the process group, and what a call in flight holds; dropped last first
@@ -62,12 +65,15 @@ class TorchGroup(Meeting):
     @classmethod
     def form(cls, rank: int, size: int, store_address: str, prefix: str, aborted: threading.Event, timeout_s: float,
              host: str = "") -> Self:
-        """Meets the other members at the store under `prefix`. `host`: this member's own address; "" lets the library find it."""
-        return cls._join(f"group {prefix} as rank {rank} of {size}", lambda: Door(StoreClient(store_address, prefix, aborted, timeout_s)),
+        """Meets the other members at the store under `prefix`. `host`: this member's own address; "" lets the library
+        find it."""
+        return cls._join(f"group {prefix} as rank {rank} of {size}",
+                         lambda: Door(StoreClient(store_address, prefix, aborted, timeout_s)),
                          rank, size, aborted, host, timeout_s)
 
     @classmethod
-    def _join(cls, what: str, door: Callable[[], Door], rank: int, size: int, aborted: threading.Event, host: str, timeout_s: float) -> Self:
+    def _join(cls, what: str, door: Callable[[], Door], rank: int, size: int, aborted: threading.Event, host: str,
+              timeout_s: float) -> Self:
         def connect() -> tuple[Any, Door]:
             store = door()
             return cls._connect(store, rank, size, host, timeout_s), store
@@ -78,7 +84,8 @@ class TorchGroup(Meeting):
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """While this member is in a call: what that holds is dropped by whoever breaks the group, once nobody is in it."""
+        """While this member is in a call: what that holds is dropped by whoever breaks the group, once nobody is in it.
+        """
         with self._lock:
             self._running = True
         try:
@@ -135,10 +142,12 @@ class TorchGroup(Meeting):
         self.start("all_gather", out, part).finish()
 
     def all_to_all(self, out: Buffer, out_counts: Sequence[int], buffer: Buffer, counts: Sequence[int]) -> None:
-        self._begin(lambda pg, to, source: pg.alltoall_base(to, source, list(out_counts), list(counts)), out, buffer).finish()
+        self._begin(lambda pg, to, source: pg.alltoall_base(to, source, list(out_counts), list(counts)), out,
+                    buffer).finish()
 
     def broadcast(self, buffer: Buffer, root: int) -> None:
-        """Received beside and copied: a state that is being healed must not be written by a root that was only stopped."""
+        """Received beside and copied: a state that is being healed must not be written by a root that was only stopped.
+        """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         whole = self._lend(buffer)
@@ -155,5 +164,6 @@ class TorchGroup(Meeting):
         self.all_reduce(np.zeros(1, np.float32))
 
     def _form_at(self, key: str, ranks: Sequence[int]) -> Self:
-        return self._join(f"the group of ranks {list(ranks)}", lambda: self._store.under(key), ranks.index(self.rank), len(ranks), self._aborted,
+        return self._join(f"the group of ranks {list(ranks)}", lambda: self._store.under(key), ranks.index(self.rank),
+                          len(ranks), self._aborted,
                           self._host, self._timeout_s)

@@ -22,7 +22,9 @@ from elastic.controller.run_log import RunLog, claimed
 from elastic.messages import Begin, Job
 from elastic.observe.report import write_report
 
-CLAIM_S = 100.0  # for the lock of a controller that fell: on a shared directory it may last as long as the server's lease, 90 s by default
+# for the lock of a controller that fell: on a shared directory it may last as long as the server's lease, 90 s by
+# default
+CLAIM_S = 100.0
 LINGER_S = 60.0  # how long the controller of a finished run waits for a driver
 ABSENT_S = 5.0  # without a poll for so long, there is no driver
 POLL_S = 0.2  # how long a poll waits for the end of the run before it returns what is new
@@ -34,7 +36,8 @@ class ControllerActor:
     def __init__(self, job: Job, settings: Settings, fleet: dict[str, Any], begin: Begin):
         run_dir = Path(job.run_dir)
         events = claimed(run_dir, CLAIM_S)
-        journal = Journal(run_dir / "journal.jsonl", job.run_id)  # Ray starts a killed controller anew, with the same arguments
+        # Ray starts a killed controller anew, with the same arguments
+        journal = Journal(run_dir / "journal.jsonl", job.run_id)
         job = replace(job, secret=journal.secret)
         self.run_log = (RunLog.take_over(run_dir, begin, events) if journal.is_continued
                       else RunLog(run_dir, begin.written, begin.evaluated, begin.generation, events))
@@ -56,7 +59,8 @@ class ControllerActor:
             self.done.set()
         if time.monotonic() - self.polled > ABSENT_S:
             write_report(Path(self.controller.job.run_dir))  # else the driver does
-        while time.monotonic() - self.polled < LINGER_S:  # for the driver to learn how it ended; one that is gone never will
+        # for the driver to learn how it ended; one that is gone never will
+        while time.monotonic() - self.polled < LINGER_S:
             time.sleep(POLL_S)
         ray.kill(ray.get_runtime_context().current_actor)  # for good: an exit would be followed by a restart
 

@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic.checkpoint.claim import Claim
-from elastic.checkpoint.manager import MANIFEST, check_sizes, clean, commit, folder_of, newest_good, prune, read_manifest
+from elastic.checkpoint.manager import (
+    MANIFEST,
+    check_sizes,
+    clean,
+    commit,
+    folder_of,
+    newest_good,
+    prune,
+    read_manifest,
+)
 from elastic.checkpoint.manifest import Manifest, build_file, parse
 from elastic.checkpoint.part import part_name
 from elastic.errors import BadCheckpoint
@@ -51,7 +60,8 @@ class Outcome:
 class Checkpoints:
     """The checkpoints of one run, at a local path or URI."""
 
-    def __init__(self, location: str, keep: int, best: str, newest: int = 0, keep_every: int = 0, best_mode: str = "min"):
+    def __init__(self, location: str, keep: int, best: str, newest: int = 0, keep_every: int = 0,
+                 best_mode: str = "min"):
         self.best_mode = best_mode
         self.location, self.keep, self.best, self.newest, self.keep_every = location, keep, best, newest, keep_every
         self.store = Store.open(location)
@@ -67,9 +77,11 @@ class Checkpoints:
         return join(self.location, name)
 
     def take(self, part: Part, written: int, ready: Callable[[], None] = lambda: None) -> Outcome | None:
-        """A rank's part is durable, or failed. What becomes of the checkpoint once that is known; None before, and for what is late.
+        """A rank's part is durable, or failed. What becomes of the checkpoint once that is known; None before, and for
+        what is late.
 
-        `written`: steps whose lines are written; a checkpoint beyond them could not be gone on from. `ready()` makes them durable.
+        `written`: steps whose lines are written; a checkpoint beyond them could not be gone on from. `ready()` makes
+        them durable.
         """
         key = (part.generation, part.step, part.world_size)
         if part.step <= self.newest:
@@ -100,7 +112,8 @@ class Checkpoints:
             if part.step > written:
                 raise BadCheckpoint(f"The steps up to {part.step} are not all on disk.")
             head = parse(parts[0].head)  # rank 0's has what is not an array
-            manifest = replace(head, files=tuple(build_file(json.loads(parts[rank].file), head.chunk_bytes) for rank in sorted(parts)))
+            manifest = replace(head, files=tuple(build_file(json.loads(parts[rank].file), head.chunk_bytes)
+                                                 for rank in sorted(parts)))
             if self.claim is not None:
                 self.claim.check()
             self.commit(manifest)
@@ -114,8 +127,8 @@ class Checkpoints:
             ready()
         except OSError as error:
             why = error.strerror or type(error).__name__
-            raise BadCheckpoint(f"The lines of the steps up to {step} cannot be written to the run directory ({why}), and a checkpoint counts with "
-                                "them only; make room there, then resume the run.") from error
+            raise BadCheckpoint(f"The lines of the steps up to {step} cannot be written to the run directory ({why}), "
+                                "and a checkpoint counts with them only; make room there, then resume the run.") from error
 
     def commit(self, manifest: Manifest) -> None:
         """Commits a manifest whose files are durable. Older checkpoints beyond those to keep go.
@@ -126,8 +139,8 @@ class Checkpoints:
         try:
             check_sizes(self.store, folder_of(manifest.step), manifest)
         except BadCheckpoint as error:
-            raise BadCheckpoint(f"{str(error).rstrip('.')} where the controller looks, in {shown(self.location)}; a worker has written it, so "
-                                "put the run directory where all nodes share it.") from error
+            raise BadCheckpoint(f"{str(error).rstrip('.')} where the controller looks, in {shown(self.location)}; a "
+                                "worker has written it, so put the run directory where all nodes share it.") from error
         commit(self.store, manifest)
         self.known[folder_of(manifest.step)] = manifest
         self.newest = max(self.newest, manifest.step)
@@ -136,7 +149,8 @@ class Checkpoints:
         if self.store.files.renames:
             self.clear(manifest.generation)
         else:  # an object store takes its time
-            self.clearing = threading.Thread(target=self.clear, args=(manifest.generation,), name="clearing", daemon=True)
+            self.clearing = threading.Thread(target=self.clear, args=(manifest.generation,), name="clearing",
+                                             daemon=True)
             self.clearing.start()
 
     def settle(self) -> None:
@@ -146,23 +160,27 @@ class Checkpoints:
             self.clearing = None
 
     def drop(self, part: Part) -> None:
-        """Removes what a rank wrote of a checkpoint that will not be: on a full disk it would be in the way of the next."""
+        """Removes what a rank wrote of a checkpoint that will not be: on a full disk it would be in the way of the
+        next."""
         folder = folder_of(part.step)
         with contextlib.suppress(OSError):
             if not part.error and self.store.size(f"{folder}/{MANIFEST}") is None and not self.store.is_link(folder):
                 self.store.remove(f"{folder}/{part_name(part.rank, part.world_size, part.generation)}")
 
     def clear(self, live_generation: int) -> None:
-        """Removes what is not to be kept. What resists stays until the next commit: the checkpoint counts all the same."""
+        """Removes what is not to be kept. What resists stays until the next commit: the checkpoint counts all the same.
+        """
         try:
-            for name in prune(self.store, self.keep, self.best or None, self.keep_every, self.refused, self.read, self.best_mode):
+            for name in prune(self.store, self.keep, self.best or None, self.keep_every, self.refused, self.read,
+                              self.best_mode):
                 self.known.pop(name, None)
             clean(self.store, live_generation, self.read)
         except OSError as error:
             log.warning("Old checkpoints in %s could not be removed: %s", shown(self.location), error)
 
     def read(self, store: Store, name: str) -> Manifest:
-        """A checkpoint's manifest, read once: on an object store each is a call, and each commit looks at all that are kept."""
+        """A checkpoint's manifest, read once: on an object store each is a call, and each commit looks at all that are
+        kept."""
         if name not in self.known:
             self.known[name] = read_manifest(store, name)
         return self.known[name]
@@ -182,7 +200,8 @@ class Checkpoints:
         return (self.path(name), self.read(self.store, name).step, bad) if name else ("", 0, bad)
 
     def lines_of(self, path: str) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl that a checkpoint carries, for it was committed with nobody there to write them down."""
+        """Lines of metrics.jsonl that a checkpoint carries, for it was committed with nobody there to write them down.
+        """
         return list(read_manifest(self.store, parted(path)[1]).extra.get("lines", ())) if path else []
 
     def flip_a_byte(self) -> None:

@@ -1,7 +1,7 @@
 """The controller: takes what workers, fleet and user report as events, asks the state machine, and carries out its actions.
 
-It is never in the step path: workers train without it until their group changes. It alone writes the run directory's logs
-and commits checkpoints, so a worker of an older generation can change neither.
+It is never in the step path: workers train without it until their group changes. It alone writes the run directory's
+logs and commits checkpoints, so a worker of an older generation can change neither.
 """
 
 from __future__ import annotations
@@ -50,29 +50,35 @@ class Settings:
     @classmethod
     def of(cls, recipe: Recipe) -> Settings:
         elastic, checkpoint = recipe.elastic, recipe.checkpoint
-        return cls(bounds_of(recipe), elastic.hang_timeout_s, elastic.start_timeout_s, checkpoint.keep, checkpoint.best, checkpoint.keep_every,
+        return cls(bounds_of(recipe), elastic.hang_timeout_s, elastic.start_timeout_s, checkpoint.keep, checkpoint.best,
+                   checkpoint.keep_every,
                    best_mode(recipe) or "min")
 
 
 class Controller:
-    """One run's controller. `session.run` is its thread; from others come `post`, `deliver`, `receive` and `announce`."""
+    """One run's controller. `session.run` is its thread; from others come `post`, `deliver`, `receive` and `announce`.
+    """
 
-    def __init__(self, job: Job, settings: Settings, fleet: Fleet, run_log: RunLog, begin: Begin | None = None, journal: Journal | None = None):
+    def __init__(self, job: Job, settings: Settings, fleet: Fleet, run_log: RunLog, begin: Begin | None = None,
+                 journal: Journal | None = None):
         self.job, self.settings, self.fleet, self.run_log, self.begin = job, settings, fleet, run_log, begin or Begin()
-        self.checkpoints = Checkpoints(job.checkpoints, settings.keep, settings.best, self.begin.written, settings.keep_every, settings.best_mode)
+        self.checkpoints = Checkpoints(job.checkpoints, settings.keep, settings.best, self.begin.written,
+                                       settings.keep_every, settings.best_mode)
         self.claim = self.checkpoints.claim = Claim(job.checkpoints, job.run_id, owner_of(job.run_dir))
         self.mailbox, self.receiving = Mailbox(), threading.Lock()
         self.losses = policy.Losses()
         self.target, self.restart_at, self.checked = 0, 0.0, 0.0
         self.outcome: m.Finish | None = None
-        self.saving: dict[Save, str] = {}  # parts of the final checkpoint, and who was asked for them and has not answered
+        # parts of the final checkpoint, and who was asked for them and has not answered
+        self.saving: dict[Save, str] = {}
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
         self.past = replay(self.journal.past, settings.bounds, self.begin.generation)
         self.state, self.workers = self.past.state, self.past.workers
         self.chaos = [spec for spec in job.chaos if spec not in self.past.spent]
 
     def opened(self) -> None:
-        """The first lines of a run, or of its resumption, as far as a controller before this one has not written them."""
+        """The first lines of a run, or of its resumption, as far as a controller before this one has not written them.
+        """
         if "run_started" in self.run_log.seen:
             return
         if self.begin.rewound_from >= 0 and "rewound" not in self.run_log.seen:
@@ -97,7 +103,8 @@ class Controller:
         return self.run_log.on_disk
 
     def receive(self, worker: str, messages: Sequence[Any], number: int) -> int:
-        """As `deliver`, but returns when they are handled, so that none is lost with this controller. `number`: see Outbox.
+        """As `deliver`, but returns when they are handled, so that none is lost with this controller. `number`: see
+        Outbox.
 
         ConnectionError where it ends before that. Of a batch that is delivered again only what is new is taken.
         """
@@ -107,7 +114,8 @@ class Controller:
         return FENCED if self.workers.is_given_up(worker) else self.run_log.on_disk
 
     def announce(self, worker: str, spec: str) -> None:
-        """A fault fires: when this returns it is not handed out again, and carried out here unless it is the worker's own."""
+        """A fault fires: when this returns it is not handed out again, and carried out here unless it is the worker's
+        own."""
         self.mailbox.put((worker, parse(spec)))
         self.mailbox.wait()
 
@@ -138,7 +146,8 @@ class Controller:
         elif isinstance(message, Progress):
             record, now = self.workers[worker], time.monotonic()
             if not record.released:
-                record.heartbeat = record.heartbeat.followed(message, now) if record.heartbeat else Heartbeat(message, now, now)
+                record.heartbeat = record.heartbeat.followed(message,
+                                                             now) if record.heartbeat else Heartbeat(message, now, now)
         elif isinstance(message, Line) and message.file == "metrics":
             self.run_log.metric(message.generation, message.fields)
         elif isinstance(message, Line):
@@ -155,8 +164,9 @@ class Controller:
         """Workers are in a generation that the journal lacks: who is in it nobody knows any more."""
         for worker in self.state.ready:
             self.fleet.send(worker, m.Abort(worker, generation))
-        return m.Finish("failed", f"A controller fell while the run directory {self.job.run_dir} could not be written, and its journal lacks "
-                                  f"generation {generation}; make room there, then resume the run.")
+        return m.Finish("failed", f"A controller fell while the run directory {self.job.run_dir} could not be written, "
+                                  f"and its journal lacks generation {generation}; make room there, then resume the "
+                                  "run.")
 
     def advance(self, event: Any) -> None:
         if self.is_repeated(event):
@@ -207,13 +217,16 @@ class Controller:
         record, group, now = self.workers[event.worker], self.state.group, time.monotonic()
         record.starting_s = None
         self.saving = {order: worker for order, worker in self.saving.items() if worker != event.worker}
-        self.run_log.event("worker_lost", worker=event.worker, rank=group.index(event.worker) if event.worker in group else -1, cause=event.cause,
+        self.run_log.event("worker_lost", worker=event.worker, rank=group.index(event.worker) if event.worker in group
+                           else -1, cause=event.cause,
                          detected_s=round(now - record.heartbeat.received_s, 3) if record.heartbeat else 0.0)
         record.heartbeat = None
-        self.losses = policy.note_loss(self.losses, record.node, self.run_log.written, now, record.is_live, event.cause if event.raised else "")
+        self.losses = policy.note_loss(self.losses, record.node, self.run_log.written, now, record.is_live, event.cause
+                                       if event.raised else "")
         self.restart_at = now + policy.restart_delay_s(self.losses)
         if policy.gives_up(self.losses, max(len(group), self.target)):
-            self.mailbox.put(m.GiveUp(f"Worker after worker is lost without a step between them, the last by: {event.cause}"))
+            self.mailbox.put(m.GiveUp("Worker after worker is lost without a step between them, the last by: "
+                                      f"{event.cause}"))
 
     def check(self) -> None:
         """What only time shows: hangs, workers that never get ready, restarts that were put off."""
@@ -226,10 +239,13 @@ class Controller:
             if record.starting_s is not None and now - record.starting_s > self.settings.start_timeout_s:
                 self.give_up_on(worker, f"not ready within start_timeout_s = {self.settings.start_timeout_s:g} s")
         if self.state.phase in ("running", "stopping", "regrouping"):
-            beats = {w: beat for w in self.state.group if w not in self.state.standing and (beat := self.workers[w].heartbeat)}
+            beats = {w: beat for w in self.state.group if w not in self.state.standing
+                     and (beat := self.workers[w].heartbeat)}
             for worker in suspects(beats, now, self.settings.hang_timeout_s, self.settings.start_timeout_s):
-                self.run_log.event("hang", worker=worker, phase=beats[worker].progress.phase, silent_s=round(now - beats[worker].received_s, 3))
-                self.give_up_on(worker, f"no progress within elastic.hang_timeout_s = {self.settings.hang_timeout_s:g} s (raise it if a shard "
+                self.run_log.event("hang", worker=worker, phase=beats[worker].progress.phase,
+                                   silent_s=round(now - beats[worker].received_s, 3))
+                self.give_up_on(worker, f"no progress within elastic.hang_timeout_s = {self.settings.hang_timeout_s:g} "
+                                        "s (raise it if a shard "
                                          "takes longer)")
         if self.restart_at and now >= self.restart_at:
             self.restart_at = 0.0
@@ -256,14 +272,16 @@ class Controller:
     # Checkpoints, faults.
 
     def take_part(self, part: Part) -> None:
-        """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it."""
+        """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it.
+        """
         self.saving.pop(Save(part.generation, part.step, part.rank, part.world_size), None)
         found = self.checkpoints.take(part, self.run_log.written, self.run_log.sync)
         if found is not None:
             self.run_log.event(found.event, found.step, found.generation, **found.fields)
 
     def take_fault(self, worker: str, fault: Fault) -> None:
-        """What may be done twice is done before it is written off, and what may not be, after: a controller may fall between."""
+        """What may be done twice is done before it is written off, and what may not be, after: a controller may fall
+        between."""
         if fault.spec not in self.chaos:
             return  # announced again, by who did not learn that the controller knew
         self.chaos.remove(fault.spec)
@@ -316,7 +334,8 @@ class Controller:
         generation = self.completed(action.generation)
         if action.before or self.run_log.last_commit:
             lost = max(0, self.run_log.written - generation.committed)
-            self.run_log.interrupted(generation.number, action.cause, action.before, len(generation.members), lost, action.was, generation.mesh)
+            self.run_log.interrupted(generation.number, action.cause, action.before, len(generation.members), lost,
+                                     action.was, generation.mesh)
         if generation.committed < self.run_log.written:
             self.rewind(generation.committed)
         generation = replace(generation, written=self.run_log.on_disk, evaluated=self.run_log.evaluated,
@@ -338,13 +357,16 @@ class Controller:
     def announce_generation(self, generation: Generation) -> None:
         self.run_log.generation = generation.number
         members = self.workers.reports(generation.members)
-        self.run_log.event("generation_started", generation.committed, world_size=len(members), transport=generation.transport,
+        self.run_log.event("generation_started", generation.committed, world_size=len(members),
+                           transport=generation.transport,
                          mesh=generation.shape.as_dict(), written=self.run_log.written,
-                         workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid, "compilations": r.compilations}
+                         workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid,
+                                   "compilations": r.compilations}
                                   for i, r in enumerate(members)])
 
     def completed(self, generation: Generation) -> Generation:
-        """With the transport, and a start from the newest good checkpoint (or the recipe) where no member has any state."""
+        """With the transport, and a start from the newest good checkpoint (or the recipe) where no member has any
+        state."""
         transport = self.fleet.transport(self.workers.reports(generation.members))
         if generation.committed >= 0:
             return replace(generation, transport=transport)

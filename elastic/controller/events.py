@@ -19,7 +19,8 @@ class Starting:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker's process is gone, or it was given up. `raised`: by an error of its own code, which is then the cause."""
+    """A worker's process is gone, or it was given up. `raised`: by an error of its own code, which is then the cause.
+    """
 
     worker: str
     cause: str
@@ -89,8 +90,8 @@ class Wait:
 class SaveAlone:
     """This worker is to write down what it has, if no checkpoint has it: the run cannot go on without others.
 
-    It writes the part of `rank` of `world_size`, each of which is asked of somebody, several of one where the others are lost.
-    With a `ballot` it holds the gradients of `step`, and applies them first.
+    It writes the part of `rank` of `world_size`, each of which is asked of somebody, several of one where the others
+    are lost. With a `ballot` it holds the gradients of `step`, and applies them first.
     """
 
     worker: str

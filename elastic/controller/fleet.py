@@ -13,7 +13,8 @@ class Fleet(Protocol):
     """The workers' processes. Calls return at once; what comes of them arrives as events."""
 
     def want(self, workers: int, avoid: Sequence[str], near: Sequence[str] = ()) -> None:
-        """Keep this many workers alive or asked for, none of them on a node of `avoid`; the first new ones on those of `near`, if there is room."""
+        """Keep this many workers alive or asked for, none of them on a node of `avoid`; the first new ones on those of
+        `near`, if there is room."""
 
     def send(self, worker: str, order: Order) -> None: ...
 
@@ -27,12 +28,14 @@ class Fleet(Protocol):
         """Which collective group serves these members best."""
 
     def inject(self, fault: Fault, stopped: Ready | None = None) -> None:
-        """Carries out a fault that is not a worker's own: it continues who was `stopped`, or ends the controller itself, at once."""
+        """Carries out a fault that is not a worker's own: it continues who was `stopped`, or ends the controller
+        itself, at once."""
 
     def adopt(self, known: Iterable[str]) -> Sequence[str]:
         """Takes charge of the workers that an earlier controller of this run has left alive, and returns their names.
 
-        `known` are all names that there ever were: none is given again. The end of each of them is an event from now on.
+        `known` are all names that there ever were: none is given again. The end of each of them is an event from now
+        on.
         """
 
     def resync(self, worker: str) -> None:

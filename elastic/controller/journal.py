@@ -19,7 +19,8 @@ from elastic.controller.workers import Workers
 from elastic.messages import Generation, Ready, Standing
 from elastic.observe.jsonl import JsonLines, read_lines
 
-KINDS = {kind.__name__: kind for module in (messages, m) for kind in vars(module).values() if isinstance(kind, type) and is_dataclass(kind)}
+KINDS = {kind.__name__: kind for module in (messages, m) for kind in vars(module).values() if isinstance(kind, type)
+         and is_dataclass(kind)}
 KIND = "@"  # the key that names a dataclass
 
 
@@ -43,7 +44,8 @@ def decode(value: Any) -> Any:
 class Journal:
     """The journal of one controller actor, through all its restarts; another run's is replaced.
 
-    `past` is what an earlier controller of this run wrote; `is_continued` says that there was one, which may have written nothing.
+    `past` is what an earlier controller of this run wrote; `is_continued` says that there was one, which may have
+    written nothing.
     `secret` is what the run's workers show to each other: only the run's owner may read the file.
     """
 
@@ -76,7 +78,8 @@ class Journal:
         self.sync()
 
     def sync(self) -> None:
-        """While the disk is full its lines wait: a controller that falls meanwhile has no successor, and the run ends instead."""
+        """While the disk is full its lines wait: a controller that falls meanwhile has no successor, and the run ends
+        instead."""
         if self.lines.retry():
             self.lines.sync()
 

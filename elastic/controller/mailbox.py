@@ -11,7 +11,8 @@ LOOK_S = 0.1  # how often a waiting sender looks whether the controller is gone
 
 
 class Mailbox:
-    """A queue of events and of (worker, message). `gone` is set when nothing is handled any more, `over` if that is as it should be."""
+    """A queue of events and of (worker, message). `gone` is set when nothing is handled any more, `over` if that is as
+    it should be."""
 
     def __init__(self) -> None:
         self.items: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -34,7 +35,8 @@ class Mailbox:
         return self.items.empty()
 
     def fresh(self, worker: str, messages: Sequence[Any], number: int) -> Sequence[Any]:
-        """Those that have not come in before, of a batch that may be a repetition. See `Outbox` for `number`; the last one is a heartbeat."""
+        """Those that have not come in before, of a batch that may be a repetition. See `Outbox` for `number`; the last
+        one is a heartbeat."""
         known = self.received.get(worker, number)
         self.received[worker] = max(known, number + len(messages) - 1)
         return messages[min(max(0, known - number), len(messages) - 1):]

@@ -7,8 +7,8 @@
 
 A run that fails is finished when every survivor stands by too: the last state that counts is saved by then (SaveAlone).
 
-It counts in replicas: a group lies on one of the meshes that the bounds allow, the first whose replica is complete. What counts of the
-state, who sits where and who heals whom is `recovery`'s to decide.
+It counts in replicas: a group lies on one of the meshes that the bounds allow, the first whose replica is complete.
+What counts of the state, who sits where and who heals whom is `recovery`'s to decide.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class State:
     starting: frozenset[str] = frozenset()
     standing: Mapping[str, Standing] = field(default_factory=dict)
     leaving: frozenset[str] = frozenset()
-    last: Mapping[str, Standing] = field(default_factory=dict)  # the report of those who stood and are in no group since
+    # the report of those who stood and are in no group since
+    last: Mapping[str, Standing] = field(default_factory=dict)
     ending: bool = False
     over: Finish | None = None  # how the run will have ended once its state is saved
     failure: tuple[int, int, str] = (0, -1, "")  # generation, step and error of the last failed step
@@ -185,7 +186,8 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
         return state, ()
     survivors = [w for w in state.group if w in state.ready]
     if state.over and (state.phase == "waiting" or all(w in state.standing for w in survivors)):
-        return end_saved(replace(state, last={w: s for w, s in {**state.last, **state.standing}.items() if w in state.ready}), state.over)
+        return end_saved(replace(state, last={w: s for w, s in {**state.last, **state.standing}.items()
+                                              if w in state.ready}), state.over)
     if state.phase == "waiting":
         is_time = state.ending or not state.starting or len(usable(state)) >= state.target
         return form(state) if is_time else (state, ())
@@ -195,12 +197,14 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
     if mesh:
         cause = "drain" if state.leaving & set(state.group) else "resize"
         code = STOP if hands_over(state, survivors, mesh) else STOP_AND_SAVE
-        return replace(state, phase="stopping", cause=cause), tuple(RequestStop(w, state.generation, code) for w in survivors)
+        return replace(state, phase="stopping", cause=cause), tuple(RequestStop(w, state.generation, code)
+                                                                    for w in survivors)
     return state, ()
 
 
 def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
-    """Whether those who stay have the whole state, and a place each for its parts; else the next group gets it from a checkpoint."""
+    """Whether those who stay have the whole state, and a place each for its parts; else the next group gets it from a
+    checkpoint."""
     data, size, holders = state.mesh[0], math.prod(state.mesh[1:]), state.bounds.holders
     staying = [state.group.index(w) for w in survivors if w not in state.leaving]
     if not covers([rank % size for rank in staying], state.mesh[1:]) or math.prod(mesh) < size:
@@ -209,7 +213,8 @@ def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
         return True
     if mesh[1:] != state.mesh[1:] or (holders == 1 and mesh[0] < data):
         return False
-    return all(not lacking([held(rank // size, data, data, holders > 1) for rank in staying if rank % size == place], data)
+    return all(not lacking([held(rank // size, data, data, holders > 1) for rank in staying if rank % size == place],
+                           data)
                for place in range(size))
 
 
@@ -224,7 +229,8 @@ def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
 
 
 def is_saved(state: State, reason: str) -> bool:
-    """Every member stands by for this reason, after each has saved its part. Without one nobody knows whether it came to that."""
+    """Every member stands by for this reason, after each has saved its part. Without one nobody knows whether it came
+    to that."""
     reports = [state.standing.get(w) for w in state.group]
     if not reports or any(s is None or s.reason != reason for s in reports):
         return False
@@ -234,17 +240,20 @@ def is_saved(state: State, reason: str) -> bool:
 def done(reports: list[Standing]) -> Finish:
     """All replicas must hold the same bits; anything else is a fault that no result should hide."""
     if len({s.state_sha256 for s in reports}) > 1:
-        return Finish("failed", "The workers' states differ at the end: " + ", ".join(f"{s.worker} {s.state_sha256[:12]}" for s in reports))
+        return Finish("failed", "The workers' states differ at the end: "
+                      + ", ".join(f"{s.worker} {s.state_sha256[:12]}" for s in reports))
     return Finish("done", standing=reports[0])
 
 
 def usable(state: State) -> list[str]:
-    """Workers that may be in the next group: survivors, the furthest first, then joiners in the order they became ready.
+    """Workers that may be in the next group: survivors, the furthest first, then joiners in the order they became
+    ready.
 
     Who is to leave stays as long as nobody else has the state and it is not saved.
     """
     reports = {**state.last, **state.standing}
-    survivors = sorted((w for w in state.group if w in state.ready), key=lambda w: -reports[w].committed if w in reports else 0)
+    survivors = sorted((w for w in state.group if w in state.ready), key=lambda w: -reports[w].committed if w in reports
+                       else 0)
     everybody = survivors + [w for w in state.ready if w not in state.group]
     staying = [w for w in everybody if w not in state.leaving]
     if not staying or state.phase == "running" or is_saved(state, "stopped"):
@@ -278,7 +287,8 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     want = Want(wanted(state.bounds, state.target, len(leaving)))
     gone = (*([want] if leavers else []), *(Release(w) for w in leavers))  # first: nobody is to replace a leaver twice
     ready = {w: r for w, r in state.ready.items() if w not in leavers}
-    state = replace(state, ready=ready, leaving=leaving, standing={}, last={w: s for w, s in reports.items() if w in ready})
+    state = replace(state, ready=ready, leaving=leaving, standing={},
+                    last={w: s for w, s in reports.items() if w in ready})
     if mesh is None and state.ending:
         return finish(state, Finish("interrupted"))
     if mesh is None:
@@ -294,11 +304,13 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     barren = state.barren + 1 if is_barren else 0
     if barren > MAX_FRUITLESS + len(members):
         why = next((s.error for s in reports.values() if s.error), state.cause)
-        return end_saved(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
+        return end_saved(state, Finish("failed",
+                                       f"Generation after generation ends without a step, the last with: {why}"))
     action = Form(generation, state.cause, len(state.group), state.mesh)
     idle = {w: replace(s, holds=-1, ballot=None) for w, s in here.items()
             if w in extra and w not in surplus and s.committed <= generation.committed}
-    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle, announced=-1, savers=(),
+    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle,
+                    announced=-1, savers=(),
                     cause="resize", reached=generation.committed, barren=barren,
                     ready={w: r for w, r in ready.items() if w not in surplus})
     stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
@@ -308,8 +320,8 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
 def next_mesh(state: State, candidates: list[str], reports: Mapping[str, Standing]) -> tuple[Axes | None, Whole | None]:
     """What the next group lies on, and the state that it starts from.
 
-    A mesh that has no place for all parts of a state that is nowhere else has to wait until a group that has one has saved it; one with too
-    few holders of a sharded optimizer shrinks step by step.
+    A mesh that has no place for all parts of a state that is nowhere else has to wait until a group that has one has
+    saved it; one with too few holders of a sharded optimizer shrinks step by step.
     """
     bounds = replace(state.bounds, min_workers=1) if state.ending else state.bounds
     mesh = choose(len(candidates), state.target, bounds)
@@ -332,26 +344,32 @@ def end_saved(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
 
 
 def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
-    """Too few are left: those who have it write down what there is, once. Whoever goes on after that stays where it reported to stand."""
+    """Too few are left: those who have it write down what there is, once. Whoever goes on after that stays where it
+    reported to stand."""
     reports = state.last if state.over else {w: replace(s, holds=-1) for w, s in state.last.items()}
     whole = find_whole(reports, state.group)
     savers = writers(whole, state.mesh[0], state.bounds.max_workers) if whole and whole.step > 0 else ()
     if not whole or not savers or savers == state.savers:
         return state, ()
-    orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers), None if w in whole.exact else whole.ballot)
+    orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers), None if w in whole.exact
+                             else whole.ballot)
                    for rank, w in enumerate(savers))
     return replace(state, savers=savers), orders
 
 
 def confirmed(state: State, report: Standing, newest: int, error: str) -> Standing:
-    """The last report of a group that ends with its state saved is another if no checkpoint of that step was committed after all.
+    """The last report of a group that ends with its state saved is another if no checkpoint of that step was committed
+    after all.
 
-    `newest`: step of the newest committed checkpoint; `error`: why the last one was not. With a reason it is a failure, which ends the run
-    when it comes again; without one parts of it fell with a controller, no member is to blame, and the group saves once more.
+    `newest`: step of the newest committed checkpoint; `error`: why the last one was not. With a reason it is a failure,
+    which ends the run when it comes again; without one parts of it fell with a controller, no member is to blame, and
+    the group saves once more.
     """
-    ends = report.reason == "done" or (report.reason == "stopped" and report.ballot and report.ballot.stop == STOP_AND_SAVE)
+    ends = report.reason == "done" or (report.reason == "stopped" and report.ballot
+                                       and report.ballot.stop == STOP_AND_SAVE)
     others = [w for w in state.group if w != report.worker]
     is_last = report.generation == state.generation and all(w in state.standing for w in others)
     if not ends or not is_last or report.committed <= newest:
         return report
-    return replace(report, reason="failed" if error else "broken", error=error or f"The checkpoint of step {report.committed} was not committed.")
+    return replace(report, reason="failed" if error else "broken", error=error
+                   or f"The checkpoint of step {report.committed} was not committed.")

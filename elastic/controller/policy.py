@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 
 from elastic.recipe import Recipe
 
-BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # before the n-th start after failures without a step between them
+# before the n-th start after failures without a step between them
+BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 MAX_FRUITLESS = 8  # starts in a row that failed without a single committed step between them
 MAX_SAME_ERROR = 3  # starts in a row that ended in the same error: the next would as well
-NODE_LOSSES, NODE_WINDOW_S, NODE_BAN_S = 3, 120.0, 600.0  # a node that loses this many workers in the window is left out
+# a node that loses this many workers in the window is left out
+NODE_LOSSES, NODE_WINDOW_S, NODE_BAN_S = 3, 120.0, 600.0
 
 
 Degrees = tuple[int, int, int]  # pipeline, tensor, expert
@@ -34,14 +36,17 @@ class Bounds:
 
 
 def bounds_of(recipe: Recipe) -> Bounds:
-    """A recipe's bounds. Where its mesh cannot be filled, one of fewer workers in a replica serves, if there are min_workers for it."""
+    """A recipe's bounds. Where its mesh cannot be filled, one of fewer workers in a replica serves, if there are
+    min_workers for it."""
     elastic, mesh = recipe.elastic, recipe.mesh
     return Bounds(elastic.min_workers, elastic.max_workers, elastic.logical_shards, elastic.spares,
-                  legal((mesh.pipeline, mesh.tensor, mesh.expert)), (1 + recipe.optimizer.twin) * recipe.optimizer.sharded)
+                  legal((mesh.pipeline, mesh.tensor, mesh.expert)),
+                  (1 + recipe.optimizer.twin) * recipe.optimizer.sharded)
 
 
 def choose(available: int, target: int, bounds: Bounds) -> tuple[int, int, int, int] | None:
-    """The mesh (data, pipeline, tensor, expert) to train on: as many whole replicas of the first degrees that fit at all; None if too few.
+    """The mesh (data, pipeline, tensor, expert) to train on: as many whole replicas of the first degrees that fit at
+    all; None if too few.
 
     No replica that would not lower ceil(L / replicas) is used.
     """
@@ -68,9 +73,11 @@ def fewest(bounds: Bounds) -> int:
 
 
 def legal(degrees: Degrees) -> tuple[Degrees, ...]:
-    """The recipe's degrees, then those to fall back to while a replica is not complete: what divides them, the largest replica first."""
+    """The recipe's degrees, then those to fall back to while a replica is not complete: what divides them, the largest
+    replica first."""
     pipelines, tensors, experts = ([n for n in range(1, degree + 1) if degree % n == 0] for degree in degrees)
-    return tuple(sorted(itertools.product(pipelines, tensors, experts), key=lambda mesh: (-math.prod(mesh), tuple(-n for n in mesh))))
+    return tuple(sorted(itertools.product(pipelines, tensors, experts),
+                        key=lambda mesh: (-math.prod(mesh), tuple(-n for n in mesh))))
 
 
 @dataclass(frozen=True)
@@ -85,9 +92,10 @@ class Losses:
     by_node: tuple[tuple[str, float], ...] = ()
 
 
-def note_loss(losses: Losses, node: str, committed: int, now_s: float, was_ready: bool = True, error: str = "") -> Losses:
-    """Counts one lost worker; `error` is what it raised, if it did. Progress since the last loss clears the counts of failures
-    without any; a worker that gets ready clears `unborn`.
+def note_loss(losses: Losses, node: str, committed: int, now_s: float, was_ready: bool = True,
+              error: str = "") -> Losses:
+    """Counts one lost worker; `error` is what it raised, if it did. Progress since the last loss clears the counts of
+    failures without any; a worker that gets ready clears `unborn`.
     """
     fruitless = 1 if committed > losses.committed else losses.fruitless + 1
     error = "" if was_ready else error
@@ -99,7 +107,8 @@ def note_loss(losses: Losses, node: str, committed: int, now_s: float, was_ready
 
 
 def gives_up(losses: Losses, members: int) -> bool:
-    """Too many losses without a step between them (every member may fall once at the same moment), or one error again and again."""
+    """Too many losses without a step between them (every member may fall once at the same moment), or one error again
+    and again."""
     return losses.fruitless >= MAX_FRUITLESS + members or losses.same_error >= MAX_SAME_ERROR
 
 

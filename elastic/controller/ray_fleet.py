@@ -1,7 +1,7 @@
 """The fleet on Ray: one placement group and one detached actor per worker.
 
-A worker that is wanted but has no place is a pending placement group: an autoscaling cluster reads it as demand, and a node
-that joins serves it. Ray never restarts a worker (that delays the news of its death); the controller replaces it.
+A worker that is wanted but has no place is a pending placement group: an autoscaling cluster reads it as demand, and a
+node that joins serves it. Ray never restarts a worker (that delays the news of its death); the controller replaces it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class RayFleet:
         self.slots: dict[str, Slot] = {}
         self.ended: list[Slot] = []
         self.taken: set[str] = set()  # names that were ever given
-        self.at_once: int | None = None  # how many are still to start without a wait: those that are wanted at the start
+        # how many are still to start without a wait: those that are wanted at the start
+        self.at_once: int | None = None
         self.lock = threading.RLock()
         self.wanted, self.closed = 0, threading.Event()
         self.avoid: tuple[str, ...] = ()
@@ -147,7 +148,8 @@ class RayFleet:
 
     def serve(self, slot: Slot, place: Any) -> tuple[str, bool]:
         """Starts the process and waits for its end; returns why it ended, and whether its own code raised that."""
-        options = {"num_cpus": 1, "num_gpus": 1 if self.device == "cuda" else 0, "name": f"{self.job.run_id}/{slot.name}",
+        options = {"num_cpus": 1, "num_gpus": 1 if self.device == "cuda" else 0,
+                   "name": f"{self.job.run_id}/{slot.name}",
                    "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": 0, "max_concurrency": 32,
                    "scheduling_strategy": PlacementGroupSchedulingStrategy(place)}
         try:
@@ -236,7 +238,8 @@ class RayFleet:
 def brief(error: BaseException) -> str:
     """Ray's reason in one line; what it calls the exit detail says most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    detail = next((line for line in lines if "exit detail" in line.lower()), lines[0] if lines else type(error).__name__)
+    detail = next((line for line in lines if "exit detail" in line.lower()), lines[0] if lines
+                  else type(error).__name__)
     return detail.partition("exit detail:")[2].strip() or detail
 
 

@@ -1,8 +1,8 @@
 """The rule of recovery, as pure functions: which state counts, who sits where, and where everybody starts.
 
-If any survivor saw a vote complete, its step counts for all; whoever holds that step's gradients applies them, whoever does not is
-healed by one that holds the same coordinate. If none did, all redo the step from untouched state. The state is there as long as every
-coordinate of one mesh has a holder.
+If any survivor saw a vote complete, its step counts for all; whoever holds that step's gradients applies them, whoever
+does not is healed by one that holds the same coordinate. If none did, all redo the step from untouched state. The state
+is there as long as every coordinate of one mesh has a holder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Whole:
     def is_in(self, members: Iterable[str]) -> bool:
         """Whether these members have all of it among them."""
         here = set(members)
-        return all(suffices(self.reports[w] for w in self.column(coordinate) if w in here) for coordinate in range(math.prod(self.degrees)))
+        return all(suffices(self.reports[w] for w in self.column(coordinate) if w in here)
+                   for coordinate in range(math.prod(self.degrees)))
 
     def is_torn(self, worker: str) -> bool:
         """Whether, when all have applied what they hold, it still lacks parameters that others keep."""
@@ -60,7 +61,8 @@ def suffices(holders: Iterable[Standing]) -> bool:
 
 
 def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
-    """Who writes down which part of a state, in rank order: one of each coordinate where all keep all of it, else for each of its
+    """Who writes down which part of a state, in rank order: one of each coordinate where all keep all of it, else for
+    each of its
     `owners`, of `most` at most, whoever is left of owner and twin. () if parts of it are nowhere.
     """
     for data in (owners, *range(1, most + 1)) if whole.is_shared_out else (1,):
@@ -71,7 +73,8 @@ def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
 
 
 def writer(whole: Whole, place: int, rank: int, data: int) -> str:
-    """Who keeps, of a coordinate's state, what owner `rank` of `data` owns, itself rather than a twin; "" if nobody does."""
+    """Who keeps, of a coordinate's state, what owner `rank` of `data` owns, itself rather than a twin; "" if nobody
+    does."""
     for count in (1, 2):  # what lies behind is on its way
         for worker in whole.column(place):
             report = whole.reports[worker]
@@ -86,7 +89,8 @@ def covers(coordinates: Iterable[int], degrees: Degrees) -> bool:
 
 
 def find_whole(reports: Mapping[str, Standing], group: Iterable[str], preferred: Degrees = (1, 1, 1)) -> Whole | None:
-    """The state that counts: of the furthest step that any of `group` committed, if its parts are all there, in the group or beside it.
+    """The state that counts: of the furthest step that any of `group` committed, if its parts are all there, in the
+    group or beside it.
 
     Where it is there in two meshes (members fell while it moved), the preferred one's is taken.
     """
@@ -107,7 +111,8 @@ def find_whole(reports: Mapping[str, Standing], group: Iterable[str], preferred:
 
 
 def assign(candidates: Sequence[str], mesh: Axes, whole: Whole | None, nodes: Mapping[str, str]) -> tuple[str, ...]:
-    """Who sits where, in rank order: whoever holds a coordinate keeps it, the rest is filled in the order of `candidates`.
+    """Who sits where, in rank order: whoever holds a coordinate keeps it, the rest is filled in the order of
+    `candidates`.
 
     Where workers of one node can make up a tensor group, they do.
     """
@@ -134,8 +139,10 @@ def assign(candidates: Sequence[str], mesh: Axes, whole: Whole | None, nodes: Ma
     return tuple(worker for replica in range(data) for line in rows for worker in line[replica])
 
 
-def nearest(fillers: Sequence[str], column: Sequence[str], line: Sequence[Sequence[str]], nodes: Mapping[str, str]) -> int:
-    """Which of the fillers to take into a column: one whose node has a place to fill beside the others of its tensor groups."""
+def nearest(fillers: Sequence[str], column: Sequence[str], line: Sequence[Sequence[str]],
+            nodes: Mapping[str, str]) -> int:
+    """Which of the fillers to take into a column: one whose node has a place to fill beside the others of its tensor
+    groups."""
     if len(line) == 1:
         return 0
     here, there = Counter(nodes.get(w) for w in column), [Counter(nodes.get(w) for w in other) for other in line]
@@ -165,13 +172,15 @@ def side_by_side(line: Sequence[Sequence[str]], nodes: Mapping[str, str]) -> lis
 
 
 def gaps(nodes: Iterable[str], tensor: int) -> tuple[str, ...]:
-    """Nodes on which workers are missing for a tensor group, once for each; those that miss the fewest first. `nodes`: one for each worker."""
+    """Nodes on which workers are missing for a tensor group, once for each; those that miss the fewest first. `nodes`:
+    one for each worker."""
     missing = {node: -count % tensor for node, count in Counter(nodes).items() if node}
     return tuple(node for node in sorted(missing, key=lambda n: missing[n]) for _ in range(missing[node]))
 
 
 def rejoin(number: int, members: tuple[str, ...], endpoint: str, mesh: Axes, whole: Whole | None) -> Generation:
-    """Where everybody starts: at the furthest committed step, with its vote for those who hold its gradients, and state for the rest."""
+    """Where everybody starts: at the furthest committed step, with its vote for those who hold its gradients, and state
+    for the rest."""
     held = [whole.coordinates.get(w, -1) if whole else -1 for w in members]
     if whole is None or not whole.is_in(members) or (whole.is_shared_out and whole.degrees != mesh[1:]):
         # all copies of a part are gone, or it cannot move: the carrier fills in the newest checkpoint
@@ -179,7 +188,8 @@ def rejoin(number: int, members: tuple[str, ...], endpoint: str, mesh: Axes, who
     if whole.degrees != mesh[1:]:
         resharded = tuple(Holder(rank, (0, *whole.degrees), place) for rank, place in enumerate(held))
         return Generation(number, members, endpoint, "", whole.step, whole.ballot, mesh=mesh, resharded=resharded)
-    size, healers, has = math.prod(whole.degrees), [], [place == r % math.prod(whole.degrees) for r, place in enumerate(held)]
+    size, healers, has = math.prod(whole.degrees), [], [place == r % math.prod(whole.degrees)
+                                                        for r, place in enumerate(held)]
     for place in range(size):
         ranks = range(place, len(members), size)
         source = min((r for r in ranks if held[r] == place), key=lambda r: (members[r] not in whole.exact, r))

@@ -24,7 +24,8 @@ NEW = Begin()  # a run that has no past
 
 @dataclass(frozen=True)
 class Pause:
-    """From the last commit, at `since` (Unix seconds), of a group of `before` on the mesh `was`, until one of `generation` checkpoints."""
+    """From the last commit, at `since` (Unix seconds), of a group of `before` on the mesh `was`, until one of
+    `generation` checkpoints."""
 
     since: float
     before: int
@@ -39,7 +40,8 @@ class Pause:
 class RunLog:
     """The only writer of the run directory's logs. Every line is flushed at once."""
 
-    def __init__(self, run_dir: Path, written: int = 0, evaluated: int = 0, generation: int = 0, events: JsonLines | None = None):
+    def __init__(self, run_dir: Path, written: int = 0, evaluated: int = 0, generation: int = 0, events: JsonLines
+                 | None = None):
         self.events = events or claimed(run_dir)
         self.metrics, self.ledger = JsonLines(run_dir / "metrics.jsonl"), LedgerFiles(run_dir, written)
         self.written, self.evaluated = written, evaluated
@@ -58,7 +60,8 @@ class RunLog:
         """The log of a controller that was killed, from its files alone; `begin`: what they held before its run."""
         lines, metrics = lines_of(run_dir)
         steps, evaluated = steps_of(metrics), max((fields["step"] for fields in evaluations_of(metrics)), default=0)
-        run_log = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated, max((e["generation"] for e in lines), default=0), events)
+        run_log = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated,
+                      max((e["generation"] for e in lines), default=0), events)
         if steps:
             run_log.last_commit, run_log.stepped = steps[-1]["time"], steps[-1]["generation"]
         run_log.recent.extend(s["step_s"] for s in steps[-RECENT:])
@@ -143,17 +146,20 @@ class RunLog:
         self.events.close()
 
     def since(self, number: int) -> tuple[list[dict[str, Any]], int]:
-        """The lines from the `number`-th on, as far back as they are kept, and the number of the next. From any thread."""
+        """The lines from the `number`-th on, as far back as they are kept, and the number of the next. From any thread.
+        """
         if number >= self.fed:
             return [], number
         found = [(n, line) for n, line in self.feed.copy() if n >= number]
         return [line for _, line in found], found[-1][0] + 1 if found else number
 
-    def interrupted(self, generation: int, cause: str, before: int, after: int, steps_lost: int, was: Axes = (0, 1, 1, 1),
+    def interrupted(self, generation: int, cause: str, before: int, after: int, steps_lost: int,
+                    was: Axes = (0, 1, 1, 1),
                     mesh: Axes = (0, 1, 1, 1)) -> None:
         """A generation was formed after another: its first commit ends the pause that is measured from the last one."""
         pause = self.pause or Pause(self.last_commit, before, was)
-        self.pause = replace(pause, generation=generation, after=after, mesh=mesh, steps_lost=pause.steps_lost + steps_lost,
+        self.pause = replace(pause, generation=generation, after=after, mesh=mesh, steps_lost=pause.steps_lost
+                             + steps_lost,
                              causes=(*pause.causes, cause))
 
     def _resume(self, pause: Pause, time_s: float) -> None:
@@ -181,14 +187,16 @@ def claimed(run_dir: Path, wait_s: float = 0.0) -> JsonLines:
 
 def since(begin: Begin, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines that came after `begin`. Those before may have been cut back since, too."""
-    start = max((n + 1 for n, fields in enumerate(metrics) if fields.get("generation", math.inf) <= begin.generation), default=0)
+    start = max((n + 1 for n, fields in enumerate(metrics) if fields.get("generation", math.inf) <= begin.generation),
+                default=0)
     while start < len(metrics) and "eval" in metrics[start] and metrics[start]["step"] <= begin.evaluated:
         start += 1
     return metrics[start:]
 
 
 def in_order(events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of both files by time, each file's in its own order; a generation's steps follow its start, an evaluation its step."""
+    """The lines of both files by time, each file's in its own order; a generation's steps follow its start, an
+    evaluation its step."""
     timed, time_s, started = [], 0.0, dict[int, float]()
     for fields in events:
         time_s = max(time_s, fields["time"])

@@ -41,7 +41,8 @@ def run(controller: Controller) -> m.Finish:
 
 
 def take_over(controller: Controller) -> None:
-    """Carries on what a predecessor, killed at any point, left half done. An order may be a repetition: who has carried it out does nothing."""
+    """Carries on what a predecessor, killed at any point, left half done. An order may be a repetition: who has carried
+    it out does nothing."""
     past, state, workers, fleet = controller.past, controller.state, controller.workers, controller.fleet
     for path in past.refused:
         controller.checkpoints.refuse(path)
@@ -83,7 +84,8 @@ def form_again(controller: Controller, action: m.Form) -> None:
         controller.perform([action])
         return
     if run_log.stepped < generation.number and (action.before or run_log.last_commit):
-        run_log.interrupted(generation.number, action.cause, action.before, len(generation.members), 0, action.was, generation.mesh)
+        run_log.interrupted(generation.number, action.cause, action.before, len(generation.members), 0, action.was,
+                            generation.mesh)
     if run_log.generation < generation.number:
         controller.announce_generation(generation)
     for worker in generation.members:
@@ -127,8 +129,8 @@ def close(controller: Controller, outcome: m.Finish) -> None:
 def full(controller: Controller, error: OSError | None) -> str:
     """Why a run that has trained to its end is not done."""
     why = error.strerror if error else "it takes no more lines"
-    return (f"The run directory {controller.job.run_dir} cannot be written ({why}); make room there, then `elastic resume "
-            f"{controller.job.run_dir}`.")
+    return (f"The run directory {controller.job.run_dir} cannot be written ({why}); make room there, then `elastic "
+            f"resume {controller.job.run_dir}`.")
 
 
 def await_parts(controller: Controller, timeout_s: float) -> None:

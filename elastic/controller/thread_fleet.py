@@ -1,7 +1,7 @@
 """A fleet of threads in one process: the whole platform, with faults, without Ray. For tests and for debugging a model.
 
-Everything but the processes is real: the controller, its state machine, the workers, the loop, the checkpoints. A kill ends
-a thread at its next chance; a stop halts it at its next collective until it is continued.
+Everything but the processes is real: the controller, its state machine, the workers, the loop, the checkpoints. A kill
+ends a thread at its next chance; a stop halts it at its next collective until it is continued.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class ThreadRim:
         self.fleet, self.name, self.node, self.pid, self.endpoint, self.shares = fleet, name, node, 0, "local", False
         self.rank, self.generation = -1, 0
         self.control, self.dead = Control(), threading.Event()
-        self.outbox = Outbox(name, self.control, self.deliver, ORPHAN_TIMEOUT_S, self.control.orphan, lambda: fleet.fenced.append(name), HEARTBEAT_S)
+        self.outbox = Outbox(name, self.control, self.deliver, ORPHAN_TIMEOUT_S, self.control.orphan,
+                             lambda: fleet.fenced.append(name), HEARTBEAT_S)
         self.worker: Worker | None = None  # once it is built
 
     def form(self, generation: Generation, rank: int, control: Control) -> CollectiveGroup:

@@ -15,7 +15,8 @@ FORMAT = "1"
 
 def write_tokens(path: Path, tokens: np.ndarray) -> None:
     """Writes a one-dimensional integer array; it must fit into memory."""
-    schema = pa.schema([pa.field("token", pa.from_numpy_dtype(tokens.dtype), nullable=False)], metadata={"format": FORMAT})
+    schema = pa.schema([pa.field("token", pa.from_numpy_dtype(tokens.dtype), nullable=False)],
+                       metadata={"format": FORMAT})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.record_batch([pa.array(tokens)], schema=schema))

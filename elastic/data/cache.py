@@ -16,7 +16,8 @@ FACTS = "facts.json"  # written last: it makes the folder count
 
 
 def once(folder: Path, kept: Callable[[], T | None], make: Callable[[], T]) -> T:
-    """What is kept, or is made while the others of this machine wait. Makes the folder. UserError if it cannot be written."""
+    """What is kept, or is made while the others of this machine wait. Makes the folder. UserError if it cannot be
+    written."""
     found = kept()
     if found is not None:
         return found
@@ -27,7 +28,8 @@ def once(folder: Path, kept: Callable[[], T | None], make: Callable[[], T]) -> T
             found = kept()  # by now another process may have made it
             return make() if found is None else found
     except OSError as error:
-        raise UserError(f"The cache {folder} cannot be written ({error.strerror}); make it writable or free some space.") from error
+        raise UserError(f"The cache {folder} cannot be written ({error.strerror}); make it writable or free some "
+                        "space.") from error
 
 
 def facts_once(folder: Path, make: Callable[[], dict[str, Any]], beside: str = FACTS) -> dict[str, Any]:

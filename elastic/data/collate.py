@@ -26,13 +26,17 @@ class Collated:
     rows: int
 
 
-def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = True, as_array: Callable[[Any], Any] = np.asarray) -> Any:
-    """Leaves stacked by NumPy along a new first axis, in the structure of the first item. A list of Python's numbers is an array, unless it
-    is the item itself. TypeError for what is no array of numbers or texts, or whose type is none of `kinds`, if any are given."""
+def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = True,
+            as_array: Callable[[Any], Any] = np.asarray) -> Any:
+    """Leaves stacked by NumPy along a new first axis, in the structure of the first item. A list of Python's numbers is
+    an array, unless it is the item itself. TypeError for what is no array of numbers or texts, or whose type is none of
+    `kinds`, if any are given."""
     first = items[0]
     if isinstance(first, Mapping):
         return {key: stacked([item[key] for item in items], kinds, False, as_array) for key in first}
-    if isinstance(first, (list, tuple)) and (is_item or not (isinstance(first, list) and all(type(entry) in PLAIN for entry in first))):
+    if isinstance(first, (list, tuple)) and (is_item
+                                             or not (isinstance(first, list)
+                                                     and all(type(entry) in PLAIN for entry in first))):
         columns = [stacked(column, kinds, False, as_array) for column in zip(*items, strict=True)]
         return type(first)(*columns) if isinstance(first, Named) else type(first)(columns)
     found = np.stack([as_array(item) for item in items])
@@ -45,19 +49,22 @@ def stacked(items: Sequence[Any], kinds: Collection[str] = (), is_item: bool = T
 
 
 def batch_of(items: Sequence[Any], numbers: Sequence[int], collate: Collate) -> Any:
-    """`collate` of all items. RecipeError names the path of what does not fit together or cannot be in a batch; `numbers` are the items'."""
+    """`collate` of all items. RecipeError names the path of what does not fit together or cannot be in a batch;
+    `numbers` are the items'."""
     for item, number in zip(items, numbers, strict=True) if not alike(items) else ():
         refuse_unlike("item", items[0], item, numbers[0], number)
     try:
         return collate(items)
     except Exception as error:
         path, what, why = culprit("item", items, collate, error)
-        raise RecipeError(f"data.kind: {path} cannot be put into a batch: it is {what}, as in item {numbers[0]} ({type(why).__name__}: "
-                          f"{' '.join(str(why).split())}); give numbers, arrays or tensors, in dicts, lists and tuples.") from error
+        raise RecipeError(f"data.kind: {path} cannot be put into a batch: it is {what}, as in item {numbers[0]} "
+                          f"({type(why).__name__}: {' '.join(str(why).split())}); give numbers, arrays or tensors, in "
+                          "dicts, lists and tuples.") from error
 
 
 def alike(items: Sequence[Any]) -> bool:
-    """Whether all items have the same structure, and arrays of the same shapes: the quick look that nearly all pass, a column at a time."""
+    """Whether all items have the same structure, and arrays of the same shapes: the quick look that nearly all pass, a
+    column at a time."""
     first, kinds = items[0], set(map(type, items))
     if len(kinds) > 1 and {issubclass(kind, (Mapping, list, tuple)) for kind in kinds} != {False}:
         return False
@@ -82,9 +89,11 @@ def parts(value: Any) -> dict[str, Any] | None:
 def refuse_unlike(path: str, first: Any, other: Any, number: int, another: int) -> None:
     """RecipeError where two items differ in structure or in an array's shape."""
     mine, its = parts(first), parts(other)
-    if (mine is None) != (its is None) or (set(mine or ()) != set(its or ()) if mine is not None else shape_of(first) != shape_of(other)):
-        raise RecipeError(f"data.kind: {path} is {described(other)} in item {another} and {described(first)} in item {number}; give every item "
-                          "the same structure and shapes (on torch a collate_fn(items) of the data set may put them together).")
+    if (mine is None) != (its is None) or (set(mine or ()) != set(its or ()) if mine is not None
+                                           else shape_of(first) != shape_of(other)):
+        raise RecipeError(f"data.kind: {path} is {described(other)} in item {another} and {described(first)} in item "
+                          f"{number}; give every item the same structure and shapes (on torch a collate_fn(items) of "
+                          "the data set may put them together).")
     for sign, entry in (mine or {}).items():
         refuse_unlike(path + sign, entry, (its or {})[sign], number, another)
 
@@ -136,10 +145,12 @@ def _rows(batch: Any) -> int | None:
 
 
 def sliced(batch: Any, low: int, high: int) -> Any:
-    """Rows low..high-1 of every column. RecipeError for some of the rows that a data set's own collate_fn put together."""
+    """Rows low..high-1 of every column. RecipeError for some of the rows that a data set's own collate_fn put together.
+    """
     if isinstance(batch, Collated):
         if 0 < high - low < batch.rows:
-            raise RecipeError("data.kind: what its collate_fn gives cannot be cut by rows into micro-batches; set mesh.micro_batches = 1.")
+            raise RecipeError("data.kind: what its collate_fn gives cannot be cut by rows into micro-batches; set "
+                              "mesh.micro_batches = 1.")
         return Collated(batch.content, min(batch.rows, high - low))
     if is_texts(batch):
         return batch[low:high]
@@ -163,7 +174,8 @@ def unlike(path: str, one: Any, other: Any) -> str:
     if inside is not None:
         if inside.keys() != (its or {}).keys():
             return path
-        return next((found for sign, entry in inside.items() if (found := unlike(path + sign, entry, (its or {})[sign]))), "")
+        return next((found for sign, entry in inside.items()
+                     if (found := unlike(path + sign, entry, (its or {})[sign]))), "")
     if isinstance(one, (*PLAIN, str, bytes)):
         return "" if one == other or one != one else path
     try:

@@ -51,7 +51,8 @@ def field_of(key: str, where: str, schema: pa.Schema, name: str) -> pa.Field:
 
 
 def choose(key: str, where: str, schema: pa.Schema, wanted: Sequence[str]) -> list[Column]:
-    """The columns of a file that are asked for, or all of numbers if none is. UserError names the column and the remedy."""
+    """The columns of a file that are asked for, or all of numbers if none is. UserError names the column and the
+    remedy."""
     known = [column for field in schema if (column := column_of(field))]
     if not wanted:
         for column in known:
@@ -73,23 +74,28 @@ def shown(schema: pa.Schema) -> str:
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "no column"
 
 
-def check_same(key: str, first: str, schema: pa.Schema, where: str, other: pa.Schema, columns: Sequence[str], all_of: bool) -> None:
+def check_same(key: str, first: str, schema: pa.Schema, where: str, other: pa.Schema, columns: Sequence[str],
+               all_of: bool) -> None:
     """A further file has the columns of the first, of the same types. UserError names the file and the column."""
     if other.equals(schema):
         return
     for name in columns:
         if name not in other.names:
-            raise UserError(f'{key}: {where} has no column "{name}", which {first} has; leave the file out or write it anew.')
+            raise UserError(f'{key}: {where} has no column "{name}", which {first} has; leave the file out or write it '
+                            'anew.')
         was, now = schema.field(name).type, field_of(key, where, other, name).type
         if was != now:
-            raise UserError(f'{key}: the column "{name}" is {now} in {where} and {was} in {first}; write the file anew with one type.')
+            raise UserError(f'{key}: the column "{name}" is {now} in {where} and {was} in {first}; write the file anew '
+                            'with one type.')
     extra = [field.name for field in other if column_of(field) and field.name not in schema.names]
     if all_of and extra:
-        raise UserError(f'{key}: {where} has a column "{extra[0]}", which {first} lacks; name the columns to use in data.columns.')
+        raise UserError(f'{key}: {where} has a column "{extra[0]}", which {first} lacks; name the columns to use in '
+                        'data.columns.')
 
 
 def values(array: pa.Array | pa.ChunkedArray, column: Column, where: str, first_row: int) -> np.ndarray:
-    """The numbers of an Arrow array, without a copy where its memory allows; `first_row` is its first row's place in `where`.
+    """The numbers of an Arrow array, without a copy where its memory allows; `first_row` is its first row's place in
+    `where`.
 
     UserError names the row of a missing value.
     """
@@ -100,12 +106,14 @@ def values(array: pa.Array | pa.ChunkedArray, column: Column, where: str, first_
 
 
 def view(array: pa.Array, column: Column) -> np.ndarray:
-    """The numbers where they lie. Not by `to_numpy`, which loads pandas: a third of a second in a process that is to start fast."""
+    """The numbers where they lie. Not by `to_numpy`, which loads pandas: a third of a second in a process that is to
+    start fast."""
     flat = array.flatten() if column.width else array
     if t.is_boolean(flat.type):
         found = flat.to_numpy(zero_copy_only=False)
     else:
-        dtype = "bool" if column.dtype == "bool" else DTYPES.get(str(flat.type), str(flat.type))  # truth values, stored in bytes
+        # truth values, stored in bytes
+        dtype = "bool" if column.dtype == "bool" else DTYPES.get(str(flat.type), str(flat.type))
         found = np.frombuffer(flat.buffers()[1] or b"", dtype)[flat.offset:flat.offset + len(flat)]
     return found.reshape(-1, column.width) if column.width else found
 
@@ -117,7 +125,8 @@ def refuse_nulls(array: pa.Array, name: str, where: str, first_row: int) -> None
         place = first_null(array.flatten())
         row = None if place is None else place // array.type.list_size
     if row is not None:
-        raise UserError(f'data.path: the column "{name}" of {where} has no value in row {first_row + row} (counted from 0); '
+        raise UserError(f'data.path: the column "{name}" of {where} has no value in row {first_row + row} (counted '
+                        'from 0); '
                         "fill it in or leave the row out.")
 
 

@@ -19,9 +19,11 @@ BATCH_BYTES = 32 << 20  # of a record batch: one is in memory while it is writte
 
 
 def write(parts: Iterator[Arrays], columns: Sequence[Column], target: Path) -> tuple[list[int], str]:
-    """Writes `parts` one after the other; the rows of each record batch, and a digest of all values. Peak memory is two record batches."""
+    """Writes `parts` one after the other; the rows of each record batch, and a digest of all values. Peak memory is two
+    record batches."""
     most = max(1, BATCH_BYTES // sum(column.row_bytes for column in columns))
-    schema, rows, digest = pa.schema([pa.field(c.name, stored_type(c), nullable=False) for c in columns]), [], xxhash.xxh3_128()
+    schema, rows, digest = pa.schema([pa.field(c.name, stored_type(c), nullable=False)
+                                      for c in columns]), [], xxhash.xxh3_128()
     try:
         with appearing(target) as raw, pa.ipc.new_file(raw, schema) as writer:
             for part in cut(parts, most):
@@ -31,17 +33,20 @@ def write(parts: Iterator[Arrays], columns: Sequence[Column], target: Path) -> t
                 writer.write_batch(batch)
                 rows.append(batch.num_rows)
     except OSError as error:
-        raise UserError(f"The table cache {target.parent} cannot be written ({error.strerror or error}); make it writable or free some space, or "
+        raise UserError(f"The table cache {target.parent} cannot be written ({error.strerror or error}); make it "
+                        "writable or free some space, or "
                         'write data.shuffle_by = "blocks", which converts nothing.') from error
     return rows, digest.hexdigest()
 
 
-def arrays_of(kind: str, files: Sequence[File], columns: Sequence[Column], types: dict[str, pa.DataType]) -> Iterator[Arrays]:
+def arrays_of(kind: str, files: Sequence[File], columns: Sequence[Column],
+              types: dict[str, pa.DataType]) -> Iterator[Arrays]:
     """All rows of `files`. UserError for what a file has against it, a missing value above all."""
     for file in files:
         first_row = 0
         for batch in batches(kind, file, types):
-            yield {c.name: values(batch.column(c.name), c, file.name, first_row).astype(c.dtype, copy=False) for c in columns}
+            yield {c.name: values(batch.column(c.name), c, file.name, first_row).astype(c.dtype, copy=False)
+                   for c in columns}
             first_row += batch.num_rows
 
 

@@ -17,7 +17,8 @@ from elastic.recipe import resolve_path
 from elastic.storage.remote import hurried, open_s3, shown
 
 MAGIC = "*["
-MARKERS = ("_SUCCESS", "_metadata", "_common_metadata", "_delta_log", "_temporary")  # what Spark and its kin put beside a table's files
+# what Spark and its kin put beside a table's files
+MARKERS = ("_SUCCESS", "_metadata", "_common_metadata", "_delta_log", "_temporary")
 GZIP = "gzip"
 PACKED = {b"\x1f\x8b": GZIP, b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard"}
 NAMED = 5  # files that a message names; the rest is counted
@@ -26,8 +27,8 @@ GCS_RETRY_S = 20.0
 
 @dataclass(frozen=True)
 class File:
-    """One file. `where` is its absolute path or URI; size in bytes, mtime_ns in nanoseconds (0 where the storage does not say). `below` is
-    its path from the folder that the recipe names, "" where it names the file itself."""
+    """One file. `where` is its absolute path or URI; size in bytes, mtime_ns in nanoseconds (0 where the storage does
+    not say). `below` is its path from the folder that the recipe names, "" where it names the file itself."""
 
     where: str
     size: int
@@ -90,7 +91,8 @@ def _bucket(netloc: str, query: str) -> tuple[fs.FileSystem, str]:
 
 
 def find(key: str, paths: str | Sequence[str]) -> list[File]:
-    """Every file that `paths` mean; of folders all files below but hidden ones, through links, in the order of their paths.
+    """Every file that `paths` mean; of folders all files below but hidden ones, through links, in the order of their
+    paths.
 
     RecipeError names `key`, the path, and what is missing or forbids.
     """
@@ -134,7 +136,8 @@ def _local(key: str, path: str, left: list[str]) -> list[File]:
             raise RecipeError(f"{key}: the folder {one} holds no file; give one with files.")
         for file in inside:
             stat = file.stat()
-            found.append(File(str(file), stat.st_size, stat.st_mtime_ns, file.relative_to(one).as_posix() if file != one else ""))
+            found.append(File(str(file), stat.st_size, stat.st_mtime_ns, file.relative_to(one).as_posix() if file != one
+                              else ""))
     return found
 
 
@@ -173,7 +176,8 @@ def _remote(key: str, uri: str, left: list[str]) -> list[File]:
         if not places and any(map(_is_hidden, below.split("/"))):
             left.append(shown(prefix + quote(entry.path)))
         elif not places or PurePosixPath(entry.path).match(pattern):
-            found.append(File(prefix + quote(entry.path) + mark + query, entry.size, entry.mtime_ns or 0, "" if places else below))
+            found.append(File(prefix + quote(entry.path) + mark + query, entry.size, entry.mtime_ns or 0, "" if places
+                              else below))
     if not found:
         raise RecipeError(f'{key} = "{shown(uri)}" does not exist or holds no file; write the URI of a file or folder.')
     return found

@@ -1,7 +1,7 @@
 """Parquet, Arrow IPC and CSV, each behind the same few calls: what a file holds, one unit of it, all of it in order.
 
-A unit is what is read whole: a row group, a record batch. Whatever a file has against being read becomes a `UserError` of one
-sentence that names the file and the place in it.
+A unit is what is read whole: a row group, a record batch. Whatever a file has against being read becomes a `UserError`
+of one sentence that names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from elastic.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 LOOK_BYTES = 1 << 20  # of a CSV, before it is taken for one
-BLOCK_BYTES, MOST_BLOCK = 1 << 20, (1 << 31) - 1  # of a CSV that Arrow parses together: at first, and where a row is longer
+# of a CSV that Arrow parses together: at first, and where a row is longer
+BLOCK_BYTES, MOST_BLOCK = 1 << 20, (1 << 31) - 1
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file says about itself. `rows` per unit; `digest` changes with what the file holds, as far as its own index tells."""
+    """What a file says about itself. `rows` per unit; `digest` changes with what the file holds, as far as its own
+    index tells."""
 
     schema: pa.Schema
     rows: tuple[int, ...]
@@ -40,8 +42,8 @@ class Contents:
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a CSV is written. `names` where it has no line of names; a line that begins with `comment` and has another number of
-    columns is left out."""
+    """How a CSV is written. `names` where it has no line of names; a line that begins with `comment` and has another
+    number of columns is left out."""
 
     delimiter: str = ","
     names: tuple[str, ...] = ()
@@ -64,8 +66,8 @@ def reading(where: str, place: str = "") -> Iterator[None]:
     except UserError:
         raise
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise UserError(f"data.path: {place}{where} cannot be read ({describe(error)}); the file is damaged or not of this format: "
-                        "restore it or leave it out.") from error
+        raise UserError(f"data.path: {place}{where} cannot be read ({describe(error)}); the file is damaged or not of "
+                        "this format: restore it or leave it out.") from error
 
 
 # Parquet.
@@ -81,7 +83,8 @@ def parquet_contents(file: File, wanted: Sequence[str]) -> Contents:
             for name in wanted:
                 statistics = group.column(leaves[name]).statistics if name in leaves else None
                 if statistics is not None and statistics.has_null_count and statistics.null_count:
-                    refuse_nulls(parquet.read_row_group(unit, [name])[name].combine_chunks(), name, file.name, sum(rows))
+                    refuse_nulls(parquet.read_row_group(unit, [name])[name].combine_chunks(), name, file.name,
+                                 sum(rows))
             rows += (group.num_rows,)
         size = about.serialized_size + 8
         footer = raw.read_at(size, file.size - size)
@@ -116,15 +119,18 @@ def arrow_contents(file: File, wanted: Sequence[str]) -> Contents:
             with file.open() as raw:
                 schema = pa.ipc.open_file(raw).schema
                 reader = open_arrow(raw, wanted[:1])
-                rows, is_plain = tuple(reader.get_batch(unit).num_rows for unit in range(reader.num_record_batches)), False
+                rows, is_plain = tuple(reader.get_batch(unit).num_rows
+                                       for unit in range(reader.num_record_batches)), False
     said = f"{file.size}/{schema}/{rows}"
     return Contents(schema, rows, hashlib.sha256(said.encode()).hexdigest(), is_plain)
 
 
 def lies_in(batch: pa.RecordBatch, mapped: pa.Buffer) -> bool:
-    """Whether a batch's values are the file's own bytes, as NumPy wants them: neither compressed nor packed into bits."""
+    """Whether a batch's values are the file's own bytes, as NumPy wants them: neither compressed nor packed into bits.
+    """
     found = [buffer for column in batch.columns for buffer in column.buffers() if buffer is not None and buffer.size]
-    packed = any(pa.types.is_boolean(column.type.value_type if pa.types.is_fixed_size_list(column.type) else column.type) for column in batch.columns)
+    packed = any(pa.types.is_boolean(column.type.value_type if pa.types.is_fixed_size_list(column.type)
+                                     else column.type) for column in batch.columns)
     return not packed and all(mapped.address <= buffer.address < mapped.address + mapped.size for buffer in found)
 
 
@@ -150,16 +156,19 @@ def open_csv(file: File, types: dict[str, pa.DataType], names: Sequence[str] = (
     read_options = pc.ReadOptions(use_threads=False, column_names=list(dialect.names) or None, block_size=block)
     return pc.open_csv(file.stream(), read_options=read_options,
                        parse_options=pc.ParseOptions(newlines_in_values=True, delimiter=dialect.delimiter,
-                                                     invalid_row_handler=dialect.is_comment if dialect.comment else None),
+                                                     invalid_row_handler=dialect.is_comment if dialect.comment
+                                                     else None),
                        convert_options=pc.ConvertOptions(column_types=types, include_columns=list(names)))
 
 
 def wider(error: pa.ArrowInvalid, block: int) -> int:
-    """The next block to try where a row did not lie within one. `error` again where that is not what is wrong; UserError at the widest."""
+    """The next block to try where a row did not lie within one. `error` again where that is not what is wrong;
+    UserError at the widest."""
     if not any(words in str(error) for words in ("straddles two block", "Empty CSV file or block")):
         raise error
     if block == MOST_BLOCK:
-        raise pa.ArrowInvalid("it has no row, or one that does not end within 2 GiB, as by a quotation mark that is not closed") from error
+        raise pa.ArrowInvalid("it has no row, or one that does not end within 2 GiB, as by a quotation mark that is "
+                              "not closed") from error
     return min(16 * block, MOST_BLOCK)
 
 
@@ -177,7 +186,8 @@ def csv_batches(file: File, types: dict[str, pa.DataType], dialect: Dialect = PL
         except StopIteration:
             return
         except OSError as error:
-            raise UserError(f"data.path: the file {file.name} cannot be read ({describe(error)}); restore it or leave it out.") from error
+            raise UserError(f"data.path: the file {file.name} cannot be read ({describe(error)}); restore it or leave "
+                            "it out.") from error
         except pa.ArrowInvalid as error:
             try:
                 block, reader, again = wider(error, block), None, rows
@@ -197,7 +207,8 @@ def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Excep
     if name and pa.types.is_integer(types[name]):
         return TooNarrow(name)
     column = f'the column "{name}" of ' if name else ""
-    return UserError(f"data.path: {column}{file.name}, after row {rows}, cannot be read ({describe(error)}); mend that line.")
+    return UserError(f"data.path: {column}{file.name}, after row {rows}, cannot be read ({describe(error)}); mend that "
+                     "line.")
 
 
 # All formats.

@@ -28,7 +28,8 @@ REMOTE_READERS = 16  # remote files looked at together
 
 @dataclass(frozen=True)
 class Part:
-    """One source's files. A block is (file, unit, first row of it in the file, rows); there are none before the files are looked at."""
+    """One source's files. A block is (file, unit, first row of it in the file, rows); there are none before the files
+    are looked at."""
 
     files: tuple[File, ...]
     blocks: tuple[tuple[int, int, int, int], ...] = ()
@@ -69,7 +70,8 @@ def find_facts(data: Any, cache_dir: Path) -> tuple[Path, Facts]:
 
 
 def kept_facts(folder: Path) -> Facts | None:
-    """None where there are none, or where a file that is to be mapped is gone or has another length: mapped, it would end the process."""
+    """None where there are none, or where a file that is to be mapped is gone or has another length: mapped, it would
+    end the process."""
     try:
         facts = FORM.validate_json((folder / FACTS).read_bytes())
         mapped = [file for part in facts.parts if part.is_mapped for file in part.files]
@@ -97,12 +99,14 @@ def look(data: Any, sources: Sequence[Part], folder: Path) -> Facts:
             if data.format == "csv":  # its types are guesses; the conversion says what does not fit
                 content = replace(content, schema=guessed_alike(content.schema, schema))
             check_same(source.key, first.name, schema, file.name, content.schema, names, not data.columns)
-    shuffle_by = way(data, [content for of_source in found for content in of_source], [file for source in sources for file in source.files])
+    shuffle_by = way(data, [content for of_source in found for content in of_source],
+                     [file for source in sources for file in source.files])
     is_plain = data.format == "arrow" and all(content.is_plain for of_source in found for content in of_source)
     if data.format == "csv" or (shuffle_by == "rows" and data.shuffle and not is_plain):
         columns, parts, digests = converted(data.format, sources, columns, schema, folder)
     else:
-        parts = [replace(source, blocks=blocks_of(of_source), is_mapped=is_plain) for source, of_source in zip(sources, found)]
+        parts = [replace(source, blocks=blocks_of(of_source), is_mapped=is_plain)
+                 for source, of_source in zip(sources, found)]
         digests = []
     for part, source in zip(parts, sources):
         if not part.num_rows:
@@ -110,9 +114,11 @@ def look(data: Any, sources: Sequence[Part], folder: Path) -> Facts:
             raise UserError(f"{source.key}: {names_of} has no rows; give a table with at least one.")
     if data.format != "csv":
         digests = [content.digest for of_source in found for content in of_source]
-    said = json.dumps([data.format, shuffle_by, [asdict(column) for column in columns], [len(part.files) for part in parts], digests])
+    said = json.dumps([data.format, shuffle_by, [asdict(column) for column in columns],
+                       [len(part.files) for part in parts], digests])
     unused = tuple(f"{field.name} ({field.type})" for field in schema if field.name not in names)
-    facts = Facts(data.format, hashlib.sha256(said.encode()).hexdigest()[:32], shuffle_by, tuple(columns), tuple(parts), unused)
+    facts = Facts(data.format, hashlib.sha256(said.encode()).hexdigest()[:32], shuffle_by, tuple(columns), tuple(parts),
+                  unused)
     write_atomically(folder / FACTS, FORM.dump_json(facts))
     return facts
 
@@ -156,7 +162,8 @@ def blocks_of(found: Sequence[Contents]) -> tuple[tuple[int, int, int, int], ...
 
 def converted(kind: str, sources: Sequence[Part], columns: Sequence[Column], schema: pa.Schema,
               folder: Path) -> tuple[list[Column], list[Part], list[str]]:
-    """Every source as one mapped file. A CSV's column of whole numbers becomes one of fractions if a later row has any."""
+    """Every source as one mapped file. A CSV's column of whole numbers becomes one of fractions if a later row has any.
+    """
     types = {column.name: schema.field(column.name).type for column in columns}
     while True:
         try:

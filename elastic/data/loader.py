@@ -19,7 +19,8 @@ Key = tuple[int, int]  # (step, shard)
 
 
 def load_batch(dataset: Dataset, sampler: Sampler, step: int, shard: int) -> Batch:
-    """The batch of one logical shard. With `dataset.fills`, "row_weight" (float32) is 1 for samples and 0 for filler rows."""
+    """The batch of one logical shard. With `dataset.fills`, "row_weight" (float32) is 1 for samples and 0 for filler
+    rows."""
     epochs, indices = sampler.rows(step, shard)
     return rows_of(dataset, indices, epochs)
 
@@ -45,9 +46,9 @@ def rows_of(dataset: Dataset, indices: np.ndarray, epochs: np.ndarray) -> Batch:
 class Prefetcher:
     """Loads the batches that are expected next in a background thread, at most `depth` ahead.
 
-    Calling it gives the batch of (step, shard): from the buffer where that batch comes next, else loaded on the spot, so
-    the batches are the same whatever was expected. A loader's exception is raised by the call that asks for that batch.
-    Calls, `expect` and `close` belong to one thread.
+    Calling it gives the batch of (step, shard): from the buffer where that batch comes next, else loaded on the spot,
+    so the batches are the same whatever was expected. A loader's exception is raised by the call that asks for that
+    batch. Calls, `expect` and `close` belong to one thread.
     """
 
     def __init__(self, load: Callable[[int, int], Any], depth: int = 2):

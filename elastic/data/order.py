@@ -1,7 +1,7 @@
 """From a position, of which `sampler` makes batches, to a sample: orders as pure functions, by rows, by blocks of rows, and of several sources mixed.
 
-An order maps a position, counted from the start of the run and on across epochs, to (epoch, sample). Every sample comes once an
-epoch. Nothing is listed: rows cost no memory, blocks that of one number each.
+An order maps a position, counted from the start of the run and on across epochs, to (epoch, sample). Every sample comes
+once an epoch. Nothing is listed: rows cost no memory, blocks that of one number each.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Rows:
 
 
 class Blocks:
-    """Blocks of consecutive rows in a permutation, and the rows of each in another: a reader needs one block at a time."""
+    """Blocks of consecutive rows in a permutation, and the rows of each in another: a reader needs one block at a time.
+    """
 
     def __init__(self, block_sizes: np.ndarray, seed: int):
         self.block_sizes, self.seed = np.asarray(block_sizes, np.int64), seed
@@ -63,15 +64,18 @@ class Blocks:
             turns = np.searchsorted(begins, places[mine], side="right") - 1
             for turn in np.unique(turns).tolist():
                 block, chosen = int(blocks[turn]), mine[turns == turn]
-                inside = permute(places[chosen] - begins[turn], int(self.block_sizes[block]), self.seed, epoch, block, ROW_KEY)
+                inside = permute(places[chosen] - begins[turn], int(self.block_sizes[block]), self.seed, epoch, block,
+                                 ROW_KEY)
                 samples[chosen] = self.first[block] + inside
         return epochs, samples
 
 
 class Mixture:
-    """Several sources by weight. Each run of `PERIOD` positions holds the same number of every source, in an order of its own.
+    """Several sources by weight. Each run of `PERIOD` positions holds the same number of every source, in an order of
+    its own.
 
-    A source's epochs run on by themselves, one after the other: a small source with a large weight comes round more often.
+    A source's epochs run on by themselves, one after the other: a small source with a large weight comes round more
+    often.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int):
@@ -84,7 +88,8 @@ class Mixture:
 
     def _lay_out(self, period: int) -> tuple[np.ndarray, np.ndarray]:
         """The source of each position of a period, and how many of that source's came before it in the period."""
-        sources = np.searchsorted(self.begins, permute(np.arange(PERIOD), PERIOD, self.seed, period, SLOT_KEY), side="right") - 1
+        sources = np.searchsorted(self.begins, permute(np.arange(PERIOD), PERIOD, self.seed, period, SLOT_KEY),
+                                  side="right") - 1
         turns = np.empty_like(sources)
         turns[np.argsort(sources, kind="stable")] = np.arange(PERIOD) - np.repeat(self.begins[:-1], self.counts)
         return sources, turns
@@ -111,7 +116,8 @@ def shares(weights: Sequence[float]) -> np.ndarray:
     counts = np.maximum(np.floor(exact).astype(np.int64), 1)
     while counts.sum() != PERIOD:
         off = exact - counts
-        counts[np.argmax(off) if counts.sum() < PERIOD else np.argmin(np.where(counts > 1, off, np.inf))] += np.sign(PERIOD - counts.sum())
+        counts[np.argmax(off) if counts.sum() < PERIOD
+               else np.argmin(np.where(counts > 1, off, np.inf))] += np.sign(PERIOD - counts.sum())
     return counts
 
 

@@ -1,7 +1,7 @@
 """A keyed permutation of range(size) in constant memory: any element can be asked for without listing the others.
 
-An alternating Feistel network over Z_a x Z_b with a * b just above `size` (Black and Rogaway, "Ciphers with arbitrary finite
-domains", 2002, the generalised Feistel cipher), and cycle walking for the few values that fall outside.
+An alternating Feistel network over Z_a x Z_b with a * b just above `size` (Black and Rogaway, "Ciphers with arbitrary
+finite domains", 2002, the generalised Feistel cipher), and cycle walking for the few values that fall outside.
 """
 
 from __future__ import annotations

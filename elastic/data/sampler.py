@@ -1,7 +1,8 @@
 """Which samples make up a batch: a pure function of (seed, step, shard), so one integer is the cursor of a run.
 
 Positions count samples from the start of the run and run on across epochs. Step k (from 1) owns the positions
-[(k - 1) * batch_size, k * batch_size), cut into one contiguous slice per logical shard. Who computes a shard does not enter.
+[(k - 1) * batch_size, k * batch_size), cut into one contiguous slice per logical shard. Who computes a shard does not
+enter.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ class Sampler:
     def positions(self, step: int, shard: int) -> np.ndarray:
         """(shard_size,) int64: the positions of one shard of a step; `FILLER` behind the end of the run."""
         if not 1 <= step <= self.num_steps or not 0 <= shard < self.logical_shards:
-            raise ValueError(f"step {step}, shard {shard} is outside {self.num_steps} steps of {self.logical_shards} shards.")
-        first = (step - 1) * self.batch_size + shard * self.shard_size
-        positions = np.arange(first, first + self.shard_size, dtype=np.int64)
+            raise ValueError(f"step {step}, shard {shard} is outside {self.num_steps} steps of {self.logical_shards} "
+                             "shards.")
+        return self._positions((step - 1) * self.batch_size + shard * self.shard_size, self.shard_size)
+
+    def _positions(self, first: int, count: int) -> np.ndarray:
+        positions = np.arange(first, first + count, dtype=np.int64)
         positions[positions >= self.num_positions] = FILLER
         return positions
 
@@ -71,9 +75,7 @@ class Sampler:
     def _locate_steps(self, block: int, together: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the `block`-th run of so many steps."""
         size = together * self.batch_size
-        positions = np.arange(block * size, (block + 1) * size, dtype=np.int64)
-        positions[positions >= self.num_positions] = FILLER
-        found = self.locate(positions)
+        found = self.locate(self._positions(block * size, size))
         for array in found:
             array.flags.writeable = False
         return found

@@ -1,8 +1,8 @@
 """Tables as data sets: CSV, Parquet and Arrow IPC, their columns of numbers as NumPy arrays, any row or block of rows at a time.
 
-`prepare` looks at the files and writes what it finds to the cache; `open_tables` makes data sets of that. A table whose rows
-are to be shuffled together must let one row be read as cheaply as the next: it is mapped where it lies or converted once.
-Else its row groups are shuffled as blocks, and a few decoded ones are kept.
+`prepare` looks at the files and writes what it finds to the cache; `open_tables` makes data sets of that. A table whose
+rows are to be shuffled together must let one row be read as cheaply as the next: it is mapped where it lies or
+converted once. Else its row groups are shuffled as blocks, and a few decoded ones are kept.
 """
 
 from __future__ import annotations
@@ -29,25 +29,28 @@ KEPT_BYTES = 1 << 30  # of them together, where one is not larger by itself
 
 
 def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
-    """Plain facts about the tables of the recipe's `[data]`: num_rows, num_eval_rows, num_blocks, shuffle_by, folder, key, and notes (lines on
-    what is left out).
+    """Plain facts about the tables of the recipe's `[data]`: num_rows, num_eval_rows, num_blocks, shuffle_by, folder,
+    key, and notes (lines on what is left out).
 
-    The key is the same for the same content, columns and way of shuffling, wherever the files lie. UserError or RecipeError
-    names file, column and row of what cannot serve.
+    The key is the same for the same content, columns and way of shuffling, wherever the files lie. UserError or
+    RecipeError names file, column and row of what cannot serve.
     """
     folder, facts = find_facts(data, Path(cache_dir))
     training, evaluation = (sum(high - low for low, high in spans) for spans in spans_of(facts, data.eval_fraction))
     return {"num_rows": training, "num_eval_rows": evaluation,
-            "num_blocks": sum(len(part.blocks) for part in facts.parts), "shuffle_by": facts.shuffle_by, "folder": str(folder), "key": facts.key,
+            "num_blocks": sum(len(part.blocks) for part in facts.parts), "shuffle_by": facts.shuffle_by,
+            "folder": str(folder), "key": facts.key,
             "notes": [*left_out("data.path", data.path), *left_out("data.eval_path", data.eval_path),
-                      *told("data.path", facts.unused, "as columns that are no numbers" if not data.columns else "as not among data.columns")]}
+                      *told("data.path", facts.unused, "as columns that are no numbers" if not data.columns
+                            else "as not among data.columns")]}
 
 
 def open_tables(info: Mapping[str, Any], data: Any, cache_dir: str | Path, seed: int) -> tuple[Table, Table | None]:
     """The training set, in its order, and the evaluation set if there is one."""
     facts = kept_facts(Path(info["folder"])) or find_facts(data, Path(cache_dir))[1]
     if facts.key != info["key"]:
-        raise UserError(f"data.path = {list(data.path)} holds other data on this machine than on the one that started the run; copy it there.")
+        raise UserError(f"data.path = {list(data.path)} holds other data on this machine than on the one that started "
+                        "the run; copy it there.")
     store, (to_train, to_evaluate) = Store(facts), spans_of(facts, data.eval_fraction)
     training = Table(store, to_train)
     training.order = order_of(facts, training, seed, data.shuffle, data.weights)
@@ -55,8 +58,8 @@ def open_tables(info: Mapping[str, Any], data: Any, cache_dir: str | Path, seed:
 
 
 def spans_of(facts: Facts, eval_fraction: float) -> tuple[list[Span], list[Span]]:
-    """Ranges of rows, counted over all parts: one of each source to train on, and those to evaluate on. These are the last part where one was
-    given for it, else the last rows of every source."""
+    """Ranges of rows, counted over all parts: one of each source to train on, and those to evaluate on. These are the
+    last part where one was given for it, else the last rows of every source."""
     training, evaluation, first = list[Span](), list[Span](), 0
     for part in facts.parts:
         end = first + part.num_rows
@@ -80,7 +83,8 @@ def order_of(facts: Facts, table: Table, seed: int, shuffle: bool, weights: tupl
 
 
 class Table(Dataset):
-    """Some rows of a store as a data set of users' own models. Samples are counted over `spans`, which lie one after another."""
+    """Some rows of a store as a data set of users' own models. Samples are counted over `spans`, which lie one after
+    another."""
 
     fills = False
 
@@ -101,7 +105,8 @@ class Store:
     def __init__(self, facts: Facts):
         self.facts, self.columns = facts, facts.columns
         self.places = [(part, number) for part in facts.parts for number in range(len(part.blocks))]
-        self.first = np.concatenate([[0], np.cumsum([part.blocks[number][3] for part, number in self.places])]).astype(np.int64)
+        self.first = np.concatenate([[0], np.cumsum([part.blocks[number][3]
+                                                     for part, number in self.places])]).astype(np.int64)
         largest = int(np.diff(self.first).max()) * sum(column.row_bytes for column in self.columns)
         self.decoded = lru_cache(max(1, min(KEPT_BLOCKS, KEPT_BYTES // largest)))(self.decode)
         self.mapped = lru_cache(None)(self.map)

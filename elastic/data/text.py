@@ -29,15 +29,18 @@ def read_text(key: str, file: File) -> str:
         return text.decode()
     except UnicodeDecodeError as error:
         place = error.start + len(content) - len(text)
-        raise RecipeError(f"{key}: the file {file.name} is not UTF-8 at byte {place}; convert it to UTF-8 or leave it out.") from error
+        raise RecipeError(f"{key}: the file {file.name} is not UTF-8 at byte {place}; convert it to UTF-8 or leave it "
+                          "out.") from error
 
 
 def read_column(kind: str, file: File, column: str) -> Iterator[str]:
-    """The texts of one column of a CSV, Parquet or Arrow file. UserError names the file, and the row of a missing one."""
+    """The texts of one column of a CSV, Parquet or Arrow file. UserError names the file, and the row of a missing one.
+    """
     schema = schema_of(kind, file)
     kept = field_of("data.text", file.name, schema, column).type
     if kind != "csv" and not is_text(kept):
-        raise UserError(f'data.text: the column "{column}" of {file.name} is {kept}, which is no text; name one of text.')
+        raise UserError(f'data.text: the column "{column}" of {file.name} is {kept}, which is no text; name one of '
+                        'text.')
     row = 0
     for batch in batches(kind, file, {column: pa.large_string()}):
         refuse_nulls(batch.column(column), column, file.name, row)

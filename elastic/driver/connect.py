@@ -37,7 +37,8 @@ def connected(address: str, recipe: Recipe | None = None) -> Iterator[str]:
             with alone():
                 ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
         else:
-            # Ray gives a cluster a token by default, but shows it at an explicit address only where RAY_AUTH_MODE says so.
+            # Ray gives a cluster a token by default, but shows it at an explicit address only where RAY_AUTH_MODE says
+            # so.
             logging.getLogger("ray").setLevel(logging.ERROR)
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             ray.init(address=address, **quiet)
@@ -58,8 +59,9 @@ class Apart(services.ConsolePopen):
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """A Ray that is started inside is one command's. Its processes get no signal that is meant for the command's process group, which ends the run
-    in order first; and those that nobody would ask are not started: the autoscaler, the dashboard's head and the reader of logs.
+    """A Ray that is started inside is one command's. Its processes get no signal that is meant for the command's
+    process group, which ends the run in order first; and those that nobody would ask are not started: the autoscaler,
+    the dashboard's head and the reader of logs.
     """
     before = services.ConsolePopen, services.start_api_server, parameter.RayParams
     services.ConsolePopen, services.start_api_server = Apart, lambda *_, **__: (None, None)

@@ -26,7 +26,8 @@ from elastic.observe.run_files import lines_of, summary_of
 
 Callback = Callable[[dict[str, Any]], None]
 AWAY_S, AGAIN_S = 120.0, 0.1  # how long a controller may take to come back, and between tries
-END_S, QUICK_S = 60.0, 10.0  # for the workers to end where a callback has failed, and where the user does not want to wait
+# for the workers to end where a callback has failed, and where the user does not want to wait
+END_S, QUICK_S = 60.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ def result_of(run_dir: Path, error: str = "") -> Result:
 
 
 class Callbacks:
-    """Hands every line to its callback, once, whoever repeats it: a step or evaluation by its number, an event by its text."""
+    """Hands every line to its callback, once, whoever repeats it: a step or evaluation by its number, an event by its
+    text."""
 
-    def __init__(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None):
+    def __init__(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback
+                 | None = None):
         self.on_step, self.on_eval, self.on_event = on_step, on_eval, on_event
         self.reached = {"step": 0, "eval": 0}
         self.events: set[str] = set()
@@ -91,12 +94,14 @@ def see_out(controller: Any, run_id: str, run_dir: Path, callbacks: Callbacks) -
             error = ask(controller, "outcome")[1]
         except ray.exceptions.RayError as gone:
             if summary_of(run_dir) is None:
-                raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume {run_dir}` goes on.") from gone
+                raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume "
+                                f"{run_dir}` goes on.") from gone
             callbacks.rest(run_dir)
         except BaseException as failure:
             asked = isinstance(failure, KeyboardInterrupt)
             with contextlib.suppress(ray.exceptions.RayError):  # no worker may stay behind
-                ray.get(controller.end.remote("interrupted" if asked else "failed"), timeout=QUICK_S if asked else END_S)
+                ray.get(controller.end.remote("interrupted" if asked else "failed"), timeout=QUICK_S if asked
+                        else END_S)
             raise
         finally:
             with contextlib.suppress(ray.exceptions.RayError):
@@ -111,7 +116,8 @@ def see_out(controller: Any, run_id: str, run_dir: Path, callbacks: Callbacks) -
 
 @contextmanager
 def interrupting(controller: Any) -> Iterator[None]:
-    """The first Ctrl-C asks for a checkpoint at the next step and the end, the second for the end, the third exits at once. SIGTERM is the same."""
+    """The first Ctrl-C asks for a checkpoint at the next step and the end, the second for the end, the third exits at
+    once. SIGTERM is the same."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -124,8 +130,10 @@ def interrupting(controller: Any) -> Iterator[None]:
             os._exit(130)
         if asked == 2:
             raise KeyboardInterrupt
-        print("\nInterrupted: a final checkpoint is written; press Ctrl-C again to end in the middle of the step.", file=sys.stderr)
-        threading.Thread(target=ask, args=(controller, "request", Interrupt()), daemon=True).start()  # it may be on its way back
+        print("\nInterrupted: a final checkpoint is written; press Ctrl-C again to end in the middle of the step.",
+              file=sys.stderr)
+        # it may be on its way back
+        threading.Thread(target=ask, args=(controller, "request", Interrupt()), daemon=True).start()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

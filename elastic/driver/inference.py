@@ -60,8 +60,8 @@ def restore(path: str | os.PathLike[str], device: str = "auto", trust: bool = Fa
 
 
 def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, float]:
-    """The mean of every metric over the recipe's evaluation set, the same numbers as in a run whose replicas are one worker each; other
-    degrees add up in another order.
+    """The mean of every metric over the recipe's evaluation set, the same numbers as in a run whose replicas are one
+    worker each; other degrees add up in another order.
     """
     restored = restore(path, trust=trust)
     recipe = restored.recipe
@@ -71,7 +71,8 @@ def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, flo
     rows = max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS)
     tally = restored.backend.tally()
     found = [measure(restored.backend, tally, batch()) for batch in eval_batches(dataset, rows)]
-    names = sorted({name for part in found for name in part})  # a user's module need not give every figure of every batch
+    # a user's module need not give every figure of every batch
+    names = sorted({name for part in found for name in part})
     tables = {name: np.array([part.get(name, (0.0, 0.0)) for part in found]) for name in names}
     return figures(tables, tally, tally.counts if tally else np.zeros(0))
 
@@ -87,7 +88,8 @@ def sample(path: str | os.PathLike[str], prompt: str = "", tokens: int = 300, te
         raise UserError(f'The model of this checkpoint ("{kind}") writes no text; only nlp.gpt does.')
     text, model = door(kind, "data"), door(kind, "gpt")
     start = text.encode(restored.info, prompt or first_of(text, restored.info))
-    written = model.generate(restored.backend.logits, start, tokens, restored.recipe.model.config["context"], temperature, None, seed)
+    written = model.generate(restored.backend.logits, start, tokens, restored.recipe.model.config["context"],
+                             temperature, None, seed)
     return prompt + text.decode(restored.info, written)
 
 

@@ -20,8 +20,10 @@ WHOLE = {"pipeline": 1, "tensor": 1, "expert": 1}
 
 
 def undisturbed(workers: int) -> tuple[str, ...]:
-    """What makes a run of a recipe its own oracle: one replica, that nobody joins or leaves, and checkpoints of its own."""
-    return (f"elastic.min_workers={workers}", f"elastic.max_workers={workers}", "elastic.spares=0", 'checkpoint.path=""')
+    """What makes a run of a recipe its own oracle: one replica, that nobody joins or leaves, and checkpoints of its
+    own."""
+    return (f"elastic.min_workers={workers}", f"elastic.max_workers={workers}", "elastic.spares=0",
+            'checkpoint.path=""')
 
 
 def verify_run(run_dir: Path) -> Verdict:
@@ -36,13 +38,14 @@ def elsewhere(location: str) -> dict[str, str]:
         names = [name for _, name in committed(Store.open(location))]
     except OSError as error:
         why = " ".join(str(error).split())[:300]
-        raise UserError(f'checkpoint.path = "{shown(location)}" cannot be read ({why}); mend the storage or its keys, then verify again.') from error
+        raise UserError(f'checkpoint.path = "{shown(location)}" cannot be read ({why}); mend the storage or its keys, '
+                        'then verify again.') from error
     return {shown(join(location, name)): join(location, name) for name in names}
 
 
 def replay(run_dir: Path, address: str = "local", trust: bool = False) -> Verdict:
-    """Trains the same recipe again with one worker that nobody disturbs, and compares the bits. UserError where that has nothing to say, as of
-    data that are not those the run began with."""
+    """Trains the same recipe again with one worker that nobody disturbs, and compares the bits. UserError where that
+    has nothing to say, as of data that are not those the run began with."""
     from elastic.driver.trainer import Trainer  # Ray, which hashes and lines need none of
 
     trained = recipe_of(run_dir)
@@ -56,8 +59,8 @@ def replay(run_dir: Path, address: str = "local", trust: bool = False) -> Verdic
         raise UserError('elastic.reduction = "fast" promises no bits; there is nothing to compare a replay with.')
     meshes = [e.get("mesh", WHOLE) for e in lines_of(run_dir)[0] if e["event"] == "generation_started"]
     if any(lain[axis] != getattr(mesh, axis) for lain in meshes for axis in WHOLE):
-        raise UserError(f"The run in {run_dir} has trained on meshes of other degrees than its recipe's, which add up in another order; "
-                        "there is nothing to compare a replay with.")
+        raise UserError(f"The run in {run_dir} has trained on meshes of other degrees than its recipe's, which add up "
+                        "in another order; there is nothing to compare a replay with.")
     with tempfile.TemporaryDirectory(prefix="elastic-replay-") as folder:
         data = newest_of(checkpoints_of(trained, run_dir))[1].get("key") or ""
         result = Trainer(recipe, Path(folder) / "run", address, data=data).fit()

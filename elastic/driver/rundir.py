@@ -22,12 +22,14 @@ from elastic.storage.remote import shown
 from elastic.storage.store import Store
 
 LIVE = "live.json"  # while the run lives: where its Ray is
-LOCK = "driver.lock"  # held by the process that starts the run. It stays: whoever removed it might remove a lock that another has just taken
+# held by the process that starts the run. It stays: whoever removed it might remove a lock that another has just taken
+LOCK = "driver.lock"
 
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """The directory is this process's to start a run in: nobody else's, and no run lives there. UserError otherwise, with nothing changed.
+    """The directory is this process's to start a run in: nobody else's, and no run lives there. UserError otherwise,
+    with nothing changed.
 
     A controller's own claim, on events.jsonl, begins while this lasts and goes on without it.
     """
@@ -35,7 +37,8 @@ def held(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / LOCK, "a", encoding="utf-8")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with --run-dir.") from error
+        raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with "
+                        "--run-dir.") from error
     with file:
         if not locked(file, GLANCE_S) or has_writer(run_dir / "events.jsonl"):
             raise taken(run_dir)
@@ -49,12 +52,14 @@ def refuse_taken(run_dir: Path) -> None:
 
 
 def taken(run_dir: Path) -> UserError:
-    return UserError(f"The run in {run_dir} is alive, or is being started; stop it first, or look with `elastic status {run_dir}`.")
+    return UserError(f"The run in {run_dir} is alive, or is being started; stop it first, or look with `elastic status "
+                     f"{run_dir}`.")
 
 
 def in_use(run_dir: Path) -> bool:
     """A start that was killed before its recipe was in place has left nothing."""
-    return any(path.name != LOCK and not (path.name.startswith(f"{RECIPE}.") and path.suffix in (".tmp", ".new")) for path in run_dir.iterdir())
+    return any(path.name != LOCK and not (path.name.startswith(f"{RECIPE}.") and path.suffix in (".tmp", ".new"))
+               for path in run_dir.iterdir())
 
 
 def checkpoints_of(recipe: Recipe, run_dir: Path) -> str:
@@ -69,7 +74,8 @@ def beginning(recipe: Recipe, run_dir: Path) -> Begin:
     last = max((fields["step"] for fields in steps_of(metrics)), default=0)
     step = min(step, last)  # a checkpoint ahead of the lines brings its own
     evaluated = max((fields["step"] for fields in evaluations_of(metrics) if fields["step"] <= step), default=0)
-    return Begin(step, evaluated, max((fields["generation"] for fields in events), default=0), len(events), last, info.get("key") or "")
+    return Begin(step, evaluated, max((fields["generation"] for fields in events), default=0), len(events), last,
+                 info.get("key") or "")
 
 
 def newest_of(location: str) -> tuple[int, dict[str, Any]]:
@@ -94,7 +100,8 @@ def live_of(run_dir: Path) -> dict[str, str] | None:
 
 
 def clear_live(run_dir: Path, run_id: str) -> bool:
-    """The run is over. Whether this process is the one that took the file of it away, of several that followed the run."""
+    """The run is over. Whether this process is the one that took the file of it away, of several that followed the run.
+    """
     with contextlib.suppress(OSError, ValueError):
         if json.loads((run_dir / LIVE).read_text())["run_id"] == run_id:
             (run_dir / LIVE).unlink()

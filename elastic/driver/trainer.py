@@ -49,25 +49,30 @@ class Trainer:
     chaos: Sequence[str] = ()
     begin: Begin | None = None  # where to go on, if this is a resumption
     began: str = ""  # its recipe.toml when that was read
-    opened: workload.Workload | None = field(default=None, repr=False)  # the data and the model, after `check`, until the run starts
+    # the data and the model, after `check`, until the run starts
+    opened: workload.Workload | None = field(default=None, repr=False)
     num_steps: int = 0  # known after `check`
     notes: tuple[str, ...] = ()  # likewise: what is to be known of data and model
     follows: str = ""  # the id of a live run that is followed instead of starting one
     data: str = ""  # the key of the data that it must have, if it is another run's replay
 
     @classmethod
-    def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local", chaos: Sequence[str] = (),
+    def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local",
+               chaos: Sequence[str] = (),
                trust: bool = False) -> Trainer:
-        """Goes on from the newest good checkpoint of a run (from the start if it has none), or follows it where it is alive.
+        """Goes on from the newest good checkpoint of a run (from the start if it has none), or follows it where it is
+        alive.
 
-        RecipeError where `overrides` make it another run, or would change a live one; UserError where it would import what
+        RecipeError where `overrides` make it another run, or would change a live one; UserError where it would import
+        what
         `elastic.driver.trust` does not let in.
         """
         run_dir = Path(run_dir)
         began = recipe_text(run_dir)
         if live := living(run_dir):
             if overrides or chaos:
-                raise RecipeError(f"The run in {run_dir} is alive, and {[*overrides, *chaos][0]!r} cannot change it; leave it out to follow the run.")
+                raise RecipeError(f"The run in {run_dir} is alive, and {[*overrides, *chaos][0]!r} cannot change it; "
+                                  "leave it out to follow the run.")
             return cls(loads(began, locate=False), run_dir.absolute(), live["address"], follows=live["run_id"])
         refuse_taken(run_dir)
         recipe = load_recipe(run_dir / RECIPE, overrides)
@@ -80,18 +85,21 @@ class Trainer:
         for spec in self.chaos:
             chaos.parse(spec)
         if self.address == "local" and self.recipe.backend.device == "cuda" and not os.path.exists("/dev/nvidia0"):
-            raise UserError('backend.device = "cuda" needs a CUDA GPU, and this machine has none; set backend.device = "cpu".')
+            raise UserError('backend.device = "cuda" needs a CUDA GPU, and this machine has none; set backend.device = '
+                            '"cpu".')
         info = workload.prepare(self.recipe)
         began, remedy = (self.begin.data, AFRESH) if self.begin else (self.data, AGAIN)
         if began and not self.recipe.data.kind and began != info.get("key"):
-            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; {remedy}")
+            raise RecipeError(f"data.path = {list(self.recipe.data.path)} holds other data than this run began with; "
+                              f"{remedy}")
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())  # where a user's modules lie, also when the command is an installed script
         self.opened = opened = workload.Workload.open(self.recipe, info)
         if opened.training.key:
             info = {**info, "key": opened.training.key}
         if began and opened.training.key and began != opened.training.key:
-            raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.training.key}, and this run began with {began}; {remedy}")
+            raise RecipeError(f"data.kind = {self.recipe.data.kind!r} has {opened.training.key}, and this run began "
+                              f"with {began}; {remedy}")
         self.num_steps = opened.sampler.num_steps
         workload.check_items(opened)
         workload.check_best(self.recipe, opened)
@@ -119,7 +127,8 @@ class Trainer:
         assert self.opened is not None
         preview.try_loss(self.recipe, self.opened)
 
-    def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback | None = None) -> Result:
+    def fit(self, on_step: Callback | None = None, on_eval: Callback | None = None, on_event: Callback
+            | None = None) -> Result:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
         if self.follows:
             return self.follow(on_step, on_eval, on_event)
@@ -127,22 +136,27 @@ class Trainer:
         run_dir = self.free_run_dir()
         if self.recipe.checkpoint.path:
             check_access(self.recipe.checkpoint.path, not self.begin, owner_of(run_dir))
-        is_local = self.address == "local" and not ray.is_initialized()  # else it joins whatever Ray this process has joined
+        # else it joins whatever Ray this process has joined
+        is_local = self.address == "local" and not ray.is_initialized()
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
             why = self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()))
             notes = [("noted", line) for line in self.notes] + [("mesh_chosen", why)] * bool(why)
-            run, checkpoints = f"{run_dir.name}-{time.time_ns():x}", checkpoints_of(self.recipe, run_dir)  # unique on a cluster
+            # unique on a cluster
+            run, checkpoints = f"{run_dir.name}-{time.time_ns():x}", checkpoints_of(self.recipe, run_dir)
             if self.begin or self.recipe.checkpoint.path:  # else the place is not there yet
                 claimed(checkpoints, run, owner_of(run_dir))
             if self.address == "local":
                 self.check_memory()
             self.opened = None  # the workers have their own
             begin = self.open_run_dir(run_dir)
-            search_path = tuple(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))  # for a user's own modules: as in this process
-            job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path, tuple(self.chaos), self.num_steps, is_local,
+            # for a user's own modules: as in this process
+            search_path = tuple(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))
+            job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path, tuple(self.chaos),
+                      self.num_steps, is_local,
                       tuple(notes))
             (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))
-            return see_out(start_controller(job, self.recipe, begin), job.run_id, run_dir, Callbacks(on_step, on_eval, on_event))
+            return see_out(start_controller(job, self.recipe, begin), job.run_id, run_dir,
+                           Callbacks(on_step, on_eval, on_event))
 
     def follow(self, on_step: Callback | None, on_eval: Callback | None, on_event: Callback | None) -> Result:
         """Takes the place of a driver that is gone, or stands beside it."""
@@ -155,30 +169,36 @@ class Trainer:
             return see_out(controller, self.follows, self.run_dir, Callbacks(on_step, on_eval, on_event))
 
     def free_run_dir(self) -> Path:
-        """Where the run will write; `UserError` if it cannot, or if something is there already that is not this run's."""
+        """Where the run will write; `UserError` if it cannot, or if something is there already that is not this run's.
+        """
         run_dir = Path(self.run_dir or Path("runs") / f"{self.recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
         if not self.begin and run_dir.exists() and (not run_dir.is_dir() or in_use(run_dir)):
             raise UserError(USED.format(run_dir=run_dir))
         nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UserError(f"The run directory {run_dir} cannot be written: {nearest} lets nobody write; name another with --run-dir.")
+            raise UserError(f"The run directory {run_dir} cannot be written: {nearest} lets nobody write; name another "
+                            "with --run-dir.")
         return run_dir
 
     def open_run_dir(self, run_dir: Path) -> Begin:
-        """Makes the directory a run's, or cuts the one to resume back to its checkpoint. Only who holds it may; see `held`."""
+        """Makes the directory a run's, or cuts the one to resume back to its checkpoint. Only who holds it may; see
+        `held`."""
         begin = Begin()
         if self.begin:
             if recipe_text(run_dir) != self.began:
-                raise UserError(f"The run in {run_dir} was resumed by somebody else meanwhile, with another recipe; `elastic resume` it again.")
+                raise UserError(f"The run in {run_dir} was resumed by somebody else meanwhile, with another recipe; "
+                                "`elastic resume` it again.")
             begin = beginning(self.recipe, run_dir)  # it may have gone further since it was looked at
         elif in_use(run_dir):
             raise UserError(USED.format(run_dir=run_dir))
         try:
-            write_atomically(run_dir / RECIPE, dumps(self.recipe))  # first and whole: what is here from now on can be resumed
+            # first and whole: what is here from now on can be resumed
+            write_atomically(run_dir / RECIPE, dumps(self.recipe))
             if not self.recipe.checkpoint.path:
                 (run_dir / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with --run-dir.") from error
+            raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with "
+                            "--run-dir.") from error
         if self.begin:
             JsonLines(run_dir / "metrics.jsonl").cut_back(begin.written)
             (run_dir / "summary.json").unlink(missing_ok=True)
@@ -193,7 +213,8 @@ def start_controller(job: Job, recipe: Recipe, begin: Begin) -> Any:
              "orphan_timeout_s": elastic.orphan_timeout_s}
     options = {"name": f"{job.run_id}/controller", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0,
                "max_concurrency": 64, "max_restarts": -1,
-               "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)}
+               "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(),
+                                                                     soft=True)}
     return ray.remote(ControllerActor).options(**options).remote(job, Settings.of(recipe), fleet, begin)
 
 
@@ -211,7 +232,8 @@ def living(run_dir: Path) -> dict[str, str] | None:
 
 
 def scale(run_dir: str | Path, workers: int, trust: bool = False, **degrees: int) -> None:
-    """Asks a live run to grow or shrink; `degrees`, of tensor, pipeline and expert, make a mesh to prefer. Those not given are the recipe's."""
+    """Asks a live run to grow or shrink; `degrees`, of tensor, pipeline and expert, make a mesh to prefer. Those not
+    given are the recipe's."""
     live = live_of(Path(run_dir))
     if live is None:
         raise UserError(f"No live run in {run_dir}; `elastic status {run_dir}` says how it ended.")
@@ -220,9 +242,11 @@ def scale(run_dir: str | Path, workers: int, trust: bool = False, **degrees: int
     recipe = load_recipe(Path(run_dir) / RECIPE, [f"mesh.{axis}={degree}" for axis, degree in degrees.items()])
     low, high, mesh = recipe.elastic.min_workers, recipe.elastic.max_workers, recipe.mesh
     if not low <= workers <= high:
-        raise UserError(f"--workers {workers} is outside elastic.min_workers = {low} .. elastic.max_workers = {high} of this run.")
+        raise UserError(f"--workers {workers} is outside elastic.min_workers = {low} .. elastic.max_workers = {high} "
+                        "of this run.")
     if degrees and workers < mesh.replica_size:
-        raise UserError(f"--workers {workers} is less than a replica of this mesh; write --workers {mesh.replica_size} or more.")
+        raise UserError(f"--workers {workers} is less than a replica of this mesh; write --workers {mesh.replica_size} "
+                        "or more.")
     if degrees:
         check_trust(recipe, run_dir, trust)
         Trainer(recipe, address=live["address"]).check()  # a mesh that the model does not fit would end the run

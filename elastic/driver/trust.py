@@ -1,11 +1,12 @@
 """Whose word names a user's own modules: opening a checkpoint or going on with a run imports them, and so runs them.
 
-The rule. A model or data set of one's own (`model.kind` or `data.kind` as "module:attribute") is imported unasked where a run directory
-of the caller's names it. The run directory of a place is the nearest folder at or above it, links resolved, that holds a recipe.toml; it is the
-caller's where folder and recipe.toml have the caller's user id; it names what its recipe.toml has as `model.kind` and `data.kind`. So the
-checkpoints of a run of one's own may lie anywhere as long as the run directory is what is given, and one that was copied into it can name
-nothing else. All other places (another user's directory, a checkpoint that was copied or downloaded alone, a URI) need `--trust`. Kinds that come
-with the platform never do. A recipe that is given to `elastic train` is the caller's own word.
+The rule. A model or data set of one's own (`model.kind` or `data.kind` as "module:attribute") is imported unasked where
+a run directory of the caller's names it. The run directory of a place is the nearest folder at or above it, links
+resolved, that holds a recipe.toml; it is the caller's where folder and recipe.toml have the caller's user id; it names
+what its recipe.toml has as `model.kind` and `data.kind`. So the checkpoints of a run of one's own may lie anywhere as
+long as the run directory is what is given, and one that was copied into it can name nothing else. All other places
+(another user's directory, a checkpoint that was copied or downloaded alone, a URI) need `--trust`. Kinds that come with
+the platform never do. A recipe that is given to `elastic train` is the caller's own word.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from elastic.storage.remote import shown
 
 
 def check_trust(recipe: Recipe, place: str | os.PathLike[str], trust: bool) -> None:
-    """UserError, before anything is imported, where `recipe`, of `place` (a path or URI), names a module that the rule does not let in."""
+    """UserError, before anything is imported, where `recipe`, of `place` (a path or URI), names a module that the rule
+    does not let in."""
     strange = named(recipe) - own(place) if not trust else set()
     if strange:
-        modules = " and ".join(f'{kind.partition(":")[0]} ({key} = "{kind}")' for key, kind in sorted(strange, reverse=True))
-        raise UserError(f"{shown(os.fspath(place))} {standing(place)}, and would import {modules}; look at what that would run, then add --trust "
-                        "(trust=True in Python).")
+        modules = " and ".join(f'{kind.partition(":")[0]} ({key} = "{kind}")'
+                               for key, kind in sorted(strange, reverse=True))
+        raise UserError(f"{shown(os.fspath(place))} {standing(place)}, and would import {modules}; look at what that "
+                        "would run, then add --trust (trust=True in Python).")
 
 
 def named(recipe: Recipe) -> set[tuple[str, str]]:
     """(key, kind) of what is imported by a name of the user's."""
-    return {(key, kind) for key, kind in (("model.kind", recipe.model.kind), ("data.kind", recipe.data.kind)) if ":" in kind}
+    return {(key, kind) for key, kind in (("model.kind", recipe.model.kind), ("data.kind", recipe.data.kind))
+            if ":" in kind}
 
 
 def own(place: str | os.PathLike[str]) -> set[tuple[str, str]]:

@@ -24,9 +24,10 @@ Batch = Mapping[str, Any]  # NumPy arrays, one per column, rows first
 class Spec:
     """One named array of a model. `dims` names each dimension; layouts map these names to mesh axes.
 
-    `init` is "normal" (standard deviation `scale`), "uniform" (-scale..scale), "zeros", "ones", "values" (as `values` lists them, in C
-    order) or "given" (the values come with the model, as from a user's own module). `trainable` false: the model itself says that the array
-    is frozen. `whole`: an update needs all of it at once, so no optimizer may be sharded.
+    `init` is "normal" (standard deviation `scale`), "uniform" (-scale..scale), "zeros", "ones", "values" (as `values`
+    lists them, in C order) or "given" (the values come with the model, as from a user's own module). `trainable` false:
+    the model itself says that the array is frozen. `whole`: an update needs all of it at once, so no optimizer may be
+    sharded.
     """
 
     shape: tuple[int, ...]
@@ -85,15 +86,19 @@ class Pieces(Protocol):
 
 
 class Chain(Model, Pieces, Protocol):
-    """A model in pieces, one after the other: what can be laid out on a mesh. `elastic.model.layers.Chained` makes a `Model` of it.
+    """A model in pieces, one after the other: what can be laid out on a mesh. `elastic.model.layers.Chained` makes a
+    `Model` of it.
 
-    `layout` names the axis along which each dim may be split, {"heads": "tensor", "d_ff": "tensor"}; the model puts `ops.enter` and
+    `layout` names the axis along which each dim may be split, {"heads": "tensor", "d_ff": "tensor"}; the model puts
+    `ops.enter` and
     `ops.leave` around what is split. Where no axis has more than one worker they do nothing.
     """
 
     @abstractmethod
-    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array], seed: int | None) -> Array:
-        """One piece: from what the piece before made (None for the first) to one floating-point array with the rows first.
+    def run(self, ops: Any, params: Mapping[str, Array], piece: str, x: Array | None, batch: Mapping[str, Array],
+            seed: int | None) -> Array:
+        """One piece: from what the piece before made (None for the first) to one floating-point array with the rows
+        first.
 
         `seed` None means evaluation: no dropout.
         """
@@ -113,14 +118,15 @@ def is_chain(model: Any) -> TypeGuard[Chain]:
 
 
 def is_neutral(model: Any) -> bool:
-    """Whether a model is written in ops; else it is an object of a framework's, to be adapted by that framework's door."""
+    """Whether a model is written in ops; else it is an object of a framework's, to be adapted by that framework's door.
+    """
     return isinstance(getattr(model, "parameters", None), Mapping)
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What one logical shard contributes beside its gradient. `buffers` are the new buffers, as NumPy arrays, and with them the frozen
-    parameters that the model moves (see `Habits`).
+    """What one logical shard contributes beside its gradient. `buffers` are the new buffers, as NumPy arrays, and with
+    them the frozen parameters that the model moves (see `Habits`).
     """
 
     loss_sum: float
@@ -132,10 +138,12 @@ class ShardResult:
 class Habits:
     """What `Backend.rehearse` has found out about a model, the same on every worker.
 
-    `apart`: its gradients are added in several goes, so every shard needs a buffer of its own. `moved`: frozen parameters that its loss
-    writes to, as to an average of weights; each shard begins from the same values, and a step takes over the weighted mean of the changes.
-    `sums`: a step's loss is the sum of its shards', by whose gradient it is trained, and not their mean. `undivided`: why a batch's loss is not
-    made of its shards', as a UserError is to say it; such a model trains on one logical shard.
+    `apart`: its gradients are added in several goes, so every shard needs a buffer of its own. `moved`: frozen
+    parameters that its loss writes to, as to an average of weights; each shard begins from the same values, and a step
+    takes over the weighted mean of the changes.
+    `sums`: a step's loss is the sum of its shards', by whose gradient it is trained, and not their mean. `undivided`:
+    why a batch's loss is not made of its shards', as a UserError is to say it; such a model trains on one logical
+    shard.
     """
 
     apart: bool = False
@@ -144,7 +152,8 @@ class Habits:
     undivided: str = ""
 
 
-SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",), "adagrad": ("sum",)}
+SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",),
+         "adagrad": ("sum",)}
 
 
 @dataclass(frozen=True)
@@ -196,9 +205,11 @@ class Backend(Protocol):
         """Adds the gradient of one shard's loss sum to `into` (shaped views of a flat buffer, trainable names only)."""
 
     def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
-        """Computes one shard, as often as it takes to know the model, before any step, and leaves parameters and buffers as they were.
+        """Computes one shard, as often as it takes to know the model, before any step, and leaves parameters and
+        buffers as they were.
 
-        `room` gives a zeroed place for gradients, as `into` of `gradients`. UserError where a user's own model cannot be trained faithfully.
+        `room` gives a zeroed place for gradients, as `into` of `gradients`. UserError where a user's own model cannot
+        be trained faithfully.
         """
         self.gradients(batch, 0, room())
         return Habits()
@@ -212,7 +223,8 @@ class Backend(Protocol):
         return None
 
     def logits(self, tokens: Any) -> Any:
-        """Of a model that offers `logits`: NumPy integers (rows, time) -> the scores of each next token, (rows, time, vocab)."""
+        """Of a model that offers `logits`: NumPy integers (rows, time) -> the scores of each next token, (rows, time,
+        vocab)."""
         raise UserError(f'backend.name = "{self.name}" scores no tokens; write another.')
 
     @abstractmethod
@@ -226,28 +238,34 @@ class Backend(Protocol):
     # Of a model that is a `Chain`, on a mesh.
 
     def connect(self, axes: Mapping[str, Any]) -> None:
-        """From now on, until the next call, dims are split over these axes: `elastic.parallel.axis.Axis` by dim. Once a generation.
+        """From now on, until the next call, dims are split over these axes: `elastic.parallel.axis.Axis` by dim. Once a
+        generation.
 
-        The model's parameters are already the parts that this worker holds; `parameters` has their shapes. The default refuses a split.
+        The model's parameters are already the parts that this worker holds; `parameters` has their shapes. The default
+        refuses a split.
         """
         if any(axis.size > 1 for axis in axes.values()):
             raise self.whole()
 
     def whole(self) -> UserError:
         """What a backend says that trains whole models alone."""
-        return UserError(f'[mesh]: backend.name = "{self.name}" does not split a model; write 1 for every degree, or another backend.')
+        return UserError(f'[mesh]: backend.name = "{self.name}" does not split a model; write 1 for every degree, or '
+                         'another backend.')
 
-    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch, seed: int
+    def forward(self, key: Any, pieces: Sequence[str], inputs: Buffer | None, shape: Sequence[int], batch: Batch,
+                seed: int
                 ) -> Buffer | ShardResult:
         """Runs pieces of the model on one micro-batch and keeps what their backward pass needs under `key`.
 
-        `inputs`: what the pieces before made, flat, to be read as `shape`; None where `pieces` begins the model. The result, flat, or
-        where `pieces` ends the model the loss. It is not written to again, and neither is `inputs` before the backward pass.
+        `inputs`: what the pieces before made, flat, to be read as `shape`; None where `pieces` begins the model. The
+        result, flat, or where `pieces` ends the model the loss. It is not written to again, and neither is `inputs`
+        before the backward pass.
         """
         raise self.whole()
 
     def backward(self, key: Any, gradient: Buffer | None, into: Mapping[str, Buffer]) -> Buffer | None:
-        """Adds the gradients of the pieces' parameters to `into` and returns that of `inputs`, flat; None where there were none.
+        """Adds the gradients of the pieces' parameters to `into` and returns that of `inputs`, flat; None where there
+        were none.
 
         `gradient` is that of the result, flat; None where the result was the loss. What was kept under `key` is let go.
         """
@@ -276,14 +294,17 @@ class Backend(Protocol):
 
 
 class Framework(Protocol):
-    """The door of a framework: `framework` in the module that `backend.name` finds. `backends.common.Door` has the defaults."""
+    """The door of a framework: `framework` in the module that `backend.name` finds. `backends.common.Door` has the
+    defaults."""
 
     def before_models(self, settings: Any) -> None:
-        """Sets what has to be set before a user's own code computes anything, for most frameworks nothing; called before every other."""
+        """Sets what has to be set before a user's own code computes anything, for most frameworks nothing; called
+        before every other."""
         return
 
     def create(self, model: Any, settings: Any) -> Backend:
-        """A backend over a model, shipped or the user's own. `settings`: the recipe's `[backend]`. UserError where it cannot be had."""
+        """A backend over a model, shipped or the user's own. `settings`: the recipe's `[backend]`. UserError where it
+        cannot be had."""
 
     def adapt(self, model: Any) -> Any:
         """A user's own model as an `Adapted`; a model of named arrays as it is. UserError where it cannot serve."""

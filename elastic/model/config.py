@@ -21,7 +21,8 @@ def whole(config: Any, *keys: str, least: int = 1) -> None:
 
 def multiple(config: Any, key: str, of: str) -> None:
     if getattr(config, key) % getattr(config, of):
-        raise RecipeError(f"model.{key} = {getattr(config, key)} must be a multiple of model.{of} = {getattr(config, of)}.")
+        raise RecipeError(f"model.{key} = {getattr(config, key)} must be a multiple of model.{of} = "
+                          f"{getattr(config, of)}.")
 
 
 def number(config: Any, key: str, words: str, is_right: Callable[[float], bool]) -> None:

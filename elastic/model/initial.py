@@ -20,7 +20,8 @@ START: dict[str, Callable[[Spec, np.random.Generator], np.ndarray]] = {
 
 
 def initial_values(specs: Mapping[str, Spec], seed: int, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Starting values of whole arrays from a counter-based generator keyed by (seed, name): the same for every framework and layout."""
+    """Starting values of whole arrays from a counter-based generator keyed by (seed, name): the same for every
+    framework and layout."""
     values = {}
     for name, spec in specs.items():
         if spec.init == "given":

@@ -15,7 +15,8 @@ Layer = Callable[[Mapping[str, Array], Array, str], Array]
 
 
 class Specs(dict[str, Spec]):
-    """A transformer's arrays by name, in the order in which they are declared; `bias`: norms and projections have one. Scales are deviations."""
+    """A transformer's arrays by name, in the order in which they are declared; `bias`: norms and projections have one.
+    Scales are deviations."""
 
     def __init__(self, bias: bool = True):
         super().__init__()
@@ -26,14 +27,16 @@ class Specs(dict[str, Spec]):
         if self._has_bias:
             self[f"{name}.bias"] = Spec((width,), ("d_model",), "zeros")
 
-    def dense(self, name: str, shape: tuple[int, ...], dims: tuple[str, ...], num_in: int = 1, scale: float = 0.02) -> None:
+    def dense(self, name: str, shape: tuple[int, ...], dims: tuple[str, ...], num_in: int = 1,
+              scale: float = 0.02) -> None:
         """A product that sums over the first `num_in` dims."""
         self[f"{name}.weight"] = Spec(shape, dims, "normal", scale)
         if self._has_bias:
             self[f"{name}.bias"] = Spec(shape[num_in:], dims[num_in:], "zeros")
 
     def attention(self, h: str, width: int, heads: int, scale_in: float = 0.02, scale_out: float = 0.02) -> None:
-        self.dense(f"{h}.attn.qkv", (width, 3, heads, width // heads), ("d_model", "qkv", "heads", "d_head"), 1, scale_in)
+        self.dense(f"{h}.attn.qkv", (width, 3, heads, width // heads), ("d_model", "qkv", "heads", "d_head"), 1,
+                   scale_in)
         self.dense(f"{h}.attn.out", (heads, width // heads, width), ("heads", "d_head", "d_model"), 2, scale_out)
 
     def mlp(self, h: str, width: int, d_ff: int, scale_in: float = 0.02, scale_out: float = 0.02) -> None:
@@ -42,9 +45,11 @@ class Specs(dict[str, Spec]):
 
 
 class Chained(Chain):
-    """A `Model` made of an `elastic.model.backend.Chain`: whoever derives from it brings `parameters, layout, pieces, run, score, measure`.
+    """A `Model` made of an `elastic.model.backend.Chain`: whoever derives from it brings `parameters, layout, pieces,
+    run, score, measure`.
 
-    It has no buffers. `reads`: what the names of a piece's parameters begin with, where that is not the piece's own name.
+    It has no buffers. `reads`: what the names of a piece's parameters begin with, where that is not the piece's own
+    name.
     """
 
     buffers: Mapping[str, Spec] = {}
@@ -61,7 +66,8 @@ class Chained(Chain):
                 batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
         return self.measure(ops, self.through(ops, params, None, batch, None), batch)
 
-    def through(self, ops: Any, params: Mapping[str, Array], x: Array | None, batch: Mapping[str, Array], seed: int | None,
+    def through(self, ops: Any, params: Mapping[str, Array], x: Array | None, batch: Mapping[str, Array], seed: int
+                | None,
                 start: int = 0) -> Array:
         """What the last piece makes of `x`, which piece `start` takes."""
         for piece in self.pieces[start:]:
@@ -90,7 +96,8 @@ def part_tag(ops: Any, tag: str, dim: str) -> str:
 
 @dataclass(frozen=True)
 class Layers:
-    """Transformer layers (Vaswani et al. 2017) for one pass: NAME.attn.qkv, attn.out, ln1, mlp.up, mlp.down and ln2, biases where there are some.
+    """Transformer layers (Vaswani et al. 2017) for one pass: NAME.attn.qkv, attn.out, ln1, mlp.up, mlp.down and ln2,
+    biases where there are some.
 
     "heads" and "d_ff" may be split. `seed` None means no dropout.
     """
@@ -114,7 +121,9 @@ class Layers:
     def attention(self, p: Mapping[str, Array], x: Array, h: str) -> Array:
         ops = self.ops
         query, key, value = ops.unbind(dense_into(ops, p, "btd,dqhe->btqhe", f"{h}.attn.qkv", x, "heads"), 2)
-        rate, seed, tag = (self.rate, self.seed, part_tag(ops, f"{h}.attn.weights", "heads")) if self.rate and self.seed is not None else (0.0, 0, "")
+        rate, seed, tag = (self.rate, self.seed,
+                           part_tag(ops, f"{h}.attn.weights",
+                                    "heads")) if self.rate and self.seed is not None else (0.0, 0, "")
         mixed = ops.attention(query, key, value, self.causal, rate, seed, tag)
         return self.drop(dense_from(ops, p, "bthe,hed->btd", f"{h}.attn.out", mixed, "heads"), f"{h}.attn")
 
@@ -130,7 +139,8 @@ class Layers:
 
 
 def one_layer(ops: Any, layer: Layer, params: Mapping[str, Array], name: str, x: Array, recompute: bool) -> Array:
-    """`layer(params, x, name)`, which reads the parameters called NAME.* alone; with `recompute`, of its results only the last is kept."""
+    """`layer(params, x, name)`, which reads the parameters called NAME.* alone; with `recompute`, of its results only
+    the last is kept."""
     if not recompute:
         return layer(params, x, name)
     own = [key for key in params if key.startswith(f"{name}.")]
@@ -142,12 +152,15 @@ def one_layer(ops: Any, layer: Layer, params: Mapping[str, Array], name: str, x:
 
 
 def smoothed(ops: Any, total: Array, logits: Array, weights: Array, smoothing: float) -> Array:
-    """`total`, the weighted cross-entropy of logits (..., classes) with weights (...), with smoothing / classes of the target for every class.
+    """`total`, the weighted cross-entropy of logits (..., classes) with weights (...), with smoothing / classes of the
+    target for every class.
 
     Szegedy et al. 2016, section 7.
     """
     if not smoothing:
         return total
     *lead, num_classes = logits.shape
-    even = ops.multiply(ops.reshape(weights, (*lead, 1)), ops.constant(np.full((1, num_classes), -smoothing / num_classes)))
-    return ops.add(ops.multiply(total, ops.constant(1.0 - smoothing)), ops.sum(ops.multiply(ops.log_softmax(logits), even)))
+    even = ops.multiply(ops.reshape(weights, (*lead, 1)),
+                        ops.constant(np.full((1, num_classes), -smoothing / num_classes)))
+    return ops.add(ops.multiply(total, ops.constant(1.0 - smoothing)),
+                   ops.sum(ops.multiply(ops.log_softmax(logits), even)))

@@ -1,8 +1,9 @@
 """The kernels a model is written in: a protocol owned here and implemented once per framework in `backends/*/ops.py`.
 
-An array is the framework's own. Shapes are written (rows, time, d_model); "..." stands for any leading dims. Kernels have no
-side effects, are differentiable in every floating-point argument unless the text says otherwise, and raise the framework's
-own error on shapes that do not fit. Batch columns arrive as integer (int64) or floating-point arrays of the run's precision.
+An array is the framework's own. Shapes are written (rows, time, d_model); "..." stands for any leading dims. Kernels
+have no side effects, are differentiable in every floating-point argument unless the text says otherwise, and raise the
+framework's own error on shapes that do not fit. Batch columns arrive as integer (int64) or floating-point arrays of the
+run's precision.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ DROPOUT_LEVELS = 65_536  # a dropout rate is rounded to this many levels: four d
 
 
 class Kernels:
-    """What the implementations inherit: a kernel that a framework lacks is one sentence to whoever wrote the model; and the collectives of dims
-    that are split over an axis of the mesh (`elastic.parallel.axis`), forward and backward, with sums in rank order. A dim that is not split, or
-    not known, has degree 1, and they return `x` as it is. `across` is each framework's own: (kind, x, dim, length of the whole dim, for "collect").
+    """What the implementations inherit: a kernel that a framework lacks is one sentence to whoever wrote the model; and
+    the collectives of dims that are split over an axis of the mesh (`elastic.parallel.axis`), forward and backward,
+    with sums in rank order. A dim that is not split, or not known, has degree 1, and they return `x` as it is. `across`
+    is each framework's own: (kind, x, dim, length of the whole dim, for "collect").
     """
 
     name: str
@@ -49,22 +51,26 @@ class Kernels:
         return self.axes[dim].rank if dim in self.axes else 0
 
     def enter(self, x: Array, dim: str) -> Array:
-        """`x`, the same on all workers, on its way into what is split along `dim`; the gradients that come back are summed. (...) -> (...)"""
+        """`x`, the same on all workers, on its way into what is split along `dim`; the gradients that come back are
+        summed. (...) -> (...)"""
         return x if self.degree(dim) == 1 else self.across("enter", x, dim, 0)
 
     def leave(self, x: Array, dim: str) -> Array:
-        """The sum over the axis of what each worker's part along `dim` gave, the same on all; the gradient passes as it is. (...) -> (...)"""
+        """The sum over the axis of what each worker's part along `dim` gave, the same on all; the gradient passes as it
+        is. (...) -> (...)"""
         return x if self.degree(dim) == 1 else self.across("leave", x, dim, 0)
 
     def collect(self, x: Array, dim: str, length: int = 0) -> Array:
-        """The workers' parts of the last dim, side by side, the same on all; each part gets its own range of the gradient.
+        """The workers' parts of the last dim, side by side, the same on all; each part gets its own range of the
+        gradient.
 
         `length` is that of the whole, needed where the parts are the spans of a dim that does not divide.
         """
         return x if self.degree(dim) == 1 else self.across("collect", x, dim, length or x.shape[-1] * self.degree(dim))
 
     def exchange(self, x: Array, dim: str) -> Array:
-        """x (parts, ...): slice i goes to the worker of part i, slice i of the result has come from it. So do the gradients, back."""
+        """x (parts, ...): slice i goes to the worker of part i, slice i of the result has come from it. So do the
+        gradients, back."""
         return x if self.degree(dim) == 1 else self.across("exchange", x, dim, 0)
 
     if not TYPE_CHECKING:  # for whom a missing kernel is an error already
@@ -72,7 +78,8 @@ class Kernels:
         def __getattr__(self, kernel: str) -> Any:
             if kernel.startswith("_"):
                 raise AttributeError(kernel)
-            raise UserError(f"model.kind calls ops.{kernel}, which the {self.name} backend lacks; elastic/model/ops.py lists what there is.")
+            raise UserError(f"model.kind calls ops.{kernel}, which the {self.name} backend lacks; elastic/model/ops.py "
+                            "lists what there is.")
 
 
 class Ops(Protocol):
@@ -100,10 +107,12 @@ class Ops(Protocol):
         """`length` places of `axis` from `start`."""
 
     def gather(self, table: Array, indices: Array, dim: str = "", length: int = 0) -> Array:
-        """Rows of `table` (rows, ...) at integer `indices` (any shape): shape indices.shape + table.shape[1:]. An embedding.
+        """Rows of `table` (rows, ...) at integer `indices` (any shape): shape indices.shape + table.shape[1:]. An
+        embedding.
 
-        Where `dim`, that of the rows, is split, `table` is this worker's span of the `length` rows that there are (`Axis.span`: parts may
-        differ by one, so the part alone does not tell) and `indices` count all; every worker gets all rows asked for.
+        Where `dim`, that of the rows, is split, `table` is this worker's span of the `length` rows that there are
+        (`Axis.span`: parts may differ by one, so the part alone does not tell) and `indices` count all; every worker
+        gets all rows asked for.
         """
 
     # arithmetic, with NumPy's broadcasting; numbers are allowed for one argument
@@ -164,13 +173,15 @@ class Ops(Protocol):
         """1.0 at each index and 0.0 elsewhere: integers (...) -> (..., num). No gradient."""
 
     def top_k(self, x: Array, k: int) -> Array:
-        """The places of the `k` highest of the last dim, the highest first, of equals the earlier: (..., n) -> (..., k). No gradient."""
+        """The places of the `k` highest of the last dim, the highest first, of equals the earlier: (..., n) -> (...,
+        k). No gradient."""
 
     def queue(self, chosen: Array, num: int, capacity: int) -> tuple[Array, Array]:
-        """Rows stand in `num` queues of `capacity` places, integers `chosen` (rows, k) say in which; first all first choices, by row.
+        """Rows stand in `num` queues of `capacity` places, integers `chosen` (rows, k) say in which; first all first
+        choices, by row.
 
-        For each choice its place, queue * capacity + position, or num * capacity where the queue is full, (rows, k); for each place
-        the row that stands there, or `rows` where none does, (num * capacity,). No gradient.
+        For each choice its place, queue * capacity + position, or num * capacity where the queue is full, (rows, k);
+        for each place the row that stands there, or `rows` where none does, (num * capacity,). No gradient.
         """
 
     # blocks of networks
@@ -178,17 +189,20 @@ class Ops(Protocol):
         """(..., d) -> (..., d), normalised over the last dim; weight and bias (d,). Ba et al. 2016."""
 
     def rms_norm(self, x: Array, weight: Array, eps: float = 1e-6) -> Array:
-        """(..., d) -> (..., d), divided by the root mean square of the last dim; weight (d,). Zhang and Sennrich 2019."""
+        """(..., d) -> (..., d), divided by the root mean square of the last dim; weight (d,). Zhang and Sennrich 2019.
+        """
 
     def attention(self, query: Array, key: Array, value: Array, causal: bool, rate: float = 0.0, seed: int = 0,
                   tag: str = "") -> Array:
         """softmax(query key^T / sqrt(d_head)) value; (rows, time, heads, d_head) each and in return.
 
-        `causal` hides later places. `rate` drops attention weights as `dropout` does, on their (rows, heads, time, time).
+        `causal` hides later places. `rate` drops attention weights as `dropout` does, on their (rows, heads, time,
+        time).
         """
 
     def dropout(self, x: Array, rate: float, seed: int, tag: str) -> Array:
-        """Zeroes elements and scales the rest; which ones is a pure function of (shape, rate, seed, tag), see `keep_mask`."""
+        """Zeroes elements and scales the rest; which ones is a pure function of (shape, rate, seed, tag), see
+        `keep_mask`."""
 
     def recompute(self, function: Callable[..., Array], *arrays: Array) -> Array:
         """function(*arrays), of which no result but the last is kept: the others are computed again for the gradient.
@@ -200,7 +214,8 @@ class Ops(Protocol):
     def conv2d(self, x: Array, weight: Array, bias: Array | None = None, stride: int = 1, padding: int = 0) -> Array:
         """(rows, h, w, c_in) with weight (kernel_h, kernel_w, c_in, c_out) and bias (c_out,) -> (rows, h', w', c_out).
 
-        A cross-correlation, both sides of both dims first padded with `padding` zeros: h' = (h + 2 padding - kernel_h) // stride + 1.
+        A cross-correlation, both sides of both dims first padded with `padding` zeros: h' = (h + 2 padding - kernel_h)
+        // stride + 1.
         """
 
     def max_pool(self, x: Array, size: int, stride: int, padding: int = 0) -> Array:
@@ -209,39 +224,47 @@ class Ops(Protocol):
         The padding, at most half of `size`, never wins. Of several largest values one gets the gradient, whichever.
         """
 
-    def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool, momentum: float = 0.1,
+    def batch_norm(self, x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool,
+                   momentum: float = 0.1,
                    eps: float = 1e-5) -> tuple[Array, Array, Array]:
-        """(..., c) normalised per channel, times weight plus bias (c,); the new running mean and variance. Ioffe and Szegedy 2015.
+        """(..., c) normalised per channel, times weight plus bias (c,); the new running mean and variance. Ioffe and
+        Szegedy 2015.
 
-        In training by the mean and the biased variance over all other dims, of which `momentum` parts go into the running ones:
-        new = (1 - momentum) old + momentum batch, the variance unbiased there (n / (n - 1)). Else by `mean` and `var` (c,), which are
-        returned as they are. Gradient for x, weight and bias alone; the arguments are not written to.
+        In training by the mean and the biased variance over all other dims, of which `momentum` parts go into the
+        running ones: new = (1 - momentum) old + momentum batch, the variance unbiased there (n / (n - 1)). Else by
+        `mean` and `var` (c,), which are returned as they are. Gradient for x, weight and bias alone; the arguments are
+        not written to.
         """
 
     def group_norm(self, x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
-        """(rows, ..., c) normalised per row and run of c / groups channels, times weight plus bias (c,). Wu and He 2018."""
+        """(rows, ..., c) normalised per row and run of c / groups channels, times weight plus bias (c,). Wu and He
+        2018."""
 
     def attach(self, x: Array, penalty: Array) -> Array:
-        """`x`, with which the scalar `penalty` is added to the loss's gradient, though not to the loss: a term that a piece in the middle
-        of a model has to say. (...), () -> (...)
+        """`x`, with which the scalar `penalty` is added to the loss's gradient, though not to the loss: a term that a
+        piece in the middle of a model has to say. (...), () -> (...)
         """
 
     # losses: sums, never means, so that shards of any size add up
     def cross_entropy(self, logits: Array, targets: Array, weights: Array, dim: str = "", length: int = 0) -> Array:
-        """Weighted sum of -log softmax(logits)[targets]: logits (..., classes), targets (...) integer, weights (...) -> ().
+        """Weighted sum of -log softmax(logits)[targets]: logits (..., classes), targets (...) integer, weights (...) ->
+        ().
 
-        Gradient for logits alone. Where `dim`, that of the classes, is split, `logits` are this worker's span of the `length` that there
-        are: nothing but one maximum, one sum and one logit a place is exchanged (Shoeybi et al. 2019, section 3).
+        Gradient for logits alone. Where `dim`, that of the classes, is split, `logits` are this worker's span of the
+        `length` that there are: nothing but one maximum, one sum and one logit a place is exchanged (Shoeybi et al.
+        2019, section 3).
         """
 
     def binary_cross_entropy(self, logits: Array, targets: Array, weights: Array) -> Array:
-        """Weighted sum of the logistic loss: logits, targets (0 to 1) and weights (...) -> (). Gradient for logits alone."""
+        """Weighted sum of the logistic loss: logits, targets (0 to 1) and weights (...) -> (). Gradient for logits
+        alone."""
 
     def squared_error(self, x: Array, targets: Array, weights: Array) -> Array:
         """Weighted sum of (x - targets)^2: all (...) -> (). Gradient for x alone."""
 
     def correct(self, logits: Array, targets: Array, weights: Array, top: int = 1) -> Array:
-        """Weighted count of the targets that are among the `top` highest logits, shapes as in `cross_entropy`. No gradient.
+        """Weighted count of the targets that are among the `top` highest logits, shapes as in `cross_entropy`. No
+        gradient.
 
         Of equal logits the earlier class is the higher one, so that top = 1 is argmax(logits) == targets.
         """
@@ -255,7 +278,8 @@ def dropout_levels(rate: float) -> int:
 
 
 def tag_key(tag: str) -> int:
-    """A tag as an integer, the same in every process: FNV-1a, in plain Python so that tracing compilers can follow it."""
+    """A tag as an integer, the same in every process: FNV-1a, in plain Python so that tracing compilers can follow it.
+    """
     key = 0xCBF29CE484222325
     for letter in tag:
         key = ((key ^ ord(letter)) * 0x100000001B3) & _MASK

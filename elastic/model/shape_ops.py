@@ -1,9 +1,10 @@
 """What a neutral model computes and keeps, found by running it without values: `elastic.model.ops.Ops` over shapes alone.
 
-Floating-point operations are those of matrix products, convolutions and attention, as utilisation counts them (Chowdhery et al.
-2022, appendix B): a multiplication and an addition each, the gradients of both factors where they are wanted. Kept is what the
-backward pass still needs after the forward pass, parameters and batch left out, each piece of memory once. Where dims are
-split, shapes are one worker's, and what its collectives carry is counted as `elastic.parallel.axis.Axis` does.
+Floating-point operations are those of matrix products, convolutions and attention, as utilisation counts them
+(Chowdhery et al. 2022, appendix B): a multiplication and an addition each, the gradients of both factors where they are
+wanted. Kept is what the backward pass still needs after the forward pass, parameters and batch left out, each piece of
+memory once. Where dims are split, shapes are one worker's, and what its collectives carry is counted as
+`elastic.parallel.axis.Axis` does.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from elastic.model.ops import Kernels
 
 FLOAT = 4  # bytes
 INDEX = 8
-MOVES = {"enter": ("", "all_reduce"), "leave": ("all_reduce", ""), "collect": ("all_gather", ""), "exchange": ("all_to_all", "all_to_all")}
+MOVES = {"enter": ("", "all_reduce"), "leave": ("all_reduce", ""), "collect": ("all_gather", ""),
+         "exchange": ("all_to_all", "all_to_all")}
 
 
 class Shape:
-    """An array without values. `root` is the array whose memory it shares; `owned`: it comes into being in the forward pass."""
+    """An array without values. `root` is the array whose memory it shares; `owned`: it comes into being in the forward
+    pass."""
 
-    def __init__(self, shape: Sequence[int], grad: bool, owned: bool = True, itemsize: int = FLOAT, root: Shape | None = None):
+    def __init__(self, shape: Sequence[int], grad: bool, owned: bool = True, itemsize: int = FLOAT, root: Shape
+                 | None = None):
         self.shape, self.grad, self.owned, self.itemsize = tuple(shape), grad, owned, itemsize
         self.root = root or self
 
@@ -188,11 +192,13 @@ class MeterOps(Kernels):
     def group_norm(self, x: Shape, groups: int, weight: Shape, bias: Shape, eps: float = 1e-5) -> Shape:
         return self._normed(x, 2 * x.shape[0] * groups, weight, bias)
 
-    def batch_norm(self, x: Shape, weight: Shape, bias: Shape, mean: Shape, var: Shape, training: bool, momentum: float = 0.1,
+    def batch_norm(self, x: Shape, weight: Shape, bias: Shape, mean: Shape, var: Shape, training: bool,
+                   momentum: float = 0.1,
                    eps: float = 1e-5) -> tuple[Shape, Shape, Shape]:
         return self._normed(x, 2 * x.shape[-1], weight, bias), self._new(mean.shape), self._new(var.shape)
 
-    def attention(self, query: Shape, key: Shape, value: Shape, causal: bool, rate: float = 0.0, seed: int = 0, tag: str = "") -> Shape:
+    def attention(self, query: Shape, key: Shape, value: Shape, causal: bool, rate: float = 0.0, seed: int = 0,
+                  tag: str = "") -> Shape:
         """Two products for each query and key, hidden or not. The scores are kept only where weights are dropped."""
         rows, time, heads, d_head = query.shape
         flops = 4 * rows * heads * time * key.shape[1] * d_head
@@ -231,7 +237,8 @@ class MeterOps(Kernels):
 
     def max_pool(self, x: Shape, size: int, stride: int, padding: int = 0) -> Shape:
         rows, height, width, channels = x.shape
-        out = self._new((rows, places(height, size, stride, padding), places(width, size, stride, padding), channels), x)
+        out = self._new((rows, places(height, size, stride, padding), places(width, size, stride, padding), channels),
+                        x)
         if x.grad:
             self._keep(x, Shape(out.shape, False, itemsize=INDEX))
         return out
@@ -264,7 +271,8 @@ def alike(kernel: str, *arrays: Any) -> None:
     """ValueError where shapes differ: frameworks would broadcast them, and train something else."""
     shapes = [tuple(array.shape) for array in arrays]
     if len(set(shapes)) > 1:
-        raise ValueError(f"ops.{kernel} gets {', '.join(map(str, shapes))} for predictions, targets and weights, which must have one shape.")
+        raise ValueError(f"ops.{kernel} gets {', '.join(map(str, shapes))} for predictions, targets and weights, which "
+                         "must have one shape.")
 
 
 def wanted(x: Any) -> bool:

@@ -9,9 +9,11 @@ import numpy as np
 
 
 class Tally(Protocol):
-    """Figures that are no means over rows, as the area under a curve: computed from whole numbers, counted batch by batch.
+    """Figures that are no means over rows, as the area under a curve: computed from whole numbers, counted batch by
+    batch.
 
-    A model that has some offers `tally()`, which gives a new one. Whole numbers below 2^53 add up the same in any order.
+    A model that has some offers `tally()`, which gives a new one. Whole numbers below 2^53 add up the same in any
+    order.
     """
 
     @property

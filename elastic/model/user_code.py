@@ -13,33 +13,40 @@ from elastic.errors import ElasticError, RecipeError, UserError
 
 OURS = tuple(str(Path(__file__).resolve().parents[2] / folder) + "/" for folder in ("elastic", "backends"))
 
-HOMES = {"keras": ("a Keras model", "tensorflow"), "mxnet": ("a Gluon block", "mxnet"), "torch": ("a torch module", "torch")}  # by package
-MACHINES = ("OutOfMemoryError", "AcceleratorError", "ResourceExhaustedError")  # torch's and TensorFlow's, which are none of Python's own
+# by package
+HOMES = {"keras": ("a Keras model", "tensorflow"), "mxnet": ("a Gluon block", "mxnet"),
+         "torch": ("a torch module", "torch")}
+# torch's and TensorFlow's, which are none of Python's own
+MACHINES = ("OutOfMemoryError", "AcceleratorError", "ResourceExhaustedError")
 
-UNTRAINED = ("model.freeze or the model itself leaves the loss without any trainable parameter behind it; freeze less, name some in model.thaw, or "
-             "take out what detaches the loss (detach, no_grad, stop_gradient).")
+UNTRAINED = ("model.freeze or the model itself leaves the loss without any trainable parameter behind it; freeze less, "
+             "name some in model.thaw, or take out what detaches the loss (detach, no_grad, stop_gradient).")
 
 
 def check_home(kind: str, model: Any, backend: str) -> None:
-    """RecipeError where a user's model is of another framework than the one that is to train it, known without importing either."""
+    """RecipeError where a user's model is of another framework than the one that is to train it, known without
+    importing either."""
     packages = [cls.__module__.partition(".")[0] for cls in type(model).__mro__]
     for package, (what, home) in HOMES.items():
         if package in packages:
             if home != backend:
-                raise RecipeError(f'backend.name = "{backend}" cannot train model.kind = "{kind}", {what} ({type(model).__name__}); write '
+                raise RecipeError(f'backend.name = "{backend}" cannot train model.kind = "{kind}", {what} '
+                                  f'({type(model).__name__}); write '
                                 f'backend.name = "{home}".')
             return
 
 
 def is_of_machine(error: BaseException) -> bool:
-    """Whether the machine lacks something, as room or a device, in Python's words or a framework's: elsewhere or later it may be there."""
+    """Whether the machine lacks something, as room or a device, in Python's words or a framework's: elsewhere or later
+    it may be there."""
     return isinstance(error, (OSError, MemoryError)) or any(cls.__name__ in MACHINES for cls in type(error).__mro__)
 
 
 @contextmanager
 def users(is_own: bool) -> Iterator[None]:
-    """Around what computes with a model and a data set. With `is_own`, what fails there is the user's own code and would fail again on every worker:
-    a UserError, which nobody retries. What the group (GroupBroken) or the machine lacks stays what it is.
+    """Around what computes with a model and a data set. With `is_own`, what fails there is the user's own code and
+    would fail again on every worker: a UserError, which nobody retries. What the group (GroupBroken) or the machine
+    lacks stays what it is.
     """
     try:
         yield
@@ -114,6 +121,7 @@ def describe(error: BaseException) -> str:
 def place_of(error: BaseException) -> str:
     """" (file.py, line 12, in loss)": the user's own line behind an error; "" where there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((*OURS, "<")) and "-packages/" not in frame.filename and "/lib/python" not in frame.filename:
+        if not frame.filename.startswith((*OURS,
+                                          "<")) and "-packages/" not in frame.filename and "/lib/python" not in frame.filename:
             return f" ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})"
     return ""

@@ -21,8 +21,9 @@ GLANCE_S = 0.2  # who looks whether a lock is free has it for an instant: nobody
 
 
 class JsonLines:
-    """Appends to one file. A torn last line, left by a process that died while writing, is cut off before the first is written, not
-    earlier: until `claim` it may be another's, who is about to end it. Lines that the disk does not take are held, in order, until it does."""
+    """Appends to one file. A torn last line, left by a process that died while writing, is cut off before the first is
+    written, not earlier: until `claim` it may be another's, who is about to end it. Lines that the disk does not take
+    are held, in order, until it does."""
 
     def __init__(self, path: str | Path, mode: int = 0o666):
         self.path, self._is_whole = Path(path), False
@@ -55,8 +56,8 @@ class JsonLines:
         return True
 
     def cut_back(self, step: int) -> None:
-        """Drops the lines of later steps; the file is cut or replaced, whole or not at all. Where the others lie before them, that needs no room on
-        a full disk."""
+        """Drops the lines of later steps; the file is cut or replaced, whole or not at all. Where the others lie before
+        them, that needs no room on a full disk."""
         self._held = deque(text for text in self._held if json.loads(text).get("step", 0) <= step)
         stays = [fields.get("step", 0) <= step for fields in read_lines(self.path)]
         lines = self.path.read_bytes().split(b"\n")[:len(stays)] if stays else []
@@ -75,7 +76,8 @@ class JsonLines:
         os.fsync(self._file.fileno())
 
     def claim(self, wait_s: float = 0.0) -> bool:
-        """Makes this process the file's only writer, for as long as it lives; False if another one still is after `wait_s`."""
+        """Makes this process the file's only writer, for as long as it lives; False if another one still is after
+        `wait_s`."""
         return locked(self._file, wait_s)
 
     def close(self) -> None:
@@ -90,7 +92,8 @@ def has_writer(path: str | Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise UserError(f"{path} cannot be opened for writing ({error.strerror}); only who may write there may go on with its run.") from error
+        raise UserError(f"{path} cannot be opened for writing ({error.strerror}); only who may write there may go on "
+                        "with its run.") from error
 
 
 def line(fields: Mapping[str, Any]) -> str:

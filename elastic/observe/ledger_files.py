@@ -1,8 +1,8 @@
 """The ledger on disk: which sample fed which logical shard at which step (`data/ledger.py` notes it), and what that proves.
 
-One Arrow IPC stream per generation, one record batch per step, one row per sample. Each batch goes to the operating system in
-one piece before the step's own line does, so every step in metrics.jsonl is in the ledger; a torn tail is cut. What a full disk does not
-take is held until it does.
+One Arrow IPC stream per generation, one record batch per step, one row per sample. Each batch goes to the operating
+system in one piece before the step's own line does, so every step in metrics.jsonl is in the ledger; a torn tail is
+cut. What a full disk does not take is held until it does.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def sources_of(file: Path) -> list[int]:
 
 @dataclass
 class Proof:
-    """Follows a ledger from its first row to its last. Memory: one byte a sample of each epoch that is not whole yet."""
+    """Follows a ledger from its first row to its last. Memory: one byte a sample of each epoch that is not whole yet.
+    """
 
     sizes: list[int]
     problems: list[str] = field(default_factory=list)
@@ -150,9 +151,11 @@ class Proof:
         if step != self.step + 1:
             self.problems.append(f"ledger: step {step} where step {self.step + 1} should be")
         if samples.get(step) != num:
-            self.problems.append(f"ledger: step {step} has {num} samples, metrics.jsonl says {samples.get(step, 'nothing')}")
+            self.problems.append(f"ledger: step {step} has {num} samples, metrics.jsonl says "
+                                 f"{samples.get(step, 'nothing')}")
         if not np.array_equal(rows["position"], np.arange(self.position, self.position + num)):
-            self.problems.append(f"ledger: step {step} does not feed the positions {self.position} to {self.position + num - 1}, each once")
+            self.problems.append(f"ledger: step {step} does not feed the positions {self.position} to "
+                                 f"{self.position + num - 1}, each once")
         if (np.diff(rows["logical_shard"]) < 0).any():
             self.problems.append(f"ledger: step {step} has its logical shards out of order")
         self.step, self.position = step, self.position + num
@@ -172,7 +175,8 @@ class Proof:
         seen = self.open.setdefault(key, np.zeros(self.sizes[source], bool))
         twice = samples[seen[samples]].tolist() or samples[np.bincount(samples)[samples] > 1].tolist() if key not in self.whole else samples.tolist()
         if twice:
-            self.problems.append(f"ledger: sample {twice[0]}{self.named(source)} is fed a second time in epoch {epoch}, at step {step}")
+            self.problems.append(f"ledger: sample {twice[0]}{self.named(source)} is fed a second time in epoch "
+                                 f"{epoch}, at step {step}")
         seen[samples] = True
         if seen.all():
             self.whole.add(key)
@@ -187,12 +191,13 @@ class Proof:
             for epoch in range(self.fed.get(source, 0) // size):
                 if (source, epoch) not in self.whole:
                     seen = self.open.get((source, epoch), np.zeros(size, bool))
-                    self.problems.append(f"ledger: epoch {epoch}{self.named(source)} lacks {int((~seen).sum())} of {size} samples, "
-                                         f"the first of them {int(np.argmin(seen))}")
+                    self.problems.append(f"ledger: epoch {epoch}{self.named(source)} lacks {int((~seen).sum())} of "
+                                         f"{size} samples, the first of them {int(np.argmin(seen))}")
 
 
 def prove(run_dir: Path, steps: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """(problems, facts) of a run's ledger against its committed steps: every position once, every sample of a whole epoch once."""
+    """(problems, facts) of a run's ledger against its committed steps: every position once, every sample of a whole
+    epoch once."""
     found = files(run_dir / FOLDER)
     if not found:
         return (["ledger: there is none, but the recipe asks for one"] if steps else []), []

@@ -27,11 +27,13 @@ def sessions(events: Lines, metrics: Lines) -> list[tuple[float, float]]:
         return []
     begins = begins or times[:1]
     ends = [*begins[1:], float("inf")]
-    return [(begin, max([time for time in times if begin <= time < end], default=begin)) for begin, end in zip(begins, ends)]
+    return [(begin, max([time for time in times if begin <= time < end], default=begin))
+            for begin, end in zip(begins, ends)]
 
 
 def goodput(events: Lines, metrics: Lines) -> float:
-    """The share of the time between each session's first generation and its last commit that went into steps that count.
+    """The share of the time between each session's first generation and its last commit that went into steps that
+    count.
 
     A step that was redone, a pause, an evaluation and an idle wait are the rest.
     """

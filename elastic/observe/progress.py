@@ -43,7 +43,8 @@ class Pace:
         of = f"/{self.num_steps}" if self.num_steps else ""
         unit = unit_of([last])
         rate = sum(step[unit] for step in self.recent) / self.span_s
-        parts = [f"step {last['step']}{of}", f"loss {last['loss']:.4f}", f"{rate:.0f} {unit}/s", count(last["world_size"], "worker"),
+        parts = [f"step {last['step']}{of}", f"loss {last['loss']:.4f}", f"{rate:.0f} {unit}/s",
+                 count(last["world_size"], "worker"),
                  f"generation {last['generation']}"]
         if self.num_steps and last["step"] < self.num_steps:
             parts.append(f"{duration((self.num_steps - last['step']) * self.span_s / len(self.recent))} left")
@@ -56,7 +57,8 @@ class Progress:
     def __init__(self, num_steps: int | None = None, console: Console | None = None):
         self.console = console or Console()
         self.pace = Pace(num_steps)
-        self.live = Live(Text(""), console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self.live = Live(Text(""), console=self.console, refresh_per_second=4,
+                         transient=True) if self.console.is_terminal else None
         self.printed_s = 0.0
         self.shown = 0
 
@@ -65,7 +67,8 @@ class Progress:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
+                 | None) -> None:
         if self.live:
             self.live.stop()
         if self.pace.recent and self.pace.recent[-1]["step"] != self.shown:

@@ -17,7 +17,8 @@ def recipe_text(run_dir: Path) -> str:
     try:
         return (run_dir / RECIPE).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{run_dir} is no run directory: it has no {RECIPE}; give the directory that `elastic train` named.") from None
+        raise UserError(f"{run_dir} is no run directory: it has no {RECIPE}; give the directory that `elastic train` "
+                        "named.") from None
 
 
 def recipe_of(run_dir: Path) -> Recipe:

@@ -22,7 +22,8 @@ def status_lines(run_dir: str | Path, now_s: float | None = None) -> list[str]:
     run_dir = Path(run_dir)
     recipe = recipe_text(run_dir)
     (events, metrics), ended = lines_of(run_dir), summary_of(run_dir)
-    lines = ended_lines(ended) if ended else live_lines(run_dir, recipe, events, metrics, time.time() if now_s is None else now_s)
+    lines = ended_lines(ended) if ended else live_lines(run_dir, recipe, events, metrics, time.time() if now_s is None
+                                                        else now_s)
     checkpoints = sorted(path.parent.name for path in run_dir.glob("checkpoints/*/manifest.json"))
     if not (run_dir / "checkpoints").exists():  # they lie elsewhere: what the events say of them
         checkpoints = sorted({e["path"].rpartition("/")[2] for e in events if e["event"] == "checkpoint_committed"})
@@ -31,10 +32,13 @@ def status_lines(run_dir: str | Path, now_s: float | None = None) -> list[str]:
 
 
 def ended_lines(summary: dict[str, Any]) -> list[str]:
-    head = {"failed": f"failed: {summary.get('error', '')}", "interrupted": "interrupted, to be resumed"}.get(summary["status"], "done")
-    return [head, f"steps {summary['steps']}, loss {summary['final_loss']}, evaluation {numbers(summary['eval']) or 'none'}",
-            f"took {duration(summary['wall_s'])}, goodput {summary['goodput']:.1%}, recoveries {summary['recoveries']}, "
-            f"steps lost {summary['steps_lost']}, workers {' -> '.join(map(str, summary['world_sizes']))}"]
+    head = {"failed": f"failed: {summary.get('error', '')}",
+            "interrupted": "interrupted, to be resumed"}.get(summary["status"], "done")
+    return [head, f"steps {summary['steps']}, loss {summary['final_loss']}, evaluation "
+                  f"{numbers(summary['eval']) or 'none'}",
+            f"took {duration(summary['wall_s'])}, goodput {summary['goodput']:.1%}, recoveries "
+            f"{summary['recoveries']}, steps lost {summary['steps_lost']}, workers "
+            f"{' -> '.join(map(str, summary['world_sizes']))}"]
 
 
 def live_lines(run_dir: Path, recipe: str, events: Lines, metrics: Lines, now_s: float) -> list[str]:

@@ -28,11 +28,14 @@ class Verdict:
     facts: list[str] = field(default_factory=list)
 
 
-def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint, checkpoints: Mapping[str, Any] | None = None) -> Verdict:
-    """Steps, generations, evaluations, summary, and every checkpoint that has a manifest: those in `run_dir`, or these, by name."""
+def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint, checkpoints: Mapping[str, Any]
+           | None = None) -> Verdict:
+    """Steps, generations, evaluations, summary, and every checkpoint that has a manifest: those in `run_dir`, or these,
+    by name."""
     run_dir = Path(run_dir)
     if checkpoints is None:
-        checkpoints = {f"checkpoints/{m.parent.name}": m.parent for m in sorted(run_dir.glob("checkpoints/*/manifest.json"))}
+        checkpoints = {f"checkpoints/{m.parent.name}": m.parent
+                       for m in sorted(run_dir.glob("checkpoints/*/manifest.json"))}
     verdict = Verdict()
     try:
         (events, metrics), summary = lines_of(run_dir), summary_of(run_dir)
@@ -93,28 +96,32 @@ def evaluation_problems(steps: Lines, evaluations: Lines) -> list[str]:
 
 
 def generation_problems(events: Lines) -> list[str]:
-    """Generations only grow, and a generation's events come after its start. The order of the lines says so, and no date."""
+    """Generations only grow, and a generation's events come after its start. The order of the lines says so, and no
+    date."""
     problems, current = [], 0
     for line in events:
         number = line["generation"]
         if line["event"] != "generation_started":
             if number > current:
-                problems.append(f"events.jsonl: {line['event']} of generation {number} comes before the start of that generation")
+                problems.append(f"events.jsonl: {line['event']} of generation {number} comes before the start of that "
+                                "generation")
             continue
         workers = line["workers"]
         if number <= current:
             problems.append(f"events.jsonl: generation {number} starts after generation {current}")
         if workers and [w["rank"] for w in workers] != list(range(line["world_size"])):
-            problems.append(f"events.jsonl: generation {number} has ranks {[w['rank'] for w in workers]} and world size {line['world_size']}")
+            problems.append(f"events.jsonl: generation {number} has ranks {[w['rank'] for w in workers]} and world "
+                            f"size {line['world_size']}")
         if line.get("written", 0) > line["step"]:
-            problems.append(f"events.jsonl: generation {number} starts at step {line['step']}, and step {line['written']} was written before")
+            problems.append(f"events.jsonl: generation {number} starts at step {line['step']}, and step "
+                            f"{line['written']} was written before")
         current = max(current, number)
     return problems
 
 
 def membership_problems(events: Lines, steps: Lines) -> list[str]:
-    """Every step lies between the start of its generation and that of the next, by the steps at which they started, and generations of steps
-    do not fall. What workers date is left alone: their clocks are not the controller's."""
+    """Every step lies between the start of its generation and that of the next, by the steps at which they started, and
+    generations of steps do not fall. What workers date is left alone: their clocks are not the controller's."""
     started = {e["generation"]: e for e in events if e["event"] == "generation_started"}
     after = dict(itertools.pairwise(sorted(started)))
     problems, current = [], 0
@@ -127,7 +134,8 @@ def membership_problems(events: Lines, steps: Lines) -> list[str]:
         if number < current:
             problems.append(f"step {step} of generation {number} comes after one of generation {current}")
         if line["world_size"] != start["world_size"]:
-            problems.append(f"step {step} names {line['world_size']} workers, its generation {number} has {start['world_size']}")
+            problems.append(f"step {step} names {line['world_size']} workers, its generation {number} has "
+                            f"{start['world_size']}")
         if step <= start["step"]:
             problems.append(f"step {step} comes before the start of its generation {number}")
         if number in after and step > started[after[number]]["step"]:
@@ -136,7 +144,8 @@ def membership_problems(events: Lines, steps: Lines) -> list[str]:
     return problems
 
 
-def checkpoint_problems(checkpoints: Mapping[str, Any], check_checkpoint: CheckCheckpoint, facts: list[str]) -> list[str]:
+def checkpoint_problems(checkpoints: Mapping[str, Any], check_checkpoint: CheckCheckpoint,
+                        facts: list[str]) -> list[str]:
     """Every checkpoint with a manifest is whole. One without is absent, not wrong."""
     problems, good = [], 0
     for name, path in checkpoints.items():
@@ -153,9 +162,11 @@ def summary_problems(summary: dict[str, Any], events: Lines, metrics: Lines) -> 
     """What the summary says follows from the lines; goodput and wall_s are left to rounding."""
     expected = build_summary(events, metrics, summary.get("status", ""))
     problems = [f"summary.json: {key} is {summary.get(key)}, the lines say {expected[key]}"
-                for key in ("steps", "final_loss", "eval", "steps_lost", "recoveries", "world_sizes") if summary.get(key) != expected[key]]
+                for key in ("steps", "final_loss", "eval", "steps_lost", "recoveries", "world_sizes")
+                if summary.get(key) != expected[key]]
     if summary.get("status") not in ("done", "failed", "interrupted"):
         problems.append(f"summary.json: status is {summary.get('status')!r}")
     if summary.get("status") == "done":
-        problems += [f"summary.json: {key} is missing" for key in ("parameters_sha256", "state_sha256") if not summary.get(key)]
+        problems += [f"summary.json: {key} is missing" for key in ("parameters_sha256", "state_sha256")
+                     if not summary.get(key)]
     return problems

@@ -1,8 +1,8 @@
 """A pipeline schedule as data: what each stage does with which micro-batch, in which order.
 
-A stage is one worker of the pipeline axis and holds `num_chunks` chunks of the model: chunk c of stage s of K lies at depth
-c K + s, so activations go from stage to stage and from the last one back to the first, one chunk further. A message is a send
-on one stage and a receive on the other, and blocks both.
+A stage is one worker of the pipeline axis and holds `num_chunks` chunks of the model: chunk c of stage s of K lies at
+depth c K + s, so activations go from stage to stage and from the last one back to the first, one chunk further. A
+message is a send on one stage and a receive on the other, and blocks both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ NAMES: tuple[Name, ...] = get_args(Name)
 
 @dataclass(frozen=True)
 class Action:
-    """`backward` is input and weight gradients in one; the two may come apart instead. `chunk` is the stage's own chunk, in a message too."""
+    """`backward` is input and weight gradients in one; the two may come apart instead. `chunk` is the stage's own
+    chunk, in a message too."""
 
     kind: Kind
     micro_batch: int
@@ -69,7 +70,8 @@ class Schedule:
 
 
 def in_flight(actions: Actions) -> list[int]:
-    """After each action of one stage: how many (micro-batch, chunk) pairs have gone forward and still lack a gradient."""
+    """After each action of one stage: how many (micro-batch, chunk) pairs have gone forward and still lack a gradient.
+    """
     held, counts = 0, []
     for action in actions:
         held += {"forward": 1, "backward": -1, "backward_weight": -1}.get(action.kind, 0)

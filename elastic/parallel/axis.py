@@ -1,7 +1,7 @@
 """One axis of the mesh as a model's kernels see it: its size, this worker's place, and the collectives, with a count of what moved.
 
-Sums are in rank order on every transport, so their bits depend on the degree alone. Buffers are flat arrays, NumPy or torch, of any dtype
-that the group moves; what is given is not written to.
+Sums are in rank order on every transport, so their bits depend on the degree alone. Buffers are flat arrays, NumPy or
+torch, of any dtype that the group moves; what is given is not written to.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Proves of a schedule that it computes the right thing, cannot deadlock and keeps its published memory bound.
 
-A stage's own list is checked by itself: what each action needs was there before it, each micro-batch goes through each chunk once each way,
-weight gradients come in ascending order of micro-batches, and no more is in flight than `bound` allows. Then the lists are run
-against each other. A message blocks both ends, and messages do not say what they are: what two stages do with each
-other next must fit. With blocking messages the order in which independent stages go on changes nothing of what can be reached
-(each has one next action, and no choice), so one run without a deadlock proves that there is none, whatever things cost.
+A stage's own list is checked by itself: what each action needs was there before it, each micro-batch goes through each
+chunk once each way, weight gradients come in ascending order of micro-batches, and no more is in flight than `bound`
+allows. Then the lists are run against each other. A message blocks both ends, and messages do not say what they are:
+what two stages do with each other next must fit. With blocking messages the order in which independent stages go on
+changes nothing of what can be reached (each has one next action, and no choice), so one run without a deadlock proves
+that there is none, whatever things cost.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from itertools import product
 
 from elastic.parallel.actions import Action, Schedule, in_flight
 
-Ends = tuple[tuple[int, int], ...]  # (stage, position in its list) of one computation, or of a message's sender and receiver
+# (stage, position in its list) of one computation, or of a message's sender and receiver
+Ends = tuple[tuple[int, int], ...]
 Task = tuple[str, int, int]  # kind, micro-batch, chunk; a backward in two parts is one `backward`
 
-BEFORE = {"forward": ("receive_activation",), "send_activation": ("forward",), "backward": ("forward", "receive_gradient"),
+BEFORE = {"forward": ("receive_activation",), "send_activation": ("forward",),
+          "backward": ("forward", "receive_gradient"),
           "send_gradient": ("backward",), "receive_activation": (), "receive_gradient": ()}  # on the same stage
 
 
@@ -36,9 +39,9 @@ def check(schedule: Schedule) -> None:
 def bound(schedule: Schedule, stage: int) -> int:
     """The most (micro-batch, chunk) pairs that may be in flight on a stage.
 
-    GPipe keeps every micro-batch; 1F1B K - stage (Narayanan et al. 2021, section 2.2.1); the interleaved schedule's first stage K V + K - 1
-    chunks, which is 1 + (K - 1) / (K V) of 1F1B's memory (Korthikanti et al. 2022, section 4.2.3), each later one two less; ZB-H1
-    on every stage what 1F1B has on its first (Qi et al. 2023, section 2.1).
+    GPipe keeps every micro-batch; 1F1B K - stage (Narayanan et al. 2021, section 2.2.1); the interleaved schedule's
+    first stage K V + K - 1 chunks, which is 1 + (K - 1) / (K V) of 1F1B's memory (Korthikanti et al. 2022, section
+    4.2.3), each later one two less; ZB-H1 on every stage what 1F1B has on its first (Qi et al. 2023, section 2.1).
     """
     stages, most = schedule.num_stages, schedule.num_micro_batches * schedule.num_chunks
     return min(most, {"gpipe": most, "1f1b": stages - stage, "zb-h1": stages,
@@ -96,7 +99,8 @@ def task(action: Action) -> Task:
 
 
 def amiss(action: Action, needed: set[Task], done: set[Task]) -> str:
-    """What is wrong with doing `action` after what is done; "" if nothing. A message that nobody sends is not waited for."""
+    """What is wrong with doing `action` after what is done; "" if nothing. A message that nobody sends is not waited
+    for."""
     kind, *item = this = task(action)
     if this not in needed:
         return "there is no such thing to do on this stage."
@@ -123,7 +127,8 @@ def happenings(schedule: Schedule) -> Iterator[Ends]:
             if theirs is None or not theirs.is_message or schedule.peer(peer, theirs) != stage:
                 break
             if theirs != schedule.counterpart(stage, action):
-                raise failure(schedule, stage, at[stage], f"stage {peer} is at position {at[peer]}, {theirs}, which does not fit.")
+                raise failure(schedule, stage, at[stage],
+                              f"stage {peer} is at position {at[peer]}, {theirs}, which does not fit.")
             ends = (stage, at[stage]), (peer, at[peer])
             yield ends if action.kind.startswith("send") else ends[::-1]
             at[stage] += 1
@@ -133,5 +138,7 @@ def happenings(schedule: Schedule) -> Iterator[Ends]:
     if stuck:
         stage, *others = stuck
         peer = schedule.peer(stage, schedule.actions[stage][at[stage]])
-        too = ", ".join(f"stage {other} at position {at[other]}, {schedule.actions[other][at[other]]}" for other in others)
-        raise failure(schedule, stage, at[stage], f"deadlock: stage {peer} does not come to it{'; stuck as well: ' + too if too else ''}.")
+        too = ", ".join(f"stage {other} at position {at[other]}, {schedule.actions[other][at[other]]}"
+                        for other in others)
+        raise failure(schedule, stage, at[stage],
+                      f"deadlock: stage {peer} does not come to it{'; stuck as well: ' + too if too else ''}.")

@@ -1,11 +1,12 @@
 """Runs one stage's part of a schedule over the stage's model and the group's point to point.
 
-What travels is flat float32 buffers of sizes known beforehand: activations one way over a cut of the model, their gradients the other.
+What travels is flat float32 buffers of sizes known beforehand: activations one way over a cut of the model, their
+gradients the other.
 
-Bits. On each chunk the weight gradients come in ascending order of micro-batches; the checker holds every schedule to that, so a
-stage adds each of them straight into one buffer, nothing is held apart, and all schedules give the same sums. That
-buffer starts from zeros for every logical shard: (tree + g0) + g1 has other bits than tree + (g0 + g1), so a shard of several
-micro-batches is summed by itself first and then goes up the tree as one leaf.
+Bits. On each chunk the weight gradients come in ascending order of micro-batches; the checker holds every schedule to
+that, so a stage adds each of them straight into one buffer, nothing is held apart, and all schedules give the same
+sums. That buffer starts from zeros for every logical shard: (tree + g0) + g1 has other bits than tree + (g0 + g1), so a
+shard of several micro-batches is summed by itself first and then goes up the tree as one leaf.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ Item = tuple[int, int]  # micro-batch, depth
 class Stage(Protocol):
     """One stage's chunks of a model, at work on one logical shard.
 
-    Buffers are flat float32 arrays. `inputs` is None at the model's beginning, where the stage has its own batch, and `output_gradients`
-    at its end, where it has the loss; there nothing is returned either. What is handed in may be kept until the micro-batch's
-    backward pass through the chunk is over, and not changed; what is returned is not written to again.
+    Buffers are flat float32 arrays. `inputs` is None at the model's beginning, where the stage has its own batch, and
+    `output_gradients` at its end, where it has the loss; there nothing is returned either. What is handed in may be
+    kept until the micro-batch's backward pass through the chunk is over, and not changed; what is returned is not
+    written to again.
     """
 
     def forward(self, chunk: int, micro_batch: int, inputs: Buffer | None) -> Buffer | None:
@@ -42,18 +44,22 @@ class Stage(Protocol):
 
 
 class Executor:
-    """One stage of one group: `group.rank` is the stage, and `sizes[d]` the elements that travel between depths d and d + 1.
+    """One stage of one group: `group.rank` is the stage, and `sizes[d]` the elements that travel between depths d and d
+    + 1.
 
-    It keeps its receive buffers from run to run. When a run raises, throw it away, after `GroupBroken` with its group: a peer that
-    was only stopped may still write to them.
+    It keeps its receive buffers from run to run. When a run raises, throw it away, after `GroupBroken` with its group:
+    a peer that was only stopped may still write to them.
     """
 
-    def __init__(self, schedule: Schedule, group: CollectiveGroup, sizes: Sequence[int], allocate: Callable[[int], Buffer]):
+    def __init__(self, schedule: Schedule, group: CollectiveGroup, sizes: Sequence[int],
+                 allocate: Callable[[int], Buffer]):
         check(schedule)
         if group.size != schedule.num_stages:
-            raise ValueError(f"a schedule of {schedule.num_stages} stages on a group of {group.size}: they must be as many.")
+            raise ValueError(f"a schedule of {schedule.num_stages} stages on a group of {group.size}: they must be as "
+                             "many.")
         if len(sizes) != schedule.num_depths - 1:
-            raise ValueError(f"{len(sizes)} sizes for {schedule.num_depths} chunks of the model: there must be {schedule.num_depths - 1}.")
+            raise ValueError(f"{len(sizes)} sizes for {schedule.num_depths} chunks of the model: there must be "
+                             f"{schedule.num_depths - 1}.")
         self._schedule, self._group, self._sizes, self._allocate = schedule, group, sizes, allocate
         self._free: dict[int, list[Buffer]] = {}
         self._inputs: dict[Item, Buffer] = {}
@@ -100,6 +106,7 @@ class Executor:
             return
         size = self._sizes[min(depth, to)]
         if made is None or made.shape != (size,):
-            raise ValueError(f"chunk {depth} of the model made {'nothing' if made is None else f'an array of shape {tuple(made.shape)}'} "
-                             f"for chunk {to}: it must be flat, of {size} elements.")
+            raise ValueError(f"chunk {depth} of the model made "
+                             f"{'nothing' if made is None else f'an array of shape {tuple(made.shape)}'} for chunk "
+                             f"{to}: it must be flat, of {size} elements.")
         self._leaving[micro_batch, to] = made

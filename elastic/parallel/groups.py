@@ -23,7 +23,8 @@ Watch = Callable[[], AbstractContextManager[Any]]
 class MeshGroups:
     """Every member makes its own, all in the same order: a group forms when all of its members have come to it.
 
-    `watch()` surrounds each call inside a replica: who has not entered one that others wait in is the suspect of a hang.
+    `watch()` surrounds each call inside a replica: who has not entered one that others wait in is the suspect of a
+    hang.
     """
 
     def __init__(self, group: CollectiveGroup, mesh: Mesh, portion: Portion | None, watch: Watch):
@@ -38,7 +39,8 @@ class MeshGroups:
         self.axes = {axis: Axis(axis, lines[axis], self.counts) for axis in SPLITTING}
         self.replica = self._group(mesh.replica(group.rank))
         self.shared: list[tuple[Axis, tuple[str, ...]]] = []
-        for one in sorted(portion.shared, key=lambda shared: [mesh.rank(coordinate) for coordinate in shared.coordinates]) if portion else ():
+        for one in sorted(portion.shared, key=lambda shared: [mesh.rank(coordinate)
+                                                              for coordinate in shared.coordinates]) if portion else ():
             ranks = [mesh.rank(replace(coordinate, data=self.coordinate.data)) for coordinate in one.coordinates]
             self.shared.append((Axis("shared", self._group(ranks, watch), self.counts), one.names))
 
@@ -59,7 +61,8 @@ class MeshGroups:
 
 
 class Watched:
-    """A group whose calls are seen to wait. `broken` keeps its end: a framework may turn the error into one of its own."""
+    """A group whose calls are seen to wait. `broken` keeps its end: a framework may turn the error into one of its own.
+    """
 
     def __init__(self, group: CollectiveGroup, watch: Watch, broken: list[GroupBroken]):
         self._group, self._watch, self._broken = group, watch, broken
@@ -84,7 +87,8 @@ class Watched:
 
 
 class Mirror:
-    """A group whose every member is this worker, for a first run that compiles and allocates: what the others would send is what it gave."""
+    """A group whose every member is this worker, for a first run that compiles and allocates: what the others would
+    send is what it gave."""
 
     def __init__(self, size: int, rank: int):
         self.rank, self.size = rank, size
@@ -102,4 +106,5 @@ class Mirror:
 
 def mirrored(layout: Layout, coordinate: Coordinate) -> dict[str, Axis]:
     """Axes that lead nowhere, of every dim that is split."""
-    return {dim: Axis(axis, Mirror(getattr(layout.mesh, axis), getattr(coordinate, axis))) for dim, axis in layout.dims.items()}  # type: ignore[arg-type]
+    return {dim: Axis(axis, Mirror(getattr(layout.mesh, axis), getattr(coordinate, axis)))  # type: ignore[arg-type]
+            for dim, axis in layout.dims.items()}

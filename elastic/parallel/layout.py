@@ -1,7 +1,7 @@
 """How a model lies on a mesh: which pieces a stage runs, which box of each array a worker holds. Pure functions of names and numbers.
 
-A dim that the layout maps to an axis is split along it, as evenly as it goes; a parameter's dims name its axes. Pieces of the model
-go to the stages of the pipeline, each a contiguous range.
+A dim that the layout maps to an axis is split along it, as evenly as it goes; a parameter's dims name its axes. Pieces
+of the model go to the stages of the pipeline, each a contiguous range.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ SPLITTING = ("tensor", "expert")  # axes along which a dim can be split
 
 @dataclass(frozen=True)
 class Shared:
-    """Parameters that several coordinates of a replica hold, and whose gradient is the sum of what each of them finds."""
+    """Parameters that several coordinates of a replica hold, and whose gradient is the sum of what each of them finds.
+    """
 
     coordinates: tuple[Coordinate, ...]  # of replica 0
     names: tuple[str, ...]
@@ -33,16 +34,19 @@ class Shared:
 class Layout:
     """One model on one mesh. RecipeError where it does not fit."""
 
-    def __init__(self, model: Any, mesh: Mesh, dims: Mapping[str, str] | None = None, costs: Mapping[str, float] | None = None,
+    def __init__(self, model: Any, mesh: Mesh, dims: Mapping[str, str] | None = None, costs: Mapping[str, float]
+                 | None = None,
                  num_chunks: int = 1):
-        """`dims`: dim -> axis in place of the model's own; `costs`: of each piece, in any unit, to balance the stages; else they count alike."""
+        """`dims`: dim -> axis in place of the model's own; `costs`: of each piece, in any unit, to balance the stages;
+        else they count alike."""
         self.mesh, self.num_chunks = mesh, num_chunks
         self.parameters: Mapping[str, Spec] = model.parameters
         chain = model if is_chain(model) else None
         for axis in ("pipeline", "tensor", "expert"):
             if getattr(mesh, axis) > 1 and chain is None:
-                raise RecipeError(f"mesh.{axis} = {getattr(mesh, axis)} needs a model in pieces with named dims, which this model.kind is not; write "
-                                  f"mesh.{axis} = 1, or offer what elastic.model.backend.Chain asks for.")
+                raise RecipeError(f"mesh.{axis} = {getattr(mesh, axis)} needs a model in pieces with named dims, which "
+                                  f"this model.kind is not; write mesh.{axis} = 1, or offer what "
+                                  "elastic.model.backend.Chain asks for.")
         own = dict(chain.layout) if chain else {}
         check_dims(dims or {}, own)
         self.dims = {dim: axis for dim, axis in (dims or own).items() if getattr(mesh, axis) > 1}
@@ -51,7 +55,8 @@ class Layout:
         self.reads = [tuple(self.parameters)]  # by depth: the parameters that the chunk there reads
         if chain:
             self.depths = self._cut(chain.pieces, costs)
-            self.reads = [tuple(dict.fromkeys(name for piece in pieces for name in chain.names(piece))) for pieces in self.depths]
+            self.reads = [tuple(dict.fromkeys(name for piece in pieces for name in chain.names(piece)))
+                          for pieces in self.depths]
 
     def _cut(self, pieces: Sequence[str], costs: Mapping[str, float] | None) -> tuple[tuple[str, ...], ...]:
         """By depth. RecipeError where there are too few pieces."""
@@ -59,8 +64,10 @@ class Layout:
         if len(pieces) < depths:
             most = len(pieces) // self.num_chunks
             remedy = f"mesh.pipeline = {most} or less" if self.num_chunks == 1 or most > 1 else "fewer mesh.chunks, or another mesh.schedule"
-            raise RecipeError(f"mesh.pipeline = {self.mesh.pipeline}" + (f" with mesh.chunks = {self.num_chunks}" if self.num_chunks > 1 else "") +
-                              f" needs {depths} pieces, and the model has {len(pieces)} ({', '.join(pieces[:4])}, ...); write {remedy}.")
+            raise RecipeError(f"mesh.pipeline = {self.mesh.pipeline}"
+                              + (f" with mesh.chunks = {self.num_chunks}" if self.num_chunks > 1 else "") +
+                              f" needs {depths} pieces, and the model has {len(pieces)} ({', '.join(pieces[:4])}, "
+                              f"...); write {remedy}.")
         weights = [1.0 if costs is None else costs[piece] for piece in pieces]
         return tuple(tuple(pieces[low:high]) for low, high in balanced(weights, depths))
 
@@ -70,15 +77,17 @@ class Layout:
                 axis = self.dims.get(dim)
                 size = getattr(self.mesh, axis) if axis else 1
                 if length < size and dim in UNEVEN:
-                    raise RecipeError(f"mesh.{axis} = {size} is more than {dim} = {length} of {name}; write mesh.{axis} = {length} or less.")
+                    raise RecipeError(f"mesh.{axis} = {size} is more than {dim} = {length} of {name}; write "
+                                      f"mesh.{axis} = {length} or less.")
                 if length % size and dim not in UNEVEN:
                     fits = [n for n in range(1, length + 1) if length % n == 0]
                     raise RecipeError(f"mesh.{axis} = {size} does not divide {dim} = {length} of {name}; write one of "
                                       f"{', '.join(map(str, fits[:6]))}.")
         for axis in SPLITTING:
-            if getattr(self.mesh, axis) > 1 and not any(self.dims.get(dim) == axis for spec in self.parameters.values() for dim in spec.dims):
-                raise RecipeError(f"mesh.{axis} = {getattr(self.mesh, axis)} splits nothing: no dim of the model is laid out on it; "
-                                  f"write mesh.{axis} = 1.")
+            if getattr(self.mesh, axis) > 1 and not any(self.dims.get(dim) == axis for spec in self.parameters.values()
+                                                        for dim in spec.dims):
+                raise RecipeError(f"mesh.{axis} = {getattr(self.mesh, axis)} splits nothing: no dim of the model is "
+                                  f"laid out on it; write mesh.{axis} = 1.")
 
     def stage_depths(self, stage: int) -> tuple[int, ...]:
         """The depths whose chunks a stage runs."""
@@ -92,7 +101,8 @@ class Layout:
     @cached_property
     def stages_of(self) -> dict[str, tuple[int, ...]]:
         """The stages that hold each parameter."""
-        return {name: tuple(stage for stage in range(self.mesh.pipeline) if name in set(self.held(stage))) for name in self.parameters}
+        return {name: tuple(stage for stage in range(self.mesh.pipeline) if name in set(self.held(stage)))
+                for name in self.parameters}
 
     def axes(self, name: str) -> tuple[str, ...]:
         """The axes along which a parameter is split."""
@@ -117,7 +127,8 @@ class Layout:
         return {name: replace(self.parameters[name], shape=box.count) for name, box in self.boxes(coordinate).items()}
 
     def owners(self, name: str) -> tuple[Coordinate, ...]:
-        """The coordinates of replica 0 that hold all of the parameter once among them: who counts it in a norm, and saves it."""
+        """The coordinates of replica 0 that hold all of the parameter once among them: who counts it in a norm, and
+        saves it."""
         axes = self.axes(name)
         return tuple(Coordinate(0, self.stages_of[name][0], expert, tensor)
                      for expert in range(self.mesh.expert if "expert" in axes else 1)
@@ -129,19 +140,22 @@ class Layout:
     def shared(self, coordinate: Coordinate) -> tuple[Shared, ...]:
         """The parameters of a coordinate whose gradients must be summed over a replica, by who holds them.
 
-        Tied parameters over their stages; what is not split over the expert axis, where every worker has other rows, over that.
+        Tied parameters over their stages; what is not split over the expert axis, where every worker has other rows,
+        over that.
         """
         found: dict[tuple[Coordinate, ...], list[str]] = {}
         for name in self.held(coordinate.pipeline):
             experts = (coordinate.expert,) if "expert" in self.axes(name) else range(self.mesh.expert)
-            coordinates = tuple(Coordinate(0, stage, expert, coordinate.tensor) for stage in self.stages_of[name] for expert in experts)
+            coordinates = tuple(Coordinate(0, stage, expert, coordinate.tensor) for stage in self.stages_of[name]
+                                for expert in experts)
             if len(coordinates) > 1:
                 found.setdefault(coordinates, []).append(name)
         return tuple(Shared(coordinates, tuple(names)) for coordinates, names in found.items())
 
 
 def check_dims(dims: Mapping[str, str], own: Mapping[str, str]) -> None:
-    """RecipeError for a layout that splits what the model is not written to split, or along another axis than it is written for."""
+    """RecipeError for a layout that splits what the model is not written to split, or along another axis than it is
+    written for."""
     for dim, axis in dims.items():
         if own.get(dim) != axis:
             known = ", ".join(f'{name} = "{along}"' for name, along in own.items())
@@ -150,7 +164,8 @@ def check_dims(dims: Mapping[str, str], own: Mapping[str, str]) -> None:
 
 
 def balanced(weights: Sequence[float], parts: int) -> list[tuple[int, int]]:
-    """Cuts a row into contiguous ranges, none empty, whose heaviest is as light as possible; of equals the one with the earliest cuts."""
+    """Cuts a row into contiguous ranges, none empty, whose heaviest is as light as possible; of equals the one with the
+    earliest cuts."""
     total, size = list(accumulate(weights, initial=0.0)), len(weights)
 
     @cache
@@ -158,7 +173,8 @@ def balanced(weights: Sequence[float], parts: int) -> list[tuple[int, int]]:
         """Of so many parts from `low` on: how heavy the heaviest must be, and where the first ends."""
         if left == 1:
             return total[size] - total[low], size
-        return min((max(total[high] - total[low], best(high, left - 1)[0]), high) for high in range(low + 1, size - left + 2))
+        return min((max(total[high] - total[low], best(high, left - 1)[0]), high)
+                   for high in range(low + 1, size - left + 2))
 
     cuts = [0]
     for left in range(parts, 0, -1):

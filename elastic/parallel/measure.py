@@ -17,8 +17,10 @@ from elastic.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Measure:
-    """One pass over a batch: `flops` forward and backward, `forward` of them forward, `kept_bytes` alive when the backward pass begins,
-    `again_bytes` of the largest part that it computes again, `out_shape` of what goes on to the next piece, and the collectives.
+    """One pass over a batch: `flops` forward and backward, `forward` of them forward, `kept_bytes` alive when the
+    backward pass begins,
+    `again_bytes` of the largest part that it computes again, `out_shape` of what goes on to the next piece, and the
+    collectives.
     """
 
     flops: int
@@ -45,7 +47,8 @@ def measure(model: Any, batch: Batch) -> Measure:
 
 
 def pieces(model: Any, batch: Batch, layout: Layout, coordinate: Coordinate) -> dict[str, Measure]:
-    """Of every piece, whoever's stage it is on, with the parts that `coordinate` holds along tensor and expert; a model without has one, "".
+    """Of every piece, whoever's stage it is on, with the parts that `coordinate` holds along tensor and expert; a model
+    without has one, "".
 
     `batch`: the rows of one micro-batch that a worker of the coordinate's place on the expert axis gets.
     """
@@ -76,11 +79,14 @@ def columns_of(batch: Batch) -> dict[str, Shape]:
 
 def together(parts: Sequence[Measure]) -> Measure:
     """Pieces one after the other on one worker."""
-    return Measure(sum(part.flops for part in parts), sum(part.kept_bytes for part in parts), max(part.again_bytes for part in parts),
-                   parts[-1].out_shape, tuple(move for part in parts for move in part.moves), sum(part.forward for part in parts))
+    return Measure(sum(part.flops for part in parts), sum(part.kept_bytes for part in parts),
+                   max(part.again_bytes for part in parts),
+                   parts[-1].out_shape, tuple(move for part in parts for move in part.moves),
+                   sum(part.forward for part in parts))
 
 
 def costs_of(model: Any, batch: Batch) -> dict[str, float] | None:
-    """What a pass over each piece takes, in operations: what to balance stages by. The same wherever it is asked. None without pieces."""
+    """What a pass over each piece takes, in operations: what to balance stages by. The same wherever it is asked. None
+    without pieces."""
     measured = pieces(model, batch, Layout(model, Mesh(1)), Coordinate()) if is_chain(model) else {}
     return {name: float(one.flops) for name, one in measured.items()} or None

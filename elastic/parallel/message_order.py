@@ -1,9 +1,9 @@
 """Where the messages stand between a schedule's computations.
 
-A message blocks both its ends, so a send that stands right behind its computation makes the sender wait for a receiver that is
-busy with something else, and two neighbours that both send first wait for ever. Here the computations run on a clock,
-and a message passes at the first moment at which both its ends are between two computations. All that happens has one
-order in time; each stage's list is its part of that order. So the lists never deadlock: whatever is earliest of
+A message blocks both its ends, so a send that stands right behind its computation makes the sender wait for a receiver
+that is busy with something else, and two neighbours that both send first wait for ever. Here the computations run on a
+clock, and a message passes at the first moment at which both its ends are between two computations. All that happens
+has one order in time; each stage's list is its part of that order. So the lists never deadlock: whatever is earliest of
 what is left can always go on, for all before it is done.
 """
 
@@ -13,13 +13,15 @@ from collections.abc import Sequence
 
 from elastic.parallel.actions import Action, Actions
 
-Pace = tuple[int, int, int]  # of forward, backward_input and backward_weight; whole numbers, for moments must coincide exactly
+# of forward, backward_input and backward_weight; whole numbers, for moments must coincide exactly
+Pace = tuple[int, int, int]
 PACE: Pace = (1, 1, 1)
 Item = tuple[str, int, int]  # "activation" or "gradient", micro-batch, depth of the chunk that needs it
 
 
 def place(orders: Sequence[Sequence[Action]], num_chunks: int, pace: Pace = PACE) -> tuple[Actions, ...]:
-    """Each stage's computations with the messages among them. `ValueError` if the computations wait for each other in a circle."""
+    """Each stage's computations with the messages among them. `ValueError` if the computations wait for each other in a
+    circle."""
     if min(pace) < 1:
         raise ValueError(f"pace = {pace}: forward, backward_input and backward_weight must take at least 1.")
     clock = Clock(orders, num_chunks, pace)
@@ -28,7 +30,8 @@ def place(orders: Sequence[Sequence[Action]], num_chunks: int, pace: Pace = PACE
         clock.pass_messages()
     left = [(stage, order[clock.next[stage]]) for stage, order in enumerate(orders) if clock.next[stage] < len(order)]
     if left:
-        raise ValueError("the order deadlocks: " + "; ".join(f"stage {stage} waits to do {action}" for stage, action in left) + ".")
+        raise ValueError("the order deadlocks: "
+                         + "; ".join(f"stage {stage} waits to do {action}" for stage, action in left) + ".")
     return tuple(tuple(actions) for actions in clock.placed)
 
 
@@ -37,7 +40,8 @@ class Clock:
 
     def __init__(self, orders: Sequence[Sequence[Action]], num_chunks: int, pace: Pace):
         self.orders, self.stages, self.last = orders, len(orders), len(orders) * num_chunks - 1
-        self.ticks = {"forward": pace[0], "backward_input": pace[1], "backward_weight": pace[2], "backward": pace[1] + pace[2]}
+        self.ticks = {"forward": pace[0], "backward_input": pace[1], "backward_weight": pace[2], "backward": pace[1]
+                      + pace[2]}
         self.placed: list[list[Action]] = [[] for _ in orders]
         self.next = [0] * len(orders)
         self.busy: dict[int, int] = {}  # stage -> when it is done

@@ -1,7 +1,7 @@
 """A worker's stage at work: all micro-batches of its replica's shards through its chunks of the model, by a schedule.
 
-One schedule runs over all shards of a step, so a pipeline fills and empties once a step; the interleaved one, whose chunks pass
-from shard to shard at different times, runs shard by shard.
+One schedule runs over all shards of a step, so a pipeline fills and empties once a step; the interleaved one, whose
+chunks pass from shard to shard at different times, runs shard by shard.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Shards(Protocol):
 
 
 class Pipeline:
-    """The chunks of one coordinate, and `elastic.parallel.executor.Stage` for the shards that it runs. Receive buffers belong to a group and are
-    dropped with it.
+    """The chunks of one coordinate, and `elastic.parallel.executor.Stage` for the shards that it runs. Receive buffers
+    belong to a group and are dropped with it.
     """
 
     def __init__(self, portion: Portion, backend: Backend, schedule: str, micro_batches: int):
@@ -53,13 +53,14 @@ class Pipeline:
         self._group: CollectiveGroup | None = None
         self._executors: dict[tuple[int, int], Executor] = {}
         self._shards: Shards
-        self._run: Sequence[int] = ()  # those of the shards that are on their way; the executor counts micro-batches from the first on
+        # those of the shards that are on their way; the executor counts micro-batches from the first on
+        self._run: Sequence[int] = ()
         self._into: Mapping[str, Buffer] = {}
         self._left = 0  # backward passes, or their second halves, of the shard whose gradients are being added
 
     def shapes(self, batch: Batch) -> list[tuple[int, ...]]:
-        """Of what comes to each depth, for a batch of so many rows; nothing comes to the first. It passes between workers with the same part of
-        every split dim, and may be such a part itself.
+        """Of what comes to each depth, for a batch of so many rows; nothing comes to the first. It passes between
+        workers with the same part of every split dim, and may be such a part itself.
         """
         rows = len(next(iter(batch.values())))
         if rows not in self._shapes:
@@ -97,7 +98,8 @@ class Pipeline:
         number, micro = divmod(micro_batch, self.micro_batches)
         rows, seed = self._shards.rows(self._run[number], micro)
         depth = self.depths[chunk]
-        found = self.backend.forward((chunk, micro_batch), self.pieces[depth], inputs, self.shapes(rows)[depth], rows, seed)
+        found = self.backend.forward((chunk, micro_batch), self.pieces[depth], inputs, self.shapes(rows)[depth], rows,
+                                     seed)
         if depth < self.last:
             return found
         self._shards.add(self._run[number], found)
@@ -147,7 +149,8 @@ class Pipeline:
         shapes = self.shapes(batch)
         for depth in self.depths:
             self.backend.forward((0, 0), self.pieces[depth], self._inputs(depth, shapes), shapes[depth], batch, 0)
-            self.backend.backward((0, 0), self._inputs(depth + 1, shapes) if depth < self.last else None, self._own(depth, into))
+            self.backend.backward((0, 0), self._inputs(depth + 1, shapes) if depth < self.last else None,
+                                  self._own(depth, into))
 
     def _inputs(self, depth: int, shapes: Sequence[Sequence[int]]) -> Buffer | None:
         """Room for what comes to a depth; None at the model's beginning."""

@@ -11,7 +11,8 @@ from elastic.parallel.checker import happenings
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds per micro-batch, one figure a stage, over all of its chunks together (a chunk takes an equal share); and of one message.
+    """Seconds per micro-batch, one figure a stage, over all of its chunks together (a chunk takes an equal share); and
+    of one message.
 
     A backward pass in one piece takes `backward_input` + `backward_weight`.
     """
@@ -22,7 +23,8 @@ class Costs:
     message: float = 0.0
 
     @classmethod
-    def equal(cls, num_stages: int, forward: float, backward_input: float, backward_weight: float, message: float = 0.0) -> Costs:
+    def equal(cls, num_stages: int, forward: float, backward_input: float, backward_weight: float,
+              message: float = 0.0) -> Costs:
         """The same figures for every stage."""
         return cls((forward,) * num_stages, (backward_input,) * num_stages, (backward_weight,) * num_stages, message)
 
@@ -39,7 +41,8 @@ class Costs:
 
 @dataclass(frozen=True)
 class Span:
-    """One action of one stage on the clock, in seconds. A message's span is the time in which it moves, the wait for its other end left out."""
+    """One action of one stage on the clock, in seconds. A message's span is the time in which it moves, the wait for
+    its other end left out."""
 
     stage: int
     action: Action
@@ -49,7 +52,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """`bubble` is the share of the stages' time that is not computation; `peaks[s]` the most chunks' activations alive on stage s."""
+    """`bubble` is the share of the stages' time that is not computation; `peaks[s]` the most chunks' activations alive
+    on stage s."""
 
     spans: tuple[Span, ...]
     seconds: float
@@ -58,11 +62,13 @@ class Timeline:
 
     def rows(self) -> list[dict[str, Any]]:
         """The spans as plain values, as `observe.report.gantt` draws them."""
-        return [{"stage": span.stage, **asdict(span.action), "start": span.start, "end": span.end} for span in self.spans]
+        return [{"stage": span.stage, **asdict(span.action), "start": span.start, "end": span.end}
+                for span in self.spans]
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
-    """The clock of every stage from 0. A message starts when both of its ends have come to it and holds both; `ScheduleError` if it cannot run."""
+    """The clock of every stage from 0. A message starts when both of its ends have come to it and holds both;
+    `ScheduleError` if it cannot run."""
     clocks, spans, work = [0.0] * schedule.num_stages, [], 0.0
     for ends in happenings(schedule):
         start = max([clocks[stage] for stage, _ in ends])
@@ -74,4 +80,5 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
             work += 0.0 if action.is_message else seconds
     total = max(clocks)
     bubble = 1.0 - work / (total * schedule.num_stages) if total else 0.0
-    return Timeline(tuple(spans), total, bubble, tuple(max(in_flight(actions), default=0) for actions in schedule.actions))
+    return Timeline(tuple(spans), total, bubble,
+                    tuple(max(in_flight(actions), default=0) for actions in schedule.actions))

@@ -41,7 +41,8 @@ median = partial(seconds, times=TIMES, enough_s=math.inf)
 
 @dataclass(frozen=True)
 class Constants:
-    """Of `workers` processes on one node. `alone_s` and `together_s`: a training pass of one, and of each while all compute."""
+    """Of `workers` processes on one node. `alone_s` and `together_s`: a training pass of one, and of each while all
+    compute."""
 
     workers: int
     alone_s: float
@@ -56,17 +57,19 @@ class Constants:
 
     @property
     def cores(self) -> float:
-        """As many as it is as if the workers shared; on a busy machine one worker alone is slow too, which says nothing of cores."""
+        """As many as it is as if the workers shared; on a busy machine one worker alone is slow too, which says nothing
+        of cores."""
         return min(float(os.cpu_count() or self.workers), self.workers * min(1.0, self.alone_s / self.together_s))
 
     def lines(self) -> list[str]:
         """For a person."""
         rate = f", {self.flops_s / 1e9:.2f} Gflop/s each" if self.flops_s else ""
-        return [f"a pass of one shard: {self.alone_s * 1e3:.2f} ms alone, {self.together_s * 1e3:.2f} ms while {self.workers} compute{rate} "
-                f"(as if they shared {self.cores:.1f} cores)",
+        return [f"a pass of one shard: {self.alone_s * 1e3:.2f} ms alone, {self.together_s * 1e3:.2f} ms while "
+                f"{self.workers} compute{rate} (as if they shared {self.cores:.1f} cores)",
                 f"memory: {size(self.copy_bytes_s)}/s copied",
                 *(f"{name}: {latency * 1e6:.0f} us a call, {size(rate)}/s" for name, latency, rate in (
-                    ("shared memory", self.shared_latency_s, self.shared_bytes_s), ("gloo", self.gloo_latency_s, self.gloo_bytes_s))),
+                    ("shared memory", self.shared_latency_s, self.shared_bytes_s),
+                    ("gloo", self.gloo_latency_s, self.gloo_bytes_s))),
                 f"the sum of gradients in shared memory: {size(self.reduction_bytes_s)}/s"]
 
 
@@ -101,10 +104,13 @@ def keep(recipe: Recipe, found: Constants) -> None:
 
 
 def calibrate(recipe: Recipe, info: Mapping[str, Any], workers: int) -> Constants:
-    """Starts so many processes on this machine and measures; the result is kept. ElasticError where one of them fails."""
+    """Starts so many processes on this machine and measures; the result is kept. ElasticError where one of them fails.
+    """
     endpoint, context = Endpoint(), multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(workers)]
-    processes = [context.Process(target=member, args=(rank, workers, endpoint.address, dumps(recipe), dict(info), pipes[rank][1]), daemon=True)
+    processes = [context.Process(target=member,
+                                 args=(rank, workers, endpoint.address, dumps(recipe), dict(info), pipes[rank][1]),
+                                 daemon=True)
                  for rank in range(workers)]
     for process in processes:
         process.start()
@@ -118,7 +124,8 @@ def calibrate(recipe: Recipe, info: Mapping[str, Any], workers: int) -> Constant
         for process in processes:
             process.join(FORM_S)
             process.kill()
-    constants = Constants(workers, *(statistics.median(one[field.name] for one in found) for field in fields(Constants)[1:]))
+    constants = Constants(workers, *(statistics.median(one[field.name] for one in found)
+                                     for field in fields(Constants)[1:]))
     keep(recipe, constants)
     return constants
 
@@ -127,7 +134,8 @@ def member(rank: int, workers: int, address: str, text: str, info: Mapping[str, 
     """One of the processes; sends its figures."""
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads
     recipe = loads(text, locate=False)
-    groups = {name: form(name, rank, workers, address, name, threading.Event(), FORM_S, "127.0.0.1") for name in TRANSPORTS}
+    groups = {name: form(name, rank, workers, address, name, threading.Event(), FORM_S, "127.0.0.1")
+              for name in TRANSPORTS}
     meet = groups["shared"].barrier
     found = dict.fromkeys((field.name for field in fields(Constants)[1:]), 0.0)
     work = Workload.open(recipe, info)

@@ -31,7 +31,8 @@ class Rules:
 
 def rules_of(recipe: Recipe) -> Rules:
     mesh = recipe.mesh
-    return Rules(mesh.layout or None, mesh.chunks if mesh.schedule == "interleaved" else 1, recipe.model.freeze, recipe.optimizer.no_decay,
+    return Rules(mesh.layout or None, mesh.chunks if mesh.schedule == "interleaved" else 1, recipe.model.freeze,
+                 recipe.optimizer.no_decay,
                  recipe.optimizer.decayed, recipe.model.thaw)
 
 
@@ -41,8 +42,8 @@ def check_rows(rows: int, mesh: Mesh, micro_batches: int) -> None:
         what = f"mesh.micro_batches = {micro_batches}"
         if mesh.expert > 1:
             what = f"mesh.expert = {mesh.expert}" + (f" times {what}" if micro_batches > 1 else "")
-        raise RecipeError(f"{what} does not divide the {rows} samples of a logical shard; lower it, or write a larger data.batch_size or fewer "
-                          "elastic.logical_shards.")
+        raise RecipeError(f"{what} does not divide the {rows} samples of a logical shard; lower it, or write a larger "
+                          "data.batch_size or fewer elastic.logical_shards.")
 
 
 def lay(model: Any, mesh: Mesh, rules: Rules, costs: Mapping[str, float] | None) -> Layout:
@@ -51,12 +52,15 @@ def lay(model: Any, mesh: Mesh, rules: Rules, costs: Mapping[str, float] | None)
 
 
 def replicas(model: Any, most: int, rows: int, rules: Rules, costs: Mapping[str, float] | None) -> Iterator[Layout]:
-    """Every way to lay one replica out on at most `most` workers; members of the expert axis share the `rows` of a shard."""
-    depths = useful_sizes(len(model.pieces) if is_chain(model) else 1, most)  # more stages must make the longest shorter
+    """Every way to lay one replica out on at most `most` workers; members of the expert axis share the `rows` of a
+    shard."""
+    # more stages must make the longest shorter
+    depths = useful_sizes(len(model.pieces) if is_chain(model) else 1, most)
     for tensor in range(1, most + 1):
         for expert in (n for n in range(1, most // tensor + 1) if rows % n == 0):
             if fitting(model, Mesh(1, 1, tensor, expert), rules, costs):
-                found = (fitting(model, Mesh(1, pipeline, tensor, expert), rules, costs) for pipeline in depths if pipeline * tensor * expert <= most)
+                found = (fitting(model, Mesh(1, pipeline, tensor, expert), rules, costs) for pipeline in depths
+                         if pipeline * tensor * expert <= most)
                 yield from (layout for layout in found if layout)
 
 
@@ -74,10 +78,12 @@ def micro_batches(rows: int, mesh: Mesh) -> list[int]:
 
 
 def holdings(layout: Layout, model: Any, rules: Rules) -> tuple[StageState, ...]:
-    """One a stage, of the worker that holds most: the first has one place more of a dim that does not divide, the last keeps copies apart."""
+    """One a stage, of the worker that holds most: the first has one place more of a dim that does not divide, the last
+    keeps copies apart."""
     mesh = layout.mesh
     corners = [(expert, tensor) for expert in {0, mesh.expert - 1} for tensor in {0, mesh.tensor - 1}]
-    return tuple(max((holding(layout, model, rules, Coordinate(0, stage, *corner)) for corner in corners), key=lambda one: (one.size, one.gradient))
+    return tuple(max((holding(layout, model, rules, Coordinate(0, stage, *corner)) for corner in corners),
+                     key=lambda one: (one.size, one.gradient))
                  for stage in range(mesh.pipeline))
 
 
@@ -85,7 +91,9 @@ def holding(layout: Layout, model: Any, rules: Rules, coordinate: Coordinate) ->
     """As its state lays it out."""
     specs = layout.specs(coordinate)
     copies = {name for name in specs if not layout.is_owner(name, coordinate)}
-    flat = FlatLayout(specs, model.buffers, rules.freeze, rules.no_decay, copies, layout.parameters, rules.decayed, rules.thaw)
-    shared = tuple((len(one.coordinates), sum(flat.places[name].size for name in one.names if name in flat.trainable_set))
+    flat = FlatLayout(specs, model.buffers, rules.freeze, rules.no_decay, copies, layout.parameters, rules.decayed,
+                      rules.thaw)
+    shared = tuple((len(one.coordinates), sum(flat.places[name].size for name in one.names
+                                              if name in flat.trainable_set))
                    for one in layout.shared(coordinate))
     return StageState(flat.size, flat.trainable, flat.gradient, shared)

@@ -1,8 +1,9 @@
 """What one step costs on one mesh, in seconds and bytes, by what causes them. Pure.
 
-A replica computes its logical shards one after the other; their micro-batches pass its stages by a schedule, on the simulator's clock.
-Collectives follow an alpha-beta model: a latency for every call, bytes over bandwidth. A node's link is shared by its workers, and so are
-its cores: a node is not done before its cores could have done the work of all its workers.
+A replica computes its logical shards one after the other; their micro-batches pass its stages by a schedule, on the
+simulator's clock. Collectives follow an alpha-beta model: a latency for every call, bytes over bandwidth. A node's link
+is shared by its workers, and so are its cores: a node is not done before its cores could have done the work of all its
+workers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from elastic.state.ownership import held
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where it is to run. Bandwidths are a worker's own within a node, a whole node's between nodes, in bytes a second."""
+    """Where it is to run. Bandwidths are a worker's own within a node, a whole node's between nodes, in bytes a second.
+    """
 
     nodes: int
     workers_per_node: int
@@ -73,7 +75,8 @@ class Part:
 
 @dataclass(frozen=True)
 class StageState:
-    """Elements of the buffers of a stage's busiest worker. `shared`: (workers, elements) of gradients that are summed within a replica."""
+    """Elements of the buffers of a stage's busiest worker. `shared`: (workers, elements) of gradients that are summed
+    within a replica."""
 
     size: int
     trainable: int
@@ -133,15 +136,19 @@ def step(task: Task, cluster: Cluster, candidate: Candidate) -> Seconds:
     halves = tuple(value / 2 for value in backward)
     message = message_s(cluster, candidate)
     silent = simulator.simulate(schedule, simulator.Costs(forward, halves, halves)).seconds
-    whole = simulator.simulate(schedule, simulator.Costs(forward, halves, halves, message)).seconds if message else silent
+    whole = simulator.simulate(schedule, simulator.Costs(forward, halves, halves,
+                                                         message)).seconds if message else silent
     each = turns * candidate.micro_batches
     slowest = max(range(mesh.pipeline), key=lambda stage: forward[stage] + backward[stage])
-    by = {name: each * (stages[slowest][0][name] + stages[slowest][1][name]) for name in ("compute", "tensor", "expert")}
+    by = {name: each * (stages[slowest][0][name] + stages[slowest][1][name])
+          for name in ("compute", "tensor", "expert")}
     crowding = crowded(task, cluster, mesh)
     busy = [each * (one[0]["compute"] + one[1]["compute"]) for one in stages]
     late = cores_s(task, cluster, mesh, busy) - times * whole
-    return Seconds(by["compute"], times * silent - sum(by.values()), by["tensor"], by["expert"], times * (whole - silent), max(0.0, late),
-                   reduction_s(task, cluster, candidate), crowding * task.update_s * max(updated(task, mesh, one) for one in candidate.holdings))
+    return Seconds(by["compute"], times * silent - sum(by.values()), by["tensor"], by["expert"],
+                   times * (whole - silent), max(0.0, late),
+                   reduction_s(task, cluster, candidate),
+                   crowding * task.update_s * max(updated(task, mesh, one) for one in candidate.holdings))
 
 
 def stage_seconds(cluster: Cluster, candidate: Candidate, stage: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -159,8 +166,10 @@ def stage_seconds(cluster: Cluster, candidate: Candidate, stage: int) -> tuple[d
     return ways[0], ways[1]
 
 
-MOVED = {  # bytes that a member of n sends, as a multiple of what it gives to the call; and the calls of the group below
-    "all_reduce": (lambda n: 2 * (n - 1) / n, lambda n: 1 if n == 2 else 2), "all_gather": (lambda n: n - 1, lambda n: 1),
+# bytes that a member of n sends, as a multiple of what it gives to the call; and the calls of the group below
+MOVED = {
+    "all_reduce": (lambda n: 2 * (n - 1) / n, lambda n: 1 if n == 2 else 2),
+    "all_gather": (lambda n: n - 1, lambda n: 1),
     "all_to_all": (lambda n: (n - 1) / n, lambda n: 1), "reduce_scatter": (lambda n: (n - 1) / n, lambda n: 1)}
 
 
@@ -181,9 +190,11 @@ def latency(cluster: Cluster, mesh: Mesh, axis: str) -> float:
 
 
 def link(cluster: Cluster, mesh: Mesh, axis: str, intra: float = 0.0) -> float:
-    """Bytes a second of a worker along an axis, while all workers do the same; `intra` in place of the cluster's own, if any."""
+    """Bytes a second of a worker along an axis, while all workers do the same; `intra` in place of the cluster's own,
+    if any."""
     beside = min(mesh.world_size, cluster.workers_per_node)
-    return cluster.inter / beside if is_far(cluster, mesh, axis) else (intra or cluster.intra) / crowded(None, cluster, mesh)
+    return cluster.inter / beside if is_far(cluster, mesh, axis) else (intra
+                                                                       or cluster.intra) / crowded(None, cluster, mesh)
 
 
 def crowded(task: Task | None, cluster: Cluster, mesh: Mesh) -> float:
@@ -212,7 +223,8 @@ def message_s(cluster: Cluster, candidate: Candidate) -> float:
 
 
 def scheduled(task: Task, candidate: Candidate) -> tuple[Schedule, int]:
-    """What a replica runs in a step, and how many times: one schedule over all of its shards, but for the interleaved one a shard at a time."""
+    """What a replica runs in a step, and how many times: one schedule over all of its shards, but for the interleaved
+    one a shard at a time."""
     name: Name = "1f1b" if candidate.mesh.pipeline == 1 else candidate.schedule
     turns = rounds(task.num_shards, candidate.mesh.data)
     per, times = (1, turns) if name == "interleaved" or candidate.mesh.pipeline == 1 else (turns, 1)
@@ -228,17 +240,21 @@ def reduction_s(task: Task, cluster: Cluster, candidate: Candidate) -> float:
     if mesh.world_size == 1:
         return 0.0
     far = cluster.is_far(range(mesh.world_size))
-    seconds = (cluster.far_latency_s or cluster.latency_s if far else cluster.latency_s) * math.log2(2 * mesh.world_size)
+    seconds = (cluster.far_latency_s or cluster.latency_s if far
+               else cluster.latency_s) * math.log2(2 * mesh.world_size)
     if mesh.data > 1:
         seconds += 2 * latency(cluster, mesh, "data") * math.log2(2 * mesh.data)
-        seconds += max(sent_bytes(task, mesh.data, one.gradient) for one in candidate.holdings) / link(cluster, mesh, "data", cluster.reduction)
+        seconds += max(sent_bytes(task, mesh.data, one.gradient)
+                       for one in candidate.holdings) / link(cluster, mesh, "data", cluster.reduction)
     axis = "pipeline" if mesh.pipeline > 1 else "expert"
-    return seconds + max(sum(2 * latency(cluster, mesh, axis) + 2 * (n - 1) / n * elements * FLOAT / link(cluster, mesh, axis)
+    return seconds + max(sum(2 * latency(cluster, mesh, axis)
+                             + 2 * (n - 1) / n * elements * FLOAT / link(cluster, mesh, axis)
                              for n, elements in one.shared) for one in candidate.holdings)
 
 
 def sent_bytes(task: Task, data: int, gradient: int) -> float:
-    """What the busiest of `data` replicas' workers sends: its subtree sums to their owners, and its part of the total to everybody.
+    """What the busiest of `data` replicas' workers sends: its subtree sums to their owners, and its part of the total
+    to everybody.
 
     With a sharded optimizer that part is of the new parameters, and a twin gets what its partner gets.
     """
@@ -259,8 +275,10 @@ def updated(task: Task, mesh: Mesh, holding: StageState) -> int:
 
 def memory(task: Task, candidate: Candidate) -> Bytes:
     """Of the worker that needs most."""
-    peaks = simulator.simulate(scheduled(task, candidate)[0], simulator.Costs.equal(candidate.mesh.pipeline, 1.0, 1.0, 1.0)).peaks
-    return max((stage_memory(task, candidate, stage, peaks[stage]) for stage in range(candidate.mesh.pipeline)), key=lambda one: one.total)
+    peaks = simulator.simulate(scheduled(task, candidate)[0],
+                               simulator.Costs.equal(candidate.mesh.pipeline, 1.0, 1.0, 1.0)).peaks
+    return max((stage_memory(task, candidate, stage, peaks[stage]) for stage in range(candidate.mesh.pipeline)),
+               key=lambda one: one.total)
 
 
 def stage_memory(task: Task, candidate: Candidate, stage: int, peak: int) -> Bytes:
@@ -268,7 +286,8 @@ def stage_memory(task: Task, candidate: Candidate, stage: int, peak: int) -> Byt
     mesh, holding, parts = candidate.mesh, candidate.holdings[stage], candidate.stage(stage)
     slots = task.num_slots * updated(task, mesh, holding)
     total = out_size(holding.gradient, BLOCK, mesh.data) if mesh.data > 1 else 0
-    come = sum(candidate.depths[depth - 1].out_bytes for depth in range(stage, len(candidate.depths), mesh.pipeline) if depth)
+    come = sum(candidate.depths[depth - 1].out_bytes for depth in range(stage, len(candidate.depths), mesh.pipeline)
+               if depth)
     kept = come + sum(part.kept_bytes for part in parts)
     sums = most_sums(task.num_shards, task.is_exact, mesh.data, candidate.micro_batches > 1)
     return Bytes(FLOAT * holding.size, FLOAT * (sums * holding.gradient + total), FLOAT * slots,
@@ -278,7 +297,8 @@ def stage_memory(task: Task, candidate: Candidate, stage: int, peak: int) -> Byt
 
 @lru_cache(maxsize=1024)
 def most_sums(num_shards: int, is_exact: bool, data: int, several: bool) -> int:
-    """Gradient-sized sums that the busiest worker holds at a time; a shard of several micro-batches is summed by itself first."""
+    """Gradient-sized sums that the busiest worker holds at a time; a shard of several micro-batches is summed by itself
+    first."""
     if not is_exact:
         return 1
     made: list[int] = []  # as the loop has it: where no buffer is free

@@ -29,16 +29,18 @@ from elastic.state.flat_layout import is_frozen
 from elastic.workload import Workload, framework
 
 PROCESS_BYTES = 350_000_000  # a worker's interpreter with Ray and a framework loaded
-BATCHES = 4  # of a shard that a worker holds: the one at work, as NumPy has it and as the framework has, and those loaded ahead
-LARGE_ROWS, LARGE_BYTES = 4096, 1 << 20  # of a shard that a module of the user's own is tried for before it is called sound
+# of a shard that a worker holds: the one at work, as NumPy has it and as the framework has, and those loaded ahead
+BATCHES = 4
+# of a shard that a module of the user's own is tried for before it is called sound
+LARGE_ROWS, LARGE_BYTES = 4096, 1 << 20
 TOLD_BYTES = 64 << 20  # that a part of a shard must take, for its other rows to be told from it
 
 
 @dataclass(frozen=True)
 class Preview:
-    """`parameters` are the model's own, without the padding of the buffers they lie in, `frozen` those that do not train; `worker_bytes` is a
-    worker's state, buffers and activations beside its process, `shard_bytes` of them what one logical shard needs: activations and batches. All
-    are needed at least."""
+    """`parameters` are the model's own, without the padding of the buffers they lie in, `frozen` those that do not
+    train; `worker_bytes` is a worker's state, buffers and activations beside its process, `shard_bytes` of them what
+    one logical shard needs: activations and batches. All are needed at least."""
 
     parameters: int
     worker_bytes: int
@@ -52,8 +54,8 @@ class Preview:
 
 
 def preview(recipe: Recipe, opened: Workload) -> Preview:
-    """The most that a worker of any of the recipe's groups needs. A shipped model's activations are counted by their shapes, those of a
-    module of the user's own measured on a part of a shard, where the shard is large."""
+    """The most that a worker of any of the recipe's groups needs. A shipped model's activations are counted by their
+    shapes, those of a module of the user's own measured on a part of a shard, where the shard is large."""
     asked, is_own = question(recipe, opened.model), not is_neutral(opened.model)
     mesh, elastic, rows = recipe.mesh, recipe.elastic, recipe.data.batch_size // recipe.elastic.logical_shards
     layout = meshes.lay(asked.model, Mesh(1, mesh.pipeline, mesh.tensor, mesh.expert), asked.rules, asked.balance)
@@ -66,13 +68,17 @@ def preview(recipe: Recipe, opened: Workload) -> Preview:
         wide = {name: np.broadcast_to(column, (rows, *column.shape[1:])) for name, column in one.items()}
         parts = Counted(opened.model, wide, 0.0).depths(layout, rows // mesh.expert // mesh.micro_batches)
         shard = BATCHES * sum(column.nbytes for column in wide.values())
-    sizes = {max(1, workers // layout.mesh.replica_size) for workers in range(elastic.min_workers, elastic.max_workers + 1)}
-    needs = [costs.memory(asked.task, Candidate(replace(layout.mesh, data=data), mesh.micro_batches, parts, held, mesh.schedule, layout.num_chunks))
+    sizes = {max(1, workers // layout.mesh.replica_size)
+             for workers in range(elastic.min_workers, elastic.max_workers + 1)}
+    needs = [costs.memory(asked.task, Candidate(replace(layout.mesh, data=data), mesh.micro_batches, parts, held,
+                                                mesh.schedule, layout.num_chunks))
              for data in sizes]
     most = max(needs, key=lambda one: one.total)
     sizes_of = {name: int(np.prod(spec.shape, dtype=np.int64)) for name, spec in asked.model.parameters.items()}
-    frozen = sum(size for name, size in sizes_of.items() if is_frozen(name, asked.model.parameters[name], recipe.model.freeze, recipe.model.thaw))
-    return Preview(sum(sizes_of.values()), int(most.total + shard), elastic.max_workers + elastic.spares, int(most.activations + shard), frozen)
+    frozen = sum(size for name, size in sizes_of.items() if is_frozen(name, asked.model.parameters[name],
+                                                                      recipe.model.freeze, recipe.model.thaw))
+    return Preview(sum(sizes_of.values()), int(most.total + shard), elastic.max_workers + elastic.spares,
+                   int(most.activations + shard), frozen)
 
 
 def on_gpu(recipe: Recipe) -> bool:
@@ -81,8 +87,8 @@ def on_gpu(recipe: Recipe) -> bool:
 
 
 def on_a_part(recipe: Recipe, opened: Workload, rows: int) -> float:
-    """What a shard of a user's own model needs, of what some of its rows need at their peak, beside the rest of this process; 0 for a small
-    shard, and where the system does not tell."""
+    """What a shard of a user's own model needs, of what some of its rows need at their peak, beside the rest of this
+    process; 0 for a small shard, and where the system does not tell."""
     def batch(count: int) -> Any:
         indices = np.arange(count, dtype=np.int64) % opened.training.num_samples
         return opened.training.batch(indices, np.zeros(count, np.int64))
@@ -101,13 +107,14 @@ def on_a_part(recipe: Recipe, opened: Workload, rows: int) -> float:
     except ElasticError:
         raise
     except Exception as error:
-        raise UserError(f"model.kind: {count} rows cannot be trained on ({type(error).__name__}: {' '.join(str(error).split())}{place_of(error)}); "
-                        "mend the model or its data.") from error
+        raise UserError(f"model.kind: {count} rows cannot be trained on ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())}{place_of(error)}); mend the model or its data.") from error
     return max(0, grown) * rows / count
 
 
 def try_loss(recipe: Recipe, opened: Workload) -> None:
-    """Rehearses a user's own model on the first logical shard, as its workers will. UserError for what it raises there, or cannot do."""
+    """Rehearses a user's own model on the first logical shard, as its workers will. UserError for what it raises there,
+    or cannot do."""
     if is_neutral(opened.model) or on_gpu(recipe) or recipe.mesh.replica_size > 1:
         return
     (backend, _, room), batch = at_work(recipe, opened.model), example(opened)
@@ -150,7 +157,8 @@ def question(recipe: Recipe, model: Any, balance: Mapping[str, float] | None = N
     if not is_neutral(model):
         model = framework(recipe).adapt(model)
     mesh, optimizer, elastic = recipe.mesh, recipe.optimizer, recipe.elastic
-    task = Task(elastic.logical_shards, recipe.data.batch_size // elastic.logical_shards, len(SLOTS[optimizer.name]) + (optimizer.ema > 0),
+    task = Task(elastic.logical_shards, recipe.data.batch_size // elastic.logical_shards, len(SLOTS[optimizer.name])
+                + (optimizer.ema > 0),
                 elastic.reduction == "exact", recipe.backend.threads, optimizer.sharded, optimizer.twin)
     return Question(model, task, meshes.rules_of(recipe), balance, mesh.schedule, mesh.micro_batches)
 
@@ -161,8 +169,8 @@ def example(work: Workload) -> Batch:
 
 
 def measured(recipe: Recipe, work: Workload, flops_s: float = 0.0) -> tuple[Question, Counted]:
-    """The question, and what the model's work costs: by its operations at `flops_s` a second (the update is left out then), or timed in
-    this process.
+    """The question, and what the model's work costs: by its operations at `flops_s` a second (the update is left out
+    then), or timed in this process.
 
     UserError where a model of the user's own, whose operations nobody counts, is to be planned without a trial.
     """
@@ -170,8 +178,8 @@ def measured(recipe: Recipe, work: Workload, flops_s: float = 0.0) -> tuple[Ques
     batch = example(work)
     asked = question(recipe, work.model, work.balance)
     if flops_s and not is_neutral(work.model):
-        raise UserError(f"--tflops {flops_s / 1e12:g} says nothing of model.kind = {recipe.model.kind!r}, whose operations nobody counts; "
-                        "leave it out.")
+        raise UserError(f"--tflops {flops_s / 1e12:g} says nothing of model.kind = {recipe.model.kind!r}, whose "
+                        "operations nobody counts; leave it out.")
     if flops_s:
         return asked, Counted(work.model, batch, flops_s)
     timed = Timed(recipe, work.model, batch)
@@ -186,7 +194,8 @@ def check_memory(found: Preview, recipe: Recipe) -> None:
     need = f"{found.workers} workers of {found.parameters} parameters need about {found.bytes / 1e9:.1f} GB"
     if found.shard_bytes > found.worker_bytes / 2:
         shards = recipe.elastic.logical_shards
-        raise UserError(f"data.batch_size = {batch}: {need}, {found.shard_bytes / 1e9:.1f} GB each for the activations of {batch // shards} rows, "
-                        f"and this machine has {total / 1e9:.1f} GB; lower it, or raise elastic.logical_shards = {shards}, which share it.")
-    raise UserError(f"elastic.max_workers = {recipe.elastic.max_workers}: {need}, and this machine has {total / 1e9:.1f} GB; lower it or make "
-                    "the model smaller.")
+        raise UserError(f"data.batch_size = {batch}: {need}, {found.shard_bytes / 1e9:.1f} GB each for the activations "
+                        f"of {batch // shards} rows, and this machine has {total / 1e9:.1f} GB; lower it, or raise "
+                        f"elastic.logical_shards = {shards}, which share it.")
+    raise UserError(f"elastic.max_workers = {recipe.elastic.max_workers}: {need}, and this machine has "
+                    f"{total / 1e9:.1f} GB; lower it or make the model smaller.")

@@ -22,7 +22,8 @@ from elastic.planning.tables import Variant, brief, named, parsed, reason, sente
 from elastic.recipe import Recipe, with_mesh
 from elastic.workload import Workload, open_model
 
-LATENCY_S, FAR_S = 50e-6, 500e-6  # of a call on one node over shared memory, and over TCP (benchmarks/results/reduction.md)
+# of a call on one node over shared memory, and over TCP (benchmarks/results/reduction.md)
+LATENCY_S, FAR_S = 50e-6, 500e-6
 GIGABIT = 1e9 / 8
 GIGABYTE = 1e9
 TERA = 1e12
@@ -46,10 +47,13 @@ def cluster_of(recipe: Recipe, size: Size) -> Cluster:
     constants = known(recipe, workers) if here else None
     if constants and workers > 1:
         crowding = workers / constants.cores  # is in what was measured already
-        return Cluster(1, workers, size.intra_gbps * GIGABIT or constants.shared_bytes_s * crowding, size.inter_gbps * GIGABIT,
-                       constants.shared_latency_s, memory, constants.cores, reduction=constants.reduction_bytes_s * crowding)
+        return Cluster(1, workers, size.intra_gbps * GIGABIT or constants.shared_bytes_s * crowding,
+                       size.inter_gbps * GIGABIT,
+                       constants.shared_latency_s, memory, constants.cores,
+                       reduction=constants.reduction_bytes_s * crowding)
     intra = size.intra_gbps * GIGABIT or copied_bytes_s()
-    return Cluster(size.nodes or 1, workers, intra, size.inter_gbps * GIGABIT, LATENCY_S, memory, (os.cpu_count() or 1) if here else 0.0, FAR_S)
+    return Cluster(size.nodes or 1, workers, intra, size.inter_gbps * GIGABIT, LATENCY_S, memory, (os.cpu_count() or 1)
+                   if here else 0.0, FAR_S)
 
 
 @dataclass(frozen=True)
@@ -93,18 +97,20 @@ class Plan:
         if not optimizer.sharded:
             found.append(("set optimizer.sharded = true", lambda: other(is_sharded=True, has_twin=optimizer.twin)))
         if task.shard_rows > 1:
-            found.append((f"lower data.batch_size to {task.num_shards} (one sample a shard), or raise elastic.logical_shards",
+            found.append((f"lower data.batch_size to {task.num_shards} (one sample a shard), or raise "
+                          "elastic.logical_shards",
                           lambda: other(shard_rows=1)))
         if is_chain(self.asked.model):
             more = replace(self.cluster, nodes=8 * self.cluster.nodes)
-            found.append(("take more workers: a larger mesh.tensor or mesh.pipeline would make it fit", lambda: again(self.asked, more)))
+            found.append(("take more workers: a larger mesh.tensor or mesh.pipeline would make it fit",
+                          lambda: again(self.asked, more)))
         return found
 
 
 def parts(recipe: Recipe, info: Mapping[str, Any], opened: Workload, size: Size, flops_s: float, layout: bool = False,
           mesh: str = "") -> Iterator[Any]:
-    """What `elastic plan` prints: tables and sentences. With `layout`, in place of the table, how `mesh` lies; "" is the best. UserError where
-    nothing fits."""
+    """What `elastic plan` prints: tables and sentences. With `layout`, in place of the table, how `mesh` lies; "" is
+    the best. UserError where nothing fits."""
     cluster = cluster_of(recipe, size)
     if layout and mesh:
         asked, work = question(recipe, opened.model, opened.balance), Counted(opened.model, example(opened), 0.0)
@@ -122,22 +128,26 @@ def parts(recipe: Recipe, info: Mapping[str, Any], opened: Workload, size: Size,
 def calibrated(recipe: Recipe, info: Mapping[str, Any], size: Size) -> list[str]:
     """Measures this machine. UserError for a cluster elsewhere, which cannot be measured from here."""
     if size.nodes:
-        raise UserError(f"--calibrate measures this machine, and --nodes {size.nodes} is a cluster; leave one of them out.")
+        raise UserError(f"--calibrate measures this machine, and --nodes {size.nodes} is a cluster; leave one of them "
+                        "out.")
     if size.workers_per_node > MOST_READERS:
-        raise UserError(f"--calibrate measures at most {MOST_READERS} workers, as many as share memory on a node, and not {size.workers_per_node}; "
-                        f"give --gpus-per-node {MOST_READERS}.")
+        raise UserError(f"--calibrate measures at most {MOST_READERS} workers, as many as share memory on a node, and "
+                        f"not {size.workers_per_node}; give --gpus-per-node {MOST_READERS}.")
     return [*calibrate(recipe, info, size.workers_per_node).lines(), f"kept in {cache_file()}"]
 
 
 def settle(recipe: Recipe, info: Mapping[str, Any], opened: Workload, nodes: int = 0) -> tuple[Recipe, str]:
-    """A recipe whose mesh is "auto" with the numbers that the planner chose for elastic.max_workers workers, and why. UserError if none fits."""
+    """A recipe whose mesh is "auto" with the numbers that the planner chose for elastic.max_workers workers, and why.
+    UserError if none fits."""
     least, most = recipe.elastic.min_workers, recipe.elastic.max_workers
     cluster = cluster_of(recipe, Size(nodes, -(-most // max(1, nodes))))
     plan = Plan.make(recipe, opened, cluster)
-    widest: dict[Mesh, Forecast] = {}  # the elastic run takes every worker that there is: of each layout the most replicas
+    # the elastic run takes every worker that there is: of each layout the most replicas
+    widest: dict[Mesh, Forecast] = {}
     for one in plan.found:
         shape = replace(one.mesh, data=1)
-        in_whole = not any(n > shape.world_size and n % shape.world_size for n in (least, most))  # as the recipe's check has it
+        # as the recipe's check has it
+        in_whole = not any(n > shape.world_size and n % shape.world_size for n in (least, most))
         if in_whole and one.workers <= most and (shape not in widest or widest[shape].workers < one.workers):
             widest[shape] = one
     best = choose(widest.values(), cluster)

@@ -45,11 +45,13 @@ class Counted:
 
     def depths(self, layout: Layout, rows: int) -> tuple[Part, ...]:
         second = 1 / self.flops_s if self.flops_s else 0.0
-        return tuple(part(one, one.forward * second, (one.flops - one.forward) * second) for one in self.measured(layout, rows))
+        return tuple(part(one, one.forward * second, (one.flops - one.forward) * second)
+                     for one in self.measured(layout, rows))
 
 
 class Timed(Counted):
-    """Trials in this process: collectives give back what they are given, and what they cost is the planner's business."""
+    """Trials in this process: collectives give back what they are given, and what they cost is the planner's business.
+    """
 
     def __init__(self, recipe: Recipe, model: Any, batch: Batch):
         super().__init__(model, batch, 0.0)
@@ -61,7 +63,8 @@ class Timed(Counted):
         key = mesh.tensor, mesh.expert, layout.depths, rows
         if key not in self._parts:
             measured = self.measured(layout, rows)
-            portion = Portion(self.model, Layout(self.model, replace(mesh, pipeline=1), layout.dims), Coordinate()) if mesh.replica_size > 1 else None
+            portion = Portion(self.model, Layout(self.model, replace(mesh, pipeline=1), layout.dims),
+                              Coordinate()) if mesh.replica_size > 1 else None
             backend, _, room = at_work(self.recipe, portion or self.model)
             if portion:
                 backend.connect(mirrored(portion.layout, portion.coordinate))
@@ -69,7 +72,8 @@ class Timed(Counted):
             if mesh.pipeline > 1:
                 taken = staged(backend, layout, measured, batch, views)
             else:  # in one go, forward and backward in the ratio of their operations
-                spent, share = seconds(lambda: backend.gradients(batch, 0, views)), measured[0].forward / measured[0].flops
+                spent, share = seconds(lambda: backend.gradients(batch, 0,
+                                                                 views)), measured[0].forward / measured[0].flops
                 taken = [(spent * share, spent * (1 - share))]
             self._parts[key] = tuple(part(one, *each) for one, each in zip(measured, taken, strict=True))
         return self._parts[key]
@@ -79,7 +83,8 @@ class Timed(Counted):
         backend = create_backend(self.recipe, self.model)
         state, optimizer = open_state(self.recipe, backend), self.recipe.optimizer
         gradient, end = backend.allocate(state.layout.trainable), state.layout.trainable
-        rule = UpdateRule(optimizer.name, 0.0, 0.0, 1.0, 1, optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.momentum)
+        rule = UpdateRule(optimizer.name, 0.0, 0.0, 1.0, 1, optimizer.beta1, optimizer.beta2, optimizer.eps,
+                          optimizer.momentum)
         return seconds(lambda: backend.update(rule, state.param[:end], gradient, state.slots, BLOCK)) / end
 
 
@@ -87,7 +92,8 @@ def part(one: Measure, forward_s: float, backward_s: float) -> Part:
     return Part(forward_s, backward_s, one.kept_bytes, one.again_bytes, one.out_bytes, one.moves)
 
 
-def staged(backend: Backend, layout: Layout, measured: Sequence[Measure], batch: Batch, views: Mapping[str, Any]) -> list[tuple[float, float]]:
+def staged(backend: Backend, layout: Layout, measured: Sequence[Measure], batch: Batch,
+           views: Mapping[str, Any]) -> list[tuple[float, float]]:
     """A pass, one part a depth, as the stages of a pipeline do it."""
     taken: list[list[tuple[float, float]]] = []
 
@@ -102,7 +108,8 @@ def staged(backend: Backend, layout: Layout, measured: Sequence[Measure], batch:
         gradient = None
         for depth in reversed(range(len(layout.depths))):
             started = time.perf_counter()
-            gradient = backend.backward(depth, gradient, {name: views[name] for name in layout.reads[depth] if name in views})
+            gradient = backend.backward(depth, gradient,
+                                        {name: views[name] for name in layout.reads[depth] if name in views})
             ways[depth][1] = time.perf_counter() - started
         taken.append([(forward, backward) for forward, backward in ways])
 
@@ -111,7 +118,8 @@ def staged(backend: Backend, layout: Layout, measured: Sequence[Measure], batch:
 
 
 def seconds(function: Callable[[], Any], times: int = TIMES, enough_s: float = ENOUGH_S) -> float:
-    """The median of some calls after one that may compile. Members that meet in the calls need `enough_s` without end: all make as many."""
+    """The median of some calls after one that may compile. Members that meet in the calls need `enough_s` without end:
+    all make as many."""
     taken: list[float] = []
     while len(taken) <= times and (len(taken) < 2 or sum(taken[1:]) < enough_s):
         started = time.perf_counter()
@@ -131,4 +139,5 @@ def at_work(recipe: Recipe, model: Any) -> tuple[Backend, FlatLayout, Callable[[
     backend = create_backend(recipe, model)
     state = open_state(recipe, backend)
     state.start(recipe.run.seed)
-    return backend, state.layout, lambda: state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names)
+    return backend, state.layout, lambda: state.layout.views(backend.allocate(state.layout.gradient),
+                                                             state.layout.trainable_names)

@@ -25,7 +25,8 @@ class Work(Protocol):
     """What the work of a worker costs."""
 
     def depths(self, layout: Layout, rows: int) -> tuple[Part, ...]:
-        """At each depth of the pipeline, for one micro-batch of `rows` samples, the part of one place along the tensor and expert axes."""
+        """At each depth of the pipeline, for one micro-batch of `rows` samples, the part of one place along the tensor
+        and expert axes."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,15 @@ class Question:
 
 def forecast(task: Task, cluster: Cluster, candidate: Candidate) -> Forecast:
     mesh = candidate.mesh
-    far = tuple(axis for axis in ("tensor", "expert", "pipeline", "data") if getattr(mesh, axis) > 1 and costs.is_far(cluster, mesh, axis))
-    return Forecast(candidate, costs.step(task, cluster, candidate), costs.memory(task, candidate), speedup(task.num_shards, mesh.data), far)
+    far = tuple(axis for axis in ("tensor", "expert", "pipeline", "data") if getattr(mesh, axis) > 1
+                and costs.is_far(cluster, mesh, axis))
+    return Forecast(candidate, costs.step(task, cluster, candidate), costs.memory(task, candidate),
+                    speedup(task.num_shards, mesh.data), far)
 
 
 def forecasts(question: Question, cluster: Cluster, work: Work) -> list[Forecast]:
-    """Of every layout of a replica the best number of micro-batches, on every useful number of replicas that has room."""
+    """Of every layout of a replica the best number of micro-batches, on every useful number of replicas that has room.
+    """
     task, found = question.task, []
     for layout in meshes.replicas(question.model, cluster.room, task.shard_rows, question.rules, question.balance):
         for data in useful_sizes(task.num_shards, cluster.room // layout.mesh.replica_size):
@@ -94,7 +98,8 @@ def candidates(question: Question, layout: Layout, data: int, work: Work) -> Ite
     mesh = Mesh(data, shape.pipeline, shape.tensor, shape.expert)
     for number in meshes.micro_batches(rows, shape):
         if question.micro_batches in (0, number):
-            yield Candidate(mesh, number, work.depths(layout, rows // shape.expert // number), held, question.schedule, layout.num_chunks)
+            yield Candidate(mesh, number, work.depths(layout, rows // shape.expert // number), held, question.schedule,
+                            layout.num_chunks)
 
 
 def best_of(found: Sequence[Forecast], cluster: Cluster) -> Forecast:
@@ -106,12 +111,14 @@ def choose(found: Iterable[Forecast], cluster: Cluster) -> Forecast | None:
     """The fastest that fits; of those that are as good as equal the smallest. None where nothing fits."""
     fits = [one for one in found if one.memory.total <= cluster.memory]
     fastest = min((one.step_s for one in fits), default=0.0)
-    return min((one for one in fits if one.step_s <= WORTH * fastest), key=lambda one: (*one.size, one.step_s), default=None)
+    return min((one for one in fits if one.step_s <= WORTH * fastest), key=lambda one: (*one.size, one.step_s),
+               default=None)
 
 
 def ranked(found: Sequence[Forecast], best: Forecast | None, cluster: Cluster) -> list[Forecast]:
     """Best first; what does not fit comes last, the least lack first."""
-    return sorted(found, key=lambda one: (one is not best, over(one, cluster) > 0, over(one, cluster) or one.step_s, one.size))
+    return sorted(found, key=lambda one: (one is not best, over(one, cluster) > 0, over(one, cluster) or one.step_s,
+                                          one.size))
 
 
 def over(one: Forecast, cluster: Cluster) -> float:

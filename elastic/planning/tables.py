@@ -28,7 +28,8 @@ def parsed(text: str) -> Mesh:
     for item in text.split(","):
         axis, _, number = item.strip().partition("=")
         if axis not in AXES or not number.isdecimal() or int(number) < 1 or axis in degrees:
-            raise UserError(f'--mesh "{text}" is not of the form data=2,tensor=2; the axes are {", ".join(AXES)}, each once, with a number of at '
+            raise UserError(f'--mesh "{text}" is not of the form data=2,tensor=2; the axes are {", ".join(AXES)}, each '
+                            'once, with a number of at '
                             "least 1.")
         degrees[axis] = int(number)
     return Mesh(**{"data": 1, **degrees})
@@ -37,8 +38,8 @@ def parsed(text: str) -> Mesh:
 def show(asked: Question, work: Counted, mesh: Mesh, micro_batches: int) -> Iterator[Any]:
     """Both tables. UserError where the model does not lie on the mesh."""
     if mesh.data > asked.task.num_shards:
-        raise UserError(f"--mesh data={mesh.data} is more replicas than elastic.logical_shards = {asked.task.num_shards} feed; write "
-                        f"data={asked.task.num_shards} or less.")
+        raise UserError(f"--mesh data={mesh.data} is more replicas than elastic.logical_shards = "
+                        f"{asked.task.num_shards} feed; write data={asked.task.num_shards} or less.")
     meshes.check_rows(asked.task.shard_rows, mesh, micro_batches)
     layout = meshes.lay(asked.model, mesh, asked.rules, asked.balance)
     yield parameters(layout)
@@ -50,14 +51,16 @@ def parameters(layout: Layout) -> Table:
     """A row for every parameter."""
     out = Table("parameter", "dims", "split along", "bytes a worker", "stage", box=None, pad_edge=False)
     for name, spec in layout.parameters.items():
-        dims = ", ".join(f"{dim} {length}" for dim, length in zip(spec.dims or ("?",) * len(spec.shape), spec.shape, strict=False))
+        dims = ", ".join(f"{dim} {length}" for dim, length in zip(spec.dims or ("?",) * len(spec.shape), spec.shape,
+                                                                  strict=False))
         split = ", ".join(f"{dim}: {layout.dims[dim]}" for dim in spec.dims if dim in layout.dims)
         part = math.prod(layout.box(name, Coordinate(pipeline=layout.stages_of[name][0])).count) * FLOAT
         out.add_row(name, dims, split, size(part), ", ".join(map(str, layout.stages_of[name])))
     return out
 
 
-def traffic(asked: Question, layout: Layout, work: Counted, coordinate: Coordinate, micro_batches: int) -> Iterator[tuple[str, int, int]]:
+def traffic(asked: Question, layout: Layout, work: Counted, coordinate: Coordinate,
+            micro_batches: int) -> Iterator[tuple[str, int, int]]:
     """What the worker on a coordinate gives to each kind of collective in one step: ("AXIS.KIND", calls, bytes)."""
     task, mesh = asked.task, layout.mesh
     shards = rounds(task.num_shards, mesh.data)
@@ -89,7 +92,8 @@ def collectives(asked: Question, layout: Layout, work: Counted, micro_batches: i
 
 # A plan: a row for every mesh, best first, and what to do in words.
 
-HEADS = ("mesh", "workers", "micro-batches", "step", "work", "bubble", "tensor", "expert", "stages", "cores", "gradients", "update", "speed-up",
+HEADS = ("mesh", "workers", "micro-batches", "step", "work", "bubble", "tensor", "expert", "stages", "cores",
+         "gradients", "update", "speed-up",
          "at best", "memory", "")
 ROWS = 30  # that a person reads
 Variant = tuple[str, Callable[[], Sequence[Forecast]]]  # a change to the recipe in words, and the forecasts with it
@@ -104,7 +108,8 @@ def shown(found: Sequence[Forecast], cluster: Cluster) -> list[Forecast]:
     """Best first: every number of replicas of one worker, and of each other layout the best number."""
     by: dict[Mesh, list[Forecast]] = {}
     for one in found:
-        by.setdefault(Mesh(one.mesh.data if one.mesh.replica_size == 1 else 1, one.mesh.pipeline, one.mesh.tensor, one.mesh.expert), []).append(one)
+        by.setdefault(Mesh(one.mesh.data if one.mesh.replica_size == 1 else 1, one.mesh.pipeline, one.mesh.tensor,
+                           one.mesh.expert), []).append(one)
     best = [best_of(each, cluster) for each in by.values()]
     return ranked(best, choose(found, cluster), cluster)
 
@@ -114,7 +119,8 @@ def table(found: Sequence[Forecast], cluster: Cluster) -> Table:
     best, rows = choose(found, cluster), shown(found, cluster)[:ROWS]
     alone = next((one.step_s for one in found if one.workers == 1), 0.0)
     cells = [[*row(one, alone), verdict(one, best, cluster)] for one in rows]
-    kept = [i for i, head in enumerate(HEADS) if head in ("mesh", "step", "") or any(line[i] not in ("0.0 ms", "1") for line in cells)]
+    kept = [i for i, head in enumerate(HEADS) if head in ("mesh", "step", "")
+            or any(line[i] not in ("0.0 ms", "1") for line in cells)]
     out = Table(*(HEADS[i] for i in kept), box=None, pad_edge=False)
     for one, line in zip(rows, cells, strict=True):
         out.add_row(*(line[i] for i in kept), style="bold green" if one is best else "")
@@ -123,7 +129,8 @@ def table(found: Sequence[Forecast], cluster: Cluster) -> Table:
 
 def row(one: Forecast, alone: float) -> list[str]:
     times = [brief(value) for value in (one.step_s, *vars(one.seconds).values())]
-    return [named(one.mesh), str(one.workers), str(one.candidate.micro_batches), *times, f"{alone / one.step_s:.2f}" if alone and one.step_s else "",
+    return [named(one.mesh), str(one.workers), str(one.candidate.micro_batches), *times, f"{alone / one.step_s:.2f}"
+            if alone and one.step_s else "",
             f"{one.bound:.2f}", size(one.memory.total)]
 
 
@@ -142,13 +149,15 @@ def reason(best: Forecast, found: Sequence[Forecast], cluster: Cluster) -> str:
     return "no larger mesh is faster" if others else "nothing larger has room"
 
 
-def sentences(recipe: Recipe, asked: Question, cluster: Cluster, found: Sequence[Forecast], variants: Sequence[Variant] = ()) -> Iterator[str]:
+def sentences(recipe: Recipe, asked: Question, cluster: Cluster, found: Sequence[Forecast],
+              variants: Sequence[Variant] = ()) -> Iterator[str]:
     """The recommendation. UserError where no mesh fits."""
     best = choose(found, cluster)
     if best is None:
         raise UserError(too_large(found, cluster, variants))
     mesh = best.mesh
-    keys = [f"mesh.{axis} = {getattr(mesh, axis)}" for axis in ("pipeline", "tensor", "expert") if getattr(mesh, axis) > 1]
+    keys = [f"mesh.{axis} = {getattr(mesh, axis)}" for axis in ("pipeline", "tensor", "expert")
+            if getattr(mesh, axis) > 1]
     if best.candidate.micro_batches > 1:
         keys.append(f"mesh.micro_batches = {best.candidate.micro_batches}")
     moved = best.step_s - best.seconds.compute - best.seconds.update - best.seconds.cores
@@ -159,7 +168,8 @@ def sentences(recipe: Recipe, asked: Question, cluster: Cluster, found: Sequence
     replicas = cluster.room // mesh.replica_size
     if replicas > asked.task.num_shards:
         enough = enough_shards(recipe.data.batch_size, replicas)
-        yield (f"{count(cluster.room, 'worker')} have room here and {asked.task.num_shards} shards feed only as many replicas: " + (
+        yield (f"{count(cluster.room, 'worker')} have room here and {asked.task.num_shards} shards feed only as many "
+               "replicas: " + (
             f"elastic.logical_shards = {enough} would feed all." if enough else
             f"data.batch_size = {recipe.data.batch_size} has no more equal parts; write a multiple of {replicas}."))
 
@@ -170,7 +180,7 @@ def too_large(found: Sequence[Forecast], cluster: Cluster, variants: Sequence[Va
     remedies = [words for words, variant in variants if any(not over(one, cluster) for one in variant())]
     parts = vars(least.memory)
     worst = max(parts, key=lambda name: parts[name])
-    end = " or ".join(remedies) if remedies else ('give workers more memory, or take a smaller model, a smaller data.batch_size or '
-                                                  'optimizer.name = "sgd"')
-    return (f"A worker needs {size(least.memory.total)} at least ({named(least.mesh)}, {size(parts[worst])} of it {worst}), "
-            f"{size(over(least, cluster))} more than it has; {end}.")
+    end = " or ".join(remedies) if remedies else ('give workers more memory, or take a smaller model, a smaller '
+                                                  'data.batch_size or optimizer.name = "sgd"')
+    return (f"A worker needs {size(least.memory.total)} at least ({named(least.mesh)}, {size(parts[worst])} of it "
+            f"{worst}), {size(over(least, cluster))} more than it has; {end}.")

@@ -17,7 +17,8 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Texts = Annotated[tuple[Annotated[str, Field(strict=True, min_length=1)], ...], BeforeValidator(listed), Field(strict=False)]
+Texts = Annotated[tuple[Annotated[str, Field(strict=True, min_length=1)], ...], BeforeValidator(listed),
+                  Field(strict=False)]
 
 
 class Section(BaseModel):

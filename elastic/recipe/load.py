@@ -22,7 +22,8 @@ from elastic.recipe.paths import absolute, find_recipe
 from elastic.recipe.sections import Recipe
 
 DEFAULT_STEPS = 2000
-EMBEDDING = {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0}  # what earlier versions wrote, and never read
+# what earlier versions wrote, and never read
+EMBEDDING = {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), base: Path | None = None) -> Recipe:
@@ -52,7 +53,8 @@ def dumps(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
-def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | None = None, locate: bool = True) -> Recipe:
+def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), base: Path | None = None,
+          locate: bool = True) -> Recipe:
     """Validates, fills in and checks; RecipeError is one sentence naming section.key, the value and the remedy."""
     full = {name: dict(part) if isinstance(part, Mapping) else part for name, part in tree.items()}
     for override in overrides:
@@ -102,7 +104,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     for depth, parent in enumerate(parents):
         inner = here.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise RecipeError(f'--set "{text}": {".".join(parents[: depth + 1])} is no section; the form is section.key=value.')
+            raise RecipeError(f'--set "{text}": {".".join(parents[: depth + 1])} is no section; the form is '
+                              'section.key=value.')
         here[parent] = here = dict(inner)
     here[last] = _value(value.strip())
 
@@ -131,15 +134,18 @@ def _complete(recipe: Recipe) -> Recipe:
 
 
 def model_defaults(kind: str) -> dict[str, Any]:
-    """What a model takes for the keys that a recipe leaves out, as its domain's `Config` says, but for those that are not written down."""
+    """What a model takes for the keys that a recipe leaves out, as its domain's `Config` says, but for those that are
+    not written down."""
     found = () if ":" in kind else fields(importlib.import_module(kind).Config)
-    return {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in found if f.metadata.get("written", True)}
+    return {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in found
+            if f.metadata.get("written", True)}
 
 
 def _located(recipe: Recipe, base: Path | None) -> Recipe:
     """Paths made absolute, and known to exist."""
     data, model = recipe.data, recipe.model
-    update = {key: tuple(absolute(path, base, f"data.{key}") for path in getattr(data, key)) for key in ("path", "eval_path")}
+    update = {key: tuple(absolute(path, base, f"data.{key}") for path in getattr(data, key))
+              for key in ("path", "eval_path")}
     if model.init:
         model = model.model_copy(update={"init": absolute(model.init, base, "model.init")})
     place = recipe.checkpoint.path
@@ -193,4 +199,5 @@ def _right(section: str, key: str) -> str:
 
 def _choices(annotation: Any) -> list[Any]:
     """The values of a Literal, also within a union."""
-    return [value for part in get_args(annotation) for value in (_choices(part) if get_args(part) else [part]) if isinstance(value, str)]
+    return [value for part in get_args(annotation) for value in (_choices(part) if get_args(part) else [part])
+            if isinstance(value, str)]

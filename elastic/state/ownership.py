@@ -1,7 +1,7 @@
 """Who holds which range of the optimizer's state, and what moves when that changes. Pure functions of numbers.
 
-The trainable part of a flat buffer is cut into one range of blocks a member: it is the range's owner. With a twin the member
-after it holds the range too, so whoever is lost, all of it is still there.
+The trainable part of a flat buffer is cut into one range of blocks a member: it is the range's owner. With a twin the
+member after it holds the range too, so whoever is lost, all of it is still there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Transfer:
 
 
 def moves(have: Sequence[Sequence[Range]], want: Sequence[Sequence[Range]], grain: int) -> list[Transfer]:
-    """What has to be sent so that everybody has what it wants, in pieces of at most `grain`, from whoever has sent least so far.
+    """What has to be sent so that everybody has what it wants, in pieces of at most `grain`, from whoever has sent
+    least so far.
 
     ValueError where somebody wants what nobody has.
     """
@@ -60,7 +61,8 @@ def moves(have: Sequence[Sequence[Range]], want: Sequence[Sequence[Range]], grai
     sent = [0] * len(have)
     found: list[Transfer] = []
     for begin, end in zip(edges, edges[1:]):
-        holders = [rank for rank, ranges in enumerate(have) if any(low <= begin and end <= high for low, high in ranges)]
+        holders = [rank for rank, ranges in enumerate(have)
+                   if any(low <= begin and end <= high for low, high in ranges)]
         takers = [rank for rank, ranges in enumerate(want)
                   if rank not in holders and any(low <= begin and end <= high for low, high in ranges)]
         if takers and not holders:

@@ -37,7 +37,8 @@ class Move:
 
 
 def moves(name: str, old: Layout, holders: Mapping[int, Coordinate], new: Layout) -> list[Move]:
-    """Of one parameter: from the members `holders`, on coordinates of `old`, to every member of `new`'s mesh. ValueError where nobody has a part."""
+    """Of one parameter: from the members `holders`, on coordinates of `old`, to every member of `new`'s mesh.
+    ValueError where nobody has a part."""
     boxes: dict[Box, list[int]] = {}
     for rank, coordinate in sorted(holders.items()):
         if name in old.held(coordinate.pipeline):
@@ -51,17 +52,21 @@ def moves(name: str, old: Layout, holders: Mapping[int, Coordinate], new: Layout
         parts = [Move(to if to in ranks else ranks[to % len(ranks)], to, part)
                  for box, ranks in boxes.items() if (part := box.meet(wanted)) is not None]
         if (covered := sum(part.size for part in parts)) != wanted.size:
-            raise ValueError(f"of {name} the members hold {covered} of the {wanted.size} elements that rank {to} needs.")
+            raise ValueError(f"of {name} the members hold {covered} of the {wanted.size} elements that rank {to} "
+                             "needs.")
         found += parts
     return found
 
 
-def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Coordinate], given: State | None, new: Layout, taken: State,
+def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Coordinate], given: State | None, new: Layout,
+          taken: State,
           waiting: Callable[[int], AbstractContextManager[Any]]) -> int:
-    """Every array of the state: out of the `holders`' old states (`given`, if this member is one) into all members' new ones.
+    """Every array of the state: out of the `holders`' old states (`given`, if this member is one) into all members' new
+    ones.
 
-    Returns the bytes that this member received. `waiting(number)` surrounds the exchange of each array. What is taken counts as torn (-1): a
-    member that held an older state on the same coordinate must not say so of what is half of each.
+    Returns the bytes that this member received. `waiting(number)` surrounds the exchange of each array. What is taken
+    counts as torn (-1): a member that held an older state on the same coordinate must not say so of what is half of
+    each.
     """
     taken.committed = -1
     moved, me, first = 0, group.rank, min(holders)
@@ -72,13 +77,15 @@ def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Coordinate]
         target = to_numpy(taken.views[full]) if full in taken.views else None
         with waiting(number):
             if name in plans and not full.startswith("buffer/"):
-                plan, kind = plans[name], next((array.dtype for array in (target, held) if array is not None), np.dtype(np.float32))
+                plan, kind = plans[name], next((array.dtype for array in (target, held) if array is not None),
+                                               np.dtype(np.float32))
 
                 def give(move: Move, held: Any = held, name: str = name) -> np.ndarray:
                     return held[move.box.relative(old.box(name, holders[me])).slices]
 
                 def take(move: Move, values: np.ndarray, target: Any = target, name: str = name) -> None:
-                    target[move.box.relative(new.box(name, new.mesh.coordinate(me))).slices] = values.reshape(move.box.count)
+                    target[move.box.relative(new.box(name,
+                                                     new.mesh.coordinate(me))).slices] = values.reshape(move.box.count)
 
                 for move in plan:
                     if move.source == move.to == me:
@@ -96,7 +103,8 @@ def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Coordinate]
 
 def whole_arrays(state: State, replica: CollectiveGroup, waiting: Callable[[int], AbstractContextManager[Any]],
                  data: CollectiveGroup | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Every array of the model, whole, in the order of the hashes, out of the parts of a replica's members. Each is alive until the next."""
+    """Every array of the model, whole, in the order of the hashes, out of the parts of a replica's members. Each is
+    alive until the next."""
     portion, specs = state.portion, state.whole_specs()
     for number, full in enumerate(in_order(specs)):
         name = parameter_of(full)

@@ -1,7 +1,7 @@
 """A sharded optimizer's state on its way from old holders to new ones, and parameters to those that lack them, when a generation begins.
 
-Everybody computes the same from who has what. Until all have what they are to hold, nobody gives up what it held: whoever is
-lost on the way, it is as if the move had not begun, or had been done.
+Everybody computes the same from who has what. Until all have what they are to hold, nobody gives up what it held:
+whoever is lost on the way, it is as if the move had not begun, or had been done.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class Resharding:
     params: tuple[Transfer, ...]
 
 
-def plan(have: Sequence[Sequence[Range]], torn: Collection[int], twin: bool, num_blocks: int, num_frozen: int) -> Resharding:
-    """`torn`: who has only what it holds, and what is frozen (blocks behind `num_blocks`), of the parameters at the step that counts."""
+def plan(have: Sequence[Sequence[Range]], torn: Collection[int], twin: bool, num_blocks: int,
+         num_frozen: int) -> Resharding:
+    """`torn`: who has only what it holds, and what is frozen (blocks behind `num_blocks`), of the parameters at the
+    step that counts."""
     size, total = len(have), num_blocks + num_frozen
     want = tuple(held(rank, size, num_blocks, twin) for rank in range(size))
     params: list[list[Range]] = []
@@ -46,8 +48,10 @@ def plan(have: Sequence[Sequence[Range]], torn: Collection[int], twin: bool, num
                       tuple(moves(params, [[(0, total)]] * size, GRAIN)))
 
 
-def reshard(state: State, group: CollectiveGroup, found: Resharding, committed: int, watch: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Carries a plan out, to the end that this member is whole at step `committed`. `group`: the members of this coordinate.
+def reshard(state: State, group: CollectiveGroup, found: Resharding, committed: int,
+            watch: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Carries a plan out, to the end that this member is whole at step `committed`. `group`: the members of this
+    coordinate.
 
     `watch()` surrounds each exchange.
     """
@@ -62,7 +66,8 @@ def reshard(state: State, group: CollectiveGroup, found: Resharding, committed: 
     def empty(size: int) -> Buffer:
         return state.backend.allocate(max(1, size))[:size]
 
-    def carry(plan: Sequence[Transfer], give: Callable[[int, int], Buffer], take: Callable[[int, int, Buffer], None]) -> None:
+    def carry(plan: Sequence[Transfer], give: Callable[[int, int], Buffer],
+              take: Callable[[int, int, Buffer], None]) -> None:
         """A few moves at a time. `give` and `take` have them in elements."""
         for some in rounds(plan, ROUND):
             exchange(group, some, lambda move: give(BLOCK * move.low, BLOCK * move.high),
@@ -71,7 +76,8 @@ def reshard(state: State, group: CollectiveGroup, found: Resharding, committed: 
     for slot in sorted(store.slots):
         carry(found.slots, partial(holding.find, slot), partial(store.put, slot))
 
-    carry(found.params, lambda low, high: state.param[low:high], lambda low, high, values: fill(state.param[low:high], values))
+    carry(found.params, lambda low, high: state.param[low:high], lambda low, high,
+          values: fill(state.param[low:high], values))
     holding.spare, state.committed, state.torn = store, committed, False
     if found.slots or found.params:
         with watch():

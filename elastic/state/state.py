@@ -35,33 +35,41 @@ def check_same(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[
     def has(side: Mapping[str, tuple[int, ...]], name: str) -> str:
         return f"shape {tuple(side[name])}" if name in side else "no such array"
 
-    first = "; ".join(f"{name}: the checkpoint has {has(found, name)}, the recipe's model and optimizer have {has(wanted, name)}"
+    first = "; ".join(f"{name}: the checkpoint has {has(found, name)}, the recipe's model and optimizer have "
+                      f"{has(wanted, name)}"
                       for name in differ[:NAMED])
     more = f" (and {len(differ) - NAMED} more arrays)" if len(differ) > NAMED else ""
-    raise RecipeError(f"{first}{more}; it is of another model or optimizer: put [model] and optimizer.name back, or start a new run "
-                      "with model.init.")
+    raise RecipeError(f"{first}{more}; it is of another model or optimizer: put [model] and optimizer.name back, or "
+                      "start a new run with model.init.")
 
 
 class State:
     """Parameters, optimizer slots, averages, model buffers and the count of committed steps of one worker.
 
-    With a `portion`, of its coordinate alone: `boxes` says which part of an array each one is, and shapes are those of the parts. Slots and averages
-    are those that its `holding` has, while all parameters are there: but after a step others may have to send what they updated.
+    With a `portion`, of its coordinate alone: `boxes` says which part of an array each one is, and shapes are those of
+    the parts. Slots and averages are those that its `holding` has, while all parameters are there: but after a step
+    others may have to send what they updated.
     """
 
-    def __init__(self, backend: Backend, optimizer: str, freeze: Sequence[str] = (), no_decay: Sequence[str] = (), averages: bool = False,
-                 portion: Portion | None = None, decayed: Sequence[str] = ("*",), thaw: Sequence[str] = (), holders: int = 0):
+    def __init__(self, backend: Backend, optimizer: str, freeze: Sequence[str] = (), no_decay: Sequence[str] = (),
+                 averages: bool = False,
+                 portion: Portion | None = None, decayed: Sequence[str] = ("*",), thaw: Sequence[str] = (),
+                 holders: int = 0):
         """`holders` of each block of the optimizer's slots; 0: every worker holds all."""
         self.backend, self.portion = backend, portion
         self.replica_size = portion.mesh.replica_size if portion else 1
         self.whole: Mapping[str, Spec] = portion.whole if portion else backend.parameters
         copies = {name for name in backend.parameters if portion and not portion.keeps(name)}
-        self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay, copies, self.whole, decayed, thaw)
+        self.layout = FlatLayout(backend.parameters, backend.buffers, freeze, no_decay, copies, self.whole, decayed,
+                                 thaw)
         self.param = backend.allocate(self.layout.size)
-        self.holding = Holding(backend.allocate, (*SLOTS[optimizer], *([AVERAGE] if averages else [])), self.layout.trainable, holders)
-        self.is_sharded, self.twin, self.num_blocks = holders > 0, holders > 1, self.holding.num_blocks  # blocks of slots that are shared out, if any
+        self.holding = Holding(backend.allocate, (*SLOTS[optimizer], *([AVERAGE] if averages else [])),
+                               self.layout.trainable, holders)
+        # blocks of slots that are shared out, if any
+        self.is_sharded, self.twin, self.num_blocks = holders > 0, holders > 1, self.holding.num_blocks
         self.buffers = {name: np.zeros(spec.shape, spec.dtype) for name, spec in backend.buffers.items()}
-        self.averaged_buffers = {name: np.zeros_like(values) for name, values in self.buffers.items()} if averages else {}
+        self.averaged_buffers = {name: np.zeros_like(values)
+                                 for name, values in self.buffers.items()} if averages else {}
         self.committed, self.torn = -1, False  # torn: parameters whose slots others hold are not of `committed`
         backend.bind(self.layout.views(self.param), self.buffers)
         self.freeze, self.thaw = freeze, thaw
@@ -90,24 +98,29 @@ class State:
             name: value for name, value in (init or {}).items() if name in self.backend.parameters}
         values = {name: value[box.slices] if (box := self.box(name)) else value for name, value in wholes.items()}
         buffers = initial_values(self.backend.buffers, seed, given)
-        begun = {f"optimizer/{slot}/{name}": values[name] if slot == AVERAGE else np.broadcast_to(0.0, self.layout.places[name].shape)
+        begun = {f"optimizer/{slot}/{name}": values[name] if slot == AVERAGE
+                 else np.broadcast_to(0.0, self.layout.places[name].shape)
                  for slot in self.slots for name in self.layout.trainable_names}
         begun |= {f"optimizer/{AVERAGE}/{name}": buffers[name] for name in self.averaged_buffers}
-        self.load({f"parameter/{n}": v for n, v in values.items()} | begun | {f"buffer/{n}": v for n, v in buffers.items()}, 0)
+        self.load({f"parameter/{n}": v for n, v in values.items()} | begun
+                  | {f"buffer/{n}": v for n, v in buffers.items()}, 0)
 
     def _views(self) -> dict[str, Buffer]:
-        """What does not move, by name, on its device: parameter/NAME, buffer/NAME, and where slots are not shared out, optimizer/SLOT/NAME."""
+        """What does not move, by name, on its device: parameter/NAME, buffer/NAME, and where slots are not shared out,
+        optimizer/SLOT/NAME."""
         out = {f"parameter/{n}": v for n, v in self.layout.views(self.param).items()}
         for slot, buffer in {} if self.is_sharded else self.slots.items():
             out |= {f"optimizer/{slot}/{n}": v for n, v in self.layout.views(buffer, self.layout.trainable_names).items()}
-        out |= {f"optimizer/{AVERAGE}/{n}": v for n, v in self.averaged_buffers.items()}  # no parameter and buffer share a name
+        # no parameter and buffer share a name
+        out |= {f"optimizer/{AVERAGE}/{n}": v for n, v in self.averaged_buffers.items()}
         return out | {f"buffer/{n}": v for n, v in self.buffers.items()}
 
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of everything by name, as this worker holds it or its part of it."""
         kind, _ = spec_of(self.param)
         return {name: spec_of(view) for name, view in self.views.items()} | {
-            f"optimizer/{slot}/{name}": (kind, self.layout.places[name].shape) for slot in self.slots for name in self.layout.trainable_names}
+            f"optimizer/{slot}/{name}": (kind, self.layout.places[name].shape) for slot in self.slots
+            for name in self.layout.trainable_names}
 
     def whole_specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """(dtype, shape) of everything by name, of the whole model."""
@@ -116,7 +129,8 @@ class State:
             return found
         kind, _ = spec_of(self.param)
         trainable = [n for n, spec in self.whole.items() if not is_frozen(n, spec, self.freeze, self.thaw)]
-        names = [f"parameter/{n}" for n in self.whole] + [f"optimizer/{slot}/{n}" for slot in self.slots for n in trainable]
+        names = [f"parameter/{n}" for n in self.whole] + [f"optimizer/{slot}/{n}" for slot in self.slots
+                                                          for n in trainable]
         return found | {name: (kind, tuple(self.whole[parameter_of(name)].shape)) for name in names}
 
     def box(self, name: str) -> Box | None:
@@ -129,16 +143,19 @@ class State:
         return self.layout.places[parameter] if parameter in self.layout.trainable_set else None
 
     def shares(self, rank: int, size: int) -> tuple[Piece, ...]:
-        """The boxes that replica `rank` of `size` writes into a checkpoint, of the arrays as this worker holds them. What is trained with slots
-        that are shared out is written by who owns those, or its twin: a torn state has no more. RunFailed where this worker does not hold it.
+        """The boxes that replica `rank` of `size` writes into a checkpoint, of the arrays as this worker holds them.
+        What is trained with slots that are shared out is written by who owns those, or its twin: a torn state has no
+        more. RunFailed where this worker does not hold it.
         """
         mine, portion = self.specs(), self.portion
         if portion:  # what no other worker of the replica saves
-            mine = {name: spec for name, spec in mine.items() if (portion.keeps(parameter_of(name)) if self.box(name) else portion.is_first)}
+            mine = {name: spec for name, spec in mine.items()
+                    if (portion.keeps(parameter_of(name)) if self.box(name) else portion.is_first)}
         trained = {name: place for name in mine if (place := self._place(name))} if self.is_sharded else {}
         low, high = scaled([owned(rank, size, self.num_blocks)], BLOCK)[0]
         if without([(low, high)], self.holding.store.ranges):
-            raise RunFailed(f"Blocks {low // BLOCK} to {high // BLOCK - 1} of the optimizer's state are kept by other workers; resume the run.")
+            raise RunFailed(f"Blocks {low // BLOCK} to {high // BLOCK - 1} of the optimizer's state are kept by other "
+                            "workers; resume the run.")
         pieces = list(shares({name: spec for name, spec in mine.items() if name not in trained}, size)[rank])
         for name, place in trained.items():
             if place.size or not rank:
@@ -173,11 +190,13 @@ class State:
         return out
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything by name as NumPy, of a worker that holds all. Shares memory on the CPU, where slots are not shared out."""
+        """Everything by name as NumPy, of a worker that holds all. Shares memory on the CPU, where slots are not shared
+        out."""
         return {name: self.take(name, 0, math.prod(shape)).reshape(shape) for name, (_, shape) in self.specs().items()}
 
     def take(self, name: str, low: int, high: int) -> np.ndarray:
-        """Elements low..high-1 of an array in C order, all of them held here. Shares memory on the CPU, unless they lie apart."""
+        """Elements low..high-1 of an array in C order, all of them held here. Shares memory on the CPU, unless they lie
+        apart."""
         if name in self.views:
             return to_numpy(self.views[name].reshape(-1)[low:high])
         slot, place = self._slot(name)
@@ -207,8 +226,8 @@ class State:
         return replace(piece, shape=box.shape, start=box.start)
 
     def load(self, arrays: Mapping[str, Any], committed: int, without: str = "\0") -> None:
-        """Takes over what `arrays()` of any worker gave; names that begin with `without` may be left out. The state counts as torn until
-        all of it is in place.
+        """Takes over what `arrays()` of any worker gave; names that begin with `without` may be left out. The state
+        counts as torn until all of it is in place.
 
         RecipeError, before anything is copied, where they are those of another model or optimizer.
         """
@@ -220,20 +239,22 @@ class State:
                 fill(self.views[name], arrays[name])
             else:
                 slot, place = self._slot(name)
-                self.holding.store.put(slot, place.offset, place.offset + place.size, np.ascontiguousarray(arrays[name]).reshape(-1))
+                self.holding.store.put(slot, place.offset, place.offset + place.size,
+                                       np.ascontiguousarray(arrays[name]).reshape(-1))
         self.committed, self.torn = committed, False
 
     def heal(self, group: Any, root: int, committed: int) -> int:
         """Every member of `group` takes the root's state; returns the bytes that each of the others received.
 
-        Where slots are shared out it is the model's own buffers alone: slots and parameters come from their holders, and others than the root
-        hold nothing from now on.
+        Where slots are shared out it is the model's own buffers alone: slots and parameters come from their holders,
+        and others than the root hold nothing from now on.
         """
         if group.rank != root:
             self.committed, self.torn = -1, False
             if self.is_sharded:
                 self.holding.drop()
-        moved = [b.reshape(-1).view(np.uint8) for b in (*self.buffers.values(), *self.averaged_buffers.values())]  # not every group knows every dtype
+        # not every group knows every dtype
+        moved = [b.reshape(-1).view(np.uint8) for b in (*self.buffers.values(), *self.averaged_buffers.values())]
         if not self.is_sharded:
             moved = [self.param, *self.slots.values(), *moved]
         for buffer in moved:
@@ -253,15 +274,17 @@ class State:
 
     def apply_statistics(self, gradient: Buffer, weight: float) -> None:
         """The buffers change by the weighted mean over all shards of what each changed."""
-        for name, view in shaped(gradient[self.holding.store.size:], self.layout.statistics, self.layout.trainable).items():
+        for name, view in shaped(gradient[self.holding.store.size:], self.layout.statistics,
+                                 self.layout.trainable).items():
             values = self.moving(name)
             take_over(values, np.asarray(to_numpy(view), np.float64) / weight)
             if name not in self.buffers:
                 fill(self.views[f"parameter/{name}"], values)  # on a GPU they were a copy
 
     def average(self, decay: float, step: int) -> None:
-        """Moves the averages, if kept, towards the parameters and buffers after `step`: by 1 - `decay`, and by more in the beginning, so that
-        what the parameters started from soon stops to matter. Elementwise, block by block: no cut can show in the bits.
+        """Moves the averages, if kept, towards the parameters and buffers after `step`: by 1 - `decay`, and by more in
+        the beginning, so that what the parameters started from soon stops to matter. Elementwise, block by block: no
+        cut can show in the bits.
         """
         if AVERAGE not in self.slots:
             return
@@ -275,7 +298,8 @@ class State:
 
     @contextmanager
     def averaged(self, group: Any) -> Iterator[None]:
-        """Inside, the model's parameters and buffers are their averages, where they are kept. `group`: the workers of this coordinate."""
+        """Inside, the model's parameters and buffers are their averages, where they are kept. `group`: the workers of
+        this coordinate."""
         if AVERAGE not in self.slots:
             yield
             return

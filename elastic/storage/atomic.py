@@ -25,7 +25,8 @@ LOOK_S = 0.05  # between two tries for a lock
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """A path in the same folder for a file, or a folder, that takes `target`'s place once the block has ended well, and is gone if it fails."""
+    """A path in the same folder for a file, or a folder, that takes `target`'s place once the block has ended well, and
+    is gone if it fails."""
     unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield unfinished
@@ -39,7 +40,8 @@ def beside(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which is `path` once the block has ended well, and on the disk itself. Of several writers the last wins."""
+    """A file to write, which is `path` once the block has ended well, and on the disk itself. Of several writers the
+    last wins."""
     with beside(path) as unfinished, open(unfinished, "xb") as file:
         yield file
         file.flush()
@@ -65,7 +67,8 @@ def write_whole(file: Any, piece: bytes) -> None:
 
 
 def locked(file: Any, wait_s: float = 0.0) -> bool:
-    """Takes the operating system's lock of an open file, which ends with the file or the process; False if another still has it after `wait_s`.
+    """Takes the operating system's lock of an open file, which ends with the file or the process; False if another
+    still has it after `wait_s`.
 
     The file must be open for writing: NFS locks no other. UserError where the file system keeps no locks.
     """
@@ -79,4 +82,5 @@ def locked(file: Any, wait_s: float = 0.0) -> bool:
                 return False
             time.sleep(LOOK_S)
         except OSError as error:
-            raise UserError(f"{file.name} cannot be locked ({error.strerror}); put its folder on a file system that keeps locks.") from error
+            raise UserError(f"{file.name} cannot be locked ({error.strerror}); put its folder on a file system that "
+                            "keeps locks.") from error

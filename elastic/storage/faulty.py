@@ -1,7 +1,8 @@
 """A file system that fails on purpose, over a real one. For `--chaos disk:...` and for tests.
 
-Calls that reach the storage are counted from 1. The fault (`elastic.chaos.DISK`) comes at call number `at`; with `only`, at the first call of that
-name from there on. A crash is for ever: every later call raises too, as in a process that is gone.
+Calls that reach the storage are counted from 1. The fault (`elastic.chaos.DISK`) comes at call number `at`; with
+`only`, at the first call of that name from there on. A crash is for ever: every later call raises too, as in a process
+that is gone.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class FaultyFiles:
             raise OSError(errno.ENOSPC, "No space left on device")
         return self.mode == "short"
 
-    make_folder, rename, sync, info, names, remove = map(counted, ("make_folder", "rename", "sync", "info", "names", "remove"))
+    make_folder, rename, sync, info, names, remove = map(counted,
+                                                         ("make_folder", "rename", "sync", "info", "names", "remove"))
 
     def create(self, path: str) -> Sink:
         self.due("create")

@@ -1,7 +1,7 @@
 """The primitive calls a store is made of: on a local disk, and on whatever `pyarrow.fs` knows.
 
-Everything above this file is written so that a crash between any two of these calls leaves nothing that could be mistaken for
-a checkpoint. Paths are absolute and use "/". Errors of the storage are OSError.
+Everything above this file is written so that a crash between any two of these calls leaves nothing that could be
+mistaken for a checkpoint. Paths are absolute and use "/". Errors of the storage are OSError.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Sink(Protocol):
 
 
 class Files(Protocol):
-    """`renames`: a file may be seen half written, so it is written under another name first. Else it appears whole or not at all."""
+    """`renames`: a file may be seen half written, so it is written under another name first. Else it appears whole or
+    not at all."""
 
     renames: bool
 
@@ -90,7 +91,8 @@ class LocalFiles:
             found = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Info(0 if stat.S_ISDIR(found.st_mode) else found.st_size, stat.S_ISDIR(found.st_mode), os.path.islink(path))
+        return Info(0 if stat.S_ISDIR(found.st_mode) else found.st_size, stat.S_ISDIR(found.st_mode),
+                    os.path.islink(path))
 
     def read(self, path: str, low: int, high: int) -> bytes:
         with open(path, "rb") as file:
@@ -111,7 +113,8 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """Any `pyarrow.fs.FileSystem`: S3, GCS, HDFS. The last is a file system, so it renames; object stores put a file in one go."""
+    """Any `pyarrow.fs.FileSystem`: S3, GCS, HDFS. The last is a file system, so it renames; object stores put a file in
+    one go."""
 
     def __init__(self, filesystem: fs.FileSystem):
         self.filesystem = filesystem
@@ -128,7 +131,8 @@ class RemoteFiles:
         self.filesystem.move(source, target)
 
     def sync(self, folder: str) -> None:
-        """A closed file of a remote storage is durable, and its name with it; only that the folder is there is left to see."""
+        """A closed file of a remote storage is durable, and its name with it; only that the folder is there is left to
+        see."""
         if self.info(folder) is None:
             raise FileNotFoundError(2, "No such file or directory", folder)
 
@@ -157,7 +161,8 @@ class RemoteFiles:
 
 
 class RemoteSink:
-    """Keeps what it is given and sends it all in `close`: a stream that is given up half-way would still be put as it is."""
+    """Keeps what it is given and sends it all in `close`: a stream that is given up half-way would still be put as it
+    is."""
 
     def __init__(self, filesystem: fs.FileSystem, path: str):
         self.filesystem, self.path = filesystem, path

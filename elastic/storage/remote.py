@@ -14,7 +14,8 @@ from elastic.storage.files import Files, LocalFiles, RemoteFiles
 CONNECT_S, REQUEST_S, ATTEMPTS = 5.0, 30.0, 3  # S3's own defaults try for minutes before they say that nobody is there
 RETRY_S = 10.0  # of Google's storage
 S3_TEXTS = ("region", "scheme", "endpoint_override", "access_key", "secret_key", "session_token", "role_arn")
-S3_FLAGS = ("anonymous", "background_writes", "allow_bucket_creation", "allow_bucket_deletion", "force_virtual_addressing")
+S3_FLAGS = ("anonymous", "background_writes", "allow_bucket_creation", "allow_bucket_deletion",
+            "force_virtual_addressing")
 KINDS = "a path, or a URI that begins with file://, s3://, gs:// or hdfs://"
 
 

@@ -1,6 +1,7 @@
 """A file being written on a local disk, its large part past the page cache.
 
-A checkpoint is not read again soon: the cache would cost a second copy of every byte, and memory and cores that training needs.
+A checkpoint is not read again soon: the cache would cost a second copy of every byte, and memory and cores that
+training needs.
 """
 
 from __future__ import annotations

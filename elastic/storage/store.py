@@ -1,7 +1,7 @@
 """Files in a folder, on a local disk or on anything `pyarrow.fs` knows. A file appears whole or not at all.
 
-Where a file can be seen half written it is written under another name, synced and renamed. What a crash leaves behind is dealt with
-by `manager.clean`.
+Where a file can be seen half written it is written under another name, synced and renamed. What a crash leaves behind
+is dealt with by `manager.clean`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Store:
         return f"{self.root.rstrip('/')}/{name}"
 
     def write(self, name: str, pieces: Iterable[Any]) -> None:
-        """Writes `pieces` (contiguous buffers) one after the other; durable when it returns. They must not change before that.
+        """Writes `pieces` (contiguous buffers) one after the other; durable when it returns. They must not change
+        before that.
 
         Of a write that fails nothing is left, so that a full disk does not stay full.
         """

@@ -33,7 +33,8 @@ FLUSH_S = 10.0  # how long a released worker waits for its last lines to be ackn
 
 
 def prepare_process(threads: int, log: Path, sys_path: Sequence[str]) -> None:
-    """Before any framework is imported: bits depend on the thread count and on MKL's strict mode, both read at load time."""
+    """Before any framework is imported: bits depend on the thread count and on MKL's strict mode, both read at load
+    time."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     os.environ["MKL_CBWR"] = "AUTO,STRICT"
@@ -44,13 +45,15 @@ def prepare_process(threads: int, log: Path, sys_path: Sequence[str]) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(Forgiving(stream, "w", closefd=False), "utf-8", "backslashreplace", line_buffering=True)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(Forgiving(stream, "w", closefd=False), "utf-8", "backslashreplace",
+                                               line_buffering=True)
                               for stream in (1, 2))
 
 
 def reuse_freed_memory() -> None:
-    """glibc would give what a shard has freed back to the system, and get it again for the next one page by page: up to a tenth of a step of a
-    few million parameters, by the luck of where blocks lie. Up to KEEP_BYTES stay with the process."""
+    """glibc would give what a shard has freed back to the system, and get it again for the next one page by page: up to
+    a tenth of a step of a few million parameters, by the luck of where blocks lie. Up to KEEP_BYTES stay with the
+    process."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         set_option = ctypes.CDLL(None).mallopt
         set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
@@ -67,9 +70,11 @@ class Forgiving(io.FileIO):
 
 
 class ProcessRim:
-    """A Ray worker process's surroundings. `orphaned()` is called when no controller has answered for `orphan_timeout_s`."""
+    """A Ray worker process's surroundings. `orphaned()` is called when no controller has answered for
+    `orphan_timeout_s`."""
 
-    def __init__(self, name: str, job: Job, control: Control, timeout_s: float, orphan_timeout_s: float, orphaned: Callable[[], None]):
+    def __init__(self, name: str, job: Job, control: Control, timeout_s: float, orphan_timeout_s: float,
+                 orphaned: Callable[[], None]):
         from elastic.collective.kv_store import Endpoint
         from elastic.collective.segment import usable
         from elastic.worker.outbox import Outbox
@@ -84,7 +89,8 @@ class ProcessRim:
         self.host = LOOPBACK if job.is_local else ray.util.get_node_ip_address()
         self.store = Endpoint(self.host, job.secret)
         self.endpoint = self.store.place
-        self.outbox = Outbox(name, control, lambda messages, number: ray.get(controller.receive.remote(name, messages, number), timeout=DELIVER_S),
+        self.outbox = Outbox(name, control, lambda messages,
+                             number: ray.get(controller.receive.remote(name, messages, number), timeout=DELIVER_S),
                              orphan_timeout_s, orphaned, leave)
         self.outbox.start()
         self.post = self.outbox.post
@@ -150,7 +156,8 @@ class WorkerActor:
             self.over.set()
 
     def watch(self) -> bool:
-        """Waits a while for the end of `serve`: True, or its error, once it has ended. A caller that is gone leaves no thread behind."""
+        """Waits a while for the end of `serve`: True, or its error, once it has ended. A caller that is gone leaves no
+        thread behind."""
         over = self.over.wait(WATCH_S)
         if self.error is not None:
             raise self.error
@@ -175,7 +182,8 @@ class WorkerActor:
 
 
 def leave() -> None:
-    """Ends this process and gives its place back: a fenced worker has no business here, an orphan nobody who would do it."""
+    """Ends this process and gives its place back: a fenced worker has no business here, an orphan nobody who would do
+    it."""
     place = ray.util.get_current_placement_group()
     if place is not None:
         ray.util.remove_placement_group(place)

@@ -24,10 +24,12 @@ def place_on(recipe: Recipe, workload: Workload, mesh: Mesh, coordinate: Coordin
     if mesh.replica_size == 1:
         backend = create_backend(recipe, workload.model)
         state = open_state(recipe, backend, holders=holders)
-        return Placement(backend, state, watch=Watch(recipe.model.kind, state.layout) if ":" in recipe.model.kind else None)
+        return Placement(backend, state, watch=Watch(recipe.model.kind, state.layout) if ":" in recipe.model.kind
+                         else None)
     portion = Portion(workload.model, laid(recipe, workload, mesh), coordinate)
     backend = create_backend(recipe, portion)
-    pipeline = Pipeline(portion, backend, recipe.mesh.schedule, recipe.mesh.micro_batches) if mesh.pipeline > 1 else None
+    pipeline = Pipeline(portion, backend, recipe.mesh.schedule,
+                        recipe.mesh.micro_batches) if mesh.pipeline > 1 else None
     return Placement(backend, open_state(recipe, backend, portion, holders), mesh, coordinate, portion, pipeline)
 
 
@@ -38,9 +40,12 @@ def build_training(recipe: Recipe, workload: Workload) -> Training:
     load = NotedLoader(workload.training, sampler, ledger) if ledger else Prefetcher(
         lambda step, shard: load_batch(workload.training, sampler, step, shard))
     optimizer = scaled(recipe.optimizer.model_dump(), recipe.data.batch_size)
-    plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact", optimizer,
-                recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip", recipe.mesh.micro_batches,
+    plan = Plan(sampler.num_steps, recipe.elastic.logical_shards, recipe.run.seed, recipe.elastic.reduction == "exact",
+                optimizer,
+                recipe.run.eval_every, recipe.checkpoint.every_steps, recipe.checkpoint.busy == "skip",
+                recipe.mesh.micro_batches,
                 recipe.checkpoint.best)
     rows = round_up(max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS), recipe.mesh.expert)
-    return Training(plan, load, sampler.positions, eval_batches(workload.evaluation, rows) if workload.evaluation else [],
+    return Training(plan, load, sampler.positions, eval_batches(workload.evaluation, rows) if workload.evaluation
+                    else [],
                     workload.unit, bool(recipe.data.kind) or ":" in recipe.model.kind, workload.training.fills, ledger)

@@ -21,7 +21,8 @@ from elastic.worker.training import Member, Placement
 
 
 class StepContext:
-    """Made once a generation, when its members are on their coordinates. `step` is the one at hand, the newest committed one between two."""
+    """Made once a generation, when its members are on their coordinates. `step` is the one at hand, the newest
+    committed one between two."""
 
     def __init__(self, member: Member, generation: Generation, group: CollectiveGroup, injector: Injector):
         self.member, self.generation, self.group, self.injector = member, generation, group, injector
@@ -53,8 +54,8 @@ class StepContext:
 
     @contextmanager
     def waiting(self, phase: str, group: Any = None) -> Iterator[Any]:
-        """Inside, this member is in a collective: who has not entered one that others wait in is the suspect of a hang. Gives `group`, cut short
-        where a fault is due in this phase.
+        """Inside, this member is in a collective: who has not entered one that others wait in is the suspect of a hang.
+        Gives `group`, cut short where a fault is due in this phase.
         """
         chosen = None if group is None else self.injector.cut(group, self.step, phase)
         with self.control.collective(self.step, phase):
@@ -75,7 +76,8 @@ class StepContext:
 
 
 class Buffers:
-    """One generation's communication buffers. A broken group's are never used again: a stopped peer may still write to them."""
+    """One generation's communication buffers. A broken group's are never used again: a stopped peer may still write to
+    them."""
 
     def __init__(self, place: Placement, group: CollectiveGroup):
         state, layout = place.state, place.state.layout

@@ -18,7 +18,8 @@ from elastic.worker.gradients import part_of
 
 
 def evaluate(context: StepContext) -> dict[str, float]:
-    """The mean of every metric over the evaluation set. A batch is computed whole by one replica: the split changes no bit."""
+    """The mean of every metric over the evaluation set. A batch is computed whole by one replica: the split changes no
+    bit."""
     training, groups, batches, pipeline = context.training, context.groups, context.training.eval_batches, context.place.pipeline
     tally, counted = (context.backend.tally() for _ in range(2))
     parts: dict[str, np.ndarray] = {}
@@ -28,7 +29,8 @@ def evaluate(context: StepContext) -> dict[str, float]:
         with users(training.is_own):
             batch = part_of(batches[index](), groups.mesh.expert, groups.coordinate.expert)
             found = pipeline.infer(groups.pipeline, batch) if pipeline else context.backend.metrics(batch)
-            pairs = {} if found is None else scalars(found, counted if own else tally, batch)  # of several stages only the last knows what came out
+            # of several stages only the last knows what came out
+            pairs = {} if found is None else scalars(found, counted if own else tally, batch)
         for name, pair in pairs.items():
             table = parts.setdefault(name, np.zeros((len(batches), 2)))
             if own and groups.reports_losses:
@@ -38,7 +40,8 @@ def evaluate(context: StepContext) -> dict[str, float]:
     counts = np.zeros(0) if counted is None else counted.counts if groups.reports_losses else np.zeros_like(counted.counts)
     sums = context.gather("evaluate", np.concatenate([*tables, counts])).sum(axis=0)
     length = 2 * len(names) * len(batches)
-    return figures(dict(zip(names, sums[:length].reshape(len(names), len(batches), 2), strict=True)), counted, sums[length:])
+    return figures(dict(zip(names, sums[:length].reshape(len(names), len(batches), 2), strict=True)), counted,
+                   sums[length:])
 
 
 def agreed(group: CollectiveGroup, names: list[str]) -> list[str]:
@@ -58,7 +61,8 @@ def measure(backend: Backend, tally: Tally | None, batch: Batch) -> dict[str, tu
     return scalars(backend.metrics(batch), tally, batch)
 
 
-def scalars(found: Mapping[str, tuple[Any, float]], tally: Tally | None, batch: Batch) -> dict[str, tuple[float, float]]:
+def scalars(found: Mapping[str, tuple[Any, float]], tally: Tally | None,
+            batch: Batch) -> dict[str, tuple[float, float]]:
     if tally is not None:
         tally.add(batch, found)
         return {name: pair for name, pair in found.items() if not np.ndim(pair[0])}
@@ -72,7 +76,8 @@ def named(found: Mapping[str, tuple[Any, float]], tally: Tally | None) -> list[s
 
 
 def figures(tables: Mapping[str, np.ndarray], tally: Tally | None, counts: np.ndarray) -> dict[str, float]:
-    """`tables`: by name, (batches, 2), the sum and weight of every batch; NaN where the weights are 0. `counts`: all members' tallies, added."""
+    """`tables`: by name, (batches, 2), the sum and weight of every batch; NaN where the weights are 0. `counts`: all
+    members' tallies, added."""
     totals = {name: (math.fsum(table[:, 0]), math.fsum(table[:, 1])) for name, table in tables.items()}
     means = {name: total / weight if weight else math.nan for name, (total, weight) in totals.items()}
     return means if tally is None else {**means, **tally.figures(counts, means)}

@@ -21,8 +21,8 @@ from elastic.worker.context import StepContext
 
 
 class Shards:
-    """A member's logical shards in one step: the sums of their gradients along the tree (`sums`) or, for `reduction = "fast"`, in its own order
-    (`plain`), and each shard's loss sum and weight, as far as it is to say them.
+    """A member's logical shards in one step: the sums of their gradients along the tree (`sums`) or, for `reduction =
+    "fast"`, in its own order (`plain`), and each shard's loss sum and weight, as far as it is to say them.
     """
 
     def __init__(self, context: StepContext):
@@ -60,7 +60,8 @@ class Shards:
             self.batch = {}  # not two at a time
             with users(context.training.is_own):
                 self.batch, self.loaded = context.training.load_batch(context.step, shard), shard
-        return part_of(self.batch, parts, part), shard_seed(context.plan.seed, context.step, shard, *([part] if parts > 1 else []))
+        return part_of(self.batch, parts, part), shard_seed(context.plan.seed, context.step, shard,
+                                                            *([part] if parts > 1 else []))
 
     def begin(self, shard: int) -> Mapping[str, Buffer]:
         """Where a shard's gradients go."""
@@ -90,13 +91,15 @@ def add_up_shards(context: StepContext) -> Shards:
 
 
 def sum_shared(groups: MeshGroups, layout: FlatLayout, gradient: Buffer) -> None:
-    """Parameters that several members of a replica hold, each of which has found a part of the gradient: in rank order, the same for all."""
+    """Parameters that several members of a replica hold, each of which has found a part of the gradient: in rank order,
+    the same for all."""
     for axis, names in groups.shared:
         places = [layout.places[name] for name in names if name in layout.trainable_set]
         if not places:
             continue
         ends = np.cumsum([place.size for place in places]).tolist()
-        runs = [(slice(end - place.size, end), slice(place.offset, place.offset + place.size)) for place, end in zip(places, ends)]
+        runs = [(slice(end - place.size, end), slice(place.offset, place.offset + place.size))
+                for place, end in zip(places, ends)]
         packed = empty_like(gradient, ends[-1])
         for here, there in runs:
             packed[here] = gradient[there]

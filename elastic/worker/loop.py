@@ -1,8 +1,8 @@
 """One generation's training, from where its members meet to where they part. Runs on any group, with Ray or without.
 
-A step: every member adds up the gradients of its logical shards along the canonical tree; the group reduces the sums; all vote;
-a vote that completes is the commit, and each member applies what it holds. Nothing is changed before the commit, so
-a step that is cut off can be redone from untouched state, by whoever is left.
+A step: every member adds up the gradients of its logical shards along the canonical tree; the group reduces the sums;
+all vote; a vote that completes is the commit, and each member applies what it holds. Nothing is changed before the
+commit, so a step that is cut off can be redone from untouched state, by whoever is left.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from elastic.worker.vote import vote
 
 
 def train(context: StepContext) -> str:
-    """Trains until the run is "done" or a vote says that the group has "stopped". Raises `GroupBroken` if a peer is gone."""
+    """Trains until the run is "done" or a vote says that the group has "stopped". Raises `GroupBroken` if a peer is
+    gone."""
     member, plan, state, held = context.member, context.plan, context.state, context.held
-    steps, run = range(state.committed + 1, plan.num_steps + 1), context.run  # the loader outlives this generation's context
+    # the loader outlives this generation's context
+    steps, run = range(state.committed + 1, plan.num_steps + 1), context.run
     context.training.load_batch.expect((step, shard) for step in steps for shard in run)
     do_what_is_due(context, evaluated=context.generation.evaluated, checkpointed=context.generation.checkpointed)
     while state.committed < plan.num_steps:
@@ -56,7 +58,8 @@ def train(context: StepContext) -> str:
 
 
 def begin(member: Member, generation: Generation, group: CollectiveGroup, injector: Injector) -> StepContext:
-    """Brings every member to `generation.committed`: a vote that some saw complete is applied, those without state are healed.
+    """Brings every member to `generation.committed`: a vote that some saw complete is applied, those without state are
+    healed.
 
     Where nobody has any state, all load a checkpoint together.
     """
@@ -71,13 +74,15 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
 
 
 def reduce_sums(context: StepContext, shards: Shards) -> Buffer:
-    """Over the replicas along the tree; then over the members of this replica that hold the same parameters and found other parts."""
+    """Over the replicas along the tree; then over the members of this replica that hold the same parameters and found
+    other parts."""
     buffers, state, gradient = context.buffers, context.state, shards.plain
     with context.waiting("reduction", context.groups.data) as group:
         if state.is_sharded and group.size > 1:
             return reduce_own(context, state, group, shards)
         if shards.sums:
-            gradient = group.reduce_tree(shards.sums.nodes(), context.plan.num_shards, buffers.out, buffers.numel, BLOCK, buffers.scratch)
+            gradient = group.reduce_tree(shards.sums.nodes(), context.plan.num_shards, buffers.out, buffers.numel,
+                                         BLOCK, buffers.scratch)
         else:
             group.all_reduce(gradient)
     sum_shared(context.groups, state.layout, gradient)
@@ -100,7 +105,8 @@ def apply_update(member: Member, ballot: Ballot) -> None:
     for pattern, begins, ends in layout.decays:
         decay = decays.get(pattern, 0.0)
         for low, high, at in state.holding.store.runs(begins, ends):
-            rule = UpdateRule(options["name"], lr, decay, scale, ballot.step, options["beta1"], options["beta2"], options["eps"],
+            rule = UpdateRule(options["name"], lr, decay, scale, ballot.step, options["beta1"], options["beta2"],
+                              options["eps"],
                               options["momentum"])
             slots = {name: state.slots[name][at:at + high - low] for name in SLOTS[rule.name]}
             member.place.backend.update(rule, state.param[low:high], gradient[at:at + high - low], slots, BLOCK)
@@ -114,7 +120,8 @@ def record(context: StepContext, ballot: Ballot, step_s: float) -> None:
     training, generation, weight = context.training, context.generation, tree_sum(ballot.weights)
     loss = tree_sum(ballot.losses) / (1.0 if context.place.habits.sums else weight)
     samples = sum(int((training.positions(ballot.step, s) >= 0).sum()) for s in range(context.plan.num_shards))
-    fields: dict[str, Any] = {"step": ballot.step, "loss": loss, "time": time.time(), "step_s": step_s, "world_size": len(generation.members),
+    fields: dict[str, Any] = {"step": ballot.step, "loss": loss, "time": time.time(), "step_s": step_s,
+                              "world_size": len(generation.members),
                               "generation": generation.number, "samples": samples}
     if training.unit:
         fields[training.unit] = int(weight)
@@ -129,7 +136,8 @@ def do_what_is_due(context: StepContext, evaluated: int = 0, checkpointed: int =
     if step <= 0:
         return
     last = step == plan.num_steps
-    if context.training.eval_batches and step > evaluated and (last or (plan.eval_every and step % plan.eval_every == 0)):
+    if context.training.eval_batches and step > evaluated and (last
+                                                               or (plan.eval_every and step % plan.eval_every == 0)):
         with context.state.averaged(context.groups.data), context.untouched(whole=True):
             member.evaluation = evaluate(context)
         member.write_down(context.generation, rank, {"step": step, "eval": member.evaluation})

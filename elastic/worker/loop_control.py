@@ -15,8 +15,8 @@ ORPHAN_S = 600.0  # for an orphan to write its state
 
 
 class Control:
-    """Shared between a worker's thread and those that take the controller's orders. `orders`: generations to take part in, what is to be
-    saved, and None to release it.
+    """Shared between a worker's thread and those that take the controller's orders. `orders`: generations to take part
+    in, what is to be saved, and None to release it.
     """
 
     def __init__(self) -> None:
@@ -96,8 +96,8 @@ class Control:
 
     @contextmanager
     def collective(self, step: int | None = None, phase: str = "", detail: int = 0) -> Iterator[None]:
-        """Marks the time inside a collective, of the step and phase at hand unless given: who has not entered one that others wait in is the
-        suspect of a hang.
+        """Marks the time inside a collective, of the step and phase at hand unless given: who has not entered one that
+        others wait in is the suspect of a hang.
         """
         self.at(self.step if step is None else step, phase or self.phase, detail)
         self.inside += 1

@@ -8,8 +8,9 @@ from typing import Any
 
 
 def learning_rate(step: int, num_steps: int, options: Mapping[str, Any]) -> float:
-    """By the keys of `[optimizer]`: linear warm-up over `warmup_steps`, then constant; cosine or linear down to `min_lr` at `num_steps`; or
-    "step", times `gamma` after every step in `milestones`, `min_lr` at least. "one-cycle" has a warm-up of its own.
+    """By the keys of `[optimizer]`: linear warm-up over `warmup_steps`, then constant; cosine or linear down to
+    `min_lr` at `num_steps`; or "step", times `gamma` after every step in `milestones`, `min_lr` at least. "one-cycle"
+    has a warm-up of its own.
     """
     kind, lr, min_lr, warmup_steps = (options[key] for key in ("schedule", "lr", "min_lr", "warmup_steps"))
     if kind == "one-cycle":
@@ -25,8 +26,8 @@ def learning_rate(step: int, num_steps: int, options: Mapping[str, Any]) -> floa
 
 
 def one_cycle(step: int, num_steps: int, lr: float, options: Mapping[str, Any]) -> float:
-    """Smith and Topin 2018, in two halves of cosines, as PyTorch has it: from lr / div_factor up to `lr` over the share `pct_start` of
-    the run, and down to lr / div_factor / final_div_factor at its end. Momentum stays as it is.
+    """Smith and Topin 2018, in two halves of cosines, as PyTorch has it: from lr / div_factor up to `lr` over the share
+    `pct_start` of the run, and down to lr / div_factor / final_div_factor at its end. Momentum stays as it is.
     """
     first = lr / options["div_factor"]
     last, peak, now = first / options["final_div_factor"], options["pct_start"] * num_steps - 1, step - 1
@@ -41,6 +42,7 @@ def cosine(done: float) -> float:
 
 
 def scaled(options: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """The keys of `[optimizer]` with the rates that `batch_size` calls for: in proportion to it (Goyal et al. 2017, section 2.1)."""
+    """The keys of `[optimizer]` with the rates that `batch_size` calls for: in proportion to it (Goyal et al. 2017,
+    section 2.1)."""
     factor = batch_size / options["base_batch"] if options["base_batch"] else 1.0
     return {**options, "lr": options["lr"] * factor, "min_lr": options["min_lr"] * factor}

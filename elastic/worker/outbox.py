@@ -11,20 +11,24 @@ from typing import Any
 from elastic.messages import Line, Progress
 from elastic.worker.loop_control import Control
 
-HEARTBEAT_S = 0.5  # how often a worker reports where it is; hang_timeout_s is counted in seconds, so this is fine enough
+# how often a worker reports where it is; hang_timeout_s is counted in seconds, so this is fine enough
+HEARTBEAT_S = 0.5
 RETRY_S = 0.2  # between tries while the controller cannot be reached
 
 
 class Outbox(threading.Thread):
     """Sends batches through `deliver(messages, number) -> steps on disk, or -1 if this worker is fenced off`.
 
-    `number` counts the messages acknowledged so far, by which a repeated one is known; a heartbeat, not counted, comes last.
+    `number` counts the messages acknowledged so far, by which a repeated one is known; a heartbeat, not counted, comes
+    last.
 
-    Lines wait for the next heartbeat; anything else goes at once. `orphaned()` is called when nothing could be delivered for
+    Lines wait for the next heartbeat; anything else goes at once. `orphaned()` is called when nothing could be
+    delivered for
     `orphan_timeout_s`, `fenced()` when the controller has given this worker up.
     """
 
-    def __init__(self, worker: str, control: Control, deliver: Callable[[Sequence[Any], int], int], orphan_timeout_s: float,
+    def __init__(self, worker: str, control: Control, deliver: Callable[[Sequence[Any], int], int],
+                 orphan_timeout_s: float,
                  orphaned: Callable[[], None], fenced: Callable[[], None], heartbeat_s: float = HEARTBEAT_S):
         super().__init__(name="outbox", daemon=True)
         self.worker, self.control, self.deliver = worker, control, deliver
@@ -65,7 +69,8 @@ class Outbox(threading.Thread):
                 written = self.deliver([*batch, heartbeat], number)
             except Exception as error:
                 if time.monotonic() - answered > self.orphan_timeout_s:
-                    print(f"The controller has not answered for {self.orphan_timeout_s} s ({error}); this worker leaves.", flush=True)
+                    print(f"The controller has not answered for {self.orphan_timeout_s} s ({error}); this worker "
+                          "leaves.", flush=True)
                     self.orphaned()
                     return
                 time.sleep(RETRY_S)

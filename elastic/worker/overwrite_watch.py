@@ -1,8 +1,9 @@
 """Nothing but the optimizer may change what trains: writes by a user's own model are seen in the values, for no framework counts all of them.
 
-Values are looked at before and after users' code computes. Where a checkpoint follows, and around an evaluation, at all of them. Else at all of a
-small parameter and at one cache line in STRIDE of a large one, each step at others: what changes a whole array shows at once, what goes on changing a
-part of one shows within STRIDE steps and before it is saved. A part of a large array that is written to once and never again may stay unseen.
+Values are looked at before and after users' code computes. Where a checkpoint follows, and around an evaluation, at all
+of them. Else at all of a small parameter and at one cache line in STRIDE of a large one, each step at others: what
+changes a whole array shows at once, what goes on changing a part of one shows within STRIDE steps and before it is
+saved. A part of a large array that is written to once and never again may stay unseen.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Watch:
     def __init__(self, kind: str, layout: FlatLayout):
         self.kind = kind
         self._places = sorted((place.offset, place.size, name) for name, place in layout.places.items() if place.size)
-        looks = [lines(low, low + size) if size > SMALL else (np.arange(low, low + size),) * 2 for low, size, _ in self._places]
+        looks = [lines(low, low + size) if size > SMALL else (np.arange(low, low + size),) * 2
+                 for low, size, _ in self._places]
         self._base, self._last = (np.concatenate(part) for part in zip(*looks, strict=True))
 
     @contextmanager
@@ -51,15 +53,18 @@ class Watch:
         changed = np.flatnonzero(before != self._look(param, index))
         if len(changed):
             name = self._places[changed[0]][2] if index is None else self._holder(int(index[changed[0]]))
-            raise Overwritten(f'model.kind = "{self.kind}" changes its parameter {name} while it computes (seen at step {step}), as a write through '
-                              ".data does; a parameter changes once a step, by the optimizer: compute the changed values from it instead.")
+            raise Overwritten(f'model.kind = "{self.kind}" changes its parameter {name} while it computes (seen at '
+                              f'step {step}), as a write through '
+                              ".data does; a parameter changes once a step, by the optimizer: compute the changed "
+                              "values from it instead.")
 
     def _look(self, param: Buffer, index: np.ndarray | None) -> np.ndarray:
         """Bits of what is looked at: values, or hashes of all parameters."""
         if index is None:
             import xxhash  # the loop's own modules need NumPy only
 
-            return np.array([xxhash.xxh3_64_intdigest(bits(param[low:low + size]).data) for low, size, _ in self._places], np.uint64)
+            return np.array([xxhash.xxh3_64_intdigest(bits(param[low:low + size]).data)
+                             for low, size, _ in self._places], np.uint64)
         return bits(param[index])
 
     def _holder(self, position: int) -> str:

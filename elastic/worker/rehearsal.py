@@ -17,7 +17,8 @@ from elastic.worker.training import Placement, Training
 
 
 def warm_up(training: Training, place: Placement) -> None:
-    """Runs what compiles or allocates lazily, on the first shard, and notes the model's habits. The state has to be started or loaded after."""
+    """Runs what compiles or allocates lazily, on the first shard, and notes the model's habits. The state has to be
+    started or loaded after."""
     try:
         with users(training.is_own):
             rehearse(training, place)
@@ -46,8 +47,10 @@ def rehearse(training: Training, place: Placement) -> None:
     state.layout.move([*state.buffers, *habits.moved])
     last = shorter(training) if place.portion is None else None
     if last is not None:
-        batch, rows = training.load_batch(plan.num_steps, last), int((training.positions(plan.num_steps, last) >= 0).sum())
-        with fewer(f"The last step leaves {rows} of a logical shard's {len(training.positions(1, 0))} samples to logical shard {last}",
+        batch, rows = training.load_batch(plan.num_steps,
+                                          last), int((training.positions(plan.num_steps, last) >= 0).sum())
+        with fewer(f"The last step leaves {rows} of a logical shard's {len(training.positions(1, 0))} samples to "
+                   f"logical shard {last}",
                    "choose run.steps, data.batch_size or elastic.logical_shards so that all shards are alike"):
             backend.gradients(batch, 0, room())
     if training.eval_batches:
@@ -59,7 +62,8 @@ def rehearse_evaluation(training: Training, place: Placement) -> None:
     tally, first = place.backend.tally(), part_of(training.eval_batches[0](), place.mesh.expert, 0)
     found, best = measure(place.backend, tally, first), training.plan.best.removeprefix("eval.")
     if best and best not in found and best not in (known := named(found, tally)):
-        raise UserError(f'checkpoint.best = "{training.plan.best}" is none of the figures of this evaluation, {", ".join(known)}; '
+        raise UserError(f'checkpoint.best = "{training.plan.best}" is none of the figures of this evaluation, '
+                        f'{", ".join(known)}; '
                         "write one of them.")
     if place.portion is not None or training.fills:
         return
@@ -67,7 +71,8 @@ def rehearse_evaluation(training: Training, place: Placement) -> None:
     if num_rows(last) == num_rows(first):
         return
     with fewer(f"The last batch of the evaluation has {num_rows(last)} rows where the others have {num_rows(first)}",
-               f"choose data.eval_fraction so that the evaluation set has a multiple of {num_rows(first)} rows, or let the model take any number"):
+               f"choose data.eval_fraction so that the evaluation set has a multiple of {num_rows(first)} rows, or let "
+               "the model take any number"):
         place.backend.metrics(last)
 
 
@@ -83,7 +88,8 @@ def fewer(what: str, remedy: str) -> Iterator[None]:
 
 
 def shorter(training: Training) -> int | None:
-    """The shard of the last step that has fewer rows than the others but not none, where rows are left out rather than filled up."""
+    """The shard of the last step that has fewer rows than the others but not none, where rows are left out rather than
+    filled up."""
     plan = training.plan
     if plan.micro_batches > 1 or training.fills:
         return None

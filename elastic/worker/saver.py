@@ -30,10 +30,11 @@ JOIN_S = 0.1  # between two reports of how far a write is that everybody waits f
 
 
 class Saver:
-    """Writes at most one part at a time; a second save waits for the first. `post` takes the `Part` of each that is durable, or failed.
+    """Writes at most one part at a time; a second save waits for the first. `post` takes the `Part` of each that is
+    durable, or failed.
 
-    `head`: what all manifests of the run have in common. `mb_s`: megabytes a second at most, while nobody waits for the write; 0: as
-    fast as the storage takes them.
+    `head`: what all manifests of the run have in common. `mb_s`: megabytes a second at most, while nobody waits for the
+    write; 0: as fast as the storage takes them.
     """
 
     def __init__(self, worker: str, location: str, head: Manifest, batch_size: int, post: Callable[[Any], None],
@@ -63,15 +64,17 @@ class Saver:
     def _image(self, state: State, rank: int, world_size: int) -> Image:
         boxes = state.shares(rank // state.replica_size, world_size // state.replica_size)
         places = tuple(state.in_whole(box) for box in boxes)
-        if self.image is not None and (self.image.sources, self.image.boxes) == (boxes, places):  # another coordinate's boxes may be just as large
+        # another coordinate's boxes may be just as large
+        if self.image is not None and (self.image.sources, self.image.boxes) == (boxes, places):
             return self.image
         return Image(places, self.image.memory if self.image else None, boxes)
 
-    def save(self, state: State, order: Save, evaluation: Mapping[str, float], progress: Callable[[int], None] = lambda done: None) -> None:
+    def save(self, state: State, order: Save, evaluation: Mapping[str, float],
+             progress: Callable[[int], None] = lambda done: None) -> None:
         """Returns once this rank's share is copied, or with `order.wait` once it is durable.
 
-        A write that fails is reported to the controller, and raised only where it is waited for (RunFailed). `NonFiniteLoss` as soon
-        as it is known that an earlier state was not finite.
+        A write that fails is reported to the controller, and raised only where it is waited for (RunFailed).
+        `NonFiniteLoss` as soon as it is known that an earlier state was not finite.
         """
         started = time.perf_counter()
         self.join(progress)
@@ -86,7 +89,8 @@ class Saver:
         head = self._head(order.generation, order.step, evaluation) if order.rank == 0 else None
         self.writing, self.error, self.done = True, None, 0
         self.hurry.clear()
-        self.thread = threading.Thread(target=self._write, args=(self.image, order, head, stall_s, started, before[1] if before else 0),
+        self.thread = threading.Thread(target=self._write,
+                                       args=(self.image, order, head, stall_s, started, before[1] if before else 0),
                                        name="saver", daemon=True)
         self.thread.start()
         if order.wait:
@@ -99,7 +103,8 @@ class Saver:
         return replace(self.head, step=step, generation=generation, cursor=step * self.batch_size, eval=evaluation,
                        extra={**self.head.extra, **extra})
 
-    def _write(self, image: Image, order: Save, head: Manifest | None, stall_s: float, started: float, before: int) -> None:
+    def _write(self, image: Image, order: Save, head: Manifest | None, stall_s: float, started: float,
+               before: int) -> None:
         begun = time.monotonic()
         with contextlib.suppress(OSError):
             if before > self.newest and Store.open(self.location).size(f"{folder_of(before)}/{MANIFEST}") is not None:
@@ -111,13 +116,15 @@ class Saver:
                 self.hurry.wait(max(0.0, begun + done / (self.mb_s * 1e6) - time.monotonic()))
 
         def part(file: str, error: str = "") -> Part:
-            return Part(self.worker, order.generation, order.step, file, stall_s, time.perf_counter() - started, order.rank,
+            return Part(self.worker, order.generation, order.step, file, stall_s, time.perf_counter() - started,
+                        order.rank,
                         order.world_size, head.dumps() if head else "", error)
 
         try:
             store = self._store(order)
             name = part_name(order.rank, order.world_size, order.generation)
-            entry = image.write(store, folder_of(order.step), name, self.head.chunk_bytes, note, lambda: check_finite(image, order.step))
+            entry = image.write(store, folder_of(order.step), name, self.head.chunk_bytes, note,
+                                lambda: check_finite(image, order.step))
             self.post(part(json.dumps(asdict(entry))))
         except Exception as error:
             self.error = error
@@ -149,10 +156,13 @@ class Saver:
         if isinstance(self.error, NonFiniteLoss):
             raise self.error
 
-    def leave(self, state: State, generation: int, evaluation: Mapping[str, float], lines: Iterable[Mapping[str, Any]]) -> bool:
-        """The final checkpoint of a worker without a controller: all of its state, committed by itself where nothing as new is.
+    def leave(self, state: State, generation: int, evaluation: Mapping[str, float],
+              lines: Iterable[Mapping[str, Any]]) -> bool:
+        """The final checkpoint of a worker without a controller: all of its state, committed by itself where nothing as
+        new is.
 
-        `lines`: those of metrics.jsonl that may be lost; with it go all since the newest checkpoint. Returns whether it was needed.
+        `lines`: those of metrics.jsonl that may be lost; with it go all since the newest checkpoint. Returns whether it
+        was needed.
         """
         self.join()
         store, step = Store.open(self.location), state.committed
@@ -167,18 +177,21 @@ class Saver:
         self.image = None  # its memory is another's now
         image.fill(state.take)
         name = part_name(0, 1, generation, f"state-{self.worker}")
-        entry = image.write(store, folder_of(step), name, self.head.chunk_bytes, check=lambda: check_finite(image, step))
+        entry = image.write(store, folder_of(step), name, self.head.chunk_bytes,
+                            check=lambda: check_finite(image, step))
         if max((s for s, _ in committed(store)), default=0) >= step:
             return False
         head = self._head(generation, step, evaluation, lines=[fields for fields in lines if fields["step"] > newest])
         commit(store, replace(head, files=(entry,)))
         return True
 
-    def restore(self, path: str, state: State, group: CollectiveGroup, at: Callable[[int], AbstractContextManager[Any]]) -> tuple[Manifest, int]:
-        """Loads a checkpoint into the states of all members together; its manifest and the bytes that this one has read.
+    def restore(self, path: str, state: State, group: CollectiveGroup,
+                at: Callable[[int], AbstractContextManager[Any]]) -> tuple[Manifest, int]:
+        """Loads a checkpoint into the states of all members together; its manifest and the bytes that this one has
+        read.
 
-        `BadCheckpoint` if it is not whole; RecipeError, before anything is read, where it is of another model. The state counts as
-        torn until all of it is in place.
+        `BadCheckpoint` if it is not whole; RecipeError, before anything is read, where it is of another model. The
+        state counts as torn until all of it is in place.
         """
         try:
             store, name = split(path)
@@ -190,8 +203,9 @@ class Saver:
         check_same({name: shape for name, (_, shape) in specs.items()}, {piece.name: piece.shape for piece in pieces})
         for piece in pieces:
             if piece.dtype != (dtype := specs[piece.name][0]):
-                raise RecipeError(f"{piece.name}: the checkpoint has dtype {piece.dtype}, the recipe's model has {dtype}; "
-                                  "it is of another model: put [model] back, or start a new run with model.init.")
+                raise RecipeError(f"{piece.name}: the checkpoint has dtype {piece.dtype}, the recipe's model has "
+                                  f"{dtype}; it is of another model: put [model] back, or start a new run with "
+                                  "model.init.")
         reader = Reader(store, name, manifest)
         state.committed = -1
         read_together(reader, group, lambda piece, low, values: state.put(piece.name, piece.box, low, values), at)
@@ -202,7 +216,8 @@ class Saver:
 def check_finite(image: Image, step: int) -> None:
     """Nobody could go on from parameters that are no numbers."""
     if not image.are_finite(PARAMETER):
-        raise NonFiniteLoss(f"The parameters are not finite after step {step}; lower optimizer.lr, set optimizer.clip_norm or mend the data.")
+        raise NonFiniteLoss(f"The parameters are not finite after step {step}; lower optimizer.lr, set "
+                            "optimizer.clip_norm or mend the data.")
 
 
 def reason(error: BaseException) -> str:

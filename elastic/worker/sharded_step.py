@@ -1,7 +1,8 @@
 """A step of workers that each own a range of the optimizer's state: what differs from one in which everybody updates everything.
 
-Everybody gets the reduced gradient of what it holds and updates that; then owners give their parameters to the others. Who falls before
-has a twin that made the same update. `elastic.state.holding` says what is held, `elastic.state.resharding` how it moves.
+Everybody gets the reduced gradient of what it holds and updates that; then owners give their parameters to the others.
+Who falls before has a twin that made the same update. `elastic.state.holding` says what is held,
+`elastic.state.resharding` how it moves.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ class Training:
 
 @dataclass
 class Placement:
-    """A coordinate of the mesh, and what a worker computes with there. `mesh` is one replica's; a worker is on any replica's coordinate."""
+    """A coordinate of the mesh, and what a worker computes with there. `mesh` is one replica's; a worker is on any
+    replica's coordinate."""
 
     backend: Backend
     state: State
@@ -93,7 +94,8 @@ class Held:
 
 
 class Member:
-    """It outlives generations. This much trains without checkpoints on the coordinate that it has; `elastic.worker.worker.Worker` does the rest.
+    """It outlives generations. This much trains without checkpoints on the coordinate that it has;
+    `elastic.worker.worker.Worker` does the rest.
 
     `post` sends a message to the controller, in order, and returns at once.
     """
@@ -103,10 +105,12 @@ class Member:
         self.held = Held()
         self.evaluation: dict[str, float] = {}  # the last one
         self.unwritten: deque[dict[str, Any]] = deque()  # lines of metrics.jsonl that may not be on disk
-        self.unsaved: deque[dict[str, Any]] = deque(maxlen=MAX_LINES)  # those since the newest checkpoint known to be committed
+        # those since the newest checkpoint known to be committed
+        self.unsaved: deque[dict[str, Any]] = deque(maxlen=MAX_LINES)
 
     def settle(self, generation: Generation, group: CollectiveGroup) -> None:
-        """Takes the coordinate that the generation gives it, and loads the checkpoint that it names, if any, all members together."""
+        """Takes the coordinate that the generation gives it, and loads the checkpoint that it names, if any, all
+        members together."""
         assert not generation.resharded
 
     def save(self, order: Save) -> None:

@@ -24,7 +24,8 @@ def vote(context: StepContext, shards: Shards) -> Ballot:
     """
     step, ledger = context.step, context.training.ledger
     fed = ledger.digests(step) * (context.groups.replica.rank == 0) if ledger else np.zeros(0)
-    mine = packed(shards.losses, shards.weights, fed, squared_norm(context), context.member.is_busy(), context.control.stop_request())
+    mine = packed(shards.losses, shards.weights, fed, squared_norm(context), context.member.is_busy(),
+                  context.control.stop_request())
     ballot, digests = counted(step, context.gather("vote", mine), context.plan.num_shards)
     if ledger:
         ledger.check(step, digests)
@@ -32,16 +33,20 @@ def vote(context: StepContext, shards: Shards) -> Ballot:
     return ballot
 
 
-def packed(losses: np.ndarray, weights: np.ndarray, fed: np.ndarray, squared_norm: float, busy: bool, stop: int) -> np.ndarray:
-    """One member's vote as it travels, float64. `fed`: (num_shards,) digests of what shards were fed, with a ledger; else (0,)."""
+def packed(losses: np.ndarray, weights: np.ndarray, fed: np.ndarray, squared_norm: float, busy: bool,
+           stop: int) -> np.ndarray:
+    """One member's vote as it travels, float64. `fed`: (num_shards,) digests of what shards were fed, with a ledger;
+    else (0,)."""
     return np.concatenate([fed, losses, weights, [squared_norm, busy, stop]])
 
 
 def counted(step: int, rows: np.ndarray, num_shards: int) -> tuple[Ballot, np.ndarray]:
     """All members' votes, (members, length), and the digests in them: busy if one is, and the largest stop."""
     fed = rows.shape[1] - 2 * num_shards - 3
-    digests, losses, weights, (norm, busy, _) = np.split(rows.sum(axis=0), [fed, fed + num_shards, fed + 2 * num_shards])
-    return Ballot(step, tuple(losses.tolist()), tuple(weights.tolist()), int(rows[:, -1].max()), bool(busy), float(norm)), digests
+    digests, losses, weights, (norm, busy, _) = np.split(rows.sum(axis=0),
+                                                         [fed, fed + num_shards, fed + 2 * num_shards])
+    return Ballot(step, tuple(losses.tolist()), tuple(weights.tolist()), int(rows[:, -1].max()), bool(busy),
+                  float(norm)), digests
 
 
 def squared_norm(context: StepContext) -> float:
@@ -60,13 +65,15 @@ def squared_norm(context: StepContext) -> float:
 
 def check_finite(training: Training, ballot: Ballot) -> None:
     if not sum(ballot.weights) > 0:
-        raise NonFiniteLoss(f"The weights of step {ballot.step} sum to {sum(ballot.weights)}; a model's loss must give a weight above 0: leave out "
-                            "rows of which nothing counts.")
+        raise NonFiniteLoss(f"The weights of step {ballot.step} sum to {sum(ballot.weights)}; a model's loss must give "
+                            "a weight above 0: leave out rows of which nothing counts.")
     for shard, loss in enumerate(ballot.losses):
         if not math.isfinite(loss):
             positions = training.positions(ballot.step, shard).tolist()
-            some = ", ".join(map(str, positions[:FEW])) + (f" and {len(positions) - FEW} more" if len(positions) > FEW else "")
-            raise NonFiniteLoss(f"The loss is {loss} at step {ballot.step}, logical shard {shard}, sample positions {some}; "
-                                "lower optimizer.lr, set optimizer.clip_norm or mend these samples.")
+            some = ", ".join(map(str, positions[:FEW])) + (f" and {len(positions) - FEW} more" if len(positions) > FEW
+                                                           else "")
+            raise NonFiniteLoss(f"The loss is {loss} at step {ballot.step}, logical shard {shard}, sample positions "
+                                f"{some}; lower optimizer.lr, set optimizer.clip_norm or mend these samples.")
     if not math.isfinite(ballot.squared_norm):
-        raise NonFiniteLoss(f"The gradient's norm is {ballot.squared_norm} at step {ballot.step}; lower optimizer.lr or mend the data.")
+        raise NonFiniteLoss(f"The gradient's norm is {ballot.squared_norm} at step {ballot.step}; lower optimizer.lr "
+                            "or mend the data.")

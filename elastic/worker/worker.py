@@ -62,10 +62,12 @@ class Rim(Protocol):
 class Worker(Member):
     """One worker's life. Open it on the thread that serves."""
 
-    def __init__(self, name: str, job: Job, rim: Rim, control: Control, recipe: Recipe, workload: Workload, place: Placement):
+    def __init__(self, name: str, job: Job, rim: Rim, control: Control, recipe: Recipe, workload: Workload,
+                 place: Placement):
         super().__init__(build_training(recipe, workload), place, control, rim.post)
         self.name, self.rim, self.recipe, self.workload = name, rim, recipe, workload
-        head = Manifest(0, 0, 0, recipe.run.seed, job.recipe, extra={"info": workload.facts(job.info), "run": job.run_id})
+        head = Manifest(0, 0, 0, recipe.run.seed, job.recipe,
+                        extra={"info": workload.facts(job.info), "run": job.run_id})
         self.saver = Saver(name, job.checkpoints, head, recipe.data.batch_size, self.post_part,
                            lambda: rim.strike(Fault("kill", 0, 0, "checkpoint", "disk")), recipe.checkpoint.write_mb_s)
         self.parts: dict[Save, Part] = {}  # of the last checkpoint
@@ -74,7 +76,8 @@ class Worker(Member):
 
     @classmethod
     def open(cls, name: str, job: Job, rim: Rim, control: Control) -> Self:
-        """Builds and compiles, on the coordinate that this worker is likely to get: one that gets another builds again."""
+        """Builds and compiles, on the coordinate that this worker is likely to get: one that gets another builds again.
+        """
         recipe = loads(job.recipe, locate=False)
         workload, mesh = Workload.open(recipe, job.info), mesh_of(recipe)
         place = place_on(recipe, workload, mesh, mesh.coordinate(int(name.rpartition("-")[2]) % mesh.replica_size))
@@ -84,7 +87,8 @@ class Worker(Member):
 
     def serve(self) -> None:
         """Says that it is there, and works until released."""
-        self.ready = Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.place.backend.compilations(), self.rim.shares)
+        self.ready = Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.place.backend.compilations(),
+                           self.rim.shares)
         self.post(self.ready)
         taken = 0
         while (order := self.control.orders.get()) is not None:
@@ -99,7 +103,8 @@ class Worker(Member):
         self.saver.join()
 
     def save_alone(self, order: Save) -> None:
-        """A final checkpoint: too few are left to go on, and no checkpoint has what this one has. Its part reports how it went."""
+        """A final checkpoint: too few are left to go on, and no checkpoint has what this one has. Its part reports how
+        it went."""
         written, state = self.parts.get(replace(order, ballot=None)), self.place.state
         if written is not None and not written.error:
             self.post(written)
@@ -111,10 +116,12 @@ class Worker(Member):
                 raise RunFailed(f"{self.name} has not the state of step {order.step} any more.")
             self.saver.save(state, order, self.evaluation)
         except RunFailed as failed:
-            self.post_part(Part(self.name, order.generation, order.step, "", 0.0, 0.0, order.rank, order.world_size, error=str(failed)))
+            self.post_part(Part(self.name, order.generation, order.step, "", 0.0, 0.0, order.rank, order.world_size,
+                                error=str(failed)))
 
     def leave(self) -> None:
-        """An orphan's final checkpoint: its whole state, unless a checkpoint has it, with the lines since the newest checkpoint."""
+        """An orphan's final checkpoint: its whole state, unless a checkpoint has it, with the lines since the newest
+        checkpoint."""
         try:
             if self.saver.leave(self.place.state, self.control.generation, self.evaluation, self.unsaved):
                 print(f"Step {self.place.state.committed} is saved; there was nobody to report it to.", flush=True)
@@ -124,7 +131,8 @@ class Worker(Member):
             self.control.is_gone.set()
 
     def post_part(self, part: Part) -> None:
-        parts = {order: old for order, old in self.parts.items() if (order.generation, order.step) == (part.generation, part.step)}
+        parts = {order: old for order, old in self.parts.items() if (order.generation,
+                                                                     order.step) == (part.generation, part.step)}
         self.parts = {**parts, Save(part.generation, part.step, part.rank, part.world_size): part}
         self.post(part)
 
@@ -174,13 +182,17 @@ class Worker(Member):
             group.abort()
         state, held, place = self.place.state, self.held, self.place
         has_state = state.committed >= 0 or held.step >= 0
-        return Standing(self.name, generation.number, reason, state.committed, held.step, held.ballot, error, fatal, rejected,
-                        lines=tuple(self.unwritten), compilations=place.backend.compilations(), mesh=astuple(place.mesh),
-                        coordinate=place.mesh.rank(place.coordinate) if has_state else -1, held=state.holding.blocks if state.committed >= 0 else (),
+        return Standing(self.name, generation.number, reason, state.committed, held.step, held.ballot, error, fatal,
+                        rejected,
+                        lines=tuple(self.unwritten), compilations=place.backend.compilations(),
+                        mesh=astuple(place.mesh),
+                        coordinate=place.mesh.rank(place.coordinate) if has_state else -1, held=state.holding.blocks
+                        if state.committed >= 0 else (),
                         blocks=state.num_blocks, torn=state.torn, **hashes)
 
     def settle(self, generation: Generation, group: CollectiveGroup) -> None:
-        """With `resharded`, its part of the state comes out of what all members hold; until all have theirs, what this one holds stays."""
+        """With `resharded`, its part of the state comes out of what all members hold; until all have theirs, what this
+        one holds stays."""
         mesh, coordinate = generation.shape, generation.shape.coordinate(group.rank)
         place = self.place
         if (replace(mesh, data=1), replace(coordinate, data=0)) != (place.mesh, place.coordinate):
@@ -200,16 +212,19 @@ class Worker(Member):
     def move(self, generation: Generation, group: CollectiveGroup, state: State) -> None:
         """Fills `state` out of what the members hold."""
         started, mesh = time.perf_counter(), generation.shape
-        holders = {held.rank: shape(held.mesh).coordinate(held.coordinate) for held in generation.resharded if held.coordinate >= 0}
+        holders = {held.rank: shape(held.mesh).coordinate(held.coordinate) for held in generation.resharded
+                   if held.coordinate >= 0}
         was = shape(next(held.mesh for held in generation.resharded if held.coordinate >= 0))
         given = self.place.state if group.rank in holders else None
         waiting = partial(self.control.collective, generation.committed, "relay")
-        moved = relay(group, laid(self.recipe, self.workload, was), holders, given, laid(self.recipe, self.workload, mesh), state, waiting)
+        moved = relay(group, laid(self.recipe, self.workload, was), holders, given,
+                      laid(self.recipe, self.workload, mesh), state, waiting)
         with waiting(0):
             group.barrier()
         state.committed = generation.committed
         if group.rank == 0:
-            self.event(generation, "relaid", **{"from": degrees(was), "to": degrees(mesh), "bytes": moved, "seconds": time.perf_counter() - started})
+            self.event(generation, "relaid", **{"from": degrees(was), "to": degrees(mesh), "bytes": moved,
+                                                "seconds": time.perf_counter() - started})
 
     def restore(self, generation: Generation, group: CollectiveGroup) -> None:
         """From the checkpoint that the generation starts with. Rank 0 reports it."""
@@ -219,14 +234,16 @@ class Worker(Member):
         manifest, read = self.saver.restore(generation.load, self.place.state, group, waiting)
         self.evaluation = dict(manifest.eval)
         if group.rank == 0:
-            self.event(generation, "loaded", step=manifest.step, path=shown(generation.load), bytes=manifest.bytes, read_bytes=read,
+            self.event(generation, "loaded", step=manifest.step, path=shown(generation.load), bytes=manifest.bytes,
+                       read_bytes=read,
                        seconds=time.perf_counter() - started)
 
     def hashes(self, context: StepContext) -> dict[str, str]:
         """Of the whole model: each array is put together from the replica's parts."""
         step, groups = context.state.committed, context.groups
         waiting = partial(self.control.collective, step, "hashes")
-        parameters, state = hashes_of(whole_arrays(context.state, groups.replica, waiting, groups.data), step * self.recipe.data.batch_size)
+        parameters, state = hashes_of(whole_arrays(context.state, groups.replica, waiting, groups.data),
+                                      step * self.recipe.data.batch_size)
         return {"parameters_sha256": parameters, "state_sha256": state}
 
     def save(self, order: Save) -> None:

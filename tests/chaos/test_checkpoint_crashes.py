@@ -21,7 +21,8 @@ from tests.support.sampling import sample
 
 OLD, NEW = "step-00000050", "step-00000100"
 RANKS = 2
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a saver's thread dies with its process
+# a saver's thread dies with its process
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 class Torn(FaultyFiles):
@@ -85,7 +86,8 @@ def attempt(location: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [FaultyFiles, Torn])
-def test_a_crash_between_any_two_calls_leaves_the_newest_complete_one(kind: Callable[..., FaultyFiles], fresh: Callable[[], str],
+def test_a_crash_between_any_two_calls_leaves_the_newest_complete_one(kind: Callable[..., FaultyFiles],
+                                                                      fresh: Callable[[], str],
                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     location = fresh()
     with monkeypatch.context() as patch:
@@ -96,7 +98,8 @@ def test_a_crash_between_any_two_calls_leaves_the_newest_complete_one(kind: Call
     print(f"{len(calls)} calls")
     ends = []
     last = max(n for n, call in enumerate(calls, 1) if call not in ("info", "names", "read"))
-    for at in sample(range(1, len(calls) + 1), 12, always=[last, *(n for n, call in enumerate(calls, 1) if call == "rename" and n != last)]):
+    for at in sample(range(1, len(calls) + 1), 12,
+                     always=[last, *(n for n, call in enumerate(calls, 1) if call == "rename" and n != last)]):
         if kind is Torn and calls[at - 1] != "write":
             continue
         if location.startswith("s3://") and calls[at - 1] in ("info", "names", "read"):
@@ -165,7 +168,8 @@ def assert_falls_back(root: Path, why: str) -> None:
 
 
 def test_any_flipped_byte_is_found(root: Path) -> None:
-    """Sampled over every file and every region: the manifest, the headers, each array, the first and last bytes, around chunk borders."""
+    """Sampled over every file and every region: the manifest, the headers, each array, the first and last bytes, around
+    chunk borders."""
     draw, tried = np.random.default_rng(0), 0
     for file in sorted((root / NEW).iterdir()):
         whole = file.read_bytes()

@@ -28,8 +28,8 @@ class Crash(BaseException):
 
 
 class Clock:
-    """Counts the points at which a controller may fall: before and after every record and the lines that must be there once, and before
-    every action."""
+    """Counts the points at which a controller may fall: before and after every record and the lines that must be there
+    once, and before every action."""
 
     def __init__(self, fatal: int = 0):
         self.points, self.fatal = 0, fatal
@@ -148,7 +148,8 @@ def test_killed_at_every_point(text: Path, tmp_path: Path) -> None:
 
 
 def test_a_controller_that_always_falls_is_always_followed(text: Path, tmp_path: Path) -> None:
-    """Each controller falls a little later than the one before: the run ends, by what each of them added to the journal."""
+    """Each controller falls a little later than the one before: the run ends, by what each of them added to the
+    journal."""
 
     class Stubborn(FragileRun):
         def build(self, run_log: Any) -> Controller:
@@ -166,7 +167,8 @@ def test_a_journal_says_what_was_said(tmp_path: Path) -> None:
     ballot = Ballot(3, (0.1, float(2**-40)), (1.0, 2.0), 1)
     messages = [Standing("a", 2, "broken", 2, 3, ballot, error='x "y"\n', mesh=(1, 1, 2, 1), coordinate=1),
                 Generation(4, ("a", "b"), "h:1", "gloo", 3, ballot, ((0, (1,)),), mesh=(2, 1, 1, 1)),
-                Generation(5, ("a", "b"), "h:1", "gloo", 3, mesh=(2, 1, 1, 1), resharded=(Holder(0, (0, 1, 2, 1), 0), Holder(1, (0, 1, 2, 1), 1)))]
+                Generation(5, ("a", "b"), "h:1", "gloo", 3, mesh=(2, 1, 1, 1),
+                           resharded=(Holder(0, (0, 1, 2, 1), 0), Holder(1, (0, 1, 2, 1), 1)))]
     assert [decode(encode(message)) for message in messages] == messages
     path = tmp_path / "journal.jsonl"
     journal = Journal(path, "run-1")

@@ -13,7 +13,8 @@ from tests.support.sampling import sample
 from tests.support.schedules import STEPS, Schedule, play, recipe_of, schedule
 
 pytest.importorskip("torch", reason="torch is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a saver's thread dies with its process
+# a saver's thread dies with its process
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 SEEDS, AT_ONCE, TOGETHER = 100, 4, 10  # most of a run is waiting: for hangs to be found, for files to be durable
 
@@ -33,7 +34,8 @@ def assert_survived(result: Result, plan: Schedule, oracle: Result) -> None:
     for found, wanted in zip(result.metrics, oracle.metrics, strict=True):
         assert (found["step"], found["loss"], found["samples"]) == (wanted["step"], wanted["loss"], wanted["samples"])
     stopped = {e["worker"] for e in result.named("chaos") if e["fault"].startswith("stop")}
-    if plan.is_gentle and {e["worker"] for e in result.named("hang")} <= stopped:  # a loaded machine may look like a hang
+    # a loaded machine may look like a hang
+    if plan.is_gentle and {e["worker"] for e in result.named("hang")} <= stopped:
         assert lost == 0 and not result.named("rewound"), f"{lost} steps were lost, but rank 0 never fell"
 
 

@@ -25,7 +25,8 @@ class Rays:
             self.clusters[name] = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus})
         if self.joined != name:
             self.leave()
-            ray.init(address=self.clusters[name].address, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)
+            ray.init(address=self.clusters[name].address, log_to_driver=False, logging_level="ERROR",
+                     namespace=NAMESPACE)
             self.joined = name
         return self.clusters[name]
 

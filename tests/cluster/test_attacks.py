@@ -26,7 +26,8 @@ STEPS, ROOM = 40, 60  # descriptors that a worker may have beside those that it 
 def ours(pids: list[int]) -> list[tuple[str, int]]:
     """What these processes listen at, without Ray's own: each actor has one port of Ray."""
     ray = {actor["Address"]["Port"] for actor in actors().values()}
-    found = [c.laddr for pid in pids for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    found = [c.laddr for pid in pids for c in psutil.Process(pid).net_connections("inet")
+             if c.status == psutil.CONN_LISTEN]
     assert len(found) - len(ours_among(found, ray)) == len(pids), "Ray has other ports than those that it tells of"
     return ours_among(found, ray)
 
@@ -36,8 +37,8 @@ def ours_among(found: list[Any], ray: set[int]) -> list[tuple[str, int]]:
 
 
 class Attacker:
-    """Follows a run. Each time that its group has three members it attacks all ports, takes away descriptors and kills one, twice in all.
-    Then it takes `hold` away.
+    """Follows a run. Each time that its group has three members it attacks all ports, takes away descriptors and kills
+    one, twice in all. Then it takes `hold` away.
     """
 
     def __init__(self, run_dir: Path, held: ExitStack, hold: Path):

@@ -56,7 +56,8 @@ def here(tmp_path: Path) -> Path:
 
 
 def elastic(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*ELASTIC, *arguments], cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240)
+    return subprocess.run([*ELASTIC, *arguments], cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +121,12 @@ class Rows:
 
 def test_two_interrupts_end_a_run_at_once_and_in_order(here: Path) -> None:
     (here / "slow.py").write_text(OWN)
-    (here / "own.toml").write_text('[run]\nsteps = 1000\neval_every = 0\n[model]\nkind = "slow:Net"\n[data]\nkind = "slow:Rows"\nbatch_size = 4\n'
-                                   "eval_fraction = 0.0\n[elastic]\nmax_workers = 1\nlogical_shards = 4\n[checkpoint]\nevery_steps = 2\n")
-    process = subprocess.Popen([*ELASTIC, "train", "own.toml", "--run-dir", "run"], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    (here / "own.toml").write_text('[run]\nsteps = 1000\neval_every = 0\n[model]\nkind = "slow:Net"\n[data]\nkind = '
+                                   '"slow:Rows"\nbatch_size = 4\n'
+                                   "eval_fraction = 0.0\n[elastic]\nmax_workers = 1\nlogical_shards = "
+                                   "4\n[checkpoint]\nevery_steps = 2\n")
+    process = subprocess.Popen([*ELASTIC, "train", "own.toml", "--run-dir", "run"], cwd=here, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE,
                                text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert any("checkpoint step-" in line for line in process.stdout)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -139,7 +143,8 @@ class Live:
 
     def __init__(self, here: Path, *arguments: str):
         self.here, self.said = here, list[str]()
-        self.process = subprocess.Popen([*ELASTIC, *arguments], cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        self.process = subprocess.Popen([*ELASTIC, *arguments], cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                        stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
     def wait_for(self, words: str) -> None:
@@ -193,7 +198,8 @@ every_steps = 2
 
 @pytest.mark.timeout(600)  # five runs after each other
 def test_a_run_that_signals_and_a_kill_end_and_two_resume_at_once_has_the_bits_of_an_undisturbed_one(lasting: Path) -> None:
-    """First it is looked at and scaled, alive. Once its driver is killed, what is left is the newest checkpoint, and metrics beyond it are cut."""
+    """First it is looked at and scaled, alive. Once its driver is killed, what is left is the newest checkpoint, and
+    metrics beyond it are cut."""
     run, steps = lasting / "run", [0]
     live = Live(lasting, "train", "held.toml", "--run-dir", "run")
     live.wait_for("generation 1: 2 workers")
@@ -225,7 +231,8 @@ def test_a_run_that_signals_and_a_kill_end_and_two_resume_at_once_has_the_bits_o
     assert "is alive" in refused and len(refused.strip().splitlines()) == 1, refused
     assert steps == sorted(set(steps)), "each came further"
     rewinds = [(e["from"], e["to"]) for e in read_lines(run / "events.jsonl") if e["event"] == "rewound"]
-    assert [at for at, _ in rewinds[:2]] == [to for _, to in rewinds[:2]] == steps[1:3] and rewinds[2] == (steps[3], steps[3])
+    assert [at for at, _ in rewinds[:2]] == [to
+                                             for _, to in rewinds[:2]] == steps[1:3] and rewinds[2] == (steps[3], steps[3])
     assert len(rewinds) == 4 and rewinds[3][0] >= rewinds[3][1] > steps[3]
     assert (summary(run)["status"], summary(run)["steps"]) == ("done", end)
     assert summary(run)["state_sha256"] == undisturbed(load_recipe(run / "recipe.toml")).sha
@@ -233,19 +240,22 @@ def test_a_run_that_signals_and_a_kill_end_and_two_resume_at_once_has_the_bits_o
 
 
 def test_a_loss_that_is_nan_ends_the_run_with_its_place(here: Path) -> None:
-    done = elastic(here, "train", "r.toml", "--run-dir", "run", "--set", "optimizer.lr=1e38", "--set", "optimizer.name=sgd",
+    done = elastic(here, "train", "r.toml", "--run-dir", "run", "--set", "optimizer.lr=1e38", "--set",
+                   "optimizer.name=sgd",
                    "--set", "elastic.max_workers=1")
     assert_one_sentence(done, ERRORS["nan"].code, "at step", "logical shard", "sample positions")
     assert summary(here / "run")["status"] == "failed"
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_nothing_is_overwritten_and_no_address_is_no_run(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_overwritten_and_no_address_is_no_run(here: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(here)
     (here / "used").mkdir()
     (here / "used" / "precious.txt").write_text("mine")
     for arguments, words in ((["used"], "already in use"), (["new", "--address", "127.0.0.1:1"], "127.0.0.1:1"),
-                             (["new", "--set", "backend.device=cuda"], "cuda"), (["new", "--set", "model.kind=nowhere:Net"], "nowhere:Net")):
+                             (["new", "--set", "backend.device=cuda"], "cuda"),
+                             (["new", "--set", "model.kind=nowhere:Net"], "nowhere:Net")):
         asked = ["train", "r.toml", "--run-dir", *arguments]
         code = run(asked)
         assert_one_sentence(subprocess.CompletedProcess(asked, code, *capsys.readouterr()), 2, words)
@@ -254,7 +264,8 @@ def test_nothing_is_overwritten_and_no_address_is_no_run(here: Path, monkeypatch
 
 
 def test_the_example_of_ones_own_model_learns(here: Path) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "examples" / "own_model.py"), str(here / "own")], cwd=here, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(ROOT / "examples" / "own_model.py"), str(here / "own")], cwd=here,
+                          capture_output=True, text=True,
                           timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     found = summary(here / "own" / "run")

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 class Killer:
-    """Sends SIGKILL to the controller when the line of one of these events arrives: at each of them once, and to each controller once."""
+    """Sends SIGKILL to the controller when the line of one of these events arrives: at each of them once, and to each
+    controller once."""
 
     def __init__(self, *names: str):
         self.left, self.killed, self.pid = set(names), 0, 0
@@ -38,13 +39,17 @@ class Killer:
 def assert_nothing_left(result: Result) -> None:
     """No actor and no placement group of the run is left in Ray."""
     started = events(result, "run_started")[0]["run"]
-    assert not [n for n in ray.util.list_named_actors(all_namespaces=True) if n["namespace"] == NAMESPACE and n["name"].startswith(started)]
-    assert not [p for p in placement_group_table().values() if p["name"].startswith(started) and p["state"] != "REMOVED"]
+    assert not [n for n in ray.util.list_named_actors(all_namespaces=True) if n["namespace"] == NAMESPACE
+                and n["name"].startswith(started)]
+    assert not [p for p in placement_group_table().values() if p["name"].startswith(started)
+                and p["state"] != "REMOVED"]
 
 
 def test_killed_while_the_group_steps(tmp_path: Path) -> None:
-    """Again and again, and nobody notices; then in the middle of a recovery: each time a worker falls just after the controller."""
-    faults = ["controller@6", "controller@12", "controller@18", "kill:1@19/reduction", "controller@30", "kill:1@31/update"]
+    """Again and again, and nobody notices; then in the middle of a recovery: each time a worker falls just after the
+    controller."""
+    faults = ["controller@6", "controller@12", "controller@18", "kill:1@19/reduction", "controller@30",
+              "kill:1@31/update"]
     result = train(tmp_path / "run", 2, faults, elastic={"min_workers": 2})
     assert_sound(result, bits())
     assert_survivors_kept(result)
@@ -59,9 +64,11 @@ def test_killed_while_the_group_steps(tmp_path: Path) -> None:
 
 def test_killed_at_events(tmp_path: Path) -> None:
     """While workers start, form, re-form, resize and save."""
-    killer = Killer("worker_joined", "generation_started", "worker_lost", "recovered", "resized", "checkpoint_committed")
+    killer = Killer("worker_joined", "generation_started", "worker_lost", "recovered", "resized",
+                    "checkpoint_committed")
     faults = ("scale:1@12", "scale:2@24", "kill:1@36", "kill:1@44")
-    given = module_recipe("Held", 60, model={"by": str(tmp_path / "held")}, elastic={"max_workers": 2, "spares": 1, "logical_shards": 4,
+    given = module_recipe("Held", 60, model={"by": str(tmp_path / "held")},
+                          elastic={"max_workers": 2, "spares": 1, "logical_shards": 4,
                                                                                      "hang_timeout_s": 20.0})
     oracle = undisturbed(given)
     (tmp_path / "held").touch()  # each resize comes before the next is asked for

@@ -44,7 +44,8 @@ class Relay:
 
 def test_on_ray(tmp_path: Path) -> None:
     job, desk, over = job_of(tmp_path, secrets.token_hex(32)), Desk(), threading.Event()
-    relay = ray.remote(Relay).options(name=f"{job.run_id}/controller", namespace=NAMESPACE, max_concurrency=16, num_cpus=0).remote()
+    relay = ray.remote(Relay).options(name=f"{job.run_id}/controller", namespace=NAMESPACE, max_concurrency=16,
+                                      num_cpus=0).remote()
 
     def pass_on() -> None:
         taken = 0
@@ -73,6 +74,7 @@ def test_on_ray(tmp_path: Path) -> None:
         fleets[-1].close()  # it is already, unless the contract is broken
         over.set()
         thread.join()
-    left = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["name"].startswith(f"{job.run_id}/worker")]
+    left = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)
+            if actor["name"].startswith(f"{job.run_id}/worker")]
     assert not left
     ray.kill(relay)

@@ -32,7 +32,8 @@ LONG = 400  # held while three other commands come to it
 
 
 def start(here: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "elastic.cli", *arguments], cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    return subprocess.Popen([sys.executable, "-m", "elastic.cli", *arguments], cwd=here,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -98,16 +99,19 @@ def test_everything_at_once_and_resumed(tmp_path: Path) -> None:
 
 
 def test_the_driver_alone_is_killed_and_others_follow(cluster: Cluster, tmp_path: Path) -> None:
-    """On a cluster the run lives on without its driver; `resume` and `status` find it, and `--set` cannot change it. Two follow to the end."""
+    """On a cluster the run lives on without its driver; `resume` and `status` find it, and `--set` cannot change it.
+    Two follow to the end."""
     (held := tmp_path / "held").touch()
-    given = module_recipe("Held", LONG, model={"by": str(held), "seconds": 0.1}, elastic={"max_workers": 2}, checkpoint={"every_steps": 25})
+    given = module_recipe("Held", LONG, model={"by": str(held), "seconds": 0.1}, elastic={"max_workers": 2},
+                          checkpoint={"every_steps": 25})
     (tmp_path / "r.toml").write_text(dumps(given))
     run = tmp_path / "run"
     driver = start(tmp_path, "train", "r.toml", "--run-dir", str(run), "--address", cluster.address)
     wait_for_step(driver, run, 2)
     driver.send_signal(signal.SIGKILL)
     driver.wait(LIMIT_S)
-    refused, _ = (process := start(tmp_path, "resume", str(run), "--set", "optimizer.lr=1")).communicate(timeout=LIMIT_S)
+    refused, _ = (process := start(tmp_path, "resume", str(run), "--set",
+                                   "optimizer.lr=1")).communicate(timeout=LIMIT_S)
     assert process.returncode == 2 and "is alive" in refused and "Traceback" not in refused
     status, _ = start(tmp_path, "status", str(run)).communicate(timeout=LIMIT_S)
     assert status.startswith("running")

@@ -36,7 +36,8 @@ def at(step: int) -> Any:
 
 
 def test_a_node_that_joins_is_used_and_nodes_that_die_leave_the_run_waiting_until_another_comes(nodes: Cluster, tmp_path: Path) -> None:
-    given = module_recipe("Held", STEPS, model={"by": str(tmp_path / "held"), "seconds": 0.25}, checkpoint={"every_steps": 0},
+    given = module_recipe("Held", STEPS, model={"by": str(tmp_path / "held"), "seconds": 0.25},
+                          checkpoint={"every_steps": 0},
                           elastic={"min_workers": 2, "max_workers": 3, "hang_timeout_s": 20.0})
     oracle = undisturbed(given)
     held = tmp_path / "held"
@@ -50,7 +51,8 @@ def test_a_node_that_joins_is_used_and_nodes_that_die_leave_the_run_waiting_unti
         for node in there[1:]:
             nodes.remove_node(node, allow_graceful=False)
 
-    story = Story((at(3), join), (named("resized"), die), (named("waiting"), join), (named("generation_started"), held.unlink))
+    story = Story((at(3), join), (named("resized"), die), (named("waiting"), join),
+                  (named("generation_started"), held.unlink))
     result = Trainer(given, tmp_path / "run", "auto").fit(on_step=story, on_event=story)
     assert not story.acts
     assert_sound(result, oracle.sha, STEPS)

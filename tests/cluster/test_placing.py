@@ -26,7 +26,8 @@ def test_beside_its_group_or_anywhere(nodes: Cluster) -> None:
     first, second = [nodes.add_node(num_cpus=2).node_id for _ in range(2)]
     nodes.wait_for_nodes()
     said: queue.Queue[Any] = queue.Queue()
-    fleet = Empty(Job("run", "", {}, "", ""), said.put, device="cpu", threads=1, hang_timeout_s=1.0, orphan_timeout_s=1.0)
+    fleet = Empty(Job("run", "", {}, "", ""), said.put, device="cpu", threads=1, hang_timeout_s=1.0,
+                  orphan_timeout_s=1.0)
     try:
         where = []
         for wanted, near in ((1, second), (2, second), (3, second), (4, first)):

@@ -25,7 +25,8 @@ def schedule(seed: int) -> list[str]:
     for step in sorted(draw.sample(range(3, STEPS - 5), draw.randint(2, 4))):
         kind = draw.choice(["kill", "kill", "kill", "scale", "stop"] if step > 8 else ["kill"])
         rank, phase = draw.randrange(3), draw.choice(PHASES)
-        faults.append({"kill": f"kill:{rank}@{step}/{phase}", "stop": f"stop:{rank}@{step}", "scale": f"scale:{draw.randint(1, 3)}@{step}"}[kind])
+        faults.append({"kill": f"kill:{rank}@{step}/{phase}", "stop": f"stop:{rank}@{step}",
+                       "scale": f"scale:{draw.randint(1, 3)}@{step}"}[kind])
     return faults
 
 

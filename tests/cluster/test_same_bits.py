@@ -18,12 +18,15 @@ from tests.support.sampling import sample
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
-PHASES = [f"kill:1@{step}/{phase}" for step, phase in enumerate(["forward", "backward", "reduction", "vote", "update", "checkpoint"], 6)]
+PHASES = [f"kill:1@{step}/{phase}" for step, phase in enumerate(["forward", "backward", "reduction", "vote", "update",
+                                                                 "checkpoint"], 6)]
 PHASES[-1] = "kill:1@16/checkpoint"
-SEVERAL = [["kill:0@6"], ["kill:0@10/vote"], ["kill:0@16/checkpoint"], ["kill:1@24", "kill:2@24"], ["kill:1@32/reduction", "kill:0@33"]]
+SEVERAL = [["kill:0@6"], ["kill:0@10/vote"], ["kill:0@16/checkpoint"], ["kill:1@24", "kill:2@24"],
+           ["kill:1@32/reduction", "kill:0@33"]]
 
 
-@pytest.mark.parametrize("faults", [sample(PHASES, 2), [fault for each in sample(SEVERAL, 2) for fault in each]], ids=["phases", "several"])
+@pytest.mark.parametrize("faults", [sample(PHASES, 2), [fault for each in sample(SEVERAL, 2) for fault in each]],
+                         ids=["phases", "several"])
 def test_kills_one_after_the_other(tmp_path: Path, faults: list[str]) -> None:
     result = train(tmp_path / "run", 3, faults, elastic={"min_workers": 3})
     assert_sound(result, bits())
@@ -35,7 +38,8 @@ def test_kills_one_after_the_other(tmp_path: Path, faults: list[str]) -> None:
 
 def test_kills_during_a_recovery(tmp_path: Path) -> None:
     """A spare joins; the second kill strikes while it is healed: rank 0 is its source, rank 2 the spare itself."""
-    faults = [fault for pair in sample([["kill:1@10", "kill:0@10/heal"], ["kill:1@30", "kill:2@30/heal"]], 1) for fault in pair]
+    faults = [fault for pair in sample([["kill:1@10", "kill:0@10/heal"], ["kill:1@30", "kill:2@30/heal"]], 1)
+              for fault in pair]
     result = train(tmp_path / "run", 3, faults, elastic={"spares": 1, "min_workers": 3})
     assert_sound(result, bits())
     assert_survivors_kept(result)
@@ -45,7 +49,8 @@ def test_kills_during_a_recovery(tmp_path: Path) -> None:
 
 def test_live_scaling(tmp_path: Path) -> None:
     """2 -> 3 -> 1 -> 2. Spares are warm already, so that each size is reached at its step."""
-    given = module_recipe("Held", STEPS, model={"by": str(tmp_path / "held")}, checkpoint={"every_steps": 16}, data={"batch_size": 12},
+    given = module_recipe("Held", STEPS, model={"by": str(tmp_path / "held")}, checkpoint={"every_steps": 16},
+                          data={"batch_size": 12},
                           elastic={"max_workers": 3, "spares": 1, "logical_shards": 6, "hang_timeout_s": 20.0})
     oracle = undisturbed(given)
     (tmp_path / "held").touch()  # each resize comes before the next is asked for
@@ -58,7 +63,8 @@ def test_live_scaling(tmp_path: Path) -> None:
 
 def test_survivors_compile_nothing_again(tmp_path: Path) -> None:
     """P3: with torch.compile, a survivor's count of compilations is the same in every generation."""
-    given = module_recipe("Small", 16, backend={"compile": True}, elastic={"max_workers": 2, "min_workers": 2, "hang_timeout_s": 20.0})
+    given = module_recipe("Small", 16, backend={"compile": True},
+                          elastic={"max_workers": 2, "min_workers": 2, "hang_timeout_s": 20.0})
     result = Trainer(given, tmp_path / "run", "local", ["kill:1@8"]).fit()
     assert result.status == "done", result.error
     assert_survivors_kept(result)

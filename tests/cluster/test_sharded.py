@@ -10,13 +10,16 @@ from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept
 
 pytestmark = pytest.mark.usefixtures("cluster")
 STEPS = 24
-WIDE = {"run": {"name": "bits", "steps": STEPS, "eval_every": 10}, "model": {"layers": 1, "width": 128}, "checkpoint": {"every_steps": 0}}
+WIDE = {"run": {"name": "bits", "steps": STEPS, "eval_every": 10}, "model": {"layers": 1, "width": 128},
+        "checkpoint": {"every_steps": 0}}
 
 
 def test_each_worker_falls_once(tmp_path: Path) -> None:
-    """Each in another phase, once all three are there. Nothing is read from a checkpoint: there is none before the end."""
+    """Each in another phase, once all three are there. Nothing is read from a checkpoint: there is none before the end.
+    """
     faults = ["kill:0@5/update", "kill:1@10/gather", "kill:2@15/reduction"]
-    result = train(tmp_path / "run", 3, faults, **{**WIDE, "elastic": {"min_workers": 3}, "optimizer": {"sharded": True}})
+    result = train(tmp_path / "run", 3, faults,
+                   **{**WIDE, "elastic": {"min_workers": 3}, "optimizer": {"sharded": True}})
     assert_sound(result, bits(**WIDE), STEPS)
     assert_survivors_kept(result)
     assert_fired(result, faults)

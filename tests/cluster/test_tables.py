@@ -39,13 +39,18 @@ def kill_everything(process: psutil.Process) -> None:
 
 def test_each_row_is_fed_once_an_epoch_on_a_cluster(tmp_path: Path) -> None:
     table = write(tmp_path / "table.parquet", rows(SIZE), 777)
-    recipe = counting(table, SIZE, BATCH, run={"epochs": EPOCHS}, data={"columns": ["id"], "ledger": True, "shuffle_by": "blocks"},
-                      elastic={"min_workers": 2, "max_workers": 3, "logical_shards": 4}, checkpoint={"every_steps": 50, "keep": 20})
+    recipe = counting(table, SIZE, BATCH, run={"epochs": EPOCHS},
+                      data={"columns": ["id"], "ledger": True, "shuffle_by": "blocks"},
+                      elastic={"min_workers": 2, "max_workers": 3, "logical_shards": 4},
+                      checkpoint={"every_steps": 50, "keep": 20})
     (tmp_path / "recipe.toml").write_text(dumps(recipe))
-    environment, run = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}, tmp_path / "run"
-    chaos = [word for fault in ("kill:1@30/vote", "scale:2@60", "kill:0@90/reduction", "scale:3@110") for word in ("--chaos", fault)]
+    environment, run = {**os.environ, "PYTHONPATH": str(ROOT),
+                        "XDG_CACHE_HOME": str(tmp_path / "cache")}, tmp_path / "run"
+    chaos = [word for fault in ("kill:1@30/vote", "scale:2@60", "kill:0@90/reduction", "scale:3@110")
+             for word in ("--chaos", fault)]
     with open(tmp_path / "log", "w") as log:
-        first = subprocess.Popen([*ELASTIC, "train", "recipe.toml", "--run-dir", str(run), *chaos], cwd=tmp_path, env=environment, stdout=log,
+        first = subprocess.Popen([*ELASTIC, "train", "recipe.toml", "--run-dir", str(run), *chaos], cwd=tmp_path,
+                                 env=environment, stdout=log,
                                  stderr=log)
         end = time.monotonic() + LIMIT_S
         while len(read_lines(run / "metrics.jsonl")) < 160:
@@ -55,7 +60,8 @@ def test_each_row_is_fed_once_an_epoch_on_a_cluster(tmp_path: Path) -> None:
         first.wait()
     before = max(line["step"] for line in read_lines(run / "metrics.jsonl"))
     assert 160 <= before < STEPS
-    done = subprocess.run([*ELASTIC, "resume", str(run), "--chaos", "kill:1@250"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+    done = subprocess.run([*ELASTIC, "resume", str(run), "--chaos", "kill:1@250"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True,
                           timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr + done.stdout
     verdict = verify(run, check_checkpoint)

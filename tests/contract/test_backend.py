@@ -63,7 +63,8 @@ class Counted(GPT):
 
     def metrics(self, ops: Any, params: Any, state: Any, batch: Any) -> Any:
         scores = self.logits(ops, params, ops.narrow(batch["tokens"], 1, 0, 4))
-        return {**super().metrics(ops, params, state, batch), "first": (ops.sum(ops.narrow(scores, 1, 0, 1), (1, 2)), 1.0)}
+        return {**super().metrics(ops, params, state, batch),
+                "first": (ops.sum(ops.narrow(scores, 1, 0, 1), (1, 2)), 1.0)}
 
     def tally(self) -> None:
         return None
@@ -123,7 +124,8 @@ def test_dropout_is_a_function_of_the_seed(name: str) -> None:
     assert rig.backend.metrics(token_batch()) == gpt_rig(name).backend.metrics(token_batch())
 
 
-def trained(name: str, rule: UpdateRule, cut_at: tuple[int, ...] = (), steps: int = 3, size: int = 5 * BLOCK + 333) -> dict[str, Any]:
+def trained(name: str, rule: UpdateRule, cut_at: tuple[int, ...] = (), steps: int = 3, size: int = 5 * BLOCK
+            + 333) -> dict[str, Any]:
     """Parameters and slots after some steps, each applied in ranges cut at `cut_at`."""
     backend = gpt_rig(name).backend
     rng = np.random.default_rng(1)

@@ -29,7 +29,8 @@ def text(folder: Path, kind: str = "nlp.gpt") -> Recipe:
 
 
 def own(folder: Path, kind: str = "Plain") -> Recipe:
-    return parse({"model": {"kind": f"{MODULES}:Small"}, "data": {"kind": f"{__name__}:{kind}"}, "backend": {"name": "torch"}})
+    return parse({"model": {"kind": f"{MODULES}:Small"}, "data": {"kind": f"{__name__}:{kind}"},
+                  "backend": {"name": "torch"}})
 
 
 def table(folder: Path, **data: Any) -> Recipe:
@@ -130,7 +131,8 @@ def test_a_row_for_each_index_in_every_column(opened: Opened) -> None:
 
 def test_the_same_on_every_worker_and_whatever_was_asked_before(opened: Opened) -> None:
     for one, other in (opened.both, opened.others):
-        assert (one.num_samples, one.fills, one.key) == (other.num_samples, other.fills, other.key) and one.num_samples > 1
+        assert (one.num_samples, one.fills, one.key) == (other.num_samples, other.fills,
+                                                         other.key) and one.num_samples > 1
         indices, epochs = some(one)
         asked = indices.copy(), epochs.copy()
         first = one.batch(indices, epochs)
@@ -148,7 +150,8 @@ def test_a_row_does_not_depend_on_its_neighbours(opened: Opened) -> None:
     indices, epochs = some(data)
     whole = leaves(data.batch(indices, epochs))
     alone = [leaves(data.batch(indices[n:n + 1], epochs[n:n + 1])) for n in range(len(indices))]
-    same = all(leaf[n].tobytes() == one[0].tobytes() for n, one_row in enumerate(alone) for leaf, one in zip(whole, one_row, strict=True))
+    same = all(leaf[n].tobytes() == one[0].tobytes() for n, one_row in enumerate(alone)
+               for leaf, one in zip(whole, one_row, strict=True))
     assert same == opened.kind.by_row
 
 

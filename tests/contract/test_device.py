@@ -59,16 +59,20 @@ benchmarks.gpu.main()
 
 
 def bare(modules: str, *arguments: str) -> str:
-    """What it prints where the modules are imported and the benchmark is run with nothing but torch, NumPy and pytest."""
-    done = subprocess.run([sys.executable, "-c", BARE, modules, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    """What it prints where the modules are imported and the benchmark is run with nothing but torch, NumPy and pytest.
+    """
+    done = subprocess.run([sys.executable, "-c", BARE, modules, *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 def test_the_benchmark_and_the_gpu_s_tests_need_torch_and_numpy_only() -> None:
-    modules = ["tests.conftest", "tests.support.models", *(f"tests.gpu.{file.stem}" for file in (ROOT / "tests/gpu").glob("test_*.py"))]
+    modules = ["tests.conftest", "tests.support.models",
+               *(f"tests.gpu.{file.stem}" for file in (ROOT / "tests/gpu").glob("test_*.py"))]
     size = {"rounds": 2, "steps": 2, "rows": 2, "layers": 2, "heads": 2, "width": 32, "context": 16, "vocab": 64}
-    said = bare(",".join(modules), "--device", "cpu", "--no-compile", *(word for key, value in size.items() for word in (f"--{key}", str(value))))
+    said = bare(",".join(modules), "--device", "cpu", "--no-compile",
+                *(word for key, value in size.items() for word in (f"--{key}", str(value))))
     assert all(f"imported {module}" in said for module in modules)
     assert "A GPT of 0 M parameters (layers 2, heads 2, width 32, context 16, vocabulary 64)" in said
     assert [line.split()[1] for line in said.splitlines() if line.startswith("| ")][2:] == ["ours", "plain"]

@@ -55,7 +55,8 @@ def test_what_is_written_is_read_in_any_range(place: tuple[Files, str]) -> None:
     content = bytes(range(256)) * 100
     put(files, f"{root}/a/file", content[:1000], memoryview(content)[1000:1001], bytearray(content[1001:]), b"")
     assert files.info(f"{root}/a/file") == Info(len(content), False)
-    for low, high in ((0, len(content)), (0, 0), (17, 4099), (len(content) - 1, len(content)), (len(content) - 5, len(content) + 5)):
+    for low, high in ((0, len(content)), (0, 0), (17, 4099), (len(content) - 1, len(content)),
+                      (len(content) - 5, len(content) + 5)):
         assert files.read(f"{root}/a/file", low, high) == content[low:high], (low, high)
     put(files, f"{root}/a/none")
     assert files.info(f"{root}/a/none") == Info(0, False) and files.read(f"{root}/a/none", 0, 9) == b""
@@ -145,9 +146,11 @@ def test_a_short_write_and_a_delay_are_silent(place: tuple[Files, str]) -> None:
     ("/a/b?c/", "d", "/a/b?c/d", "/a/b?c/"),
     ("s3://bucket/run", "c", "s3://bucket/run/c", "s3://bucket/run"),
     ("s3://bucket/", "c", "s3://bucket/c", "s3://bucket/"),
-    ("s3://KEY:SECRET@bucket/run?region=eu&secret_key=S", "c", "s3://KEY:SECRET@bucket/run/c?region=eu&secret_key=S", "s3://bucket/run"),
+    ("s3://KEY:SECRET@bucket/run?region=eu&secret_key=S", "c", "s3://KEY:SECRET@bucket/run/c?region=eu&secret_key=S",
+     "s3://bucket/run"),
 ])
-def test_locations_are_joined_parted_and_shown_without_secrets(location: str, name: str, joined: str, seen: str) -> None:
+def test_locations_are_joined_parted_and_shown_without_secrets(location: str, name: str, joined: str,
+                                                               seen: str) -> None:
     assert join(location, name) == joined
     parent, last = parted(joined)
     assert last == name and join(parent, name) == joined
@@ -172,7 +175,8 @@ def test_a_crash_is_for_ever(tmp_path: Path) -> None:
     files = FaultyFiles(LocalFiles(), "crash", 3)
     with pytest.raises(Crashed):
         Store(files, str(tmp_path)).write("file", [b"x"])
-    calls: list[Callable[[], Any]] = [lambda: files.names(str(tmp_path)), lambda: files.info(str(tmp_path)), lambda: files.remove(str(tmp_path))]
+    calls: list[Callable[[], Any]] = [lambda: files.names(str(tmp_path)), lambda: files.info(str(tmp_path)),
+                                      lambda: files.remove(str(tmp_path))]
     for call in calls:
         with pytest.raises(Crashed):
             call()

@@ -130,7 +130,8 @@ def test_exact_sum(world: Any, num_shards: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("twin", [True, False])
-@pytest.mark.parametrize(("num_shards", "cuts"), [(8, [0, 512, 1000]), (8, [0, 384, 704, 1000]), (5, [0, 64, 64, 900, 900])])
+@pytest.mark.parametrize(("num_shards", "cuts"),
+                         [(8, [0, 512, 1000]), (8, [0, 384, 704, 1000]), (5, [0, 64, 64, 900, 900])])
 def test_exact_sum_of_what_is_kept(world: Any, num_shards: int, cuts: list[int], twin: bool) -> None:
     size, steps = len(cuts) - 1, 3
     expected = [tree([leaf(step, shard, cuts[-1]) for shard in range(num_shards)]) for step in range(steps)]
@@ -140,7 +141,8 @@ def test_exact_sum_of_what_is_kept(world: Any, num_shards: int, cuts: list[int],
             assert (kept, gathered) == (b"".join(parts), whole.tobytes())
 
 
-@pytest.mark.parametrize("call", sample(["all_reduce", "started", "all_gather", "all_to_all", "broadcast", "barrier", "receive again"], 3))
+@pytest.mark.parametrize("call", sample(["all_reduce", "started", "all_gather", "all_to_all", "broadcast", "barrier",
+                                         "receive again"], 3))
 def test_a_killed_member_breaks_the_group(world: Any, call: str) -> None:
     members = [0] if call == "receive again" else [0, 2]
     name = start_all(world, len(members) + 1, "enter", call, 1)

@@ -61,7 +61,8 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
 
 def trained(name: str, backend: str, *chaos: str, workers: int = 1) -> Result:
     """The page's recipe, with another backend."""
-    recipe = load_recipe("shop/recipes/curve.toml", [f"backend.name={backend}", f"elastic.max_workers={workers}", "elastic.logical_shards=4"])
+    recipe = load_recipe("shop/recipes/curve.toml",
+                         [f"backend.name={backend}", f"elastic.max_workers={workers}", "elastic.logical_shards=4"])
     return fit(Path(name), recipe, chaos)
 
 
@@ -100,8 +101,10 @@ def test_the_backend_passes_the_contract(slip: str, written: dict[str, str], tmp
     (tmp_path / "knows_toy.py").write_text(PLUGIN.format(folder=tmp_path))
     if slip:
         (tmp_path / "backends/toy/optimizer.py").write_text(written["backends/toy/optimizer.py"].replace("param -= rule.lr", slip))
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "knows_toy", "-p", "no:cacheprovider", "tests/contract/test_backend.py"],
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "ELASTIC_TEST_BACKENDS": "toy"},
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "knows_toy", "-p", "no:cacheprovider",
+                           "tests/contract/test_backend.py"],
+                          cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}",
+                                         "ELASTIC_TEST_BACKENDS": "toy"},
                           capture_output=True, text=True, timeout=300)
     passed, failed = (int((re.search(rf"(\d+) {word}", done.stdout) or ["", "0"])[1]) for word in ("passed", "failed"))
     assert passed > 15 and "skipped" not in done.stdout and bool(failed) == bool(slip), done.stdout[-2000:]
@@ -121,7 +124,8 @@ def test_the_backend_trains_as_the_oracle_does(written: dict[str, str], monkeypa
 def test_what_the_backend_leaves_out_is_refused(written: dict[str, str]) -> None:
     backend = gpt_rig("toy").backend
     backend.connect({"heads": SimpleNamespace(size=1)})
-    for ask in (lambda: backend.connect({"heads": SimpleNamespace(size=2)}), lambda: backend.forward(0, ("embed",), None, (), {}, 0),
+    for ask in (lambda: backend.connect({"heads": SimpleNamespace(size=2)}),
+                lambda: backend.forward(0, ("embed",), None, (), {}, 0),
                 lambda: backend.infer(("embed",), None, (), {})):
         with pytest.raises(UserError, match='backend.name = "toy" does not split a model; write 1 for every degree'):
             ask()

@@ -21,11 +21,15 @@ from vision import vit
 RANDOM = np.random.default_rng(0)
 LAYERS = {"layers": 3, "heads": 2, "width": 16, "dropout": 0.1}
 TOKENS = {"tokens": RANDOM.integers(0, 13, (3, 9)), "row_weight": np.ones(3, np.float32)}
-HIDDEN = {"tokens": RANDOM.integers(0, 13, (3, 8)), "places": np.tile([1, 4, 6], (3, 1)), "targets": RANDOM.integers(0, 13, (3, 3)),
+HIDDEN = {"tokens": RANDOM.integers(0, 13, (3, 8)), "places": np.tile([1, 4, 6], (3, 1)),
+          "targets": RANDOM.integers(0, 13, (3, 3)),
           "row_weight": np.ones(3, np.float32)}
-IMAGES = {"image": RANDOM.standard_normal((3, 8, 8, 2)).astype(np.float32), "label": RANDOM.integers(0, 4, 3), "row_weight": np.ones(3, np.float32)}
-MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # module, keys, facts of the data, batch
-    "nlp.gpt": (gpt, {**LAYERS, "context": 8}, {"vocab_size": 13}, TOKENS), "nlp.bert": (bert, {**LAYERS, "context": 8}, {"vocab_size": 13}, HIDDEN),
+IMAGES = {"image": RANDOM.standard_normal((3, 8, 8, 2)).astype(np.float32), "label": RANDOM.integers(0, 4, 3),
+          "row_weight": np.ones(3, np.float32)}
+# module, keys, facts of the data, batch
+MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "nlp.gpt": (gpt, {**LAYERS, "context": 8}, {"vocab_size": 13}, TOKENS),
+    "nlp.bert": (bert, {**LAYERS, "context": 8}, {"vocab_size": 13}, HIDDEN),
     "vision.vit": (vit, {**LAYERS, "patch": 4}, {"shape": [8, 8, 2], "num_classes": 4}, IMAGES)}
 
 
@@ -43,7 +47,8 @@ def test_a_layer_computed_again_gives_the_same_gradients(name: str, case: tuple[
     load(name, "backend")
     kind, freeze = case[0], FREEZE if case[1] == "frozen" else ()
     batch = MODELS[kind][-1]
-    freeze = tuple(pattern for pattern in freeze if any(n.startswith(pattern.strip("*.")) for n in rig(name, kind).layout.names))
+    freeze = tuple(pattern for pattern in freeze
+                   if any(n.startswith(pattern.strip("*.")) for n in rig(name, kind).layout.names))
     kept, again = (rig(name, kind, freeze, recompute=recompute) for recompute in (False, True))
     for seed in (5, 6):
         (wanted, left), (found, right) = kept.gradient(batch, seed), again.gradient(batch, seed)
@@ -87,14 +92,16 @@ def test_it_is_computed_again(name: str) -> None:
     arrays = [np.array([0.5, 2.0]), np.array([3.0, -1.0])]
     (out,), gradients = differentiate(name, function, arrays, "float32", cotangents=[np.ones(2)])
     assert len(calls) == (1 if name == "reference" else 2)
-    for found, wanted in zip((out, *gradients), (np.exp(arrays[0]) * arrays[1], np.exp(arrays[0]) * arrays[1], np.exp(arrays[0]))):
+    for found, wanted in zip((out, *gradients),
+                             (np.exp(arrays[0]) * arrays[1], np.exp(arrays[0]) * arrays[1], np.exp(arrays[0]))):
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sample(["nlp.gpt", "vision.vit"], 1))
 def test_compiled_with_dropout_and_layers_computed_again(kind: str) -> None:
-    """Attention over 20 and 4 places: the compiler's own dropout masks were wrong where the last dim was no multiple of its vectors."""
+    """Attention over 20 and 4 places: the compiler's own dropout masks were wrong where the last dim was no multiple of
+    its vectors."""
     if not (shutil.which("g++") or shutil.which("c++")):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
     load("torch", "backend")
@@ -113,7 +120,8 @@ def torch_s_loss(logits: Any, targets: Any, smoothing: float) -> float:
     import torch
 
     loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="sum")
-    return float(loss(torch.tensor(np.asarray(logits, np.float64)).flatten(0, -2), torch.tensor(np.asarray(targets, np.int64)).flatten()))
+    return float(loss(torch.tensor(np.asarray(logits, np.float64)).flatten(0, -2),
+                      torch.tensor(np.asarray(targets, np.int64)).flatten()))
 
 
 @pytest.mark.parametrize("name", names())

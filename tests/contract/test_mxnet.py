@@ -37,10 +37,12 @@ def test_recorded_once_for_each_set_of_shapes() -> None:
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_a_graph_of_images_in_float64_is_the_reference_s(norm: str) -> None:
     """In the graph images keep their channels first from kernel to kernel."""
-    model = resnet.build({"blocks": [1, 1], "width": 4, "norm": norm, "groups": 2}, {"shape": [8, 8, 2], "num_classes": 4})
+    model = resnet.build({"blocks": [1, 1], "width": 4, "norm": norm, "groups": 2},
+                         {"shape": [8, 8, 2], "num_classes": 4})
     rng = np.random.default_rng(0)
     given = {"image": rng.standard_normal((6, 8, 8, 2)), "label": rng.integers(0, 4, 6), "row_weight": np.ones(6)}
-    (a, left), (b, right) = (rig_of(name, model, precision="float64").gradient(given) for name in ("mxnet", "reference"))
+    (a, left), (b, right) = (rig_of(name, model, precision="float64").gradient(given)
+                             for name in ("mxnet", "reference"))
     assert left.loss_sum == pytest.approx(right.loss_sum, rel=1e-12)
     assert np.linalg.norm(a - b) <= 1e-9 * np.linalg.norm(b)
     for name, value in right.buffers.items():
@@ -76,7 +78,8 @@ def test_a_late_import_is_told() -> None:
 class Patches:
     """A convolution, and a norm over the channels of each place."""
 
-    parameters = {"filters": Spec((2, 2, 3, 12), scale=0.5), "norm": Spec((12,), init="ones"), "shift": Spec((12,), scale=0.5)}
+    parameters = {"filters": Spec((2, 2, 3, 12), scale=0.5), "norm": Spec((12,), init="ones"),
+                  "shift": Spec((12,), scale=0.5)}
     buffers: dict[str, Spec] = {}
 
     def loss(self, ops: Any, params: Any, state: Any, batch: Any, seed: int) -> Any:
@@ -95,7 +98,8 @@ def test_a_norm_behind_a_convolution_is_the_reference_s(size: int) -> None:
 
 
 class Echo:
-    """An axis of two whose other worker always sends what this one sends. The collective numbered `lost` finds nobody."""
+    """An axis of two whose other worker always sends what this one sends. The collective numbered `lost` finds nobody.
+    """
 
     size, rank = 2, 0
 
@@ -116,7 +120,8 @@ class Echo:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_peer_lost_in_any_collective_is_told_and_the_next_generation_goes_on(recompute: bool) -> None:
     model = Tiny(0.3, recompute)
-    model.parameters = {name: replace(spec, shape=tuple({"d_ff": 6, "vocab": 7}.get(dim, length) for dim, length in zip(spec.dims, spec.shape)))
+    model.parameters = {name: replace(spec, shape=tuple({"d_ff": 6, "vocab": 7}.get(dim, length)
+                                                        for dim, length in zip(spec.dims, spec.shape)))
                         for name, spec in model.parameters.items()}
     rig = rig_of("mxnet", model)
 

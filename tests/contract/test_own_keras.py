@@ -68,11 +68,13 @@ class Reshaping(Sums):
 
 
 @pytest.mark.parametrize(("make", "words", "feed"), [
-    (lambda: keras.Sequential([keras.layers.Dense(2)]), "is not built", batch), (lambda: object(), "no Keras model", batch),
+    (lambda: keras.Sequential([keras.layers.Dense(2)]), "is not built", batch),
+    (lambda: object(), "no Keras model", batch),
     (lambda: Net(loss=keras.losses.MeanSquaredError(reduction=None)), "reduction = None", batch),
     (Late, "makes parameters while it runs", sums_batch),
     (Growing, r"Growing cannot be called \(ValueError: You cannot add new elements of state[^\n]*\)", sums_batch),
-    (Reshaping, r"^model.kind: Reshaping cannot be called \(ValueError: [^\n]*shape[^\n]*\)", sums_batch), (Net, "batch_loss", sums_batch)])
+    (Reshaping, r"^model.kind: Reshaping cannot be called \(ValueError: [^\n]*shape[^\n]*\)", sums_batch),
+    (Net, "batch_loss", sums_batch)])
 def test_models_that_cannot_be_trained_are_named(make: Any, words: str, feed: Any) -> None:
     with pytest.raises(UserError, match=words):
         rig(make).backend.metrics(feed())

@@ -34,7 +34,8 @@ class Own(SimpleNamespace):
 @pytest.fixture(params=BUILDERS)
 def own(request: pytest.FixtureRequest) -> Own:
     backend = door(request.param)  # first, for it sets what its framework reads when it loads
-    return Own(name=request.param, backend=backend, models=importlib.import_module(f"tests.support.{BUILDERS[request.param]}"))
+    return Own(name=request.param, backend=backend,
+               models=importlib.import_module(f"tests.support.{BUILDERS[request.param]}"))
 
 
 def finite(values: Any) -> np.ndarray:
@@ -50,7 +51,8 @@ def test_loss_and_gradients_are_the_framework_s_own(own: Own) -> None:
         found = rig.by_name(flat)
         assert set(found) == set(slopes), "a tied parameter appears once"
         for name, slope in slopes.items():
-            assert_close(found[name], 6 * slope, 5e-5, f"{form} {name}")  # a bias before a batch norm has true gradient 0
+            # a bias before a batch norm has true gradient 0
+            assert_close(found[name], 6 * slope, 5e-5, f"{form} {name}")
 
 
 def assert_buffers(found: Any, wanted: dict[str, np.ndarray]) -> None:
@@ -66,7 +68,8 @@ def test_buffers_come_back_and_a_redone_step_counts_once(own: Own) -> None:
         (one, first), (two, again) = rig.gradient(own.models.batch()), rig.gradient(own.models.batch())
         assert np.array_equal(one, two)
         assert_buffers(first.buffers, own.models.plainly(plain)[2])
-        assert set(before) == set(first.buffers) and any(not np.array_equal(first.buffers[name], value) for name, value in before.items())
+        assert set(before) == set(first.buffers) and any(not np.array_equal(first.buffers[name], value)
+                                                         for name, value in before.items())
         for name, value in before.items():
             assert np.array_equal(first.buffers[name], again.buffers[name]) and np.array_equal(rig.state[name], value)
             rig.state[name][...] = first.buffers[name]
@@ -83,12 +86,14 @@ def evaluated(backend: Any, batch: Any) -> dict[str, float]:
 def test_evaluation_is_the_framework_s_own_and_leaves_everything_as_it_was(own: Own) -> None:
     for form in own.untied():
         rig, plain = own.rig(dropout=0.5, **form), own.build(dropout=0.5, **form)
-        for steps in range(2):  # with the statistics of the start, then with those of a step; no dropout is in front of them
+        # with the statistics of the start, then with those of a step; no dropout is in front of them
+        for steps in range(2):
             wanted, param, state = own.models.evaluated(plain), rig.param.copy(), {name: value.copy() for name, value in rig.state.items()}
             first = evaluated(rig.backend, own.models.batch())
             _, result = rig.gradient(own.models.batch())
             assert evaluated(rig.backend, own.models.batch()) == first, "neither the look before nor the step counts"
-            assert np.array_equal(rig.param, param) and all(np.array_equal(rig.state[name], value) for name, value in state.items())
+            assert np.array_equal(rig.param, param) and all(np.array_equal(rig.state[name], value)
+                                                            for name, value in state.items())
             assert first == pytest.approx(wanted, rel=1e-5), f"{form}, {steps} steps"
             own.models.plainly(plain)
             for name, value in result.buffers.items():
@@ -121,7 +126,8 @@ def test_no_rows_count_for_nothing(own: Own) -> None:
     rig = own.rig()
     flat, result = rig.gradient(own.models.batch(0))
     assert (result.loss_sum, result.weight, flat.any()) == (0.0, 0.0, False)
-    assert set(result.buffers) == set(rig.state) and all(np.array_equal(result.buffers[name], value) for name, value in rig.state.items())
+    assert set(result.buffers) == set(rig.state) and all(np.array_equal(result.buffers[name], value)
+                                                         for name, value in rig.state.items())
 
 
 def test_dropout_is_a_function_of_the_seed_in_threads_too_and_disturbs_nobody(own: Own) -> None:
@@ -132,7 +138,8 @@ def test_dropout_is_a_function_of_the_seed_in_threads_too_and_disturbs_nobody(ow
         rigs = [own.rig(dropout=0.5, **form) for _ in seeds]
         wanted = own.models.draw()()
         draw = own.models.draw()
-        found = together(len(seeds), lambda rank, group: [rigs[rank].gradient(own.models.batch(), seeds[rank])[0] for _ in range(20)])
+        found = together(len(seeds), lambda rank,
+                         group: [rigs[rank].gradient(own.models.batch(), seeds[rank])[0] for _ in range(20)])
         assert draw() == wanted
         for flats, flat in zip(found, alone):
             assert all(np.array_equal(one, flat) for one in flats)

@@ -119,5 +119,6 @@ print(*(name for name in ("torch._dynamo", "torch._inductor", "sympy") if name i
 
 def test_no_worker_loads_a_compiler_that_nobody_asked_for(tmp_path: Path) -> None:
     """Its import takes longer than the rest of a start."""
-    done = subprocess.run([sys.executable, "-c", STARTS, str(tmp_path)], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", STARTS, str(tmp_path)], capture_output=True, text=True, timeout=120,
+                          cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr + done.stdout

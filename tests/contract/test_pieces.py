@@ -50,7 +50,8 @@ def pieces(span: tuple[int, int]) -> Sequence[str]:
 
 
 class Line:
-    """One backend that plays all stages: micro-batches go forward and back through the same cuts, gradients into one buffer."""
+    """One backend that plays all stages: micro-batches go forward and back through the same cuts, gradients into one
+    buffer."""
 
     def __init__(self, rig: Rig, cuts: Sequence[tuple[int, int]], halves: bool = False):
         self.rig, self.cuts, self.halves = rig, cuts, halves
@@ -134,7 +135,8 @@ def test_several_micro_batches_are_alive_at_once(name: str, halves: bool) -> Non
 
 @every_backend
 def test_all_first_halves_may_come_before_the_second(name: str) -> None:
-    """Zero bubble: in a middle stage, where weights' gradients of micro-batches are made much later than their inputs'."""
+    """Zero bubble: in a middle stage, where weights' gradients of micro-batches are made much later than their inputs'.
+    """
     rig, model, span = tiny_rig(name), Tiny(), (1, 3)
     rng = np.random.default_rng(0)
     inputs, gradients = (rng.standard_normal((2, np.prod(model.shape))).astype(rig.param.dtype) for _ in range(2))
@@ -240,7 +242,8 @@ def test_a_split_model_is_the_undivided_one(name: str, kind: str) -> None:
 
     def work(rank: int, group: Any) -> Any:
         coordinate = layout.mesh.coordinate(rank)
-        boxes = {key: tuple(slice(s, s + n) for s, n in zip(box.start, box.count)) for key, box in layout.boxes(coordinate).items()}
+        boxes = {key: tuple(slice(s, s + n) for s, n in zip(box.start, box.count))
+                 for key, box in layout.boxes(coordinate).items()}
         part = copy.copy(model)
         part.parameters = layout.specs(coordinate)
         rig = tiny_rig(name, part, values={key: values[key][box] for key, box in boxes.items()})
@@ -264,7 +267,8 @@ def test_a_split_model_is_the_undivided_one(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "early"), [("plain", 4), ("recompute", 8), ("shared", 8)])
 def test_torch_leaves_the_weights_to_the_second_half(kind: str, early: int) -> None:
-    """Two layers have four products forward, for which there are four of inputs and four of weights, unless they cannot be told apart."""
+    """Two layers have four products forward, for which there are four of inputs and four of weights, unless they cannot
+    be told apart."""
     rig, model = tiny_rig("torch", MODELS[kind]), Tiny()
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -18,7 +18,8 @@ every_framework = pytest.mark.parametrize("name", names())
 
 
 def assert_parts_agree(name: str, op: str, size: int, seed: int, dropped: int | None = None) -> int:
-    """Every worker's result and gradients are its parts of the undivided kernel's; how many collectives a worker called."""
+    """Every worker's result and gradients are its parts of the undivided kernel's; how many collectives a worker
+    called."""
     rng = np.random.default_rng(seed)
     split: Split = CASES[op](rng, size)
     shape = differentiate("reference", split.whole, split.arrays, "float64", cotangents=[np.zeros(())])[0][0].shape
@@ -30,12 +31,14 @@ def assert_parts_agree(name: str, op: str, size: int, seed: int, dropped: int | 
         ops = split_ops(name)
         axes[rank] = Watched(group, dropped)
         ops.axes = {DIM: axes[rank]}
-        return differentiate(name, split.part, split.inputs(size, rank), "float64", ops, [cut(weights, split.result, size, rank)])
+        return differentiate(name, split.part, split.inputs(size, rank), "float64", ops,
+                             [cut(weights, split.result, size, rank)])
 
     for rank, ((found,), gradients) in enumerate(together(size, work)):
         assert_close(found, cut(wanted, split.result, size, rank), 1e-12, f"{op} result of worker {rank} of {size}")
         for i, (gradient, slope) in enumerate(zip(gradients, slopes, strict=True)):
-            assert_close(gradient, cut(slope, split.cuts[i], size, rank), 1e-12, f"{op} gradient {i} of worker {rank} of {size}")
+            assert_close(gradient, cut(slope, split.cuts[i], size, rank), 1e-12,
+                         f"{op} gradient {i} of worker {rank} of {size}")
     assert len({axis.calls for axis in axes.values()}) == 1
     return axes[0].calls
 
@@ -80,7 +83,8 @@ def test_an_undivided_dim_needs_nobody(name: str) -> None:
     x = np.arange(6.0).reshape(1, 6)
     for kernel in ("enter", "leave", "collect", "exchange"):
         for dim in (DIM, "other"):
-            found, gradients = differentiate(name, lambda ops, x: getattr(ops, kernel)(x, dim), [x], "float64", ops, [x])
+            found, gradients = differentiate(name, lambda ops, x: getattr(ops, kernel)(x, dim), [x], "float64", ops,
+                                             [x])
             assert np.array_equal(found[0], x) and np.array_equal(gradients[0], x)
     assert not ops.axes[DIM].counts
 
@@ -101,7 +105,8 @@ def test_attached_penalty_is_in_the_gradient_alone(name: str) -> None:
     split_ops(name)
     rng = np.random.default_rng(0)
     x, p, weights = rng.standard_normal((2, 3)), rng.standard_normal(4), rng.standard_normal((2, 3))
-    (found,), (of_x, of_p) = differentiate(name, lambda ops, x, p: ops.attach(x, ops.sum(ops.multiply(p, p))), [x, p], "float64",
+    (found,), (of_x, of_p) = differentiate(name, lambda ops, x, p: ops.attach(x, ops.sum(ops.multiply(p, p))), [x, p],
+                                           "float64",
                                            cotangents=[weights])
     assert np.array_equal(found, x)
     assert_close(of_x, weights, 1e-15)

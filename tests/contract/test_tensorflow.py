@@ -54,15 +54,17 @@ def test_impossible_settings_are_named(changes: dict[str, str], words: str) -> N
 def test_no_trainable_parameter_behind_the_loss() -> None:
     backend = load("tensorflow", "backend")
     rig = gpt_rig("tensorflow")
-    rig.backend._model.loss = lambda ops, params, state, batch, seed: (ops.constant(1.0), ops.sum(batch["row_weight"]), {})
+    rig.backend._model.loss = lambda ops, params, state, batch, seed: (ops.constant(1.0), ops.sum(batch["row_weight"]),
+                                                                       {})
     assert isinstance(rig.backend, backend.TensorFlowBackend)
     with pytest.raises(UserError, match="without any trainable parameter"):
         rig.gradient(token_batch())
 
 
 def test_its_process_loads_no_other_framework() -> None:
-    script = ("import sys\nimport elastic.workload\nassert 'tensorflow' not in sys.modules and 'keras' not in sys.modules\n"
-              "import backends.tensorflow.backend, elastic.collective.shared, elastic.worker.worker\nassert 'tensorflow' in sys.modules\n"
-              "others = {'torch', 'mxnet', 'jax', 'ray'} & set(sys.modules)\nassert not others, others")
+    script = ("import sys\nimport elastic.workload\nassert 'tensorflow' not in sys.modules and 'keras' not in "
+              "sys.modules\nimport backends.tensorflow.backend, elastic.collective.shared, "
+              "elastic.worker.worker\nassert 'tensorflow' in sys.modules\nothers = {'torch', 'mxnet', 'jax', 'ray'} & "
+              "set(sys.modules)\nassert not others, others")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -30,14 +30,19 @@ CASES: dict[str, tuple[Any, Any, Mesh]] = {
     "tiny, a vocabulary that does not divide": (Tiny, lambda model: model.batch(1), Mesh(1, tensor=2)),
     "tiny over four": (Tiny, lambda model: model.batch(1), Mesh(1, tensor=4)),
     "gpt": (lambda: gpt.build(LANGUAGE, {"vocab_size": 13}), MADE.text, Mesh(1, tensor=2)),
-    "gpt, smoothed, with biases": (lambda: gpt.build({**LANGUAGE, "smoothing": 0.1, "bias": True}, {"vocab_size": 13}), MADE.text, Mesh(1, tensor=4)),
-    "gpt with experts on two workers": (lambda: gpt.build({**LANGUAGE, "experts": 4}, {"vocab_size": 13}), MADE.text, Mesh(1, expert=2)),
-    "gpt with experts, both axes": (lambda: gpt.build({**LANGUAGE, "experts": 4, "top": 2}, {"vocab_size": 13}), MADE.text,
+    "gpt, smoothed, with biases": (lambda: gpt.build({**LANGUAGE, "smoothing": 0.1, "bias": True}, {"vocab_size": 13}),
+                                   MADE.text, Mesh(1, tensor=4)),
+    "gpt with experts on two workers": (lambda: gpt.build({**LANGUAGE, "experts": 4}, {"vocab_size": 13}), MADE.text,
+                                        Mesh(1, expert=2)),
+    "gpt with experts, both axes": (lambda: gpt.build({**LANGUAGE, "experts": 4, "top": 2}, {"vocab_size": 13}),
+                                    MADE.text,
                                     Mesh(1, tensor=2, expert=2)),
     "bert": (lambda: bert.build(LANGUAGE, {"vocab_size": 13}), MADE.hidden, Mesh(1, tensor=2)),
-    "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 16, "patch": 2, "mlp": 2}, {"shape": (8, 8, 1), "num_classes": 10}), MADE.images,
+    "vit": (lambda: vit.build({"layers": 2, "heads": 2, "width": 16, "patch": 2, "mlp": 2},
+                              {"shape": (8, 8, 1), "num_classes": 10}), MADE.images,
             Mesh(1, tensor=2)),
-    "dlrm": (lambda: dlrm.build({"arch": "dlrm"}, {"sizes": (10, 5, 6), "num_numeric": 4, "embedding_dim": 8}), MADE.clicks, Mesh(1, tensor=2)),
+    "dlrm": (lambda: dlrm.build({"arch": "dlrm"}, {"sizes": (10, 5, 6), "num_numeric": 4, "embedding_dim": 8}),
+             MADE.clicks, Mesh(1, tensor=2)),
 }
 
 
@@ -48,7 +53,8 @@ def counted(name: str, model: Any, batch: dict[str, np.ndarray], layout: Layout)
     def worker(rank: int, group: Any) -> Counter[str]:
         coordinate = layout.mesh.coordinate(rank)
         counts: Counter[str] = Counter()
-        axes = {axis: Axis(axis, group.subgroup(layout.mesh.axis_ranks(rank, axis)), counts) for axis in ("tensor", "expert")}
+        axes = {axis: Axis(axis, group.subgroup(layout.mesh.axis_ranks(rank, axis)), counts)
+                for axis in ("tensor", "expert")}
         rig = rig_of(name, Portion(model, layout, coordinate))
         if not hasattr(rig.backend, "connect"):
             pytest.skip(f"the {name} backend cannot run a model in pieces yet")
@@ -67,7 +73,8 @@ def test_the_bytes_of_a_real_pass(name: str, case: str) -> None:
     for rank, counts in enumerate(counted(name, model, batch, layout)):
         found = measure.together(list(measure.pieces(model, batch, layout, mesh.coordinate(rank)).values()))
         assert sum(counts.values()) > 0
-        assert {key: sum(move.bytes for move in found.moves if move.key == key) for key in {move.key for move in found.moves}} == dict(counts)
+        assert {key: sum(move.bytes for move in found.moves if move.key == key)
+                for key in {move.key for move in found.moves}} == dict(counts)
 
 
 @pytest.mark.parametrize("name", names())

@@ -23,7 +23,8 @@ MODELS = {
 
 
 def rig(name: str, model: str) -> Rig:
-    """Weights large enough that every part of the model matters, the last norm of a block too; statistics that are not at their start."""
+    """Weights large enough that every part of the model matters, the last norm of a block too; statistics that are not
+    at their start."""
     module, config = MODELS[model]
     found = rig_of(name, module.build(config, INFO))
     rng = np.random.default_rng(5)
@@ -46,12 +47,15 @@ def image_batch(rows: int = 6, mixed: bool = False) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", names())
 def test_one_value_a_channel_is_refused(name: str) -> None:
     load(name, "backend")
-    found = rig_of(name, resnet.build({"blocks": [1], "width": 4, "stem": "large"}, {"shape": [4, 4, 2], "num_classes": 7}))
+    found = rig_of(name, resnet.build({"blocks": [1], "width": 4, "stem": "large"},
+                                      {"shape": [4, 4, 2], "num_classes": 7}))
     batch = {key: value[:, :4, :4] if key == "image" else value for key, value in image_batch(1).items()}
     batch["row_weight"] = np.ones(1, np.float32)
-    with pytest.raises(UserError, match='model.norm = "batch" needs several values of each channel, and "s0.b0.conv1" gets one'):
+    with pytest.raises(UserError, match='model.norm = "batch" needs several values of each channel, and "s0.b0.conv1" '
+                                        'gets one'):
         found.gradient(batch, 1)
-    assert np.isfinite(found.gradient({key: np.concatenate([value] * 2) for key, value in batch.items()}, 1)[1].loss_sum)
+    assert np.isfinite(found.gradient({key: np.concatenate([value] * 2) for key, value in batch.items()},
+                                      1)[1].loss_sum)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -76,7 +80,8 @@ def test_model_agrees_with_the_reference(name: str, model: str, mixed: bool) -> 
 
 
 @pytest.mark.parametrize(("blocks", "bottleneck", "published"), [
-    ([2, 2, 2, 2], False, 11_689_512), ([3, 4, 6, 3], False, 21_797_672), ([3, 4, 6, 3], True, 25_557_032)], ids=["18", "34", "50"])
+    ([2, 2, 2, 2], False, 11_689_512), ([3, 4, 6, 3], False, 21_797_672), ([3, 4, 6, 3], True, 25_557_032)],
+                         ids=["18", "34", "50"])
 def test_resnets_have_the_published_sizes(blocks: list[int], bottleneck: bool, published: int) -> None:
     """torchvision's counts for 1000 classes."""
     model = resnet.build({"blocks": blocks, "bottleneck": bottleneck}, {"shape": [224, 224, 3], "num_classes": 1000})
@@ -85,7 +90,8 @@ def test_resnets_have_the_published_sizes(blocks: list[int], bottleneck: bool, p
 
 def test_vit_has_the_published_size() -> None:
     """torchvision's ViT-B/16 without its class token and that one's position."""
-    model = vit.build({"layers": 12, "heads": 12, "width": 768, "patch": 16}, {"shape": [224, 224, 3], "num_classes": 1000})
+    model = vit.build({"layers": 12, "heads": 12, "width": 768, "patch": 16},
+                      {"shape": [224, 224, 3], "num_classes": 1000})
     assert sum(int(np.prod(spec.shape)) for spec in model.parameters.values()) == 86_567_656 - 2 * 768
 
 
@@ -93,7 +99,8 @@ def plain_resnet(found: Rig, images: Any, labels: Any) -> tuple[Any, dict[str, A
     """The model "batch", step by step in PyTorch's own layout: mean loss, leaves, running statistics."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     F = torch.nn.functional
-    leaves = {key: torch.from_numpy(np.array(view)).requires_grad_() for key, view in found.layout.views(found.param).items()}
+    leaves = {key: torch.from_numpy(np.array(view)).requires_grad_()
+              for key, view in found.layout.views(found.param).items()}
     state = {key: torch.from_numpy(value.copy()) for key, value in found.state.items()}
 
     def conv(name: str, x: Any, stride: int = 1) -> Any:
@@ -125,12 +132,18 @@ def test_same_numbers_as_a_plain_network() -> None:
 
 
 @pytest.mark.parametrize(("module", "config", "words"), [
-    (resnet, {"blocks": []}, "model.blocks"), (resnet, {"blocks": [2, 0]}, "model.blocks"), (resnet, {"blocks": 3}, "model.blocks = 3"),
-    (resnet, {"width": 0}, "model.width = 0"), (resnet, {"stem": "tiny"}, "model.stem = 'tiny' must be one of large, small"),
-    (resnet, {"norm": "layer"}, "model.norm"), (resnet, {"norm": "group", "width": 12}, "model.width = 12 must be a multiple"),
-    (resnet, {"smoothing": 1.0}, "model.smoothing"), (resnet, {"bottleneck": 1}, "model.bottleneck"), (resnet, {"depth": 18}, "model.depth"),
-    (vit, {"patch": 3}, "model.patch = 3 must divide"), (vit, {"heads": 3}, "model.heads = 3"), (vit, {"dropout": -0.1}, "model.dropout"),
-    (vit, {"recompute": "yes"}, "model.recompute"), (vit, {"blocks": 2}, "model.blocks = 2 is not a key of vision.vit")])
+    (resnet, {"blocks": []}, "model.blocks"), (resnet, {"blocks": [2, 0]}, "model.blocks"),
+    (resnet, {"blocks": 3}, "model.blocks = 3"),
+    (resnet, {"width": 0}, "model.width = 0"),
+    (resnet, {"stem": "tiny"}, "model.stem = 'tiny' must be one of large, small"),
+    (resnet, {"norm": "layer"}, "model.norm"),
+    (resnet, {"norm": "group", "width": 12}, "model.width = 12 must be a multiple"),
+    (resnet, {"smoothing": 1.0}, "model.smoothing"), (resnet, {"bottleneck": 1}, "model.bottleneck"),
+    (resnet, {"depth": 18}, "model.depth"),
+    (vit, {"patch": 3}, "model.patch = 3 must divide"), (vit, {"heads": 3}, "model.heads = 3"),
+    (vit, {"dropout": -0.1}, "model.dropout"),
+    (vit, {"recompute": "yes"}, "model.recompute"),
+    (vit, {"blocks": 2}, "model.blocks = 2 is not a key of vision.vit")])
 def test_bad_keys_are_named(module: Any, config: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         module.build(config, INFO)

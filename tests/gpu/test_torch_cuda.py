@@ -94,7 +94,8 @@ class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5),
+                                          torch.nn.Linear(8, 1))
 
     def loss(self, batch: Any) -> Any:
         return self.layers(batch["x"]).square().mean()
@@ -110,7 +111,8 @@ def test_a_user_s_module() -> None:
 
 
 def trained(compiled: bool) -> State:
-    backend = framework.create(build(SMALL, {"vocab_size": VOCAB}), settings(device="cuda", precision="bfloat16", compile=compiled))
+    backend = framework.create(build(SMALL, {"vocab_size": VOCAB}),
+                               settings(device="cuda", precision="bfloat16", compile=compiled))
     state = State(backend, "adamw")
     state.start(3)
     ours(state, Batches(4, SMALL["context"], VOCAB), torch.device("cuda"))(5)

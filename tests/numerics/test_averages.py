@@ -21,7 +21,8 @@ from tests.support.images import idx_files, vision_recipe
 from tests.support.inprocess import Result, fit, gpt_recipe
 
 STEPS, DECAY = 12, 0.7
-AVERAGED = {"optimizer": {"ema": DECAY, "clip_norm": 1.0}, "checkpoint": {"every_steps": 1, "keep": STEPS}, "run": {"eval_every": 5}}
+AVERAGED = {"optimizer": {"ema": DECAY, "clip_norm": 1.0}, "checkpoint": {"every_steps": 1, "keep": STEPS},
+            "run": {"eval_every": 5}}
 DISTURBED = ("kill:1@3/vote", "kill:0@5/update", "scale:2@7", "kill:1@9/reduction")
 
 
@@ -84,7 +85,8 @@ def test_statistics_of_batch_norm_are_averaged_too(tmp_path: Path) -> None:
     files = idx_files(tmp_path)
 
     def trained(workers: int, chaos: tuple[str, ...] = ()) -> Result:
-        result = fit(tmp_path / f"{workers}", vision_recipe("vision.resnet", files, STEPS, elastic={"max_workers": workers}, **AVERAGED), chaos)
+        result = fit(tmp_path / f"{workers}", vision_recipe("vision.resnet", files, STEPS,
+                                                            elastic={"max_workers": workers}, **AVERAGED), chaos)
         result.assert_sound(STEPS)
         return result
 
@@ -100,14 +102,17 @@ def test_whoever_uses_the_model_gets_the_averages(name: str, plays: Path, tmp_pa
     load(name, "backend")
     result = fit(tmp_path / "run", gpt(plays, name, workers=2))
     found = result.arrays()
-    means = {key.removeprefix("optimizer/ema/"): value for key, value in found.items() if key.startswith("optimizer/ema/")}
+    means = {key.removeprefix("optimizer/ema/"): value for key, value in found.items()
+             if key.startswith("optimizer/ema/")}
     assert inference.evaluate(tmp_path / "run") == result.metrics[-1]["eval"]
     export(str(tmp_path / "run"), "safetensors", str(tmp_path / "out"))
-    for weights in (load_file(tmp_path / "out"), manager.read_init(tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}")):
+    for weights in (load_file(tmp_path / "out"),
+                    manager.read_init(tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}")):
         assert weights.keys() == means.keys() and all(np.array_equal(weights[key], means[key]) for key in means)
     restored = inference.restore(tmp_path / "run")
     with_means = restored.backend.logits(np.arange(4)[None])
-    restored.backend.bind({key: aligned(restored.backend, found[f"parameter/{key}"]) for key in restored.backend.parameters}, {})
+    restored.backend.bind({key: aligned(restored.backend, found[f"parameter/{key}"])
+                           for key in restored.backend.parameters}, {})
     assert np.abs(restored.backend.logits(np.arange(4)[None]) - with_means).max() > 1e-4
 
 
@@ -119,7 +124,8 @@ def aligned(backend: Any, values: np.ndarray) -> Any:
 
 def test_training_itself_does_not_see_them(plays: Path, tmp_path: Path) -> None:
     load("torch", "backend")
-    with_means, without = (fit(tmp_path / str(ema), gpt_recipe(plays, STEPS, optimizer={"ema": ema}, elastic={"max_workers": 2}))
+    with_means, without = (fit(tmp_path / str(ema),
+                               gpt_recipe(plays, STEPS, optimizer={"ema": ema}, elastic={"max_workers": 2}))
                            for ema in (DECAY, 0.0))
     assert with_means.summary["parameters_sha256"] == without.summary["parameters_sha256"]
     assert with_means.sha != without.sha

@@ -33,23 +33,28 @@ def test_the_command_refuses_a_table_in_one_sentence(tmp_path: Path, capsys: pyt
     assert cli.run(["train", str(recipe), "--check"]) == 0
     write(files[1], rows(50).drop_columns(["y"]))
     nulls = rows(50).set_column(0, "id", pa.array([None, *range(49)], pa.int64()))
-    cases = [(rows(50).drop_columns(["y"]), f'{files[1]} has no column "y"'), (nulls, f'the column "id" of {files[1]} has no value in row 0'),
+    cases = [(rows(50).drop_columns(["y"]), f'{files[1]} has no column "y"'),
+             (nulls, f'the column "id" of {files[1]} has no value in row 0'),
              (rows(0), None), (rows(50).select(["word"]), "has no column")]
     for source, words in cases:
         write(files[1], source)
         capsys.readouterr()
-        assert cli.run(["train", str(recipe), "--check"]) == (2 if words else 0), "an empty file among others is no fault"
+        assert cli.run(["train", str(recipe), "--check"]) == (2 if words
+                                                              else 0), "an empty file among others is no fault"
         said = capsys.readouterr()
         assert "Traceback" not in said.err + said.out
         assert not words or (words in said.err and said.err.count("\n") == 1)
 
 
 def test_a_damaged_row_group_ends_the_run_with_its_state_intact(tmp_path: Path) -> None:
-    """It is found when it is read, at a known step; with the file restored the run goes on to the bits of an undisturbed one."""
+    """It is found when it is read, at a known step; with the file restored the run goes on to the bits of an
+    undisturbed one."""
     file = write(tmp_path / "t.parquet", rows(SIZE), GROUP, use_dictionary=False, compression="none")
-    recipe = table_recipe(file, data={"shuffle_by": "blocks", "columns": ["x", "y"], "batch_size": 40}, checkpoint={"every_steps": 5})
+    recipe = table_recipe(file, data={"shuffle_by": "blocks", "columns": ["x", "y"], "batch_size": 40},
+                          checkpoint={"every_steps": 5})
     whole, bits = file.read_bytes(), fit(tmp_path / "undisturbed", recipe).sha
-    seventh = int(Blocks(np.full(10, GROUP), recipe.run.seed).locate(np.array([6 * GROUP]))[1][0]) // GROUP  # fed from step 16 on
+    # fed from step 16 on
+    seventh = int(Blocks(np.full(10, GROUP), recipe.run.seed).locate(np.array([6 * GROUP]))[1][0]) // GROUP
     about = pq.ParquetFile(file).metadata.row_group(seventh).column(1)
     torn = bytearray(whole)
     torn[about.data_page_offset + about.total_compressed_size // 2] ^= 0x01

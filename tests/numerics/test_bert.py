@@ -44,9 +44,12 @@ def theirs(mine: Rig) -> Any:
     """Hugging Face's model with the same weights; it has a second embedding for segments, which is 0 here."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     layers, heads, width, context = (int(SMALL[key]) for key in ("layers", "heads", "width", "context"))
-    config = transformers.BertConfig(vocab_size=VOCAB + 1, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                                     intermediate_size=4 * width, max_position_embeddings=context, type_vocab_size=1, hidden_act="gelu",
-                                     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-12, pad_token_id=None)
+    config = transformers.BertConfig(vocab_size=VOCAB + 1, hidden_size=width, num_hidden_layers=layers,
+                                     num_attention_heads=heads,
+                                     intermediate_size=4 * width, max_position_embeddings=context, type_vocab_size=1,
+                                     hidden_act="gelu",
+                                     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-12,
+                                     pad_token_id=None)
     model = transformers.BertForMaskedLM(config)
     p = {name: torch.tensor(np.array(view)) for name, view in mine.layout.views(mine.param).items()}
     state: dict[str, Any] = {}
@@ -66,7 +69,8 @@ def theirs(mine: Rig) -> Any:
         for part, name in enumerate(("query", "key", "value")):
             weight, bias = p[f"h{i}.attn.qkv.weight"][:, part], p[f"h{i}.attn.qkv.bias"][part]
             put(f"{at}.attention.self.{name}", weight.reshape(width, width).t(), bias.reshape(width))
-        put(f"{at}.attention.output.dense", p[f"h{i}.attn.out.weight"].reshape(width, width).t(), p[f"h{i}.attn.out.bias"])
+        put(f"{at}.attention.output.dense", p[f"h{i}.attn.out.weight"].reshape(width, width).t(),
+            p[f"h{i}.attn.out.bias"])
         put(f"{at}.attention.output.LayerNorm", p[f"h{i}.ln1.weight"], p[f"h{i}.ln1.bias"])
         put(f"{at}.intermediate.dense", p[f"h{i}.mlp.up.weight"].t(), p[f"h{i}.mlp.up.bias"])
         put(f"{at}.output.dense", p[f"h{i}.mlp.down.weight"].t(), p[f"h{i}.mlp.down.bias"])
@@ -82,16 +86,19 @@ def test_same_loss_and_gradients_as_hugging_face() -> None:
     flat, result = mine.gradient(rows)
     labels = np.full(rows["tokens"].shape, -100)
     np.put_along_axis(labels, rows["places"].astype(np.int64), rows["targets"], 1)
-    loss = model(input_ids=torch.tensor(rows["tokens"].astype(np.int64)), labels=torch.tensor(labels.astype(np.int64))).loss
+    loss = model(input_ids=torch.tensor(rows["tokens"].astype(np.int64)),
+                 labels=torch.tensor(labels.astype(np.int64))).loss
     loss.backward()
     count = rows["targets"].size
     assert result.weight == count and result.loss_sum == pytest.approx(loss.item() * count, rel=1e-5)
     found = mine.by_name(flat)
     at = model.bert
-    for name, gradient in (("wte", at.embeddings.word_embeddings.weight.grad), ("wpe", at.embeddings.position_embeddings.weight.grad),
+    for name, gradient in (("wte", at.embeddings.word_embeddings.weight.grad),
+                           ("wpe", at.embeddings.position_embeddings.weight.grad),
                            ("h0.mlp.up.weight", at.encoder.layer[0].intermediate.dense.weight.grad.t()),
                            ("h1.ln1.weight", at.encoder.layer[1].attention.output.LayerNorm.weight.grad),
-                           ("vocab.bias", model.cls.predictions.bias.grad), ("head.weight", model.cls.predictions.transform.dense.weight.grad.t())):
+                           ("vocab.bias", model.cls.predictions.bias.grad),
+                           ("head.weight", model.cls.predictions.transform.dense.weight.grad.t())):
         assert_close(found[name] / count, gradient.numpy(), 2e-5, name)
 
 
@@ -112,7 +119,8 @@ def test_hidden_tokens_are_a_function_of_seed_epoch_and_window() -> None:
     whole = data.batch(np.arange(99), np.full(99, 3))
     one = data.batch(np.array([17]), np.array([3]))
     assert all(np.array_equal(whole[key][17:18], one[key]) for key in whole), "whatever else is in the batch"
-    for other in (data.batch(np.arange(99), np.full(99, 4)), masked(mask=0.15, context=40, seed=1).batch(np.arange(99), np.full(99, 3))):
+    for other in (data.batch(np.arange(99), np.full(99, 4)),
+                  masked(mask=0.15, context=40, seed=1).batch(np.arange(99), np.full(99, 3))):
         assert (other["places"] != whole["places"]).any(1).mean() > 0.9
     plain = data.windows.batch(np.arange(99), np.full(99, 3))["tokens"][:, :40]
     assert np.array_equal(np.take_along_axis(plain, whole["places"], 1), whole["targets"])
@@ -132,12 +140,15 @@ def test_how_tokens_are_hidden() -> None:
     assert abs(hidden - 0.8) < 4 * np.sqrt(0.16 / count) and abs(same - (0.1 + 0.1 / VOCAB)) < 4 * np.sqrt(0.1 / count)
     places = np.bincount(found["places"].ravel(), minlength=8) / count
     np.testing.assert_allclose(places, 1 / 8, atol=4 * np.sqrt(1 / 8 / count))
-    assert np.ptp(np.bincount(shown[(shown != VOCAB) & (shown != found["targets"])], minlength=VOCAB)) < 0.25 * 0.1 * count / VOCAB
+    assert np.ptp(np.bincount(shown[(shown != VOCAB) & (shown != found["targets"])],
+                              minlength=VOCAB)) < 0.25 * 0.1 * count / VOCAB
 
 
-@pytest.mark.parametrize(("config", "words"), [({"mask": 0.0}, "model.mask"), ({"heads": 3}, "model.heads"), ({"layers": 0}, "model.layers"),
+@pytest.mark.parametrize(("config", "words"),
+                         [({"mask": 0.0}, "model.mask"), ({"heads": 3}, "model.heads"), ({"layers": 0}, "model.layers"),
                                                ({"dropout": 1}, "model.dropout"), ({"bias": True}, "model.bias"),
-                                               ({"recompute": 1}, "model.recompute"), ({"smoothing": 1.0}, "model.smoothing")])
+                                               ({"recompute": 1}, "model.recompute"),
+                          ({"smoothing": 1.0}, "model.smoothing")])
 def test_bad_numbers_are_named(config: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         build(config, {"vocab_size": VOCAB})
@@ -152,12 +163,14 @@ def recipe(text: Path, **changes: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("framework", names(without="reference"))
-def test_same_bits_for_any_workers_and_a_kill(framework: str, plays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits_for_any_workers_and_a_kill(framework: str, plays: Path, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     load(framework, "backend")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(name: str, workers: int, chaos: tuple[str, ...] = (), **changes: Any) -> Result:
-        result = fit(tmp_path / name, recipe(plays, backend={"name": framework}, elastic={"max_workers": workers}, **changes), chaos)
+        result = fit(tmp_path / name, recipe(plays, backend={"name": framework}, elastic={"max_workers": workers},
+                                             **changes), chaos)
         result.assert_sound(8)
         return result
 

@@ -19,7 +19,8 @@ from tests.support.inprocess import Result, Run, fit, module_recipe
 from tests.support.sampling import sample
 
 pytest.importorskip("torch", reason="torch is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a saver's thread dies with its process
+# a saver's thread dies with its process
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 STEPS = 60
 
@@ -70,7 +71,8 @@ def test_a_bad_checkpoint_is_reported_left_in_place_and_an_older_one_taken(oracl
     assert len(loaded) == 1 and Path(loaded[0]["path"]).name == names(tmp_path)[-7 + 2] or loaded[0]["bytes"] > 0
     assert loaded[0]["step"] == result.named("rewound")[-1]["to"] < int(before.removeprefix("step-"))
     later = {path: path.read_bytes() for path in bad if path.exists()}
-    assert all(later[path] == content or path.parent.name in {Path(e["path"]).name for e in result.named("checkpoint_committed")}
+    assert all(later[path] == content or path.parent.name in {Path(e["path"]).name
+                                                              for e in result.named("checkpoint_committed")}
                for path, content in bad.items() if path in later), "a bad checkpoint was touched by somebody who did not save it again"
 
 
@@ -96,7 +98,8 @@ def test_every_rank_loads_its_part(oracle: Result, tmp_path: Path) -> None:
 
 
 def test_below_what_is_needed_one_survivor_saves_and_nothing_is_lost(oracle: Result, tmp_path: Path) -> None:
-    """One of three falls, another writes all of it down; then both fall as well, and three others go on from the very step."""
+    """One of three falls, another writes all of it down; then both fall as well, and three others go on from the very
+    step."""
     run = Run(tmp_path, recipe(elastic={"min_workers": 3, "max_workers": 3}), ["kill:2@26/backward"], capacity=3)
     run.hooks[5] = lambda run: run.fleet.grow(1)
     savers = []
@@ -116,11 +119,13 @@ def test_below_what_is_needed_one_survivor_saves_and_nothing_is_lost(oracle: Res
     assert result.sha == oracle.sha and not result.named("rewound")
     (alone,) = [e for e in result.named("checkpoint_committed") if e["step"] % 10]
     assert alone["step"] == result.named("loaded")[0]["step"] == 25
-    assert read_manifest(Store.open(tmp_path / "checkpoints"), f"step-{alone['step']:08d}").files[0].name.startswith("state-0000-of-0001-")
+    assert read_manifest(Store.open(tmp_path / "checkpoints"),
+                         f"step-{alone['step']:08d}").files[0].name.startswith("state-0000-of-0001-")
 
 
 def test_what_is_saved_already_is_not_saved_again(oracle: Result, tmp_path: Path) -> None:
-    run = Run(tmp_path, recipe(elastic={"min_workers": 2, "max_workers": 2}, checkpoint={"every_steps": 1}), ["kill:1@26/forward"], capacity=2)
+    run = Run(tmp_path, recipe(elastic={"min_workers": 2, "max_workers": 2}, checkpoint={"every_steps": 1}),
+              ["kill:1@26/forward"], capacity=2)
     run.hooks[5] = lambda run: run.fleet.grow(1)
     run.run_log.on_event = lambda name: run.fleet.grow(2) if name == "waiting" else None
     result = run.fit()
@@ -134,12 +139,14 @@ class Deaf(Exception):
 
 
 def orphaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int, **options: Any) -> None:
-    """The controller falls silent at step 12, or as soon as a checkpoint of step 10 is committed; the workers go on, give up, and save."""
+    """The controller falls silent at step 12, or as soon as a checkpoint of step 10 is committed; the workers go on,
+    give up, and save."""
     monkeypatch.setattr(inprocess_fleet, "ORPHAN_TIMEOUT_S", 0.3)
     run = Run(tmp_path, recipe(elastic={"max_workers": 2}, checkpoint={"every_steps": every_steps}), **options)
 
     def fall(run: Run, step: int = 12) -> None:
-        if every_steps and not [e for e in read_lines(tmp_path / "events.jsonl") if (e["event"], e["step"]) == ("checkpoint_committed", 10)]:
+        if every_steps and not [e for e in read_lines(tmp_path / "events.jsonl")
+                                if (e["event"], e["step"]) == ("checkpoint_committed", 10)]:
             run.hooks[step + 1] = partial(fall, step=step + 1)
             return
 
@@ -163,7 +170,8 @@ def orphaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_steps: int, 
     run.controller.journal.lines.close()
 
 
-def test_orphans_write_down_what_they_have_with_their_lines(oracle: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphans_write_down_what_they_have_with_their_lines(oracle: Result, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """A later run goes on from there: no step twice, none lost."""
     orphaned(tmp_path, monkeypatch, 0)
     (name,) = names(tmp_path)
@@ -179,9 +187,11 @@ def test_orphans_write_down_what_they_have_with_their_lines(oracle: Result, tmp_
 
 
 @pytest.mark.parametrize("chaos", [(), ("kill:1@8/reduction",)])
-def test_an_orphan_s_checkpoint_brings_all_lines_since_the_one_before(oracle: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_an_orphan_s_checkpoint_brings_all_lines_since_the_one_before(oracle: Result, tmp_path: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch,
                                                                       chaos: tuple[str, ...]) -> None:
-    """The machine of the run directory falls with the controller: what was not synced when the last checkpoint was committed is gone."""
+    """The machine of the run directory falls with the controller: what was not synced when the last checkpoint was
+    committed is gone."""
     orphaned(tmp_path, monkeypatch, 5, chaos=chaos)
     *_, before, name = names(tmp_path)
     store, known = Store.open(tmp_path / "checkpoints"), read_lines(tmp_path / "metrics.jsonl")
@@ -261,11 +271,14 @@ def test_a_checkpoint_of_another_model_ends_the_run_with_what_to_do(tmp_path: Pa
 
 def test_the_best_by_a_figure_of_ones_own_is_the_one_that_the_recipe_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeping one checkpoint and the best: its rate is the least of all that were written down."""
-    monkeypatch.setattr(modules.Small, "metrics", lambda self, batch: {"wer": ((self.line(batch["x"]) - batch["y"]).abs().sum(), len(batch["y"]))},
+    monkeypatch.setattr(modules.Small, "metrics", lambda self,
+                        batch: {"wer": ((self.line(batch["x"]) - batch["y"]).abs().sum(), len(batch["y"]))},
                         raising=False)
     for mode, least in (("min", True), ("max", False)):
-        changes = {"run": {"steps": 8, "eval_every": 1}, "data": {"eval_fraction": 0.3}, "optimizer": {"name": "sgd", "lr": 0.5},
-                   "checkpoint": {"every_steps": 1, "keep": 1, "best": "eval.wer", "best_mode": mode}, "elastic": {"max_workers": 1}}
+        changes = {"run": {"steps": 8, "eval_every": 1}, "data": {"eval_fraction": 0.3},
+                   "optimizer": {"name": "sgd", "lr": 0.5},
+                   "checkpoint": {"every_steps": 1, "keep": 1, "best": "eval.wer", "best_mode": mode},
+                   "elastic": {"max_workers": 1}}
         result = fit(tmp_path / mode, module_recipe("Small", 8, **changes))
         rates = {line["step"]: line["eval"]["wer"] for line in result.metrics if "eval" in line}
         best = (min if least else max)(rates, key=lambda step: rates[step])
@@ -273,7 +286,8 @@ def test_the_best_by_a_figure_of_ones_own_is_the_one_that_the_recipe_means(tmp_p
 
 
 def test_a_best_that_no_evaluation_tells_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    changes = {"data": {"eval_fraction": 0.3}, "checkpoint": {"best": "eval.wer", "best_mode": "min"}, "elastic": {"max_workers": 2}}
+    changes = {"data": {"eval_fraction": 0.3}, "checkpoint": {"best": "eval.wer", "best_mode": "min"},
+               "elastic": {"max_workers": 2}}
     result = fit(tmp_path, module_recipe("Small", 8, **changes))
     assert result.outcome.status == "failed" and not result.steps
     assert result.outcome.error == 'checkpoint.best = "eval.wer" is none of the figures of this evaluation, loss; write one of them.'

@@ -23,13 +23,28 @@ from elastic.observe.verify import verify
 from elastic.recipe import Recipe
 from elastic.worker import worker
 from tests.support import modules
-from tests.support.ends import CHAPTERS, DISKS, ERRORS, LAST, LIMITS, LOSSES, NEWEST, PAGE, SIGNALS, START, End, page, said
+from tests.support.ends import (
+    CHAPTERS,
+    DISKS,
+    ERRORS,
+    LAST,
+    LIMITS,
+    LOSSES,
+    NEWEST,
+    PAGE,
+    SIGNALS,
+    START,
+    End,
+    page,
+    said,
+)
 from tests.support.inprocess import Result, Run, WatchedRunLog, fit, module_recipe
 from tests.support.oracle import undisturbed
 from tests.support.tables import rows, table_recipe, write
 
 pytest.importorskip("torch", reason="torch is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a saver's thread dies with its process
+# a saver's thread dies with its process
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 STEPS, EVERY, AT = 40, 9, 20  # row 70 comes by at steps 21, 25 and 34: no checkpoint is due before any of them
 WIDE = 2 * (1 << 16)  # parameters: with the others each of three workers has a block to own
@@ -44,9 +59,11 @@ def disarmed() -> Iterator[None]:
 
 
 def recipe(**changes: Any) -> Recipe:
-    base = {"run": {"eval_every": 30}, "data": {"kind": f"{modules.__name__}:FragileRows", "eval_fraction": 0.1}, "elastic": {"max_workers": 2},
+    base = {"run": {"eval_every": 30}, "data": {"kind": f"{modules.__name__}:FragileRows", "eval_fraction": 0.1},
+            "elastic": {"max_workers": 2},
             "checkpoint": {"every_steps": EVERY, "keep": 9}}
-    return module_recipe("Fragile", STEPS, **{name: {**base.get(name, {}), **changes.get(name, {})} for name in {**base, **changes}})
+    return module_recipe("Fragile", STEPS, **{name: {**base.get(name, {}), **changes.get(name, {})}
+                                              for name in {**base, **changes}})
 
 
 def shared(**elastic: int) -> Recipe:
@@ -60,8 +77,10 @@ def assert_ended(run: Run, result: Result, end: End, **places: Path) -> None:
     there = (run.run_dir / "summary.json").exists()
     error = result.summary["error"] if there and outcome.status == "failed" else outcome.error
     if end.code == 3:
-        assert said(error, RUN=run.run_dir, PLACE=Path(run.checkpoints), **places).rstrip(".") == end.says.rstrip("."), error
-    assert {LAST: newest == written > 0, NEWEST: 0 < newest < written, START: newest == written == 0}[end.kept], (newest, written)
+        assert said(error, RUN=run.run_dir, PLACE=Path(run.checkpoints),
+                    **places).rstrip(".") == end.says.rstrip("."), error
+    assert {LAST: newest == written > 0, NEWEST: 0 < newest < written,
+            START: newest == written == 0}[end.kept], (newest, written)
     assert not any(thread.is_alive() for thread in run.fleet.threads)
     if end.kept != START:
         assert check_checkpoint(f"{run.checkpoints}/step-{newest:08d}").step == newest
@@ -84,13 +103,15 @@ def assert_resumes(run: Run, mended: Recipe) -> Result:
 def test_the_page_says_what_the_tests_show() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "write it anew: python -m tests.support.ends"
     assert sum(len(chapter.ends) for chapter in CHAPTERS) >= 20
-    assert all(Path(__file__).parents[2].joinpath(end.test).exists() for chapter in CHAPTERS for end in chapter.ends.values())
+    assert all(Path(__file__).parents[2].joinpath(end.test).exists() for chapter in CHAPTERS
+               for end in chapter.ends.values())
 
 
 # A user's own code and data.
 
 
-@pytest.mark.parametrize("name", ["loss", "data", "warm-up", "evaluation", "metrics", "nan", "norm", "gradient", "sharded"])
+@pytest.mark.parametrize("name", ["loss", "data", "warm-up", "evaluation", "metrics", "nan", "norm", "gradient",
+                                  "sharded"])
 def test_an_error_of_the_user_s(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     what = {"norm": "gradient", "sharded": "loss"}.get(name, name)
     given = recipe(optimizer={"clip_norm": 1.0}) if name == "norm" else shared() if name == "sharded" else recipe()
@@ -110,7 +131,8 @@ def test_an_error_of_the_user_s(name: str, tmp_path: Path, capsys: pytest.Captur
 def test_a_file_of_the_data_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = [write(tmp_path / f"{n}.parquet", rows(800, 800 * n), 100) for n in range(2)]
-    given = table_recipe(files, data={"shuffle_by": "blocks", "columns": ["x", "y"], "batch_size": 40}, checkpoint={"every_steps": 5},
+    given = table_recipe(files, data={"shuffle_by": "blocks", "columns": ["x", "y"], "batch_size": 40},
+                         checkpoint={"every_steps": 5},
                          elastic={"max_workers": 2})
 
     def away(run: Run) -> None:
@@ -130,8 +152,10 @@ def test_a_file_of_the_data_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("name", "workers"), [("interrupt", 1), ("interrupt", 3), ("again", 3), ("driver", 1)])
 def test_an_end_that_is_asked_for(name: str, workers: int, tmp_path: Path) -> None:
-    word = {"interrupt": m.Interrupt(), "again": m.GiveUp("", "interrupted"), "driver": m.GiveUp("The driver gave the run up.")}[name]
-    run = Run(tmp_path / "run", recipe(elastic={"max_workers": workers}), hooks={7: lambda run: run.controller.post(word)})
+    word = {"interrupt": m.Interrupt(), "again": m.GiveUp("", "interrupted"),
+            "driver": m.GiveUp("The driver gave the run up.")}[name]
+    run = Run(tmp_path / "run", recipe(elastic={"max_workers": workers}),
+              hooks={7: lambda run: run.controller.post(word)})
     assert_ended(run, run.fit(), SIGNALS[name])
     generation = run.controller.state.generation
     assert assert_resumes(run, recipe(elastic={"max_workers": 4 - workers})).named("generation_started")[-1]["generation"] > generation
@@ -182,7 +206,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True,
+                              text=True)
     except FileNotFoundError:
         pytest.skip("there is no mount here")
     if done.returncode:
@@ -205,7 +230,8 @@ def fill(disk: Path) -> None:
 def placed(name: str, disk: Path, tmp_path: Path) -> tuple[Path, Recipe]:
     """The run directory and the recipe where the disk is under what `name` says."""
     run_dir = tmp_path / "run" if name == "checkpoints" else disk / "run"
-    path = {"run": str(tmp_path / "elsewhere"), "ledger": str(tmp_path / "elsewhere"), "checkpoints": str(disk / "elsewhere"), "both": ""}[name]
+    path = {"run": str(tmp_path / "elsewhere"), "ledger": str(tmp_path / "elsewhere"),
+            "checkpoints": str(disk / "elsewhere"), "both": ""}[name]
     return run_dir, recipe(checkpoint={"path": path} if path else {}, data={"ledger": name == "ledger"})
 
 

@@ -51,14 +51,17 @@ def history(seed: int) -> tuple[list[str], list[str], dict[int, Any], int]:
     if seed % 3 == 0:  # all at once: back to a checkpoint
         step = draw.randint(2, stop - 5)
         before += [f"kill:{rank}@{step}/forward" for rank in range(MOST)]
-    deeds = {draw.randint(1, stop - 1): lambda run: run.drain("node-0"), draw.randint(1, stop - 1): lambda run: run.fleet.grow(6)}
+    deeds = {draw.randint(1, stop - 1): lambda run: run.drain("node-0"),
+             draw.randint(1, stop - 1): lambda run: run.fleet.grow(6)}
     return before, after, deeds, stop
 
 
 def recipe(table: Path, seed: int) -> Any:
     return counting(table, SIZE, BATCH, run={"epochs": EPOCHS, "seed": seed},
-                    data={"format": "parquet", "columns": ["id"], "ledger": True, "shuffle_by": ("rows", "blocks")[seed % 2]},
-                    elastic={"max_workers": MOST, "logical_shards": 8, "spares": 1}, checkpoint={"every_steps": 7, "keep": 10})
+                    data={"format": "parquet", "columns": ["id"], "ledger": True,
+                          "shuffle_by": ("rows", "blocks")[seed % 2]},
+                    elastic={"max_workers": MOST, "logical_shards": 8, "spares": 1},
+                    checkpoint={"every_steps": 7, "keep": 10})
 
 
 def fed(run_dir: Path, step: int) -> np.ndarray:
@@ -67,7 +70,8 @@ def fed(run_dir: Path, step: int) -> np.ndarray:
 
 
 def assert_the_model_saw_each_row_once_an_epoch(run_dir: Path) -> None:
-    steps = sorted(int(folder.name[5:]) for folder in (run_dir / "checkpoints").glob("step-*") if (folder / "manifest.json").exists())
+    steps = sorted(int(folder.name[5:]) for folder in (run_dir / "checkpoints").glob("step-*")
+                   if (folder / "manifest.json").exists())
     assert len(steps) > 2 and steps[-1] == STEPS
     for step in steps[:-1]:  # in the middle of an epoch: each row as often as epochs are over, or once more
         counts, over = fed(run_dir, step), step * BATCH // SIZE
@@ -82,19 +86,24 @@ def assert_the_ledger_has_each_row_once_an_epoch(run_dir: Path) -> None:
     """With plain sets, beside the proof of `elastic verify`."""
     seen = [(epoch, sample) for file in files(run_dir / FOLDER) for batch, _ in pieces(file)
             for epoch, sample in zip(batch["epoch"].tolist(), batch["sample"].tolist())]
-    assert len(seen) == EPOCHS * SIZE and set(seen) == {(epoch, sample) for epoch in range(EPOCHS) for sample in range(SIZE)}
+    assert len(seen) == EPOCHS * SIZE and set(seen) == {(epoch, sample) for epoch in range(EPOCHS)
+                                                        for sample in range(SIZE)}
     verdict = verify(run_dir, check_checkpoint)
     assert not verdict.problems
     assert f"ledger: {EPOCHS * SIZE} positions, each fed once; {EPOCHS} whole epochs, every sample of each exactly once" in verdict.facts
 
 
 @pytest.mark.parametrize("seed", sample(range(8), 4))
-def test_each_row_is_fed_once_an_epoch_whatever_happens(seed: int, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_is_fed_once_an_epoch_whatever_happens(seed: int, table: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(table.parent))
     before, after, deeds, stop = history(seed)
-    first = Run(tmp_path / "run", recipe(table, seed), before, capacity=5, nodes=3, hooks={**deeds, stop: lambda run: run.interrupt()}).fit()
-    assert first.outcome.status in ("interrupted", "done"), first.outcome.error  # on a loaded machine the interrupt may come too late
-    result = Run(tmp_path / "run", recipe(table, seed), after, capacity=5).fit() if first.outcome.status == "interrupted" else first
+    first = Run(tmp_path / "run", recipe(table, seed), before, capacity=5, nodes=3,
+                hooks={**deeds, stop: lambda run: run.interrupt()}).fit()
+    # on a loaded machine the interrupt may come too late
+    assert first.outcome.status in ("interrupted", "done"), first.outcome.error
+    result = Run(tmp_path / "run", recipe(table, seed), after,
+                 capacity=5).fit() if first.outcome.status == "interrupted" else first
     result.assert_sound(STEPS, steps_lost=result.summary["steps_lost"])
     assert result.named("chaos") and len(result.named("generation_started")) > 2, "nothing happened"
     assert_the_model_saw_each_row_once_an_epoch(tmp_path / "run")

@@ -23,7 +23,8 @@ ROWS, TIME, WIDTH, WIDE = 3, 5, 4, 6
 
 def arrays(rng: np.random.Generator, num: int) -> dict[str, np.ndarray]:
     return {"x": rng.standard_normal((ROWS, TIME, WIDTH)), "h0.moe.gate.weight": rng.standard_normal((WIDTH, num)),
-            "h0.moe.up.weight": rng.standard_normal((num, WIDTH, WIDE)), "h0.moe.down.weight": rng.standard_normal((num, WIDE, WIDTH))}
+            "h0.moe.up.weight": rng.standard_normal((num, WIDTH, WIDE)),
+            "h0.moe.down.weight": rng.standard_normal((num, WIDE, WIDTH))}
 
 
 def odds_of(values: dict[str, np.ndarray]) -> np.ndarray:
@@ -78,15 +79,19 @@ def test_tokens_go_through_their_experts(name: str, top: int) -> None:
         wanted, without = plain(values, top, capacity)
         left_out.append(without)
         weights = [rng.standard_normal(wanted.shape)]
-        (found,), gradients = differentiate(name, mixture(top, capacity), list(values.values()), "float64", cotangents=weights)
+        (found,), gradients = differentiate(name, mixture(top, capacity), list(values.values()), "float64",
+                                            cotangents=weights)
         assert_close(found, wanted, 1e-12)
         if name == "reference":
             for key, gradient in zip(values, gradients):  # central differences of the plain one, in one direction
                 direction = rng.standard_normal(values[key].shape)
-                up, down = (plain({**values, key: values[key] + step * direction}, top, capacity)[0] for step in (1e-6, -1e-6))
-                assert np.sum(gradient * direction) == pytest.approx(np.sum((up - down) * weights[0]) / 2e-6, rel=1e-5, abs=1e-6), key
+                up, down = (plain({**values, key: values[key] + step * direction}, top, capacity)[0]
+                            for step in (1e-6, -1e-6))
+                assert np.sum(gradient * direction) == pytest.approx(np.sum((up - down) * weights[0]) / 2e-6, rel=1e-5,
+                                                                     abs=1e-6), key
         else:
-            _, right = differentiate("reference", mixture(top, capacity), list(values.values()), "float64", cotangents=weights)
+            _, right = differentiate("reference", mixture(top, capacity), list(values.values()), "float64",
+                                     cotangents=weights)
             for key, gradient, slope in zip(values, gradients, right):
                 assert_close(gradient, slope, 1e-11, key)
 
@@ -106,7 +111,8 @@ def test_the_balance_is_the_formula_s(name: str) -> None:
         share = np.bincount(odds.argmax(1), minlength=num) / len(odds)
         return 0.3 * num * float(share @ odds.mean(0)) * len(odds)
 
-    results = [differentiate(name, mixture(2, 2.0, balance, real), list(values.values()), "float64", cotangents=[np.zeros(values["x"].shape)])
+    results = [differentiate(name, mixture(2, 2.0, balance, real), list(values.values()), "float64",
+                             cotangents=[np.zeros(values["x"].shape)])
                for balance in (0.3, 0.0)]
     (found, with_it), (plainly, without) = results
     assert np.array_equal(found[0], plainly[0]) and not np.any(without[1])
@@ -122,7 +128,8 @@ def test_the_balance_is_the_formula_s(name: str) -> None:
 @pytest.mark.parametrize("name", names("reference"))
 def test_a_model_with_experts_is_the_reference_s(name: str, recompute: bool) -> None:
     split_ops(name)
-    config = {"layers": 2, "heads": 2, "width": 8, "context": 6, "experts": 3, "top": 2, "balance": 0.1, "capacity": 1.0, "recompute": recompute}
+    config = {"layers": 2, "heads": 2, "width": 8, "context": 6, "experts": 3, "top": 2, "balance": 0.1,
+              "capacity": 1.0, "recompute": recompute}
     batch = {"tokens": np.random.default_rng(2).integers(0, 11, (3, 7)), "row_weight": np.float32([1, 1, 0])}
     found, wanted = (rig_of(which, gpt.build(config, {"vocab_size": 11})) for which in (name, "reference"))
     for rig in (found, wanted):
@@ -138,18 +145,23 @@ def test_a_model_with_experts_is_the_reference_s(name: str, recompute: bool) -> 
 @sometimes("experts", 0.3)
 def test_a_model_with_experts_compiles_once() -> None:
     load("torch", "backend")
-    config = {"layers": 1, "expert_every": 1, "heads": 2, "width": 8, "context": 6, "experts": 3, "top": 2, "recompute": True}
+    config = {"layers": 1, "expert_every": 1, "heads": 2, "width": 8, "context": 6, "experts": 3, "top": 2,
+              "recompute": True}
     batch = {"tokens": np.random.default_rng(2).integers(0, 11, (3, 7)), "row_weight": np.ones(3, np.float32)}
-    eager, compiled = (rig_of("torch", gpt.build(config, {"vocab_size": 11}), compile=compile) for compile in (False, True))
+    eager, compiled = (rig_of("torch", gpt.build(config, {"vocab_size": 11}), compile=compile)
+                       for compile in (False, True))
     for seed in (1, 2):
         assert_close(compiled.gradient(batch, seed)[0], eager.gradient(batch, seed)[0], 1e-5)
     assert compiled.backend.compilations() == 1
 
 
 @pytest.mark.parametrize(("config", "words"), [
-    ({"experts": 2, "top": 3}, "model.top = 3 must be 1 or 2"), ({"experts": 1, "top": 2}, "no more than model.experts = 1"),
-    ({"experts": 4, "layers": 1}, "model.expert_every = 2 must be at most model.layers = 1"), ({"capacity": 0.0}, "model.capacity = 0.0"),
-    ({"balance": -1.0}, "model.balance = -1.0"), ({"experts": -1}, "model.experts = -1 must be a whole number of at least 0")])
+    ({"experts": 2, "top": 3}, "model.top = 3 must be 1 or 2"),
+    ({"experts": 1, "top": 2}, "no more than model.experts = 1"),
+    ({"experts": 4, "layers": 1}, "model.expert_every = 2 must be at most model.layers = 1"),
+    ({"capacity": 0.0}, "model.capacity = 0.0"),
+    ({"balance": -1.0}, "model.balance = -1.0"),
+    ({"experts": -1}, "model.experts = -1 must be a whole number of at least 0")])
 def test_wrong_keys_are_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         gpt.build(config, {"vocab_size": 11})

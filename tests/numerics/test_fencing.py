@@ -80,7 +80,8 @@ def test_a_continued_worker_changes_not_a_byte(phase: str, oracle: Result, tmp_p
     ghost = next(t for t in run.fleet.threads if t.name == stopped)
     ghost.join(LIMIT_S)
     assert not ghost.is_alive()
-    for word in (Standing(stopped, 1, "done", 99), Line(1, "metrics", {"step": 8, "loss": 0.0}), Line(1, "events", {"event": "healed"}),
+    for word in (Standing(stopped, 1, "done", 99), Line(1, "metrics", {"step": 8, "loss": 0.0}),
+                 Line(1, "events", {"event": "healed"}),
                  Part(stopped, 1, 99, "{}", 0.0, 0.0), Standing(stopped, 2, "failed", 99, fatal=True, error="ghost")):
         assert run.controller.deliver(stopped, [word]) == -1
     assert snapshot(run, survivors) == before

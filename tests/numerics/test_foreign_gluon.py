@@ -28,7 +28,8 @@ def foreign(request: pytest.FixtureRequest) -> Any:
     return importlib.import_module(HERE)
 
 
-def recipe(model: str, data: str, workers: int = 1, rule: str = "sgd", shards: int = 2, spares: int = 0, **options: Any) -> Recipe:
+def recipe(model: str, data: str, workers: int = 1, rule: str = "sgd", shards: int = 2, spares: int = 0,
+           **options: Any) -> Recipe:
     return module_recipe(
         "", STEPS, model={"kind": f"{HERE}:{model}", **options}, backend={"name": "mxnet"},
         optimizer={"lr": LR, "weight_decay": DECAY, **RULES[rule]},
@@ -42,7 +43,8 @@ def alone(foreign: Any, model: str, rule: str, shards: int) -> dict[str, Any]:
 
 def assert_same(found: Result, wanted: dict[str, Any], tolerance: float) -> None:
     found.assert_sound(STEPS)
-    arrays = {name.partition("/")[2]: value for name, value in found.arrays().items() if name.startswith(("parameter/", "buffer/"))}
+    arrays = {name.partition("/")[2]: value for name, value in found.arrays().items()
+              if name.startswith(("parameter/", "buffer/"))}
     assert set(arrays) == set(wanted)
     for name, value in wanted.items():
         assert_close(arrays[name], value, tolerance, name)
@@ -61,7 +63,8 @@ def test_it_trains_as_in_gluon_alone(foreign: Any, model: str, tmp_path: Path) -
 
 
 def test_dropout_has_one_hash(foreign: Any, tmp_path: Path) -> None:
-    one, two = (fit(tmp_path / str(n), recipe("Language", "Texts", n, spares=n - 1, dropout=0.3), ("kill:0@4/backward",) * (n - 1)) for n in (1, 2))
+    one, two = (fit(tmp_path / str(n), recipe("Language", "Texts", n, spares=n - 1, dropout=0.3),
+                    ("kill:0@4/backward",) * (n - 1)) for n in (1, 2))
     for result in (one, two):
         result.assert_sound(STEPS)
     assert one.sha == two.sha and two.named("worker_lost")

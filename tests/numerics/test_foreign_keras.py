@@ -34,7 +34,8 @@ def foreign(request: pytest.FixtureRequest) -> Any:
 
 def recipe(model: str, data: str, workers: int = 1, rule: str = "sgd", shards: int = 2, **options: Any) -> Recipe:
     return module_recipe(
-        "", STEPS, model={"kind": f"{HERE}:{model}", **options}, backend={"name": "tensorflow"}, optimizer={"lr": LR, **RULES[rule]},
+        "", STEPS, model={"kind": f"{HERE}:{model}", **options}, backend={"name": "tensorflow"},
+        optimizer={"lr": LR, **RULES[rule]},
         data={"kind": f"{HERE}:{data}", "batch_size": BATCH, "shuffle": False}, checkpoint={"every_steps": 0},
         elastic={"max_workers": workers, "logical_shards": shards})
 
@@ -44,12 +45,14 @@ def alone(foreign: Any, model: str, rule: str) -> Plain:
     import numpy as np
 
     rows = getattr(foreign, DATA[model])()
-    return Plain(getattr(foreign, model), keras.tree.map_structure(lambda *x: np.stack(x), *(rows[i] for i in range(len(rows)))), rule)
+    return Plain(getattr(foreign, model), keras.tree.map_structure(lambda *x: np.stack(x),
+                                                                   *(rows[i] for i in range(len(rows)))), rule)
 
 
 def assert_same(found: Result, wanted: dict[str, Any], tolerance: float) -> None:
     found.assert_sound(STEPS)
-    arrays = {name.partition("/")[2]: value for name, value in found.arrays().items() if name.startswith(("parameter/", "buffer/"))}
+    arrays = {name.partition("/")[2]: value for name, value in found.arrays().items()
+              if name.startswith(("parameter/", "buffer/"))}
     wanted = {name: value for name, value in wanted.items() if "seed_generator" not in name}
     assert set(arrays) == set(wanted)
     for name, value in wanted.items():
@@ -91,7 +94,8 @@ def test_what_draws_has_one_hash(foreign: Any, model: str, tmp_path: Path) -> No
 
 
 def test_what_is_refused_before_a_worker_starts(foreign: Any) -> None:
-    for model, words in (("distilled", "Distilled has a train_step of its own"), ("unmade", "VAE has no parameters to train; if its layers make")):
+    for model, words in (("distilled", "Distilled has a train_step of its own"),
+                         ("unmade", "VAE has no parameters to train; if its layers make")):
         with pytest.raises(UserError, match=words):
             check_model(recipe(model, "Vectors"), open_model(recipe(model, "Vectors"), {}))
     for data, words in (("Batches", "Batches is a PyDataset of Keras', whose items are batches"),
@@ -104,4 +108,5 @@ def test_what_is_refused_before_a_worker_starts(foreign: Any) -> None:
 def test_what_is_refused_before_the_first_step(foreign: Any, tmp_path: Path) -> None:
     found = fit(tmp_path, recipe("pictures", "Pictures", 2, spectral=True))
     assert found.outcome.status == "failed" and not found.steps
-    assert re.search(r"writes to its parameter .*kernel", found.outcome.error) and "\n" not in found.outcome.error, found.outcome.error
+    assert re.search(r"writes to its parameter .*kernel",
+                     found.outcome.error) and "\n" not in found.outcome.error, found.outcome.error

@@ -28,32 +28,45 @@ STEPS, BATCH, SHARDS = 6, 8, 2
 EPS = 1e-3  # a key's bias, or one before a batch norm, has a gradient of rounding errors alone
 RATE = {"sgd": 0.05, "adamw": 0.003}
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
-EQUAL = {"GPT2": "Sentences", "BERT": "Masked", "T5": "Pairs", "Llama": "Rows", "ViT": "Pictures", "Whisper": "Speech", "SimCLR": "Points",
-         "Bag": "Bags", "CTC": "Utterances", "VAE": "Points", "MeanTeacher": "Points", "GraphNet": "Graphs", "Detector": "Boxes",
-         "VQ": "Points", "Quantiles": "Wide", "Experts": "Points", "Mixup": "Points", "Queue": "Points", "Scrawl": "Points"}
-WHOLE = {"T5": "Pairs", "GraphNet": "Graphs", "Quantiles": "Wide", "Plain": "Points", "GPT2Sum": "Sentences", "BagSum": "Bags",
+EQUAL = {"GPT2": "Sentences", "BERT": "Masked", "T5": "Pairs", "Llama": "Rows", "ViT": "Pictures", "Whisper": "Speech",
+         "SimCLR": "Points",
+         "Bag": "Bags", "CTC": "Utterances", "VAE": "Points", "MeanTeacher": "Points", "GraphNet": "Graphs",
+         "Detector": "Boxes",
+         "VQ": "Points", "Quantiles": "Wide", "Experts": "Points", "Mixup": "Points", "Queue": "Points",
+         "Scrawl": "Points"}
+WHOLE = {"T5": "Pairs", "GraphNet": "Graphs", "Quantiles": "Wide", "Plain": "Points", "GPT2Sum": "Sentences",
+         "BagSum": "Bags",
          "DetectorSum": "Boxes"}
-REFUSED = {"CLIP": "writes to its parameter logit_scale in place", "LazyVAE": r"no values in encoder\.0\.weight yet", "WarmVAE": "its attribute seen",
-           "ToldVAE": r"must give one number or \(sum, weight\), not dict", "TwoVAE": "with a weight that has a gradient",
-           "GAN": r"the \.grad of its parameter critic\.weight", "Adversarial": r"the \.grad of its parameter net\.0\.weight",
-           "Tidy": r"the \.grad of its parameter net\.0\.weight", "Stateful": "remembers something in its attribute last"}
-ROWS_REFUSED = {"Stream": "has no __len__", "OwnDraws": r"something else when the same items are asked for again \(batch\['x'\]\)",
-                "Drifting": "writes into what it keeps", "Collater": "has a method collater, which is not called; name it collate_fn"}
+REFUSED = {"CLIP": "writes to its parameter logit_scale in place", "LazyVAE": r"no values in encoder\.0\.weight yet",
+           "WarmVAE": "its attribute seen",
+           "ToldVAE": r"must give one number or \(sum, weight\), not dict",
+           "TwoVAE": "with a weight that has a gradient",
+           "GAN": r"the \.grad of its parameter critic\.weight",
+           "Adversarial": r"the \.grad of its parameter net\.0\.weight",
+           "Tidy": r"the \.grad of its parameter net\.0\.weight",
+           "Stateful": "remembers something in its attribute last"}
+ROWS_REFUSED = {"Stream": "has no __len__",
+                "OwnDraws": r"something else when the same items are asked for again \(batch\['x'\]\)",
+                "Drifting": "writes into what it keeps",
+                "Collater": "has a method collater, which is not called; name it collate_fn"}
 
 
 def home(name: str) -> Any:
     return next(module for module in HOMES if name in vars(module))
 
 
-def recipe(model: str, data: str, workers: int = 1, optimizer: str = "sgd", shards: int = SHARDS, spares: int = 0) -> Recipe:
-    rule = {"name": optimizer, "lr": RATE[optimizer], "weight_decay": 0.0, "eps": EPS} | ({"momentum": 0.0} if optimizer == "sgd" else {})
+def recipe(model: str, data: str, workers: int = 1, optimizer: str = "sgd", shards: int = SHARDS,
+           spares: int = 0) -> Recipe:
+    rule = {"name": optimizer, "lr": RATE[optimizer], "weight_decay": 0.0,
+            "eps": EPS} | ({"momentum": 0.0} if optimizer == "sgd" else {})
     return module_recipe(
         "", STEPS, model={"kind": f"{home(model).__name__}:{model}"}, optimizer=rule,
         data={"kind": f"{home(data).__name__}:{data}", "batch_size": BATCH, "shuffle": False},
         elastic={"max_workers": workers, "logical_shards": shards, "spares": spares}, checkpoint={"every_steps": 0})
 
 
-def run(folder: Path, model: str, data: str, workers: int = 1, optimizer: str = "sgd", chaos: tuple[str, ...] = (), shards: int = SHARDS) -> Result:
+def run(folder: Path, model: str, data: str, workers: int = 1, optimizer: str = "sgd", chaos: tuple[str, ...] = (),
+        shards: int = SHARDS) -> Result:
     return fit(folder, recipe(model, data, workers, optimizer, shards, len(chaos)), chaos)
 
 
@@ -64,7 +77,8 @@ def oracle(model: str, data: str, optimizer: str, shards: int = SHARDS) -> dict[
 
 def assert_same(result: Result, wanted: dict[str, np.ndarray], tolerance: float) -> None:
     result.assert_sound(STEPS)
-    found = {name.partition("/")[2]: array for name, array in result.arrays().items() if not name.startswith("optimizer/")}
+    found = {name.partition("/")[2]: array for name, array in result.arrays().items()
+             if not name.startswith("optimizer/")}
     assert set(found) == set(wanted)
     for name, values in wanted.items():
         assert_close(found[name].astype(np.float64), values.astype(np.float64), tolerance, name)
@@ -112,6 +126,7 @@ def test_what_a_collate_fn_makes_is_evaluated_too(tmp_path: Path) -> None:
     result = fit(tmp_path, asked)
     made, rows = framework.construct(foreign_torch.BagSum, {}, 0), framework.construct(foreign_torch.Bags, {}, 0)
     arrays = result.arrays()
-    made.load_state_dict({name: torch.tensor(arrays.get(f"parameter/{name}", arrays.get(f"buffer/{name}"))) for name in made.state_dict()})
+    made.load_state_dict({name: torch.tensor(arrays.get(f"parameter/{name}", arrays.get(f"buffer/{name}")))
+                          for name in made.state_dict()})
     total, weight = made.eval().loss(rows.collate_fn([rows[i] for i in range(36, 48)]))
     assert result.metrics[-1]["eval"]["loss"] == pytest.approx(float(total / weight), rel=1e-6)

@@ -17,7 +17,8 @@ DISTURBED = ("kill:1@3/vote", "kill:0@5/update", "scale:2@7", "kill:1@9/reductio
 
 
 def run(name: str, text: Path, folder: Path, workers: int, chaos: tuple[str, ...] = (), **changes: Any) -> Result:
-    recipe = gpt_recipe(text, STEPS, backend={"name": name}, elastic={"max_workers": workers}, optimizer={"clip_norm": 1.0}, **changes)
+    recipe = gpt_recipe(text, STEPS, backend={"name": name}, elastic={"max_workers": workers},
+                        optimizer={"clip_norm": 1.0}, **changes)
     return fit(folder, recipe, chaos)
 
 
@@ -26,12 +27,14 @@ def test_one_state_whatever_happens(name: str, text: Path, tmp_path: Path) -> No
     load(name, "backend")
 
     def trained(workers: int, chaos: tuple[str, ...] = (), **model: Any) -> Result:
-        return run(name, text, tmp_path / f"{workers}{len(chaos)}{len(model)}", workers, chaos, model={"dropout": 0.1, **model})
+        return run(name, text, tmp_path / f"{workers}{len(chaos)}{len(model)}", workers, chaos,
+                   model={"dropout": 0.1, **model})
 
     one, disturbed = trained(1), trained(3, DISTURBED)
     one.assert_sound(STEPS)
     assert len(disturbed.named("worker_lost")) >= 2
-    again = trained(2, recompute=True)  # layers computed again: another graph in TensorFlow, whose last bits are its own, and the same there
+    # layers computed again: another graph in TensorFlow, whose last bits are its own, and the same there
+    again = trained(2, recompute=True)
     assert again.sha == (trained(1, recompute=True) if name == "tensorflow" else one).sha
     for result in (trained(3), disturbed):
         result.assert_sound(STEPS)
@@ -42,7 +45,8 @@ def test_one_state_whatever_happens(name: str, text: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_the_losses_are_the_reference_s(name: str, text: Path, tmp_path: Path) -> None:
     load(name, "backend")
-    found, wanted = (run(framework, text, tmp_path / framework, 1, model={"bias": True}) for framework in (name, "reference"))
+    found, wanted = (run(framework, text, tmp_path / framework, 1, model={"bias": True})
+                     for framework in (name, "reference"))
     losses = [[line["loss"] for line in result.metrics if "loss" in line] for result in (found, wanted)]
     assert len(losses[0]) == STEPS and losses[1][-1] < losses[1][0] - 0.3
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
@@ -52,7 +56,8 @@ def test_the_losses_are_the_reference_s(name: str, text: Path, tmp_path: Path) -
 def test_the_rate_is_meant_for_a_batch(text: Path, tmp_path: Path) -> None:
     """Half the rate for half the batch is the rate."""
     plain, scaled, other = (
-        fit(tmp_path / str(i), gpt_recipe(text, 3, backend={"name": "reference"}, optimizer=options, elastic={"max_workers": 1}))
+        fit(tmp_path / str(i), gpt_recipe(text, 3, backend={"name": "reference"}, optimizer=options,
+                                          elastic={"max_workers": 1}))
         for i, options in enumerate(({"lr": 0.01}, {"lr": 0.005, "base_batch": 8}, {"lr": 0.005, "base_batch": 16})))
     assert scaled.sha == plain.sha != other.sha
 
@@ -63,7 +68,8 @@ def test_a_keras_model_with_batch_norm_and_dropout(tmp_path: Path) -> None:
 
     def trained(workers: int, chaos: tuple[str, ...] = ()) -> Result:
         module = "tests.support.keras_models"
-        recipe = module_recipe("net", STEPS, run={"eval_every": 6}, model={"kind": f"{module}:net", "width": 4}, backend={"name": "tensorflow"},
+        recipe = module_recipe("net", STEPS, run={"eval_every": 6}, model={"kind": f"{module}:net", "width": 4},
+                               backend={"name": "tensorflow"},
                                data={"kind": f"{module}:Pairs", "eval_fraction": 0.2}, elastic={"max_workers": workers})
         return fit(tmp_path / f"{workers}{len(chaos)}", recipe, chaos)
 
@@ -81,7 +87,8 @@ def test_a_gluon_block_with_batch_norm_and_dropout(tmp_path: Path) -> None:
 
     def trained(workers: int, chaos: tuple[str, ...] = ()) -> Result:
         module = "tests.support.gluon_models"
-        recipe = module_recipe("Net", STEPS, run={"eval_every": 6}, model={"kind": f"{module}:Net", "width": 4}, backend={"name": "mxnet"},
+        recipe = module_recipe("Net", STEPS, run={"eval_every": 6}, model={"kind": f"{module}:Net", "width": 4},
+                               backend={"name": "mxnet"},
                                data={"kind": f"{module}:Pairs", "eval_fraction": 0.2}, elastic={"max_workers": workers})
         return fit(tmp_path / f"{workers}{len(chaos)}", recipe, chaos)
 

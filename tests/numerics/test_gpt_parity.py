@@ -121,7 +121,8 @@ def test_torch_optimizers_take_the_same_steps() -> None:
 
 
 @pytest.mark.parametrize(("config", "words"), [
-    ({"layers": 0}, "model.layers = 0"), ({"heads": 3}, "model.width = 128 .* model.heads = 3"), ({"width": 12.5}, "model.width"),
+    ({"layers": 0}, "model.layers = 0"), ({"heads": 3}, "model.width = 128 .* model.heads = 3"),
+    ({"width": 12.5}, "model.width"),
     ({"context": True}, "model.context"), ({"dropout": 1.0}, "model.dropout"), ({"bias": 1}, "model.bias"),
     ({"depth": 3}, "model.depth")])
 def test_bad_numbers_are_named(config: dict[str, Any], words: str) -> None:

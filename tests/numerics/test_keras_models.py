@@ -23,7 +23,8 @@ from tests.support.sampling import sample
 
 KINDS = "tests.support.keras_objects"  # with all of keras_kinds
 DISTURBED = ("kill:1@3/vote", "kill:0@7/update")
-ALIKE = ["constrained", "centred", "regularized", "normed", "group_normed", "frozen", "nested", "two_heads", "own_compute_loss", "penalized",
+ALIKE = ["constrained", "centred", "regularized", "normed", "group_normed", "frozen", "nested", "two_heads",
+         "own_compute_loss", "penalized",
          "recurrent", "averaging", "teacher", "net", "listed", "sloped", "counted"]
 OPTIMIZERS = {"sgd": {"name": "sgd", "momentum": 0.9, "weight_decay": 0.0},
               "adamw": {"name": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-3}}
@@ -35,10 +36,13 @@ def kinds(request: pytest.FixtureRequest) -> Any:
     return importlib.import_module(KINDS)
 
 
-def recipe(kind: str, rows: str = "pair", shards: int = 3, workers: int = 1, rule: str = "sgd", **changes: Any) -> Recipe:
+def recipe(kind: str, rows: str = "pair", shards: int = 3, workers: int = 1, rule: str = "sgd",
+           **changes: Any) -> Recipe:
     base: dict[str, Any] = {
-        "model": {"kind": f"{KINDS}:{kind}"}, "backend": {"name": "tensorflow"}, "optimizer": {"lr": LR, "schedule": "constant", **OPTIMIZERS[rule]},
-        "data": {"kind": f"{KINDS}:Rows", "batch_size": BATCH, "shuffle": False}, "elastic": {"max_workers": workers, "logical_shards": shards}}
+        "model": {"kind": f"{KINDS}:{kind}"}, "backend": {"name": "tensorflow"},
+        "optimizer": {"lr": LR, "schedule": "constant", **OPTIMIZERS[rule]},
+        "data": {"kind": f"{KINDS}:Rows", "batch_size": BATCH, "shuffle": False},
+        "elastic": {"max_workers": workers, "logical_shards": shards}}
     merged = {name: {**base.get(name, {}), **changes.get(name, {})} for name in {**base, **changes}}
     return module_recipe("", STEPS, {"kind": rows}, **merged)
 
@@ -56,8 +60,10 @@ def fitted(plain: Plain) -> dict[str, np.ndarray]:
 
 
 def assert_same(found: Result, wanted: dict[str, np.ndarray], tolerance: float) -> None:
-    arrays = {name.partition("/")[2]: value for name, value in found.arrays().items() if name.startswith(("parameter/", "buffer/"))}
-    assert {name: value.dtype for name, value in arrays.items()} == {name: value.dtype for name, value in wanted.items()}
+    arrays = {name.partition("/")[2]: value for name, value in found.arrays().items()
+              if name.startswith(("parameter/", "buffer/"))}
+    assert {name: value.dtype for name, value in arrays.items()} == {name: value.dtype
+                                                                     for name, value in wanted.items()}
     for name, value in wanted.items():
         assert_close(arrays[name], value, 1e-14 if value.dtype == np.float64 else tolerance, name)
 
@@ -85,7 +91,8 @@ def test_shards_are_keras_over_the_same_shards_on_any_number_of_workers(kinds: A
         assert again.sha == found["adamw"].sha
 
 
-@pytest.mark.parametrize("model", sample(["summed", "summed_heads", "weighted_mean", "added", "masked", "masked_weighted", "masked_sum"], 2))
+@pytest.mark.parametrize("model", sample(["summed", "summed_heads", "weighted_mean", "added", "masked",
+                                          "masked_weighted", "masked_sum"], 2))
 def test_shards_put_together_by_what_their_losses_are_divided_by_are_fit_itself(kinds: Any, model: str, tmp_path: Path) -> None:
     rows = kinds.PUT_TOGETHER[model]
     found = fit(tmp_path / "1", recipe(model, rows))
@@ -109,7 +116,8 @@ def test_the_loss_of_what_is_put_together_is_that_of_evaluate(kinds: Any, model:
     assert found.metrics[-1]["eval"]["loss"] == pytest.approx(plain.model.evaluate(x, y, sample_weight=weight, verbose=0), rel=1e-5)
 
 
-@pytest.mark.parametrize("model", sample(["spread", "summing_penalty", "mixed_heads", "summed_and_regularized", "masked_and_penalized"], 1))
+@pytest.mark.parametrize("model", sample(["spread", "summing_penalty", "mixed_heads", "summed_and_regularized",
+                                          "masked_and_penalized"], 1))
 def test_what_no_shards_make_trains_on_one(kinds: Any, model: str, tmp_path: Path) -> None:
     rows = kinds.ONE_SHARD[model]
     found = fit(tmp_path, recipe(model, rows, shards=1))
@@ -118,7 +126,8 @@ def test_what_no_shards_make_trains_on_one(kinds: Any, model: str, tmp_path: Pat
 
 
 def test_layers_that_draw_have_one_hash(kinds: Any, tmp_path: Path) -> None:
-    one, three = (fit(tmp_path / str(workers), recipe("dropped", workers=workers), DISTURBED[:workers - 1]) for workers in (1, 3))
+    one, three = (fit(tmp_path / str(workers), recipe("dropped", workers=workers), DISTURBED[:workers - 1])
+                  for workers in (1, 3))
     assert one.sha == three.sha
     losses = [line["loss"] for line in one.metrics]
     assert len(set(losses)) == STEPS
@@ -129,13 +138,16 @@ def test_thaw_overrules_trainable(kinds: Any, tmp_path: Path) -> None:
     start = plain.arrays()
     changes = {"model": {"thaw": ["dense.bias"], "freeze": ["dense_1.bias"]}}
     found = fit(tmp_path, recipe("frozen", workers=2, **changes)).arrays()
-    moved = {name for name, value in start.items() if not np.array_equal(found.get(f"parameter/{name}", found.get(f"buffer/{name}")), value)}
+    moved = {name for name, value in start.items()
+             if not np.array_equal(found.get(f"parameter/{name}", found.get(f"buffer/{name}")), value)}
     assert moved == {"dense.bias", "dense_1.kernel"}
 
 
 def test_metrics_are_those_of_evaluate(kinds: Any, tmp_path: Path) -> None:
-    found = [fit(tmp_path / str(workers), recipe("many_metrics", "near weighted", workers=workers, data={"eval_fraction": 0.5}, run={"eval_every": 0},
-                                                         checkpoint={"best": "eval.area", "best_mode": "max"})) for workers in (1, 3)]
+    found = [fit(tmp_path / str(workers), recipe("many_metrics", "near weighted", workers=workers,
+                                                 data={"eval_fraction": 0.5}, run={"eval_every": 0},
+                                                         checkpoint={"best": "eval.area", "best_mode": "max"}))
+             for workers in (1, 3)]
     told = [result.metrics[-1]["eval"] for result in found]
     assert told[0] == told[1] == evaluate(found[0].run.run_dir / "checkpoints" / f"step-{STEPS:08d}")
     plain = alone(kinds, "many_metrics", "near weighted", "sgd")
@@ -143,16 +155,19 @@ def test_metrics_are_those_of_evaluate(kinds: Any, tmp_path: Path) -> None:
     plain.take(arrays)
     rows = plain.rows(kinds.ROWS // 2, kinds.ROWS)
     wanted = {}  # Keras' own names count what the process has made
-    for name, value in plain.model.evaluate(*rows[:2], sample_weight=rows[2], batch_size=7, verbose=0, return_dict=True).items():
+    for name, value in plain.model.evaluate(*rows[:2], sample_weight=rows[2], batch_size=7, verbose=0,
+                                            return_dict=True).items():
         name = re.sub(r"_\d+$", "", name)
-        wanted |= {name: float(value)} if np.size(value) == 1 else {f"{name}.{i}": float(v) for i, v in enumerate(np.ravel(value))}
+        wanted |= {name: float(value)} if np.size(value) == 1 else {f"{name}.{i}": float(v)
+                                                                    for i, v in enumerate(np.ravel(value))}
     assert len(wanted) >= 9 and set(told[0]) == set(wanted)
     assert told[0] == pytest.approx(wanted, rel=1e-5)
 
 
 def by_hand(model: Any) -> dict[str, Any]:
     """What an exported file calls a model's variables."""
-    named = {"dense": ("kernel", "bias"), "dense_1": ("kernel", "bias"), "averaging": ("mean", "calls"), "layer_normalization": ("gamma", "beta"),
+    named = {"dense": ("kernel", "bias"), "dense_1": ("kernel", "bias"), "averaging": ("mean", "calls"),
+             "layer_normalization": ("gamma", "beta"),
              "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance")}
     kinds = {"Dense": ["dense", "dense_1"], "Averaging": ["averaging"], "LayerNormalization": ["layer_normalization"],
              "BatchNormalization": ["batch_normalization"]}
@@ -166,14 +181,17 @@ def by_hand(model: Any) -> dict[str, Any]:
 def test_an_export_is_what_keras_evaluates_alike(kinds: Any, model: str, tmp_path: Path) -> None:
     found = fit(tmp_path / "run", recipe(model, shards=1))
     export(str(found.run.run_dir), "safetensors", str(tmp_path / "w"))
-    arrays, fresh, plain = load_file(tmp_path / "w"), alone(kinds, model, "pair", "sgd"), alone(kinds, model, "pair", "sgd").fit()
+    arrays, fresh, plain = load_file(tmp_path / "w"), alone(kinds, model, "pair",
+                                                            "sgd"), alone(kinds, model, "pair", "sgd").fit()
     variables = by_hand(fresh.model)
     assert set(arrays) == set(variables)
     for name, variable in variables.items():
         variable.assign(arrays[name])
-    x, told = plain.rows(0, 36)[0], [each.model.evaluate(*each.rows(0, 36), batch_size=36, verbose=0) for each in (fresh, plain)]
+    x, told = plain.rows(0, 36)[0], [each.model.evaluate(*each.rows(0, 36), batch_size=36, verbose=0)
+                                     for each in (fresh, plain)]
     assert told[0] == pytest.approx(told[1], rel=1e-5)
-    np.testing.assert_allclose(fresh.model.predict(x, verbose=0), plain.model.predict(x, verbose=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fresh.model.predict(x, verbose=0), plain.model.predict(x, verbose=0), rtol=1e-4,
+                               atol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["net", "normed", "frozen", "averaging", "dropped", "sloped"])
@@ -186,19 +204,22 @@ def test_an_evaluation_is_keras_own_and_moves_nothing(kinds: Any, model: str) ->
 
 
 def test_each_of_the_users_functions_has_a_batch_of_its_own(kinds: Any, tmp_path: Path) -> None:
-    found = fit(tmp_path, recipe("pops", workers=2, data={"kind": f"{KINDS}:Named", "eval_fraction": 0.5}, run={"eval_every": 0}))
+    found = fit(tmp_path, recipe("pops", workers=2, data={"kind": f"{KINDS}:Named", "eval_fraction": 0.5},
+                                 run={"eval_every": 0}))
     found.assert_sound(STEPS)
     plain, arrays = alone(kinds, "pops", "pair", "sgd"), found.arrays()
     plain.take(arrays)
     x, y = plain.rows(18, 36)
     off = plain.model.predict(x, verbose=0) - y
-    assert found.metrics[-1]["eval"] == pytest.approx({"loss": np.square(off).mean(), "mae": np.abs(off).mean()}, rel=1e-5)
+    assert found.metrics[-1]["eval"] == pytest.approx({"loss": np.square(off).mean(), "mae": np.abs(off).mean()},
+                                                      rel=1e-5)
 
 
 @pytest.mark.parametrize("how", ["pairs", "best", "fixed"])
 def test_rows_that_come_last_are_tried_first(kinds: Any, how: str, tmp_path: Path) -> None:
     data = {"kind": f"{KINDS}:Named", "eval_fraction": 11.5 / 36}
-    found = fit(tmp_path / "shard", recipe("together", workers=2, model={"how": how}, data=data, run={"steps": None, "epochs": 1}))
+    found = fit(tmp_path / "shard", recipe("together", workers=2, model={"how": how}, data=data,
+                                           run={"steps": None, "epochs": 1}))
     assert_refused(found, r"leaves 1 of a logical shard's 4 samples to .*\(keras_objects.py, line \d+, in " + how)
     changes = {"model": {"how": how}, "data": {**data, "eval_fraction": 33.5 / 36}, "run": {"steps": 2}}
     assert_refused(fit(tmp_path / "batch", recipe("together", workers=2, **changes)),
@@ -206,23 +227,30 @@ def test_rows_that_come_last_are_tried_first(kinds: Any, how: str, tmp_path: Pat
 
 
 def test_the_metrics_of_two_outputs(kinds: Any, tmp_path: Path) -> None:
-    found = fit(tmp_path, recipe("two_heads", "two", workers=2, data={"eval_fraction": 0.5}, run={"eval_every": 0})).metrics[-1]["eval"]
+    found = fit(tmp_path, recipe("two_heads", "two", workers=2, data={"eval_fraction": 0.5},
+                                 run={"eval_every": 0})).metrics[-1]["eval"]
     assert set(found) == {"loss", "line_loss", "side_loss", "line_mse"}
     assert found["loss"] == pytest.approx(0.3 * found["line_loss"] + 2 * found["side_loss"], rel=1e-5)
 
 
-REFUSED_BEFORE = [("unreduced", "reduction = None"), ("stepping", "has a train_step of its own"), ("measuring", "has a test_step of its own"),
+REFUSED_BEFORE = [("unreduced", "reduction = None"), ("stepping", "has a train_step of its own"),
+                  ("measuring", "has a test_step of its own"),
                   ("half", "computes in float16")]
 REFUSED = [("spread", "pair", "is not a mean over rows"), ("summing_penalty", "pair", "is not a mean over rows"),
-           ("mixed_heads", "two", 'reduction = "sum" and another part'), ("summed_and_regularized", "pair", 'reduction = "sum" and another part'),
+           ("mixed_heads", "two", 'reduction = "sum" and another part'),
+           ("summed_and_regularized", "pair", 'reduction = "sum" and another part'),
            ("masked_and_penalized", "steps", "has a mask, by which Keras divides, and more than one part"),
            ("lossless", "pair", "No loss to compute"), ("net", "x", r"trains on rows \(x, y\)"),
            ("recomputed", "pair", "another gradient of dense.(kernel|bias) here than in Keras itself"),
            ("held", "pair", "reads its parameter or buffer dense.kernel as it was when it was made"),
-           ("spectral", "pair", "writes to its parameter .*kernel"), ("largest", "pair", "metric largest .* cannot be added up")]
-ODD = [("counter", "changes its attribute odd.*count"), ("listing", "changes its attribute odd.*seen"), ("variable", r"tf.Variable odd\w*\.plain"),
-       ("generator", "writes to the variable seed_generator"), ("stateful", "another loss|writes to the tf.Variable"), ("clipped", "not linear"),
-       ("broken", r"so many cats\) \(keras_kinds.py, line \d+, in do_broken"), ("gather", r"keras_kinds.py|GatherV2|indices"),
+           ("spectral", "pair", "writes to its parameter .*kernel"),
+           ("largest", "pair", "metric largest .* cannot be added up")]
+ODD = [("counter", "changes its attribute odd.*count"), ("listing", "changes its attribute odd.*seen"),
+       ("variable", r"tf.Variable odd\w*\.plain"),
+       ("generator", "writes to the variable seed_generator"), ("stateful", "another loss|writes to the tf.Variable"),
+       ("clipped", "not linear"),
+       ("broken", r"so many cats\) \(keras_kinds.py, line \d+, in do_broken"),
+       ("gather", r"keras_kinds.py|GatherV2|indices"),
        ("thawing", "changes `trainable`")]
 
 

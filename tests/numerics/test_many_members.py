@@ -36,7 +36,8 @@ def test_a_group_grows_beyond_what_shared_memory_holds_and_shrinks_again(tmp_pat
     """64 processes; the oracle is one of two threads that nothing disturbs."""
     text = tmp_path / "a.txt"
     text.write_text("".join(f"{n} times {n} is {n * n}; " for n in range(400)))
-    changes = {"backend": {"name": "reference", "threads": 1}, "data": {"batch_size": WORKERS}, "run": {"eval_every": 0},
+    changes = {"backend": {"name": "reference", "threads": 1}, "data": {"batch_size": WORKERS},
+               "run": {"eval_every": 0},
                "checkpoint": {"every_steps": 0}}
 
     def recipe(workers: int, spares: int = 0) -> Recipe:
@@ -46,11 +47,13 @@ def test_a_group_grows_beyond_what_shared_memory_holds_and_shrinks_again(tmp_pat
     oracle = fit(tmp_path / "oracle", recipe(2))
     file = tmp_path / "recipe.toml"
     file.write_text(dumps(recipe(WORKERS, WORKERS // 2)))
-    ended = subprocess.run([sys.executable, "-m", "tests.support.forked", str(tmp_path / "run"), str(file), str(WORKERS),
+    ended = subprocess.run([sys.executable, "-m", "tests.support.forked", str(tmp_path / "run"), str(file),
+                            str(WORKERS),
                             f"scale:{WORKERS}@3", "kill:40@5/reduction"],
                            capture_output=True, text=True, timeout=300, check=True, cwd=Path(__file__).parents[2])
     assert ended.stdout.split() == ["done"], ended.stdout + ended.stderr
-    formed = [(e["world_size"], e["transport"]) for e in read_lines(tmp_path / "run" / "events.jsonl") if e["event"] == "generation_started"]
+    formed = [(e["world_size"], e["transport"]) for e in read_lines(tmp_path / "run" / "events.jsonl")
+              if e["event"] == "generation_started"]
     assert formed == [(WORKERS // 2, "shared"), (WORKERS, "gloo"), (WORKERS // 2, "shared")], formed
     assert [f["step"] for f in steps_of(read_lines(tmp_path / "run" / "metrics.jsonl"))] == list(range(1, STEPS + 1))
     summary = read_json(tmp_path / "run" / "summary.json")

@@ -28,7 +28,8 @@ STEPS = 10
 SMALL = {"layers": 2, "heads": 4, "width": 8}
 MODELS: dict[str, tuple[Any, Any]] = {
     "gpt": (gpt.build({**SMALL, "context": 8, "bias": True, "smoothing": 0.1}, {"vocab_size": 11}), tokens),
-    "experts": (gpt.build({**SMALL, "context": 8, "experts": 4, "top": 2, "capacity": 2.0, "balance": 0.1}, {"vocab_size": 11}), tokens),
+    "experts": (gpt.build({**SMALL, "context": 8, "experts": 4, "top": 2, "capacity": 2.0, "balance": 0.1},
+                          {"vocab_size": 11}), tokens),
     "bert": (bert.build({**SMALL, "context": 8, "smoothing": 0.1, "recompute": True}, {"vocab_size": 11}), hidden),
     "vit": (vit.build({**SMALL, "patch": 4}, IMAGES), images),
     "dlrm": (dlrm.build({"bottom": [8], "top": [12, 5]}, CLICKS), clicks),
@@ -36,14 +37,16 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "mf": (dlrm.build({"arch": "mf", "loss": "squared"}, CLICKS), clicks),
 }
 TWO, STAGES = Mesh(1, tensor=2), Mesh(1, pipeline=4, tensor=2)
-MESHES = {"gpt": [TWO, Mesh(1, tensor=4), STAGES], "experts": [Mesh(1, expert=2), Mesh(1, tensor=2, expert=2), Mesh(1, pipeline=2, expert=2)],
+MESHES = {"gpt": [TWO, Mesh(1, tensor=4), STAGES],
+          "experts": [Mesh(1, expert=2), Mesh(1, tensor=2, expert=2), Mesh(1, pipeline=2, expert=2)],
           "dlrm": [Mesh(1, tensor=4), STAGES], "bert": [TWO, STAGES], "vit": [TWO, STAGES], "mf": [TWO]}
 CASES = [(kind, mesh) for kind in MODELS for mesh in MESHES.get(kind, [STAGES])]
 
 
 @dataclass
 class Part:
-    """What one worker found: its part of the loss of each step, and of the first gradients and the last parameters, by name."""
+    """What one worker found: its part of the loss of each step, and of the first gradients and the last parameters, by
+    name."""
 
     losses: np.ndarray
     gradients: dict[str, np.ndarray]
@@ -52,8 +55,8 @@ class Part:
 
 
 def axes_of(mesh: Mesh, rank: int, group: Any, dropped: tuple[str, int] | None) -> dict[str, Watched]:
-    """Every axis of more than one worker, of all those with which `rank` differs along it alone. Of axis `dropped[0]` collective `dropped[1]`
-    reaches nobody.
+    """Every axis of more than one worker, of all those with which `rank` differs along it alone. Of axis `dropped[0]`
+    collective `dropped[1]` reaches nobody.
     """
     coordinate, out = mesh.coordinate(rank), {}
     for axis in ("expert", "tensor"):
@@ -65,8 +68,8 @@ def axes_of(mesh: Mesh, rank: int, group: Any, dropped: tuple[str, int] | None) 
 
 def train(name: str, kind: str, mesh: Mesh, rank: int = 0, group: Any = None, dropped: tuple[str, int] | None = None,
           steps: int = STEPS) -> Part:
-    """Plain gradient descent in NumPy on what a worker holds; a framework gives loss and gradients. Members of the expert axis share the
-    rows. One worker plays all stages of a pipeline, one after the other.
+    """Plain gradient descent in NumPy on what a worker holds; a framework gives loss and gradients. Members of the
+    expert axis share the rows. One worker plays all stages of a pipeline, one after the other.
     """
     model, make = MODELS[kind]
     layout, coordinate, rng = Layout(model, mesh), mesh.coordinate(rank), np.random.default_rng(5)
@@ -88,9 +91,11 @@ def train(name: str, kind: str, mesh: Mesh, rank: int = 0, group: Any = None, dr
     return Part(np.array(losses), first, params, {axis: found.calls for axis, found in axes.items()})
 
 
-def through_stages(name: str, ops: Any, layout: Layout, params: Mapping[str, np.ndarray], model: Any, batch: Mapping[str, np.ndarray],
+def through_stages(name: str, ops: Any, layout: Layout, params: Mapping[str, np.ndarray], model: Any,
+                   batch: Mapping[str, np.ndarray],
                    seed: int) -> tuple[float, dict[str, np.ndarray]]:
-    """The loss and the gradients per row, of stages that get nothing from each other but one array, and back its gradient."""
+    """The loss and the gradients per row, of stages that get nothing from each other but one array, and back its
+    gradient."""
     def stage(depth: int, x: np.ndarray | None, cotangent: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         reads = layout.reads[depth]
 
@@ -100,13 +105,15 @@ def through_stages(name: str, ops: Any, layout: Layout, params: Mapping[str, np.
                 out = model.run(ops, dict(zip(reads, leaves)), piece, out, columns, seed)
             return model.score(ops, out, columns, seed)[0] if depth == len(layout.depths) - 1 else out
 
-        (found,), slopes = differentiate(name, function, [*(params[key] for key in reads), *([] if x is None else [x])], "float64", ops, [cotangent])
+        (found,), slopes = differentiate(name, function, [*(params[key] for key in reads), *([] if x is None else [x])],
+                                         "float64", ops, [cotangent])
         return found, slopes
 
     inputs: list[np.ndarray | None] = [None]
     for depth in range(len(layout.depths) - 1):
         inputs.append(stage(depth, inputs[depth], np.zeros(()))[0])
-    gradients, slope, total = {key: np.zeros(value.shape) for key, value in params.items()}, np.array(1.0 / ROWS), np.zeros(())
+    gradients, slope, total = {key: np.zeros(value.shape)
+                               for key, value in params.items()}, np.array(1.0 / ROWS), np.zeros(())
     for depth in reversed(range(len(layout.depths))):
         found, slopes = stage(depth, inputs[depth], slope)
         total = found if depth == len(layout.depths) - 1 else total
@@ -125,7 +132,8 @@ def undivided(kind: str, steps: int = STEPS) -> Part:
     return train("reference", kind, Mesh(1), steps=steps)
 
 
-def assert_parity(name: str, kind: str, mesh: Mesh, dropped: tuple[str, int] | None = None, steps: int = STEPS) -> dict[str, int]:
+def assert_parity(name: str, kind: str, mesh: Mesh, dropped: tuple[str, int] | None = None,
+                  steps: int = STEPS) -> dict[str, int]:
     """The numbers of collectives by axis."""
     wanted, layout = undivided(kind, steps), Layout(MODELS[kind][0], mesh)
     workers = replace(mesh, pipeline=1)

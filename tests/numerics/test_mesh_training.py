@@ -26,20 +26,25 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit": {"kind": "vision.vit", "layers": 2, "heads": 4, "width": 8, "patch": 4},
     "dlrm": {"kind": "recommender.dlrm", "bottom": [8], "top": [12, 6]}}
 FULL, STAGES = Mesh(1, pipeline=2, tensor=2), Mesh(1, pipeline=4)
-ALL = [Mesh(2), Mesh(4), Mesh(1, tensor=2), Mesh(1, tensor=4), Mesh(2, tensor=2), Mesh(1, pipeline=2), STAGES, Mesh(2, pipeline=2), FULL]
+ALL = [Mesh(2), Mesh(4), Mesh(1, tensor=2), Mesh(1, tensor=4), Mesh(2, tensor=2), Mesh(1, pipeline=2), STAGES,
+       Mesh(2, pipeline=2), FULL]
 KEYS: dict[Any, dict[str, Any]] = {("gpt", FULL): {"micro_batches": 2}, ("bert", FULL): {"schedule": "gpipe"},
                                    ("dlrm", FULL): {"schedule": "zb-h1", "micro_batches": 2}}
 CASES = [(kind, mesh) for kind in ("gpt", "bert", "vit", "dlrm") for mesh in ALL] + [
-    ("experts", mesh) for mesh in (Mesh(1, expert=2), Mesh(2, expert=2), Mesh(1, tensor=2, expert=2), Mesh(1, pipeline=2, expert=2))]
+    ("experts", mesh) for mesh in (Mesh(1, expert=2), Mesh(2, expert=2), Mesh(1, tensor=2, expert=2),
+                                   Mesh(1, pipeline=2, expert=2))]
 ALWAYS = [("gpt", FULL), ("gpt", Mesh(2, tensor=2)), ("experts", Mesh(1, expert=2)), ("dlrm", FULL)]
 
 
 def cases() -> Iterator[tuple[str, str, Mesh]]:
-    """NumPy and torch train everything; of the others the larger meshes do: test_mesh_parity.py has their kernels, and the engine is the same."""
+    """NumPy and torch train everything; of the others the larger meshes do: test_mesh_parity.py has their kernels, and
+    the engine is the same."""
     for framework in names():
         few = framework in ("tensorflow", "mxnet")
-        all_of_it = [(kind, mesh) for kind, mesh in CASES if not few or kind in ("gpt", "experts") or mesh in (FULL, STAGES, Mesh(1, tensor=4))]
-        yield from ((framework, kind, mesh) for kind, mesh in sample(all_of_it, 2 if few else 6, ALWAYS[:1] if few else ALWAYS))
+        all_of_it = [(kind, mesh) for kind, mesh in CASES if not few or kind in ("gpt", "experts")
+                     or mesh in (FULL, STAGES, Mesh(1, tensor=4))]
+        yield from ((framework, kind, mesh) for kind, mesh in sample(all_of_it, 2 if few else 6, ALWAYS[:1] if few
+                                                                     else ALWAYS))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +55,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_for(folder: Path, framework: str, kind: str, mesh: Mesh) -> Recipe:
     model = MODELS[kind]
     changes: dict[str, Any] = {
-        "run": {"steps": STEPS, "eval_every": STEPS}, "model": model, "backend": {"name": framework}, "optimizer": {"name": "sgd", "lr": 0.1},
-        "mesh": {"tensor": mesh.tensor, "pipeline": mesh.pipeline, "expert": mesh.expert, **KEYS.get((kind, mesh), {})}, "data": {"batch_size": 16},
+        "run": {"steps": STEPS, "eval_every": STEPS}, "model": model, "backend": {"name": framework},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "mesh": {"tensor": mesh.tensor, "pipeline": mesh.pipeline, "expert": mesh.expert, **KEYS.get((kind, mesh), {})},
+        "data": {"batch_size": 16},
         "elastic": {"logical_shards": 4, "min_workers": mesh.replica_size, "max_workers": mesh.world_size}}
     if kind == "vit":
         (folder / "images").mkdir(exist_ok=True)
@@ -99,7 +106,8 @@ def test_a_mesh_trains_as_one_worker(framework: str, kind: str, mesh: Mesh, fold
 
 
 @pytest.mark.parametrize(("kind", "mesh"), [("gpt", FULL), ("experts", Mesh(1, expert=2))])
-def test_gradients_that_are_not_added_up_over_their_holders_are_seen(kind: str, mesh: Mesh, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_that_are_not_added_up_over_their_holders_are_seen(kind: str, mesh: Mesh, folder: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the embedding that is the head as well, and of what each member of an expert axis found for its rows."""
     assert_trains_alike("reference", kind, mesh, folder)
     monkeypatch.setattr("elastic.worker.loop.sum_shared", lambda *arguments: None)

@@ -39,13 +39,16 @@ def state_on(mesh: Mesh, coordinate: Coordinate, values: dict[str, np.ndarray] |
 
 def random_values() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
-    return {name: rng.standard_normal(shape).astype(kind) for name, (kind, shape) in state_on(Mesh(1), Coordinate()).specs().items()}
+    return {name: rng.standard_normal(shape).astype(kind)
+            for name, (kind, shape) in state_on(Mesh(1), Coordinate()).specs().items()}
 
 
-MESHES = {"t4": Mesh(1, 1, 4), "t2d2": Mesh(2, 1, 2), "p2t2": Mesh(1, 2, 2), "p4": Mesh(1, 4), "d4": Mesh(4), "p2d2": Mesh(2, 2)}
+MESHES = {"t4": Mesh(1, 1, 4), "t2d2": Mesh(2, 1, 2), "p2t2": Mesh(1, 2, 2), "p4": Mesh(1, 4), "d4": Mesh(4),
+          "p2d2": Mesh(2, 2)}
 
 
-@pytest.mark.parametrize(("before", "after"), [("t4", "t2d2"), ("t2d2", "t4"), ("p2t2", "d4"), ("d4", "p4"), ("p2d2", "p2t2"), ("p4", "t4")])
+@pytest.mark.parametrize(("before", "after"),
+                         [("t4", "t2d2"), ("t2d2", "t4"), ("p2t2", "d4"), ("d4", "p4"), ("p2d2", "p2t2"), ("p4", "t4")])
 def test_every_array_arrives(before: str, after: str) -> None:
     old, new, values = MESHES[before], MESHES[after], random_values()
     holders = {rank: old.coordinate(rank) for rank in range(4)}
@@ -88,16 +91,19 @@ def test_a_state_that_is_cut_off_on_its_way_counts_for_nothing_and_the_one_it_co
         return nullcontext()
 
     def act(group: Any) -> tuple[int, int]:
-        given, taken = state_on(old, Coordinate(tensor=group.rank), values), state_on(new, Coordinate(pipeline=group.rank))
+        given, taken = state_on(old, Coordinate(tensor=group.rank),
+                                values), state_on(new, Coordinate(pipeline=group.rank))
         with pytest.raises(GroupBroken):
-            relay(group, Layout(MODEL, old), {0: old.coordinate(0), 1: old.coordinate(1)}, given, Layout(MODEL, new), taken, tell)
+            relay(group, Layout(MODEL, old), {0: old.coordinate(0), 1: old.coordinate(1)}, given, Layout(MODEL, new),
+                  taken, tell)
         return given.committed, taken.committed
 
     assert together(2, lambda rank, group: act(group)) == [(5, -1), (5, -1)]
 
 
 def test_a_worker_that_takes_another_coordinate_saves_under_that_coordinate_s_places() -> None:
-    """Two coordinates of a tensor axis have boxes of the same sizes: memory that is ready for the one is not ready for the other."""
+    """Two coordinates of a tensor axis have boxes of the same sizes: memory that is ready for the one is not ready for
+    the other."""
     saver, mesh = Saver("w0", "unused", Manifest(0, 0, 0, 0, ""), 1, lambda part: None), Mesh(1, 1, 4)
     for rank in (1, 2):
         state = state_on(mesh, Coordinate(tensor=rank))
@@ -125,13 +131,15 @@ def test_a_checkpoint_s_ranges_find_their_places_in_a_part(rows: int) -> None:
 
 @pytest.mark.parametrize("holders", [1, 2])
 def test_a_checkpoint_s_ranges_find_their_places_in_slots_that_are_shared_out(holders: int) -> None:
-    """Out of a checkpoint of four parts into one of two, of which a worker holds some blocks alone: single runs of it, and what is none."""
+    """Out of a checkpoint of four parts into one of two, of which a worker holds some blocks alone: single runs of it,
+    and what is none."""
     values, rows, saved = random_values(), 37, Layout(MODEL, Mesh(1, 1, 4))
     wanted = state_on(Mesh(1, 1, 2), Coordinate(tensor=1), values)
 
     def act(group: Any) -> dict[str, np.ndarray]:
         portion = Portion(MODEL, Layout(MODEL, Mesh(2, 1, 2)), Coordinate(tensor=1))
-        state = State(framework.create(portion, SETTINGS), "adamw", ("h1.mlp.*",), ("*ln*",), True, portion, holders=holders)
+        state = State(framework.create(portion, SETTINGS), "adamw", ("h1.mlp.*",), ("*ln*",), True, portion,
+                      holders=holders)
         state.own_as(group.rank, group.size)
         assert state.num_blocks >= 2 and state.holding.has_all == (holders == 2)
         for name, whole in values.items():

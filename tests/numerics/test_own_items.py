@@ -33,8 +33,10 @@ class Nested:
 
     def __getitem__(self, index: int) -> Any:
         draw = np.random.default_rng(index)
-        return {"inputs": {"x": draw.standard_normal(4).astype(np.float32), "more": [torch.tensor(draw.standard_normal(2), dtype=torch.bfloat16)]},
-                "target": Target(float(draw.standard_normal()), np.complex64(draw.standard_normal() * (1 + 1j))), "name": f"row {index}"}
+        return {"inputs": {"x": draw.standard_normal(4).astype(np.float32),
+                           "more": [torch.tensor(draw.standard_normal(2), dtype=torch.bfloat16)]},
+                "target": Target(float(draw.standard_normal()), np.complex64(draw.standard_normal() * (1 + 1j))),
+                "name": f"row {index}"}
 
 
 class Failing(Nested):
@@ -68,7 +70,8 @@ class Net(torch.nn.Module):
 
 def recipe(data: str, framework: str = "torch", model: str = f"{__name__}:Net", **changes: Any) -> Any:
     base = {"run": {"steps": STEPS, "eval_every": 0}, "model": {"kind": model},
-            "data": {"kind": data, "batch_size": BATCH, "eval_fraction": 0.0, "shuffle": False}, "backend": {"name": framework},
+            "data": {"kind": data, "batch_size": BATCH, "eval_fraction": 0.0, "shuffle": False},
+            "backend": {"name": framework},
             "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.0},
             "elastic": {"max_workers": 2, "logical_shards": SHARDS, "hang_timeout_s": 5.0}}
     return parse(merged(base, changes))
@@ -117,7 +120,8 @@ def named(framework: str) -> tuple[str, str, str]:
 @pytest.mark.parametrize("framework", MODELS)
 def test_nested_items_are_the_same_as_flat_ones(framework: str, tmp_path: Path) -> None:
     module, *models = named(framework)
-    runs = [fit(tmp_path / name, recipe(f"{module}:{name}", framework, model)) for name, model in zip(("Pairs", "Nests"), models, strict=True)]
+    runs = [fit(tmp_path / name, recipe(f"{module}:{name}", framework, model))
+            for name, model in zip(("Pairs", "Nests"), models, strict=True)]
     flat, nested = ([line["loss"] for line in run.metrics] for run in runs)
     assert flat == nested and len(flat) == STEPS
 
@@ -143,7 +147,8 @@ def assert_stacked(found: Any, items: list[Any]) -> None:
         assert list(found) == list(first)
         for key in first:
             assert_stacked(found[key], [item[key] for item in items])
-    elif isinstance(first, tuple) or (isinstance(first, list) and not all(isinstance(entry, (int, float)) for entry in first)):
+    elif isinstance(first, tuple) or (isinstance(first, list)
+                                      and not all(isinstance(entry, (int, float)) for entry in first)):
         assert type(found) is type(first) and len(found) == len(first)
         for entry, column in zip(found, zip(*items, strict=True), strict=True):
             assert_stacked(entry, list(column))
@@ -153,7 +158,8 @@ def assert_stacked(found: Any, items: list[Any]) -> None:
         if wanted.dtype.kind in "US":
             assert list(map(as_text, array.tolist())) == list(map(as_text, wanted.tolist()))
         else:
-            assert array.dtype == (np.float32 if wanted.dtype == np.float64 else wanted.dtype) and np.array_equal(array, wanted.astype(array.dtype))
+            assert array.dtype == (np.float32 if wanted.dtype == np.float64
+                                   else wanted.dtype) and np.array_equal(array, wanted.astype(array.dtype))
 
 
 @pytest.mark.parametrize("given", GIVEN)
@@ -170,15 +176,18 @@ def test_a_model_gets_its_items_leaf_by_leaf(framework: str, given: str) -> None
 
 
 @pytest.mark.parametrize("framework", ["torch", *MODELS])
-def test_a_data_set_that_has_changed_is_not_resumed(framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_has_changed_is_not_resumed(framework: str, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     module, model = (__name__, f"{__name__}:Net") if framework == "torch" else named(framework)[:2]
     name = "Nested" if framework == "torch" else "Pairs"
     source = getattr(importlib.import_module(module), name)
     size = len(source())
     monkeypatch.setattr(source, "key", lambda self: "as it was", raising=False)
-    fit(tmp_path, recipe(f"{module}:{name}", framework, model, run={"steps": 2}, elastic={"max_workers": 1})).assert_sound(2)
+    fit(tmp_path, recipe(f"{module}:{name}", framework, model, run={"steps": 2},
+                         elastic={"max_workers": 1})).assert_sound(2)
     assert Trainer.resume(tmp_path, ["run.steps=4"]).check()["key"] == f"{size} samples, key() = 'as it was'"
-    for method, value, told in (("__len__", size + 8, f"{size + 8} samples,"), ("__len__", size - 1, f"{size - 1} samples,"),
+    for method, value, told in (("__len__", size + 8, f"{size + 8} samples,"),
+                                ("__len__", size - 1, f"{size - 1} samples,"),
                                 ("key", "another", f"{size} samples, key() = 'another'")):
         with monkeypatch.context() as patch:
             patch.setattr(source, method, lambda self, value=value: value)

@@ -20,8 +20,10 @@ Batch = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 
 MODELS: dict[str, tuple[Any, Batch]] = {
-    "nlp.gpt": (gpt.build({"layers": 2, "heads": 2, "width": 8, "context": 8, "bias": True, "dropout": 0.1}, {"vocab_size": 11}), tokens),
-    "nlp.bert": (bert.build({"layers": 2, "heads": 2, "width": 8, "context": 8, "dropout": 0.1}, {"vocab_size": 11}), hidden),
+    "nlp.gpt": (gpt.build({"layers": 2, "heads": 2, "width": 8, "context": 8, "bias": True, "dropout": 0.1},
+                          {"vocab_size": 11}), tokens),
+    "nlp.bert": (bert.build({"layers": 2, "heads": 2, "width": 8, "context": 8, "dropout": 0.1}, {"vocab_size": 11}),
+                 hidden),
     "recommender.dlrm": (dlrm.build({"bottom": [8], "top": [9, 5], "dropout": 0.1}, CLICKS), clicks),
     "vision.resnet": (resnet.build({"blocks": [1, 1], "width": 4, "stem": "large"}, IMAGES), images),
     "vision.vit": (vit.build({"layers": 2, "heads": 2, "width": 8, "patch": 4, "dropout": 0.1}, IMAGES), images),
@@ -45,7 +47,8 @@ def train(name: str, kind: str, precision: str, steps: int, ops: Any = None) -> 
     for step in range(steps):
         batch = make(rng)
 
-        def function(ops: Any, *leaves: Any, batch: Mapping[str, np.ndarray] = batch, step: int = step) -> tuple[Any, ...]:
+        def function(ops: Any, *leaves: Any, batch: Mapping[str, np.ndarray] = batch,
+                     step: int = step) -> tuple[Any, ...]:
             def constants(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
                 return {key: ops.constant(value) for key, value in values.items()}
 
@@ -85,10 +88,12 @@ def test_float32(name: str, kind: str) -> None:
     np.testing.assert_allclose(found.losses, wanted.losses, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "kernel"), [("nlp.gpt", "gelu"), ("nlp.bert", "layer_norm"), ("recommender.dlrm", "binary_cross_entropy"),
+@pytest.mark.parametrize(("kind", "kernel"),
+                         [("nlp.gpt", "gelu"), ("nlp.bert", "layer_norm"), ("recommender.dlrm", "binary_cross_entropy"),
                                                ("vision.resnet", "batch_norm"), ("vision.vit", "mean")])
 def test_a_wrong_kernel_is_caught(kind: str, kernel: str) -> None:
-    """The usual mistakes: gelu's tanh form, another epsilon, the biased variance in the running one, results off by a part in a million."""
+    """The usual mistakes: gelu's tanh form, another epsilon, the biased variance in the running one, results off by a
+    part in a million."""
     ops = load("torch", "ops").TorchOps("cpu", __import__("torch").float64)
     right = getattr(ops, kernel)
 

@@ -33,7 +33,8 @@ def problem() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Weights, inputs, targets."""
     random = np.random.default_rng(7)
     weights = [random.normal(0, 0.5, shape).astype(np.float32) for shape in zip(WIDTHS, WIDTHS[1:])]
-    return weights, random.normal(size=(ROWS, WIDTHS[0])).astype(np.float32), random.normal(size=(ROWS, WIDTHS[-1])).astype(np.float32)
+    return weights, random.normal(size=(ROWS,
+                                        WIDTHS[0])).astype(np.float32), random.normal(size=(ROWS, WIDTHS[-1])).astype(np.float32)
 
 
 def uncut(weights: Sequence[np.ndarray]) -> tuple[float, list[np.ndarray]]:
@@ -56,7 +57,8 @@ class MLP:
     def __init__(self, stage: int, num_stages: int, num_chunks: int, num_micro_batches: int):
         weights, inputs, targets = problem()
         self.each = len(weights) // (num_stages * num_chunks)
-        self.layers = {chunk: range((chunk * num_stages + stage) * self.each, (chunk * num_stages + stage + 1) * self.each)
+        self.layers = {chunk: range((chunk * num_stages + stage) * self.each,
+                                    (chunk * num_stages + stage + 1) * self.each)
                        for chunk in range(num_chunks)}
         self.weights, self.last = weights, len(weights)
         self.inputs, self.targets = (np.split(rows, num_micro_batches) for rows in (inputs, targets))
@@ -88,7 +90,8 @@ class MLP:
 
     def backward_weight(self, chunk: int, micro_batch: int) -> None:
         values = self.values.pop((micro_batch, chunk))
-        for layer, below, local in zip(reversed(self.layers[chunk]), values[-2::-1], self.locals.pop((micro_batch, chunk))):
+        for layer, below, local in zip(reversed(self.layers[chunk]), values[-2::-1],
+                                       self.locals.pop((micro_batch, chunk))):
             self.gradients[layer] += below.T @ local
 
     def backward(self, chunk: int, micro_batch: int, output_gradients: np.ndarray | None) -> np.ndarray | None:
@@ -174,7 +177,8 @@ def test_a_lost_stage_ends_the_others() -> None:
     hub, schedule = Hub(), build("1f1b", 4, 8)
 
     class Mortal(MLP):
-        def backward_input(self, chunk: int, micro_batch: int, output_gradients: np.ndarray | None) -> np.ndarray | None:
+        def backward_input(self, chunk: int, micro_batch: int, output_gradients: np.ndarray
+                           | None) -> np.ndarray | None:
             if self.layers[0].start == 4 and micro_batch == 3:
                 hub.kill(2)
             return super().backward_input(chunk, micro_batch, output_gradients)

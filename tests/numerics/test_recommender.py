@@ -29,8 +29,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 INFO = {"sizes": [5, 3, 7], "num_numeric": 4, "embedding_dim": 6}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"arch": "dlrm", "bottom": [8], "top": [9, 5]}, {}), ({"arch": "dlrm", "top": [9]}, {"num_numeric": 0}),
-    ({"arch": "dcn", "top": [7], "layers": 3}, {}), ({"arch": "mf"}, {}), ({"arch": "mf", "loss": "squared"}, {"sizes": [5, 3], "num_numeric": 0}),
-    ({"arch": "lr"}, {}), ({"arch": "lr"}, {"sizes": []}), ({"arch": "dlrm", "top": []}, {"sizes": [9], "num_numeric": 0})]
+    ({"arch": "dcn", "top": [7], "layers": 3}, {}), ({"arch": "mf"}, {}),
+    ({"arch": "mf", "loss": "squared"}, {"sizes": [5, 3], "num_numeric": 0}),
+    ({"arch": "lr"}, {}), ({"arch": "lr"}, {"sizes": []}),
+    ({"arch": "dlrm", "top": []}, {"sizes": [9], "num_numeric": 0})]
 every_case = pytest.mark.parametrize(("config", "info"), CASES, ids=str)
 
 
@@ -43,12 +45,14 @@ def rig(name: str, config: dict[str, Any], info: dict[str, Any], **changes: Any)
 def batch(info: dict[str, Any], loss: str = "binary", rows: int = 6, real: int = 5) -> dict[str, np.ndarray]:
     facts, random = {**INFO, **info}, np.random.default_rng(1)
     starts = np.cumsum([0, *facts["sizes"]])
-    out = {"label": random.integers(0, 2, rows).astype(np.float32) if loss == "binary" else random.normal(3, 1, rows).astype(np.float32),
+    out = {"label": random.integers(0, 2, rows).astype(np.float32) if loss == "binary"
+           else random.normal(3, 1, rows).astype(np.float32),
            "row_weight": (np.arange(rows) < real).astype(np.float32)}
     if facts["num_numeric"]:
         out["numeric"] = random.standard_normal((rows, facts["num_numeric"])).astype(np.float32)
     if facts["sizes"]:
-        out["categorical"] = np.stack([start + random.integers(0, size, rows) for start, size in zip(starts, facts["sizes"])], 1).astype(np.int32)
+        out["categorical"] = np.stack([start + random.integers(0, size, rows)
+                                       for start, size in zip(starts, facts["sizes"])], 1).astype(np.int32)
     return out
 
 
@@ -72,7 +76,8 @@ def score(arch: str, p: dict[str, Any], numbers: Any, places: Any, num_layers: i
         for i in range(num_layers):
             x = first * dense(f"cross{i}", x) + x
         return dense("out", mlp("top", x))[0]
-    total = p["bias"][0] + sum(p["linear.categorical"][i, 0] for i in places) + sum(n * p["linear.numeric"][i, 0] for i, n in enumerate(numbers))
+    total = p["bias"][0] + sum(p["linear.categorical"][i, 0]
+                               for i in places) + sum(n * p["linear.numeric"][i, 0] for i, n in enumerate(numbers))
     if arch == "mf":
         vectors = [*(p["embedding"][i] for i in places), *(n * p["factors"][i] for i, n in enumerate(numbers))]
         total = total + sum(torch.dot(vectors[i], vectors[j]) for i in range(len(vectors)) for j in range(i))
@@ -84,14 +89,18 @@ def test_the_formulas_of_the_papers(config: dict[str, Any], info: dict[str, Any]
     mine, loss = rig("torch", config, info), config.get("loss", "binary")
     rows = batch(info, loss)
     flat, result = mine.gradient(rows)
-    p = {name: torch.tensor(np.array(view), dtype=torch.float64, requires_grad=True) for name, view in mine.layout.views(mine.param).items()}
+    p = {name: torch.tensor(np.array(view), dtype=torch.float64, requires_grad=True)
+         for name, view in mine.layout.views(mine.param).items()}
     total = torch.zeros((), dtype=torch.float64)
     for i in range(5):
-        numbers = torch.tensor(rows["numeric"][i], dtype=torch.float64) if "numeric" in rows else torch.zeros(0, dtype=torch.float64)
-        found = score(config["arch"], p, numbers, rows["categorical"][i].tolist() if "categorical" in rows else [], config.get("layers", 0))
+        numbers = torch.tensor(rows["numeric"][i],
+                               dtype=torch.float64) if "numeric" in rows else torch.zeros(0, dtype=torch.float64)
+        found = score(config["arch"], p, numbers, rows["categorical"][i].tolist() if "categorical" in rows else [],
+                      config.get("layers", 0))
         label = torch.tensor(float(rows["label"][i]), dtype=torch.float64)
         squared = (found - label) ** 2
-        total = total + (squared if loss == "squared" else torch.nn.functional.binary_cross_entropy_with_logits(found, label))
+        total = total + (squared if loss == "squared"
+                         else torch.nn.functional.binary_cross_entropy_with_logits(found, label))
     total.backward()
     assert result.weight == 5 and result.loss_sum == pytest.approx(total.item(), rel=1e-5)
     for name, view in mine.by_name(flat).items():
@@ -114,7 +123,8 @@ def test_backends_agree_with_the_reference(name: str, config: dict[str, Any], in
 
 
 @pytest.mark.parametrize(("config", "words"), [
-    ({"arch": "svm"}, "model.arch"), ({"top": [0]}, "model.top"), ({"bottom": 3}, "model.bottom"), ({"layers": 0}, "model.layers"),
+    ({"arch": "svm"}, "model.arch"), ({"top": [0]}, "model.top"), ({"bottom": 3}, "model.bottom"),
+    ({"layers": 0}, "model.layers"),
     ({"dropout": 1.0}, "model.dropout"), ({"loss": "hinge"}, "model.loss"), ({"depth": 3}, "model.depth")])
 def test_bad_numbers_are_named(config: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
@@ -134,13 +144,15 @@ def test_same_bits_for_any_workers_and_a_kill(framework: str, tmp_path: Path) ->
     file = clicks(tmp_path / "clicks.csv")
 
     def run(name: str, workers: int, chaos: tuple[str, ...] = ()) -> Result:
-        result = fit(tmp_path / name, clicks_recipe(file, backend={"name": framework}, elastic={"max_workers": workers}), chaos)
+        result = fit(tmp_path / name, clicks_recipe(file, backend={"name": framework},
+                                                    elastic={"max_workers": workers}), chaos)
         result.assert_sound(10)  # 315 rows, the last step has fillers
         return result
 
     one = run("one", 1)
     figures = [line["eval"] for line in one.metrics if "eval" in line]
-    assert {"auc", "loss", "normalized_entropy", "base_rate", "recall_at_2", "ndcg_at_2"} == set(figures[-1]) and 0 < figures[-1]["auc"] < 1
+    assert {"auc", "loss", "normalized_entropy", "base_rate", "recall_at_2",
+            "ndcg_at_2"} == set(figures[-1]) and 0 < figures[-1]["auc"] < 1
     for other in (run("two", 2), run("three", 3), run("killed", 3, ("kill:1@7/reduction",))):
         assert other.sha == one.sha
         assert [line["eval"] for line in other.metrics if "eval" in line] == figures
@@ -148,9 +160,11 @@ def test_same_bits_for_any_workers_and_a_kill(framework: str, tmp_path: Path) ->
 
 def test_a_checkpoint_gives_the_figures_of_its_run(tmp_path: Path) -> None:
     """Under the squared loss too, where the label is any number."""
-    for loss, figures in (("binary", {"auc", "loss", "normalized_entropy", "base_rate"}), ("squared", {"loss", "mae", "rmse", "rows"})):
+    for loss, figures in (("binary", {"auc", "loss", "normalized_entropy", "base_rate"}),
+                          ("squared", {"loss", "mae", "rmse", "rows"})):
         figures |= {"ndcg_at_2", "recall_at_2"} if loss == "binary" else {"ndcg_at_2"}
-        recipe = clicks_recipe(clicks(tmp_path / "clicks.csv"), model={"arch": "mf", "loss": loss}, elastic={"max_workers": 2})
+        recipe = clicks_recipe(clicks(tmp_path / "clicks.csv"), model={"arch": "mf", "loss": loss},
+                               elastic={"max_workers": 2})
         result = fit(tmp_path / loss, recipe)
         result.assert_sound(10)
         found = result.metrics[-1]["eval"]
@@ -172,7 +186,8 @@ def test_an_export_says_what_the_rows_of_a_table_stand_for(tmp_path: Path) -> No
             facts = json.loads(found.metadata()["facts"])
         assert facts["vocabularies"] == {"user": {user: row for row, user in enumerate(users)}}
         prices = np.array([float(row["price"]) for row in trained])
-        assert facts["mean"] == pytest.approx([prices.mean()], abs=1e-6) and facts["scale"] == pytest.approx([1 / prices.std()], rel=1e-5)
+        assert facts["mean"] == pytest.approx([prices.mean()],
+                                              abs=1e-6) and facts["scale"] == pytest.approx([1 / prices.std()], rel=1e-5)
         shutil.rmtree(tmp_path / "cache")
     assert cli.run(["export", str(tmp_path / "run"), "--format", "torch", "--out", str(tmp_path / "c")]) == 0
     assert torch.load(tmp_path / "c", weights_only=True).facts["vocabularies"]["user"]["u1"] >= 0
@@ -195,7 +210,8 @@ def test_the_command_refuses_bad_rows_in_one_sentence(tmp_path: Path, capsys: py
     recipe.write_text(dumps(clicks_recipe(file)))
     assert cli.run(["train", str(recipe), "--check"]) == 0
     good = file.read_text()
-    bad = [("3,u1,i1,0.5", [], "holds 3.0 in row 350"), ("1,u1,,0.5", [], 'the column "item" of'), ("1,u1,i1,", [], "no value in row 350"),
+    bad = [("3,u1,i1,0.5", [], "holds 3.0 in row 350"), ("1,u1,,0.5", [], 'the column "item" of'),
+           ("1,u1,i1,", [], "no value in row 350"),
            ("1,someone,i1,0.5", ["data.oov=error"], "holds 'someone' in row 350"), ("1,u1", [], "cannot be read"),
            ("1,u1,i1,much", [], 'the column "price" of')]
     for row, sets, words in bad:
@@ -209,7 +225,8 @@ def test_the_command_refuses_bad_rows_in_one_sentence(tmp_path: Path, capsys: py
 @pytest.mark.slow
 def test_adult_in_one_pass(DATA: Path, tmp_path: Path) -> None:
     """PERSIA publishes 0.8929. The AUC of the counts is that of scikit-learn on the same scores."""
-    recipe = load_recipe("recommender/adult_dlrm", [f"data.path={DATA}/adult/adult.data", f"data.eval_path={DATA}/adult/adult.test"])
+    recipe = load_recipe("recommender/adult_dlrm",
+                         [f"data.path={DATA}/adult/adult.data", f"data.eval_path={DATA}/adult/adult.test"])
     recipe = recipe.model_copy(update={"elastic": recipe.elastic.model_copy(update={"max_workers": 1})})
     result = fit(tmp_path, recipe)
     result.assert_sound(-(-32_561 // 128))

@@ -95,7 +95,8 @@ def test_stopped_and_continued(text: Path, undisturbed: Result, tmp_path: Path) 
 
 
 def test_every_copy_gone_goes_back_to_the_checkpoint(text: Path, undisturbed: Result, tmp_path: Path) -> None:
-    run = Run(tmp_path, gpt_recipe(text, STEPS, checkpoint={"every_steps": 2}))  # a save waits for the one before: it is soon on disk
+    # a save waits for the one before: it is soon on disk
+    run = Run(tmp_path, gpt_recipe(text, STEPS, checkpoint={"every_steps": 2}))
     fell: list[tuple[int, int]] = []
 
     def all_fall(step: int) -> None:
@@ -131,7 +132,8 @@ DISTURBED = ["kill:1@5/vote", "kill:0@9/update", "scale:3@13", "kill:2@17/reduct
     {"model": {"dropout": 0.3}},
     {"model": {"freeze": ["wte"]}},
 ], ids=str)
-def test_other_backends_models_and_optimizers(changes: dict[str, Any], text: Path, undisturbed: Result, tmp_path: Path) -> None:
+def test_other_backends_models_and_optimizers(changes: dict[str, Any], text: Path, undisturbed: Result,
+                                              tmp_path: Path) -> None:
     one = fit(tmp_path / "one", gpt_recipe(text, STEPS, **{**changes, "elastic": {"max_workers": 1}}))
     many = fit(tmp_path / "many", gpt_recipe(text, STEPS, **changes), DISTURBED)
     assert_same(many, one)
@@ -156,8 +158,10 @@ def fed(arrays: dict[str, Any]) -> list[float]:
                          ids=["undisturbed", "kills", "resizes"])
 def test_every_sample_is_fed_once_an_epoch(chaos: list[str], tmp_path: Path) -> None:
     size, batch, epochs = 96, 16, 4
-    recipe = module_recipe("Counter", None, {"size": size}, run={"epochs": epochs}, model={"size": size}, data={"batch_size": batch},
-                           optimizer={"name": "sgd", "lr": float(batch), "momentum": 0.0}, checkpoint={"every_steps": size // batch, "keep": 9})
+    recipe = module_recipe("Counter", None, {"size": size}, run={"epochs": epochs}, model={"size": size},
+                           data={"batch_size": batch},
+                           optimizer={"name": "sgd", "lr": float(batch), "momentum": 0.0},
+                           checkpoint={"every_steps": size // batch, "keep": 9})
     result = fit(tmp_path, recipe, chaos)
     result.assert_sound(epochs * size // batch)
     assert fed(result.arrays()) == [epochs] * size
@@ -165,8 +169,10 @@ def test_every_sample_is_fed_once_an_epoch(chaos: list[str], tmp_path: Path) -> 
 
 def test_epochs_that_end_within_a_step(tmp_path: Path) -> None:
     size, batch, epochs = 100, 16, 3  # 300 rows in 19 steps; the last one has 12
-    recipe = module_recipe("Counter", None, {"size": size}, run={"epochs": epochs}, model={"size": size}, data={"batch_size": batch},
-                           optimizer={"name": "sgd", "lr": float(batch), "momentum": 0.0}, checkpoint={"every_steps": 18})
+    recipe = module_recipe("Counter", None, {"size": size}, run={"epochs": epochs}, model={"size": size},
+                           data={"batch_size": batch},
+                           optimizer={"name": "sgd", "lr": float(batch), "momentum": 0.0},
+                           checkpoint={"every_steps": 18})
     result = fit(tmp_path, recipe, DISTURBED)
     result.assert_sound(19)
     extra = np.array(fed(result.arrays())) - epochs
@@ -177,7 +183,8 @@ def test_epochs_that_end_within_a_step(tmp_path: Path) -> None:
 def test_a_data_set_that_augments_its_rows_at_random(tmp_path: Path) -> None:
     """Loaded ahead in a thread of its own, while a module with dropout draws in another."""
     def run(name: str, workers: int, seed: int = 0) -> Result:
-        recipe = module_recipe("Net", STEPS, {"size": 40}, run={"seed": seed, "eval_every": 8}, elastic={"max_workers": workers},
+        recipe = module_recipe("Net", STEPS, {"size": 40}, run={"seed": seed, "eval_every": 8},
+                               elastic={"max_workers": workers},
                                data={"kind": f"{MODULES}:Augmented", "eval_fraction": 0.2})
         return fit(tmp_path / name, recipe)
 

@@ -26,9 +26,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def recipe(plays: Path, workers: int, sharded: bool = True, twin: bool = True, steps: int = STEPS, framework: str = "torch",
+def recipe(plays: Path, workers: int, sharded: bool = True, twin: bool = True, steps: int = STEPS,
+           framework: str = "torch",
            every: int = 4, **options: Any) -> Recipe:
-    return gpt_recipe(plays, steps, model=WIDE, backend={"name": framework}, elastic={"max_workers": workers}, run={"eval_every": 5},
+    return gpt_recipe(plays, steps, model=WIDE, backend={"name": framework}, elastic={"max_workers": workers},
+                      run={"eval_every": 5},
                       checkpoint={"every_steps": every}, data={"eval_fraction": 0.001},
                       optimizer={"sharded": sharded, "twin": twin, "clip_norm": 0.5, "ema": 0.7, **options})
 
@@ -41,14 +43,17 @@ def alone(plays: Path, **options: Any) -> Result:
 def assert_same(found: Result, wanted: Result, steps_lost: int = 0) -> None:
     found.assert_sound(wanted.summary["steps"], steps_lost)
     assert found.sha == wanted.sha
-    assert [line["eval"] for line in found.metrics if "eval" in line] == [line["eval"] for line in wanted.metrics if "eval" in line]
+    assert [line["eval"] for line in found.metrics
+            if "eval" in line] == [line["eval"] for line in wanted.metrics if "eval" in line]
 
 
 @pytest.mark.parametrize("framework", names())
-def test_every_number_of_workers_gives_the_bits_of_one_that_holds_all(framework: str, plays: Path, tmp_path: Path) -> None:
+def test_every_number_of_workers_gives_the_bits_of_one_that_holds_all(framework: str, plays: Path,
+                                                                      tmp_path: Path) -> None:
     load(framework, "backend")
     wanted = alone(plays, framework=framework)
-    for workers, twin in ((1, True), (2, True), (2, False), (3, True), (4, True), (4, False)) if framework == "torch" else ((3, True),):
+    for workers, twin in ((1, True), (2, True), (2, False), (3, True), (4, True),
+                          (4, False)) if framework == "torch" else ((3, True),):
         assert_same(fit(tmp_path / f"{workers}{twin}", recipe(plays, workers, twin=twin, framework=framework)), wanted)
 
 
@@ -68,7 +73,8 @@ def test_a_lost_worker_costs_no_step(phase: str, plays: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("rank", sample(range(4), 2))
 def test_who_falls_while_the_state_moves_costs_no_step(rank: int, plays: Path, tmp_path: Path) -> None:
     """Three become four; old holders and the one that has just come fall in the midst of it."""
-    run = Run(tmp_path / "run", recipe(plays, 4, steps=12), ("scale:3@1", f"kill:{rank}@5/heal"), hooks={5: lambda run: run.scale(4)})
+    run = Run(tmp_path / "run", recipe(plays, 4, steps=12), ("scale:3@1", f"kill:{rank}@5/heal"),
+              hooks={5: lambda run: run.scale(4)})
     result = run.fit()
     assert_same(result, alone(plays, steps=12))
     assert len(result.named("worker_lost")) == 1 and not result.named("rewound")
@@ -82,7 +88,8 @@ def test_two_that_are_not_neighbours_may_fall_at_once(plays: Path, tmp_path: Pat
 
 def test_keeper_and_twin_that_fall_at_once_take_the_run_back_to_a_checkpoint(plays: Path, tmp_path: Path) -> None:
     result = fit(tmp_path / "run", recipe(plays, 4), ("kill:1@6/update", "kill:2@6/update"))
-    assert_same(result, alone(plays), steps_lost=len(result.named("rewound")) and result.named("rewound")[0]["from"] - 4)
+    assert_same(result, alone(plays), steps_lost=len(result.named("rewound"))
+                and result.named("rewound")[0]["from"] - 4)
     assert [event["to"] for event in result.named("rewound")] == [4]
 
 
@@ -104,7 +111,8 @@ def test_a_run_that_grows_and_shrinks_moves_its_state(twin: bool, plays: Path, t
     hooks = {2: lambda run: run.scale(4), 6: lambda run: run.scale(1), 10: grow_from_one}
     options = {"steps": 24, "every": 0}
     given = recipe(plays, 4, twin=twin, **options)
-    warm = given.model_copy(update={"elastic": given.elastic.model_copy(update={"spares": 3})})  # who joins is ready before the run is over
+    # who joins is ready before the run is over
+    warm = given.model_copy(update={"elastic": given.elastic.model_copy(update={"spares": 3})})
     result = Run(tmp_path / "run", warm, ("scale:2@1",), hooks=hooks).fit()
     assert_same(result, alone(plays, **options))
     sizes = [event["world_size"] for event in result.named("generation_started")]
@@ -115,11 +123,14 @@ def test_a_run_that_grows_and_shrinks_moves_its_state(twin: bool, plays: Path, t
     assert bool(result.named("loaded")) == (not twin), "with a twin nothing goes by way of a checkpoint"
 
 
-@pytest.mark.parametrize(("before", "after"), [((3, True), (1, False)), ((2, False), (3, True)), ((4, True), (3, True))])
-def test_a_checkpoint_passes_from_one_keeping_to_another(before: tuple[int, bool], after: tuple[int, bool], plays: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("before", "after"),
+                         [((3, True), (1, False)), ((2, False), (3, True)), ((4, True), (3, True))])
+def test_a_checkpoint_passes_from_one_keeping_to_another(before: tuple[int, bool], after: tuple[int, bool], plays: Path,
+                                                         tmp_path: Path) -> None:
     options = {"clip_norm": 0.0, "ema": 0.7}
     for steps, (workers, sharded) in ((4, before), (STEPS, after)):
-        result = fit(tmp_path / "relay", recipe(plays, workers, sharded, steps=steps, schedule="constant", warmup_steps=0, **options))
+        result = fit(tmp_path / "relay", recipe(plays, workers, sharded, steps=steps, schedule="constant",
+                                                warmup_steps=0, **options))
         assert result.outcome.status == "done", result.outcome.error
     wanted = fit(tmp_path / "alone", recipe(plays, 1, sharded=False, schedule="constant", warmup_steps=0, **options))
     assert result.sha == wanted.sha

@@ -13,7 +13,8 @@ pytest.importorskip("expecttest", reason="torch's database of modules needs expe
 from tests.support.sampling import WHOLE, sample  # noqa: E402  (what follows needs torch)
 from tests.support.torch_database import EQUAL, EQUAL_ONCE_CALLED, REFUSED, UNBUILT, WRONG, database, outcome  # noqa: E402
 
-LAZY = ["nn.LazyConv1d", "nn.LazyConv2d", "nn.LazyConv3d", "nn.LazyConvTranspose1d", "nn.LazyConvTranspose2d", "nn.LazyConvTranspose3d"]
+LAZY = ["nn.LazyConv1d", "nn.LazyConv2d", "nn.LazyConv3d", "nn.LazyConvTranspose1d", "nn.LazyConvTranspose2d",
+        "nn.LazyConvTranspose3d"]
 
 
 @pytest.mark.timeout(900)  # all of them on a machine that has much else to do

@@ -24,16 +24,19 @@ STEPS, BATCH, SHARDS = 20, 12, 3
 HERE = "tests.support.torch_modules"
 TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
 RATE = {"sgd": 0.05, "adamw": 0.01}
-FAITHFUL = ["Base", "Frozen", "Recomputed", "Reentrant", "Hooked", "Masked", "Penalised", "Spectral", "Weighed", "OldWeighed", "OldSpectral", "Tied",
+FAITHFUL = ["Base", "Frozen", "Recomputed", "Reentrant", "Hooked", "Masked", "Penalised", "Spectral", "Weighed",
+            "OldWeighed", "OldSpectral", "Tied",
             "Recurrent", "Custom", "Sparse", "Rotary", "Brain", "Slow", "Noted", "EvalNorm", "Pops", "Sloped"]
 
 
-def run(folder: Path, module: str, workers: int, optimizer: str = "sgd", chaos: tuple[str, ...] = (), keys: dict[str, Any] | None = None,
+def run(folder: Path, module: str, workers: int, optimizer: str = "sgd", chaos: tuple[str, ...] = (),
+        keys: dict[str, Any] | None = None,
         **changes: Any) -> Result:
     changes = {name: dict(section) for name, section in changes.items()}
     changes["model"] = {"kind": f"{HERE}:{module}"} | changes.get("model", {})
     changes["data"] = {"kind": f"{HERE}:Rows", "batch_size": BATCH, "shuffle": False} | changes.get("data", {})
-    changes["elastic"] = {"max_workers": workers, "logical_shards": SHARDS, "spares": len(chaos)} | changes.get("elastic", {})
+    changes["elastic"] = {"max_workers": workers, "logical_shards": SHARDS,
+                          "spares": len(chaos)} | changes.get("elastic", {})
     changes["optimizer"] = {"name": optimizer, "lr": RATE[optimizer], "weight_decay": 0.0} | (keys or {})
     if optimizer == "sgd":
         changes["optimizer"] |= {"momentum": 0.0}
@@ -85,13 +88,15 @@ def test_freeze_adds_to_what_the_module_freezes_and_thaw_overrules(tmp_path: Pat
     thawed = run(tmp_path / "thaw", "Frozen", 2, model={"freeze": ["head.bias"], "thaw": ["body.weight", "head.bias"]})
     assert_same(thawed, oracle("Frozen", "sgd", thawed=["body.weight"]), 1e-6)
     begun = framework.construct(torch_modules.Frozen, {}, 0).body.bias.detach().numpy()
-    assert np.array_equal(thawed.arrays()["parameter/body.bias"], begun), "what the module freezes and nobody thaws stays to the bit"
+    assert np.array_equal(thawed.arrays()["parameter/body.bias"],
+                          begun), "what the module freezes and nobody thaws stays to the bit"
 
 
 @pytest.mark.parametrize("module", ["Slow", "Rotary", "Brain"])
 def test_what_moves_with_the_shards_is_saved_healed_and_averaged_to_the_bit(tmp_path: Path, module: str) -> None:
     one = run(tmp_path / "one", module, 1, optimizer="adamw", keys={"ema": 0.9})
-    other = run(tmp_path / "sharded", module, 3, optimizer="adamw", chaos=("kill:0@9/vote",), keys={"ema": 0.9, "sharded": True})
+    other = run(tmp_path / "sharded", module, 3, optimizer="adamw", chaos=("kill:0@9/vote",),
+                keys={"ema": 0.9, "sharded": True})
     other.assert_sound(STEPS)
     assert other.sha == one.sha
     kinds = {name: array.dtype.name for name, array in one.arrays().items()}
@@ -102,7 +107,8 @@ def test_what_moves_with_the_shards_is_saved_healed_and_averaged_to_the_bit(tmp_
     made.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True), strict=True)
     arrays = one.arrays()
     for name, tensor in made.state_dict().items():  # the averages, where there are some
-        assert as_numpy(tensor).tobytes() == arrays.get(f"optimizer/ema/{name}", arrays.get(f"parameter/{name}")).tobytes(), name
+        assert as_numpy(tensor).tobytes() == arrays.get(f"optimizer/ema/{name}",
+                                                        arrays.get(f"parameter/{name}")).tobytes(), name
 
 
 def test_a_checkpoint_is_evaluated_without_moving_what_it_holds(tmp_path: Path) -> None:

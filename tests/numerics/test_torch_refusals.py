@@ -21,14 +21,19 @@ from backends.pytorch.backend import framework  # noqa: E402  (it needs torch)
 from tests.support import odd_modules, torch_modules  # noqa: E402
 
 REFUSED = [
-    ("MaxNorm", r"writes to its parameter emb\.weight in place"), ("Clamped", r"writes to its parameter head\.weight in place"),
+    ("MaxNorm", r"writes to its parameter emb\.weight in place"),
+    ("Clamped", r"writes to its parameter head\.weight in place"),
     ("Hidden", r"writes to its parameter head\.weight in place"), ("OwnGenerator", r"a generator of its own, gen;"),
-    ("NumPyGenerator", r"a generator of its own, draw;"), ("Counting", r"its attribute calls "), ("Remembering", r"its attribute mean "),
+    ("NumPyGenerator", r"a generator of its own, draw;"), ("Counting", r"its attribute calls "),
+    ("Remembering", r"its attribute mean "),
     ("History", r"its attribute seen\['losses'\]\[0\] "), ("Worldly", r"another loss when it is called again"),
-    ("ClipHook", r"parameter head\.weight .* hook on its gradient that is not linear"), ("AfterHook", "register_post_accumulate_grad_hook"),
+    ("ClipHook", r"parameter head\.weight .* hook on its gradient that is not linear"),
+    ("AfterHook", "register_post_accumulate_grad_hook"),
     ("HookEachTime", "puts a hook on a parameter each time"), ("Unlinear", r"gradient of body\.\w+ that is not linear"),
-    ("Viewing", r"keeps in parts\['rows'\]\[0\] a view of the parameter body\.weight"), ("Doubled", r"two parameters, (twin|head\.weight) and"),
-    ("Growing", r"its buffer seen float32 of shape \(6, 4\)"), ("Turning", r"its buffer count float32 .* int64"), ("Lazily", "buffer mean in loss"),
+    ("Viewing", r"keeps in parts\['rows'\]\[0\] a view of the parameter body\.weight"),
+    ("Doubled", r"two parameters, (twin|head\.weight) and"),
+    ("Growing", r"its buffer seen float32 of shape \(6, 4\)"), ("Turning", r"its buffer count float32 .* int64"),
+    ("Lazily", "buffer mean in loss"),
     ("Unmade", r"no values in head\.weight yet"), ("SparseBuffer", "keeps links as torch.sparse_coo"),
     ("Toggling", r"changes requires_grad of body\.weight"), ("Swapping", r"its parameter head\.weight other memory"),
     ("Untying", r"ties two to one and gives one of them another"),
@@ -54,13 +59,15 @@ def test_it_is_refused_in_one_sentence_that_names_it(module: str, words: str) ->
 
 
 def test_a_rehearsal_leaves_everything_as_it_was() -> None:
-    for module, moved, apart in (("Slow", ("slow.weight", "slow.bias"), False), ("Sparse", (), True), ("Reentrant", (), True), ("Base", (), False),
+    for module, moved, apart in (("Slow", ("slow.weight", "slow.bias"), False), ("Sparse", (), True),
+                                 ("Reentrant", (), True), ("Base", (), False),
                                  ("Brain", (), False), ("OldSpectral", (), False), ("Noted", (), False)):
         made = framework.construct(getattr(torch_modules, module), {}, 0)
         plain = framework.construct(getattr(torch_modules, module), {}, 0)
         rig, habits = rehearsed(made)
         assert (habits.moved, habits.apart) == (moved, apart), module
-        for (name, found), (_, wanted) in zip([*made.named_parameters(), *made.named_buffers()], [*plain.named_parameters(), *plain.named_buffers()]):
+        for (name, found), (_, wanted) in zip([*made.named_parameters(), *made.named_buffers()],
+                                              [*plain.named_parameters(), *plain.named_buffers()]):
             assert torch.equal(found, wanted), (module, name)
             assert found.grad is None
 
@@ -74,11 +81,15 @@ def test_a_module_that_was_there_before_is_refused() -> None:
         framework.construct(lambda: made, {}, 0)
 
 
-def run(folder: Path, module: str, workers: int = 2, size: int = 32, eval_fraction: float = 0.0, every: int = 1, home: Any = odd_modules) -> Result:
-    data = {"kind": "tests.support.torch_modules:Rows", "options": {"size": size}, "batch_size": 8, "shuffle": False, "eval_fraction": eval_fraction}
+def run(folder: Path, module: str, workers: int = 2, size: int = 32, eval_fraction: float = 0.0, every: int = 1,
+        home: Any = odd_modules) -> Result:
+    data = {"kind": "tests.support.torch_modules:Rows", "options": {"size": size}, "batch_size": 8, "shuffle": False,
+            "eval_fraction": eval_fraction}
     return fit(folder, module_recipe(
-        "Small", None, run={"epochs": 1}, model={"kind": f"{home.__name__}:{module}"}, data=data, checkpoint={"every_steps": every, "keep": 9},
-        elastic={"max_workers": workers, "logical_shards": 2}, optimizer={"name": "sgd", "lr": 0.05, "weight_decay": 0.0, "momentum": 0.0}))
+        "Small", None, run={"epochs": 1}, model={"kind": f"{home.__name__}:{module}"}, data=data,
+        checkpoint={"every_steps": every, "keep": 9},
+        elastic={"max_workers": workers, "logical_shards": 2},
+        optimizer={"name": "sgd", "lr": 0.05, "weight_decay": 0.0, "momentum": 0.0}))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -90,22 +101,27 @@ def test_a_write_that_shows_late_is_refused_before_its_vote(tmp_path: Path, work
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("module", "name", "every", "last"), [
-    ("Quiet", "head.weight", 0, 2), ("QuietPart", "wide", 1, 2), ("QuietPart", "wide", 4, 3), ("QuietEvaluation", "head.bias", 0, 4)])
+    ("Quiet", "head.weight", 0, 2), ("QuietPart", "wide", 1, 2), ("QuietPart", "wide", 4, 3),
+    ("QuietEvaluation", "head.bias", 0, 4)])
 def test_a_write_that_no_counter_sees_is_refused_before_its_vote_or_before_it_is_saved(
         tmp_path: Path, module: str, name: str, every: int, last: int, workers: int) -> None:
-    result = run(tmp_path, module, workers, every=every, size=40, eval_fraction=0.2 if module == "QuietEvaluation" else 0.0)
+    result = run(tmp_path, module, workers, every=every, size=40, eval_fraction=0.2 if module == "QuietEvaluation"
+                 else 0.0)
     told = str(result.outcome.error)
     assert result.outcome.status == "failed" and f"changes its parameter {name} while it computes (seen at step " in told, told
     assert result.steps == list(range(1, last + 1))
-    for file in [] if every == 1 else (tmp_path / "checkpoints").glob("step-*/manifest.json"):  # by a worker that had not begun what the other saw
-        whole = run(tmp_path / "unwritten", "Base", 1, size=40, eval_fraction=0.2 if module == "QuietEvaluation" else 0.0)
+    # by a worker that had not begun what the other saw
+    for file in [] if every == 1 else (tmp_path / "checkpoints").glob("step-*/manifest.json"):
+        whole = run(tmp_path / "unwritten", "Base", 1, size=40, eval_fraction=0.2 if module == "QuietEvaluation"
+                    else 0.0)
         found, wanted = (load(*split(folder))[0][f"parameter/{name}"] for folder in (
             file.parent, whole.run.run_dir / "checkpoints" / file.parent.name))
         assert workers > 1 and np.array_equal(found, wanted), "what was written to is saved"
 
 
 @pytest.mark.parametrize(("module", "words"), [
-    ("MaxNorm", "emb.weight"), ("Growing", "buffer seen"), ("Leaping", "buffer total, of whole numbers, changes by 123456789"),
+    ("MaxNorm", "emb.weight"), ("Growing", "buffer seen"),
+    ("Leaping", "buffer total, of whole numbers, changes by 123456789"),
     ("Broken", r"KeyError: 'z' (odd_modules.py, line")])
 def test_the_user_s_error_is_the_run_s_at_once(tmp_path: Path, module: str, words: str) -> None:
     result = run(tmp_path, module)
@@ -113,7 +129,8 @@ def test_the_user_s_error_is_the_run_s_at_once(tmp_path: Path, module: str, word
     assert not result.steps and not result.named("worker_lost")
 
 
-@pytest.mark.parametrize(("module", "words"), [("Norm", "Expected more than 1 value"), ("Paired", "odd_modules.py, line"),
+@pytest.mark.parametrize(("module", "words"),
+                         [("Norm", "Expected more than 1 value"), ("Paired", "odd_modules.py, line"),
                                                ("Ranked", "out of range"), ("Squeezed", "input: [3], target: [1]")])
 def test_a_last_shard_of_one_row_is_refused_before_the_first_step(tmp_path: Path, module: str, words: str) -> None:
     result = run(tmp_path / "one", module, size=25)
@@ -151,13 +168,15 @@ def test_an_evaluation_is_plain_torch_s_and_moves_nothing(module: str) -> None:
 
     made = framework.construct(getattr(torch_modules, module), {}, 0)
     rig, _ = rehearsed(made)
-    wanted = {"loss": asked("loss").item(), **({name: (total / weight).item() for name, (total, weight) in asked("metrics").items()}
+    wanted = {"loss": asked("loss").item(), **({name: (total / weight).item()
+                                                for name, (total, weight) in asked("metrics").items()}
                                                if hasattr(made, "metrics") else {})}
     gradient, modes = rig.gradient(batch())[0], [part.training for part in made.modules()]
     held = {name: values.copy() for name, values in rig.state.items()}
     for _ in range(2):
         assert {name: total / weight for name, (total, weight) in rig.backend.metrics(batch()).items()} == pytest.approx(wanted, rel=1e-6)
-    assert [part.training for part in made.modules()] == modes and all(np.array_equal(rig.state[name], held[name]) for name in held)
+    assert [part.training for part in made.modules()] == modes and all(np.array_equal(rig.state[name], held[name])
+                                                                       for name in held)
     assert np.array_equal(rig.gradient(batch())[0], gradient)
 
 

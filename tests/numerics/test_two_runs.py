@@ -30,7 +30,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_second_run_on_one_path_is_refused_while_the_first_lives(place: str, tmp_path: Path) -> None:
     second: list[Result] = []
-    run = Run(tmp_path / "first", recipe(place), hooks={9: lambda run: second.append(fit(tmp_path / "second", recipe(place)))})
+    run = Run(tmp_path / "first", recipe(place),
+              hooks={9: lambda run: second.append(fit(tmp_path / "second", recipe(place)))})
     first = run.fit()
     assert first.outcome.status == "done" and first.steps == list(range(1, STEPS + 1))
     refused = second[0].outcome
@@ -39,7 +40,8 @@ def test_the_second_run_on_one_path_is_refused_while_the_first_lives(place: str,
     assert second[0].named("checkpoint_committed") == []
     store = Store.open(place)
     names = [name for _, name in committed(store)]
-    assert names and {read_manifest(store, name).extra["run"] for name in names} == {run.job.run_id}, "a manifest names its run"
+    assert names and {read_manifest(store, name).extra["run"]
+                      for name in names} == {run.job.run_id}, "a manifest names its run"
     assert store.size(NAME) is None, "the place is free again"
 
 
@@ -50,7 +52,8 @@ def test_a_second_run_is_refused_before_any_worker_starts(place: str, tmp_path: 
     assert not (tmp_path / "second").exists()
 
 
-def test_a_run_whose_place_was_taken_commits_nothing_more_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_place_was_taken_commits_nothing_more_there(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """It was away for so long that its claim had run out."""
     place, others = str(tmp_path / "shared"), claims.Claim(str(tmp_path / "shared"), "other-1", "host:/runs/other")
 

@@ -24,17 +24,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield idx_files(folder)
 
 
-@pytest.fixture(scope="module", params=[(kind, name) for name in names() for kind in ("vision.resnet", "vision.vit")], ids=" ".join)
+@pytest.fixture(scope="module", params=[(kind, name) for name in names() for kind in ("vision.resnet", "vision.vit")],
+                ids=" ".join)
 def oracle(request: pytest.FixtureRequest, files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Result:
     """One worker, nothing happens."""
     kind, name = request.param
     load(name, "backend")
-    result = fit(tmp_path_factory.mktemp("one") / "run", vision_recipe(kind, files, STEPS, backend={"name": name}, elastic={"max_workers": 1}))
+    result = fit(tmp_path_factory.mktemp("one") / "run",
+                 vision_recipe(kind, files, STEPS, backend={"name": name}, elastic={"max_workers": 1}))
     result.assert_sound(STEPS)
     return result
 
 
-@pytest.mark.parametrize(("workers", "chaos"), [(2, []), (3, []), (3, ["kill:1@5/reduction", "kill:0@7/update"])], ids=str)
+@pytest.mark.parametrize(("workers", "chaos"), [(2, []), (3, []), (3, ["kill:1@5/reduction", "kill:0@7/update"])],
+                         ids=str)
 def test_same_bits(workers: int, chaos: list[str], oracle: Result, files: dict[str, str], tmp_path: Path) -> None:
     kind, backend = oracle.run.recipe.model.kind, {"name": oracle.run.recipe.backend.name}
     result = fit(tmp_path, vision_recipe(kind, files, STEPS, backend=backend, elastic={"max_workers": workers}), chaos)
@@ -46,10 +49,12 @@ def test_same_bits(workers: int, chaos: list[str], oracle: Result, files: dict[s
 
 
 def test_statistics_are_the_mean_of_the_shards(files: dict[str, str], tmp_path: Path) -> None:
-    """After one step, worked out by hand: the stem's running mean is 0.1 of the mean of its outputs, equal for equal shards."""
+    """After one step, worked out by hand: the stem's running mean is 0.1 of the mean of its outputs, equal for equal
+    shards."""
     from vision.data import open_dataset
 
-    recipe = vision_recipe("vision.resnet", files, 1, optimizer={"lr": 0.0}, data={"crop": 0, "flip": False, "shuffle": False})
+    recipe = vision_recipe("vision.resnet", files, 1, optimizer={"lr": 0.0},
+                           data={"crop": 0, "flip": False, "shuffle": False})
     result = fit(tmp_path, recipe)
     result.assert_sound(1)
     arrays = result.arrays()

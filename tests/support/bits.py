@@ -1,7 +1,8 @@
 """The bits of a fixed list of recipes: `python -m tests.support.bits FILE` writes down each one's state_sha256, or compares with what FILE has.
 
-What a change of the house may not change: every domain and framework, each axis of the mesh, a sharded optimizer, averages, the ledger, own modules,
-and a kill in the middle. Hashes hold on one kind of processor: its BLAS decides the last bits.
+What a change of the house may not change: every domain and framework, each axis of the mesh, a sharded optimizer,
+averages, the ledger, own modules, and a kill in the middle. Hashes hold on one kind of processor: its BLAS decides the
+last bits.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def on_mesh(replicas: int, **degrees: Any) -> dict[str, Any]:
 EXPERTS = {"experts": 4, "top": 2, "capacity": 2.0, "balance": 0.1, "heads": 2, "layers": 2}
 TEXTS: dict[str, dict[str, Any]] = {
     "gpt": {"elastic": TWO, "model": {"dropout": 0.1}},
-    "gpt with a clip, averages and the ledger": {"elastic": THREE, "optimizer": {"clip_norm": 1.0, "ema": 0.9}, "data": {"ledger": True}},
+    "gpt with a clip, averages and the ledger": {"elastic": THREE, "optimizer": {"clip_norm": 1.0, "ema": 0.9},
+                                                 "data": {"ledger": True}},
     "gpt, fast": {"elastic": {**TWO, "reduction": "fast"}},
     "gpt, sharded": {"elastic": THREE, "optimizer": {"sharded": True}},
     "gpt, tensor": on_mesh(1, tensor=2), "gpt, pipeline": {**on_mesh(2, pipeline=2), "model": {"layers": 2}},
@@ -45,7 +47,8 @@ TEXTS: dict[str, dict[str, Any]] = {
     "bert": {"elastic": TWO, "model": {"kind": "nlp.bert"}},
 }
 OWN = {"torch": [("tests.support.modules", "Net", "Rows"), ("tests.support.modules", "Small", "Augmented")],
-       "tensorflow": [("tests.support.keras_models", "net", "Pairs")], "mxnet": [("tests.support.gluon_models", "Net", "Pairs")]}
+       "tensorflow": [("tests.support.keras_models", "net", "Pairs")],
+       "mxnet": [("tests.support.gluon_models", "Net", "Pairs")]}
 
 
 def recipes(framework: str, folder: Path) -> Iterator[tuple[str, Recipe]]:
@@ -81,7 +84,8 @@ def main(arguments: list[str]) -> int:
         return 0
     found = {}
     for framework in FRAMEWORKS:  # each in a process of its own
-        told = subprocess.run([sys.executable, "-m", "tests.support.bits", "--of", framework], check=True, capture_output=True, text=True).stdout
+        told = subprocess.run([sys.executable, "-m", "tests.support.bits", "--of", framework], check=True,
+                              capture_output=True, text=True).stdout
         found[framework] = json.loads(told.splitlines()[-1])
     file = Path(arguments[0])
     if not file.exists():
@@ -89,9 +93,11 @@ def main(arguments: list[str]) -> int:
         print(f"{sum(map(len, found.values()))} hashes are in {file}")
         return 0
     wanted = json.loads(file.read_text())
-    unlike = [f"{framework}: {name}" for framework in {**wanted, **found} for name in {**wanted.get(framework, {}), **found.get(framework, {})}
+    unlike = [f"{framework}: {name}" for framework in {**wanted, **found}
+              for name in {**wanted.get(framework, {}), **found.get(framework, {})}
               if wanted.get(framework, {}).get(name) != found.get(framework, {}).get(name)]
-    print("\n".join(["not the same:", *unlike]) if unlike else f"the same {sum(map(len, found.values()))} hashes as in {file}")
+    print("\n".join(["not the same:", *unlike]) if unlike
+          else f"the same {sum(map(len, found.values()))} hashes as in {file}")
     return bool(unlike)
 
 

@@ -30,10 +30,13 @@ CHUNK = 1024  # bytes: small, so that small states have many
 def values(step: int, size: int = 1) -> dict[str, np.ndarray]:
     """Arrays of many shapes and dtypes, other bits for every step. About 14 kB times `size`."""
     draw = np.random.default_rng(step)
-    return {"parameter/w": draw.standard_normal((40 * size, 30)).astype(np.float32), "parameter/b": draw.standard_normal(7).astype(np.float32),
+    return {"parameter/w": draw.standard_normal((40 * size, 30)).astype(np.float32),
+            "parameter/b": draw.standard_normal(7).astype(np.float32),
             "optimizer/exp_avg/w": draw.standard_normal((40 * size, 30)).astype(np.float32),
-            "parameter/deep": draw.standard_normal((1, 3, 5, 7)).astype(np.float64), "buffer/count": np.array(step, np.int64),
-            "buffer/mask": draw.random(5) > 0.5, "buffer/none": np.zeros((0, 3), np.float32), "buffer/tall": draw.integers(0, 9, (1, 501), np.int16)}
+            "parameter/deep": draw.standard_normal((1, 3, 5, 7)).astype(np.float64),
+            "buffer/count": np.array(step, np.int64),
+            "buffer/mask": draw.random(5) > 0.5, "buffer/none": np.zeros((0, 3), np.float32),
+            "buffer/tall": draw.integers(0, 9, (1, 501), np.int16)}
 
 
 class Arrays:
@@ -63,7 +66,8 @@ class Arrays:
 
 def blank(arrays: Mapping[str, np.ndarray]) -> Arrays:
     """The same shapes, and bits that are surely others."""
-    return Arrays({name: np.ones_like(array) if array.dtype == bool else array + array.dtype.type(1) for name, array in arrays.items()})
+    return Arrays({name: np.ones_like(array) if array.dtype == bool else array + array.dtype.type(1)
+                   for name, array in arrays.items()})
 
 
 def saver(location: str, worker: str = "w0", post: Callable[[Any], None] = lambda part: None, chunk_bytes: int = CHUNK,
@@ -72,11 +76,13 @@ def saver(location: str, worker: str = "w0", post: Callable[[Any], None] = lambd
     return Saver(worker, location, head, 12, post, mb_s=mb_s)
 
 
-def write_parts(location: str, step: int, world_size: int, generation: int = 1, size: int = 1, **eval_: float) -> list[Part]:
+def write_parts(location: str, step: int, world_size: int, generation: int = 1, size: int = 1,
+                **eval_: float) -> list[Part]:
     """Every rank's part, durable."""
     parts: list[Part] = []
     for rank in range(world_size):
-        saver(location, f"w{rank}", parts.append).save(Arrays(values(step, size), step), Save(generation, step, rank, world_size, True), eval_)
+        saver(location, f"w{rank}", parts.append).save(Arrays(values(step, size), step),
+                                                       Save(generation, step, rank, world_size, True), eval_)
     return parts
 
 
@@ -91,12 +97,14 @@ def save(location: str, step: int, world_size: int = 3, generation: int = 1, che
 
 
 def restore(path: str, world_size: int, size: int = 1) -> list[tuple[Arrays, Any]]:
-    """Every rank's state after a group has loaded a checkpoint together, with (manifest, bytes read) or what was raised."""
+    """Every rank's state after a group has loaded a checkpoint together, with (manifest, bytes read) or what was
+    raised."""
     states = [blank(values(0, size)) for _ in range(world_size)]
 
     def body(rank: int, group: Any) -> Any:
         try:
-            return saver("/nowhere").restore(path, states[rank], SoloGroup() if world_size == 1 else group, lambda window: nullcontext())
+            return saver("/nowhere").restore(path, states[rank], SoloGroup() if world_size == 1 else group,
+                                             lambda window: nullcontext())
         except Exception as error:
             group.abort()
             return error
@@ -123,8 +131,10 @@ def assert_refused(found: list[tuple[Arrays, Any]], why: str = "") -> None:
 
 
 def write_part(store: Store, step: int, generation: int, part_name: str, arrays: Mapping[str, np.ndarray],
-               boxes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None, chunk_bytes: int = MANIFEST_CHUNK) -> FileEntry:
-    """A part file of these arrays. `boxes` has (shape of the whole array, start) of those that are only a part of one."""
+               boxes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+               chunk_bytes: int = MANIFEST_CHUNK) -> FileEntry:
+    """A part file of these arrays. `boxes` has (shape of the whole array, start) of those that are only a part of one.
+    """
     pieces = []
     for name in sorted(arrays):
         shape, start = (boxes or {}).get(name, (arrays[name].shape, (0,) * arrays[name].ndim))
@@ -137,7 +147,8 @@ def write_part(store: Store, step: int, generation: int, part_name: str, arrays:
 
 
 def load(store: Store, name: str) -> tuple[dict[str, np.ndarray], Manifest]:
-    """All arrays of a checkpoint by name, whole, and its manifest. BadCheckpoint before anything of a bad one is given out."""
+    """All arrays of a checkpoint by name, whole, and its manifest. BadCheckpoint before anything of a bad one is given
+    out."""
     manifest = manager.read_sound(store, name)
     arrays: dict[str, np.ndarray] = {}
     for entry in manifest.files:

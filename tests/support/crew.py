@@ -48,7 +48,8 @@ class Member(training.Member):
     def __init__(self, recipe: Recipe, info: Mapping[str, Any], mesh: Mesh, rank: int):
         self.sent: list[Any] = []
         workload = Workload.open(recipe, info)
-        super().__init__(build_training(recipe, workload), place_on(recipe, workload, mesh, mesh.coordinate(rank)), Control(), self.sent.append)
+        super().__init__(build_training(recipe, workload), place_on(recipe, workload, mesh, mesh.coordinate(rank)),
+                         Control(), self.sent.append)
         self.rank, state = rank, self.place.state
         state.own_as(mesh.coordinate(rank).data, mesh.data)
         state.start(recipe.run.seed)
@@ -57,13 +58,16 @@ class Member(training.Member):
 
         def noted(*arguments: Any) -> None:
             if not self.gradient and not state.num_blocks:
-                self.gradient = {name: np.array(view) for name, view in state.layout.views(self.held.gradient, state.layout.trainable_names).items()}
+                self.gradient = {name: np.array(view)
+                                 for name, view in state.layout.views(self.held.gradient,
+                                                                      state.layout.trainable_names).items()}
             update(*arguments)
 
         self.place.backend.update = noted  # type: ignore[method-assign]
 
     def live(self, generation: Generation, group: Any) -> dict[str, np.ndarray]:
-        self.context = begin(self, generation, group, Injector((), self.rank, lambda spec: None, lambda fault: None, lambda fault, group: group))
+        self.context = begin(self, generation, group,
+                             Injector((), self.rank, lambda spec: None, lambda fault: None, lambda fault, group: group))
         train(self.context)
         groups = self.context.groups
         wholes = whole_arrays(self.place.state, groups.replica, lambda number: nullcontext(), groups.data)
@@ -79,7 +83,8 @@ def train_on(recipe: Recipe, mesh: Mesh) -> Trained:
                             held=tuple(member.place.state.holding.blocks for member in members))
     found = together(len(members), lambda rank, group: members[rank].live(generation, group), LIMIT_S)
     lines = [line.fields for line in members[0].sent if isinstance(line, Line) and line.file == "metrics"]
-    return Trained([fields["loss"] for fields in lines if "loss" in fields], [fields["eval"] for fields in lines if "eval" in fields],
+    return Trained([fields["loss"] for fields in lines if "loss" in fields],
+                   [fields["eval"] for fields in lines if "eval" in fields],
                    assembled(members), found[0], {hashes_of(arrays.items(), 0)[1] for arrays in found},
                    [member.context.groups.counts for member in members])
 
@@ -94,7 +99,8 @@ def assembled(members: Sequence[Member]) -> dict[str, np.ndarray]:
         whole = np.full(spec.shape, np.nan)
         for coordinate in layout.owners(name):
             box = layout.box(name, coordinate)
-            whole[tuple(slice(s, s + c) for s, c in zip(box.start, box.count, strict=True))] = first_of(members, layout.mesh.rank(coordinate))[name]
+            whole[tuple(slice(s, s + c) for s, c in zip(box.start, box.count,
+                                                        strict=True))] = first_of(members, layout.mesh.rank(coordinate))[name]
         out[name] = whole
     return out
 

@@ -17,7 +17,8 @@ SAVED, OLDER = f"; step N is saved: {GOES_ON}", f"; the newest checkpoint is tha
 
 @dataclass(frozen=True)
 class End:
-    """`says`: with RUN and PLACE for the directories of the run and of its checkpoints, FILE for data, and N for numbers."""
+    """`says`: with RUN and PLACE for the directories of the run and of its checkpoints, FILE for data, and N for
+    numbers."""
 
     what: str
     code: int
@@ -35,20 +36,28 @@ class Chapter:
 ERRORS = {
     "loss": End("the model raises at a step", 3, LAST,
                 "ValueError: row N is poison (modules.py, line N, in loss)" + SAVED),
-    "data": End("the data set raises at a step", 3, LAST, "data.kind: item N of FragileRows cannot be had: OSError: row N cannot be read "
+    "data": End("the data set raises at a step", 3, LAST,
+                "data.kind: item N of FragileRows cannot be had: OSError: row N cannot be read "
                 "(modules.py, line N, in __getitem__); mend the data set" + SAVED),
-    "warm-up": End("the model raises before the first step", 3, START, "ValueError: no such layer (modules.py, line N, in loss)"),
-    "evaluation": End("the model raises in an evaluation", 3, LAST, "ValueError: no such layer (modules.py, line N, in loss)" + SAVED),
-    "metrics": End("the model's own figures raise", 3, LAST, "KeyError: 'recall' (modules.py, line N, in metrics)" + SAVED),
-    "nan": End("the loss is NaN or infinite", 3, LAST, "The loss is nan at step N, logical shard N, sample positions N, N; lower optimizer.lr, set "
+    "warm-up": End("the model raises before the first step", 3, START,
+                   "ValueError: no such layer (modules.py, line N, in loss)"),
+    "evaluation": End("the model raises in an evaluation", 3, LAST,
+                      "ValueError: no such layer (modules.py, line N, in loss)" + SAVED),
+    "metrics": End("the model's own figures raise", 3, LAST, "KeyError: 'recall' (modules.py, line N, in metrics)"
+                   + SAVED),
+    "nan": End("the loss is NaN or infinite", 3, LAST,
+               "The loss is nan at step N, logical shard N, sample positions N, N; lower optimizer.lr, set "
                "optimizer.clip_norm or mend these samples" + SAVED),
     "norm": End("a gradient is infinite, and `optimizer.clip_norm` asks for its norm", 3, LAST,
                 "The gradient's norm is inf at step N; lower optimizer.lr or mend the data" + SAVED),
-    "gradient": End("a gradient is infinite, and nobody asks: the step counts, and what it left is not saved", 3, NEWEST,
-                    "The loss is nan at step N, logical shard N, sample positions N, N; lower optimizer.lr, set optimizer.clip_norm or mend these "
-                    "samples" + OLDER),
-    "file": End("a file of the data is gone", 3, LAST, "data.path: the file FILE is missing; put it back or leave it out" + SAVED),
-    "sharded": End("the model raises, and three workers share out the optimizer's state: each writes what it owns", 3, LAST,
+    "gradient": End("a gradient is infinite, and nobody asks: the step counts, and what it left is not saved", 3,
+                    NEWEST,
+                    "The loss is nan at step N, logical shard N, sample positions N, N; lower optimizer.lr, set "
+                    "optimizer.clip_norm or mend these samples" + OLDER),
+    "file": End("a file of the data is gone", 3, LAST,
+                "data.path: the file FILE is missing; put it back or leave it out" + SAVED),
+    "sharded": End("the model raises, and three workers share out the optimizer's state: each writes what it owns", 3,
+                   LAST,
                    "ValueError: row N is poison (modules.py, line N, in loss)" + SAVED),
 }
 SIGNALS = {
@@ -62,35 +71,44 @@ FRUITLESS = "Worker after worker is lost without a step between them, the last b
 LOSSES = {
     "controller": End("the controller is lost (SIGKILL): another one takes over", 0, ON, test=CRASHES),
     "driver lost": End("the driver is lost, on a cluster: `elastic resume RUN` follows", 0, ON, test=KILLED),
-    "driver and its Ray": End("the driver is lost, and with it a Ray of its own (`--address local`)", 137, NEWEST, test=COMMAND),
+    "driver and its Ray": End("the driver is lost, and with it a Ray of its own (`--address local`)", 137, NEWEST,
+                              test=COMMAND),
     "everything": End("controller, workers and driver are lost together", 137, NEWEST, test=KILLED),
     "workers": End("all workers are lost, others come: an event `rewound` says from where to where", 0, NEWEST),
-    "too few": End("workers are lost until fewer than `elastic.min_workers` are left, and those that replace them do not start", 3, LAST,
+    "too few": End("workers are lost until fewer than `elastic.min_workers` are left, and those that replace them do "
+                   "not start", 3, LAST,
                    FRUITLESS),
-    "twin": End("likewise, and the workers share out the optimizer's state: a twin writes what the lost one owned", 3, LAST, FRUITLESS),
+    "twin": End("likewise, and the workers share out the optimizer's state: a twin writes what the lost one owned", 3,
+                LAST, FRUITLESS),
 }
-LINES = ("The lines of the steps up to N cannot be written to the run directory ({}), and a checkpoint counts with them only; make room there, then "
-         "resume the run" + OLDER)
+LINES = ("The lines of the steps up to N cannot be written to the run directory ({}), and a checkpoint counts with "
+         "them only; make room there, then resume the run" + OLDER)
 PARTS = "The checkpoint of step N could not be written to PLACE ({}); make room or mend the storage, then resume the run" + OLDER
 FULL = "No space left on device"
 DISKS = {
-    "run": End("the run directory's disk is full to the end: training goes on, and no checkpoint counts without its lines", 3, NEWEST,
+    "run": End("the run directory's disk is full to the end: training goes on, and no checkpoint counts without its "
+               "lines", 3, NEWEST,
                LINES.format(FULL)),
     "ledger": End("likewise, with `data.ledger = true`", 3, NEWEST, LINES.format(FULL)),
     "checkpoints": End("the checkpoints' disk is full to the end: training goes on", 3, NEWEST, PARTS.format(FULL)),
     "both": End("both are full to the end", 3, NEWEST, PARTS.format(FULL)),
-    "room": End("the disk of the run directory is full for a while: its lines, and the ledger's rows, wait in memory", 0, ON),
+    "room": End("the disk of the run directory is full for a while: its lines, and the ledger's rows, wait in memory",
+                0, ON),
     "taken": End("the checkpoints' place is taken away: training goes on", 3, NEWEST, PARTS.format("Not a directory")),
-    "lines": End("the file of the metrics takes no more lines: training goes on", 3, NEWEST, LINES.format("Input/output error")),
-    "controller, disk": End("the run directory's disk is full, the controller is lost, there is room again: workers repeat what it held back", 0, ON),
-    "controller, disk, worker": End("likewise, and a worker was lost meanwhile: which group there is stood nowhere", 3, NEWEST,
-                                    "A controller fell while the run directory RUN could not be written, and its journal lacks generation N; make "
-                                    "room there, then resume the run" + OLDER),
+    "lines": End("the file of the metrics takes no more lines: training goes on", 3, NEWEST,
+                 LINES.format("Input/output error")),
+    "controller, disk": End("the run directory's disk is full, the controller is lost, there is room again: workers "
+                            "repeat what it held back", 0, ON),
+    "controller, disk, worker": End("likewise, and a worker was lost meanwhile: which group there is stood nowhere", 3,
+                                    NEWEST,
+                                    "A controller fell while the run directory RUN could not be written, and its "
+                                    "journal lacks generation N; make room there, then resume the run" + OLDER),
 }
 LIMITS = {
     "steps": End("`run.steps` or `run.epochs` are done; a resumption with more of them goes on", 0, LAST),
 }
-CHAPTERS = (Chapter("What a user's own code and data do", ERRORS), Chapter("Signals and drivers", SIGNALS), Chapter("Losses", LOSSES),
+CHAPTERS = (Chapter("What a user's own code and data do", ERRORS), Chapter("Signals and drivers", SIGNALS),
+            Chapter("Losses", LOSSES),
             Chapter("Disks", DISKS), Chapter("The end of the recipe", LIMITS))
 BEGIN = """# How a run may end
 
@@ -115,7 +133,8 @@ def page() -> str:
     """docs/ends.md."""
     lines = [BEGIN]
     for chapter in CHAPTERS:
-        lines += [f"## {chapter.title}", "", "| what happens | exit code | kept | what it says | shown by |", "|---|---|---|---|---|"]
+        lines += [f"## {chapter.title}", "", "| what happens | exit code | kept | what it says | shown by |",
+                  "|---|---|---|---|---|"]
         lines += [f"| {end.what} | {end.code} | {end.kept} | {briefly(end.says)} | `{end.test.removeprefix('tests/')}` |"
                   for end in chapter.ends.values()]
         lines += [""]

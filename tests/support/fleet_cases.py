@@ -22,7 +22,8 @@ T = TypeVar("T")
 def job_of(run_dir: Path, secret: str = "") -> Job:
     """A run that nobody sees the end of."""
     recipe = module_recipe("Small", 10**6, checkpoint={"every_steps": 10**6})
-    return Job(f"run-{time.time_ns():x}", dumps(recipe), {}, str(run_dir), str(run_dir / "checkpoints"), (str(Path.cwd()),), secret=secret)
+    return Job(f"run-{time.time_ns():x}", dumps(recipe), {}, str(run_dir), str(run_dir / "checkpoints"),
+               (str(Path.cwd()),), secret=secret)
 
 
 class Desk:
@@ -77,7 +78,8 @@ class Desk:
     def train(self, fleet: Fleet, ready: Ready, chaos: tuple[str, ...] = ()) -> int:
         """Gives a worker a generation of its own to train in; returns its number."""
         number = next(self.numbers)
-        fleet.send(ready.worker, Generation(number, (ready.worker,), ready.endpoint, fleet.transport([ready]), 0, load="recipe", chaos=chaos))
+        fleet.send(ready.worker, Generation(number, (ready.worker,), ready.endpoint, fleet.transport([ready]), 0,
+                                            load="recipe", chaos=chaos))
         return number
 
 
@@ -120,7 +122,8 @@ def assert_whoever_is_gone_takes_no_order(fleet: Fleet, worker: str) -> None:
     fleet.inject(parse("cont:1@1"), None)
 
 
-def assert_a_successor_finds_the_living_and_gives_no_name_twice(fleet: Fleet, desk: Desk, known: set[str], living: set[str]) -> Ready:
+def assert_a_successor_finds_the_living_and_gives_no_name_twice(fleet: Fleet, desk: Desk, known: set[str],
+                                                                living: set[str]) -> Ready:
     """`fleet`: that of a controller that came after another."""
     assert set(fleet.adopt(known)) == living
     before = desk.starting()

@@ -23,7 +23,8 @@ class Texts:
 
 
 class Language(gluon.Block):
-    """An LSTM language model with tied weights and dropout; the loss a sum over the tokens that are there, and how many they are."""
+    """An LSTM language model with tied weights and dropout; the loss a sum over the tokens that are there, and how many
+    they are."""
 
     def __init__(self, dropout=0.0):
         super().__init__()
@@ -70,7 +71,8 @@ class Straight(autograd.Function):
 
 
 class Deferred(gluon.Block):
-    """Deferred shapes, batch and group norm, a frozen trunk, a learning rate of its own, noise, a custom function, an auxiliary loss."""
+    """Deferred shapes, batch and group norm, a frozen trunk, a learning rate of its own, noise, a custom function, an
+    auxiliary loss."""
 
     def __init__(self):
         super().__init__()

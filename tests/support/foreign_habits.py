@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations
 
 from tests.support.foreign_torch import Points
 
-# ------------------------------------------------------------------ 11. a mean teacher: parameters moved inside the loss
+# ------------------------------------------------------------------ 11. a mean teacher: parameters moved inside the
+# loss
 
 class MeanTeacher(nn.Module):
     def __init__(self):
@@ -34,7 +35,8 @@ class MeanTeacher(nn.Module):
         return F.cross_entropy(out, batch["y"]) + 0.5 * ((out.softmax(-1) - wanted) ** 2).sum(-1).mean()
 
 
-# ------------------------------------------------------------------ 14. VQ-VAE: a codebook in buffers, moved by averages of what was assigned to it
+# ------------------------------------------------------------------ 14. VQ-VAE: a codebook in buffers, moved by
+# averages of what was assigned to it
 
 class VQ(nn.Module):
     def __init__(self):
@@ -60,14 +62,16 @@ class VQ(nn.Module):
         return F.mse_loss(self.decoder(z + (q - z).detach()), batch["x"]) + 0.25 * commit
 
 
-# ------------------------------------------------------------------ 15. quantiles, spectral norm, float64 columns, lazily built
+# ------------------------------------------------------------------ 15. quantiles, spectral norm, float64 columns,
+# lazily built
 
 class Wide:
     """float64 features and an int8 flag, as pandas gives them."""
 
     def __init__(self, size=48):
         draw = np.random.default_rng(10)
-        self.x, self.flag, self.y = draw.normal(size=(size, 5)), draw.integers(0, 2, size).astype(np.int8), draw.normal(size=size)
+        self.x, self.flag, self.y = draw.normal(size=(size,
+                                                      5)), draw.integers(0, 2, size).astype(np.int8), draw.normal(size=size)
 
     def __len__(self):
         return len(self.y)
@@ -89,7 +93,8 @@ class Quantiles(nn.Module):
         return torch.maximum(self.levels * error, (self.levels - 1) * error).mean()
 
 
-# ------------------------------------------------------------------ 16. mixture of experts under autocast, noisy gates, auxiliary loss, int buffer
+# ------------------------------------------------------------------ 16. mixture of experts under autocast, noisy gates,
+# auxiliary loss, int buffer
 
 class Reverse(torch.autograd.Function):
     @staticmethod
@@ -130,7 +135,8 @@ class Experts(nn.Module):
         return F.cross_entropy(out, y) + 0.01 * balance + F.cross_entropy(adversary.float(), (x[:, 0] > 0).long())
 
 
-# ------------------------------------------------------------------ 17. mixup in the loss by NumPy's beta and Python's shuffle
+# ------------------------------------------------------------------ 17. mixup in the loss by NumPy's beta and Python's
+# shuffle
 
 class Mixup(nn.Module):
     def __init__(self):
@@ -229,7 +235,8 @@ class Collater(Points):
     """fairseq's name."""
 
     def collater(self, items):
-        return {"x": torch.stack([torch.tensor(item["x"]).flip(0) for item in items]), "y": torch.tensor([int(item["y"]) for item in items])}
+        return {"x": torch.stack([torch.tensor(item["x"]).flip(0) for item in items]),
+                "y": torch.tensor([int(item["y"]) for item in items])}
 
 
 class Plain(nn.Module):

@@ -25,7 +25,8 @@ class Reviews:
 def reviews():
     """Masking, a bidirectional network, AUC and accuracy, sample weights."""
     model = keras.Sequential([
-        keras.Input((4,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.Bidirectional(layers.SimpleRNN(4)),
+        keras.Input((4,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True),
+        layers.Bidirectional(layers.SimpleRNN(4)),
         layers.Dense(8, activation="relu", kernel_regularizer="l2"), layers.Dense(1, activation="sigmoid")])
     model.compile(loss=keras.losses.BinaryCrossentropy(label_smoothing=0.1), metrics=["accuracy", keras.metrics.AUC()])
     return model
@@ -50,13 +51,15 @@ def pinball(true, guess):
 
 
 def offers():
-    """Two inputs and two outputs by name, loss weights, a frozen layer, batch norm, a constraint, a quantile loss, an activity regulariser."""
+    """Two inputs and two outputs by name, loss weights, a frozen layer, batch norm, a constraint, a quantile loss, an
+    activity regulariser."""
     words, price = keras.Input((4,), name="words", dtype="int32"), keras.Input((3,), name="price")
     embedded = layers.GlobalAveragePooling1D()(layers.Embedding(20, 8, embeddings_constraint="unit_norm")(words))
     frozen = layers.Dense(8, activation="tanh", name="frozen")
     frozen.trainable = False
     joint = layers.Concatenate()([embedded, frozen(price)])
-    joint = layers.BatchNormalization()(layers.Dense(16, activation="relu", activity_regularizer=keras.regularizers.L2(1e-2))(joint))
+    joint = layers.BatchNormalization()(layers.Dense(16, activation="relu",
+                                                     activity_regularizer=keras.regularizers.L2(1e-2))(joint))
     model = keras.Model({"words": words, "price": price}, {
         "sold": layers.Dense(3, name="sold")(joint), "days": layers.Dense(1, name="days")(joint)})
     model.compile(loss={"sold": keras.losses.SparseCategoricalCrossentropy(from_logits=True), "days": pinball},
@@ -92,7 +95,8 @@ class VAE(keras.Model):
 
     def __init__(self, noise):
         super().__init__()
-        self.inside, self.mean, self.log_variance = layers.Dense(16, activation="gelu"), layers.Dense(4), layers.Dense(4)
+        self.inside, self.mean, self.log_variance = layers.Dense(16,
+                                                                 activation="gelu"), layers.Dense(4), layers.Dense(4)
         self.sample, self.outside = Sampling(noise), layers.Dense(6)
 
     def call(self, x, training=None):
@@ -117,7 +121,8 @@ def unmade():
 class Pictures:
     def __init__(self, size=48):
         draw = np.random.default_rng(3)
-        self.x, self.y = draw.random((size, 8, 8, 3)).astype(np.float32), np.eye(4, dtype=np.float32)[draw.integers(0, 4, size)]
+        self.x, self.y = draw.random((size, 8, 8,
+                                      3)).astype(np.float32), np.eye(4, dtype=np.float32)[draw.integers(0, 4, size)]
 
     def __len__(self):
         return len(self.x)
@@ -145,7 +150,8 @@ def pictures(noise=False, spectral=False):
 
 def tagged():
     """One label a word, words that are masked: Keras divides by how many there are."""
-    model = keras.Sequential([keras.Input((4,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True), layers.GRU(4, return_sequences=True),
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), layers.Embedding(30, 16, mask_zero=True),
+                              layers.GRU(4, return_sequences=True),
                               layers.Dense(2, activation="softmax")])
     model.compile(loss="sparse_categorical_crossentropy")
     return model

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-# ------------------------------------------------------------------ 7. SimCLR: contrast within the batch, temperature learned and clamped
+# ------------------------------------------------------------------ 7. SimCLR: contrast within the batch, temperature
+# learned and clamped
 
 class Points:
     def __init__(self, size=48, features=6, classes=3, seed=5):
@@ -63,7 +64,8 @@ class Bags:
     @staticmethod
     def collate_fn(items):
         lengths = torch.tensor([len(row) for row, _ in items])
-        return {"tokens": torch.cat([torch.as_tensor(row) for row, _ in items]), "offsets": torch.cumsum(lengths, 0) - lengths,
+        return {"tokens": torch.cat([torch.as_tensor(row) for row, _ in items]),
+                "offsets": torch.cumsum(lengths, 0) - lengths,
                 "label": torch.tensor([int(label) for _, label in items])}
 
 
@@ -117,7 +119,8 @@ class CTC(nn.Module):
         sound, sound_lengths, text, text_lengths = batch
         packed = pack_padded_sequence(sound, sound_lengths.cpu(), batch_first=True, enforce_sorted=False)
         hidden, lengths = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
-        return F.ctc_loss(self.out(hidden).log_softmax(-1).transpose(0, 1), text, lengths, text_lengths, zero_infinity=True)
+        return F.ctc_loss(self.out(hidden).log_softmax(-1).transpose(0, 1), text, lengths, text_lengths,
+                          zero_infinity=True)
 
 
 # ------------------------------------------------------------------ 10. VAE, figures logged beside the loss
@@ -182,7 +185,8 @@ class Graphs:
         for _ in range(size):
             nodes = int(draw.integers(2, 6))
             self.graphs.append({"x": torch.tensor(draw.normal(size=(nodes, 4)), dtype=torch.float32),
-                                "edges": torch.tensor(draw.integers(0, nodes, (2, nodes * 2))), "y": float(draw.normal())})
+                                "edges": torch.tensor(draw.integers(0, nodes, (2, nodes * 2))),
+                                "y": float(draw.normal())})
 
     def __len__(self):
         return len(self.graphs)
@@ -194,7 +198,8 @@ class Graphs:
         starts = np.cumsum([0] + [len(g["x"]) for g in graphs])
         return {"x": torch.cat([g["x"] for g in graphs]),
                 "edges": torch.cat([g["edges"] + int(start) for g, start in zip(graphs, starts[:-1], strict=True)], 1),
-                "graph": torch.repeat_interleave(torch.arange(len(graphs)), torch.tensor([len(g["x"]) for g in graphs])),
+                "graph": torch.repeat_interleave(torch.arange(len(graphs)),
+                                                 torch.tensor([len(g["x"]) for g in graphs])),
                 "y": torch.tensor([g["y"] for g in graphs])}
 
 
@@ -216,13 +221,15 @@ class GraphNet(nn.Module):
         return F.huber_loss(self.out(pooled).squeeze(-1), batch["y"])
 
 
-# ------------------------------------------------------------------ 13. detection: a varying number of boxes, lists of dicts
+# ------------------------------------------------------------------ 13. detection: a varying number of boxes, lists of
+# dicts
 
 class Boxes:
     def __init__(self, size=48):
         draw = np.random.default_rng(9)
         self.images = torch.tensor(draw.random((size, 1, 8, 8)), dtype=torch.float32)
-        self.targets = [{"boxes": torch.tensor(draw.random((n, 4)), dtype=torch.float32), "labels": torch.tensor(draw.integers(0, 3, n))}
+        self.targets = [{"boxes": torch.tensor(draw.random((n, 4)), dtype=torch.float32),
+                         "labels": torch.tensor(draw.integers(0, 3, n))}
                         for n in draw.integers(0, 4, size)]
 
     def __len__(self):
@@ -236,11 +243,13 @@ class Boxes:
 
 
 class Detector(nn.Module):
-    """Focal-like classification of three slots, L1 over the boxes there are, divided by the number of boxes in the batch, as DETR does."""
+    """Focal-like classification of three slots, L1 over the boxes there are, divided by the number of boxes in the
+    batch, as DETR does."""
 
     def __init__(self):
         super().__init__()
-        self.trunk = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.trunk = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.AdaptiveAvgPool2d(2),
+                                   nn.Flatten())
         self.classes, self.boxes = nn.Linear(32, 12), nn.Linear(32, 12)
 
     def loss(self, batch):
@@ -253,7 +262,8 @@ class Detector(nn.Module):
             n = len(target["labels"])
             wanted = torch.full((3,), 3)
             wanted[:n] = target["labels"]
-            total = total + F.cross_entropy(logits[row], wanted, reduction="sum") + 5 * (boxes[row, :n] - target["boxes"]).abs().sum()
+            total = total + F.cross_entropy(logits[row], wanted,
+                                            reduction="sum") + 5 * (boxes[row, :n] - target["boxes"]).abs().sum()
         return total / count
 
 

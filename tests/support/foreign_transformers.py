@@ -43,7 +43,8 @@ class GPT2(nn.Module):
         super().__init__()
         t = _quiet()
         self.net = t.GPT2LMHeadModel(t.GPT2Config(
-            vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+            vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2, resid_pdrop=dropout, embd_pdrop=dropout,
+            attn_pdrop=dropout,
             use_cache=False, bos_token_id=0, eos_token_id=0))
         self.net.gradient_checkpointing_enable()
 
@@ -60,13 +61,16 @@ class GPT2Sum(GPT2):
     def loss(self, batch):
         logits = self.net(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100,
+                               reduction="sum"), (labels != -100).sum()
 
 
-# ------------------------------------------------------------------ 2. BERT, masked tokens drawn in __getitem__, a sum and a weight
+# ------------------------------------------------------------------ 2. BERT, masked tokens drawn in __getitem__, a sum
+# and a weight
 
 class Masked:
-    """Fifteen percent of the tokens hidden, anew each time an item is asked for, by torch's own generator (as everybody does)."""
+    """Fifteen percent of the tokens hidden, anew each time an item is asked for, by torch's own generator (as everybody
+    does)."""
 
     def __init__(self, size=48, vocab=40, length=8):
         draw = np.random.default_rng(1)
@@ -91,13 +95,15 @@ class BERT(nn.Module):
         super().__init__()
         t = _quiet()
         self.net = t.BertForMaskedLM(t.BertConfig(
-            vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=16))
+            vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            max_position_embeddings=16))
         self.net.gradient_checkpointing_enable()
 
     def loss(self, batch):
         labels = batch["labels"]
         logits = self.net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100,
+                               reduction="sum"), (labels != -100).sum()
 
 
 # ------------------------------------------------------------------ 3. T5
@@ -122,7 +128,8 @@ class T5(nn.Module):
         super().__init__()
         t = _quiet()
         self.net = t.T5ForConditionalGeneration(t.T5Config(
-            vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0, use_cache=False))
+            vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0,
+            decoder_start_token_id=0, use_cache=False))
         self.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
 
     def loss(self, batch):
@@ -156,7 +163,8 @@ class Llama(nn.Module):
         super().__init__()
         t = _quiet()
         self.net = t.LlamaForCausalLM(t.LlamaConfig(
-            vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1,
             max_position_embeddings=16, use_cache=False, tie_word_embeddings=True))
         self.net.requires_grad_(False)
         for layer in self.net.model.layers:
@@ -169,7 +177,8 @@ class Llama(nn.Module):
         return self.net(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
 
 
-# ------------------------------------------------------------------ 5. ViT with augmentation by NumPy's and Python's global generators
+# ------------------------------------------------------------------ 5. ViT with augmentation by NumPy's and Python's
+# global generators
 
 class Pictures:
     def __init__(self, size=48):
@@ -193,7 +202,8 @@ class ViT(nn.Module):
         super().__init__()
         t = _quiet()
         self.net = t.ViTForImageClassification(t.ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=4, num_labels=4,
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8,
+            patch_size=4, num_labels=4,
             hidden_dropout_prob=0.1))
         self.net.gradient_checkpointing_enable()
         self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
@@ -203,7 +213,8 @@ class ViT(nn.Module):
         return self.criterion(self.net(images).logits, labels)
 
 
-# ------------------------------------------------------------------ 6. Whisper, SpecAugment inside (which draws from NumPy), layerdrop (from torch)
+# ------------------------------------------------------------------ 6. Whisper, SpecAugment inside (which draws from
+# NumPy), layerdrop (from torch)
 
 class Speech:
     def __init__(self, size=48):
@@ -223,9 +234,12 @@ class Whisper(nn.Module):
         super().__init__()
         t = _quiet()
         self.net = t.WhisperForConditionalGeneration(t.WhisperConfig(
-            vocab_size=40, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-            encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=12, max_target_positions=12, encoder_layerdrop=0.3, dropout=0.1,
-            apply_spec_augment=True, mask_time_prob=0.3, mask_time_length=3, mask_time_min_masks=1, mask_feature_prob=0.3, mask_feature_length=2,
+            vocab_size=40, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=12, max_target_positions=12,
+            encoder_layerdrop=0.3, dropout=0.1,
+            apply_spec_augment=True, mask_time_prob=0.3, mask_time_length=3, mask_time_min_masks=1,
+            mask_feature_prob=0.3, mask_feature_length=2,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, use_cache=False,
             suppress_tokens=None, begin_suppress_tokens=None))
         self.net.gradient_checkpointing_enable()

@@ -2,8 +2,9 @@
 
     python -m tests.support.forked RUN_DIR RECIPE WORKERS [FAULT ...]
 
-starts so many, of which half are spares until a fault of the kind "scale" asks for them, and ends with the run. Controller, workers, store and
-transports are those of a run on Ray. The children are forked before the first thread: a lock would stay locked in them.
+starts so many, of which half are spares until a fault of the kind "scale" asks for them, and ends with the run.
+Controller, workers, store and transports are those of a run on Ray. The children are forked before the first thread: a
+lock would stay locked in them.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def be_worker(orders: Any, words: Any) -> None:
     """A child's life: it waits until somebody wants it."""
     name, job = orders.recv()
     rim = ForkedRim(job, words)
-    rim.outbox = Outbox(name, rim.control, lambda messages, number: rim.ask("receive", messages, number), FORM_S, lambda: os._exit(1),
+    rim.outbox = Outbox(name, rim.control, lambda messages, number: rim.ask("receive", messages, number), FORM_S,
+                        lambda: os._exit(1),
                         lambda: os._exit(1))
 
     def listen() -> None:

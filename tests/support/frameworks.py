@@ -1,7 +1,8 @@
 """The frameworks under test: how to run a function of arrays through each one's ops and differentiate it.
 
-ELASTIC_TEST_BACKENDS, a comma-separated list, names those that are tested in a process: the others' tests do not run there, and one that cannot
-load fails its tests instead of skipping them. Without it all run, as far as their frameworks are installed.
+ELASTIC_TEST_BACKENDS, a comma-separated list, names those that are tested in a process: the others' tests do not run
+there, and one that cannot load fails its tests instead of skipping them. Without it all run, as far as their frameworks
+are installed.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def ops_of(name: str, precision: str) -> Any:
     return getattr(module, kind)(np.dtype(precision))
 
 
-def differentiate(name: str, function: Callable[..., Any], arrays: Sequence[np.ndarray], precision: str, ops: Any = None,
+def differentiate(name: str, function: Callable[..., Any], arrays: Sequence[np.ndarray], precision: str,
+                  ops: Any = None,
                   cotangents: Sequence[np.ndarray] = ()) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The outputs of `function(ops, *arrays)` and the gradients of their sum weighted with `cotangents`."""
     module = load(name, "ops")
@@ -102,7 +104,8 @@ def _torch(module: Any, ops: Any, function: Callable[..., Any], arrays: Sequence
     total = sum((out * torch.tensor(c, dtype=dtype)).sum() for out, c in zip(outputs, cotangents))
     if total.requires_grad:
         total.backward()
-    grads = [np.zeros(a.shape, precision) if leaf.grad is None else leaf.grad.numpy() for a, leaf in zip(arrays, leaves)]
+    grads = [np.zeros(a.shape, precision) if leaf.grad is None else leaf.grad.numpy()
+             for a, leaf in zip(arrays, leaves)]
     return [out.detach().numpy() for out in outputs], grads
 
 
@@ -139,7 +142,8 @@ def _tensorflow(module: Any, ops: Any, function: Callable[..., Any], arrays: Seq
 
 
 def assert_close(found: np.ndarray, wanted: np.ndarray, tolerance: float, what: str = "") -> None:
-    """By norm: where a true value is 0 (a key's bias), elements have no relative error. Norms below 0.1 count as 0.1."""
+    """By norm: where a true value is 0 (a key's bias), elements have no relative error. Norms below 0.1 count as 0.1.
+    """
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     assert found.shape == wanted.shape, f"{what}: shape {found.shape}, not {wanted.shape}"
     error = np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 0.1)

@@ -44,7 +44,8 @@ def every_call(group: Any, keep: dict[str, Any], dtype: str) -> dict[str, np.nda
     group.all_gather(found["all_gather"], mine)
     for call in STARTED:
         found[f"started {call}"] = np.zeros(NUM * size, dtype) if call == "all_gather" else mine.copy()
-        pending = group.start(call, found[f"started {call}"], *([mine] if call == "all_gather" else [1 % size] if call == "broadcast" else []))
+        pending = group.start(call, found[f"started {call}"],
+                              *([mine] if call == "all_gather" else [1 % size] if call == "broadcast" else []))
         (np.ones((32, 32)) @ np.ones((32, 32))).sum()
         pending.finish()
     counts, out_counts = to_rank(rank, size), [to_rank(peer, size)[rank] for peer in range(size)]
@@ -91,10 +92,12 @@ def many_calls(group: Any, keep: dict[str, Any], rounds: int) -> float:
     return total
 
 
-def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, block: int, chunk: int, steps: int) -> list[bytes]:
+def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, block: int, chunk: int,
+              steps: int) -> list[bytes]:
     """The canonical reduction as the loop does it, in buffers of the group's own where it has some."""
     allocate = group.allocate
-    out, scratch, free = allocate(out_size(numel, block, group.size)), Scratch(lambda n: np.zeros(n, np.float32), chunk), []
+    out, scratch, free = allocate(out_size(numel, block,
+                                           group.size)), Scratch(lambda n: np.zeros(n, np.float32), chunk), []
     found = []
     for step in range(steps):
         def take() -> np.ndarray:
@@ -113,10 +116,12 @@ def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, blo
     return found
 
 
-def kept_sum(group: Any, keep: dict[str, Any], num_shards: int, cuts: list[int], twin: bool, chunk: int, steps: int) -> list[tuple[bytes, bytes]]:
+def kept_sum(group: Any, keep: dict[str, Any], num_shards: int, cuts: list[int], twin: bool, chunk: int,
+             steps: int) -> list[tuple[bytes, bytes]]:
     """The same sum, of which this member keeps two ranges; then all put their own together."""
     allocate, numel = group.allocate, cuts[-1]
-    out, whole, scratch = allocate(numel), np.zeros(numel, np.float32), Scratch(lambda n: np.zeros(n, np.float32), chunk)
+    out, whole, scratch = allocate(numel), np.zeros(numel,
+                                                    np.float32), Scratch(lambda n: np.zeros(n, np.float32), chunk)
     found = []
     for step in range(steps):
         run = shards_of(group.rank, group.size, num_shards)
@@ -170,7 +175,8 @@ def one(group: Any, call: str) -> None:
 
 
 def started(group: Any, keep: dict[str, Any], call: str, silent: int) -> list[str]:
-    """What a watched group says of calls after it was aborted between the start of one and its end; rank `silent` starts nothing."""
+    """What a watched group says of calls after it was aborted between the start of one and its end; rank `silent`
+    starts nothing."""
     if group.rank == silent:
         keep["idle"] = group
         return []
@@ -228,7 +234,8 @@ def look(group: Any, keep: dict[str, Any], numel: int) -> list[str]:
 def cut(group: Any, keep: dict[str, Any], doomed: int, delivered_to: list[int]) -> list[float]:
     """Rank `doomed` dies in the midst of a small all-gather."""
     if group.rank == doomed:
-        group.cut_short(delivered_to, die if isinstance(group, LocalGroup) else lambda: os.kill(os.getpid(), signal.SIGKILL))
+        group.cut_short(delivered_to, die if isinstance(group, LocalGroup)
+                        else lambda: os.kill(os.getpid(), signal.SIGKILL))
     out = np.zeros(group.size)
     group.all_gather(out, np.array([1.0 + group.rank]))
     return out.tolist()

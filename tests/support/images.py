@@ -29,7 +29,8 @@ def draw(count: int, side: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
-    content = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.astype(np.uint8).tobytes()
+    content = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim,
+                          *values.shape) + values.astype(np.uint8).tobytes()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
@@ -55,9 +56,11 @@ def vision_recipe(kind: str, files: Mapping[str, str], steps: int = 12, **change
 
 def section(**changes: Any) -> Any:
     """A recipe's `[data]` as the door sees it."""
-    base = {"format": "idx", "path": (), "eval_path": (), "eval_fraction": 0.0, "image": "", "label": "", "skip_bad": False, "image_size": 0,
+    base = {"format": "idx", "path": (), "eval_path": (), "eval_fraction": 0.0, "image": "", "label": "",
+            "skip_bad": False, "image_size": 0,
             "channels": 0, "crop": 0, "flip": False, "mixup": 0.0}
-    given = {key: (value,) if key.endswith("path") and isinstance(value, str) else value for key, value in changes.items()}
+    given = {key: (value,) if key.endswith("path") and isinstance(value, str) else value
+             for key, value in changes.items()}
     return SimpleNamespace(**{**base, **given})
 
 

@@ -53,10 +53,12 @@ class Run:
         self.run_dir, self.recipe, self.hooks = run_dir, recipe, dict(hooks or {})
         self.begin, elastic = self.open(), recipe.elastic
         self.checkpoints = recipe.checkpoint.path or str(run_dir / "checkpoints")
-        job = Job(f"run-{time.time_ns():x}", dumps(recipe), workload.prepare(recipe), str(run_dir), self.checkpoints, (), tuple(chaos))
+        job = Job(f"run-{time.time_ns():x}", dumps(recipe), workload.prepare(recipe), str(run_dir), self.checkpoints,
+                  (), tuple(chaos))
         self.job, self.settings = job, Settings.of(recipe)
         self.fleet = ThreadFleet(job, capacity or elastic.max_workers + elastic.spares, nodes)
-        self.controller = self.build(WatchedRunLog(run_dir, self.begin.written, self.begin.evaluated, self.begin.generation))
+        self.controller = self.build(WatchedRunLog(run_dir, self.begin.written, self.begin.evaluated,
+                                                   self.begin.generation))
         self.opened()
 
     def build(self, run_log: WatchedRunLog) -> Controller:
@@ -74,7 +76,8 @@ class Run:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "recipe.toml").write_text(dumps(self.recipe))
         lines, events = (read_lines(self.run_dir / f"{name}.jsonl") for name in ("metrics", "events"))
-        return Begin(max((f["step"] for f in lines if "eval" not in f), default=0), max((f["step"] for f in lines if "eval" in f), default=0),
+        return Begin(max((f["step"] for f in lines if "eval" not in f), default=0),
+                     max((f["step"] for f in lines if "eval" in f), default=0),
                      max((f["generation"] for f in events), default=0))
 
     def after_step(self, step: int) -> None:
@@ -173,16 +176,20 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def gpt_recipe(text: Path, steps: int = 24, **changes: Mapping[str, Any]) -> Recipe:
     """A GPT that a thread trains in milliseconds a step; L = 8."""
-    base = {"run": {"steps": steps, "eval_every": 10}, "model": {"kind": "nlp.gpt", "layers": 1, "heads": 2, "width": 16, "context": 8},
+    base = {"run": {"steps": steps, "eval_every": 10},
+            "model": {"kind": "nlp.gpt", "layers": 1, "heads": 2, "width": 16, "context": 8},
             "data": {"format": "text", "path": [str(text)], "batch_size": 16, "eval_fraction": 0.02},
             "elastic": {"max_workers": 4, "logical_shards": 8, "hang_timeout_s": 5.0}, "checkpoint": {"every_steps": 8},
-            "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "no_decay": ["*ln*"], "schedule": "cosine", "warmup_steps": 5}}
+            "optimizer": {"lr": 1e-2, "weight_decay": 0.1, "no_decay": ["*ln*"], "schedule": "cosine",
+                          "warmup_steps": 5}}
     return parse(merged(base, changes))
 
 
-def module_recipe(module: str, steps: int | None = 24, options: Mapping[str, Any] | None = None, **changes: Mapping[str, Any]) -> Recipe:
+def module_recipe(module: str, steps: int | None = 24, options: Mapping[str, Any] | None = None,
+                  **changes: Mapping[str, Any]) -> Recipe:
     """A user's module and data set of `tests.support.modules`, by name."""
-    base = {"run": {"steps": steps, "eval_every": 0} if steps else {"eval_every": 0}, "model": {"kind": f"{MODULES}:{module}"},
+    base = {"run": {"steps": steps, "eval_every": 0} if steps else {"eval_every": 0},
+            "model": {"kind": f"{MODULES}:{module}"},
             "data": {"kind": f"{MODULES}:Rows", "options": dict(options or {}), "batch_size": 16, "eval_fraction": 0.0},
             "elastic": {"max_workers": 4, "logical_shards": 8, "hang_timeout_s": 5.0}, "checkpoint": {"every_steps": 8}}
     return parse(merged(base, changes))

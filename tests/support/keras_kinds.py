@@ -29,23 +29,28 @@ class Rows:
         return ROWS
 
     def columns(self) -> tuple[Any, ...]:
-        return {"pair": (self.x, self.y), "weighted": (self.x, self.y, self.weight), "ids": (self.ids, self.y), "near": (self.x, self.near),
+        return {"pair": (self.x, self.y), "weighted": (self.x, self.y, self.weight), "ids": (self.ids, self.y),
+                "near": (self.x, self.near),
                 "near weighted": (self.x, self.near, self.weight), "two": (self.x, {"line": self.y, "side": self.near}),
                 "x": (self.x,), "steps": (self.ids % 4, np.repeat(self.y[:, :, None], 5, 1)),
-                "weighted steps": (self.ids % 4, np.repeat(self.y[:, :, None], 5, 1), self.weight[:, None] + self.ids)}[self.kind]
+                "weighted steps": (self.ids % 4, np.repeat(self.y[:, :, None], 5, 1), self.weight[:, None]
+                                   + self.ids)}[self.kind]
 
     def __getitem__(self, index: int) -> Any:
         return keras.tree.map_structure(lambda column: column[index], self.columns())
 
 
-def net(loss: Any = "mse", metrics: Any = None, first: Any = None, last: Any = None, between: tuple[Any, ...] = (), **compiled: Any) -> Any:
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(5, activation="tanh", **(first or {})), *between, layers.Dense(1, **(last or {}))])
+def net(loss: Any = "mse", metrics: Any = None, first: Any = None, last: Any = None, between: tuple[Any, ...] = (),
+        **compiled: Any) -> Any:
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(5, activation="tanh", **(first or {})), *between,
+                              layers.Dense(1, **(last or {}))])
     model.compile(loss=loss, metrics=metrics, **compiled)
     return model
 
 
 def constrained() -> Any:
-    return net(first={"kernel_constraint": keras.constraints.NonNeg()}, last={"kernel_constraint": keras.constraints.MaxNorm(0.5)})
+    return net(first={"kernel_constraint": keras.constraints.NonNeg()},
+               last={"kernel_constraint": keras.constraints.MaxNorm(0.5)})
 
 
 def centred() -> Any:
@@ -54,7 +59,8 @@ def centred() -> Any:
 
 
 def regularized() -> Any:
-    return net(first={"kernel_regularizer": "l2", "bias_regularizer": "l1", "activity_regularizer": keras.regularizers.L2(0.1)})
+    return net(first={"kernel_regularizer": "l2", "bias_regularizer": "l1",
+                      "activity_regularizer": keras.regularizers.L2(0.1)})
 
 
 def normed() -> Any:
@@ -84,8 +90,10 @@ def nested() -> Any:
 def two_heads() -> Any:
     x = keras.Input((4,))
     body = layers.Dense(5, activation="tanh")(x)
-    model = keras.Model(x, {"line": layers.Dense(1, name="line")(body), "side": layers.Dense(1, name="side", activation="sigmoid")(body)})
-    model.compile(loss={"line": "mae", "side": "binary_crossentropy"}, loss_weights={"line": 0.3, "side": 2.0}, metrics={"line": ["mse"]})
+    model = keras.Model(x, {"line": layers.Dense(1, name="line")(body),
+                            "side": layers.Dense(1, name="side", activation="sigmoid")(body)})
+    model.compile(loss={"line": "mae", "side": "binary_crossentropy"}, loss_weights={"line": 0.3, "side": 2.0},
+                  metrics={"line": ["mse"]})
     return model
 
 
@@ -128,7 +136,8 @@ def penalized() -> Any:
 
 
 def recurrent() -> Any:
-    model = keras.Sequential([keras.Input((5,), dtype="int64"), layers.Embedding(9, 4), layers.LSTM(3), layers.Dense(1)])
+    model = keras.Sequential([keras.Input((5,), dtype="int64"), layers.Embedding(9, 4), layers.LSTM(3),
+                              layers.Dense(1)])
     model.compile(loss="mse")
     return model
 
@@ -174,8 +183,10 @@ def dropped() -> Any:
     return net(between=(layers.Dropout(0.4), layers.GaussianNoise(0.1), layers.BatchNormalization()))
 
 
-ALIKE = {"constrained": "pair", "centred": "pair", "regularized": "pair", "normed": "pair", "group_normed": "pair", "frozen": "pair",
-         "nested": "pair", "two_heads": "two", "own_compute_loss": "pair", "penalized": "pair", "recurrent": "ids", "averaging": "pair",
+ALIKE = {"constrained": "pair", "centred": "pair", "regularized": "pair", "normed": "pair", "group_normed": "pair",
+         "frozen": "pair",
+         "nested": "pair", "two_heads": "two", "own_compute_loss": "pair", "penalized": "pair", "recurrent": "ids",
+         "averaging": "pair",
          "teacher": "pair", "net": "weighted"}
 
 
@@ -183,8 +194,10 @@ ALIKE = {"constrained": "pair", "centred": "pair", "regularized": "pair", "norme
 
 def many_metrics() -> Any:
     return net("binary_crossentropy", last={"activation": "sigmoid"},
-                metrics=["accuracy", keras.metrics.AUC(name="area"), keras.metrics.RootMeanSquaredError(), keras.metrics.Precision(),
-                         keras.metrics.F1Score(threshold=0.5), keras.metrics.R2Score(), keras.metrics.MeanIoU(2, name="overlap")],
+                metrics=["accuracy", keras.metrics.AUC(name="area"), keras.metrics.RootMeanSquaredError(),
+                         keras.metrics.Precision(),
+                         keras.metrics.F1Score(threshold=0.5), keras.metrics.R2Score(),
+                         keras.metrics.MeanIoU(2, name="overlap")],
                 weighted_metrics=["mse", keras.metrics.SensitivityAtSpecificity(0.5)])
 
 
@@ -210,19 +223,22 @@ def summed() -> Any:
 
 def summed_heads() -> Any:
     model = two_heads()
-    losses = {"line": keras.losses.MeanAbsoluteError(reduction="sum"), "side": keras.losses.BinaryCrossentropy(reduction="sum")}
+    losses = {"line": keras.losses.MeanAbsoluteError(reduction="sum"),
+              "side": keras.losses.BinaryCrossentropy(reduction="sum")}
     model.compile(loss=losses, loss_weights={"line": 0.03, "side": 0.2})
     return model
 
 
 def mixed_heads() -> Any:
     model = two_heads()
-    model.compile(loss={"line": keras.losses.MeanAbsoluteError(reduction="sum"), "side": "binary_crossentropy"}, loss_weights=[0.03, 1.0])
+    model.compile(loss={"line": keras.losses.MeanAbsoluteError(reduction="sum"), "side": "binary_crossentropy"},
+                  loss_weights=[0.03, 1.0])
     return model
 
 
 def summed_and_regularized() -> Any:
-    return net(keras.losses.MeanSquaredError(reduction="sum"), loss_weights=0.1, first={"kernel_regularizer": keras.regularizers.L2(1e-6)})
+    return net(keras.losses.MeanSquaredError(reduction="sum"), loss_weights=0.1,
+               first={"kernel_regularizer": keras.regularizers.L2(1e-6)})
 
 
 def weighted_mean() -> Any:
@@ -235,7 +251,8 @@ def added() -> Any:
 
 
 def masked(loss: Any = "mse", between: tuple[Any, ...] = ()) -> Any:
-    model = keras.Sequential([keras.Input((5,), dtype="int64"), layers.Embedding(9, 4, mask_zero=True, embeddings_regularizer="l2"),
+    model = keras.Sequential([keras.Input((5,), dtype="int64"),
+                              layers.Embedding(9, 4, mask_zero=True, embeddings_regularizer="l2"),
                               layers.LSTM(3, return_sequences=True), *between, layers.Dense(1)])
     model.compile(loss=loss)
     return model
@@ -246,7 +263,8 @@ def masked_weighted() -> Any:
 
 
 def masked_sum() -> Any:
-    model = keras.Sequential([keras.Input((5,), dtype="int64"), layers.Embedding(9, 4, mask_zero=True), layers.LSTM(3, return_sequences=True),
+    model = keras.Sequential([keras.Input((5,), dtype="int64"), layers.Embedding(9, 4, mask_zero=True),
+                              layers.LSTM(3, return_sequences=True),
                               layers.Dense(1)])
     model.compile(loss=keras.losses.MeanSquaredError(reduction="sum"), loss_weights=0.02)
     return model
@@ -256,9 +274,11 @@ def masked_and_penalized() -> Any:
     return masked(between=(layers.ActivityRegularization(l2=0.1),))
 
 
-PUT_TOGETHER = {"summed": "weighted", "summed_heads": "two", "weighted_mean": "weighted", "added": "x", "masked": "weighted steps",
+PUT_TOGETHER = {"summed": "weighted", "summed_heads": "two", "weighted_mean": "weighted", "added": "x",
+                "masked": "weighted steps",
                 "masked_weighted": "weighted steps", "masked_sum": "steps"}
-ONE_SHARD = {"spread": "pair", "summing_penalty": "pair", "mixed_heads": "two", "summed_and_regularized": "pair", "masked_and_penalized": "steps"}
+ONE_SHARD = {"spread": "pair", "summing_penalty": "pair", "mixed_heads": "two", "summed_and_regularized": "pair",
+             "masked_and_penalized": "steps"}
 
 
 def spread() -> Any:

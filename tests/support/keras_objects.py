@@ -14,7 +14,8 @@ from tests.support.keras_kinds import OwnLoss, Rows, built, net
 
 
 class Listed(OwnLoss):
-    """A penalty over a list of its variables that it takes where it is made; one layer under two names, called twice."""
+    """A penalty over a list of its variables that it takes where it is made; one layer under two names, called twice.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,14 +65,17 @@ class Counted(layers.Layer):
     """Weights of many kinds that move with every batch, one of them named as Keras names its generators."""
 
     def build(self, shape: Any) -> None:
-        self.kept = [self.add_weight(shape=(2,), initializer=keras.initializers.Constant(LARGE if kind == "float64" else 0), dtype=kind,
+        self.kept = [self.add_weight(shape=(2,),
+                                     initializer=keras.initializers.Constant(LARGE if kind == "float64" else 0),
+                                     dtype=kind,
                                      trainable=False, autocast=False, name=kind) for kind in NUMBERS]
         self.scale = self.add_weight(shape=(), initializer="ones", trainable=False, name="seed_generator_state")
 
     def call(self, x: Any, training: bool = False) -> Any:
         if training:
             for kept in self.kept:
-                kept.assign(ops.logical_not(kept) if kept.dtype == "bool" else kept + ops.cast(0.5 if "float" in kept.dtype else 3, kept.dtype))
+                kept.assign(ops.logical_not(kept) if kept.dtype == "bool" else kept
+                            + ops.cast(0.5 if "float" in kept.dtype else 3, kept.dtype))
             self.scale.assign(self.scale * 0.9)
         return x * self.scale + 0.01 * ops.cast(self.kept[-1][0] - LARGE, "float32")
 

@@ -22,7 +22,8 @@ WAIT_S = 30.0  # for what must happen, on a busy machine; a failure is a hang
 KILLED = "killed"
 
 
-def form(transport: str, rank: int, size: int, address: str, prefix: str, aborted: threading.Event, timeout_s: float) -> Any:
+def form(transport: str, rank: int, size: int, address: str, prefix: str, aborted: threading.Event,
+         timeout_s: float) -> Any:
     if transport == "gloo":
         from elastic.collective.gloo import GlooGroup
         return GlooGroup.form(rank, size, address, prefix, aborted, timeout_s, "127.0.0.1")
@@ -84,7 +85,8 @@ class Place:
         self.reports: queue.Queue[tuple[str, str, Any]] = queue.Queue()
         self.early: list[tuple[str, str, Any]] = []
 
-    def result(self, name: str, kinds: tuple[str, ...] = ("ok", "broken", "failed", KILLED), timeout_s: float = WAIT_S) -> tuple[str, Any]:
+    def result(self, name: str, kinds: tuple[str, ...] = ("ok", "broken", "failed", KILLED),
+               timeout_s: float = WAIT_S) -> tuple[str, Any]:
         deadline = time.monotonic() + timeout_s
         while True:
             for report in self.early:
@@ -108,7 +110,8 @@ class Threads:
         self.flags: dict[tuple[str, int], threading.Event] = {}
         self.keeps: dict[int, dict[str, Any]] = {}
 
-    def start(self, name: str, member: int, rank: int, size: int, case: str, args: tuple[Any, ...] = (), timeout_s: float = WAIT_S,
+    def start(self, name: str, member: int, rank: int, size: int, case: str, args: tuple[Any, ...] = (),
+              timeout_s: float = WAIT_S,
               address: str = "") -> None:
         place = self.places.setdefault(member, Place())
         number = self.numbers.setdefault(name, len(self.numbers))
@@ -120,7 +123,9 @@ class Threads:
             place.reports.put((name, "formed", None))
             return group
 
-        threading.Thread(target=lambda: place.reports.put((name, *run_case(case, make, self.keeps.setdefault(member, {}), args))),
+        threading.Thread(target=lambda: place.reports.put((name,
+                                                           *run_case(case, make, self.keeps.setdefault(member, {}),
+                                                                     args))),
                          daemon=True).start()
 
     def _newest(self, member: int) -> tuple[int, int]:
@@ -154,7 +159,8 @@ class Processes:
         self.places: dict[int, Place] = {}
         self.processes: dict[int, Any] = {}
         self.pipes: dict[int, Any] = {}
-        self.listeners: dict[int, threading.Thread] = {}  # each alone reaps its process: of two that do, one may find nothing and call it alive
+        # each alone reaps its process: of two that do, one may find nothing and call it alive
+        self.listeners: dict[int, threading.Thread] = {}
 
     def _ensure(self, member: int) -> None:
         if member in self.processes and self.listeners[member].is_alive():
@@ -166,7 +172,8 @@ class Processes:
         theirs.close()
         self.places[member] = Place()
         self.listeners[member] = threading.Thread(target=self._listen, daemon=True,
-                                                  args=(self.pipes[member], self.places[member], self.processes[member]))
+                                                  args=(self.pipes[member], self.places[member],
+                                                        self.processes[member]))
         self.listeners[member].start()
 
     @staticmethod
@@ -179,7 +186,8 @@ class Processes:
                 place.reports.put(("", KILLED, None))
                 return
 
-    def start(self, name: str, member: int, rank: int, size: int, case: str, args: tuple[Any, ...] = (), timeout_s: float = WAIT_S,
+    def start(self, name: str, member: int, rank: int, size: int, case: str, args: tuple[Any, ...] = (),
+              timeout_s: float = WAIT_S,
               address: str = "") -> None:
         self._ensure(member)
         self.pipes[member].send(("run", name, rank, size, address or self.endpoint.address, timeout_s, case, args))

@@ -31,7 +31,8 @@ class Rig:
         """(flat gradient added to `start`, result)."""
         flat = self.backend.allocate(self.layout.trainable)
         flat[:] = start
-        result = self.backend.gradients(batch, seed, shaped(flat, {n: self.layout.places[n] for n in self.layout.trainable_names}))
+        result = self.backend.gradients(batch, seed,
+                                        shaped(flat, {n: self.layout.places[n] for n in self.layout.trainable_names}))
         return flat, result
 
     def by_name(self, flat: Any) -> dict[str, Any]:
@@ -58,7 +59,8 @@ def gpt_rig(name: str, freeze: tuple[str, ...] = (), config: dict[str, Any] | No
 
 
 class Tiny:
-    """A small `elastic.model.backend.Chain`: an embedding, two layers with biases split along d_ff, and a head tied to the embedding."""
+    """A small `elastic.model.backend.Chain`: an embedding, two layers with biases split along d_ff, and a head tied to
+    the embedding."""
 
     layout = {"d_ff": "tensor", "vocab": "tensor"}
     pieces = ("embed", "h0", "h1", "head")
@@ -106,7 +108,8 @@ class Tiny:
 
     def score(self, ops: Any, x: Any, batch: Any, seed: int) -> tuple[Any, Any]:
         weights = ops.multiply(ops.reshape(batch["row_weight"], (self.rows, 1)), ops.constant(np.ones((1, self.time))))
-        return ops.cross_entropy(x, ops.narrow(batch["tokens"], 1, 1, self.time), weights, "vocab", VOCAB), ops.sum(weights)
+        return ops.cross_entropy(x, ops.narrow(batch["tokens"], 1, 1, self.time), weights, "vocab",
+                                 VOCAB), ops.sum(weights)
 
     def measure(self, ops: Any, x: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
         return {"loss": self.score(ops, x, batch, 0)}
@@ -138,4 +141,5 @@ def assert_evaluates(rig: Rig, batch: Any, wanted: float) -> None:
     for _ in range(2):
         total, weight = rig.backend.metrics(batch)["loss"]
         assert total / weight == pytest.approx(wanted, rel=1e-6)
-    assert np.array_equal(rig.gradient(batch)[0], before) and all(np.array_equal(rig.state[name], state[name]) for name in state)
+    assert np.array_equal(rig.gradient(batch)[0], before) and all(np.array_equal(rig.state[name], state[name])
+                                                                  for name in state)

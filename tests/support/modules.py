@@ -27,7 +27,8 @@ class Rows:
 
 
 class Augmented(Rows):
-    """Built by chance, and every look at a row gives another one: drawn from all the generators that a user may draw from."""
+    """Built by chance, and every look at a row gives another one: drawn from all the generators that a user may draw
+    from."""
 
     def __init__(self, size: int = 100, width: int = 6):
         super().__init__(size, width)
@@ -44,7 +45,8 @@ class Net(nn.Module):
 
     def __init__(self, width: int = 6, dropout: float = 0.2):
         super().__init__()
-        self.first, self.norm, self.drop, self.last = nn.Linear(width, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 1)
+        self.first, self.norm, self.drop, self.last = nn.Linear(width,
+                                                                8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.Linear(8, 1)
         self.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
 
     def loss(self, batch: Any) -> Any:
@@ -64,7 +66,8 @@ class Small(nn.Module):
 
 
 class Held(Small):
-    """Each shard takes `seconds`, and nothing of a processor, as long as the file `by` is there: a run lasts while a test does something to it."""
+    """Each shard takes `seconds`, and nothing of a processor, as long as the file `by` is there: a run lasts while a
+    test does something to it."""
 
     def __init__(self, by: str, seconds: float = 0.05, width: int = 6):
         super().__init__(width)
@@ -88,7 +91,8 @@ class Line(nn.Module):
 
 
 class Counter(nn.Module):
-    """Counts in `fed` how often each row was fed: its gradient is -1 for each, so plain SGD with lr = batch size adds 1."""
+    """Counts in `fed` how often each row was fed: its gradient is -1 for each, so plain SGD with lr = batch size adds
+    1."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -99,7 +103,8 @@ class Counter(nn.Module):
 
 
 class Trap(Small):
-    """Fails, or loses its numbers, when the row `row` comes by; `once` per process, as a machine does: a redo goes well."""
+    """Fails, or loses its numbers, when the row `row` comes by; `once` per process, as a machine does: a redo goes
+    well."""
 
     caught: list[str] = []
 
@@ -118,7 +123,8 @@ class Trap(Small):
 
 
 class Fragile(Small):
-    """Fails in the way that is `armed`. Disarmed, it is what it was: whoever resumes has mended it. `wide`: parameters beside, to share out."""
+    """Fails in the way that is `armed`. Disarmed, it is what it was: whoever resumes has mended it. `wide`: parameters
+    beside, to share out."""
 
     armed: set[str] = set()
 

@@ -1,6 +1,7 @@
 """Breaks the code in one place after the other, and demands that the tests see it: `python -m tests.support.mutations [NAME ...]`.
 
-The tracked files, as they are now, are copied once; nothing here is touched. A mutation that survives is a test that is missing.
+The tracked files, as they are now, are copied once; nothing here is touched. A mutation that survives is a test that is
+missing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def copy_tree(target: Path) -> None:
 def pytest(copy: Path, tests: Sequence[str], limit_s: float, *options: str) -> tuple[int, str]:
     """(exit code, what it said) of pytest on the copy's own code. Whatever it started has ended when this returns."""
     env = {**os.environ, "ELASTIC_TEST_SAMPLE": "all", "PYTHONPATH": str(copy), "TMPDIR": str(copy.parent)}
-    child = subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *tests], cwd=copy, env=env, text=True,
+    child = subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *tests], cwd=copy,
+                             env=env, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         said, _ = child.communicate(timeout=limit_s)

@@ -35,7 +35,8 @@ def away_from_zero(rng: np.random.Generator, *lengths: int) -> np.ndarray:
 
 
 def elementwise(name: str, inputs: Callable[..., np.ndarray] = normal) -> None:
-    CASES[name] = lambda rng: ([inputs(rng, *shape(rng, int(rng.integers(1, 4))))], lambda ops, x: getattr(ops, name)(x))
+    CASES[name] = lambda rng: ([inputs(rng, *shape(rng, int(rng.integers(1, 4))))], lambda ops,
+                               x: getattr(ops, name)(x))
 
 
 def binary(name: str, second: Callable[..., np.ndarray] = normal) -> None:
@@ -202,7 +203,8 @@ def make_dropout(rng: np.random.Generator) -> Case:
 def make_recompute(rng: np.random.Generator) -> Case:
     a, b, c = shape(rng, 3)
     inputs = [normal(rng, a, b), normal(rng, b, c), normal(rng, c)]
-    return inputs, lambda ops, x, w, v: ops.recompute(lambda x, w, v: ops.tanh(ops.contract("ab,bc->ac", x, w, v)), x, w, v)
+    return inputs, lambda ops, x, w, v: ops.recompute(lambda x, w, v: ops.tanh(ops.contract("ab,bc->ac", x, w, v)), x,
+                                                      w, v)
 
 
 def image(rng: np.random.Generator, channels: int) -> np.ndarray:
@@ -235,7 +237,8 @@ def make_batch_norm(rng: np.random.Generator) -> Case:
     x = image(rng, channels) if rng.integers(3) else normal(rng, int(rng.integers(5, 9)), channels)
     mean, var = normal(rng, channels), positive(rng, channels)
     inputs = [x * 2 + 1, normal(rng, channels), normal(rng, channels)]
-    return inputs, lambda ops, x, w, b: ops.batch_norm(x, w, b, ops.constant(mean), ops.constant(var), training, momentum, eps)
+    return inputs, lambda ops, x, w, b: ops.batch_norm(x, w, b, ops.constant(mean), ops.constant(var), training,
+                                                       momentum, eps)
 
 
 @case

@@ -20,7 +20,8 @@ def undisturbed(recipe: Recipe) -> Result:
     whole = recipe.optimizer.model_copy(update={"sharded": False})
     here = recipe.checkpoint.model_copy(update={"path": ""})
     data = recipe.data.model_copy(update={"ledger": False})
-    return _trained(dumps(recipe.model_copy(update={"elastic": alone, "optimizer": whole, "checkpoint": here, "data": data})))
+    return _trained(dumps(recipe.model_copy(update={"elastic": alone, "optimizer": whole, "checkpoint": here,
+                                                    "data": data})))
 
 
 @cache

@@ -45,7 +45,8 @@ class Sums(keras.Model):
         return tf.reduce_sum(tf.square(self(batch["x"]) - batch["y"])), 2.0 * batch["x"].shape[0]
 
     def batch_metrics(self, batch: Any) -> Any:
-        return {"near": (tf.reduce_sum(tf.cast(tf.abs(self(batch["x"]) - batch["y"]) < 1, tf.float32)), 2.0 * batch["x"].shape[0])}
+        return {"near": (tf.reduce_sum(tf.cast(tf.abs(self(batch["x"]) - batch["y"]) < 1, tf.float32)),
+                         2.0 * batch["x"].shape[0])}
 
 
 FORMS: tuple[dict[str, Any], ...] = ({}, {"tied": True})
@@ -62,7 +63,8 @@ def plainly(net: Any) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarra
     x, y = (tf.constant(a, tf.float32) for a in batch())
     with tf.GradientTape() as tape:
         loss = net.compute_loss(x=x, y=y, y_pred=net(x, training=True))
-    names = ["dense.kernel", "dense.bias", "batch_normalization.gamma", "batch_normalization.beta", "last.kernel", "last.bias"]
+    names = ["dense.kernel", "dense.bias", "batch_normalization.gamma", "batch_normalization.beta", "last.kernel",
+             "last.bias"]
     slopes = tape.gradient(loss, [v.value for v in net.trainable_variables])
     return float(loss), {name: np.asarray(slope) for name, slope in zip(names, slopes, strict=True)}, statistics(net)
 

@@ -63,7 +63,8 @@ def plainly(net: Net) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarra
     net.zero_grad()
     loss = net.loss(tensors())
     loss.backward()
-    return loss.item(), {n: p.grad.numpy().copy() for n, p in net.named_parameters()}, {n: b.numpy().copy() for n, b in net.named_buffers()}
+    return loss.item(), {n: p.grad.numpy().copy()
+                         for n, p in net.named_parameters()}, {n: b.numpy().copy() for n, b in net.named_buffers()}
 
 
 def evaluated(net: Net) -> dict[str, float]:

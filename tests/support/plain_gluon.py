@@ -28,12 +28,14 @@ class AdamW:
             rate = LR * parameter.lr_mult
             for moment, beta, new in zip(self.moments[name], (0.9, 0.95), (slope, slope ** 2), strict=True):
                 moment += (1 - beta) * (new - moment)
-            mean, square = (moment / (1 - beta ** self.count) for moment, beta in zip(self.moments[name], (0.9, 0.95), strict=True))
+            mean, square = (moment / (1 - beta ** self.count)
+                            for moment, beta in zip(self.moments[name], (0.9, 0.95), strict=True))
             parameter.data()[:] = value * (1 - rate * DECAY * parameter.wd_mult) - rate * mean / (np.sqrt(square) + EPS)
 
 
 class Plain:
-    """Gluon by itself, with its own Trainer, over the same logical shards one after another; one shard is the whole batch."""
+    """Gluon by itself, with its own Trainer, over the same logical shards one after another; one shard is the whole
+    batch."""
 
     def __init__(self, factory: Any, rows: Any, rule: str):
         import mxnet
@@ -44,7 +46,8 @@ class Plain:
         self.trained = {name: p for name, p in named.items() if p.grad_req != "null"}
         self.kept = {name: p for name, p in named.items() if p.grad_req == "null"}
         self.named = named
-        self.trainer = self.mx.gluon.Trainer(self.block.collect_params(), "sgd", {"learning_rate": LR, "momentum": 0.9, "wd": DECAY})
+        self.trainer = self.mx.gluon.Trainer(self.block.collect_params(), "sgd",
+                                             {"learning_rate": LR, "momentum": 0.9, "wd": DECAY})
         self.adamw = AdamW(self.trained) if rule == "adamw" else None
 
     def train(self, shards: int, steps: int = STEPS, seed: int = 0) -> dict[str, np.ndarray]:
@@ -52,11 +55,13 @@ class Plain:
         for step in range(steps):
             first = step * BATCH % len(self.rows)
             before = {name: p.data().asnumpy() for name, p in self.kept.items()}
-            found = [self.shard(range(first + i * size, first + (i + 1) * size), batch_seed(seed, step * BATCH // len(self.rows), first + i * size),
+            found = [self.shard(range(first + i * size, first + (i + 1) * size),
+                                batch_seed(seed, step * BATCH // len(self.rows), first + i * size),
                                 shard_seed(seed, step + 1, i), before) for i in range(shards)]
             whole = sum(weight for *_, weight in found)
             for name, parameter in self.kept.items():
-                moved = np.sum([changes[name].astype(np.float64) * weight for _, changes, weight in found], axis=0) / whole
+                moved = np.sum([changes[name].astype(np.float64) * weight for _, changes, weight in found],
+                               axis=0) / whole
                 parameter.data()[:] = (before[name] + moved).astype(before[name].dtype)
             for name, parameter in self.trained.items():
                 parameter.grad()[:] = np.sum([slopes[name] for slopes, *_ in found], axis=0) / whole

@@ -20,7 +20,8 @@ class Block(nn.Module):
 
     def forward(self, x: Any) -> Any:
         rows, time, width = x.shape
-        q, k, v = (part.view(rows, time, self.heads, -1).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(width, 2))
+        q, k, v = (part.view(rows, time, self.heads, -1).transpose(1, 2)
+                   for part in self.qkv(self.ln1(x)).split(width, 2))
         scores = (q @ k.transpose(2, 3)) / math.sqrt(width // self.heads)
         scores = scores.masked_fill(torch.tril(torch.ones(time, time)) == 0, -math.inf)
         x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(rows, time, width))
@@ -57,7 +58,8 @@ def pairs(plain: PlainGPT) -> dict[str, tuple[Any, bool]]:
     for i, block in enumerate(plain.blocks):
         for name, layer in (("ln1", block.ln1), ("ln2", block.ln2)):
             both(f"h{i}.{name}", layer, False)
-        for name, layer in (("attn.qkv", block.qkv), ("attn.out", block.out), ("mlp.up", block.up), ("mlp.down", block.down)):
+        for name, layer in (("attn.qkv", block.qkv), ("attn.out", block.out), ("mlp.up", block.up),
+                            ("mlp.down", block.down)):
             both(f"h{i}.{name}", layer, True)
     both("ln_f", plain.ln_f, False)
     return out

@@ -22,7 +22,8 @@ class AdamW:
     def apply(self, slopes: Any, variables: Any) -> None:
         self.step += 1
         for moments, slope, variable in zip(self.moments, slopes, variables, strict=True):
-            for moment, beta, value in zip(moments, (0.9, 0.95), (slope, np.square(slope, dtype=np.float64)), strict=True):
+            for moment, beta, value in zip(moments, (0.9, 0.95), (slope, np.square(slope, dtype=np.float64)),
+                                           strict=True):
                 moment *= beta
                 moment += (1 - beta) * value
             mean, square = (moment / (1 - beta ** self.step) for moment, beta in zip(moments, (0.9, 0.95), strict=True))
@@ -60,7 +61,8 @@ class Plain:
             before = [v.numpy() for v in kept]
             found = [self.shard(self.rows(low, low + size), kept, before) for low in range(first, first + BATCH, size)]
             for i, variable in enumerate(kept):
-                variable.assign((before[i].astype(np.float64) + np.mean([changes[i] for _, changes in found], axis=0)).astype(before[i].dtype))
+                variable.assign((before[i].astype(np.float64)
+                                 + np.mean([changes[i] for _, changes in found], axis=0)).astype(before[i].dtype))
             slopes = [np.mean([grads[i] for grads, _ in found], axis=0) for i in range(len(model.trainable_weights))]
             model.optimizer.apply(slopes, model.trainable_weights)
         return self

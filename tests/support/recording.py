@@ -29,7 +29,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     yield
     reports = item.stash[REPORTS]
     outcomes = {report.outcome for report in reports}
-    note(test=item.nodeid, outcome=next((o for o in ("failed", "skipped") if o in outcomes), "passed"), seconds=sum(r.duration for r in reports))
+    note(test=item.nodeid, outcome=next((o for o in ("failed", "skipped") if o in outcomes), "passed"),
+         seconds=sum(r.duration for r in reports))
 
 
 REPORTS = pytest.StashKey[list[pytest.TestReport]]()

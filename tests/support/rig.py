@@ -54,7 +54,8 @@ class Fleet:
 class Rig:
     """A controller, what it stands on, and how a test reports_losses to it."""
 
-    def __init__(self, run_dir: Path, clock: Clock | None = None, settings: Settings = SETTINGS, chaos: tuple[str, ...] = (), **run_log: int):
+    def __init__(self, run_dir: Path, clock: Clock | None = None, settings: Settings = SETTINGS,
+                 chaos: tuple[str, ...] = (), **run_log: int):
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         self.run_dir, self.clock, self.fleet = run_dir, clock or Clock(), Fleet()
         self.run_log = CheckedRunLog(run_dir, **run_log)
@@ -100,14 +101,18 @@ class Rig:
     def assigned(self) -> Any:
         """The newest generation and who got it."""
         found = [(worker, order) for worker, order in self.fleet.of("send") if isinstance(order, Generation)]
-        return found[-1][1], [worker for worker, generation in found if generation.number == self.controller.state.generation]
+        return found[-1][1], [worker for worker, generation in found
+                              if generation.number == self.controller.state.generation]
 
 
 def metric(step: int, generation: int = 1) -> Line:
-    fields = {"step": step, "loss": 1.0, "time": 1.0, "step_s": 0.1, "world_size": 2, "generation": generation, "samples": 4}
+    fields = {"step": step, "loss": 1.0, "time": 1.0, "step_s": 0.1, "world_size": 2, "generation": generation,
+              "samples": 4}
     return Line(generation, "metrics", fields)
 
 
 def save(rig: Rig, step: int, generation: int = 1) -> Part:
-    entry = write_part(Store.open(str(rig.run_dir / "checkpoints")), step, generation, "state-a", {"parameter/w": np.arange(3.0)})
-    return Part("a", generation, step, json.dumps(asdict(entry)), 0.0, 0.0, head=Manifest(step, generation, step, 0, "").dumps())
+    entry = write_part(Store.open(str(rig.run_dir / "checkpoints")), step, generation, "state-a",
+                       {"parameter/w": np.arange(3.0)})
+    return Part("a", generation, step, json.dumps(asdict(entry)), 0.0, 0.0,
+                head=Manifest(step, generation, step, 0, "").dumps())

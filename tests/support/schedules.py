@@ -33,7 +33,8 @@ class Schedule:
 def schedule(seed: int) -> Schedule:
     """Up to six kills, perhaps a stop (with its continuation), resizes, joins and leaves. Even seeds are gentle."""
     draw = random.Random(seed)
-    out = Schedule(seed, draw.randint(1, MOST), {"min_workers": draw.choice([1, 1, 2]), "spares": draw.choice([0, 0, 1, 2])})
+    out = Schedule(seed, draw.randint(1, MOST),
+                   {"min_workers": draw.choice([1, 1, 2]), "spares": draw.choice([0, 0, 1, 2])})
     out.is_gentle = seed % 2 == 0
     for _ in range(draw.randint(0, 6)):
         out.chaos.append(f"kill:{draw.randrange(out.is_gentle, MOST)}@{draw.randint(1, STEPS)}/{draw.choice(PHASES)}")
@@ -45,7 +46,8 @@ def schedule(seed: int) -> Schedule:
             out.chaos.append(f"cont:{rank}@{draw.randint(step + 1, STEPS)}")
     for _ in range(draw.randint(0, 2)):
         out.chaos.append(f"scale:{draw.randint(1, MOST)}@{draw.randint(1, STEPS)}")
-    deeds = [("grow", draw.randint(max(out.capacity, 2), MOST + 2)), ("drain", f"node-{draw.randrange(MOST)}"), ("scale", draw.randint(1, MOST))]
+    deeds = [("grow", draw.randint(max(out.capacity, 2), MOST + 2)), ("drain", f"node-{draw.randrange(MOST)}"),
+             ("scale", draw.randint(1, MOST))]
     for step in draw.sample(range(1, STEPS), draw.randint(0, 3)):
         out.deeds[step] = draw.choice(deeds)
     for _ in range(draw.choice([0, 0, 1, 2])):

@@ -16,7 +16,8 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Split:
-    """`cuts[i]` is the dim of array i of which each worker holds a span, None where all hold all of it; `result` the same of the result."""
+    """`cuts[i]` is the dim of array i of which each worker holds a span, None where all hold all of it; `result` the
+    same of the result."""
 
     arrays: Sequence[np.ndarray]
     cuts: Sequence[int | None]
@@ -74,12 +75,14 @@ def make_collect_uneven(rng: np.random.Generator, size: int) -> Split:
 def make_exchange(rng: np.random.Generator, size: int) -> Split:
     x = rng.standard_normal((size, size, 2, 3))
     return Split([x], [0], lambda ops, x: ops.tanh(ops.transpose(x, (1, 0, 2, 3))),
-                 lambda ops, x: ops.reshape(ops.tanh(ops.exchange(ops.reshape(x, (size, 2, 3)), DIM)), (1, size, 2, 3)), 0)
+                 lambda ops, x: ops.reshape(ops.tanh(ops.exchange(ops.reshape(x, (size, 2, 3)), DIM)), (1, size, 2, 3)),
+                 0)
 
 
 @case
 def make_gather(rng: np.random.Generator, size: int) -> Split:
-    table, indices = rng.standard_normal((VOCAB, 2, 3)), np.append(rng.integers(0, VOCAB, 5), range(VOCAB)).reshape(2, 6)
+    table, indices = rng.standard_normal((VOCAB, 2, 3)), np.append(rng.integers(0, VOCAB, 5),
+                                                                   range(VOCAB)).reshape(2, 6)
     return Split([table], [0], lambda ops, t: ops.tanh(ops.gather(t, ops.constant(indices))),
                  lambda ops, t: ops.tanh(ops.gather(t, ops.constant(indices), DIM, VOCAB)))
 
@@ -88,7 +91,8 @@ def make_gather(rng: np.random.Generator, size: int) -> Split:
 def make_cross_entropy(rng: np.random.Generator, size: int) -> Split:
     logits = rng.standard_normal((2, 5, VOCAB)) * 3
     logits[0, :3] += [[1000.0], [-1000.0], [30.0]]  # exp of the first two leaves every precision
-    targets, weights = np.append(rng.integers(0, VOCAB, 3), range(VOCAB)).reshape(2, 5), rng.integers(0, 2, (2, 5)) + 0.5
+    targets, weights = np.append(rng.integers(0, VOCAB, 3),
+                                 range(VOCAB)).reshape(2, 5), rng.integers(0, 2, (2, 5)) + 0.5
     weights[1, 1] = 0
     return Split([logits], [2], lambda ops, x: ops.cross_entropy(x, ops.constant(targets), ops.constant(weights)),
                  lambda ops, x: ops.cross_entropy(x, ops.constant(targets), ops.constant(weights), DIM, VOCAB))
@@ -103,7 +107,8 @@ def make_attention(rng: np.random.Generator, size: int) -> Split:
         query, key, value = ops.unbind(ops.contract("btd,dqhe->btqhe", x, w), 2)
         return ops.contract("bthe,hed->btd", ops.attention(query, key, value, True), out)
 
-    return Split([x, w, out], [None, 2, 0], mixed, lambda ops, x, w, out: ops.leave(mixed(ops, ops.enter(x, DIM), w, out), DIM))
+    return Split([x, w, out], [None, 2, 0], mixed, lambda ops, x, w,
+                 out: ops.leave(mixed(ops, ops.enter(x, DIM), w, out), DIM))
 
 
 @case

@@ -3,8 +3,8 @@ those that start and end their own.
 
     python -m tests.support.suite [--durations N] [--budgets] [PHASE ...]
 
-While it runs it says how far each process is; what fails is printed as soon as its process has ended. `--budgets` fails the suite where a
-folder takes longer than its share, or a process more memory than it may have.
+While it runs it says how far each process is; what fails is printed as soon as its process has ended. `--budgets` fails
+the suite where a folder takes longer than its share, or a process more memory than it may have.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ AT_ONCE = {"threads": 3, "ray": 2, "sampled": 2}  # on two cores: a tenth of the
 SAY_S, POLL_S, STOP_S = 30.0, 0.1, 20.0
 MAX_BYTES = 3 << 30
 
-# Seconds of tests (pytest's durations, added up) that a folder may take on two noisy cores, so that the suite does not grow unnoticed. All of them
-# together are twenty minutes: 1830 s three at a time without Ray, 1180 s two at a time with it. What needs more belongs in `make chaos`.
-BUDGET_S: dict[str, float] = {"tests/unit": 230, "tests/contract": 370, "tests/numerics": 1145, "tests/chaos": 80, "tests/cluster": 1180,
+# Seconds of tests (pytest's durations, added up) that a folder may take on two noisy cores, so that the suite does not
+# grow unnoticed. All of them together are twenty minutes: 1830 s three at a time without Ray, 1180 s two at a time with
+# it. What needs more belongs in `make chaos`.
+BUDGET_S: dict[str, float] = {"tests/unit": 230, "tests/contract": 370, "tests/numerics": 1145, "tests/chaos": 80,
+                              "tests/cluster": 1180,
                               "tests/gpu": 5}
 
 
@@ -49,7 +51,8 @@ class Job:
 
 def files(pattern: str, words: str = "") -> tuple[str, ...]:
     """Those in which these words stand."""
-    return tuple(str(file.relative_to(ROOT)) for file in sorted(ROOT.glob(f"tests/{pattern}.py")) if words in file.read_text())
+    return tuple(str(file.relative_to(ROOT)) for file in sorted(ROOT.glob(f"tests/{pattern}.py"))
+                 if words in file.read_text())
 
 
 NUMERICS, OTHERS = ("tests/numerics",), ("tests/contract", "tests/chaos", "tests/gpu")
@@ -61,8 +64,10 @@ PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
     "threads": (*(Job(f"{name}-numerics", NUMERICS, name) for name in ("torch", "tensorflow")),
                 *(Job(name, OTHERS, name) for name in ("torch", "tensorflow")), Job("unit", ("tests/unit",)),
                 Job("mxnet-models", MODELS, "mxnet"),  # apart: MXNet gives little memory back
-                Job("mxnet-numerics", NUMERICS, "mxnet", tuple(f"--ignore={file}" for file in MODELS)), Job("mxnet", OTHERS, "mxnet")),
-    "ray": (Job("ray", ("tests/cluster",), options=tuple(f"--ignore={file}" for file in (*OWN_RAY, *NODES))), Job("own-ray", OWN_RAY),
+                Job("mxnet-numerics", NUMERICS, "mxnet", tuple(f"--ignore={file}" for file in MODELS)),
+                Job("mxnet", OTHERS, "mxnet")),
+    "ray": (Job("ray", ("tests/cluster",), options=tuple(f"--ignore={file}" for file in (*OWN_RAY, *NODES))),
+            Job("own-ray", OWN_RAY),
             Job("nodes", NODES)),
     "sampled": tuple(Job(f"{name}-sampled", SAMPLED, name) for name in ("torch", "tensorflow", "mxnet"))}
 DEFAULT = ("threads", "ray")
@@ -81,11 +86,14 @@ class Running:
     began: float = field(default_factory=time.monotonic)
 
     def start(self) -> None:
-        environment = {**os.environ, "ELASTIC_TEST_BACKENDS": self.job.backend or "torch,tensorflow,mxnet", "ELASTIC_TEST_RECORD": str(self.record)}
-        command = [sys.executable, "-m", "pytest", "-p", "tests.support.recording", f"--basetemp={self.folder / self.job.name}",
+        environment = {**os.environ, "ELASTIC_TEST_BACKENDS": self.job.backend or "torch,tensorflow,mxnet",
+                       "ELASTIC_TEST_RECORD": str(self.record)}
+        command = [sys.executable, "-m", "pytest", "-p", "tests.support.recording",
+                   f"--basetemp={self.folder / self.job.name}",
                    *self.job.folders, *self.job.options]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                                            start_new_session=True)
 
     @property
     def record(self) -> Path:
@@ -150,7 +158,8 @@ def tell_end(one: Running) -> None:
     """A line, and all that it printed where it failed."""
     counts = Counter(line["outcome"] for line in one.lines() if "test" in line)
     print(f"{one.job.name}: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))} in "
-          f"{time.monotonic() - one.began:.0f} s, {one.worked:.0f} of a processor, {one.bytes / (1 << 30):.1f} GB", flush=True)
+          f"{time.monotonic() - one.began:.0f} s, {one.worked:.0f} of a processor, {one.bytes / (1 << 30):.1f} GB",
+          flush=True)
     if one.code:
         print(one.log.read_text(errors="replace"), flush=True)
 
@@ -165,8 +174,10 @@ def seconds_of(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def over_budget(spent: dict[str, float], largest: dict[str, int]) -> list[str]:
     """What takes more than its share, in sentences."""
-    slow = {folder: (seconds, BUDGET_S.get(folder, 0)) for folder, seconds in spent.items() if seconds > BUDGET_S.get(folder, 0)}
-    return [f"{folder} took {seconds:.0f} s of tests, and its budget is {budget} s: shorten it, or sample what make chaos runs whole."
+    slow = {folder: (seconds, BUDGET_S.get(folder, 0)) for folder, seconds in spent.items()
+            if seconds > BUDGET_S.get(folder, 0)}
+    return [f"{folder} took {seconds:.0f} s of tests, and its budget is {budget} s: shorten it, or sample what make "
+            "chaos runs whole."
             for folder, (seconds, budget) in slow.items()] + [
         f"The process of {name} took {held / (1 << 30):.1f} GB, and the bound is {MAX_BYTES >> 30} GB."
         for name, held in largest.items() if held > MAX_BYTES]

@@ -16,7 +16,8 @@ def leaves_of(num_shards: int, numel: int) -> np.ndarray:
 
 
 def tree(leaves: np.ndarray) -> np.ndarray:
-    """The definition: a leaf is 0 + value; left part + right part, the left one the largest power of two that is shorter."""
+    """The definition: a leaf is 0 + value; left part + right part, the left one the largest power of two that is
+    shorter."""
     if len(leaves) == 1:
         return np.float32(0) + leaves[0]
     left = 2 ** (math.ceil(math.log2(len(leaves))) - 1)

@@ -12,7 +12,8 @@ WAIT_S = 60.0  # for what must happen, on a busy machine; a failure is a hang
 
 
 def together(size: int, work: Callable[[int, Any], Any], limit_s: float = WAIT_S) -> list[Any]:
-    """`work(rank, group)` in as many threads, by rank; the first error of a worker is raised, and one that waits for ever is an error."""
+    """`work(rank, group)` in as many threads, by rank; the first error of a worker is raised, and one that waits for
+    ever is an error."""
     hub = Hub()
     groups = [hub.form(0, rank, size) for rank in range(size)]
     found: list[Any] = [None] * size

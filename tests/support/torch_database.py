@@ -63,7 +63,8 @@ class Rows:
 
 
 class Held(nn.Module):
-    """A module of the database on one of its inputs there, of which the first array of floats is scaled by a row and a trained gain.
+    """A module of the database on one of its inputs there, of which the first array of floats is scaled by a row and a
+    trained gain.
 
     `called`: once where it is made, as lazy modules need it.
     """
@@ -73,19 +74,22 @@ class Held(nn.Module):
         entry = inputs(name)[number]
         self.part = database()[name].module_cls(*entry.constructor_input.args, **entry.constructor_input.kwargs).float()
         self.given, self.shape = tree_flatten((entry.forward_input.args, entry.forward_input.kwargs))
-        self.scaled = next((i for i, value in enumerate(self.given) if torch.is_tensor(value) and value.is_floating_point()), -1)
+        self.scaled = next((i for i, value in enumerate(self.given) if torch.is_tensor(value)
+                            and value.is_floating_point()), -1)
         self.gain = nn.Parameter(torch.ones(()))
         if called:
             self.on(1.0)
 
     def on(self, scale: Any) -> Any:
-        args, kwargs = tree_unflatten([value * scale if i == self.scaled else value for i, value in enumerate(self.given)], self.shape)
+        args, kwargs = tree_unflatten([value * scale if i == self.scaled else value
+                                       for i, value in enumerate(self.given)], self.shape)
         return self.part(*args, **kwargs)
 
     def loss(self, b: Any) -> Any:
         """Of every element something else, and never steep."""
         out = [(found, s) for s in b["s"] for found in tree_leaves(self.on(self.gain * s))]
-        terms = [s * torch.log1p((found * ramp(found)).square().mean()) for found, s in out if torch.is_tensor(found) and found.is_floating_point()]
+        terms = [s * torch.log1p((found * ramp(found)).square().mean()) for found, s in out if torch.is_tensor(found)
+                 and found.is_floating_point()]
         return torch.stack([*terms, 0.1 * self.gain.square()]).sum() / len(b["s"])
 
 
@@ -103,7 +107,8 @@ class Oracle:
 
 
 def oracle(name: str) -> Oracle:
-    """On the first of its inputs with which it trains to numbers. ValueError where there is none, or whatever building it raises."""
+    """On the first of its inputs with which it trains to numbers. ValueError where there is none, or whatever building
+    it raises."""
     for number in range(len(inputs(name))):
         config = {"name": name, "number": number, **({"called": True} if name.startswith("nn.Lazy") else {})}
         made = framework.construct(Held, config, 0)
@@ -115,7 +120,8 @@ def oracle(name: str) -> Oracle:
 
 
 # What torch's own modules raise where an entry's arguments do not build or train them.
-BUILDING = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+BUILDING = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+            ValueError)
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,8 @@ def judged(name: str, plain: Oracle, folder: Path, equal: str, told: str = "") -
     one = trained(plain.config, folder / "1", 1)
     if one.outcome.status != "done":
         said = str(one.outcome.error)
-        return Outcome(name, REFUSED if said.startswith("model.kind") and said.endswith(".") and "\n" not in said and not one.steps else WRONG, said)
+        return Outcome(name, REFUSED if said.startswith("model.kind") and said.endswith(".") and "\n" not in said
+                       and not one.steps else WRONG, said)
     two = trained(plain.config, folder / "2", 2)
     if two.outcome.status != "done" or two.sha != one.sha:
         return Outcome(name, WRONG, f"two workers: {two.outcome.status} {two.outcome.error}")
@@ -173,7 +180,8 @@ def trained(config: dict[str, Any], folder: Path, workers: int) -> Result:
 
 def recipe(config: dict[str, Any], workers: int) -> Recipe:
     return module_recipe("", STEPS, model={"kind": f"{HERE}:Held", **config},
-                         data={"kind": f"{HERE}:Rows", "batch_size": BATCH, "shuffle": False}, checkpoint={"every_steps": STEPS},
+                         data={"kind": f"{HERE}:Rows", "batch_size": BATCH, "shuffle": False},
+                         checkpoint={"every_steps": STEPS},
                          elastic={"max_workers": workers, "logical_shards": SHARDS},
                          optimizer={"name": "sgd", "lr": RATE, "weight_decay": 0.0, "momentum": 0.0})
 
@@ -184,12 +192,14 @@ def table(found: Sequence[Outcome]) -> str:
     rows = [(one.name, one.kind, one.told) for one in found if one.kind != EQUAL]
     equal = ", ".join(one.name.removeprefix("nn.") for one in found if one.kind == EQUAL)
     return "\n\n".join((
-        "# Modules of torch.nn", f"{date.today()} · {results.versions()}", f"    python -m {HERE} benchmarks/results/torch_modules.md",
-        "Every module in torch's own database (`torch.testing._internal.common_modules`), on the first of its inputs there with which\n"
-        f"plain torch trains it to numbers: {STEPS} steps of SGD over {SHARDS} logical shards, on one and on two workers. "
-        "Equal: the same bits on both,\n"
+        "# Modules of torch.nn", f"{date.today()} · {results.versions()}",
+        f"    python -m {HERE} benchmarks/results/torch_modules.md",
+        "Every module in torch's own database (`torch.testing._internal.common_modules`), on the first of its inputs "
+        f"there with which\nplain torch trains it to numbers: {STEPS} steps of SGD over {SHARDS} logical shards, on "
+        "one and on two workers. Equal: the same bits on both,\n"
         f"and within {TOLERANCE:.0e} by norm of plain torch over the same shards, parameters and buffers.",
-        f"{len(found)} modules: {told}.", results.table(("module", "outcome", "in its words"), rows), f"Equal: {equal}.")) + "\n"
+        f"{len(found)} modules: {told}.", results.table(("module", "outcome", "in its words"), rows),
+        f"Equal: {equal}.")) + "\n"
 
 
 def main() -> int:

@@ -53,7 +53,8 @@ class Recomputed(Base):
 
     def forward(self, b: Any) -> Any:
         x = b["x"].clone().requires_grad_()
-        return self.head(checkpoint(lambda x: F.dropout(torch.tanh(self.body(x)), 0.2), x, use_reentrant=self.reentrant))
+        return self.head(checkpoint(lambda x: F.dropout(torch.tanh(self.body(x)), 0.2), x,
+                                    use_reentrant=self.reentrant))
 
 
 class Reentrant(Recomputed):
@@ -71,7 +72,8 @@ class Hooked(Base):
         self.body.weight.register_hook(lambda g: g * torch.tensor([1.0, 0.0, 1.0, 1.0]))
         self.head.weight.register_hook(lambda g: g * 0.5)
         self.body.register_forward_hook(lambda module, inputs, out: out * 2)
-        self.head.register_full_backward_hook(lambda module, into, out: tuple(g if g is None else g * 0.25 for g in into))
+        self.head.register_full_backward_hook(lambda module, into,
+                                              out: tuple(g if g is None else g * 0.25 for g in into))
 
 
 class Masked(Base):

@@ -11,15 +11,19 @@ from elastic.errors import RecipeError
 
 
 @pytest.mark.parametrize(("spec", "kind", "number", "step", "phase"), [
-    ("kill:2@10", "kill", 2, 10, "forward"), ("kill:0@1/update", "kill", 0, 1, "update"), ("stop:1@7/vote", "stop", 1, 7, "vote"),
-    ("cont:1@9", "cont", 1, 9, "forward"), ("node:3@4", "node", 3, 4, "forward"), ("scale:4@20", "scale", 4, 20, "forward"),
+    ("kill:2@10", "kill", 2, 10, "forward"), ("kill:0@1/update", "kill", 0, 1, "update"),
+    ("stop:1@7/vote", "stop", 1, 7, "vote"),
+    ("cont:1@9", "cont", 1, 9, "forward"), ("node:3@4", "node", 3, 4, "forward"),
+    ("scale:4@20", "scale", 4, 20, "forward"),
     ("corrupt@30", "corrupt", 0, 30, "forward")])
 def test_a_fault_s_text(spec: str, kind: str, number: int, step: int, phase: str) -> None:
     assert parse(spec) == Fault(kind, number, step, phase, spec)
 
 
-@pytest.mark.parametrize("spec", ["", "kill", "kill:1", "kill@5", "kill:x@5", "kill:1@", "kill:-1@5", "kill:1@5/", "kill:1@5/lunch", "scale:2@5/vote",
-                                  "corrupt:1@5", "kill:1@5 ", "explode:1@5", "controller:0@5", "disk:1@5", "disk:1@5/vote",
+@pytest.mark.parametrize("spec", ["", "kill", "kill:1", "kill@5", "kill:x@5", "kill:1@", "kill:-1@5", "kill:1@5/",
+                                  "kill:1@5/lunch", "scale:2@5/vote",
+                                  "corrupt:1@5", "kill:1@5 ", "explode:1@5", "controller:0@5", "disk:1@5",
+                                  "disk:1@5/vote",
                                   "disk@5/full", "kill:1@5/full", "kill:1@5/Vote"])
 def test_what_is_no_fault_gets_one_sentence(spec: str) -> None:
     with pytest.raises(RecipeError) as error:
@@ -58,7 +62,8 @@ def test_a_step_that_was_missed_fires_at_the_next_chance() -> None:
 
 def test_a_rank_strikes_itself_only_and_rank_0_announces_the_rest() -> None:
     specs = ("kill:0@1", "kill:1@1", "stop:2@1", "node:1@1", "cont:2@1", "scale:3@1", "corrupt@1")
-    wanted = {0: ["announce kill:0@1", "strike kill:0@1", "announce cont:2@1", "announce scale:3@1", "announce corrupt@1"],
+    wanted = {0: ["announce kill:0@1", "strike kill:0@1", "announce cont:2@1", "announce scale:3@1",
+                  "announce corrupt@1"],
               1: ["announce kill:1@1", "strike kill:1@1", "announce node:1@1", "strike node:1@1"],
               2: ["announce stop:2@1", "strike stop:2@1"], 3: []}
     for rank, log in wanted.items():

@@ -21,8 +21,10 @@ from tests.support.checkpoints import load, write_part
 
 def some_arrays(seed: int) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(seed)
-    return {"parameter/w": draw.standard_normal((40, 30)).astype(np.float32), "parameter/b": draw.standard_normal(7).astype(np.float32),
-            "optimizer/exp_avg/w": draw.standard_normal((40, 30)).astype(np.float32), "buffer/count": np.array(seed, np.int64),
+    return {"parameter/w": draw.standard_normal((40, 30)).astype(np.float32),
+            "parameter/b": draw.standard_normal(7).astype(np.float32),
+            "optimizer/exp_avg/w": draw.standard_normal((40, 30)).astype(np.float32),
+            "buffer/count": np.array(seed, np.int64),
             "buffer/mask": draw.random(5) > 0.5, "buffer/none": np.zeros((0, 3), np.float32)}
 
 
@@ -35,7 +37,8 @@ def halves(arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
 
 
 def save(store: Store, step: int, generation: int = 1, **keys: Any) -> str:
-    parts = [write_part(store, step, generation, f"part-{n}", **half) for n, half in enumerate(halves(some_arrays(step)))]
+    parts = [write_part(store, step, generation, f"part-{n}", **half)
+             for n, half in enumerate(halves(some_arrays(step)))]
     return commit(store, Manifest(step, generation, step * 12, 7, "recipe", tuple(parts), **keys))
 
 
@@ -193,7 +196,8 @@ def test_leftovers_go_only_when_nobody_can_want_them(store: Store, root: Path) -
     assert clean(store, 2) == []  # nothing is committed yet
     save(store, 100, generation=2)
     clean(store, 2)
-    assert sorted(path.name for path in root.iterdir()) == ["notes.txt", "step-00000060", "step-00000100", "step-00000200"]
+    assert sorted(path.name for path in root.iterdir()) == ["notes.txt", "step-00000060", "step-00000100",
+                                                            "step-00000200"]
     clean(store, 3)
     assert sorted(path.name for path in root.iterdir()) == ["notes.txt", "step-00000100", "step-00000200"]
     files_of(root, 100)[0].write_text("broken")
@@ -232,7 +236,8 @@ def test_what_a_link_points_to_is_never_removed(store: Store, root: Path, tmp_pa
     clean(store, 9)
     prune(store, 1)
     assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
-    assert sorted(path.name for path in root.glob("step-*")) == (["step-00000030"] if whole else ["step-00000010", "step-00000030"])
+    assert sorted(path.name for path in root.glob("step-*")) == (["step-00000030"] if whole
+                                                                 else ["step-00000010", "step-00000030"])
 
 
 def test_every_nth_step_is_kept_for_ever(store: Store, root: Path) -> None:
@@ -249,7 +254,8 @@ def written(store: Store, step: int) -> Manifest:
 
 def test_nothing_is_committed_whose_files_are_not_to_be_seen(root: Path, tmp_path: Path) -> None:
     manifest = written(Store.open(tmp_path / "elsewhere"), 50)
-    with pytest.raises(BadCheckpoint, match="part-0-g000001.safetensors is missing where the controller looks, in .*share"):
+    with pytest.raises(BadCheckpoint, match="part-0-g000001.safetensors is missing where the controller looks, in "
+                                            ".*share"):
         Checkpoints(str(root), 3, "").commit(manifest)
     assert not root.exists()
 
@@ -275,7 +281,8 @@ def test_a_commit_reads_no_manifest_twice(store: Store, root: Path, monkeypatch:
     save(store, 10)
     checkpoints, reads = Checkpoints(str(root), 3, ""), list[str]()
     read = checkpoints.store.files.read
-    monkeypatch.setattr(checkpoints.store.files, "read", lambda path, low, high: reads.append(Path(path).parent.name) or read(path, low, high))
+    monkeypatch.setattr(checkpoints.store.files, "read", lambda path, low, high: reads.append(Path(path).parent.name)
+                        or read(path, low, high))
     for step in range(20, 70, 10):
         checkpoints.commit(written(store, step))
     assert reads == ["step-00000010"]
@@ -320,7 +327,8 @@ def test_starting_weights_from_a_file_or_a_checkpoint(store: Store, root: Path, 
     weights = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([1, 2], np.float16)}
     safetensors.numpy.save_file(weights, file, metadata={"format": "np"})
     found = read_init(file)
-    assert {name: array.tolist() for name, array in found.items()} == {name: array.tolist() for name, array in weights.items()}
+    assert {name: array.tolist() for name, array in found.items()} == {name: array.tolist()
+                                                                       for name, array in weights.items()}
     for path in (root / name, root / name / "manifest.json"):
         found = read_init(path)
         assert set(found) == {"w", "b"}

@@ -15,7 +15,8 @@ from elastic.checkpoint.plan import shares
 from elastic.checkpoint.safetensors import lay_out
 
 shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
-specs = st.dictionaries(st.text("abc/", min_size=1, max_size=4), st.tuples(st.sampled_from(sorted(ITEM_BYTES)), shapes), max_size=8)
+specs = st.dictionaries(st.text("abc/", min_size=1, max_size=4), st.tuples(st.sampled_from(sorted(ITEM_BYTES)), shapes),
+                        max_size=8)
 
 
 def where(piece: Piece) -> tuple[slice, ...]:
@@ -50,7 +51,8 @@ def test_every_box_is_one_run_of_its_array(arrays: dict, world_size: int) -> Non
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 def test_shares_are_equal_to_a_row(world_size: int) -> None:
     """A model's arrays: no rank has more than an equal share and one row of the array that is cut."""
-    arrays = {"wte": ("float32", (5000, 64)), "h0.w": ("float32", (64, 256)), "h0.b": ("float32", (256,)), "n": ("int64", ())}
+    arrays = {"wte": ("float32", (5000, 64)), "h0.w": ("float32", (64, 256)), "h0.b": ("float32", (256,)),
+              "n": ("int64", ())}
     arrays |= {f"optimizer/{name}": spec for name, spec in arrays.items()}
     total = sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in arrays.values())
     sizes = [sum(piece.bytes for piece in pieces) for pieces in shares(arrays, world_size)]
@@ -77,7 +79,8 @@ def test_a_file_lies_as_safetensors_reads_it(arrays: dict, world_size: int) -> N
             assert found[piece.name].tobytes() == content[piece.offset:piece.offset + piece.bytes]
 
 
-boxes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=3)
+boxes = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4)), min_size=1,
+                 max_size=3)
 
 
 @given(boxes)

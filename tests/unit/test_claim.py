@@ -108,7 +108,8 @@ def test_a_claim_that_nobody_renews_runs_out(location: str, monkeypatch: pytest.
     assert read(Store.open(location)).run == "b-1"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b'{"run": 1}', b"null", b"\xff", b'{"run": "a", "owner": "b", "time": "soon", "token": ""}'])
+@pytest.mark.parametrize("text", [b"", b"{", b'{"run": 1}', b"null", b"\xff",
+                                  b'{"run": "a", "owner": "b", "time": "soon", "token": ""}'])
 def test_half_a_claim_is_nobody_s(tmp_path: Path, text: bytes) -> None:
     (tmp_path / NAME).write_bytes(text + b" " * 500)
     claim(str(tmp_path), "a").take()
@@ -124,7 +125,8 @@ def test_a_claim_is_no_link_to_follow(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "a diary"
 
 
-def test_a_word_that_was_long_on_its_way_leaves_one_of_two(s3: Any, settle: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_word_that_was_long_on_its_way_leaves_one_of_two(s3: Any, settle: None,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """It arrives when another has read back and gone to work."""
     location = s3.bucket()
     slow, quick = claim(location, "slow"), claim(location, "quick")
@@ -142,7 +144,8 @@ def test_a_word_that_was_long_on_its_way_leaves_one_of_two(s3: Any, settle: None
         quick.check()
 
 
-def test_a_run_that_was_away_for_too_long_learns_that_another_has_it(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_away_for_too_long_learns_that_another_has_it(location: str,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "RENEW_S", 0.05)
     lost, told = list[str](), threading.Event()
     one = claim(location, "a")

@@ -104,8 +104,10 @@ def test_check_says_what_it_found(recipe: str, tmp_path: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert "vocab_size" in out and re.search(r"model: \d+ parameters; up to 2 workers", out) and "are sound" in out
     assert not (tmp_path / "runs").exists()
-    assert re.search(r"model: (\d+) parameters;", out) and "\nr: recipe, data, model" in out, "a run without a name has its file's"
-    assert cli.run(["train", recipe, "--check", "--set", 'model.freeze=["wte", "*.weight"]', "--set", 'model.thaw=["*.weight"]']) == 0
+    assert re.search(r"model: (\d+) parameters;",
+                     out) and "\nr: recipe, data, model" in out, "a run without a name has its file's"
+    assert cli.run(["train", recipe, "--check", "--set", 'model.freeze=["wte", "*.weight"]', "--set",
+                    'model.thaw=["*.weight"]']) == 0
     embedding = 16 * int(re.findall(r"vocab_size (\d+)", out)[0])
     assert f" parameters, {embedding} of them frozen;" in capsys.readouterr().out
 
@@ -124,13 +126,16 @@ class Net(torch.nn.Linear):
     ('self(batch["x"]).mean()', ""),
     ('self(batch["y"]).mean()', "KeyError: 'y' (own_MODULE.py, line 7, in loss)"),
     ('(self(batch["x"]).sum(), 4, 1)', "(sum, weight)"),
-    ('self(batch["x"]).mean().detach()', "without any trainable parameter behind it; freeze less")], ids=["sound", "raises", "three", "detached"])
-def test_check_tries_ones_own_loss(loss: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    ('self(batch["x"]).mean().detach()', "without any trainable parameter behind it; freeze less")],
+                         ids=["sound", "raises", "three", "detached"])
+def test_check_tries_ones_own_loss(loss: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                   capsys: pytest.CaptureFixture[str],
                                    request: pytest.FixtureRequest) -> None:
     name = request.node.callspec.id
     monkeypatch.chdir(tmp_path)
     (tmp_path / f"own_{name}.py").write_text(OWN.replace("LOSS", loss))
-    (tmp_path / "r.toml").write_text(f'[model]\nkind = "own_{name}:Net"\n[data]\nkind = "own_{name}:Rows"\nbatch_size = 4\n')
+    (tmp_path / "r.toml").write_text(f'[model]\nkind = "own_{name}:Net"\n[data]\nkind = "own_{name}:Rows"\nbatch_size '
+                                     '= 4\n')
     assert cli.run(["train", "r.toml", "--check"]) == (2 if says else 0)
     if says:
         assert says.replace("MODULE", name) in told(capsys)
@@ -159,18 +164,22 @@ class FakeTrainer:
         on_event({"event": "run_started", "step": 0})
         on_step({"step": 1, "loss": 2.0, "time": 1.0, "step_s": 1.0, "world_size": 2, "generation": 1, "samples": 4})
         on_eval({"step": 1, "eval": {"loss": 2.5}})
-        summary = {"steps": 1, "wall_s": 2.0, "final_loss": 2.0, "eval": {"loss": 2.5}, "recoveries": 0, "steps_lost": 0}
+        summary = {"steps": 1, "wall_s": 2.0, "final_loss": 2.0, "eval": {"loss": 2.5}, "recoveries": 0,
+                   "steps_lost": 0}
         return Result(self.ending, summary, Path("runs/x"), "it broke" if self.ending == "failed" else "")
 
 
 @pytest.mark.parametrize(("ending", "code"), [
     ("done", 0), ("failed", 3), ("interrupted", 130), (RunFailed("no worker came."), 3),
-    (NonFiniteLoss("The loss of step 3, shard 1 is NaN."), 3), (RecipeError("run.steps is wrong."), 2), (KeyboardInterrupt(), 130),
+    (NonFiniteLoss("The loss of step 3, shard 1 is NaN."), 3), (RecipeError("run.steps is wrong."), 2),
+    (KeyboardInterrupt(), 130),
 ])
-def test_exit_codes(recipe: str, ending: Any, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes(recipe: str, ending: Any, code: int, monkeypatch: pytest.MonkeyPatch,
+                    capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("elastic.driver.trainer.Trainer", FakeTrainer)
     monkeypatch.setattr(FakeTrainer, "ending", ending)
-    arguments = ["train", recipe, "--run-dir", "here", "--address", "auto", "--chaos", "kill:0@1", "--chaos", "kill:1@2"]
+    arguments = ["train", recipe, "--run-dir", "here", "--address", "auto", "--chaos", "kill:0@1", "--chaos",
+                 "kill:1@2"]
     assert cli.run(arguments) == code
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err and captured.err.count("\n") <= 1
@@ -184,9 +193,11 @@ def test_exit_codes(recipe: str, ending: Any, code: int, monkeypatch: pytest.Mon
 
 def test_verify_tells_sound_from_unsound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    started = {"time": 1.0, "event": "generation_started", "generation": 1, "step": 0, "world_size": 1, "workers": [{"rank": 0}]}
+    started = {"time": 1.0, "event": "generation_started", "generation": 1, "step": 0, "world_size": 1,
+               "workers": [{"rank": 0}]}
     (tmp_path / "events.jsonl").write_text(json.dumps(started) + "\n")
-    steps = [{"step": k, "loss": 1.0, "time": 2.0, "step_s": 1.0, "world_size": 1, "generation": 1, "samples": 4} for k in (1, 2, 3)]
+    steps = [{"step": k, "loss": 1.0, "time": 2.0, "step_s": 1.0, "world_size": 1, "generation": 1, "samples": 4}
+             for k in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert cli.run(["verify", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("sound\n")
@@ -199,7 +210,8 @@ def test_verify_tells_sound_from_unsound(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_replay_s_problems_are_the_run_s(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("elastic.driver.replay.verify_run", lambda run_dir: Verdict())
-    monkeypatch.setattr("elastic.driver.replay.replay", lambda *arguments: asked.append(arguments) or Verdict(["other bits"], ["trained again"]))
+    monkeypatch.setattr("elastic.driver.replay.replay", lambda *arguments: asked.append(arguments)
+                        or Verdict(["other bits"], ["trained again"]))
     assert cli.run(["verify", "x"]) == 0 and not asked
     assert cli.run(["verify", "x", "--replay", "--address", "auto"]) == 3 and asked == [(Path("x"), "auto", False)]
     captured = capsys.readouterr()
@@ -211,21 +223,26 @@ def test_what_is_given_arrives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     given: list[Any] = []
     monkeypatch.setattr(cli, "fit", lambda trainer: 0)
     monkeypatch.setattr("elastic.driver.trainer.Trainer.resume", lambda *arguments: given.append(arguments))
-    monkeypatch.setattr("elastic.driver.trainer.scale", lambda *arguments, **degrees: given.append((*arguments, degrees)))
+    monkeypatch.setattr("elastic.driver.trainer.scale", lambda *arguments,
+                        **degrees: given.append((*arguments, degrees)))
     monkeypatch.setattr("elastic.driver.inference.sample", lambda *arguments: given.append(arguments) or "KING:")
-    monkeypatch.setattr("elastic.driver.inference.evaluate", lambda *arguments: given.append(arguments) or {"loss": 1.5})
+    monkeypatch.setattr("elastic.driver.inference.evaluate", lambda *arguments: given.append(arguments)
+                        or {"loss": 1.5})
     for command in ("resume x --set run.steps=9 --set optimizer.lr=0.1 --address auto --chaos kill:0@1 --trust",
                     "scale x --workers 4 --tensor 2 --pipeline 1 --expert 2 --trust",
-                    "sample s3://b/x --prompt KING --tokens 5 --temperature 0.5 --seed 3 --trust", "evaluate s3://b/x --trust"):
+                    "sample s3://b/x --prompt KING --tokens 5 --temperature 0.5 --seed 3 --trust",
+                    "evaluate s3://b/x --trust"):
         assert cli.run(command.split()) == 0
     assert given == [(Path("x"), ["run.steps=9", "optimizer.lr=0.1"], "auto", ("kill:0@1",), True),
-                     (Path("x"), 4, True, {"tensor": 2, "pipeline": 1, "expert": 2}), ("s3://b/x", "KING", 5, 0.5, 3, True), ("s3://b/x", True)]
+                     (Path("x"), 4, True, {"tensor": 2, "pipeline": 1, "expert": 2}),
+                     ("s3://b/x", "KING", 5, 0.5, 3, True), ("s3://b/x", True)]
     assert capsys.readouterr().out.endswith("KING:\nloss 1.5000\n")
 
 
 def test_doctor_tells_ill_from_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ill = Finding("torch", "does not import", False, "reinstall it")
-    for found, code in (([Finding("python", "3.11"), Finding("gpu", "none", None)], 0), ([ill, Finding("python", "3.11")], 3)):
+    for found, code in (([Finding("python", "3.11"), Finding("gpu", "none", None)], 0),
+                        ([ill, Finding("python", "3.11")], 3)):
         monkeypatch.setattr("elastic.driver.doctor.findings", lambda: iter(found))
         assert cli.run(["doctor"]) == code
     assert "reinstall it" in capsys.readouterr().out
@@ -233,21 +250,24 @@ def test_doctor_tells_ill_from_well(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_the_command_is_installed_and_loads_no_framework_for_help() -> None:
     script = ("import sys\nfrom elastic import cli\ncode = cli.run(['--help'])\n"
-              "heavy = {'ray', 'torch', 'tensorflow', 'mxnet'} & set(sys.modules)\nassert not heavy, heavy\nsys.exit(code)")
+              "heavy = {'ray', 'torch', 'tensorflow', 'mxnet'} & set(sys.modules)\nassert not heavy, "
+              "heavy\nsys.exit(code)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "resume", "scale", "status", "evaluate", "sample", "verify", "inspect", "export", "plan", "doctor"):
+    for command in ("train", "resume", "scale", "status", "evaluate", "sample", "verify", "inspect", "export", "plan",
+                    "doctor"):
         assert f"  {command} " in done.stdout
 
 
 def test_a_script_takes_what_it_needs_from_one_place_and_ray_comes_with_the_trainer() -> None:
-    script = ("import sys, elastic\nfrom elastic import BadCheckpoint, Recipe, RecipeError, RunFailed, load_recipe\nfrom elastic import chaos\n"
-              "heavy = {'ray', 'torch', 'tensorflow', 'mxnet'} & set(sys.modules)\nassert not heavy, heavy\n"
-              "from elastic.driver import follow, trainer\nassert elastic.Trainer is trainer.Trainer and elastic.Result is follow.Result\n"
-              "assert issubclass(RecipeError, elastic.UserError) and issubclass(elastic.NonFiniteLoss, RunFailed)\n"
-              "assert not [name for name in elastic.__all__ if getattr(elastic, name).__name__ != name]\nassert not hasattr(elastic, 'trainer')\n"
-              "from elastic.trainer import Trainer  # as users' modules of older runs have it\n"
-              "import elastic.backend, elastic.layers, elastic.model.backend\n"
-              "assert Trainer is trainer.Trainer and elastic.backend.Chain is elastic.model.backend.Chain and elastic.layers.Chained\n")
+    script = ("import sys, elastic\nfrom elastic import BadCheckpoint, Recipe, RecipeError, RunFailed, "
+              "load_recipe\nfrom elastic import chaos\nheavy = {'ray', 'torch', 'tensorflow', 'mxnet'} & "
+              "set(sys.modules)\nassert not heavy, heavy\nfrom elastic.driver import follow, trainer\nassert "
+              "elastic.Trainer is trainer.Trainer and elastic.Result is follow.Result\nassert issubclass(RecipeError, "
+              "elastic.UserError) and issubclass(elastic.NonFiniteLoss, RunFailed)\nassert not [name for name in "
+              "elastic.__all__ if getattr(elastic, name).__name__ != name]\nassert not hasattr(elastic, "
+              "'trainer')\nfrom elastic.trainer import Trainer  # as users' modules of older runs have it\nimport "
+              "elastic.backend, elastic.layers, elastic.model.backend\nassert Trainer is trainer.Trainer and "
+              "elastic.backend.Chain is elastic.model.backend.Chain and elastic.layers.Chained\n")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,8 @@ def rig(tmp_path: Path, clock: Clock) -> Rig:
     return Rig(tmp_path, clock)
 
 
-def pulse(worker: str, step: int = 7, phase: str = "reduction", inside: int = 3, waiting: bool = True, detail: int = 0) -> Progress:
+def pulse(worker: str, step: int = 7, phase: str = "reduction", inside: int = 3, waiting: bool = True,
+          detail: int = 0) -> Progress:
     return Progress(worker, 1, step, phase, inside, waiting, detail)
 
 
@@ -109,7 +110,8 @@ def test_a_change_of_mesh_is_told_and_can_be_replayed(tmp_path: Path, clock: Clo
         rig.say(Standing(worker, 1, "stopped", 2, ballot=Ballot(2, (1.0,), (1.0,), 1), mesh=(4, 1, 1, 1), coordinate=0))
     generation, workers = rig.assigned()
     assert (generation.mesh, workers, len(generation.resharded)) == ((2, 1, 2, 1), list("abcd"), 4)
-    was, now = ({"data": 4, "pipeline": 1, "tensor": 1, "expert": 1}, {"data": 2, "pipeline": 1, "tensor": 2, "expert": 1})
+    was, now = ({"data": 4, "pipeline": 1, "tensor": 1, "expert": 1},
+                {"data": 2, "pipeline": 1, "tensor": 2, "expert": 1})
     assert [e["mesh"] for e in rig.events("generation_started")] == [was, now]
     rig.steps(3, generation=2)
     (resized,) = rig.events("resized")
@@ -151,10 +153,12 @@ def test_nothing_that_a_lost_worker_says_is_heard(rig: Rig) -> None:
     rig.steps(1)
     rig.controller.advance(m.Lost("a", "killed"))
     state, before = rig.controller.state, {p: p.read_bytes() for p in rig.run_dir.rglob("*") if p.is_file()}
-    for word in (Standing("a", 1, "done", 9), Standing("a", 1, "failed", 9, error="ghost", fatal=True), metric(2), Part("a", 1, 9, "{}", 0, 0),
+    for word in (Standing("a", 1, "done", 9), Standing("a", 1, "failed", 9, error="ghost", fatal=True), metric(2),
+                 Part("a", 1, 9, "{}", 0, 0),
                  Line(1, "events", {"event": "healed"}), pulse("a"), Ready("a", "n", 1, "a:1")):
         assert rig.say(word, worker="a") == FENCED
-    assert rig.controller.state == state and {p: p.read_bytes() for p in rig.run_dir.rglob("*") if p.is_file()} == before
+    assert rig.controller.state == state and {p: p.read_bytes() for p in rig.run_dir.rglob("*")
+                                              if p.is_file()} == before
 
 
 def test_words_under_way_when_a_worker_was_given_up_are_not_heard_either(rig: Rig) -> None:
@@ -273,7 +277,8 @@ def test_the_end_is_written_down(rig: Rig) -> None:
     rig.controller.mailbox.put(("a", metric(3)))  # a line that was under way
     close(rig.controller, rig.controller.outcome)
     summary = json.loads((rig.run_dir / "summary.json").read_text())
-    assert (summary["status"], summary["steps"], summary["state_sha256"], summary["parameters_sha256"]) == ("done", 3, "s", "p")
+    assert (summary["status"], summary["steps"], summary["state_sha256"],
+            summary["parameters_sha256"]) == ("done", 3, "s", "p")
     assert rig.events("run_finished") and rig.fleet.of("close") == [()]
 
 

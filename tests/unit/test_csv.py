@@ -48,7 +48,8 @@ def texts(path: str, column: str = "s") -> list[str]:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rows", TABLES)
-def test_cells_may_be_longer_than_a_block(rows: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_may_be_longer_than_a_block(rows: str, packed: bool, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "BLOCK_BYTES", 1000)
     written = TABLES[rows]()
     content = as_csv(written)
@@ -97,11 +98,13 @@ def test_a_mark_of_the_encoding_is_no_character(packed: bool, tmp_path: Path) ->
 
 def test_several_streams_of_gzip_in_one_file_are_all_read(tmp_path: Path) -> None:
     whole = as_csv([[str(n), f"text {n}"] for n in range(5000)])
-    path = put(tmp_path, b"".join(gzip.compress(whole[low:low + 7777]) for low in range(0, len(whole), 7777)), "t.csv.gz")
+    path = put(tmp_path, b"".join(gzip.compress(whole[low:low + 7777]) for low in range(0, len(whole), 7777)),
+               "t.csv.gz")
     assert texts(path) == [f"text {n}" for n in range(5000)]
     for harm in (lambda c: c[:-9], lambda c: c[:200] + bytes([c[200] ^ 255]) + c[201:]):
         with pytest.raises(UserError, match="t.csv cannot be read|t.csv, after row"):
-            texts(put(tmp_path, harm(gzip.compress(np.random.default_rng(0).bytes(3).hex().encode() + b",s\n" + b"1,2\n" * 9999 + whole))))
+            texts(put(tmp_path, harm(gzip.compress(np.random.default_rng(0).bytes(3).hex().encode() + b",s\n"
+                                                   + b"1,2\n" * 9999 + whole))))
 
 
 def test_what_others_packed_is_named(tmp_path: Path) -> None:

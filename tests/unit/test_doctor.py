@@ -17,7 +17,8 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_a_framework_that_imports(probe: pytest.MonkeyPatch) -> None:
-    probe.setitem(doctor.PROBES, "torch", "import json; print('noise'); print(json.dumps({'version': '9.9', 'devices': ['cpu', 'X1']}))")
+    probe.setitem(doctor.PROBES, "torch", "import json; print('noise'); print(json.dumps({'version': '9.9', 'devices': "
+                                          "['cpu', 'X1']}))")
     assert doctor.framework("torch") == doctor.Finding("torch", "9.9 on cpu, X1")
 
 

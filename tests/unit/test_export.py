@@ -41,23 +41,28 @@ def test_a_user_s_module_takes_its_state_dict(tmp_path: Path) -> None:
     for tensor in module.state_dict().values():
         tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3)).abs() * 9)
     parameters = dict(module.named_parameters())
-    arrays = {f"{'parameter' if name in parameters else 'buffer'}/{name}": value.detach().numpy() for name, value in module.state_dict().items()}
+    arrays = {f"{'parameter' if name in parameters else 'buffer'}/{name}": value.detach().numpy()
+              for name, value in module.state_dict().items()}
     store = Store.open(tmp_path / "c")
     commit(store, Manifest(4, 1, 16, 0, "", (write_part(store, 4, 1, "state", arrays),)))
     assert export(tmp_path / "c", "torch", tmp_path / "w.pt") == 0
     other.load_state_dict(torch.load(tmp_path / "w.pt", weights_only=True))
-    assert_same({name: value.numpy() for name, value in other.state_dict().items()}, {n: v.numpy() for n, v in module.state_dict().items()})
+    assert_same({name: value.numpy() for name, value in other.state_dict().items()},
+                {n: v.numpy() for n, v in module.state_dict().items()})
     assert export(tmp_path / "c", "safetensors", tmp_path / "w.safetensors") == 0
     assert_same(load_file(tmp_path / "w.safetensors"), {n: v.numpy() for n, v in module.state_dict().items()})
 
 
 def test_complex_numbers_are_what_the_public_library_reads(tmp_path: Path) -> None:
-    """It has complex64 and no complex128: that comes as pairs of float64, and ours puts it together, from a file of its own dtype too."""
+    """It has complex64 and no complex128: that comes as pairs of float64, and ours puts it together, from a file of its
+    own dtype too."""
     from safetensors.torch import load_file as torch_file
 
     draw = np.random.default_rng(4)
-    wide = {name: draw.standard_normal(shape) + 1j * draw.standard_normal(shape) for name, shape in (("z", (3, 2)), ("one", ()), ("none", (0, 2)))}
-    arrays = {**{f"buffer/{name}": value for name, value in wide.items()}, "buffer/half": wide["z"].astype(np.complex64),
+    wide = {name: draw.standard_normal(shape) + 1j * draw.standard_normal(shape)
+            for name, shape in (("z", (3, 2)), ("one", ()), ("none", (0, 2)))}
+    arrays = {**{f"buffer/{name}": value for name, value in wide.items()},
+              "buffer/half": wide["z"].astype(np.complex64),
               "parameter/w": np.ones(3, np.float32), "buffer/n": np.arange(2)}
     store = Store.open(tmp_path / "c")
     entry = write_part(store, 4, 1, "state", arrays)
@@ -71,7 +76,8 @@ def test_complex_numbers_are_what_the_public_library_reads(tmp_path: Path) -> No
                 assert np.array_equal(pairs[..., 0] + 1j * pairs[..., 1], value)
             assert np.array_equal(found[prefix + "half"], arrays["buffer/half"]) and len(found) == len(arrays)
     assert_same(load(*split(path))[0], arrays)
-    assert_same(safetensors.decode((tmp_path / "w.safetensors").read_bytes(), "w"), {key.partition("/")[2]: value for key, value in arrays.items()})
+    assert_same(safetensors.decode((tmp_path / "w.safetensors").read_bytes(), "w"),
+                {key.partition("/")[2]: value for key, value in arrays.items()})
 
 
 def test_a_checkpoint_with_a_dtype_of_our_own_still_loads(tmp_path: Path) -> None:
@@ -90,7 +96,8 @@ def test_a_checkpoint_with_a_dtype_of_our_own_still_loads(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("named", ['["w"]', '["', '7', '[["w"]]'])
 def test_a_file_that_names_other_numbers_complex_is_refused_or_read_as_it_is(named: str) -> None:
-    header = json.dumps({"__metadata__": {"complex128": named}, "w": {"dtype": "F64", "shape": [3], "data_offsets": [0, 24]}}).encode()
+    header = json.dumps({"__metadata__": {"complex128": named},
+                         "w": {"dtype": "F64", "shape": [3], "data_offsets": [0, 24]}}).encode()
     content = len(header).to_bytes(8, "little") + header + np.ones(3).tobytes()
     if named == '[["w"]]':
         assert_same(safetensors.decode(content, "w"), {"w": np.ones(3)})
@@ -136,15 +143,18 @@ def save_model_takes(file: Path) -> tuple[list[str], list[str]]:
     return list(missing), list(unexpected)
 
 
-def make(root: Path, bias: bool = True, kind: str = "nlp.gpt", step: int = 4) -> tuple[Path, dict[str, np.ndarray], Recipe]:
+def make(root: Path, bias: bool = True, kind: str = "nlp.gpt",
+         step: int = 4) -> tuple[Path, dict[str, np.ndarray], Recipe]:
     """A checkpoint of a small GPT with random values everywhere; its parameters by name, and its recipe."""
     recipe = parse({"run": {"steps": 4}, "backend": {"name": "torch", "device": "cpu"},
-                    "model": {"kind": "nlp.gpt", "layers": 2, "heads": 4, "width": 32, "context": 16, "dropout": 0.1, "bias": bias},
+                    "model": {"kind": "nlp.gpt", "layers": 2, "heads": 4, "width": 32, "context": 16, "dropout": 0.1,
+                              "bias": bias},
                     "data": {"format": "text", "path": "plays.txt", "batch_size": 4}}, locate=False)
     generator = np.random.default_rng(1)
     specs = workload.open_model(recipe, {"vocab_size": VOCAB}).parameters
     values = {name: generator.standard_normal(spec.shape, np.float32) * np.float32(0.2) for name, spec in specs.items()}
-    arrays = {f"{prefix}/{name}": value for prefix in ("parameter", "optimizer/exp_avg") for name, value in values.items()}
+    arrays = {f"{prefix}/{name}": value for prefix in ("parameter", "optimizer/exp_avg")
+              for name, value in values.items()}
     text = dumps(recipe).replace('"nlp.gpt"', f'"{kind}"')
     store = Store.open(root)
     entry = write_part(store, step, 1, "state", arrays)
@@ -192,7 +202,8 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, bias: bool) -> No
     assert np.abs(wanted).max() > 1.0, "the logits are large enough to be compared"
     np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
     if not bias:
-        assert not any(np.any(v) for k, v in load_file(tmp_path / "hf" / "model.safetensors").items() if k.endswith(".bias"))
+        assert not any(np.any(v) for k, v in load_file(tmp_path / "hf" / "model.safetensors").items()
+                       if k.endswith(".bias"))
 
 
 @pytest.mark.parametrize(("form", "out", "says"), [
@@ -205,7 +216,8 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, bias: bool) -> No
     ("safetensors", "s3://bucket/w", "must be a path on this machine"),
     ("safetensors", "", "must be a path on this machine"),
 ])
-def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path, form: str, out: str, says: str, monkeypatch: pytest.MonkeyPatch,
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path, form: str, out: str, says: str,
+                                                   monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     path, _, _ = make(tmp_path / "c")

@@ -19,7 +19,8 @@ from elastic.messages import Begin
 
 
 def step(number: int, time: float = 0.0, generation: int = 1) -> dict[str, Any]:
-    return {"step": number, "loss": 1.0, "time": time or float(number), "step_s": 1.0, "world_size": 1, "generation": generation, "samples": 4}
+    return {"step": number, "loss": 1.0, "time": time or float(number), "step_s": 1.0, "world_size": 1,
+            "generation": generation, "samples": 4}
 
 
 def evaluation(number: int) -> dict[str, Any]:
@@ -33,12 +34,14 @@ class Heard:
         self.told: list[Any] = []
 
     def callbacks(self) -> Callbacks:
-        return Callbacks(lambda fields: self.told.append(fields["step"]), lambda fields: self.told.append(("eval", fields["step"])),
+        return Callbacks(lambda fields: self.told.append(fields["step"]),
+                         lambda fields: self.told.append(("eval", fields["step"])),
                        lambda fields: self.told.append(fields["event"]))
 
 
 class Controllers:
-    """One controller after another over the same run_log, polled as a driver does; `ask` answers for the one that is there."""
+    """One controller after another over the same run_log, polled as a driver does; `ask` answers for the one that is
+    there."""
 
     def __init__(self, run_dir: Path, begin: Begin):
         self.run_dir, self.begin, self.pid = run_dir, begin, 1
@@ -143,10 +146,12 @@ def test_a_resumed_run_does_not_tell_what_came_before_it(controllers: Controller
 
 
 def ended(run_dir: Path, status: str = "done", error: str = "") -> None:
-    (run_dir / "summary.json").write_text(json.dumps({"status": status, "steps": 3, **({"error": error} if error else {})}))
+    (run_dir / "summary.json").write_text(json.dumps({"status": status, "steps": 3,
+                                                      **({"error": error} if error else {})}))
 
 
-def test_who_follows_beside_another_driver_learns_how_it_ended(controllers: Controllers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_follows_beside_another_driver_learns_how_it_ended(controllers: Controllers, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """The first driver kills the controller and clears up; the second has heard of one step."""
     heard, reports = Heard(), list[Path]()
     monkeypatch.setattr(door, "write_report", reports.append)
@@ -166,7 +171,8 @@ def test_who_follows_beside_another_driver_learns_how_it_ended(controllers: Cont
     controllers.acts = [first, lambda: None, end]
     result = see_out(None, "run-1", tmp_path, heard.callbacks())
     assert (result.status, result.summary["steps"], result.error) == ("done", 3, "")
-    assert sorted(map(str, heard.told)) == ["('eval', 3)", "1", "2", "3", "generation_started", "run_finished"] and not reports
+    assert sorted(map(str, heard.told)) == ["('eval', 3)", "1", "2", "3", "generation_started",
+                                            "run_finished"] and not reports
 
 
 def test_a_controller_that_is_gone_with_the_run_unended_is_a_failure(controllers: Controllers, tmp_path: Path) -> None:

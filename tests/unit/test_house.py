@@ -17,8 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {"elastic", "backends", "nlp", "vision", "recommender"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 FLOORS = (  # a folder of elastic, or a file at its root, imports those of lower floors and of its own
-    ("errors", "humanize"), ("boxes", "buffers", "mesh"), ("model", "messages", "chaos", "storage", "collective", "recipe"),
-    ("data", "parallel", "observe"), ("checkpoint",), ("state",), ("workload",), ("worker", "planning"), ("controller",), ("driver",), ("cli",))
+    ("errors", "humanize"), ("boxes", "buffers", "mesh"),
+    ("model", "messages", "chaos", "storage", "collective", "recipe"),
+    ("data", "parallel", "observe"), ("checkpoint",), ("state",), ("workload",), ("worker", "planning"),
+    ("controller",), ("driver",), ("cli",))
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 RIM = {
     "torch": ("backends/pytorch/", "elastic/collective/"),
@@ -75,7 +77,8 @@ def absolute(name: str, node: ast.ImportFrom) -> str:
 
 @cache
 def imports(name: str) -> tuple[Import, ...]:
-    """All of a file's imports, those within functions and for the type checker alone too: a reader follows those as well."""
+    """All of a file's imports, those within functions and for the type checker alone too: a reader follows those as
+    well."""
     found: list[Import] = []
 
     def walk(node: ast.AST, top: bool) -> None:
@@ -140,15 +143,18 @@ def test_every_room_has_a_floor_and_arrows_point_down() -> None:
 
 
 def test_few_files_stand_beside_the_rooms() -> None:
-    assert len({name for name in files() if name.startswith("elastic/") and name.count("/") == 1} - {"elastic/__init__.py"}) <= 9
+    assert len({name for name in files() if name.startswith("elastic/")
+                and name.count("/") == 1} - {"elastic/__init__.py"}) <= 9
 
 
 def test_the_tree_in_the_readme_says_what_the_files_say() -> None:
-    """A line for every folder of elastic and every file at its root, and for the packages beside it, with their first sentence."""
+    """A line for every folder of elastic and every file at its root, and for the packages beside it, with their first
+    sentence."""
     said = dict(line.strip().split(maxsplit=1) for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
                 if re.match(r" *[a-z_/]+(/|\.py) +[A-Z]", line))
     wanted = {f"{name.split('/')[1]}/" if name.endswith("__init__.py") else name.split("/")[1]: name for name in files()
-              if name.startswith("elastic/") and (name.endswith("/__init__.py") or name.count("/") == 1) and name != "elastic/__init__.py"}
+              if name.startswith("elastic/") and (name.endswith("/__init__.py") or name.count("/") == 1)
+              and name != "elastic/__init__.py"}
     wanted |= {name.removesuffix("__init__.py"): name for name in files()
                if name.endswith("__init__.py") and name.split("/")[0] in SHIPPED - {"elastic"}}
     assert {entry: said.get(entry) for entry in wanted} == {
@@ -163,8 +169,10 @@ def test_a_framework_is_imported_in_its_rim_only() -> None:
 
 def test_no_test_imports_another() -> None:
     """What two of them share stands in tests/support."""
-    shared = [f"{name}:{i.line} imports {i.module}" for name in files() if name.startswith("tests/") for i in imports(name)
-              if any(part.startswith("test_") for part in [*i.module.split("."), *(i.names if i.module.startswith("tests") else ())])]
+    shared = [f"{name}:{i.line} imports {i.module}" for name in files() if name.startswith("tests/")
+              for i in imports(name)
+              if any(part.startswith("test_") for part in [*i.module.split("."),
+                                                           *(i.names if i.module.startswith("tests") else ())])]
     assert not shared
 
 
@@ -234,7 +242,8 @@ def test_every_test_asserts() -> None:
 
 
 def test_every_error_of_the_tree_is_raised_somewhere() -> None:
-    defined = {node.name for node in tree("elastic/errors.py").body if isinstance(node, ast.ClassDef)} - {"ElasticError"}
+    defined = {node.name for node in tree("elastic/errors.py").body
+               if isinstance(node, ast.ClassDef)} - {"ElasticError"}
     called = {node.func.id for name in files() if name.split("/")[0] in SHIPPED for node in ast.walk(tree(name))
               if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert defined and defined <= called, defined - called

@@ -25,7 +25,8 @@ def put(path: Path, value: int = 128) -> None:
 
 LAID = {  # names of files -> images by class
     "deeper": (["cat/day/0.png", "cat/night/0.png", "dog/day/0.png", "dog/x/y/z/1.png"], {"cat": 2, "dog": 2}),
-    "underscores": (["_back_/0.png", "yes/_DSC1.png", "yes/_DSC2.png", "no/__/_.png"], {"_back_": 1, "no": 1, "yes": 2}),
+    "underscores": (["_back_/0.png", "yes/_DSC1.png", "yes/_DSC2.png", "no/__/_.png"],
+                    {"_back_": 1, "no": 1, "yes": 2}),
     "a class like a part of another": (["a/b/0.png", "b/a/0.png", "b/1.png"], {"a": 1, "b": 2}),
     "signs": (["a b/0.PNG", "c#?%20/0.png", "\u00e9/0.png"], {"a b": 1, "c#?%20": 1, "\u00e9": 1}),
     "one deep, one flat": (["a/0.png", "b/c/d/0.png", "b/1.png"], {"a": 1, "b": 2})}
@@ -43,7 +44,8 @@ def test_the_folders_below_the_path_are_the_classes(laid: str, prefix: str, tmp_
 
 
 def test_links_are_followed_and_what_is_left_out_is_named(tmp_path: Path) -> None:
-    for name in ("in/a/0.png", "in/b/0.png", "in/.cache/0.png", "in/a/.hidden.png", "in/stray.png", "far/1.png", "far/deep/2.png"):
+    for name in ("in/a/0.png", "in/b/0.png", "in/.cache/0.png", "in/a/.hidden.png", "in/stray.png", "far/1.png",
+                 "far/deep/2.png"):
         put(tmp_path / name)
     (tmp_path / "in" / "a" / "notes.txt").write_text("words")
     (tmp_path / "in" / "b" / "far").symlink_to(tmp_path / "far")
@@ -67,7 +69,8 @@ def test_images_stand_as_their_exif_says(turn: int, kind: str) -> None:
     """EXIF 2.3, tag 0x0112: what the stored rows and columns are of the scene."""
     scene = np.zeros((16, 24), np.uint8)
     scene[:8, :12], scene[8:, 12:] = 250, 120
-    stored = {1: lambda s: s, 2: lambda s: s[:, ::-1], 3: lambda s: s[::-1, ::-1], 4: lambda s: s[::-1], 5: lambda s: s.T,
+    stored = {1: lambda s: s, 2: lambda s: s[:, ::-1], 3: lambda s: s[::-1, ::-1], 4: lambda s: s[::-1],
+              5: lambda s: s.T,
               6: lambda s: s.T[::-1], 7: lambda s: s[::-1, ::-1].T, 8: lambda s: s.T[:, ::-1]}[turn](scene)
     image, out = Image.fromarray(np.ascontiguousarray(stored)), io.BytesIO()
     exif = Image.Exif()

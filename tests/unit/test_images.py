@@ -40,17 +40,21 @@ def as_table(folder: Path) -> Any:
     for split, count, seed in (("train", 90, 0), ("test", 30, 1)):
         images, labels = draw(count, seed=seed)
         rows = [{"bytes": png(image), "path": None} for image in images]
-        pq.write_table(pa.table({"image": rows, "label": labels.astype(np.int64)}), folder / f"{split}.parquet", row_group_size=25)
-    return section(format="parquet", path=str(folder / "train.parquet"), eval_path=str(folder / "test.parquet"), image="image", label="label")
+        pq.write_table(pa.table({"image": rows, "label": labels.astype(np.int64)}), folder / f"{split}.parquet",
+                       row_group_size=25)
+    return section(format="parquet", path=str(folder / "train.parquet"), eval_path=str(folder / "test.parquet"),
+                   image="image", label="label")
 
 
 @pytest.mark.parametrize("make", [as_idx, as_folder, as_table])
 def test_every_format_gives_the_same_images(make: Any, tmp_path: Path) -> None:
     info = prepare(make(tmp_path), {}, tmp_path / "cache")
-    assert (info["shape"], info["num_classes"], info["num_samples"], info["num_eval_samples"]) == ([8, 8, 1], CLASSES, 90, 30)
+    assert (info["shape"], info["num_classes"], info["num_samples"],
+            info["num_eval_samples"]) == ([8, 8, 1], CLASSES, 90, 30)
     assert info["classes"] == (["a", "b", "c"] if make is as_folder else [])
     images, labels = draw(90)
-    assert info["mean"][0] == pytest.approx((images / 255).mean(), rel=1e-12) and info["std"][0] == pytest.approx((images / 255).std(), rel=1e-9)
+    assert info["mean"][0] == pytest.approx((images / 255).mean(),
+                                            rel=1e-12) and info["std"][0] == pytest.approx((images / 255).std(), rel=1e-9)
     for split, (pixels, numbers) in (("train", (images, labels)), ("eval", draw(30, seed=1))):
         found = everything(info, split)
         order = np.lexsort(found["image"].reshape(len(pixels), -1).T)
@@ -84,7 +88,9 @@ def test_views_depend_on_seed_epoch_and_sample_alone(tmp_path: Path) -> None:
         alone = again.batch(rows[i:i + 1], epochs[i:i + 1])
         assert all(np.array_equal(alone[key][0], whole[key][i]) for key in whole)
     assert not np.array_equal(whole["image"], dataset.batch(rows, epochs + 1)["image"])
-    assert not np.array_equal(whole["image"], open_dataset(prepare(data, {}, tmp_path / "cache"), "train", 8).batch(rows, epochs)["image"])
+    assert not np.array_equal(whole["image"],
+                              open_dataset(prepare(data, {}, tmp_path / "cache"), "train",
+                                           8).batch(rows, epochs)["image"])
     plain = everything(prepare(as_idx(tmp_path), {}, tmp_path / "cache"), "eval")
     varied = everything(prepare(data, {}, tmp_path / "cache"), "eval")
     assert plain.keys() == varied.keys() and all(np.array_equal(plain[key], varied[key]) for key in plain)
@@ -94,7 +100,8 @@ def test_crops_and_mirror_images_are_what_they_say(tmp_path: Path) -> None:
     images = np.arange(1, 65, dtype=np.uint8).reshape(1, 8, 8).repeat(400, 0)
     write_idx(tmp_path / "images", images)
     write_idx(tmp_path / "labels", np.arange(400) % 2)
-    found = everything(info := prepare(section(path=str(tmp_path / "images"), crop=1, flip=True), {}, tmp_path / "cache"))["image"]
+    found = everything(info := prepare(section(path=str(tmp_path / "images"), crop=1, flip=True), {},
+                                       tmp_path / "cache"))["image"]
     pixels = np.rint((found[..., 0] * info["std"][0] + info["mean"][0]) * 255).astype(int)
     wide = np.pad(images[0], 1)
     views = [wide[y:y + 8, x:x + 8][:, ::step] for y in range(3) for x in range(3) for step in (1, -1)]
@@ -114,7 +121,8 @@ def test_mixtures_are_sums_of_two(tmp_path: Path) -> None:
     near = [int(np.abs(plain["image"] - other).max((1, 2, 3)).argmin()) for other in others]
     sure = mixed["mix"] < 0.9
     assert np.array_equal(plain["label"][near][sure], mixed["label2"][sure]) and len(set(near)) > 80
-    assert mixed["mix"].min() >= 0 and mixed["mix"].max() <= 1 and mixed["mix"].std() == pytest.approx(12 ** -0.5, abs=0.06)  # Beta(1, 1)
+    # Beta(1, 1)
+    assert mixed["mix"].min() >= 0 and mixed["mix"].max() <= 1 and mixed["mix"].std() == pytest.approx(12 ** -0.5, abs=0.06)
 
 
 def test_a_part_of_each_class_is_held_out_of_folders(tmp_path: Path) -> None:
@@ -162,9 +170,11 @@ def spoil(folder: Path, what: str) -> Any:
 @pytest.mark.parametrize(("what", "says"), [
     ("no labels", "train-labels-idx1-ubyte.gz beside it"), ("fewer labels", "holds 90 images and its labels 89"),
     ("cut", "holds 5755 bytes of values where its header tells of 5760"), ("cut gzip", "train-images.* cannot be read"),
-    ("no idx", "no IDX file of unsigned bytes with 3 or 4 dims"), ("unknown class", "row 29 of .*t10k-images.* is of class 9.*0 to 2"),
+    ("no idx", "no IDX file of unsigned bytes with 3 or 4 dims"),
+    ("unknown class", "row 29 of .*t10k-images.* is of class 9.*0 to 2"),
     ("one class", "images of 1 class"), ("other size", "data.eval_path: row 0 of .* is 6 x 8 .* first image 8 x 8"),
-    ("no row", "data.path gives no image"), ("crop", "data.crop = 8 moves images of 8 x 8 .* out of sight; write less than 8"),
+    ("no row", "data.path gives no image"), ("crop",
+                                             "data.crop = 8 moves images of 8 x 8 .* out of sight; write less than 8"),
     ("another name", "pictures.gz is not named as a file of images is")])
 def test_bad_files_in_one_sentence(what: str, says: str, tmp_path: Path) -> None:
     with pytest.raises((RecipeError, UserError), match=says) as error:
@@ -235,7 +245,8 @@ def test_grey_and_coloured_images_are_brought_to_one_kind(tmp_path: Path) -> Non
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / f"{name}.png").write_bytes(content)
     data = section(format="imagefolder", path=str(tmp_path / "in"))
-    with pytest.raises(UserError, match="3 channels and the first image 8 x 8 with 1 channel; .*data.channels all to grey or to colour"):
+    with pytest.raises(UserError, match="3 channels and the first image 8 x 8 with 1 channel; .*data.channels all to "
+                                        "grey or to colour"):
         prepare(data, {}, tmp_path / "cache")
     luma = round(200 * 0.299 + 100 * 0.587)  # ITU-R 601-2
     for channels, wanted in ((3, [[90] * 3, [200, 100, 0], [90] * 3]), (1, [[90], [luma], [90]])):
@@ -270,9 +281,11 @@ def test_new_labels_are_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", [10**12, 2**64 - 1])
 def test_classes_that_are_ids_are_named(label: int, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [png(draw(1)[0][0])] * 3, "label": pa.array([0, 1, label], pa.uint64())}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"image": [png(draw(1)[0][0])] * 3, "label": pa.array([0, 1, label], pa.uint64())}),
+                   tmp_path / "t.parquet")
     with pytest.raises(UserError, match=f"largest class is {label}, of 3 different ones"):
-        prepare(section(format="parquet", path=str(tmp_path / "t.parquet"), image="image", label="label"), {}, tmp_path / "cache")
+        prepare(section(format="parquet", path=str(tmp_path / "t.parquet"), image="image", label="label"), {},
+                tmp_path / "cache")
 
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
@@ -284,17 +297,21 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "says"), [
-    ({"data": {"format": "csv"}}, 'data.format = "csv" does not feed model.kind = "vision.vit", which reads images; write one of "idx"'),
-    ({"data": {"format": "parquet"}}, 'data.image = "" does not go with data.format = "parquet"; write the column\'s name.'),
+    ({"data": {"format": "csv"}}, 'data.format = "csv" does not feed model.kind = "vision.vit", which reads images; '
+                                  'write one of "idx"'),
+    ({"data": {"format": "parquet"}}, 'data.image = "" does not go with data.format = "parquet"; write the column\'s '
+                                      'name.'),
     ({"data": {"label": "y"}}, 'data.label = "y" does not go with data.format = "idx"; leave it out'),
     ({"data": {"image_size": 28}}, 'data.image_size = 28 does not go with data.format = "idx"'),
     ({"data": {"channels": 3}}, 'data.channels = 3 does not go with data.format = "idx"'),
     ({"data": {"channels": 2}}, "data.channels = 2 cannot work"),
-    ({"data": {"crop": -1}}, "data.crop = -1 cannot work"), ({"data": {"mixup": -0.5}}, "data.mixup = -0.5 cannot work"),
+    ({"data": {"crop": -1}}, "data.crop = -1 cannot work"),
+    ({"data": {"mixup": -0.5}}, "data.mixup = -0.5 cannot work"),
     ({"data": {"weights": [1.0]}}, "data.weights = .* has a meaning only for tables of numbers"),
     ({"data": {"kind": "mine:Set"}}, "exclude each other"),
     ({"model": {"kind": "nlp.gpt"}}, 'data.format = "idx" holds images, which model.kind = "nlp.gpt" does not read'),
-    ({"model": {"kind": "nlp.gpt"}, "data": {"format": "text", "crop": 0}}, "data.flip = true has a meaning only for image models"),
+    ({"model": {"kind": "nlp.gpt"}, "data": {"format": "text", "crop": 0}},
+     "data.flip = true has a meaning only for image models"),
 ])
 def test_keys_that_do_not_go_together(changes: dict[str, dict[str, Any]], says: str, tmp_path: Path) -> None:
     files = idx_files(tmp_path)
@@ -307,7 +324,8 @@ def test_keys_that_do_not_go_together(changes: dict[str, dict[str, Any]], says: 
 def test_shipped_recipes_start_where_the_data_lies(name: str, DATA: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(DATA)
     recipe = load_recipe(name)
-    model = importlib.import_module(recipe.model.kind).build(recipe.model.config, {"shape": [28, 28, 1], "num_classes": 10})
+    model = importlib.import_module(recipe.model.kind).build(recipe.model.config,
+                                                             {"shape": [28, 28, 1], "num_classes": 10})
     size = sum(int(np.prod(spec.shape)) for spec in model.parameters.values())
     assert size < (100_000 if "resnet" in name else 300_000)
     assert all(any(matches(key, [pattern]) for key in model.parameters) for pattern in recipe.optimizer.no_decay)

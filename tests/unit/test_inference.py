@@ -61,7 +61,8 @@ def test_text_is_a_function_of_prompt_and_seed(recipe: Recipe, tmp_path: Path, p
     first = inference.sample(tmp_path / "run", "KING", 20, 0.8, 1)
     assert first.startswith("KING") and len(first) == 24
     assert set(first) <= set(plays.read_text())
-    assert first == inference.sample(tmp_path / "run", "KING", 20, 0.8, 1) != inference.sample(tmp_path / "run", "KING", 20, 0.8, 2)
+    assert first == inference.sample(tmp_path / "run", "KING", 20, 0.8,
+                                     1) != inference.sample(tmp_path / "run", "KING", 20, 0.8, 2)
     assert len(inference.sample(tmp_path / "run", "", 5, 0.0)) == 5
     Path(recipe.data.path[0]).unlink()
     assert first == inference.sample(tmp_path / "run", "KING", 20, 0.8, 1), "text needs the checkpoint alone"

@@ -26,7 +26,8 @@ def make(root: Path, step: int, arrays: dict[str, np.ndarray], halves: bool = Fa
     if halves:
         for rank, pick in enumerate((slice(None, 2), slice(2, None))):
             boxes = {name: (array.shape, (2 * rank,) + (0,) * (array.ndim - 1)) for name, array in arrays.items()}
-            files.append(write_part(store, step, 1, f"state-{rank}", {name: array[pick] for name, array in arrays.items()}, boxes))
+            files.append(write_part(store, step, 1, f"state-{rank}",
+                                    {name: array[pick] for name, array in arrays.items()}, boxes))
     else:
         files.append(write_part(store, step, 1, "state", arrays))
     return root / commit(store, Manifest(step, 1, step * 8, 3, RECIPE, tuple(files), eval={"loss": 1.5}))
@@ -35,11 +36,13 @@ def make(root: Path, step: int, arrays: dict[str, np.ndarray], halves: bool = Fa
 @pytest.fixture
 def arrays() -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
-    return {"parameter/w": generator.standard_normal((4, 6), np.float32), "optimizer/exp_avg/w": generator.standard_normal((4, 6), np.float32),
+    return {"parameter/w": generator.standard_normal((4, 6), np.float32),
+            "optimizer/exp_avg/w": generator.standard_normal((4, 6), np.float32),
             "buffer/count": np.arange(5, dtype=np.int64)}
 
 
-def test_tables_say_what_is_on_the_disk(tmp_path: Path, arrays: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_say_what_is_on_the_disk(tmp_path: Path, arrays: dict[str, np.ndarray],
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path / "run" / "checkpoints", 7, arrays)
     assert cli.run(["inspect", str(tmp_path / "run")]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -60,7 +63,8 @@ def test_an_array_in_two_files_is_one_row(tmp_path: Path, arrays: dict[str, np.n
         ("optimizer/exp_avg/w", (4, 6), 96, (1, 2)), ("parameter/w", (4, 6), 96, (1, 2))]
 
 
-def test_damage_is_shown_and_is_exit_code_3(tmp_path: Path, arrays: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_shown_and_is_exit_code_3(tmp_path: Path, arrays: dict[str, np.ndarray],
+                                            capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path, 7, arrays)
     file = next(path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
@@ -73,7 +77,8 @@ def test_damage_is_shown_and_is_exit_code_3(tmp_path: Path, arrays: dict[str, np
     assert out.count("missing") == 1 and "not whole" in out
 
 
-def test_a_difference_is_counted_as_numpy_counts_it(tmp_path: Path, arrays: dict[str, np.ndarray], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_difference_is_counted_as_numpy_counts_it(tmp_path: Path, arrays: dict[str, np.ndarray],
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
     other = {name: array.copy() for name, array in arrays.items()}
     other["parameter/w"][1, 2:5] += np.float32([0.5, -2, 1e-3])
     other["buffer/count"] = other["buffer/count"].astype(np.int32)
@@ -81,7 +86,8 @@ def test_a_difference_is_counted_as_numpy_counts_it(tmp_path: Path, arrays: dict
     a, b = make(tmp_path / "a", 7, arrays), make(tmp_path / "b", 8, other)
     found, num_same = differences(find(a), find(b))
     assert num_same == 1
-    assert [(d.name, d.reason) for d in found] == [("buffer/count", "int64 in A, int32 in B"), ("parameter/new", "only in B"), ("parameter/w", "")]
+    assert [(d.name, d.reason) for d in found] == [("buffer/count", "int64 in A, int32 in B"),
+                                                   ("parameter/new", "only in B"), ("parameter/w", "")]
     largest = np.abs(arrays["parameter/w"].astype(np.float64) - other["parameter/w"]).max()
     assert (found[2].num_elements, found[2].num_different, found[2].max_abs) == (24, 3, largest)
     assert cli.run(["inspect", str(a), "--diff", str(b)]) == 0
@@ -90,10 +96,12 @@ def test_a_difference_is_counted_as_numpy_counts_it(tmp_path: Path, arrays: dict
     assert ["parameter/w", "24", "3", "2"] in [line.split() for line in out.splitlines()]
 
 
-def test_a_checkpoint_does_not_differ_from_itself_however_it_is_cut(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+def test_a_checkpoint_does_not_differ_from_itself_however_it_is_cut(tmp_path: Path,
+                                                                    arrays: dict[str, np.ndarray]) -> None:
     del arrays["buffer/count"]
     arrays["parameter/w"][0, :3] = [np.nan, np.inf, -np.inf]
-    assert differences(find(make(tmp_path / "a", 7, arrays)), find(make(tmp_path / "b", 7, arrays, halves=True))) == ([], 2)
+    assert differences(find(make(tmp_path / "a", 7, arrays)),
+                       find(make(tmp_path / "b", 7, arrays, halves=True))) == ([], 2)
 
 
 @pytest.mark.parametrize(("x", "y", "different", "largest"), [
@@ -123,8 +131,10 @@ def test_whole_numbers_at_their_limits(kind: str) -> None:
     (["bad"], "does not have the hash"),
     ([], "Missing argument"),
 ])
-def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path, arrays: dict[str, np.ndarray], arguments: list[str], says: str,
-                                                   monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path, arrays: dict[str, np.ndarray], arguments: list[str],
+                                                   says: str,
+                                                   monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("good", "bad"):
         os.rename(make(tmp_path / name, 7, arrays), tmp_path / "step-00000007")

@@ -23,8 +23,10 @@ from backends.pytorch.backend import framework  # noqa: E402
 
 Pair = namedtuple("Pair", "left right")
 COUNT = itertools.count()
-DTYPES = [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
-          torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES = [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32,
+          torch.int64, torch.float16,
+          torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float8_e4m3fn,
+          torch.float8_e5m2]
 
 
 class Made:
@@ -86,19 +88,23 @@ def test_torch_gets_what_its_own_loader_would_give(name: str) -> None:
 def test_every_dtype_of_torch_is_stacked(dtype: Any) -> None:
     tensors = [torch.tensor([[1, 0], [0, number]]).to(dtype) for number in range(2)]
     wanted = torch.utils.data.default_collate([{"a": [0, tensor]} for tensor in tensors])
-    assert_same(MapStyle(Made(lambda i: {"a": [0, tensors[i]]}, 2), collate=framework.collate).batch(np.arange(2), np.zeros(2)), wanted)
+    assert_same(MapStyle(Made(lambda i: {"a": [0, tensors[i]]}, 2),
+                         collate=framework.collate).batch(np.arange(2), np.zeros(2)), wanted)
 
 
-@pytest.mark.parametrize("dtype", ["bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64",
+@pytest.mark.parametrize("dtype", ["bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+                                   "float16", "float32", "float64",
                                    "complex64", "complex128", "<U3", "bfloat16"])
 def test_others_get_what_numpy_stacks(dtype: str) -> None:
     if dtype == "bfloat16":
         dtype = pytest.importorskip("ml_dtypes").bfloat16
     values = np.arange(12).reshape(6, 2).astype(dtype)
-    found = MapStyle(Made(lambda i: ({"a": [values[i], {"b": values[i, 0]}]}, Pair(values[i], 1)))).batch(np.array([5, 0]), np.zeros(2))
+    found = MapStyle(Made(lambda i: ({"a": [values[i], {"b": values[i, 0]}]},
+                                     Pair(values[i], 1)))).batch(np.array([5, 0]), np.zeros(2))
     x, pair = found
     assert isinstance(found, tuple) and type(pair) is Pair and pair.right.tolist() == [1, 1]
-    for column, wanted in ((x["a"][0], values[[5, 0]]), (x["a"][1]["b"], values[[5, 0], 0]), (pair.left, values[[5, 0]])):
+    for column, wanted in ((x["a"][0], values[[5, 0]]), (x["a"][1]["b"], values[[5, 0], 0]),
+                           (pair.left, values[[5, 0]])):
         assert (column.dtype == wanted.dtype or dtype == "<U3") and column.tolist() == wanted.tolist()
 
 
@@ -107,13 +113,19 @@ class Strange:
 
 
 REFUSED: dict[str, tuple[Callable[[int], Any], str]] = {
-    "another shape": (lambda i: {"a": [0, np.zeros(2 + i // 3)]}, r"item\['a'\]\[1\] is a ndarray of shape \(3,\) in item 3 and .*\(2,\) in item 0"),
-    "another length": (lambda i: {"a": {"b": [1.0] * (1 + i // 2)}}, r"item\['a'\]\['b'\] is a list of 2 in item 2 and a list of 1 in item 0"),
-    "another key": (lambda i: ({"a": 1, **({"b": 2} if i == 5 else {})}, 1), r"item\[0\] is a dict with 'a', 'b' in item 5"),
-    "another kind": (lambda i: Pair(1, {"c": 1} if i else [1]), r"item\.right is a dict with 'c' in item 1 and a list of 1 in item 0"),
+    "another shape": (lambda i: {"a": [0, np.zeros(2 + i // 3)]},
+                      r"item\['a'\]\[1\] is a ndarray of shape \(3,\) in item 3 and .*\(2,\) in item 0"),
+    "another length": (lambda i: {"a": {"b": [1.0] * (1 + i // 2)}},
+                       r"item\['a'\]\['b'\] is a list of 2 in item 2 and a list of 1 in item 0"),
+    "another key": (lambda i: ({"a": 1, **({"b": 2} if i == 5 else {})}, 1),
+                    r"item\[0\] is a dict with 'a', 'b' in item 5"),
+    "another kind": (lambda i: Pair(1, {"c": 1} if i else [1]),
+                     r"item\.right is a dict with 'c' in item 1 and a list of 1 in item 0"),
     "none": (lambda i: {"a": [0, None], "x": 1}, r"item\['a'\]\[1\] cannot be put into a batch: it is a NoneType"),
-    "an object": (lambda i: (0, {"deep": [Strange()]}), r"item\[1\]\['deep'\]\[0\] cannot be put into a batch: it is a Strange"),
-    "an array of objects": (lambda i: {"o": np.array([None, 1])}, r"item\['o'\] cannot be put into a batch: it is a ndarray of shape \(2,\)"),
+    "an object": (lambda i: (0, {"deep": [Strange()]}),
+                  r"item\[1\]\['deep'\]\[0\] cannot be put into a batch: it is a Strange"),
+    "an array of objects": (lambda i: {"o": np.array([None, 1])},
+                            r"item\['o'\] cannot be put into a batch: it is a ndarray of shape \(2,\)"),
     "a set": (lambda i: {"s": {1, 2}}, r"item\['s'\] cannot be put into a batch: it is a set")}
 
 
@@ -126,7 +138,9 @@ def test_what_cannot_be_in_a_batch_is_refused_by_its_path(name: str, put: Callab
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("value", "name"), [(np.zeros(2, np.int16), "int16"), (np.complex64(1j), "complex64"), (np.zeros((), np.uint32), "uint32")])
+@pytest.mark.parametrize(("value", "name"),
+                         [(np.zeros(2, np.int16), "int16"), (np.complex64(1j), "complex64"),
+                          (np.zeros((), np.uint32), "uint32")])
 def test_a_type_that_the_framework_lacks_is_refused_by_its_path(value: Any, name: str) -> None:
     few = ("float32", "int64")
     fits = MapStyle(Made(lambda i: {"a": [np.float32(i), i]}), collate=lambda items: stacked(items, few))
@@ -192,7 +206,8 @@ def test_items_that_are_not_the_same_again_are_told(make: Any, words: str) -> No
 
 @pytest.mark.parametrize("make", [lambda: torch.eye(3).to_sparse(), lambda: torch.eye(3).to_sparse_csr(),
                                   lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-                                  lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)])
+                                  lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)],
+                                                                     layout=torch.jagged)])
 def test_tensors_that_lie_otherwise_are_the_same_again(make: Any) -> None:
     data = MapStyle(Made(lambda i: 0, 1))
     data.own = lambda items: {"a": make()}
@@ -202,7 +217,8 @@ def test_tensors_that_lie_otherwise_are_the_same_again(make: Any) -> None:
 
 def test_nested_tensors_are_looked_into() -> None:
     data = MapStyle(Made(lambda i: 0, 1))
-    data.own = lambda items: torch.nested.nested_tensor([torch.ones(2), torch.full((3,), float(next(COUNT)))], layout=torch.jagged)
+    data.own = lambda items: torch.nested.nested_tensor([torch.ones(2), torch.full((3,), float(next(COUNT)))],
+                                                        layout=torch.jagged)
     with pytest.raises(RecipeError, match=r"\(batch\[1\]\)"):
         data.check_repeats(np.array([0]), np.zeros(1, np.int64))
 
@@ -265,7 +281,8 @@ def test_a_collate_fn_that_fills_one_buffer_again_and_again_is_told_and_one_that
 
 
 def test_items_that_draw_from_seeded_generators_are_the_same_again() -> None:
-    made = Made(lambda i: {"a": torch.rand(2), "b": np.random.rand(), "c": random.random(), "d": float("nan"), "e": np.array([np.nan]), "f": "x"})
+    made = Made(lambda i: {"a": torch.rand(2), "b": np.random.rand(), "c": random.random(), "d": float("nan"),
+                           "e": np.array([np.nan]), "f": "x"})
     data = MapStyle(made, seeded=framework.seeded, collate=framework.collate)
     data.check_repeats(np.arange(3), np.zeros(3, np.int64))
     with pytest.raises(RecipeError, match=r"\(batch\['a'\]\)"):

@@ -16,7 +16,8 @@ def endpoint() -> Iterator[Endpoint]:
     yield Endpoint()
 
 
-def client(endpoint: Endpoint, prefix: str, aborted: threading.Event | None = None, timeout_s: float = 20.0) -> StoreClient:
+def client(endpoint: Endpoint, prefix: str, aborted: threading.Event | None = None,
+           timeout_s: float = 20.0) -> StoreClient:
     return StoreClient(endpoint.address, prefix, aborted or threading.Event(), timeout_s)
 
 

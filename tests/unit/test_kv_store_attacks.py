@@ -21,7 +21,15 @@ from elastic.collective import kv_store as store
 from elastic.collective.kv_store import ANSWER, NONCE, PROOF, REQUEST, SET, Endpoint, StoreClient, proof
 from elastic.collective.shared import SharedGroup
 from elastic.errors import GroupBroken
-from tests.support.attacks import FOUR_GIB, descriptors_exhausted, ends_within, half_open, reach, slow_readers, under_attack
+from tests.support.attacks import (
+    FOUR_GIB,
+    descriptors_exhausted,
+    ends_within,
+    half_open,
+    reach,
+    slow_readers,
+    under_attack,
+)
 
 WAIT_S = 20.0
 
@@ -226,7 +234,8 @@ def test_keys_of_old_generations_go_and_stay_away(endpoint: Endpoint) -> None:
     assert set(endpoint._values) == {b"run/3/0", b"run/10/0", b"other/1/0"}
 
 
-@pytest.mark.parametrize("card", [b"", b"\xff\xfe", b"one two three four", b"1 2 3", b"99999999999999999999 1 1 4096", b"-1 0 0 4096",
+@pytest.mark.parametrize("card", [b"", b"\xff\xfe", b"one two three four", b"1 2 3", b"99999999999999999999 1 1 4096",
+                                  b"-1 0 0 4096",
                                   f"{os.getpid()} 0 0 4096".encode(), b"0 0 0 0", b"1 " * 5000], ids=range(9))
 def test_a_malformed_card_breaks_the_group_and_no_member(endpoint: Endpoint, card: bytes) -> None:
     client(endpoint).set("1", card)
@@ -245,8 +254,8 @@ def test_a_card_of_a_file_that_is_no_segment_breaks_the_group(endpoint: Endpoint
 
 
 def test_who_has_no_descriptor_left_breaks_a_group_and_may_form_the_next(endpoint: Endpoint) -> None:
-    code = ("import resource, threading; from elastic.collective.shared import SharedGroup; from elastic.errors import GroupBroken\n"
-            "import os, sys; from tests.support.attacks import descriptors_exhausted\n"
+    code = ("import resource, threading; from elastic.collective.shared import SharedGroup; from elastic.errors import "
+            "GroupBroken\nimport os, sys; from tests.support.attacks import descriptors_exhausted\n"
             "def form(): SharedGroup.form(0, 2, sys.argv[1], 'run/1', threading.Event(), 5)\n"
             "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
             "for spare in (0, 1):\n"  # none for the connection, none for the segment

@@ -20,8 +20,10 @@ class Model:
     """Two layers, an embedding tied to the head, and experts."""
 
     parameters = {
-        "wte": Spec((7, 4), ("vocab", "d_model")), "h0.up": Spec((4, 8), ("d_model", "d_ff")), "h0.norm": Spec((4,), ("d_model",)),
-        "h1.up": Spec((2, 4, 8), ("expert", "d_model", "d_ff")), "h1.gate": Spec((4, 2), ("d_model", "gates")), "head": Spec((4,), ("d_model",))}
+        "wte": Spec((7, 4), ("vocab", "d_model")), "h0.up": Spec((4, 8), ("d_model", "d_ff")),
+        "h0.norm": Spec((4,), ("d_model",)),
+        "h1.up": Spec((2, 4, 8), ("expert", "d_model", "d_ff")), "h1.gate": Spec((4, 2), ("d_model", "gates")),
+        "head": Spec((4,), ("d_model",))}
     buffers: dict[str, Spec] = {}
     layout = {"vocab": "tensor", "d_ff": "tensor", "expert": "expert"}
     pieces = ("embed", "h0", "h1", "head")
@@ -30,7 +32,8 @@ class Model:
         return [n for n in self.parameters if n.startswith(piece) or (piece in ("embed", "head") and n == "wte")]
 
 
-MESHES = [Mesh(1), Mesh(2, 1, 2), Mesh(1, 2), Mesh(2, 2, 2), Mesh(1, 4), Mesh(1, 1, 4), Mesh(1, 1, 1, 2), Mesh(2, 2, 2, 2)]
+MESHES = [Mesh(1), Mesh(2, 1, 2), Mesh(1, 2), Mesh(2, 2, 2), Mesh(1, 4), Mesh(1, 1, 4), Mesh(1, 1, 1, 2),
+          Mesh(2, 2, 2, 2)]
 VALUES = {name: np.random.default_rng(len(name)).standard_normal(spec.shape) for name, spec in Model.parameters.items()}
 
 
@@ -42,7 +45,8 @@ def part(layout: Layout, name: str, coordinate: Coordinate) -> np.ndarray:
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_every_rank_has_one_coordinate_and_lines_meet_in_it(mesh: Mesh) -> None:
     coordinates = [mesh.coordinate(rank) for rank in range(mesh.world_size)]
-    assert len(set(coordinates)) == mesh.world_size and [mesh.rank(coordinate) for coordinate in coordinates] == list(range(mesh.world_size))
+    assert len(set(coordinates)) == mesh.world_size and [mesh.rank(coordinate)
+                                                         for coordinate in coordinates] == list(range(mesh.world_size))
     for rank in range(mesh.world_size):
         for axis in ("data", "pipeline", "tensor", "expert"):
             line = mesh.axis_ranks(rank, axis)
@@ -79,10 +83,12 @@ def test_who_shares_a_gradient(mesh: Mesh) -> None:
             stages = {p for p in range(mesh.pipeline) if name in layout.held(p)}
             expected = len(stages) * (1 if name == "h1.up" else mesh.expert)
             assert len(shared.get(name, (coordinate,))) == expected
-            assert coordinate in shared.get(name, (coordinate,)) and {s.tensor for s in shared.get(name, (coordinate,))} == {coordinate.tensor}
+            assert coordinate in shared.get(name, (coordinate,)) and {s.tensor
+                                                                      for s in shared.get(name, (coordinate,))} == {coordinate.tensor}
 
 
-@pytest.mark.parametrize(("old", "new"), list(itertools.permutations([Mesh(1, 1, 4), Mesh(2, 1, 2), Mesh(1, 4), Mesh(4), Mesh(2, 2)], 2)), ids=str)
+@pytest.mark.parametrize(("old", "new"), list(itertools.permutations([Mesh(1, 1, 4), Mesh(2, 1, 2), Mesh(1, 4), Mesh(4),
+                                                                      Mesh(2, 2)], 2)), ids=str)
 def test_moves_carry_every_part_from_any_mesh_to_any_other(old: Mesh, new: Mesh) -> None:
     before, after = Layout(Model(), old), Layout(Model(), new)
     holders = {rank: old.coordinate(rank) for rank in range(old.world_size)}
@@ -93,7 +99,8 @@ def test_moves_carry_every_part_from_any_mesh_to_any_other(old: Mesh, new: Mesh)
             source, target = before.box(name, holders[move.source]), after.box(name, new.coordinate(move.to))
             given = part(before, name, holders[move.source])[tuple(
                 slice(s - b, s - b + c) for s, b, c in zip(move.box.start, source.start, move.box.count))]
-            outs[move.to][tuple(slice(s - b, s - b + c) for s, b, c in zip(move.box.start, target.start, move.box.count))] = given
+            outs[move.to][tuple(slice(s - b, s - b + c)
+                                for s, b, c in zip(move.box.start, target.start, move.box.count))] = given
         for rank, out in outs.items():
             assert (out == part(after, name, new.coordinate(rank))).all()
         assert whole.shape == before.box(name, Coordinate()).shape
@@ -122,7 +129,8 @@ class Plain:
     buffers: dict[str, Spec] = {}
 
 
-@pytest.mark.parametrize(("pipeline", "chunks", "remedy"), [(5, 1, "mesh.pipeline = 4 or less"), (3, 2, "mesh.pipeline = 2 or less"),
+@pytest.mark.parametrize(("pipeline", "chunks", "remedy"),
+                         [(5, 1, "mesh.pipeline = 4 or less"), (3, 2, "mesh.pipeline = 2 or less"),
                                                             (2, 3, "fewer mesh.chunks, or another mesh.schedule")])
 def test_the_remedy_for_too_many_stages_works(pipeline: int, chunks: int, remedy: str) -> None:
     with pytest.raises(RecipeError, match=f"write {remedy}"):
@@ -133,15 +141,19 @@ def test_the_remedy_for_too_many_stages_works(pipeline: int, chunks: int, remedy
     (Model, Mesh(1, 1, 3), None, "mesh.tensor = 3 does not divide d_ff = 8 of h0.up; write one of 1, 2, 4, 8."),
     (Model, Mesh(1, 1, 1, 3), None, "mesh.expert = 3 does not divide expert = 2 of h1.up; write one of 1, 2."),
     (Model, Mesh(1, 5), None, "mesh.pipeline = 5 needs 5 pieces, and the model has 4"),
-    (Plain, Mesh(1, 2), None, "mesh.pipeline = 2 needs a model in pieces with named dims, which this model.kind is not; write mesh.pipeline = 1"),
+    (Plain, Mesh(1, 2), None, "mesh.pipeline = 2 needs a model in pieces with named dims, which this model.kind is "
+                              "not; write mesh.pipeline = 1"),
     (Plain, Mesh(1, 1, 2), None, "mesh.tensor = 2 needs a model in pieces with named dims"),
     (Model, Mesh(1, 1, 8), None, "mesh.tensor = 8 is more than vocab = 7 of wte; write mesh.tensor = 7 or less."),
-    (Model, Mesh(1, 1, 2), {"d_fff": "tensor"}, 'mesh.layout.d_fff = "tensor" is no split that the model can make; write some of vocab = "tensor", '
+    (Model, Mesh(1, 1, 2), {"d_fff": "tensor"},
+     'mesh.layout.d_fff = "tensor" is no split that the model can make; write some of vocab = "tensor", '
                                                 'd_ff = "tensor", expert = "expert".'),
     (Model, Mesh(1, 1, 2), {"d_model": "tensor"}, 'mesh.layout.d_model = "tensor" is no split'),
     (Model, Mesh(1, 1, 1, 2), {"d_ff": "expert"}, 'mesh.layout.d_ff = "expert" is no split'),
-    (Plain, Mesh(1), {"a": "tensor"}, 'mesh.layout.a = "tensor" is no split that the model can make; leave mesh.layout out: it can split nothing.'),
-    (Model, Mesh(1, 1, 2), {"expert": "expert"}, "mesh.tensor = 2 splits nothing: no dim of the model is laid out on it; write mesh.tensor = 1."),
+    (Plain, Mesh(1), {"a": "tensor"}, 'mesh.layout.a = "tensor" is no split that the model can make; leave mesh.layout '
+                                      'out: it can split nothing.'),
+    (Model, Mesh(1, 1, 2), {"expert": "expert"},
+     "mesh.tensor = 2 splits nothing: no dim of the model is laid out on it; write mesh.tensor = 1."),
 ])
 def test_what_does_not_fit_is_one_sentence(model: Any, mesh: Mesh, dims: Any, sentence: str) -> None:
     with pytest.raises(RecipeError) as caught:

@@ -21,18 +21,22 @@ SIZE, BATCH, SHARDS, EPOCHS = 21, 8, 4, 2
 
 
 def sampler(**changes: Any) -> Sampler:
-    return Sampler(**{"num_samples": SIZE, "batch_size": BATCH, "logical_shards": SHARDS, "seed": 1, "shuffle": True, "epochs": EPOCHS} | changes)
+    return Sampler(**{"num_samples": SIZE, "batch_size": BATCH, "logical_shards": SHARDS, "seed": 1, "shuffle": True,
+                      "epochs": EPOCHS} | changes)
 
 
 def metrics(of: Sampler) -> list[dict[str, Any]]:
     ledger = Ledger(of)
-    return [{"step": step, "loss": 1.0, "time": float(step), "step_s": 1.0, "world_size": 1, "generation": 1 + step // 4,
-             "samples": sum(int((of.positions(step, shard) >= 0).sum()) for shard in range(of.logical_shards)), "ledger": ledger.line(step)}
+    return [{"step": step, "loss": 1.0, "time": float(step), "step_s": 1.0, "world_size": 1, "generation": 1
+             + step // 4,
+             "samples": sum(int((of.positions(step, shard) >= 0).sum()) for shard in range(of.logical_shards)),
+             "ledger": ledger.line(step)}
             for step in range(1, of.num_steps + 1)]
 
 
 def kept(run_dir: Path) -> list[tuple[int, int, int, int, int]]:
-    return [row for file in files(run_dir / FOLDER) for batch, _ in pieces(file) for row in zip(*(batch[name].tolist() for name in batch))]
+    return [row for file in files(run_dir / FOLDER) for batch, _ in pieces(file)
+            for row in zip(*(batch[name].tolist() for name in batch))]
 
 
 def written(run_dir: Path, of: Sampler, steps: int = 1000) -> list[dict[str, Any]]:
@@ -62,13 +66,15 @@ def test_what_workers_fed_is_what_the_positions_name() -> None:
             load = NotedLoader(Numbers(), of, ledger)
             load.expect((step, shard) for shard in shards)
             for shard in shards:
-                assert load(step, shard)["id"].tolist() == [i for i in of.locate(of.positions(step, shard))[1].tolist() if i >= 0]
+                assert load(step, shard)["id"].tolist() == [i for i in of.locate(of.positions(step, shard))[1].tolist()
+                                                            if i >= 0]
             load.close()
             total += ledger.digests(step)
         Ledger(of).check(step, total)
         assert (total > 0).all()
         for shard in range(SHARDS):
-            for wrong in (0.0, 2 * total[shard], digest(step, shard, np.array([0]), np.array([3]))):  # nobody, two, another sample
+            # nobody, two, another sample
+            for wrong in (0.0, 2 * total[shard], digest(step, shard, np.array([0]), np.array([3]))):
                 with pytest.raises(RunFailed, match=f"Logical shard {shard} of step {step} was fed other samples"):
                     Ledger(of).check(step, np.where(np.arange(SHARDS) == shard, wrong, total))
 
@@ -92,10 +98,12 @@ def test_rows_on_disk_are_the_samplers_and_the_lines_know_nothing_of_them(tmp_pa
     epochs, samples = sampler().locate(np.arange(EPOCHS * SIZE))
     assert [row[3:] for row in rows] == list(zip(epochs.tolist(), samples.tolist()))
     assert all("ledger" not in line for line in lines)
-    assert [file.name for file in files(tmp_path / FOLDER)] == ["g000001-step-00000001.arrow", "g000002-step-00000004.arrow"]
+    assert [file.name for file in files(tmp_path / FOLDER)] == ["g000001-step-00000001.arrow",
+                                                                "g000002-step-00000004.arrow"]
     assert pa.ipc.open_stream(str(files(tmp_path / FOLDER)[0])).read_all().column_names == ["step", "logical_shard", "position", "epoch", "sample"]
     problems, facts = prove(tmp_path, lines)
-    assert not problems and facts == ["ledger: 42 positions, each fed once; 2 whole epochs, every sample of each exactly once"]
+    assert not problems and facts == ["ledger: 42 positions, each fed once; 2 whole epochs, every sample of each "
+                                      "exactly once"]
 
 
 def test_a_run_without_a_ledger_has_none(tmp_path: Path) -> None:
@@ -121,7 +129,8 @@ def test_it_is_cut_back_with_the_metrics(step: int, tmp_path: Path) -> None:
 
 
 def test_a_tail_torn_at_any_byte_is_cut(tmp_path: Path) -> None:
-    """As a controller that is killed while it writes leaves it; its successor knows how many steps are in metrics.jsonl."""
+    """As a controller that is killed while it writes leaves it; its successor knows how many steps are in
+    metrics.jsonl."""
     of = sampler()
     written(tmp_path, of, steps=3)
     file, = files(tmp_path / FOLDER)
@@ -159,9 +168,12 @@ def put(name: str, row: int, value: int) -> Any:
 
 @pytest.mark.parametrize(("change", "says"), [
     (lambda columns: columns, ""),
-    (lambda columns: {name: np.delete(column, 5) for name, column in columns.items()}, "step 1 has 7 samples, metrics.jsonl says 8"),
-    (lambda columns: {name: np.delete(column, np.arange(8, 16)) for name, column in columns.items()}, "step 3 where step 2 should be"),
-    (lambda columns: {name: np.insert(column, 3, column[3]) for name, column in columns.items()}, "is fed a second time in epoch 0, at step 1"),
+    (lambda columns: {name: np.delete(column, 5) for name, column in columns.items()},
+     "step 1 has 7 samples, metrics.jsonl says 8"),
+    (lambda columns: {name: np.delete(column, np.arange(8, 16)) for name, column in columns.items()},
+     "step 3 where step 2 should be"),
+    (lambda columns: {name: np.insert(column, 3, column[3]) for name, column in columns.items()},
+     "is fed a second time in epoch 0, at step 1"),
     (put("position", 9, 3), "step 2 does not feed the positions 8 to 15, each once"),
     (put("sample", 2, SIZE), "step 1 feeds a sample that the data does not have"),
     (put("epoch", 2, 1), "epoch 0 lacks 1 of 21 samples"),

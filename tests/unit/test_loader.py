@@ -31,7 +31,8 @@ def test_a_batch_has_the_rows_of_its_positions() -> None:
         for shard in range(2):
             batch = load_batch(Squares(), sampler, step, shard)
             epochs, indices = sampler.locate(sampler.positions(step, shard))
-            assert batch["x"].tolist() == [[i, i * i, e] for i, e in zip(indices.tolist(), epochs.tolist(), strict=True)]
+            assert batch["x"].tolist() == [[i, i * i, e]
+                                           for i, e in zip(indices.tolist(), epochs.tolist(), strict=True)]
             assert batch["row_weight"].tolist() == [1.0, 1.0]
             assert batch["row_weight"].dtype == np.float32
 
@@ -100,8 +101,10 @@ class Empty(Items):
         return 0
 
 
-@pytest.mark.parametrize(("source", "words"), [(Ragged(), r"item\['x'\] is a ndarray of shape \(2,\) in item 1 and a ndarray of shape \(1,\)"),
-                                               (Numbers(), "item 0 is a int"), (Empty(), "no samples"), (iter([]), "has no __len__")])
+@pytest.mark.parametrize(("source", "words"),
+                         [(Ragged(), r"item\['x'\] is a ndarray of shape \(2,\) in item 1 and a ndarray of shape \(1,\)"),
+                                               (Numbers(), "item 0 is a int"), (Empty(), "no samples"),
+                          (iter([]), "has no __len__")])
 def test_a_data_set_that_cannot_serve_is_refused_in_one_sentence(source: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words) as caught:
         MapStyle(source).batch(np.array([0, 1]), np.zeros(2, np.int64))

@@ -83,7 +83,8 @@ class Member(module.Member):
         state.start(0)
         training = Training(Plan(**{"num_steps": STEPS, "num_shards": SHARDS, "seed": 5, "exact": True,
                                     "optimizer": {**OPTIMIZER, **(optimizer or {})}, **plan}), loader or Loader(),
-                            lambda step, shard: np.array([(step - 1) * SHARDS + shard]), [lambda: {"value": 3.0}, lambda: {"value": 5.0}])
+                            lambda step, shard: np.array([(step - 1) * SHARDS + shard]),
+                            [lambda: {"value": 3.0}, lambda: {"value": 5.0}])
         super().__init__(training, Placement(backend, state), Control(), self.posted.append)
 
     def save(self, order: Save) -> None:
@@ -223,7 +224,8 @@ def test_nothing_is_changed_before_the_vote() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_lost_number_is_named_and_changes_nothing(value: float) -> None:
-    members = [Member(Loader(lambda step, shard: value if (step, shard) == (3, 2) else 10.0 * step + shard)) for _ in range(2)]
+    members = [Member(Loader(lambda step, shard: value if (step, shard) == (3, 2) else 10.0 * step + shard))
+               for _ in range(2)]
     for found in run_all(members, generation_of(2)):
         assert isinstance(found, NonFiniteLoss) and "step 3, logical shard 2, sample positions 10;" in str(found)
     assert {m.w for m in members} == {np.float32(expected(2))}
@@ -287,4 +289,5 @@ def test_seeds_depend_on_seed_step_and_shard_alone_and_fit_a_signed_word() -> No
     seeds = {(a, b, c): shard_seed(a, b, c) for a in (0, 1, 2**62) for b in (1, 2, 300) for c in range(8)}
     assert len(set(seeds.values())) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds.values())
-    assert shard_seed(0, 1, 0) == seeds[0, 1, 0] == int(np.random.SeedSequence([0, 1, 0]).generate_state(1, np.uint64)[0]) // 2
+    assert shard_seed(0, 1, 0) == seeds[0, 1,
+                                        0] == int(np.random.SeedSequence([0, 1, 0]).generate_state(1, np.uint64)[0]) // 2

@@ -78,11 +78,13 @@ def test_steps_are_torch_s_multi_step() -> None:
     assert low == pytest.approx([0.1, 0.2, 0.3, *wanted[3:17], *[0.05] * 13], rel=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"pct_start": 0.1, "div_factor": 10.0, "final_div_factor": 100.0}, {"pct_start": 0.0},
+@pytest.mark.parametrize("options", [{}, {"pct_start": 0.1, "div_factor": 10.0, "final_div_factor": 100.0},
+                                     {"pct_start": 0.0},
                                      {"pct_start": 0.55}], ids=str)
 @pytest.mark.parametrize("num_steps", [2, 7, 40])
 def test_one_cycle_is_torch_s(num_steps: int, options: dict[str, float]) -> None:
-    wanted = by_torch(num_steps, 0.1, lambda kinds, sgd: kinds.OneCycleLR(sgd, 0.3, total_steps=num_steps, cycle_momentum=False, **options))
+    wanted = by_torch(num_steps, 0.1, lambda kinds,
+                      sgd: kinds.OneCycleLR(sgd, 0.3, total_steps=num_steps, cycle_momentum=False, **options))
     assert rates(num_steps, schedule="one-cycle", lr=0.3, **options) == pytest.approx(wanted, rel=1e-9)
 
 

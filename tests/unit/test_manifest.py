@@ -12,7 +12,8 @@ from elastic.checkpoint.manifest import FileEntry, Manifest, Piece, body_sha256,
 from elastic.errors import BadCheckpoint, UserError
 
 
-def piece(name: str = "parameter/w", shape: Any = (4, 3), start: Any = (0, 0), count: Any = (4, 3), dtype: str = "float32",
+def piece(name: str = "parameter/w", shape: Any = (4, 3), start: Any = (0, 0), count: Any = (4, 3),
+          dtype: str = "float32",
           offset: int = 112) -> Piece:
     return Piece(name, dtype, shape, start, count, offset)
 
@@ -20,7 +21,8 @@ def piece(name: str = "parameter/w", shape: Any = (4, 3), start: Any = (0, 0), c
 GOOD = Manifest(step=50, generation=3, cursor=600, seed=7, recipe="[run]\nname = 'ä'\n",
                 files=(FileEntry("part-0-g000003.safetensors", 400, "ab" * 16, ("01" * 16,) * 7,
                                  (piece("buffer/n", (), (), (), "int64", 104), piece(count=(2, 3)))),
-                       FileEntry("part-1-g000003.safetensors", 300, "cd" * 16, ("02" * 16,) * 5, (piece(start=(2, 0), count=(2, 3)),))),
+                       FileEntry("part-1-g000003.safetensors", 300, "cd" * 16, ("02" * 16,) * 5,
+                                 (piece(start=(2, 0), count=(2, 3)),))),
                 chunk_bytes=64,
                 eval={"loss": 1.25}, extra={"info": {"vocab_size": 65, "sources": ["a"]}, "none": None})
 
@@ -95,7 +97,8 @@ ATTACKS = [
     (lambda b: b["files"][0].update(bytes=1.5), "size of"),
     (lambda b: b["files"][0]["pieces"][1].update(count=[1 << 40, 1 << 40]), "reaches out"),
     (lambda b: b["files"][1]["pieces"][0].update(shape=[1 << 60, 3]), "two dtypes or shapes"),
-    (lambda b: b["files"][0]["pieces"][1].update(shape=[0, 1 << 62], start=[0, 0], count=[0, 1 << 62]), "larger than any memory"),
+    (lambda b: b["files"][0]["pieces"][1].update(shape=[0, 1 << 62], start=[0, 0], count=[0, 1 << 62]),
+     "larger than any memory"),
     (lambda b: b["files"][0]["pieces"][1].update(count=[2]), "another number of dims"),
     (lambda b: b["files"][0]["pieces"][1].update(count=[2, -3]), "shape of parameter/w"),
     (lambda b: b["files"][0]["pieces"][0].update(shape=[1] * 99), "at most 32"),
@@ -103,7 +106,8 @@ ATTACKS = [
     (lambda b: b["files"][0]["pieces"][0].update(dtype=[]), "unknown dtype"),
     (lambda b: b["files"][0]["pieces"][1].update(start=[1, 0]), "overlap"),
     (lambda b: b["files"][0]["pieces"][1].update(count=[1, 3]), "do not make up"),
-    (lambda b: b["files"][0]["pieces"].append(b["files"][0]["pieces"][0] | {"offset": 200}), "do not make up the whole array"),
+    (lambda b: b["files"][0]["pieces"].append(b["files"][0]["pieces"][0] | {"offset": 200}),
+     "do not make up the whole array"),
     (lambda b: b["files"][0]["pieces"].append("w"), "keys"),
 ]
 
@@ -130,12 +134,14 @@ def test_a_newer_format_is_no_damage_but_a_flip_that_looks_like_one_is() -> None
 
 def test_absurd_sizes_are_refused_although_they_fit_together() -> None:
     """An array of 2^61 bytes: its file would have to state as many."""
-    huge = Manifest(1, 1, 0, 0, "", (FileEntry("a", 100, "ab" * 16, ("ab" * 16,), (piece(shape=(1 << 59,), start=(0,), count=(1 << 59,)),)),))
+    huge = Manifest(1, 1, 0, 0, "", (FileEntry("a", 100, "ab" * 16, ("ab" * 16,),
+                                               (piece(shape=(1 << 59,), start=(0,), count=(1 << 59,)),)),))
     with pytest.raises(BadCheckpoint, match="larger than its 100 bytes"):
         parse(huge.dumps())
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "{", "[" * 100_000, '{"format": NaN}', '{"format": ' + "9" * 5000 + "}", "\ufeff{}"])
+@pytest.mark.parametrize("text", ["", "null", "[]", "{", "[" * 100_000, '{"format": NaN}', '{"format": ' + "9" * 5000
+                                  + "}", "\ufeff{}"])
 def test_what_is_no_manifest_at_all(text: str) -> None:
     with pytest.raises(BadCheckpoint):
         parse(text)

@@ -51,7 +51,8 @@ def test_too_few_wait_and_go_on() -> None:
     assert only(machine.stand("b", "broken", 5), m.Wait) == m.Wait(1, 2)
     assert machine.state.phase == "waiting"
     form = only(machine.ready("c"), m.Form)
-    assert (form.generation.members, form.generation.committed, form.generation.healers) == (("b", "c"), 5, ((0, (1,)),))
+    assert (form.generation.members, form.generation.committed,
+            form.generation.healers) == (("b", "c"), 5, ((0, (1,)),))
 
 
 # Losses.
@@ -100,7 +101,8 @@ def test_who_stood_and_then_fell_is_no_source() -> None:
     machine.feed(m.Lost("a", "killed"))
     machine.stand("b", "broken", 9)
     form = only(machine.ready("c"), m.Form)
-    assert (form.generation.members, form.generation.committed, form.generation.healers) == (("b", "c"), 9, ((0, (1,)),))
+    assert (form.generation.members, form.generation.committed,
+            form.generation.healers) == (("b", "c"), 9, ((0, (1,)),))
 
 
 def test_an_older_generation_s_word_changes_nothing() -> None:
@@ -139,7 +141,8 @@ def test_where_everybody_starts(words: dict[str, tuple[int, int, int | None]], c
     assert generation.committed == committed
     expected = [(source, set(healed))] if healed else []
     assert [(generation.members[s], {generation.members[r] for r in to}) for s, to in generation.healers] == expected
-    if any(at == committed - 1 and holds == committed for at, holds, _ in words.values()) and committed not in (-1, 8) and not healed:
+    if any(at == committed - 1 and holds == committed
+           for at, holds, _ in words.values()) and committed not in (-1, 8) and not healed:
         assert generation.ballot == ballot(committed)
 
 
@@ -254,8 +257,10 @@ def test_nobody_leaves_with_the_only_copy() -> None:
     machine.feed(m.Starting("c"), Ready("c", "n", 1, "c:1"))
     actions = machine.stand("b", "broken", 5)
     form = only(actions, m.Form)
-    assert (form.generation.members, form.generation.committed, form.generation.healers) == (("b", "c"), 5, ((0, (1,)),))
-    assert actions[-2:] == [m.RequestStop("b", 2, STOP), m.RequestStop("c", 2, STOP)]  # one step, for the state to be handed over
+    assert (form.generation.members, form.generation.committed,
+            form.generation.healers) == (("b", "c"), 5, ((0, (1,)),))
+    # one step, for the state to be handed over
+    assert actions[-2:] == [m.RequestStop("b", 2, STOP), m.RequestStop("c", 2, STOP)]
     machine.stand("b", "stopped", 6)
     actions = machine.stand("c", "stopped", 6)
     assert only(actions, m.Form).generation.members == ("c",) and only(actions, m.Release).worker == "b"
@@ -359,4 +364,5 @@ def test_giving_up_saves_what_there_is_and_ends_the_run() -> None:
     machine = group("a", "b", bounds=Bounds(min_workers=2, max_workers=2, logical_shards=8))
     machine.feed(m.Lost("a", "killed"))
     machine.stand("b", "broken", 7)
-    assert machine.feed(m.GiveUp("no use", "interrupted")) == [m.SaveAlone("b", 1, 7), m.Finish("interrupted", "no use")]
+    assert machine.feed(m.GiveUp("no use", "interrupted")) == [m.SaveAlone("b", 1, 7),
+                                                               m.Finish("interrupted", "no use")]

@@ -44,8 +44,10 @@ class World:
         size, least = math.prod(degrees), draw.randint(1, 3)
         if size > 1:
             least = draw.choice([1, size, 2 * size])
-        most = draw.randint(least, 6) if size == 1 else draw.choice([n for n in (size, 2 * size, 3 * size) if n >= least])
-        self.bounds = Bounds(least, most, draw.choice([4, 6, 8]), draw.randint(0, 2), draw.choice([legal(degrees), (degrees,)]))
+        most = draw.randint(least, 6) if size == 1 else draw.choice([n for n in (size, 2 * size, 3 * size)
+                                                                     if n >= least])
+        self.bounds = Bounds(least, most, draw.choice([4, 6, 8]), draw.randint(0, 2),
+                             draw.choice([legal(degrees), (degrees,)]))
         self.bounds = replace(self.bounds, max_workers=min(self.bounds.max_workers, self.bounds.logical_shards * size))
         self.saving: dict[tuple[int, int, int], set[int]] = {}
         self.workers: dict[str, Worker] = {}
@@ -139,10 +141,12 @@ class World:
 
     def is_whole(self, step: int) -> bool:
         """Whether the living have every coordinate of one mesh at this step."""
-        ballot = any(w.ballot and w.ballot.step == w.committed == step for name, w in self.workers.items() if name in self.group)
+        ballot = any(w.ballot and w.ballot.step == w.committed == step for name, w in self.workers.items()
+                     if name in self.group)
         held: dict[Degrees, set[int]] = {}
         for name, worker in self.workers.items():
-            if worker.committed == step or (name in self.group and ballot and worker.committed == step - 1 and worker.holds == step):
+            if worker.committed == step or (name in self.group and ballot and worker.committed == step - 1
+                                            and worker.holds == step):
                 held.setdefault(worker.degrees, set()).add(worker.coordinate)
         return step >= 0 and any(len(coordinates - {-1}) == math.prod(degrees) for degrees, coordinates in held.items())
 
@@ -161,7 +165,8 @@ class World:
             holder = generation.resharded[rank]
             assert holder.rank == rank
             if holder.coordinate >= 0:
-                assert (worker.degrees, worker.coordinate, worker.committed) == (holder.mesh[1:], holder.coordinate, generation.committed)
+                assert (worker.degrees, worker.coordinate,
+                        worker.committed) == (holder.mesh[1:], holder.coordinate, generation.committed)
             else:
                 worker.committed = -1
             worker.moves_to = mine
@@ -229,7 +234,8 @@ class World:
         worker = self.workers[name]
         committed = -1 if worker.is_healing else worker.committed
         worker.moves_to = None  # what it had is whole until all have moved
-        worker.last = Standing(name, worker.at, reason, committed, worker.holds, worker.ballot, state_sha256=str(committed),
+        worker.last = Standing(name, worker.at, reason, committed, worker.holds, worker.ballot,
+                               state_sha256=str(committed),
                                mesh=(0, *worker.degrees), coordinate=worker.coordinate, **more)
         worker.at, worker.committed, worker.is_healing = 0, committed, False
         self.feed(worker.last)
@@ -288,7 +294,8 @@ class World:
             self.feed(m.Interrupt())
 
 
-DEEDS = [World.step] * 6 + [World.start, World.ready, World.notice] * 3 + [World.kill, World.fail, World.repeat, World.scale, World.drain,
+DEEDS = [World.step] * 6 + [World.start, World.ready,
+                            World.notice] * 3 + [World.kill, World.fail, World.repeat, World.scale, World.drain,
                                                                           World.interrupt]
 
 
@@ -301,13 +308,15 @@ def assert_ends_well(seed: int, length: int, degrees: Degrees) -> None:
     for _ in range(20):  # nobody falls any more, all that are wanted come
         for deed in (World.start, World.ready, World.notice):
             deed(world)
-    for deed in [World.step, World.notice] * 4:  # at most: a step to stop at, to hand over to those who stay, to stop again
+    # at most: a step to stop at, to hand over to those who stay, to stop again
+    for deed in [World.step, World.notice] * 4:
         if world.ended is None:
             deed(world)
     if world.ended is None and not world.is_ending:
         bounds, target = world.state.bounds, world.state.target
         fewest_of = {mesh: -(-bounds.min_workers // math.prod(mesh)) for mesh in bounds.meshes}  # replicas
-        preferred = next(mesh for mesh, n in fewest_of.items() if target >= math.prod(mesh) * n and bounds.logical_shards >= n)
+        preferred = next(mesh for mesh, n in fewest_of.items() if target >= math.prod(mesh) * n
+                         and bounds.logical_shards >= n)
         assert world.state.mesh[1:] == preferred, f"not on the preferred mesh: {world.state}"
     for _ in range(10 * END):  # once nothing bad happens any more, the run ends well
         for deed in (World.start, World.ready, World.notice, World.step):
@@ -324,6 +333,7 @@ def test_any_order_of_events(seed: int, length: int) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 250), degrees=st.sampled_from([(1, 2, 1), (2, 1, 1), (2, 2, 1)]))
+@given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 250),
+       degrees=st.sampled_from([(1, 2, 1), (2, 1, 1), (2, 2, 1)]))
 def test_any_order_of_events_where_a_replica_is_several_workers(seed: int, length: int, degrees: Degrees) -> None:
     assert_ends_well(seed, length, degrees)

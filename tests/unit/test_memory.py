@@ -38,7 +38,8 @@ class Wide(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(WIDTH, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(),
+        self.layers = torch.nn.Sequential(torch.nn.Linear(WIDTH, HIDDEN), torch.nn.ReLU(),
+                                          torch.nn.Linear(HIDDEN, HIDDEN), torch.nn.ReLU(),
                                           torch.nn.Linear(HIDDEN, 1))
 
     def loss(self, batch: Any) -> Any:
@@ -51,14 +52,17 @@ class Broken(Wide):
 
 
 def own(rows: int, model: str = "Wide", **elastic: Any) -> Recipe:
-    return parse({"run": {"steps": 1}, "model": {"kind": f"{__name__}:{model}"}, "data": {"kind": f"{__name__}:Rows", "batch_size": 2 * rows},
+    return parse({"run": {"steps": 1}, "model": {"kind": f"{__name__}:{model}"},
+                  "data": {"kind": f"{__name__}:Rows", "batch_size": 2 * rows},
                   "elastic": {"max_workers": 1, "logical_shards": 2, **elastic}, "backend": {"device": "cpu"}})
 
 
 def text(folder: Path, rows: int, **model: Any) -> Recipe:
     (folder / "t.txt").write_text("to be or not to be. " * 200)
-    return parse({"model": {"kind": "nlp.gpt", "layers": 2, "heads": 2, "width": 32, "context": 16, **model}, "backend": {"device": "cpu"},
-                  "data": {"format": "text", "path": str(folder / "t.txt"), "batch_size": 2 * rows, "eval_fraction": 0.0},
+    return parse({"model": {"kind": "nlp.gpt", "layers": 2, "heads": 2, "width": 32, "context": 16, **model},
+                  "backend": {"device": "cpu"},
+                  "data": {"format": "text", "path": str(folder / "t.txt"), "batch_size": 2 * rows,
+                           "eval_fraction": 0.0},
                   "elastic": {"max_workers": 2, "logical_shards": 2}})
 
 
@@ -79,7 +83,8 @@ def with_memory(monkeypatch: pytest.MonkeyPatch, gigabytes: float) -> None:
 def test_a_large_shard_of_an_own_module_is_told_from_a_part_of_it(rows: int) -> None:
     found = preview(*opened(own(rows)))
     kept = 4 * rows * (WIDTH + 4 * HIDDEN)  # the input; before and after each relu
-    assert 0.4 * kept < found.shard_bytes < 3 * kept  # gradients of activations, items and workspace besides; freed memory may hide some
+    # gradients of activations, items and workspace besides; freed memory may hide some
+    assert 0.4 * kept < found.shard_bytes < 3 * kept
 
 
 def test_a_small_shard_is_not_tried() -> None:
@@ -106,7 +111,8 @@ def test_a_shipped_model_s_activations_grow_with_its_rows_and_layers(tmp_path: P
 
     few, many, deep = of(10), of(1000), of(1000, layers=4)
     assert many == pytest.approx(100 * few, rel=1e-3)
-    layer = (deep - many) / 2  # width 32, context 16, float32: at least q, k, v, the attention's result, two norms' inputs and the wide one
+    # width 32, context 16, float32: at least q, k, v, the attention's result, two norms' inputs and the wide one
+    layer = (deep - many) / 2
     assert 1000 * 16 * 4 * 32 * (3 + 1 + 2 + 4) < layer < 1000 * 16 * 4 * 32 * 40
 
 
@@ -130,6 +136,8 @@ def test_a_model_that_cannot_fit_is_told_by_its_workers(tmp_path: Path, monkeypa
 
 
 def test_activations_on_a_gpu_are_not_this_machine_s() -> None:
-    assert on_gpu(parse({"model": {"kind": f"{__name__}:Wide"}, "data": {"kind": f"{__name__}:Rows"}, "backend": {"device": "cuda"}}))
+    assert on_gpu(parse({"model": {"kind": f"{__name__}:Wide"}, "data": {"kind": f"{__name__}:Rows"},
+                         "backend": {"device": "cuda"}}))
     assert not on_gpu(own(1))
-    assert num_bytes({"a": [np.zeros(3), (np.zeros(2, np.int8),)], "b": ["text"]}) == 26 == num_bytes(Collated(np.zeros(26, np.int8), 2))
+    assert num_bytes({"a": [np.zeros(3), (np.zeros(2, np.int8),)],
+                      "b": ["text"]}) == 26 == num_bytes(Collated(np.zeros(26, np.int8), 2))

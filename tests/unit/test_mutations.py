@@ -29,7 +29,8 @@ def promises() -> set[str]:
 
 @cache
 def functions(file: str) -> set[str]:
-    return {node.name for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
+    return {node.name for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("mutation", TABLE, ids=lambda mutation: mutation.name)

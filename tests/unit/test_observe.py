@@ -43,12 +43,14 @@ def story() -> tuple[Lines, Lines]:
     events = [event(0, "noted", 0, 0, why="Net is made with norm in evaluation mode"), event(0, "run_started", 0, 0),
               event(5, "generation_started", 1, 0, **members(3)),
               event(11.1, "worker_lost", 1, 6, worker="w2", rank=2, cause="killed", detected_s=0.05),
-              event(12, "generation_started", 2, 6, **members(2)), event(14, "recovered", 2, 7, pause_s=2.0, steps_lost=0),
+              event(12, "generation_started", 2, 6, **members(2)),
+              event(14, "recovered", 2, 7, pause_s=2.0, steps_lost=0),
               event(18, "run_finished", 2, 10)]
     metrics: Lines = []
     for step in range(1, 11):
         late, workers = (2, 2) if step > 6 else (0, 3)
-        metrics.append({"step": step, "loss": 5.0 - step / 4, "time": START + 5 + step + late, "step_s": 1.0, "world_size": workers,
+        metrics.append({"step": step, "loss": 5.0 - step / 4, "time": START + 5 + step + late, "step_s": 1.0,
+                        "world_size": workers,
                         "generation": 1 if step <= 6 else 2, "samples": 12, "tokens": 768})
         if step % 5 == 0:
             metrics.append({"step": step, "eval": {"loss": 6.0 - step / 4}})
@@ -113,8 +115,10 @@ def test_cut_back_keeps_what_came_before(run_dir: Path, step: int) -> None:
 
 def test_the_summary_of_the_story() -> None:
     summary = build_summary(*story(), "done", "aa", "bb")
-    assert summary == {"status": "done", "steps": 10, "final_loss": 2.5, "eval": {"loss": 3.5}, "parameters_sha256": "aa", "state_sha256": "bb",
-                       "steps_lost": 0, "recoveries": 1, "wall_s": 18.0, "goodput": round(10 / 12, 4), "world_sizes": [3, 2]}
+    assert summary == {"status": "done", "steps": 10, "final_loss": 2.5, "eval": {"loss": 3.5},
+                       "parameters_sha256": "aa", "state_sha256": "bb",
+                       "steps_lost": 0, "recoveries": 1, "wall_s": 18.0, "goodput": round(10 / 12, 4),
+                       "world_sizes": [3, 2]}
 
 
 def test_a_run_without_a_step() -> None:
@@ -127,7 +131,8 @@ def test_the_time_between_two_sessions_does_not_count() -> None:
     events, metrics = story()
     shift = 1000.0
     events += [{"time": START + shift, "event": "run_started", "generation": 2, "step": 10},
-               {"time": START + shift + 1, "event": "generation_started", "generation": 3, "step": 10, "world_size": 2, "workers": []}]
+               {"time": START + shift + 1, "event": "generation_started", "generation": 3, "step": 10, "world_size": 2,
+                "workers": []}]
     metrics.append({**metrics[-2], "step": 11, "time": START + shift + 3, "generation": 3})
     assert sessions(events, metrics) == [(START, START + 18), (START + shift, START + shift + 3)]
     assert build_summary(events, metrics, "done")["wall_s"] == 21.0
@@ -143,8 +148,10 @@ def test_numbers_that_people_read() -> None:
 
 
 def test_every_event_of_the_contract_has_a_sentence() -> None:
-    named = {"run_started", "generation_started", "worker_lost", "worker_joined", "healed", "resized", "recovered", "rewound",
-             "checkpoint_committed", "checkpoint_rejected", "node_draining", "hang", "controller_restarted", "run_finished",
+    named = {"run_started", "generation_started", "worker_lost", "worker_joined", "healed", "resized", "recovered",
+             "rewound",
+             "checkpoint_committed", "checkpoint_rejected", "node_draining", "hang", "controller_restarted",
+             "run_finished",
              "run_failed"}
     assert named <= set(EVENTS)
     assert sentence({"event": "worker_lost", "worker": "w2", "rank": 2, "cause": "killed", "detected_s": 0.05}) == (
@@ -170,7 +177,8 @@ def test_the_live_line() -> None:
     pace = Pace(100)
     assert pace.line() == "waiting for the first step"
     for step in range(1, 11):
-        pace.add({"step": step, "loss": 2.5, "time": START + step, "step_s": 1.0, "world_size": 3, "generation": 4, "samples": 12, "tokens": 768})
+        pace.add({"step": step, "loss": 2.5, "time": START + step, "step_s": 1.0, "world_size": 3, "generation": 4,
+                  "samples": 12, "tokens": 768})
     assert pace.line() == "step 10/100 · loss 2.5000 · 768 tokens/s · 3 workers · generation 4 · 1:30 min left"
 
 
@@ -193,7 +201,8 @@ def test_status_of_a_run_that_has_ended_and_of_one_that_lives(run_dir: Path) -> 
     lines = status_lines(run_dir)
     assert lines[0] == "done" and "workers 3 -> 2" in lines[2]
     (run_dir / "summary.json").unlink()
-    assert status_lines(run_dir, START + 20)[:2] == ["running", "step 10/10 · loss 2.5000 · 640 tokens/s · 2 workers · generation 2"]
+    assert status_lines(run_dir, START + 20)[:2] == ["running",
+                                                     "step 10/10 · loss 2.5000 · 640 tokens/s · 2 workers · generation 2"]
     assert re.match(r"no sign of life for \d+ s: it may be dead", status_lines(run_dir, START + 2000)[0])
     with pytest.raises(UserError, match="is no run directory"):
         status_lines(run_dir / "absent")
@@ -220,7 +229,8 @@ def test_a_pipelines_picture_has_a_bar_for_every_action_where_it_happens() -> No
     bars = {(stage, bar.name, where, begin, begin + length) for bar in chart.data
             for stage, where, begin, length in zip(bar.y, bar.customdata, bar.base, bar.x, strict=True)}
     assert bars == {(f"stage {s.stage}", s.action.kind,
-                     f"{s.action.kind} of micro-batch {s.action.micro_batch}, chunk {s.action.chunk}, on stage {s.stage}", s.start, s.end)
+                     f"{s.action.kind} of micro-batch {s.action.micro_batch}, chunk {s.action.chunk}, on stage "
+                     f"{s.stage}", s.start, s.end)
                     for s in timeline.spans}
     assert len(bars) == sum(len(actions) for actions in schedule.actions)
     assert chart.layout.yaxis.categoryarray == ("stage 1", "stage 0")
@@ -282,7 +292,8 @@ def test_every_lie_is_found(tmp_path: Path, lie: Lie, told: str) -> None:
     assert any(told in problem for problem in verify(tmp_path, sound).problems)
 
 
-@pytest.mark.parametrize("key", ["steps", "final_loss", "eval", "steps_lost", "recoveries", "world_sizes", "state_sha256", "status"])
+@pytest.mark.parametrize("key", ["steps", "final_loss", "eval", "steps_lost", "recoveries", "world_sizes",
+                                 "state_sha256", "status"])
 def test_a_summary_that_says_otherwise(run_dir: Path, key: str) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
     (run_dir / "summary.json").write_text(json.dumps({**summary, key: ""}))
@@ -318,8 +329,10 @@ def test_the_report_of_a_pipeline_shows_its_schedule(tmp_path: Path) -> None:
     line = {"time": 1.0, "event": "generation_started", "generation": 1, "step": 0, "world_size": 4, "workers": [],
             "mesh": {"data": 2, "pipeline": 2, "tensor": 1, "expert": 1}}
     (tmp_path / "events.jsonl").write_text(json.dumps(line) + "\n")
-    (tmp_path / "recipe.toml").write_text('[model]\nkind = "nlp.gpt"\n[data]\nformat = "text"\npath = "x"\nbatch_size = 16\n'
-                                          "[elastic]\nmax_workers = 4\nlogical_shards = 4\n[mesh]\npipeline = 2\nmicro_batches = 2\n")
+    (tmp_path / "recipe.toml").write_text('[model]\nkind = "nlp.gpt"\n[data]\nformat = "text"\npath = "x"\nbatch_size '
+                                          '= 16\n'
+                                          "[elastic]\nmax_workers = 4\nlogical_shards = 4\n[mesh]\npipeline = "
+                                          "2\nmicro_batches = 2\n")
     rows, title = pipeline(tmp_path, [line])
     assert "1f1b: 2 stages that take alike, 4 micro-batches; bubble 20%" in title  # (K - 1) / (M + K - 1)
     assert {row["stage"] for row in rows} == {0, 1} and {row["micro_batch"] for row in rows} == {0, 1, 2, 3}

@@ -50,7 +50,8 @@ class Controller:
 def start() -> Iterator[Callable[..., tuple[Outbox, threading.Event, threading.Event]]]:
     boxes: list[Outbox] = []
 
-    def make(controller: Controller, heartbeat_s: float = 0.01, orphan_timeout_s: float = 60.0) -> tuple[Outbox, threading.Event, threading.Event]:
+    def make(controller: Controller, heartbeat_s: float = 0.01,
+             orphan_timeout_s: float = 60.0) -> tuple[Outbox, threading.Event, threading.Event]:
         orphaned, fenced = threading.Event(), threading.Event()
         box = Outbox("w", Control(), controller.deliver, orphan_timeout_s, orphaned.set, fenced.set, heartbeat_s)
         boxes.append(box)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from elastic.boxes import union, without
 from elastic.state.ownership import by_twins, cuts, held, lacking, moves, owned, rounds
 
-ranges = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)).map(lambda pair: (min(pair), max(pair))), max_size=5)
+ranges = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)).map(lambda pair: (min(pair), max(pair))),
+                  max_size=5)
 
 
 def places(found: list) -> set[int]:
@@ -51,7 +52,8 @@ def test_moves_bring_everybody_what_it_wants_and_nothing_else(have: list, grain:
     for rank in range(len(have)):
         came = [place for move in found if move.to == rank for place in range(move.low, move.high)]
         assert len(came) == len(set(came)) and set(came) == places(want[rank]) - places(have[rank])
-    assert all(0 < move.size <= grain and places([(move.low, move.high)]) <= places(have[move.source]) for move in found)
+    assert all(0 < move.size <= grain and places([(move.low, move.high)]) <= places(have[move.source])
+               for move in found)
     packed = rounds(found, 6)
     assert [move for part in packed for move in part] == found and all(part for part in packed)
     assert all(len(part) == 1 or sum(move.size for move in part) <= 6 for part in packed)
@@ -71,7 +73,8 @@ def test_many_takers_do_not_all_ask_the_same_holder() -> None:
 @pytest.mark.parametrize("twin", [True, False])
 @pytest.mark.parametrize("seed", range(20))
 def test_one_loss_at_a_time_loses_nothing_with_a_twin(seed: int, twin: bool) -> None:
-    """Histories of one loss, any number of joins, then everything is moved. Every block's value is a number that only moves carry."""
+    """Histories of one loss, any number of joins, then everything is moved. Every block's value is a number that only
+    moves carry."""
     luck, num_blocks = random.Random(seed), luck_blocks(seed)
     state = [{block: (block,) for block in range(num_blocks)}]  # of each member
     is_whole = True

@@ -39,7 +39,8 @@ def test_hashes_are_those_of_the_file(tmp_path: Path, chunk_bytes: int) -> None:
     content = (tmp_path / "step" / "part").read_bytes()
     assert entry.bytes == len(content) == told[-1] and told == sorted(told)
     assert entry.hash == xxhash.xxh3_128_hexdigest(content)
-    assert list(entry.chunks) == [xxhash.xxh3_128_hexdigest(content[low:low + chunk_bytes]) for low in range(0, len(content), chunk_bytes)]
+    assert list(entry.chunks) == [xxhash.xxh3_128_hexdigest(content[low:low + chunk_bytes])
+                                  for low in range(0, len(content), chunk_bytes)]
     assert content[entry.pieces[0].offset:] == VALUES.tobytes()
 
 

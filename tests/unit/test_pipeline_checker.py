@@ -18,7 +18,8 @@ STRICTER = ("in flight", "ascending")  # rules that are not about right values
 
 
 def outcome(schedule: Schedule, seed: int) -> str:
-    """Runs the lists with blocking messages, stages in random turns. A value is named by how it was made; "" if all come out right."""
+    """Runs the lists with blocking messages, stages in random turns. A value is named by how it was made; "" if all
+    come out right."""
     chance, stages = random.Random(seed), schedule.num_stages
     at, slots = [0] * stages, [{} for _ in range(stages)]
     last = stages * schedule.num_chunks - 1
@@ -48,7 +49,8 @@ def outcome(schedule: Schedule, seed: int) -> str:
                 ("out" if action.kind == "send_activation" else "gradient", action.micro_batch, action.chunk))
     if any(position < len(actions) for position, actions in zip(at, schedule.actions)):
         return "stuck"
-    right = {("counted", m, chunk): 1 for m in range(schedule.num_micro_batches) for chunk in range(schedule.num_chunks)}
+    right = {("counted", m, chunk): 1 for m in range(schedule.num_micro_batches)
+             for chunk in range(schedule.num_chunks)}
     wrong = [stage for stage in range(stages) if {k: v for k, v in slots[stage].items() if k[0] == "counted"} != right]
     return f"stages {wrong} are wrong" if wrong else ""
 
@@ -175,7 +177,8 @@ def test_sends_right_behind_their_computation_do_not_pass(num_stages: int) -> No
 
 
 def test_a_ring_in_which_all_send_first_is_a_deadlock() -> None:
-    """Three stages with two chunks: the messages of one micro-batch's moment all go round, and nobody receives first."""
+    """Three stages with two chunks: the messages of one micro-batch's moment all go round, and nobody receives first.
+    """
     ring = build("interleaved", 3, 3, 2)
 
     def wait_for_each_other(actions: list[Action]) -> None:
@@ -186,7 +189,8 @@ def test_a_ring_in_which_all_send_first_is_a_deadlock() -> None:
     assert outcome(ring, 0) == ""
     stuck = changed(ring, 0, wait_for_each_other)
     assert outcome(stuck, 0) == "stuck"
-    with pytest.raises(ScheduleError, match="deadlock: stage 1 does not come to it; stuck as well: stage 1 at position"):
+    with pytest.raises(ScheduleError, match="deadlock: stage 1 does not come to it; stuck as well: stage 1 at "
+                                            "position"):
         check(stuck)
 
 
@@ -219,7 +223,8 @@ def test_computations_that_wait_in_a_circle_cannot_be_placed() -> None:
 @pytest.mark.parametrize(("arguments", "says"), [
     (("1f1b", 0, 4), "1f1b over 0 stages: there must be at least 1"),
     (("interleaved", 1, 4, 2), "interleaved over 1 stages: there must be at least 2"),
-    (("gpipe", 2, 0), "gpipe over 0 micro-batches"), (("zb-h1", 2, 4, 2), 'zb-h1 with 2 chunks a stage: it has one; "interleaved" has several'),
+    (("gpipe", 2, 0), "gpipe over 0 micro-batches"),
+    (("zb-h1", 2, 4, 2), 'zb-h1 with 2 chunks a stage: it has one; "interleaved" has several'),
     (("1f1b", 2, 4, 1, (1, 0, 1)), r"pace = \(1, 0, 1\)")])
 def test_what_cannot_be_built_is_one_sentence(arguments: tuple, says: str) -> None:
     with pytest.raises(ValueError, match=says):

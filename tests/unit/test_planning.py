@@ -79,7 +79,8 @@ def test_memory_is_that_of_the_state_on_a_coordinate(file: Path) -> None:
 @pytest.mark.parametrize("twin", ["true", "false"])
 def test_memory_of_a_sharded_optimizer_is_that_of_its_slots(twin: str, file: Path) -> None:
     """Of a model of several blocks, on every number of replicas that the plan knows."""
-    recipe = load_recipe(file, ["model.width=128", "model.layers=4", "optimizer.sharded=true", f"optimizer.twin={twin}"])
+    recipe = load_recipe(file, ["model.width=128", "model.layers=4", "optimizer.sharded=true",
+                                f"optimizer.twin={twin}"])
     opened = Workload.open(recipe, workload.prepare(recipe))
     plan = plan_of(recipe, Size(1, 4))
     seen = set()
@@ -104,7 +105,8 @@ def test_what_fits_nowhere_is_one_sentence_with_a_remedy(file: Path, capsys: pyt
     plan = plan_of(recipe, Size(1, 2))
     least = min(one.memory.total for one in plan.found)
     cluster = replace(plan.cluster, memory=least - 1000)
-    words = too_large(forecasts(plan.asked, cluster, plan.work), cluster, replace(plan, cluster=cluster).variants(workload.prepare(recipe)))
+    words = too_large(forecasts(plan.asked, cluster, plan.work), cluster,
+                      replace(plan, cluster=cluster).variants(workload.prepare(recipe)))
     assert "1.0 KB more than it has; " in words and "set model.recompute = true" in words
     assert cli.run(["plan", str(file), "--memory-gb", "0.00001", "--tflops", "1", "--nodes", "1"]) == 2
     error = capsys.readouterr().err
@@ -118,21 +120,27 @@ def test_a_layout_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert " ".join(up[1:]) == "d_model 32, d_ff 128 d_ff: tensor 8.2 KB 0"  # 32 x 128 floats, half of them
     moved = next(line for line in lines if line[1:2] == ["tensor.all_reduce"])
     rows, width = 8 * 8, 32
-    each = 4 * (rows * width * (1 + 2 * 2 * 2 + 1) + rows * 3)  # embedding, both layers twice and back, into the head; the loss's three numbers
+    # embedding, both layers twice and back, into the head; the loss's three numbers
+    each = 4 * (rows * width * (1 + 2 * 2 * 2 + 1) + rows * 3)
     assert moved[2] == str(2 * (1 + 8 + 1 + 2)) and " ".join(moved[3:]) == f"{2 * each / 1000:.1f} KB"
 
 
 @pytest.mark.parametrize(("options", "says"), [
     (["--set", "mesh.tensor=3", "--set", "elastic.max_workers=3"], "mesh.tensor = 3 does not divide"),
-    (["--set", "mesh.layout.position=tensor", "--set", "mesh.tensor=2"], 'mesh.layout.position = "tensor" is no split that the model can make'),
-    (["--set", "mesh.layout.heads=expert", "--set", "mesh.expert=2"], 'mesh.layout.heads = "expert" is no split that the model can make'),
-    (["--set", "model.experts=2", "--set", "model.capacity=inf"], "model.capacity = inf must be a finite number above 0."),
-    (["--set", "model.experts=2", "--set", "model.balance=nan"], "model.balance = nan must be a finite number of at least 0."),
+    (["--set", "mesh.layout.position=tensor", "--set", "mesh.tensor=2"],
+     'mesh.layout.position = "tensor" is no split that the model can make'),
+    (["--set", "mesh.layout.heads=expert", "--set", "mesh.expert=2"],
+     'mesh.layout.heads = "expert" is no split that the model can make'),
+    (["--set", "model.experts=2", "--set", "model.capacity=inf"],
+     "model.capacity = inf must be a finite number above 0."),
+    (["--set", "model.experts=2", "--set", "model.balance=nan"],
+     "model.balance = nan must be a finite number of at least 0."),
     (["--set", "mesh.expert=2"], "mesh.expert = 2 splits nothing"),
     (["--set", "mesh.pipeline=8", "--set", "elastic.max_workers=8"], "needs 8 pieces, and the model has 4"),
     (["--set", "model.experts=3", "--set", "mesh.expert=2"], "mesh.expert = 2 does not divide"),
 ])
-def test_a_mesh_that_the_model_does_not_fit(file: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mesh_that_the_model_does_not_fit(file: Path, options: list[str], says: str,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["train", "--check"], ["train"], ["plan"]):
         assert cli.run([command[0], str(file), *command[1:], *options]) == 2
         error = capsys.readouterr().err
@@ -141,7 +149,8 @@ def test_a_mesh_that_the_model_does_not_fit(file: Path, options: list[str], says
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1"])
 def test_every_schedule_is_checked_for_memory(file: Path, schedule: str) -> None:
-    assert cli.run(["train", str(file), "--check", "--set", "mesh.pipeline=2", "--set", f"mesh.schedule={schedule}"]) == 0
+    assert cli.run(["train", str(file), "--check", "--set", "mesh.pipeline=2", "--set",
+                    f"mesh.schedule={schedule}"]) == 0
 
 
 @pytest.mark.parametrize("text", ["data", "data=0", "rows=2", "data=2,data=2", "tensor=two"])
@@ -160,17 +169,20 @@ def test_auto_keeps_to_whole_replicas(least: int, most: int, file: Path) -> None
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    (["--show-layout", "--mesh", "data=5"], "--mesh data=5 is more replicas than elastic.logical_shards = 4 feed; write data=4 or less."),
+    (["--show-layout", "--mesh", "data=5"], "--mesh data=5 is more replicas than elastic.logical_shards = 4 feed; "
+                                            "write data=4 or less."),
     (["--mesh", "data=2"], "--mesh data=2 says which layout is to be shown; add --show-layout"),
     (["--tflops", "inf"], "Invalid value for '--tflops'"),
 ])
-def test_numbers_that_no_plan_can_take(file: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_no_plan_can_take(file: Path, options: list[str], says: str,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["plan", str(file), *options]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("room", "says"), [(1, "; 0% of a step"), (2, " (4 logical shards let 2 replicas be 2.00 times as fast as one)")])
+@pytest.mark.parametrize(("room", "says"),
+                         [(1, "; 0% of a step"), (2, " (4 logical shards let 2 replicas be 2.00 times as fast as one)")])
 def test_the_bound_that_is_told_is_that_of_replicas(file: Path, room: int, says: str) -> None:
     plan = plan_of(load_recipe(file), Size(1, room, intra_gbps=1e6), 1e6)
     words = next(sentences(plan.recipe, plan.asked, replace(plan.cluster, latency_s=0.0), plan.found))
@@ -207,7 +219,8 @@ def test_a_calibration_between_real_processes(file: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "shared memory: " in out and "gloo: " in out and "Gflop/s each" in out
     found = calibration.known(load_recipe(file), 2)
-    assert found is not None and min(found.alone_s, found.flops_s, found.shared_bytes_s, found.gloo_latency_s, found.reduction_bytes_s) > 0
+    assert found is not None and min(found.alone_s, found.flops_s, found.shared_bytes_s, found.gloo_latency_s,
+                                     found.reduction_bytes_s) > 0
     assert cli.run(["plan", str(file), "--nodes", "2", "--calibrate"]) == 2
     assert "--calibrate measures this machine" in capsys.readouterr().err
     assert cli.run(["plan", str(file), "--gpus-per-node", "63", "--calibrate"]) == 2
@@ -236,4 +249,5 @@ def test_a_users_own_module_is_planned() -> None:
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     assert all(name in text for name in plan.asked.model.parameters) and "data.reduction" in text
     cluster = replace(plan.cluster, memory=1.0)
-    assert "more than it has; give workers more memory" in too_large(plan.found, cluster, replace(plan, cluster=cluster).variants({}))
+    assert "more than it has; give workers more memory" in too_large(plan.found, cluster,
+                                                                     replace(plan, cluster=cluster).variants({}))

@@ -23,8 +23,10 @@ from elastic.controller.policy import (
 )
 
 
-@given(low=st.integers(1, 6), more=st.integers(0, 6), shards=st.integers(1, 32), available=st.integers(0, 20), target=st.integers(1, 20))
-def test_world_size_is_the_smallest_that_is_as_fast(low: int, more: int, shards: int, available: int, target: int) -> None:
+@given(low=st.integers(1, 6), more=st.integers(0, 6), shards=st.integers(1, 32), available=st.integers(0, 20),
+       target=st.integers(1, 20))
+def test_world_size_is_the_smallest_that_is_as_fast(low: int, more: int, shards: int, available: int,
+                                                    target: int) -> None:
     bounds = Bounds(low, low + more, shards)
     allowed = [w for w in range(low, low + more + 1) if w <= min(available, target, shards)]
     found = world_size(available, target, bounds)
@@ -61,7 +63,8 @@ def test_one_error_again_and_again_ends_it_early() -> None:
         losses = note_loss(losses, "n", 0, 0.0, was_ready=False, error=error)
         assert not gives_up(losses, 4)
     assert gives_up(note_loss(losses, "n", 0, 0.0, was_ready=False, error="b"), 4)
-    for other in (note_loss(losses, "n", 1, 0.0, False, "b"), note_loss(losses, "n", 0, 0.0, True, "b"), note_loss(losses, "n", 0, 0.0, False)):
+    for other in (note_loss(losses, "n", 1, 0.0, False, "b"), note_loss(losses, "n", 0, 0.0, True, "b"),
+                  note_loss(losses, "n", 0, 0.0, False)):
         assert not gives_up(other, 4), "a step, a start that succeeded and a kill between them each make it another matter"
 
 

@@ -23,7 +23,8 @@ SIZES = (1, 2, 3, 4)
 
 @pytest.mark.parametrize("savers", SIZES)
 def test_reshard_matrix(savers: int, tmp_path: Path) -> None:
-    """Saved by 1 to 4, loaded by 1 to 4: the same arrays, bit for bit; every rank reads its share of the chunks and nobody more."""
+    """Saved by 1 to 4, loaded by 1 to 4: the same arrays, bit for bit; every rank reads its share of the chunks and
+    nobody more."""
     save(str(tmp_path), 50, savers)
     path = str(tmp_path / "step-00000050")
     assert_same(load(*split(path))[0], values(50))
@@ -83,8 +84,10 @@ def test_a_flip_outside_of_what_is_wanted_does_not_matter_and_inside_it_does(tmp
     content = bytearray(file.read_bytes())
     content[place["optimizer/exp_avg/w"].offset + 2500] ^= 1
     file.write_bytes(bytes(content))
-    assert_same(read_weights(store, name, manifest), {n: v for n, v in values(50).items() if not n.startswith("optimizer/")})
-    assert_same(read_init(tmp_path / name), {n.removeprefix("parameter/"): v for n, v in values(50).items() if n.startswith("parameter/")})
+    assert_same(read_weights(store, name, manifest),
+                {n: v for n, v in values(50).items() if not n.startswith("optimizer/")})
+    assert_same(read_init(tmp_path / name), {n.removeprefix("parameter/"): v for n, v in values(50).items()
+                                             if n.startswith("parameter/")})
     with pytest.raises(BadCheckpoint, match="does not have the hash"):
         read_arrays(Reader(store, name, manifest), ["optimizer/exp_avg/w"])
     with pytest.raises(BadCheckpoint):
@@ -99,7 +102,8 @@ def test_boxes_that_are_no_runs_are_loaded_too(tmp_path: Path) -> None:
 
     store, arrays = Store.open(tmp_path), values(0)
     w = arrays.pop("parameter/w")
-    halves = [write_part(store, 50, 1, f"half-{n}", {"parameter/w": w[:, low:high], **more}, {"parameter/w": (w.shape, (0, low))}, CHUNK)
+    halves = [write_part(store, 50, 1, f"half-{n}", {"parameter/w": w[:, low:high], **more},
+                         {"parameter/w": (w.shape, (0, low))}, CHUNK)
               for n, (low, high, more) in enumerate(((0, 11, {}), (11, 30, arrays)))]
     commit(store, Manifest(50, 1, 0, 0, "", tuple(halves), CHUNK))
     assert_same(load(store, "step-00000050")[0], values(0))
@@ -127,16 +131,19 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_read(change
     with pytest.raises(RecipeError) as error:
         saver(str(tmp_path)).restore(str(tmp_path / "step-00000050"), state, SoloGroup(), None)
     text = str(error.value)
-    assert ("another model: put [model] back" if change == "dtype" else "another model or optimizer: put [model] and optimizer.name back") in text
+    assert ("another model: put [model] back" if change == "dtype"
+            else "another model or optimizer: put [model] and optimizer.name back") in text
     assert "\n" not in text and len(text) < 700
-    named = {"dtype": "int64, the recipe's model has int32", "missing": "parameter/b", "more": "parameter/new", "shape": "shape (8,)",
+    named = {"dtype": "int64, the recipe's model has int32", "missing": "parameter/b", "more": "parameter/new",
+             "shape": "shape (8,)",
              "many": "more arrays"}
     assert named[change] in text
     assert state.committed == 7, "the state was touched"
 
 
 def test_absurd_sizes_allocate_nothing(tmp_path: Path) -> None:
-    """A manifest, rightly hashed, that states a file of 2^50 bytes which is not there; and one with a file shorter than it says."""
+    """A manifest, rightly hashed, that states a file of 2^50 bytes which is not there; and one with a file shorter than
+    it says."""
     import tracemalloc
 
     from elastic.checkpoint.manager import commit
@@ -149,11 +156,13 @@ def test_absurd_sizes_allocate_nothing(tmp_path: Path) -> None:
     (entry,) = manifest.files
     size = 1 << 40
     rows = size // 4
-    piece = replace(entry.pieces[0], name="parameter/w", dtype="float32", shape=(rows,), start=(0,), count=(rows,), offset=0)
+    piece = replace(entry.pieces[0], name="parameter/w", dtype="float32", shape=(rows,), start=(0,), count=(rows,),
+                    offset=0)
     huge = replace(entry, bytes=size, chunks=("00" * 16,) * (size // MAX_CHUNK), pieces=(piece,))
     commit(store, replace(manifest, files=(huge,), chunk_bytes=MAX_CHUNK))
     tracemalloc.start()
-    for look in (lambda: load(store, "step-00000050"), lambda: verify(store, "step-00000050"), lambda: read_init(tmp_path / "step-00000050"),
+    for look in (lambda: load(store, "step-00000050"), lambda: verify(store, "step-00000050"),
+                 lambda: read_init(tmp_path / "step-00000050"),
                  lambda: saver("").restore(str(tmp_path / "step-00000050"), Arrays({}), None, None)):
         with pytest.raises((BadCheckpoint, RecipeError), match="bytes instead of"):
             look()
@@ -178,7 +187,8 @@ class Away:
 
 
 @pytest.mark.parametrize("loaders", [1, 2])
-def test_a_storage_that_is_away_for_a_moment_costs_no_checkpoint(loaders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_that_is_away_for_a_moment_costs_no_checkpoint(loaders: int, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     save(str(tmp_path), 50, 2)
     Away(monkeypatch, 3)
     for state, _ in restore(str(tmp_path / "step-00000050"), loaders):

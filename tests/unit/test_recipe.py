@@ -17,13 +17,18 @@ from elastic.recipe import Recipe, best_mode, dumps, load_recipe, loads, parse, 
 DEFAULTS = {
     "run": {"name": "run", "steps": 2000, "epochs": None, "seed": 0, "eval_every": 200},
     "backend": {"name": "torch", "device": "auto", "precision": "float32", "threads": 1, "compile": False},
-    "mesh": {"tensor": 1, "pipeline": 1, "expert": 1, "schedule": "1f1b", "micro_batches": 1, "chunks": 2, "layout": {}},
+    "mesh": {"tensor": 1, "pipeline": 1, "expert": 1, "schedule": "1f1b", "micro_batches": 1, "chunks": 2,
+             "layout": {}},
     "elastic": {"min_workers": 1, "max_workers": 2, "logical_shards": 4, "reduction": "exact", "hang_timeout_s": 30.0,
                 "start_timeout_s": 600.0, "orphan_timeout_s": 300.0, "spares": 0},
-    "optimizer": {"name": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.0,
-                  "schedule": "constant", "warmup_steps": 0, "min_lr": 0.0, "clip_norm": 0.0, "no_decay": (), "sharded": False, "twin": True,
-                  "ema": 0.0, "base_batch": 0, "milestones": (), "gamma": 0.1, "pct_start": 0.3, "div_factor": 25.0, "final_div_factor": 1e4},
-    "checkpoint": {"every_steps": 200, "keep": 3, "keep_every": 0, "busy": "wait", "write_mb_s": 0.0, "best": "eval.loss", "best_mode": None,
+    "optimizer": {"name": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9,
+                  "weight_decay": 0.0,
+                  "schedule": "constant", "warmup_steps": 0, "min_lr": 0.0, "clip_norm": 0.0, "no_decay": (),
+                  "sharded": False, "twin": True,
+                  "ema": 0.0, "base_batch": 0, "milestones": (), "gamma": 0.1, "pct_start": 0.3, "div_factor": 25.0,
+                  "final_div_factor": 1e4},
+    "checkpoint": {"every_steps": 200, "keep": 3, "keep_every": 0, "busy": "wait", "write_mb_s": 0.0,
+                   "best": "eval.loss", "best_mode": None,
                    "path": ""},
 }
 
@@ -48,9 +53,11 @@ def test_defaults_are_the_contract(least: dict[str, Any]) -> None:
     recipe = parse(least)
     for section, keys in DEFAULTS.items():
         assert getattr(recipe, section).model_dump() == keys
-    assert recipe.model.config == {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0, "smoothing": 0.0, "recompute": False,
+    assert recipe.model.config == {"layers": 4, "heads": 4, "width": 128, "context": 64, "dropout": 0.0,
+                                   "smoothing": 0.0, "recompute": False,
                                    "experts": 0, "expert_every": 2, "top": 1, "capacity": 1.25, "balance": 0.01}
-    assert (recipe.data.batch_size, recipe.data.eval_fraction, recipe.data.shuffle, recipe.data.tokens) == (12, 0.1, True, "char")
+    assert (recipe.data.batch_size, recipe.data.eval_fraction, recipe.data.shuffle,
+            recipe.data.tokens) == (12, 0.1, True, "char")
 
 
 def test_a_resolved_recipe_says_everything_and_loads_to_itself(least: dict[str, Any], tmp_path: Path) -> None:
@@ -127,12 +134,14 @@ def test_a_mesh_that_the_planner_finds(least: dict[str, Any]) -> None:
     ("data.kind=mine:Rows", "exclude each other"),
     ("data.options={size=3}", "data.options"),
     ("mesh=automatic", 'mesh = "automatic" cannot work; it must be a section: [mesh] and its keys below (or "auto").'),
-    ("mesh.tensor=4", "mesh.pipeline x mesh.tensor x mesh.expert = 1 x 4 x 1 needs 4 workers, and elastic.max_workers = 2; write max_workers = 4"),
+    ("mesh.tensor=4", "mesh.pipeline x mesh.tensor x mesh.expert = 1 x 4 x 1 needs 4 workers, and elastic.max_workers "
+                      "= 2; write max_workers = 4"),
     ("mesh.micro_batches=5", "mesh.micro_batches = 5 does not divide the 3 rows of a logical shard"),
     ("mesh.schedule=interleaved", "mesh.pipeline = 1; write mesh.pipeline = 2"),
     ("mesh.schedule=zigzag", '"1f1b", "gpipe", "interleaved", "zb-h1"'),
     ("mesh.chunks=3", 'mesh.chunks = 3 has a meaning only under mesh.schedule = "interleaved"'),
-    ("mesh.layout.d_ff=data", 'mesh.layout.d_ff = "data" cannot work; it must be written {DIM = AXIS, ...}, each axis "tensor" or "expert"'),
+    ("mesh.layout.d_ff=data", 'mesh.layout.d_ff = "data" cannot work; it must be written {DIM = AXIS, ...}, each axis '
+                              '"tensor" or "expert"'),
     ("mesh.layout=tensor", 'mesh.layout = "tensor" cannot work; it must be written {DIM = AXIS, ...}'),
     ("mesh.tensor=0", "mesh.tensor = 0 cannot work"),
     ("elastic.logical_shards=5", "data.batch_size = 12 cannot be cut into elastic.logical_shards = 5 equal shards"),
@@ -186,12 +195,14 @@ def test_several_keys_that_exclude_each_other(least: dict[str, Any]) -> None:
 
 
 def test_the_best_checkpoint_is_never_guessed_from_a_name(least: dict[str, Any]) -> None:
-    assert [best_mode(parse(least, [f"checkpoint.best=eval.{name}"])) for name in ("loss", "accuracy")] == ["min", "max"]
+    assert [best_mode(parse(least, [f"checkpoint.best=eval.{name}"]))
+            for name in ("loss", "accuracy")] == ["min", "max"]
     own = {"model": {"kind": "mine:Net"}, "data": {"kind": "mine:Rows"}}
     assert best_mode(parse(own)) == "min"
     for name in ("wer", "error", "accuracy", "my_loss"):
-        assert refused(own, f"checkpoint.best=eval.{name}") == (f'checkpoint.best = "eval.{name}" does not say whether less is better; add '
-                                                                'checkpoint.best_mode = "min" or "max".')
+        assert refused(own, f"checkpoint.best=eval.{name}") == (f'checkpoint.best = "eval.{name}" does not say whether '
+                                                                'less is better; add checkpoint.best_mode = "min" or '
+                                                                '"max".')
         recipe = parse(own, [f"checkpoint.best=eval.{name}", "checkpoint.best_mode=max"])
         assert best_mode(recipe) == "max" and loads(dumps(recipe)) == recipe
     assert "does not say whether less is better" in refused(least, "checkpoint.best=eval.base_rate")
@@ -200,10 +211,12 @@ def test_the_best_checkpoint_is_never_guessed_from_a_name(least: dict[str, Any])
 
 
 def test_keys_of_schedules(least: dict[str, Any]) -> None:
-    recipe = parse(least, ["optimizer.schedule=step", "optimizer.milestones=[100, 150]", "optimizer.gamma=0.2", "optimizer.warmup_steps=5"])
+    recipe = parse(least, ["optimizer.schedule=step", "optimizer.milestones=[100, 150]", "optimizer.gamma=0.2",
+                           "optimizer.warmup_steps=5"])
     assert recipe.optimizer.milestones == (100, 150) and loads(dumps(recipe)) == recipe
     for value in ("[150, 100]", "[100, 100]"):
-        assert "that rise from each to the next" in refused(least, "optimizer.schedule=step", f"optimizer.milestones={value}")
+        assert "that rise from each to the next" in refused(least, "optimizer.schedule=step",
+                                                            f"optimizer.milestones={value}")
     for value in ("[0]", "[1.5]", "7"):
         assert "optimizer.milestones = " in refused(least, "optimizer.schedule=step", f"optimizer.milestones={value}")
     for key in ("warmup_steps=5", "min_lr=0.0001"):
@@ -215,7 +228,8 @@ def test_keys_of_tables(tmp_path: Path) -> None:
     path = str(tmp_path / "a.csv")
     table = {"model": {"kind": "mine:Net"}, "data": {"format": "csv", "path": [path, path]}}
     recipe = parse(table, ["data.columns=x", "data.weights=[1, 0.5]", "run.steps=5", "data.shuffle_by=rows"])
-    assert (recipe.data.columns, recipe.data.weights, recipe.data.shuffle_by, recipe.data.is_table) == (("x",), (1.0, 0.5), "rows", True)
+    assert (recipe.data.columns, recipe.data.weights, recipe.data.shuffle_by,
+            recipe.data.is_table) == (("x",), (1.0, 0.5), "rows", True)
     assert loads(dumps(recipe)) == recipe
     assert parse(table, ["data.format=parquet", "data.path=s3://bucket/x"]).data.path == ("s3://bucket/x",)
     for override, says in (("data.weights=[1]", "data.weights = [1.0] has 1 numbers and data.path 2 entries"),
@@ -262,13 +276,16 @@ def test_a_text_needs_no_quotes(least: dict[str, Any], text: str, value: str) ->
 def test_an_override_of_steps_takes_the_place_of_epochs(least: dict[str, Any]) -> None:
     tree = {**least, "run": {"epochs": 5}}
     assert (parse(tree, ["run.steps=7"]).run.steps, parse(tree, ["run.steps=7"]).run.epochs) == (7, None)
-    assert (parse({**least, "run": {"steps": 5}}, ["run.epochs=2"]).run.epochs, parse(tree, ["run.seed=1"]).run.epochs) == (2, 5)
+    assert (parse({**least, "run": {"steps": 5}}, ["run.epochs=2"]).run.epochs,
+            parse(tree, ["run.seed=1"]).run.epochs) == (2, 5)
     assert tree["run"] == {"epochs": 5}, "the caller's own tree stays as it is"
 
 
 def test_numbers_in_overrides(least: dict[str, Any]) -> None:
-    recipe = parse(least, ["optimizer.lr=3e-4", "run.seed=1_000", "model.dropout=0", 'optimizer.no_decay=["*ln*"]', "model.freeze=wte"])
-    assert (recipe.optimizer.lr, recipe.run.seed, recipe.optimizer.no_decay, recipe.model.freeze) == (3e-4, 1000, ("*ln*",), ("wte",))
+    recipe = parse(least, ["optimizer.lr=3e-4", "run.seed=1_000", "model.dropout=0", 'optimizer.no_decay=["*ln*"]',
+                           "model.freeze=wte"])
+    assert (recipe.optimizer.lr, recipe.run.seed, recipe.optimizer.no_decay,
+            recipe.model.freeze) == (3e-4, 1000, ("*ln*",), ("wte",))
 
 
 def test_broken_files(tmp_path: Path) -> None:
@@ -290,7 +307,8 @@ def test_broken_files(tmp_path: Path) -> None:
 def test_shipped_recipes_are_sound(least: dict[str, Any]) -> None:
     assert "nlp/gpt_shakespeare" in shipped()
     for name in shipped():
-        own = [f"data.{key}={least['data']['path']}" for key in ("path", "eval_path") if f"\n{key} =" in shipped()[name].read_text()]
+        own = [f"data.{key}={least['data']['path']}" for key in ("path", "eval_path")
+               if f"\n{key} =" in shipped()[name].read_text()]
         recipe = load_recipe(name, own)
         assert isinstance(recipe, Recipe) and loads(dumps(recipe)) == recipe
 
@@ -302,7 +320,8 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         folder.mkdir()
         (folder / "both.txt").write_text("x")
     (there / "one.txt").write_text("x")
-    (there / "r.toml").write_text('[model]\nkind = "nlp.gpt"\n[data]\nformat = "text"\npath = ["both.txt", "one.txt", "*.txt"]\n')
+    (there / "r.toml").write_text('[model]\nkind = "nlp.gpt"\n[data]\nformat = "text"\npath = ["both.txt", "one.txt", '
+                                  '"*.txt"]\n')
     monkeypatch.chdir(here)
     recipe = load_recipe(there / "r.toml")
     assert recipe.data.path == (str(here / "both.txt"), str(there / "one.txt"), str(here / "*.txt"))
@@ -324,13 +343,17 @@ def test_a_text_of_a_recipe_may_name_files_of_another_machine() -> None:
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    ("mesh.tensor=2 elastic.max_workers=5", "elastic.max_workers = 5 is not in whole replicas of 2 workers (mesh.pipeline x mesh.tensor x "
-                                            "mesh.expert = 1 x 2 x 1); write max_workers = 4 or 6."),
+    ("mesh.tensor=2 elastic.max_workers=5", "elastic.max_workers = 5 is not in whole replicas of 2 workers "
+                                            "(mesh.pipeline x mesh.tensor x mesh.expert = 1 x 2 x 1); write "
+                                            "max_workers = 4 or 6."),
     ("mesh.tensor=2 elastic.max_workers=6 elastic.min_workers=3", "write min_workers = 2 or 4."),
-    ("mesh.tensor=2 elastic.max_workers=8 elastic.logical_shards=3", "is above elastic.logical_shards = 3, the most that can share the batch, and "
-                                                                     "a replica is 2 workers; write max_workers = 6 or less"),
+    ("mesh.tensor=2 elastic.max_workers=8 elastic.logical_shards=3",
+     "is above elastic.logical_shards = 3, the most that can share the batch, and "
+                                                                     "a replica is 2 workers; write max_workers = 6 or "
+                                                                     "less"),
     ("mesh.expert=2 elastic.logical_shards=4", "mesh.expert = 2 does not divide the 3 rows of a logical shard"),
-    ("mesh.expert=2 elastic.logical_shards=2 mesh.micro_batches=2", "over mesh.expert = 2); write a batch_size that is a multiple of 8"),
+    ("mesh.expert=2 elastic.logical_shards=2 mesh.micro_batches=2",
+     "over mesh.expert = 2); write a batch_size that is a multiple of 8"),
 ])
 def test_meshes_that_do_not_come_out_even(least: dict[str, Any], overrides: str, message: str) -> None:
     assert message in refused(least, *overrides.split())
@@ -342,7 +365,8 @@ def test_logical_shards_follow_the_replicas(least: dict[str, Any]) -> None:
 
     assert shards("elastic.max_workers=4", "data.batch_size=16") == 8
     assert shards("elastic.max_workers=4", "data.batch_size=16", "mesh.tensor=2") == 4, "twice the most replicas"
-    assert shards("elastic.max_workers=4", "data.batch_size=16", "mesh.pipeline=2", "mesh.micro_batches=8") == 2, "its rows divide"
+    assert shards("elastic.max_workers=4", "data.batch_size=16", "mesh.pipeline=2",
+                  "mesh.micro_batches=8") == 2, "its rows divide"
     assert parse(least, ["mesh.tensor=2", 'mesh.layout={d_ff="tensor"}']).mesh.layout == {"d_ff": "tensor"}
 
 

@@ -22,7 +22,8 @@ HEADER = ["label", "colour", "shop", "price", "weight", "time"]
 
 def rows(size: int, seed: int = 0) -> list[list[Any]]:
     random = np.random.default_rng(seed)
-    return [[int(random.random() < 0.3), str(random.choice(["red", "green", "blue"])), int(random.integers(0, 40)), round(float(random.normal()), 3),
+    return [[int(random.random() < 0.3), str(random.choice(["red", "green", "blue"])), int(random.integers(0, 40)),
+             round(float(random.normal()), 3),
              round(float(random.exponential(1000)), 1), n] for n in range(size)]
 
 
@@ -35,12 +36,15 @@ def write(file: Path, table: list[list[Any]], header: bool = True, delimiter: st
 
 def section(path: Path, evaluation: Path | None = None, **changes: Any) -> Any:
     """`[data]` of a recipe."""
-    data = {"format": path.suffix[1:].replace("tsv", "csv"), "path": str(path), "label": "label", "categorical": ["colour", "shop"],
-            "numeric": ["price", "weight"], "eval_fraction": 0.2, **({"eval_path": str(evaluation)} if evaluation else {}), **changes}
+    data = {"format": path.suffix[1:].replace("tsv", "csv"), "path": str(path), "label": "label",
+            "categorical": ["colour", "shop"],
+            "numeric": ["price", "weight"], "eval_fraction": 0.2,
+            **({"eval_path": str(evaluation)} if evaluation else {}), **changes}
     return parse({"model": {"kind": "recommender.dlrm"}, "data": data}).data
 
 
-def opened(data: Any, cache: Path, loss: str = "binary") -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
+def opened(data: Any, cache: Path, loss: str = "binary") -> tuple[dict[str, Any], dict[str, np.ndarray],
+                                                                  dict[str, np.ndarray]]:
     """Facts, and all rows of both splits."""
     info = prepare(data, {"loss": loss}, cache)
     out = []
@@ -98,7 +102,8 @@ def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
 def test_a_file_without_names_with_spaces_and_comments(tmp_path: Path) -> None:
     table = rows(60)
     file = tmp_path / "t.csv"
-    lines = [", ".join("yes." if n == 0 and value else "no." if n == 0 else str(value) for n, value in enumerate(row)) for row in table]
+    lines = [", ".join("yes." if n == 0 and value else "no." if n == 0 else str(value) for n, value in enumerate(row))
+             for row in table]
     file.write_text("| a word before\n" + "\n".join(lines) + "\n\n")
     data = section(file, names=HEADER, comment="|", positive=["yes", "yes."], negative=["no", "no."])
     _, training, _ = opened(data, tmp_path / "cache")
@@ -142,8 +147,10 @@ def test_values_outside_the_vocabulary(tmp_path: Path) -> None:
         prepare(section(*files, oov="error"), {}, tmp_path / "cache")
     assert prepare(section(files[0], eval_fraction=0.0, oov="error"), {}, tmp_path / "cache")["sizes"][0] == 3
     rare = [*table, [0, "violet", 1, 0.0, 1.0, 0]]
-    info, training, _ = opened(section(write(tmp_path / "r.csv", rare), min_count=2, oov="row", eval_fraction=0.0), tmp_path / "cache")
-    assert info["sizes"][0] == 4 and training["categorical"][-1, 0] == 3 and set(training["categorical"][:-1, 0]) == {0, 1, 2}
+    info, training, _ = opened(section(write(tmp_path / "r.csv", rare), min_count=2, oov="row", eval_fraction=0.0),
+                               tmp_path / "cache")
+    assert info["sizes"][0] == 4 and training["categorical"][-1,
+                                                             0] == 3 and set(training["categorical"][:-1, 0]) == {0, 1, 2}
 
 
 def test_times_of_any_unit_are_one(tmp_path: Path) -> None:
@@ -167,7 +174,8 @@ def test_times_of_any_unit_are_one(tmp_path: Path) -> None:
 
 def test_hashed_columns(tmp_path: Path) -> None:
     table = rows(400)
-    info, training, evaluation = opened(section(write(tmp_path / "t.csv", table), buckets={"shop": 16}), tmp_path / "cache")
+    info, training, evaluation = opened(section(write(tmp_path / "t.csv", table), buckets={"shop": 16}),
+                                        tmp_path / "cache")
     assert info["sizes"] == [3 + HASHED_ROWS, 16]
     found = np.concatenate([training["categorical"], evaluation["categorical"]])[:, 1] - info["sizes"][0]
     assert found.min() >= 0 and found.max() < 16 and len(set(found)) > 8
@@ -187,14 +195,17 @@ def test_logarithms_and_missing_values(tmp_path: Path) -> None:
     assert info["sizes"][0] == 4 + HASHED_ROWS and training["categorical"][9, 0] not in training["categorical"][[0, 1, 2, 3, 4, 5], 0]
     assert training["numeric"][7, 1] == 0.0
     numbers = np.log1p([row[4] for row in table if row[4] != ""])
-    np.testing.assert_allclose(np.delete(training["numeric"][:, 1], 7), (numbers - numbers.mean()) / numbers.std(), atol=1e-5)
+    np.testing.assert_allclose(np.delete(training["numeric"][:, 1], 7), (numbers - numbers.mean()) / numbers.std(),
+                               atol=1e-5)
 
 
 @pytest.mark.parametrize(("column", "value", "words"), [
-    (0, 2, r"holds 2.0 in row 7 \(counted from 0\); it must be 0 or 1"), (0, "", r'"label" of .*t.csv has no value in row 7 '),
+    (0, 2, r"holds 2.0 in row 7 \(counted from 0\); it must be 0 or 1"),
+    (0, "", r'"label" of .*t.csv has no value in row 7 '),
     (3, "inf", r'"price" of .*t.csv holds inf in row 7 '),
     (3, "-4e38", r'"price" of .*t.csv holds -4e\+38 in row 7 .*a finite number below 3.4e38'),
-    (0, "yes", r'"label" of .*t.csv holds texts; list'), (3, "dear", r'the column "price" of .*t.csv, after row 0, cannot be read')])
+    (0, "yes", r'"label" of .*t.csv holds texts; list'),
+    (3, "dear", r'the column "price" of .*t.csv, after row 0, cannot be read')])
 def test_bad_rows_are_named(column: int, value: Any, words: str, tmp_path: Path) -> None:
     table = rows(30)
     table[7][column] = value
@@ -222,7 +233,8 @@ def test_a_label_beyond_float32_is_named(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     colours = pa.array([b"red", b"\xff"]).view(pa.string())
-    pq.write_table(pa.table({"label": [0, 1], "colour": colours, "shop": [1, 2], "price": [0.5, 1.0], "weight": [1.0, 2.0]}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"label": [0, 1], "colour": colours, "shop": [1, 2], "price": [0.5, 1.0],
+                             "weight": [1.0, 2.0]}), tmp_path / "t.parquet")
     with pytest.raises(UserError, match=r"t.parquet cannot be read .*Invalid UTF8"):
         prepare(section(tmp_path / "t.parquet"), {}, tmp_path / "cache")
 
@@ -247,16 +259,22 @@ def test_bad_declarations_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'data.categorical: the column "colour" of .*t.parquet is list<.*no category'):
         prepare(section(tmp_path / "t.parquet"), {}, tmp_path / "cache")
     for changes, words in (
-            ({"label": ""}, "data.label is missing"), ({"categorical": [], "numeric": []}, "data.categorical and data.numeric are missing"),
-            ({"numeric": ["price", "price"]}, '"price" stands twice'), ({"buckets": {"size": 3}}, 'data.buckets names the column "size"'),
+            ({"label": ""}, "data.label is missing"),
+            ({"categorical": [], "numeric": []}, "data.categorical and data.numeric are missing"),
+            ({"numeric": ["price", "price"]}, '"price" stands twice'),
+            ({"buckets": {"size": 3}}, 'data.buckets names the column "size"'),
             ({"log": ["shop"]}, 'data.log names the column "shop"'), ({"positive": ["1"]}, "needs data.negative"),
-            ({"split": "column"}, "data.split_column is missing"), ({"split_column": "time"}, 'needs data.split = "column"'),
+            ({"split": "column"}, "data.split_column is missing"),
+            ({"split_column": "time"}, 'needs data.split = "column"'),
             ({"eval_values": ["x"]}, "data.eval_values"),
-            ({"split": "column", "split_column": "price", "eval_values": ["1"]}, 'data.split_column = "price" is a text under data.split'),
+            ({"split": "column", "split_column": "price", "eval_values": ["1"]},
+             'data.split_column = "price" is a text under data.split'),
             ({"split": "time", "split_column": "shop"}, 'data.split_column = "shop" is a time under data.split'),
             ({"positive": ["yes", "y"], "negative": ["no", "y"]}, '"y" stands in data.negative and in data.positive'),
-            ({"buckets": {"shop": 1 << 31}}, "from 1 to 2\\^31 - 1"), ({"eval_path": str(file), "split": "random"}, "exclude each other"),
-            ({"names": ["label"]}, "is not among data.names"), ({"min_count": 0}, "data.min_count"), ({"columns": ["price"]}, "data.columns")):
+            ({"buckets": {"shop": 1 << 31}}, "from 1 to 2\\^31 - 1"),
+            ({"eval_path": str(file), "split": "random"}, "exclude each other"),
+            ({"names": ["label"]}, "is not among data.names"), ({"min_count": 0}, "data.min_count"),
+            ({"columns": ["price"]}, "data.columns")):
         with pytest.raises(RecipeError, match=words):
             section(file, **changes)
     with pytest.raises(RecipeError, match="data.delimiter .* only for CSV"):
@@ -276,13 +294,15 @@ NUMBERS = {  # columns that float32 cannot hold apart
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_moments_are_found_before_numbers_are_rounded(kind: str, tmp_path: Path) -> None:
     numbers = NUMBERS[kind](np.random.default_rng(0))
-    (tmp_path / "t.csv").write_text("t,y\n" + "".join(f"{number!r},{n % 2}\n" for n, number in enumerate(numbers.tolist())))
+    (tmp_path / "t.csv").write_text("t,y\n" + "".join(f"{number!r},{n % 2}\n"
+                                                      for n, number in enumerate(numbers.tolist())))
     data = section(tmp_path / "t.csv", label="y", categorical=[], numeric=["t"], eval_fraction=0.0)
     found = opened(data, tmp_path / "cache")[1]["numeric"][:, 0]
     off = numbers - numbers.mean()
     wanted = off / (off.std() if kind != "constant" else 1.0)
     np.testing.assert_allclose(found, wanted, atol=2e-6, rtol=1e-5)
-    assert found.dtype == np.float32 and (kind == "a first value far off" or len(np.unique(found)) == len(np.unique(numbers)))
+    assert found.dtype == np.float32 and (kind == "a first value far off"
+                                          or len(np.unique(found)) == len(np.unique(numbers)))
 
 
 def test_columns_that_nothing_reads_are_named(tmp_path: Path) -> None:
@@ -307,9 +327,11 @@ VALUES = {  # training values -> which oov
 
 @pytest.mark.parametrize("kind", VALUES)
 def test_rows_for_unknown_values_are_trained(kind: str, tmp_path: Path) -> None:
-    """Values are fed as unknown by their share, 1/(1 + count) and at least 1 %, differently in each epoch, the same whoever asks."""
+    """Values are fed as unknown by their share, 1/(1 + count) and at least 1 %, differently in each epoch, the same
+    whoever asks."""
     values, oov = VALUES[kind]
-    data = section(drawn([*values, "new", "newer"], tmp_path / "t.csv"), label="y", categorical=["c"], numeric=[], oov=oov, eval_fraction=2.5 / 1002)
+    data = section(drawn([*values, "new", "newer"], tmp_path / "t.csv"), label="y", categorical=["c"], numeric=[],
+                   oov=oov, eval_fraction=2.5 / 1002)
     info = prepare(data, {}, tmp_path / "cache")
     known, extra = len(set(values)), HASHED_ROWS if oov == "hash" else 1
     assert info["sizes"] == [known + extra] and info["num_rows"] == 1000
@@ -328,7 +350,8 @@ def test_rows_for_unknown_values_are_trained(kind: str, tmp_path: Path) -> None:
 
 
 def test_without_rows_for_unknown_values_none_is_hidden(tmp_path: Path) -> None:
-    data = section(drawn(["a", "b"] * 100, tmp_path / "t.csv"), label="y", categorical=["c"], numeric=[], oov="error", eval_fraction=0.0)
+    data = section(drawn(["a", "b"] * 100, tmp_path / "t.csv"), label="y", categorical=["c"], numeric=[], oov="error",
+                   eval_fraction=0.0)
     dataset = open_dataset(prepare(data, {}, tmp_path / "cache"), "train")
     for epoch in range(20):
         assert dataset.batch(np.arange(200), np.full(200, epoch))["categorical"][:, 0].tolist() == [0, 1] * 100
@@ -343,25 +366,31 @@ def start(model: Any, name: str) -> np.ndarray:
 def test_the_last_bias_may_start_at_the_labels_mean(arch: str, bias: str, loss: str, tmp_path: Path) -> None:
     labels = [int(n % 7 == 0) if loss == "binary" else 3.5 + n / 9 for n in range(200)]
     (tmp_path / "t.csv").write_text("c,y\n" + "".join(f"v{n % 5},{label}\n" for n, label in enumerate(labels)))
-    info = prepare(section(tmp_path / "t.csv", label="y", categorical=["c"], numeric=[]), {"loss": loss}, tmp_path / "cache")
+    info = prepare(section(tmp_path / "t.csv", label="y", categorical=["c"], numeric=[]), {"loss": loss},
+                   tmp_path / "cache")
     mean = np.mean(labels[:160])
     wanted = np.log(mean / (1 - mean)) if loss == "binary" else mean
-    assert start(build({"arch": arch, "loss": loss, "bias_init": "mean"}, info), bias) == pytest.approx(wanted, rel=1e-6)
+    assert start(build({"arch": arch, "loss": loss, "bias_init": "mean"}, info),
+                 bias) == pytest.approx(wanted, rel=1e-6)
     assert start(build({"arch": arch, "loss": loss}, info), bias) == 0.0
 
 
 FACTS = {"sizes": [300, 200], "num_numeric": 0, "embedding_dim": 16}
 
 
-@pytest.mark.parametrize(("init", "deviation", "limit"), [("normal:0.05", 0.05, np.inf), ("uniform:0.05", 0.05 / np.sqrt(3), 0.05),
+@pytest.mark.parametrize(("init", "deviation", "limit"),
+                         [("normal:0.05", 0.05, np.inf), ("uniform:0.05", 0.05 / np.sqrt(3), 0.05),
                                                           ("", 0.25, np.inf),
                                                           ("normal:0", 0.0, 0.0)])
 def test_embeddings_start_as_the_recipe_says(init: str, deviation: float, limit: float) -> None:
     found = start(build({"arch": "mf", "embedding_init": init}, FACTS), "embedding")
-    assert found.std() == pytest.approx(deviation, rel=0.05) and np.abs(found).max() <= limit and abs(found.mean()) <= deviation / 20
+    assert found.std() == pytest.approx(deviation,
+                                        rel=0.05) and np.abs(found).max() <= limit and abs(found.mean()) <= deviation / 20
 
 
-@pytest.mark.parametrize(("key", "value"), [("embedding_init", value) for value in ("normal", "uniform:-1", "zipf:1", "normal:x", "normal:nan", 0.05)]
+@pytest.mark.parametrize(("key", "value"),
+                         [("embedding_init", value) for value in ("normal", "uniform:-1", "zipf:1", "normal:x",
+                                                                  "normal:nan", 0.05)]
                          + [("bias_init", "median")])
 def test_starts_that_cannot_be_meant_are_refused(key: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=f"model.{key} = "):

@@ -18,7 +18,9 @@ FALLBACK = Bounds(1, 4, 8, meshes=((1, 2, 1), (1, 1, 1)))
 # Which mesh.
 
 
-@pytest.mark.parametrize(("available", "mesh"), [(0, None), (1, None), (2, (1, 1, 2, 1)), (3, (1, 1, 2, 1)), (4, (2, 1, 2, 1)), (9, (2, 1, 2, 1))])
+@pytest.mark.parametrize(("available", "mesh"),
+                         [(0, None), (1, None), (2, (1, 1, 2, 1)), (3, (1, 1, 2, 1)), (4, (2, 1, 2, 1)),
+                          (9, (2, 1, 2, 1))])
 def test_whole_replicas_only(available: int, mesh: Any) -> None:
     assert choose(available, 9, PAIRS) == mesh
 
@@ -53,7 +55,8 @@ def test_a_lost_member_breaks_its_replica_and_the_other_stays_warm() -> None:
     generation = formed(actions)
     assert (generation.members, generation.mesh, generation.committed) == (("a", "d"), (1, 1, 2, 1), 9)
     assert generation.healers == () and generation.resharded == (), "one of each coordinate is left"
-    assert kinds(actions) == ["Form"] and set(machine.state.ready) == {"a", "c", "d"}, "four are wanted: nobody is let go"
+    assert kinds(actions) == ["Form"] and set(machine.state.ready) == {"a", "c",
+                                                                       "d"}, "four are wanted: nobody is let go"
     actions = machine.ready("e")
     assert kinds(actions) == ["RequestStop"] * 2
     stand(machine, "a", 12, "stopped")
@@ -138,7 +141,8 @@ def test_a_replica_that_cannot_be_filled_gives_way_to_smaller_ones_from_the_chec
     machine = running("a", "b", bounds=FALLBACK)
     machine.feed(m.Lost("b", "killed"))
     generation = formed(stand(machine, "a", 9))
-    assert (generation.members, generation.mesh, generation.committed) == (("a",), (1, 1, 1, 1), -1), "half of the model is gone"
+    assert (generation.members, generation.mesh,
+            generation.committed) == (("a",), (1, 1, 1, 1), -1), "half of the model is gone"
 
 
 def test_back_on_the_preferred_mesh_the_state_is_laid_anew() -> None:
@@ -147,7 +151,8 @@ def test_back_on_the_preferred_mesh_the_state_is_laid_anew() -> None:
     assert kinds(machine.ready("b")) == ["RequestStop"]
     generation = formed(stand(machine, "a", 7, "stopped"))
     assert (generation.members, generation.mesh, generation.committed) == (("a", "b"), (1, 1, 2, 1), 7)
-    assert generation.resharded == (Holder(0, (0, 1, 1, 1), 0), Holder(1, (0, 1, 1, 1), -1)) and generation.healers == ()
+    assert generation.resharded == (Holder(0, (0, 1, 1, 1), 0),
+                                    Holder(1, (0, 1, 1, 1), -1)) and generation.healers == ()
 
 
 def test_scaling_to_another_mesh_moves_the_state() -> None:
@@ -176,7 +181,8 @@ def test_a_break_before_that_checkpoint_loses_nothing() -> None:
     machine.feed(m.ScaleTo(1))
     stand(machine, "a", 5)
     actions = stand(machine, "b", 5)
-    assert (formed(actions).members, formed(actions).committed) == (("a", "b"), 5), "for another step, to save what both have"
+    assert (formed(actions).members, formed(actions).committed) == (("a", "b"),
+                                                                    5), "for another step, to save what both have"
     assert actions[-2:] == [m.RequestStop(w, 2, STOP_AND_SAVE) for w in "ab"]
 
 
@@ -234,7 +240,8 @@ def test_a_tensor_group_sits_on_one_node() -> None:
 
 def test_a_replacement_comes_from_the_node_of_its_tensor_group() -> None:
     nodes = {"a": "n1", "b": "n1", "c": "n2", "x": "n1", "y": "n2"}
-    words = {w: Standing(w, 1, "broken", 9, mesh=(2, 1, 2, 1), coordinate=s) for w, s in {"a": 0, "b": 1, "c": 0}.items()}
+    words = {w: Standing(w, 1, "broken", 9, mesh=(2, 1, 2, 1), coordinate=s)
+             for w, s in {"a": 0, "b": 1, "c": 0}.items()}
     assert assign("abcxy", (2, 1, 2, 1), find_whole(words, "abc", (1, 2, 1)), nodes) == ("a", "b", "c", "y")
 
 
@@ -245,8 +252,10 @@ def test_members_on_one_node_are_put_beside_each_other() -> None:
 
 
 @pytest.mark.parametrize(("nodes", "tensor", "found"), [
-    (["n1", "n2", "n2"], 2, ("n1",)), (["n1", "n1", "n2", "n2"], 2, ()), (["n1"] * 3 + ["n2"] * 2, 4, ("n1", "n2", "n2")),
+    (["n1", "n2", "n2"], 2, ("n1",)), (["n1", "n1", "n2", "n2"], 2, ()),
+    (["n1"] * 3 + ["n2"] * 2, 4, ("n1", "n2", "n2")),
     (["n1", "n2", "n3"], 1, ()), ([""], 2, ()), ([], 2, ()),
 ])
-def test_a_replacement_is_looked_for_where_a_tensor_group_lacks_one(nodes: list[str], tensor: int, found: tuple[str, ...]) -> None:
+def test_a_replacement_is_looked_for_where_a_tensor_group_lacks_one(nodes: list[str], tensor: int,
+                                                                    found: tuple[str, ...]) -> None:
     assert gaps(nodes, tensor) == found

@@ -31,7 +31,8 @@ def test_a_lost_owner_has_a_twin() -> None:
         stands(machine, name, 7)
     generation = formed(stands(machine, "d", 7))
     assert generation.committed == 7 and not generation.load and generation.torn == ()
-    assert generation.held == (((0, 2), (6, 8)), ((4, 6), (2, 4)), ((6, 8), (4, 6))) and places(generation) == set(range(8))
+    assert generation.held == (((0, 2), (6, 8)), ((4, 6), (2, 4)),
+                               ((6, 8), (4, 6))) and places(generation) == set(range(8))
 
 
 def test_owner_and_twin_lost_is_a_start_from_a_checkpoint() -> None:
@@ -54,7 +55,8 @@ def test_without_twins_any_loss_is_one_and_a_stop_of_all_is_none() -> None:
 
 
 def test_who_lacks_what_others_keep_is_named() -> None:
-    """b saw everything; c applied what it keeps and missed the rest; d holds the gradients and learns of the vote now."""
+    """b saw everything; c applied what it keeps and missed the rest; d holds the gradients and learns of the vote now.
+    """
     machine = running("a", "b", "c", "d", bounds=TWINS)
     machine.feed(m.Lost("a", "killed"))
     stands(machine, "b", 7)
@@ -116,7 +118,8 @@ def test_at_a_failed_end_each_owner_writes_its_part() -> None:
     for name in "abc":
         stands(machine, name, 7, reason="failed", error="no", fatal=True)
     actions = stands(machine, "d", 7, reason="failed", error="no", fatal=True)
-    assert saves(actions) == [("a", 0, 4), ("b", 1, 4), ("c", 2, 4), ("d", 3, 4)] and only(actions, m.Finish).status == "failed"
+    assert saves(actions) == [("a", 0, 4), ("b", 1, 4), ("c", 2, 4),
+                              ("d", 3, 4)] and only(actions, m.Finish).status == "failed"
 
 
 def test_a_torn_owner_is_its_twin_s_to_write_down() -> None:
@@ -141,4 +144,5 @@ def test_who_holds_the_last_step_applies_it_before_the_end_and_only_then() -> No
     stands(machine, "a", 7, ballot=ballot(7))
     assert saves(stands(machine, "c", 6, holds=7)) == [], "they may go on, from where they say that they stand"
     actions = machine.feed(m.GiveUp("no more"))
-    assert [(a.worker, a.step, a.ballot) for a in actions if isinstance(a, m.SaveAlone)] == [("a", 7, None), ("c", 7, ballot(7)), ("c", 7, ballot(7))]
+    assert [(a.worker, a.step, a.ballot) for a in actions
+            if isinstance(a, m.SaveAlone)] == [("a", 7, None), ("c", 7, ballot(7)), ("c", 7, ballot(7))]

@@ -52,7 +52,8 @@ class Counted:
 @pytest.mark.parametrize("chunk", [1, 48, 1000])
 @pytest.mark.parametrize("num_blocks", [1, 3, 8])
 @pytest.mark.parametrize("num_shards", [1, 4, 5, 8])
-def test_everybody_gets_the_trees_bits_of_what_it_keeps(num_shards: int, num_blocks: int, chunk: int, twin: bool) -> None:
+def test_everybody_gets_the_trees_bits_of_what_it_keeps(num_shards: int, num_blocks: int, chunk: int,
+                                                        twin: bool) -> None:
     leaves = leaves_of(num_shards, num_blocks * BLOCK)
     whole = tree(leaves)
     for size in range(1, min(num_shards, 4) + 1):
@@ -61,10 +62,12 @@ def test_everybody_gets_the_trees_bits_of_what_it_keeps(num_shards: int, num_blo
         def member(rank: int, group: Any) -> np.ndarray:
             group = group if size > 1 else SoloGroup()
             sums = sums_of(group, leaves).nodes()
-            return reduction.reduce_held(group, sums, num_shards, dirty(len(whole)), where, twin, Scratch(dirty, chunk)).copy()
+            return reduction.reduce_held(group, sums, num_shards, dirty(len(whole)), where, twin,
+                                         Scratch(dirty, chunk)).copy()
 
         for rank, result in enumerate(together(size, member)):
-            expected = np.concatenate([whole[where[r]:where[r + 1]] for r in ([rank, (rank - 1) % size] if twin and size > 1 else [rank])])
+            expected = np.concatenate([whole[where[r]:where[r + 1]]
+                                       for r in ([rank, (rank - 1) % size] if twin and size > 1 else [rank])])
             assert result[:len(expected)].tobytes() == expected.tobytes()
             assert size == 1 or np.isnan(result[len(expected):]).all()
 
@@ -95,7 +98,8 @@ def test_a_twin_costs_its_share_of_the_traffic(size: int) -> None:
         reduction.gather_owned(group, dirty(8 * BLOCK), where, Scratch(dirty))
         return group.sent
 
-    without, with_twin = (sum(together(size, lambda rank, group: member(Counted(group), twin))) for twin in (False, True))
+    without, with_twin = (sum(together(size, lambda rank, group: member(Counted(group), twin)))
+                          for twin in (False, True))
     assert without == 2 * (size - 1) * 8 * BLOCK
     assert with_twin - without == without / (2 * (size - 1))
 

@@ -23,11 +23,13 @@ def run_log(tmp_path: Path) -> RunLog:
 
 
 def line(step: int, time: float = 0.0, generation: int = 1, step_s: float = 1.0) -> dict[str, Any]:
-    return {"step": step, "loss": 1.0, "time": time or float(step), "step_s": step_s, "world_size": 2, "generation": generation, "samples": 4}
+    return {"step": step, "loss": 1.0, "time": time or float(step), "step_s": step_s, "world_size": 2,
+            "generation": generation, "samples": 4}
 
 
 def on_disk(run_log: RunLog) -> list[Any]:
-    return [fields["step"] if "eval" not in fields else (fields["step"], fields["eval"]["loss"]) for fields in read_lines(run_log.metrics.path)]
+    return [fields["step"] if "eval" not in fields else (fields["step"], fields["eval"]["loss"])
+            for fields in read_lines(run_log.metrics.path)]
 
 
 def events(run_log: RunLog, name: str) -> list[dict[str, Any]]:
@@ -132,15 +134,18 @@ def test_a_follower_gets_every_line_once(run_log: RunLog) -> None:
     assert [fields["step"] for fields in seen if "loss" in fields] == [1, 2, 3]
 
 
-def test_a_step_whose_rows_a_full_disk_does_not_take_has_no_line(run_log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step in metrics.jsonl is in the ledger, at any moment; nothing is lost, and what goes back needs no room."""
+def test_a_step_whose_rows_a_full_disk_does_not_take_has_no_line(run_log: RunLog,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step in metrics.jsonl is in the ledger, at any moment; nothing is lost, and what goes back needs no room.
+    """
 
     def full(file: Any, piece: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fed(step: int, generation: int = 1) -> dict[str, Any]:
         rows = np.array([[0, step - 1, 0, step - 1]], "<i8")
-        return {**line(step, generation=generation), "samples": 1, "ledger": {"sizes": [9], "rows": base64.b64encode(rows.tobytes()).decode()}}
+        return {**line(step, generation=generation), "samples": 1,
+                "ledger": {"sizes": [9], "rows": base64.b64encode(rows.tobytes()).decode()}}
 
     run_log.metric(1, fed(1))
     with monkeypatch.context() as patch:

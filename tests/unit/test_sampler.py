@@ -39,7 +39,8 @@ GOLDEN = ([0, 1, 9, 3, 6, 4, 8, 10, 11, 2, 7, 5], [1, 4, 9, 7, 0, 10, 3, 2, 5, 6
 
 
 def test_permutations_look_random() -> None:
-    """Mean rank correlation over keys within four standard errors of 0, and each element lands everywhere about equally often."""
+    """Mean rank correlation over keys within four standard errors of 0, and each element lands everywhere about equally
+    often."""
     size, keys = 101, 400
     images = np.stack([permute(np.arange(size), size, 7, key) for key in range(keys)])
     correlations = [np.corrcoef(np.arange(size), image)[0, 1] for image in images]
@@ -62,7 +63,8 @@ def plain_positions(num_positions: int, batch_size: int, shards: int) -> dict[tu
 
 @settings(max_examples=60, deadline=None)
 @given(size=SIZES, each=st.integers(1, 5), shards=st.integers(1, 8), epochs=st.integers(1, 4), shuffle=st.booleans())
-def test_every_sample_of_an_epoch_is_fed_exactly_once(size: int, each: int, shards: int, epochs: int, shuffle: bool) -> None:
+def test_every_sample_of_an_epoch_is_fed_exactly_once(size: int, each: int, shards: int, epochs: int,
+                                                      shuffle: bool) -> None:
     sampler = Sampler(size, each * shards, shards, 11, shuffle, epochs=epochs)
     expected = plain_positions(epochs * size, each * shards, shards)
     assert sampler.num_steps == max(step for step, _ in expected)
@@ -104,10 +106,12 @@ def test_a_part_of_an_epoch_ends_early() -> None:
     assert sampler.positions(2, 0).tolist() == [2, 3]
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 10, "logical_shards": 4}, {"num_samples": 0}, {"epochs": None}, {"steps": 3}])
+@pytest.mark.parametrize("options", [{"batch_size": 10, "logical_shards": 4}, {"num_samples": 0}, {"epochs": None},
+                                     {"steps": 3}])
 def test_impossible_numbers_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=r"must be|give"):
-        Sampler(**{"num_samples": 8, "batch_size": 4, "logical_shards": 2, "seed": 0, "shuffle": True, "epochs": 1} | options)
+        Sampler(**{"num_samples": 8, "batch_size": 4, "logical_shards": 2, "seed": 0, "shuffle": True, "epochs": 1}
+                | options)
 
 
 def test_steps_and_shards_outside_the_run_are_refused() -> None:
@@ -117,12 +121,14 @@ def test_steps_and_shards_outside_the_run_are_refused() -> None:
             sampler.positions(step, shard)
 
 
-@pytest.mark.parametrize(("batch_size", "options"), [(6, {"epochs": 2.6}), (6, {"steps": 1500}), (3000, {"steps": 3}), (6000, {"epochs": 1})])
+@pytest.mark.parametrize(("batch_size", "options"),
+                         [(6, {"epochs": 2.6}), (6, {"steps": 1500}), (3000, {"steps": 3}), (6000, {"epochs": 1})])
 def test_a_shard_s_rows_are_those_of_its_positions(batch_size: int, options: dict) -> None:
     sampler = Sampler(9001, batch_size, 2, 4, True, **options)
     for step in {1, 2, sampler.num_steps // 2, sampler.num_steps - 1, sampler.num_steps} - {0}:
         for shard in range(2):
-            for found, wanted in zip(sampler.rows(step, shard), sampler.locate(sampler.positions(step, shard)), strict=True):
+            for found, wanted in zip(sampler.rows(step, shard), sampler.locate(sampler.positions(step, shard)),
+                                     strict=True):
                 np.testing.assert_array_equal(found, wanted)
 
 

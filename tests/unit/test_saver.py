@@ -35,7 +35,8 @@ class Gate(FaultyFiles):
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     opened = threading.Event()
     monkeypatch.setattr(Gate, "opened", opened)
-    monkeypatch.setattr(stores, "open_files", lambda location: (lambda files, root: (Gate(files), root))(*open_files(location)))
+    monkeypatch.setattr(stores, "open_files",
+                        lambda location: (lambda files, root: (Gate(files), root))(*open_files(location)))
     return opened
 
 
@@ -124,7 +125,8 @@ def test_a_failure_is_told_and_raised_only_where_it_is_waited_for(mode: str, wor
         one.save(Arrays(values(70), 70), Save(1, 70, wait=True, fault=mode), {})
     sentence = f"The checkpoint of step 70 could not be written to {tmp_path} ({words}); make room or mend the storage, then resume the run."
     assert str(error.value) == posted[2].error == sentence
-    assert [part.step for part in posted] == [50, 60, 70] and [bool(part.error) for part in posted] == [True, False, True]
+    assert [part.step for part in posted] == [50, 60, 70] and [bool(part.error)
+                                                               for part in posted] == [True, False, True]
     assert [p.name for p in tmp_path.rglob("*.safetensors*")] == ["state-0000-of-0001-g000001.safetensors"]
 
 
@@ -161,7 +163,8 @@ def test_a_checkpoint_counts_with_its_last_part_whatever_the_order(tmp_path: Pat
 
 def test_parts_of_two_generations_or_group_sizes_make_no_checkpoint(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path), 3, "")
-    one, two, alone = write_parts(str(tmp_path), 50, 2, 1), write_parts(str(tmp_path), 50, 2, 2), write_parts(str(tmp_path), 50, 1, 2)
+    one, two, alone = write_parts(str(tmp_path), 50, 2,
+                                  1), write_parts(str(tmp_path), 50, 2, 2), write_parts(str(tmp_path), 50, 1, 2)
     assert checkpoints.take(one[0], 50) is None and checkpoints.take(two[1], 50) is None
     assert committed(checkpoints.store) == []
     found = checkpoints.take(alone[0], 50)

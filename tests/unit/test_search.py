@@ -77,7 +77,8 @@ def test_the_bytes_of_a_real_exchange(workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 def test_the_bytes_that_a_worker_really_holds(workers: int) -> None:
-    recipe = parse({"model": {"kind": "nlp.gpt", "width": 192}, "data": {"format": "text", "path": "x", "batch_size": 8},
+    recipe = parse({"model": {"kind": "nlp.gpt", "width": 192},
+                    "data": {"format": "text", "path": "x", "batch_size": 8},
                     "elastic": {"max_workers": 5, "logical_shards": 8}, "backend": {"name": "reference"}}, locate=False)
     model = open_model(recipe, {"vocab_size": 60})
     backend, taken = create_backend(recipe, model), []
@@ -92,14 +93,16 @@ def test_the_bytes_that_a_worker_really_holds(workers: int) -> None:
     held = sum(buffer.nbytes for buffer in taken) + share
     asked = question(recipe, model)
     layout = meshes.lay(model, Mesh(1), asked.rules, None)
-    found = costs.memory(asked.task, Candidate(Mesh(workers), 1, (Part(0, 0, 0),), meshes.holdings(layout, model, asked.rules)))
+    found = costs.memory(asked.task, Candidate(Mesh(workers), 1, (Part(0, 0, 0),),
+                                               meshes.holdings(layout, model, asked.rules)))
     assert abs(found.total / held - 1) < 0.05
 
 
 def test_a_forecast_by_hand() -> None:
     four = on(4)
     assert four.bound == 4.0
-    assert costs.sent_bytes(TASK, 4, 900_000) == pytest.approx(2 * 3 / 4 * 3_600_000)  # as a ring: each run is a whole subtree
+    # as a ring: each run is a whole subtree
+    assert costs.sent_bytes(TASK, 4, 900_000) == pytest.approx(2 * 3 / 4 * 3_600_000)
     assert four.step_s == pytest.approx(2 * 0.010 + 3 * 3e-4 + 5_400_000 / 1e9 + 0.001)
     far = replace(ONE, nodes=4, workers_per_node=2)
     assert on(4, far).seconds.reduction == pytest.approx(9e-4 + 5_400_000 / 5e7), "two share a link"
@@ -123,8 +126,10 @@ def test_a_pipelines_step_is_the_simulators(schedule: Any, chunks: int) -> None:
 
 
 def test_tensor_traffic_by_hand() -> None:
-    """An all-reduce of four: two calls below it, three quarters of its bytes each; on one node, and where the line crosses two."""
-    moves = (Move("tensor.all_reduce", 1_000_000, True), Move("tensor.all_reduce", 2_000_000, False), Move("tensor.all_gather", 100_000, True))
+    """An all-reduce of four: two calls below it, three quarters of its bytes each; on one node, and where the line
+    crosses two."""
+    moves = (Move("tensor.all_reduce", 1_000_000, True), Move("tensor.all_reduce", 2_000_000, False),
+             Move("tensor.all_gather", 100_000, True))
     candidate = Candidate(Mesh(2, tensor=4), 1, (replace(PASS, moves=moves),), (HELD,))
     assert costs.step(TASK, ONE, candidate).tensor == pytest.approx(4 * (5 * 3e-4 + (1.5 * 3_000_000 + 300_000) / 1e9))
     crossing = replace(ONE, nodes=4, workers_per_node=2)
@@ -143,7 +148,8 @@ def test_a_worker_waits_without_a_core() -> None:
 
 
 def test_activations_in_flight() -> None:
-    """GPipe keeps all micro-batches of all shards, 1F1B as many as there are stages to come; what came in is held with each."""
+    """GPipe keeps all micro-batches of all shards, 1F1B as many as there are stages to come; what came in is held with
+    each."""
     for schedule, first in (("gpipe", 32), ("1f1b", 2)):
         candidate = Candidate(Mesh(1, pipeline=2), 4, (PASS, replace(PASS, kept_bytes=0)), (HELD, HELD), schedule)  # type: ignore[arg-type]
         assert costs.memory(TASK, candidate).activations == first * 1_000_000
@@ -154,12 +160,14 @@ def test_activations_in_flight() -> None:
 def test_a_sharded_optimizers_share() -> None:
     """Of 16 blocks of 65,536 floats in two slots: all, a quarter, or with a twin half."""
     held = replace(HELD, trainable=16 * 65_536)
-    whole, shared = (costs.memory(replace(TASK, is_sharded=sharded), Candidate(Mesh(4), 1, (PASS,), (held,))) for sharded in (False, True))
+    whole, shared = (costs.memory(replace(TASK, is_sharded=sharded), Candidate(Mesh(4), 1, (PASS,), (held,)))
+                     for sharded in (False, True))
     twin = costs.memory(replace(TASK, is_sharded=True, has_twin=True), Candidate(Mesh(4), 1, (PASS,), (held,)))
     assert (whole.optimizer, shared.optimizer, twin.optimizer) == (8_388_608, 2_097_152, 4_194_304)
     tasks = [replace(TASK, is_sharded=True, has_twin=twin) for twin in (False, True)]
     each = 0.001 / 900_000 * 65_536
-    assert [costs.step(task, ONE, Candidate(Mesh(4), 1, (PASS,), (held,))).update for task in tasks] == pytest.approx([4 * each, 8 * each])
+    assert [costs.step(task, ONE, Candidate(Mesh(4), 1, (PASS,), (held,))).update
+            for task in tasks] == pytest.approx([4 * each, 8 * each])
 
 
 def test_the_choice_and_the_reasons() -> None:
@@ -185,7 +193,8 @@ def test_shards_that_feed_all() -> None:
     assert enough_shards(64, 16) == 16 and enough_shards(48, 16) == 16 and enough_shards(60, 16) == 0
 
 
-def test_the_command(tmp_path: Path, plays: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, plays: Path, monkeypatch: pytest.MonkeyPatch,
+                     capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = f'[model]\nkind = "nlp.gpt"\nlayers = 1\nheads = 2\nwidth = 16\ncontext = 8\n[data]\nformat = "text"\npath = "{plays}"\nbatch_size = 8\n'
     (tmp_path / "r.toml").write_text(text + '[backend]\nname = "reference"\n[elastic]\nmax_workers = 4\n')

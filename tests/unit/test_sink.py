@@ -50,7 +50,8 @@ def written(path: Path, pieces: list[np.ndarray]) -> bytes:
 
 
 @pytest.mark.parametrize("shift", [0, 1, 16])
-@pytest.mark.parametrize("sizes", [[0], [1], [PAGE], [10 * PAGE], [10 * PAGE + 7], [PAGE, 5 * PAGE, 3], [PAGE + 1, 9 * PAGE], [3, 3, 8 * PAGE]])
+@pytest.mark.parametrize("sizes", [[0], [1], [PAGE], [10 * PAGE], [10 * PAGE + 7], [PAGE, 5 * PAGE, 3],
+                                   [PAGE + 1, 9 * PAGE], [3, 3, 8 * PAGE]])
 def test_the_bytes_are_those_that_were_given(tmp_path: Path, sizes: list[int], shift: int) -> None:
     pieces = [content(size, shift) for size in sizes]
     assert written(tmp_path / "f", pieces) == b"".join(piece.tobytes() for piece in pieces)
@@ -65,7 +66,8 @@ def test_whole_pages_go_past_the_cache_and_the_rest_does_not(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("fault", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_a_file_system_that_refuses_is_written_to_as_ever(tmp_path: Path, fault: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_refuses_is_written_to_as_ever(tmp_path: Path, fault: int,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     calls, piece = Calls(monkeypatch, fault), content(10 * PAGE)
     assert written(tmp_path / "f", [piece, piece]) == piece.tobytes() * 2
     assert sum(past for past, _ in calls.past) <= 1, "it is not asked again"
@@ -91,8 +93,10 @@ def test_short_writes_lose_nothing(tmp_path: Path, most: int, monkeypatch: pytes
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a power cut must not undo: the bytes, then the name, then the names of its folders."""
     done, sync, rename = list[tuple[str, int]](), os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (sync(descriptor), done.append(("synced", os.fstat(descriptor).st_ino))))
-    monkeypatch.setattr(os, "replace", lambda source, target: (done.append(("named", os.stat(source).st_ino)), rename(source, target)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (sync(descriptor),
+                                                         done.append(("synced", os.fstat(descriptor).st_ino))))
+    monkeypatch.setattr(os, "replace", lambda source,
+                        target: (done.append(("named", os.stat(source).st_ino)), rename(source, target)))
     Store.open(tmp_path).write("step/file", [b"content"])
     file, folder, root = (os.stat(tmp_path / name).st_ino for name in ("step/file", "step", ""))
     assert done == [("synced", file), ("named", file), ("synced", folder), ("synced", root)]

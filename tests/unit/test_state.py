@@ -19,9 +19,11 @@ from elastic.state.flat_layout import ALIGN, BLOCK, FlatLayout
 from elastic.state.state import State
 from tests.support.threads import together
 
-PARAMETERS = {"wte": Spec((10, 7)), "h0.ln.weight": Spec((7,), init="ones"), "h0.up": Spec((7, 5)), "h0.ln.bias": Spec((7,), init="zeros"),
+PARAMETERS = {"wte": Spec((10, 7)), "h0.ln.weight": Spec((7,), init="ones"), "h0.up": Spec((7, 5)),
+              "h0.ln.bias": Spec((7,), init="zeros"),
               "big": Spec((BLOCK + 3,), init="uniform", scale=0.5)}
-BUFFERS = {"mean": Spec((3,), init="zeros"), "count": Spec((), init="zeros", dtype="int64"), "mask": Spec((2,), init="given"),
+BUFFERS = {"mean": Spec((3,), init="zeros"), "count": Spec((), init="zeros", dtype="int64"),
+           "mask": Spec((2,), init="given"),
            "weights": Spec((2,), init="zeros", dtype="float64")}
 
 
@@ -51,14 +53,17 @@ def started(seed: int = 0, **options: Any) -> State:
 # The layout.
 
 
-SHAPES = st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=12)
+SHAPES = st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.lists(st.integers(0, 40), max_size=3).map(tuple),
+                         min_size=1, max_size=12)
 
 
 @settings(max_examples=80, deadline=None)
 @given(shapes=SHAPES, frozen=st.booleans(), plain=st.booleans())
-def test_arrays_are_aligned_disjoint_and_inside_their_segment(shapes: dict[str, tuple[int, ...]], frozen: bool, plain: bool) -> None:
+def test_arrays_are_aligned_disjoint_and_inside_their_segment(shapes: dict[str, tuple[int, ...]], frozen: bool,
+                                                              plain: bool) -> None:
     specs = {name: Spec(shape) for name, shape in shapes.items()}
-    freeze = ["a*"] if frozen and any(n.startswith("a") for n in shapes) and not all(n.startswith("a") for n in shapes) else []
+    freeze = ["a*"] if frozen and any(n.startswith("a")
+                                      for n in shapes) and not all(n.startswith("a") for n in shapes) else []
     no_decay = ["*b"] if plain and any(n.endswith("b") for n in shapes) else []
     layout = FlatLayout(specs, {}, freeze, no_decay)
     for edge in (layout.decays[0][2], layout.trainable, layout.size, layout.gradient):
@@ -67,7 +72,8 @@ def test_arrays_are_aligned_disjoint_and_inside_their_segment(shapes: dict[str, 
     for name, place in layout.places.items():
         assert place.offset % ALIGN == 0 and place.shape == shapes[name]
         low, high = ((layout.trainable, layout.size) if freeze and name.startswith("a") else
-                     (layout.decays[0][2], layout.trainable) if no_decay and name.endswith("b") else (0, layout.decays[0][2]))
+                     (layout.decays[0][2], layout.trainable) if no_decay and name.endswith("b")
+                     else (0, layout.decays[0][2]))
         assert low <= place.offset and place.offset + place.size <= high
         assert not taken[place.offset:place.offset + place.size].any()
         taken[place.offset:place.offset + place.size] = True
@@ -76,7 +82,8 @@ def test_arrays_are_aligned_disjoint_and_inside_their_segment(shapes: dict[str, 
 
 def test_buffers_lie_behind_the_gradients() -> None:
     layout = FlatLayout(PARAMETERS, BUFFERS, ["wte"], ["*ln*"])
-    assert (layout.decays[0][2], layout.trainable, layout.size, layout.gradient) == (2 * BLOCK, 3 * BLOCK, 4 * BLOCK, 4 * BLOCK)
+    assert (layout.decays[0][2], layout.trainable, layout.size,
+            layout.gradient) == (2 * BLOCK, 3 * BLOCK, 4 * BLOCK, 4 * BLOCK)
     assert layout.trainable_names == ["h0.up", "big", "h0.ln.weight", "h0.ln.bias"]
     assert min(p.offset for p in layout.statistics.values()) == layout.trainable
     assert [p.offset % ALIGN for p in layout.statistics.values()] == [0] * len(BUFFERS)
@@ -88,11 +95,14 @@ def test_views_are_the_buffer_itself() -> None:
     views = layout.views(buffer)
     for number, view in enumerate(views.values(), 1):
         view += number
-    assert views["wte"].shape == (10, 7) and {n: float(v.flat[0]) for n, v in views.items()} == dict(zip(PARAMETERS, range(1, 6)))
+    assert views["wte"].shape == (10, 7) and {n: float(v.flat[0])
+                                              for n, v in views.items()} == dict(zip(PARAMETERS, range(1, 6)))
     assert np.count_nonzero(buffer) == sum(v.size for v in views.values())
 
 
-@pytest.mark.parametrize(("options", "words"), [({"freeze": ["wpe"]}, "model.freeze = 'wpe'"), ({"no_decay": ["*.bais"]}, "optimizer.no_decay"),
+@pytest.mark.parametrize(("options", "words"),
+                         [({"freeze": ["wpe"]}, "model.freeze = 'wpe'"),
+                          ({"no_decay": ["*.bais"]}, "optimizer.no_decay"),
                                                 ({"freeze": ["*"]}, "leaves no parameter")])
 def test_patterns_that_cannot_be_meant(options: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words.replace("*", r"\*")):
@@ -115,7 +125,8 @@ def test_starting_values_depend_on_seed_and_name_alone() -> None:
 
 
 def test_starting_values_are_what_the_spec_says() -> None:
-    values = initial_values({"n": Spec((200, 200), scale=0.1), "u": Spec((40_000,), init="uniform", scale=0.5), "o": Spec((2,), init="ones"),
+    values = initial_values({"n": Spec((200, 200), scale=0.1), "u": Spec((40_000,), init="uniform", scale=0.5),
+                             "o": Spec((2,), init="ones"),
                              "g": Spec((1,), init="given")}, 0, {"g": [7]})
     assert abs(values["n"].std() - 0.1) < 0.002 and abs(values["n"].mean()) < 0.002
     assert abs(values["u"].std() - 1 / np.sqrt(12)) < 0.005 and np.abs(values["u"]).max() <= 0.5
@@ -182,7 +193,8 @@ def test_heal_gives_every_member_the_root_s_state(averages: bool) -> None:
     for state in states:
         for name, array in state.arrays().items():
             assert np.array_equal(array, wanted[name]) and array.dtype == wanted[name].dtype, name
-    assert set(moved) == {states[0].param.nbytes * (3 + averages) + sum(b.nbytes for b in states[0].buffers.values()) * (1 + averages)}
+    assert set(moved) == {states[0].param.nbytes * (3 + averages)
+                          + sum(b.nbytes for b in states[0].buffers.values()) * (1 + averages)}
 
 
 def test_a_heal_that_breaks_off_leaves_the_state_torn() -> None:
@@ -196,7 +208,8 @@ def test_a_heal_that_breaks_off_leaves_the_state_torn() -> None:
 
 def test_averages_follow_parameters_and_buffers() -> None:
     state = started(averages=True)
-    arrays, means = state.arrays(), {name: array for name, array in state.arrays().items() if name.startswith("optimizer/ema/")}
+    arrays, means = state.arrays(), {name: array for name, array in state.arrays().items()
+                                     if name.startswith("optimizer/ema/")}
     sources = {name: f"{'buffer' if name.partition('/ema/')[2] in state.buffers else 'parameter'}/{name.partition('/ema/')[2]}" for name in means}
     assert set(sources.values()) == {name for name in arrays if not name.startswith("optimizer/")}
     wanted = {name: arrays[source].astype(np.float64) for name, source in sources.items()}
@@ -207,7 +220,8 @@ def test_averages_follow_parameters_and_buffers() -> None:
         for name, source in sources.items():
             blend = arrays[source].dtype.kind == "f" and source != "buffer/mask"
             wanted[name] = decay * wanted[name] + (1 - decay) * arrays[source] if blend else arrays[source].copy()
-            np.testing.assert_allclose(means[name], wanted[name], rtol=1e-5, atol=1e-4, err_msg=name)  # of values up to 100
+            # of values up to 100
+            np.testing.assert_allclose(means[name], wanted[name], rtol=1e-5, atol=1e-4, err_msg=name)
 
 
 # Statistics: what the model itself changes.
@@ -215,7 +229,8 @@ def test_averages_follow_parameters_and_buffers() -> None:
 
 def changed(state: State, seed: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    return {"mean": random.standard_normal(3).astype(np.float32), "count": np.int64(4), "mask": state.buffers["mask"].copy(),
+    return {"mean": random.standard_normal(3).astype(np.float32), "count": np.int64(4),
+            "mask": state.buffers["mask"].copy(),
             "weights": random.standard_normal(2)}
 
 

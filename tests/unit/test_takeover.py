@@ -30,7 +30,8 @@ def successor(rig: Rig, rewound_from: int = -1) -> Controller:
     """Who comes after a controller that fell."""
     rig.run_log.close()
     rig.controller.journal.lines.close()
-    return Controller(rig.controller.job, SETTINGS, rig.fleet, RunLog.take_over(rig.run_dir), Begin(rewound_from=rewound_from))
+    return Controller(rig.controller.job, SETTINGS, rig.fleet, RunLog.take_over(rig.run_dir),
+                      Begin(rewound_from=rewound_from))
 
 
 def test_a_continuation_finds_whom_a_controller_before_has_stopped(tmp_path: Path) -> None:
@@ -47,7 +48,8 @@ def test_a_continuation_finds_whom_a_controller_before_has_stopped(tmp_path: Pat
 
 def durable(controller: Controller) -> dict[str, tuple[Any, ...]]:
     """Of each worker's record what does not go by a clock."""
-    return {name: (one.node, one.ready, one.released, one.given_up, one.lost, one.stopped_as) for name, one in controller.workers.items()}
+    return {name: (one.node, one.ready, one.released, one.given_up, one.lost, one.stopped_as)
+            for name, one in controller.workers.items()}
 
 
 def test_the_journal_gives_back_what_was_known_of_every_worker(tmp_path: Path) -> None:
@@ -64,14 +66,16 @@ def test_the_journal_gives_back_what_was_known_of_every_worker(tmp_path: Path) -
     rig.controller.advance(m.Starting("d", "node-d"))
     before = durable(rig.controller)
     assert [(name, one[2:]) for name, one in before.items()] == [
-        ("a", (False, False, False, -1)), ("b", (False, True, True, -1)), ("c", (True, False, False, 1)), ("d", (False, False, False, -1))]
+        ("a", (False, False, False, -1)), ("b", (False, True, True, -1)), ("c", (True, False, False, 1)),
+        ("d", (False, False, False, -1))]
     again = successor(rig)
     assert durable(again) == before and again.state == rig.controller.state
     assert again.workers.stopped(1) == before["c"][1] and [ready.worker for ready in again.workers.live()] == ["a"]
 
 
 @pytest.mark.parametrize("spec", ["scale:1@5", "cont:1@5"])
-def test_a_fault_that_may_come_twice_is_not_lost_with_a_controller(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_may_come_twice_is_not_lost_with_a_controller(spec: str, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path, chaos=(spec,))
     rig.start("a", "b")
 
@@ -120,17 +124,20 @@ def test_a_disk_that_does_not_take_the_last_checkpoint_ends_the_run_with_what_it
         assert rig.controller.outcome is None
         rig.say(replace(save(rig, 2, generation), error=sentence))
         done(rig, generation, 2)
-    assert rig.controller.outcome is not None and (rig.controller.outcome.status, rig.controller.outcome.error) == ("failed", sentence)
+    assert rig.controller.outcome is not None and (rig.controller.outcome.status,
+                                                   rig.controller.outcome.error) == ("failed", sentence)
 
 
 def test_first_and_last_line_are_written_by_whoever_comes_to_it_and_once(rig: Rig) -> None:
     rig.run_log.event("rewound", **{"from": 7, "to": 0})
     rig.run_log.event("noted", why="norm is in evaluation mode")
     again = successor(rig, 7)  # it fell between the first lines
-    again.job = replace(again.job, notes=(("noted", "norm is in evaluation mode"), ("mesh_chosen", "tensor = 2: it fits")))
+    again.job = replace(again.job, notes=(("noted", "norm is in evaluation mode"),
+                                          ("mesh_chosen", "tensor = 2: it fits")))
     again.opened()
     assert [(e["from"], e["to"]) for e in rig.events("rewound")] == [(7, 0)] and len(rig.events("run_started")) == 1
-    assert [e["why"] for name in ("noted", "mesh_chosen") for e in rig.events(name)] == [why for _, why in again.job.notes]
+    assert [e["why"] for name in ("noted", "mesh_chosen")
+            for e in rig.events(name)] == [why for _, why in again.job.notes]
     rig.controller, rig.run_log = again, again.run_log
     once_more = successor(rig, 7)
     once_more.opened()

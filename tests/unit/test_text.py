@@ -19,11 +19,13 @@ from elastic.errors import RecipeError, UserError
 from nlp import data
 from tests.support.tables import write
 
-TEXT = "".join(f"Line {n}: the quick brown fox jumps over the lazy dog, {n * n} times.\n" for n in range(60)) + "ñandú → 😀 äöü\n" * 8
+TEXT = "".join(f"Line {n}: the quick brown fox jumps over the lazy dog, {n * n} times.\n"
+               for n in range(60)) + "ñandú → 😀 äöü\n" * 8
 
 
 def section(path: Any, **keys: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{"format": "text", "path": path, "tokens": "char", "eval_fraction": 0.1, "eval_path": (), "vocab_size": 300} | keys)
+    return SimpleNamespace(**{"format": "text", "path": path, "tokens": "char", "eval_fraction": 0.1, "eval_path": (),
+                              "vocab_size": 300} | keys)
 
 
 @pytest.fixture
@@ -70,7 +72,8 @@ def test_evaluation_covers_its_text_once(text_file: Path, tmp_path: Path) -> Non
     info = data.prepare(section([str(text_file)]), {"context": context}, tmp_path)
     windows = data.open_dataset(info, "eval", seed=5)
     batches = [load() for load in eval_batches(windows, 4)]
-    targets = [token for b in batches for row, w in zip(b["tokens"], b["row_weight"], strict=True) if w for token in row[1:].tolist()]
+    targets = [token for b in batches for row, w in zip(b["tokens"], b["row_weight"], strict=True) if w
+               for token in row[1:].tolist()]
     everything = data.encode(info, TEXT[int(len(TEXT) * 0.9):])
     assert targets == everything[1:1 + len(everything[1:]) // context * context]
 
@@ -122,11 +125,13 @@ def test_files_folders_and_globs_are_read_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("marked", [(0, 1, 2), (1,), (2, 0)])
 @pytest.mark.parametrize("tokens", ["char", "byte"])
-def test_marks_of_the_encoding_at_files_beginnings_are_no_text(marked: tuple[int, ...], tokens: str, tmp_path: Path) -> None:
+def test_marks_of_the_encoding_at_files_beginnings_are_no_text(marked: tuple[int, ...], tokens: str,
+                                                               tmp_path: Path) -> None:
     texts = ["to be or not ", "that is \ufeff the question ", "whether 'tis nobler"]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_bytes((codecs.BOM_UTF8 if number in marked else b"") + text.encode())
-    info = data.prepare(section([str(tmp_path / "*.txt")], eval_fraction=0.0, tokens=tokens), {"context": 2}, tmp_path / "cache")
+    info = data.prepare(section([str(tmp_path / "*.txt")], eval_fraction=0.0, tokens=tokens), {"context": 2},
+                        tmp_path / "cache")
     assert data.decode(info, data.open_dataset(info, "train").tokens) == "\n".join(texts)
     assert tokens == "byte" or sorted(data.decode(info, range(info["vocab_size"]))) == sorted({*"".join(texts), "\n"})
 
@@ -139,7 +144,8 @@ def test_evaluation_text_of_its_own(text_file: Path, tmp_path: Path) -> None:
     assert data.decode(info, data.open_dataset(info, "train").tokens) == TEXT
 
 
-def test_text_is_tokenised_once_and_again_when_it_changes(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_tokenised_once_and_again_when_it_changes(text_file: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = data.tokenise
     monkeypatch.setattr(data, "tokenise", lambda *arguments: calls.append(1) or real(*arguments))
@@ -158,7 +164,8 @@ def test_writers_at_the_same_time_do_not_disturb_each_other(text_file: Path, tmp
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         found = [result.get(60) for result in [pool.apply_async(data.prepare, work) for _ in range(6)]]
     assert all(info == found[0] for info in found)
-    assert sorted(os.listdir(Path(found[0]["train_file"]).parent)) == [".lock", "eval.arrow", "facts.json", "train.arrow"]
+    assert sorted(os.listdir(Path(found[0]["train_file"]).parent)) == [".lock", "eval.arrow", "facts.json",
+                                                                       "train.arrow"]
 
 
 def assert_refused(paths: Any, words: str, cache: Path, context: Any = 16, **keys: Any) -> None:
@@ -185,7 +192,8 @@ def test_bad_text_is_refused_in_one_sentence_that_names_key_and_file(text_file: 
     assert_refused([str(text_file)], "data.eval_fraction = 0.001", tmp_path, eval_fraction=0.001)
     assert_refused([str(text_file)], f"data.eval_path: the file {empty} is empty", tmp_path, eval_path=[str(empty)])
     assert_refused([str(text_file)], "data.tokens = 'word' must be one of char, byte, bpe", tmp_path, tokens="word")
-    assert_refused([str(text_file)], "data.vocab_size = 100 must be at least 256", tmp_path, tokens="bpe", vocab_size=100)
+    assert_refused([str(text_file)], "data.vocab_size = 100 must be at least 256", tmp_path, tokens="bpe",
+                   vocab_size=100)
     assert_refused([str(text_file)], "model.context = 0", tmp_path, context=0)
 
 
@@ -234,7 +242,8 @@ def test_a_missing_text_names_file_and_row(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_text_and_a_column_that_stands_twice(tmp_path: Path) -> None:
     table = pa.table({"body": pa.array([b"a", b"\xff"]).view(pa.string())})
-    for broken, says in ((table, "t.arrow cannot be read .'utf-8' codec"), (table.append_column("body", table["body"]), 'two columns named "body"')):
+    for broken, says in ((table, "t.arrow cannot be read .'utf-8' codec"),
+                         (table.append_column("body", table["body"]), 'two columns named "body"')):
         file = write(tmp_path / "t.arrow", broken, 2)
         with pytest.raises(UserError, match=says):
             data.prepare(section([str(file)], format="arrow", text="body"), {"context": 1}, tmp_path)
@@ -242,7 +251,8 @@ def test_bytes_that_are_no_text_and_a_column_that_stands_twice(tmp_path: Path) -
 
 def test_text_behind_a_uri(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
-    local, remote = (data.prepare(section([path]), {"context": 8}, tmp_path) for path in (str(tmp_path / "a.txt"), (tmp_path / "a.txt").as_uri()))
+    local, remote = (data.prepare(section([path]), {"context": 8}, tmp_path)
+                     for path in (str(tmp_path / "a.txt"), (tmp_path / "a.txt").as_uri()))
     assert local["key"] == remote["key"]
     with pytest.raises(RecipeError, match="does not exist or holds no file"):
         data.prepare(section([(tmp_path / "b.txt").as_uri()]), {"context": 8}, tmp_path)

@@ -37,7 +37,8 @@ def small(**model: Any) -> Trainer:
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"model": {"freeze": ["first.*"]}}, "model.freeze = 'first.*' matches no parameter; names look like line.weight, line.bias"),
+    ({"model": {"freeze": ["first.*"]}}, "model.freeze = 'first.*' matches no parameter; names look like line.weight, "
+                                         "line.bias"),
     ({"model": {"freeze": ["*"]}}, "model.freeze leaves no parameter"),
     ({"optimizer": {"no_decay": ["*.bais"]}}, "optimizer.no_decay = '*.bais' matches no parameter"),
 ])
@@ -84,9 +85,12 @@ def began(run_dir: Path, recipe: Recipe) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("change", ["run.seed=1", "model.width=7", "model.freeze=[\"*.bias\"]", "model.kind=tests.support.modules:Net",
-                                    "data.batch_size=32", "data.shuffle=false", "data.eval_fraction=0.5", "data.options={size = 50}",
-                                    "data.kind=tests.support.modules:Augmented", "elastic.logical_shards=4", "optimizer.name=sgd",
+@pytest.mark.parametrize("change", ["run.seed=1", "model.width=7", "model.freeze=[\"*.bias\"]",
+                                    "model.kind=tests.support.modules:Net",
+                                    "data.batch_size=32", "data.shuffle=false", "data.eval_fraction=0.5",
+                                    "data.options={size = 50}",
+                                    "data.kind=tests.support.modules:Augmented", "elastic.logical_shards=4",
+                                    "optimizer.name=sgd",
                                     "optimizer.ema=0.9"])
 def test_a_resumed_run_stays_the_run_it_was(change: str, tmp_path: Path) -> None:
     run_dir, key = began(tmp_path / "run", module_recipe("Small", 4)), change.partition("=")[0]
@@ -97,13 +101,15 @@ def test_a_resumed_run_stays_the_run_it_was(change: str, tmp_path: Path) -> None
 
 def test_a_resumed_run_may_be_longer_and_on_other_machines(tmp_path: Path) -> None:
     run_dir = began(tmp_path / "run", module_recipe("Small", 4, elastic={"logical_shards": 8}))
-    changes = ["run.steps=9", "run.name=again", "elastic.max_workers=8", "elastic.reduction=fast", "optimizer.lr=0.1", "backend.threads=2",
+    changes = ["run.steps=9", "run.name=again", "elastic.max_workers=8", "elastic.reduction=fast", "optimizer.lr=0.1",
+               "backend.threads=2",
                "checkpoint.keep=9", "run.eval_every=5"]
     recipe = Trainer.resume(run_dir, changes).recipe
     assert (recipe.run.steps, recipe.elastic.max_workers, recipe.optimizer.lr, recipe.backend.threads) == (9, 8, 0.1, 2)
 
 
-def test_a_resumed_run_finds_its_data_elsewhere_but_takes_no_other(plays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_finds_its_data_elsewhere_but_takes_no_other(plays: Path, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run_dir, file = tmp_path / "run", Path(shutil.copy(plays, tmp_path))
     fit(run_dir, gpt_recipe(file, 2, elastic={"max_workers": 1})).assert_sound(2)
@@ -115,7 +121,8 @@ def test_a_resumed_run_finds_its_data_elsewhere_but_takes_no_other(plays: Path, 
 
 
 @pytest.mark.parametrize(("change", "now", "then"), [
-    ({"size": 101}, "101 samples", "100 samples"), ({"mark": "b"}, "100 samples, key() = 'b'", "100 samples, key() = 'a'")])
+    ({"size": 101}, "101 samples", "100 samples"),
+    ({"mark": "b"}, "100 samples, key() = 'b'", "100 samples, key() = 'a'")])
 def test_a_resumed_run_takes_no_other_data_set_of_ones_own(change: dict[str, Any], now: str, then: str, tmp_path: Path,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """What the data set is follows from something outside the recipe, as files do."""
@@ -131,16 +138,18 @@ def test_a_resumed_run_takes_no_other_data_set_of_ones_own(change: dict[str, Any
         monkeypatch.setattr(modules.Rows, "__len__", lambda self: change["size"])
     with pytest.raises(RecipeError) as caught:
         Trainer.resume(run_dir, ["run.steps=4"]).check()
-    assert str(caught.value).startswith(f"data.kind = 'tests.support.modules:Rows' has {now}, and this run began with {then}; put that data back")
+    assert str(caught.value).startswith(f"data.kind = 'tests.support.modules:Rows' has {now}, and this run began with "
+                                        f"{then}; put that data back")
     with pytest.raises(RecipeError) as caught:
         replay(run_dir)
-    assert str(caught.value) == (f"data.kind = 'tests.support.modules:Rows' has {now}, and this run began with {then}; put that data back, then "
-                                 "replay it again.")
+    assert str(caught.value) == (f"data.kind = 'tests.support.modules:Rows' has {now}, and this run began with {then}; "
+                                 "put that data back, then replay it again.")
 
 
 def test_a_best_by_a_figure_needs_something_to_evaluate_on() -> None:
     best = {"best": "eval.wer", "best_mode": "min"}
-    with pytest.raises(RecipeError, match='checkpoint.best = "eval.wer" .* nothing is set aside to evaluate on; set data.eval_fraction'):
+    with pytest.raises(RecipeError, match='checkpoint.best = "eval.wer" .* nothing is set aside to evaluate on; set '
+                                          'data.eval_fraction'):
         Trainer(module_recipe("Small", 4, checkpoint=best)).check()
     assert Trainer(module_recipe("Small", 4, checkpoint=best, data={"eval_fraction": 0.1})).check()
     assert Trainer(module_recipe("Small", 4)).check()
@@ -160,7 +169,8 @@ with held(Path(sys.argv[1])):
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What controllers would be started with: there is no Ray. A callable put first is called when one would be connected to."""
+    """What controllers would be started with: there is no Ray. A callable put first is called when one would be
+    connected to."""
     found: list[Any] = []
 
     @contextmanager
@@ -198,7 +208,8 @@ def test_the_second_of_two_starts_is_refused_and_changes_nothing(started: list[A
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     for start in (early.fit, lambda: Trainer.resume(run_dir)):
-        with pytest.raises(UserError, match="is alive, or is being started; stop it first, or look with `elastic status") as caught:
+        with pytest.raises(UserError, match="is alive, or is being started; stop it first, or look with `elastic "
+                                            "status") as caught:
             start()
         assert str(caught.value).count(". ") == 0
     assert content(run_dir) == before and not started
@@ -223,7 +234,8 @@ def test_a_run_whose_driver_is_gone_is_not_started_again(started: list[Any], tmp
 def test_a_run_that_went_on_since_it_was_looked_at_goes_on_from_there(started: list[Any], tmp_path: Path) -> None:
     run_dir = cut_off(tmp_path / "run")
     trainer = Trainer.resume(run_dir)
-    started.append(lambda: JsonLines(run_dir / "events.jsonl").append({"event": "generation_started", "generation": 8, "step": 2}))
+    started.append(lambda: JsonLines(run_dir / "events.jsonl").append({"event": "generation_started", "generation": 8,
+                                                                       "step": 2}))
     trainer.fit()
     assert [(begin.generation, begin.events, begin.rewound_from, begin.written) for begin in started] == [(8, 2, 2, 0)]
 
@@ -246,7 +258,8 @@ def test_two_new_runs_in_one_directory_are_one(started: list[Any], tmp_path: Pat
 
 
 @pytest.mark.parametrize("auto", [False, True])
-def test_data_and_model_are_opened_once_before_a_run(auto: bool, started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_and_model_are_opened_once_before_a_run(auto: bool, started: list[Any], tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
     def counted(init: Any) -> Any:
@@ -272,7 +285,8 @@ def test_what_is_to_be_known_of_data_and_model_goes_to_the_controller_and_into_t
     text = {"format": "text", "path": [str(tmp_path / "plays")], "kind": ""}
     own = {"kind": "tests.support.torch_modules:EvalNorm"}
     gpt = {"kind": "nlp.gpt", "layers": 1, "heads": 2, "width": 16, "context": 8}
-    for number, changes in enumerate(({"model": own}, {"data": {**text, "options": {}}, "model": gpt, "mesh": {"auto": True}})):
+    for number, changes in enumerate(({"model": own},
+                                      {"data": {**text, "options": {}}, "model": gpt, "mesh": {"auto": True}})):
         Trainer(module_recipe("Small", 4, **changes), tmp_path / f"run-{number}").fit()
     ((note,), texts) = (job.notes for job in jobs)
     assert note[0] == "noted" and "EvalNorm is made with norm in evaluation mode" in note[1]
@@ -291,7 +305,8 @@ def test_a_start_that_was_killed_at_once_has_left_nothing(started: list[Any], tm
     (1, {"tensor": 2}, "--workers 1 is less than a replica of this mesh; write --workers 2 or more"),
     (2, {"tensor": 3}, "needs 3 workers, and elastic.max_workers = 2"),
 ])
-def test_a_scale_that_no_run_could_follow(workers: int, degrees: dict[str, int], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scale_that_no_run_could_follow(workers: int, degrees: dict[str, int], words: str, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = began(tmp_path / "run", module_recipe("Small", 4, elastic={"max_workers": 2}))
     monkeypatch.setattr(door, "live_of", lambda run_dir: {"address": "nowhere:1", "run_id": "run-1"})
     with pytest.raises(UserError, match=re.escape(words)):

@@ -29,7 +29,8 @@ def recipe(kind: str = NAMES, data: str = "") -> Recipe:
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of a model in a module that leaves a mark when it is imported, with one checkpoint; the current directory holds the module."""
+    """A run of a model in a module that leaves a mark when it is imported, with one checkpoint; the current directory
+    holds the module."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "strange_model.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path / "here")
@@ -42,7 +43,8 @@ def make_run(folder: Path, of: Recipe) -> Path:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "recipe.toml").write_text(dumps(of))
     (folder / "summary.json").write_text('{"status": "done"}')
-    saver = Saver("w0", str(folder / "checkpoints"), Manifest(0, 0, 0, 0, dumps(of), extra={"info": {}}), 4, lambda part: None)
+    saver = Saver("w0", str(folder / "checkpoints"), Manifest(0, 0, 0, 0, dumps(of), extra={"info": {}}), 4,
+                  lambda part: None)
     assert saver.leave(Arrays(values(1), 1), 1, {}, ())
     return folder
 
@@ -61,7 +63,8 @@ def of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
 
 
-@pytest.mark.parametrize("command", ["evaluate {}", "evaluate {}/checkpoints/step-00000001", "sample {}", "resume {}", "verify {} --replay"])
+@pytest.mark.parametrize("command", ["evaluate {}", "evaluate {}/checkpoints/step-00000001", "sample {}", "resume {}",
+                                     "verify {} --replay"])
 def test_what_somebody_else_s_run_names_is_not_imported(command: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("elastic.driver.replay.verify", lambda *arguments: Verdict())
@@ -77,7 +80,8 @@ def test_what_somebody_else_s_run_names_is_not_imported(command: str, run_dir: P
     assert "cannot be imported (ImportError: this far)" in capsys.readouterr().err
 
 
-def test_ones_own_run_is_trusted_and_a_checkpoint_alone_is_not(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ones_own_run_is_trusted_and_a_checkpoint_alone_is_not(run_dir: Path, tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["evaluate", str(run_dir)]) == 2 and ran()
     alone = shutil.copytree(run_dir / "checkpoints" / "step-00000001", tmp_path / "alone")
     assert "cannot be imported" in capsys.readouterr().err
@@ -95,12 +99,15 @@ def test_a_checkpoint_that_was_put_into_ones_own_run_names_nothing_else(run_dir:
         assert cli.run(["evaluate", str(mine)]) == 2 and not ran()
         assert f"names other modules than the recipe.toml of the run directory {mine}, and" in capsys.readouterr().err
     (tmp_path / "linked").symlink_to(run_dir / "checkpoints" / "step-00000001")
-    assert own(tmp_path / "linked") == {("model.kind", NAMES)} and not own("s3://bucket/run") and not own(tmp_path / "absent")
+    assert own(tmp_path / "linked") == {("model.kind",
+                                         NAMES)} and not own("s3://bucket/run") and not own(tmp_path / "absent")
 
 
-def test_what_looks_at_arrays_alone_imports_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looks_at_arrays_alone_imports_nothing(run_dir: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     of_somebody_else(monkeypatch)
-    for command in ("export {} --format safetensors --out {}/w.safetensors", "export {} --format torch --out {}/w.pt", "inspect {}"):
+    for command in ("export {} --format safetensors --out {}/w.safetensors", "export {} --format torch --out {}/w.pt",
+                    "inspect {}"):
         assert cli.run(command.format(run_dir, tmp_path).split()) == 0 and not ran(), command
     assert cli.run(["verify", str(run_dir)]) == 3 and not ran(), "a run without a step, but its hashes are checked"
 

@@ -33,7 +33,8 @@ def test_what_is_no_pair_is_named(found: Any, says: str) -> None:
 
 def test_pairs_by_name() -> None:
     assert pairs({"a": (np.float32(1), np.ones((1, 1)))}, "metrics(batch)")["a"][0] == 1
-    for found, says in ((3.0, "a dict of (sum, weight) by name, not float"), ({"a": 1.0}, "metrics(batch)['a'] must give (sum, weight)")):
+    for found, says in ((3.0, "a dict of (sum, weight) by name, not float"),
+                        ({"a": 1.0}, "metrics(batch)['a'] must give (sum, weight)")):
         with pytest.raises(UserError, match="metrics") as caught:
             pairs(found, "metrics(batch)")
         assert says in str(caught.value)
@@ -52,8 +53,10 @@ def test_the_user_s_line_stands_behind_an_error(tmp_path: Path) -> None:
     assert describe(UserError("as it is")) == "as it is" and place_of(KeyError("never raised")) == ""
 
 
-@pytest.mark.parametrize("error", [GroupBroken("a peer is gone"), OSError("no space"), MemoryError(), ConnectionResetError(), UserError("mend it"),
-                                   AcceleratorError("CUDA error: unspecified launch failure"), type("Closer", (AcceleratorError,), {})()])
+@pytest.mark.parametrize("error", [GroupBroken("a peer is gone"), OSError("no space"), MemoryError(),
+                                   ConnectionResetError(), UserError("mend it"),
+                                   AcceleratorError("CUDA error: unspecified launch failure"),
+                                   type("Closer", (AcceleratorError,), {})()])
 def test_what_the_group_or_the_machine_lacks_is_not_the_user_s_fault(error: Exception) -> None:
     for around in (users(True), users(False), telling("Net", str)):
         with pytest.raises(type(error)) as caught, around:
@@ -65,7 +68,8 @@ def test_what_frameworks_lack_is_known_by_their_own_names() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     assert all(is_of_machine(error("lost")) for error in (torch.OutOfMemoryError, torch.AcceleratorError))
     tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
-    assert is_of_machine(tf.errors.ResourceExhaustedError(None, None, "OOM")) and not is_of_machine(tf.errors.InvalidArgumentError(None, None, ""))
+    assert is_of_machine(tf.errors.ResourceExhaustedError(None, None,
+                                                          "OOM")) and not is_of_machine(tf.errors.InvalidArgumentError(None, None, ""))
 
 
 def test_what_the_user_s_code_raises_is_theirs_where_it_is_their_code() -> None:

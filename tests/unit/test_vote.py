@@ -35,7 +35,8 @@ def test_everything_that_is_said_arrives(size: int, with_ledger: bool) -> None:
     np.testing.assert_array_equal(found.losses, 0.1 - shards)
     np.testing.assert_array_equal(found.weights, 10.0 - shards)
     np.testing.assert_array_equal(digests, 2.0 ** 48 - 1 - shards if with_ledger else [])
-    assert (found.step, found.squared_norm, found.busy, found.stop) == (7, 0.3, True, GO if size == 1 else STOP_AND_SAVE)
+    assert (found.step, found.squared_norm, found.busy,
+            found.stop) == (7, 0.3, True, GO if size == 1 else STOP_AND_SAVE)
 
 
 @pytest.mark.parametrize("with_ledger", [False, True])

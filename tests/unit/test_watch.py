@@ -34,9 +34,11 @@ def told(watch: Watch, param: np.ndarray, step: int, whole: bool, position: int)
 def test_all_of_small_arrays_and_of_large_ones_every_element_in_so_many_steps() -> None:
     layout, seen, param = watch()
     for name, place in layout.places.items():
-        for position in {place.offset, place.offset + place.size // 2, place.offset + place.size - 1} if place.size else ():
+        for position in {place.offset, place.offset + place.size // 2, place.offset
+                         + place.size - 1} if place.size else ():
             assert f"its parameter {name} while" in told(seen, param, 1, True, position)
-            found = sum(f"its parameter {name} while" in told(seen, param, step, False, position) for step in range(STRIDE))
+            found = sum(f"its parameter {name} while" in told(seen, param, step, False, position)
+                        for step in range(STRIDE))
             assert found == STRIDE if place.size <= SMALL else found >= 1, (name, position)
 
 

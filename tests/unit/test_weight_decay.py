@@ -24,14 +24,16 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 MODEL = build({"bottom": [3], "top": [4]}, {"sizes": [5, 6], "num_numeric": 2, "embedding_dim": 3})
 DECAYS: dict[str, tuple[Any, tuple[str, ...], Any]] = {  # weight_decay, no_decay, what a parameter's is
     "a number": (0.3, ("*bias",), lambda name: 0.0 if name.endswith("bias") else 0.3),
-    "some": ({"embedding": 0.5, "top*": 0.1}, (), lambda name: 0.5 if name == "embedding" else 0.1 if name.startswith("top") else 0.0),
+    "some": ({"embedding": 0.5, "top*": 0.1}, (),
+             lambda name: 0.5 if name == "embedding" else 0.1 if name.startswith("top") else 0.0),
     "the first counts": ({"top0.*": 0.4, "*.weight": 0.2, "*": 0.05}, (),
                          lambda name: 0.4 if name.startswith("top0") else 0.2 if name.endswith(".weight") else 0.05),
     "no_decay first of all": ({"*": 0.7}, ("out.*",), lambda name: 0.0 if name.startswith("out.") else 0.7)}
 
 
 def recipe(decay: Any, no_decay: tuple[str, ...] = (), name: str = "adamw") -> Any:
-    return parse({"model": {"kind": "recommender.dlrm"}, "data": {"format": "csv", "path": __file__, "label": "y", "numeric": ["x"]},
+    return parse({"model": {"kind": "recommender.dlrm"},
+                  "data": {"format": "csv", "path": __file__, "label": "y", "numeric": ["x"]},
                   "optimizer": {"name": name, "lr": 0.1, "weight_decay": decay, "no_decay": list(no_decay)}})
 
 
@@ -71,7 +73,8 @@ def test_a_table_of_decays_survives_the_recipe_s_file() -> None:
 
 @pytest.mark.parametrize("decay", [-0.1, "much", True, {}, {"*": -1}, {"*": "x"}, {"*": True}, float("nan"), [0.1]])
 def test_decays_that_cannot_be_meant_are_one_sentence(decay: Any) -> None:
-    with pytest.raises(RecipeError, match="^optimizer.weight_decay = .* cannot work; it must be a number of at least 0, or a table") as caught:
+    with pytest.raises(RecipeError, match="^optimizer.weight_decay = .* cannot work; it must be a number of at least "
+                                          "0, or a table") as caught:
         recipe(decay)
     assert "\n" not in str(caught.value)
 
