@@ -6,6 +6,7 @@ import importlib
 import re
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from backends.common import mapped
 from elastic.data import MapStyle, Sampler
 from elastic.driver.trainer import Trainer
 from elastic.errors import RecipeError
@@ -171,7 +173,8 @@ def test_a_model_gets_its_items_leaf_by_leaf(framework: str, given: str) -> None
     items = [GIVEN[given](i, give) for i in range(6)]
     source = type("Given", (Nested,), {"__len__": lambda self: 6, "__getitem__": lambda self, i: items[i]})()
     batch = MapStyle(source, collate=backend.framework.collate).batch(np.array([4, 1, 2]), np.zeros(3, np.int64))
-    columns = load(framework, "arrays").columns if framework == "tensorflow" else adapter.GluonModel(module.Net()).arrays
+    columns = (load(framework, "arrays").columns if framework == "tensorflow"
+               else partial(mapped, convert=adapter.GluonModel(module.Net()).array))
     assert_stacked(columns(batch), [items[4], items[1], items[2]])
 
 
