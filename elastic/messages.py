@@ -145,7 +145,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Line:
-    """A line for metrics.jsonl or events.jsonl, with the generation that reports_losses."""
+    """A line for metrics.jsonl or events.jsonl, with the generation that it comes from."""
 
     generation: int
     file: str  # "metrics" | "events"

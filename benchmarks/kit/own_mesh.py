@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.kit.mesh_case import Case, opened
@@ -47,11 +48,11 @@ def take_part(rank: int, turns: Turns, case: Case, text: str, address: str, tran
         if isinstance(message, Line) and message.file == "metrics":
             turns.note(message.fields["step"], message.fields["loss"])
 
-    mesh, workload = mesh_of(recipe, case.data), opened(recipe)
+    mesh, workload = replace(mesh_of(recipe), data=case.data), opened(recipe)
     training, place = build_training(recipe, workload), place_on(recipe, workload, mesh, mesh.coordinate(rank))
     warm_up(training, place)
     if place.state.is_sharded:
-        place.state.keep(mesh.coordinate(rank).data, case.data)
+        place.state.own_as(mesh.coordinate(rank).data, case.data)
     place.state.start(recipe.run.seed)
     training.load_batch = Gate(training.load_batch, turns)
     group: Any = (SharedGroup.form(rank, case.size, address, transport, threading.Event(), 60.0)

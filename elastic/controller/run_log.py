@@ -25,7 +25,7 @@ NEW = Begin()  # a run that has no past
 @dataclass(frozen=True)
 class Pause:
     """From the last commit, at `since` (Unix seconds), of a group of `before` on the mesh `was`, until one of
-    `generation` checkpoints."""
+    `generation` commits a step."""
 
     since: float
     before: int

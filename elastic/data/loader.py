@@ -48,7 +48,7 @@ class Prefetcher:
 
     Calling it gives the batch of (step, shard): from the buffer where that batch comes next, else loaded on the spot,
     so the batches are the same whatever was expected. A loader's exception is raised by the call that asks for that
-    batch. Calls, `expect` and `close` belong to one thread.
+    batch. Calls, `expect` and `close` belong to one thread; until `close`, a load that hangs keeps the process alive.
     """
 
     def __init__(self, load: Callable[[int, int], Any], depth: int = 2):

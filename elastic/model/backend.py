@@ -56,7 +56,6 @@ class Model(Protocol):
              seed: int) -> tuple[Array, Array, Mapping[str, Array]]:
         """The sum of the loss over the batch, the weight it is to be divided by, and the new buffers."""
 
-    @abstractmethod
     def metrics(self, ops: Any, params: Mapping[str, Array], state: Mapping[str, Array],
                 batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
         """Sums and weights by name for evaluation, without dropout; always with "loss".
@@ -107,7 +106,6 @@ class Chain(Model, Pieces, Protocol):
     def score(self, ops: Any, x: Array, batch: Mapping[str, Array], seed: int) -> tuple[Array, Array]:
         """The loss's sum and weight, of what the last piece made."""
 
-    @abstractmethod
     def measure(self, ops: Any, x: Array, batch: Mapping[str, Array]) -> Mapping[str, tuple[Array, Array]]:
         """What `metrics` gives, of what the last piece made."""
 

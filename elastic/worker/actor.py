@@ -52,8 +52,8 @@ def prepare_process(threads: int, log: Path, sys_path: Sequence[str]) -> None:
 
 def reuse_freed_memory() -> None:
     """glibc would give what a shard has freed back to the system, and get it again for the next one page by page: up to
-    a tenth of a step of a few million parameters, by the luck of where blocks lie. Up to KEEP_BYTES stay with the
-    process."""
+    a tenth of a step of a few million parameters, by the luck of where blocks lie. Up to KEEP_BYTES of each
+    of its arenas stay with the process."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         set_option = ctypes.CDLL(None).mallopt
         set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
