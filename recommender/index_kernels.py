@@ -1,8 +1,9 @@
 """The store's compiled kernels on ids: where an id's row lies, entering and removing ids, sorting them. None of them touches a row.
 
-A bucket's index is open addressing with linear probing over two arrays of its own: keys (int64) and entries (int32: place, count, last). A static
-vocabulary has no keys: entry id // B is the id's. `heads` (buckets, 4) int64 says of each bucket where its keys and entries lie in memory, how many
-entries it has room for (0: it is not held), and the place of a static bucket's first row.
+A bucket's index is open addressing over an array of its own, with linear probing that begins at one of its lines: a line of 64 bytes is four
+entries, of key (int64), place and count (int32); the last steps (int32) lie beside them. A static vocabulary needs no key: entry id // B is the
+id's. `heads` (buckets, 4) int64 says of each bucket where its entries and last steps lie in memory, how many there are (0: it is not held), and the
+place of a static bucket's first row.
 
 Numba keeps what it compiled by the date of the file that a kernel stands in, so a kernel calls nothing that stands elsewhere.
 """
@@ -19,11 +20,14 @@ from numba.extending import intrinsic
 from elastic.model.ops import MIX1, MIX2
 
 EMPTY, WAITING = -2, -1  # in place of a place
-KEYS, ENTRIES, CAPACITY, FIRST = range(4)  # of a head
-PLACE, COUNT, LAST, FIELDS = range(4)  # of an entry
+ENTRIES, LASTS, CAPACITY, FIRST = range(4)  # of a head
+PLACE, COUNT, FIELDS = 2, 3, 4  # of an entry, as int32
+ENTRY_BYTES = 4 * FIELDS
+GROUP = 4  # entries of a line
 HEAD, FREE, FRESH = range(3)  # of a pool of places: the first of the free ones, how many are free, the first that was never taken
 MOST = (1 << 31) - 1
 CHUNK = 64  # ids whose entries are asked of memory together
+AHEAD = 16  # entries that are asked of memory before they are needed
 DIGIT = 11  # bits of a radix sort's digit
 SIGN = np.uint64(1 << 63)
 
@@ -55,6 +59,21 @@ def prefetch(context: Any, address: Any) -> Any:
     return types.void(types.int64), build
 
 
+@intrinsic
+def match(context: Any, address: Any, id: Any) -> Any:
+    """Which entry of a line has this key, 0 to 3, all compared at once; 4 where none has."""
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line, word = ir.VectorType(arguments[1].type, 2 * GROUP), ir.IntType(2 * GROUP)
+        undefined, first = ir.Constant(line, ir.Undefined), ir.Constant(ir.IntType(32), 0)
+        keys = builder.shuffle_vector(builder.insert_element(undefined, arguments[1], first), undefined,
+                                      ir.Constant(ir.VectorType(ir.IntType(32), 2 * GROUP), [0] * 2 * GROUP))
+        there = builder.load(builder.inttoptr(arguments[0], ir.PointerType()), typ=line, align=8)
+        bits = builder.and_(builder.bitcast(builder.icmp_signed("==", there, keys), word), word(0b01010101))  # every second word is no key
+        return builder.zext(builder.lshr(builder.cttz(bits, ir.IntType(1)(0)), word(1)), arguments[1].type)
+
+    return types.int64(types.int64, types.int64), build
+
+
 @kernel
 def mixed(id: int) -> Any:
     """SplitMix64's finaliser."""
@@ -66,8 +85,8 @@ def mixed(id: int) -> Any:
 
 @kernel
 def home(word: Any, capacity: int) -> Any:
-    """Where a key's probing begins: by the upper half of its word, for the lower one chose the bucket."""
-    return np.int64(((word >> np.uint64(32)) * np.uint64(capacity)) >> np.uint64(32))
+    """The line at which a key's probing begins: by the upper half of its word, for the lower one chose the bucket."""
+    return np.int64(((word >> np.uint64(32)) * np.uint64(capacity // GROUP)) >> np.uint64(32)) * GROUP
 
 
 @kernel
@@ -77,16 +96,23 @@ def find(heads: Any, shift: int, is_static: bool, id: int) -> Any:
         return id & ((1 << shift) - 1), id >> shift
     word = mixed(id)
     bucket = np.int64(word & np.uint64((1 << shift) - 1))
-    capacity = heads[bucket, CAPACITY]
-    keys, entries = int64s(heads[bucket, KEYS]), int32s(heads[bucket, ENTRIES])
-    entry = home(word, capacity)
+    return bucket, probe(heads, bucket, home(word, heads[bucket, CAPACITY]), id)
+
+
+@kernel
+def probe(heads: Any, bucket: int, entry: int, id: int) -> int:
+    """An id's entry, from its home on; -1 where there is none. Most are in their first line, of which an empty entry's key means nothing."""
+    keys, entries = int64s(heads[bucket, ENTRIES]), int32s(heads[bucket, ENTRIES])
+    found = entry + match(heads[bucket, ENTRIES] + ENTRY_BYTES * entry, id)
+    if found < entry + GROUP and entries[found * FIELDS + PLACE] != EMPTY:
+        return found
     while entries[entry * FIELDS + PLACE] != EMPTY:
-        if keys[entry] == id:
-            return bucket, entry
+        if keys[2 * entry] == id:
+            return entry
         entry += 1
-        if entry == capacity:
+        if entry == heads[bucket, CAPACITY]:
             entry = 0
-    return bucket, -1
+    return -1
 
 
 @kernel
@@ -96,6 +122,7 @@ def locate(heads: Any, shift: int, is_static: bool, ids: Any, places: Any) -> An
     A static vocabulary has all its rows. -1 - bucket where a bucket is not held.
     """
     missing = 0
+    buckets, homes = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)
     for begin in range(0, ids.size, CHUNK):
         end = min(begin + CHUNK, ids.size)
         for i in range(begin, end):
@@ -105,15 +132,15 @@ def locate(heads: Any, shift: int, is_static: bool, ids: Any, places: Any) -> An
             else:
                 word = mixed(ids[i])
                 bucket = np.int64(word & np.uint64((1 << shift) - 1))
-                entry = home(word, heads[bucket, CAPACITY])
-                prefetch(heads[bucket, KEYS] + 8 * entry)
-                prefetch(heads[bucket, ENTRIES] + 4 * FIELDS * entry)
+                buckets[i - begin], homes[i - begin] = bucket, home(word, heads[bucket, CAPACITY])
+                prefetch(heads[bucket, ENTRIES] + ENTRY_BYTES * homes[i - begin])
             if heads[bucket, CAPACITY] == 0:
                 return -1 - bucket
         if is_static:
             continue
         for i in range(begin, end):
-            bucket, entry = find(heads, shift, is_static, ids[i])
+            bucket = buckets[i - begin]
+            entry = probe(heads, bucket, homes[i - begin], ids[i])
             place = int32s(heads[bucket, ENTRIES])[entry * FIELDS + PLACE] if entry >= 0 else WAITING
             if place < 0:
                 missing += 1
@@ -124,12 +151,18 @@ def locate(heads: Any, shift: int, is_static: bool, ids: Any, places: Any) -> An
 
 @kernel
 def weigh(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts: Any, buckets: Any, entries: Any, is_trained: Any, new: Any,
-          admitted: Any) -> int:
+          admitted: Any) -> Any:
     """Of each id: its bucket, its entry (-1: none yet) and whether it is updated. By bucket, how many entries are new, and how many are admitted.
 
     0, or -1 - bucket where one is not held.
     """
     for i in range(ids.size):
+        if i + AHEAD < ids.size:
+            word = mixed(ids[i + AHEAD])
+            bucket = (ids[i + AHEAD] if is_static else np.int64(word)) & ((1 << shift) - 1)
+            entry = ids[i + AHEAD] >> shift if is_static else home(word, heads[bucket, CAPACITY])
+            prefetch(heads[bucket, ENTRIES] + ENTRY_BYTES * entry)
+            prefetch(heads[bucket, LASTS] + 4 * entry)
         bucket = (ids[i] if is_static else np.int64(mixed(ids[i]))) & ((1 << shift) - 1)
         if heads[bucket, CAPACITY] == 0:
             return -1 - bucket
@@ -156,7 +189,7 @@ def enter(heads: Any, bucket: int, id: int) -> int:
         entry += 1
         if entry == capacity:
             entry = 0
-    int64s(heads[bucket, KEYS])[entry] = id
+    int64s(heads[bucket, ENTRIES])[2 * entry] = id
     entries[entry * FIELDS + PLACE] = WAITING
     entries[entry * FIELDS + COUNT] = 0
     return entry
@@ -211,7 +244,7 @@ def settle(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts
             new_places[i] = held[at + PLACE]
             stored[bucket] += 1
         held[at + COUNT] = count
-        held[at + LAST] = lasts[i]
+        int32s(heads[bucket, LASTS])[entry] = lasts[i]
         places[i] = held[at + PLACE]
 
 
@@ -244,7 +277,7 @@ def remove(heads: Any, shift: int, is_static: bool, ids: Any, used: Any, stored:
 def close(heads: Any, bucket: int, hole: int) -> None:
     """Takes an entry out: those behind it whose probing passed over it move up (Knuth, volume 3, 6.4, algorithm R)."""
     capacity = heads[bucket, CAPACITY]
-    keys, entries = int64s(heads[bucket, KEYS]), int32s(heads[bucket, ENTRIES])
+    keys, entries, lasts = int64s(heads[bucket, ENTRIES]), int32s(heads[bucket, ENTRIES]), int32s(heads[bucket, LASTS])
     here = hole
     while True:
         here += 1
@@ -252,23 +285,23 @@ def close(heads: Any, bucket: int, hole: int) -> None:
             here = 0
         if entries[here * FIELDS + PLACE] == EMPTY:
             break
-        if (here - home(mixed(keys[here]), capacity)) % capacity >= (here - hole) % capacity:
-            keys[hole] = keys[here]
+        if (here - home(mixed(keys[2 * here]), capacity)) % capacity >= (here - hole) % capacity:
             for field in range(FIELDS):
                 entries[hole * FIELDS + field] = entries[here * FIELDS + field]
+            lasts[hole] = lasts[here]
             hole = here
     entries[hole * FIELDS + PLACE] = EMPTY
 
 
 @kernel
-def rehash(heads: Any, bucket: int, old_keys: Any, old_entries: Any) -> None:
+def rehash(heads: Any, bucket: int, keys: Any, entries: Any, lasts: Any) -> None:
     """Enters all of a bucket's old entries into its new, empty index."""
-    for old in range(old_keys.size):
-        if old_entries[old, PLACE] != EMPTY:
-            entry = enter(heads, bucket, old_keys[old])
+    for old in range(keys.size):
+        if entries[old, PLACE] != EMPTY:
+            entry = enter(heads, bucket, keys[old])
             held = int32s(heads[bucket, ENTRIES])
-            for field in range(FIELDS):
-                held[entry * FIELDS + field] = old_entries[old, field]
+            held[entry * FIELDS + PLACE], held[entry * FIELDS + COUNT] = entries[old, PLACE], entries[old, COUNT]
+            int32s(heads[bucket, LASTS])[entry] = lasts[old]
 
 
 @kernel

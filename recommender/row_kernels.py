@@ -1,4 +1,4 @@
-"""The store's compiled kernels on rows: pooling, sums of slopes, updates, starting rows. None of them knows ids' places.
+"""The store's compiled kernels on rows: pooling (of rows, and of slopes), updates, starting rows. None of them knows ids' places.
 
 A row is worked on 16 floats at a time, as one vector; the last one is masked. There is no fast math, so every sum has one order: by position, and
 within a row (`total`) by 16 lanes and then by halves. Row `place` lies at slabs[place >> shift] + (place & mask) * stride bytes.
@@ -138,22 +138,28 @@ def address(slabs: Any, shift: int, stride: int, place: int) -> int:
 
 
 @kernel
-def pool(slabs: Any, shift: int, width: int, spare: int, places: Any, offsets: Any, targets: Any, weights: Any, divisors: Any, out: int) -> None:
-    """Row targets[r] of `out` becomes the sum of the rows at places[offsets[r]:offsets[r + 1]], weighted where there are weights, and divided by
-    divisors[r] where there are divisors. A place of -1, -2 and so on is the first, second ... row at `spare`."""
+def addresses(slabs: Any, shift: int, stride: int, spare: int, places: Any) -> Any:
+    """Of rows by place; a place of -1, -2 and so on is the first, second ... row at `spare`."""
+    found = np.empty_like(places)
+    for i in range(places.size):
+        found[i] = address(slabs, shift, stride, places[i]) if places[i] >= 0 else spare + (-1 - places[i]) * stride
+    return found
+
+
+@kernel
+def pool(rows: Any, width: int, offsets: Any, targets: Any, weights: Any, divisors: Any, out: int) -> None:
+    """Row targets[r] of `out` becomes the sum of what lies at the addresses rows[offsets[r]:offsets[r + 1]], weighted where there are weights, and
+    divided by divisors[r] where there are divisors."""
     stride = BYTES * width
     for run in range(targets.size):
         for first in range(0, width, 4 * LANES):
             a = b = c = d = same(np.float32(0))
             left = width - first
             for i in range(offsets[run], offsets[run + 1]):
-                if first == 0 and i + AHEAD < places.size:
-                    later = places[i + AHEAD]
-                    at = address(slabs, shift, stride, later) if later >= 0 else spare + (-1 - later) * stride
+                if first == 0 and i + AHEAD < rows.size:
                     for line in range(0, stride, LINE):
-                        prefetch(at + line)
-                place = places[i]
-                at = (address(slabs, shift, stride, place) if place >= 0 else spare + (-1 - place) * stride) + BYTES * first
+                        prefetch(rows[i + AHEAD] + line)
+                at = rows[i] + BYTES * first
                 e, f = load(at, left), load(at + LINE, left - LANES)
                 g, h = load(at + 2 * LINE, left - 2 * LANES), load(at + 3 * LINE, left - 3 * LANES)
                 if weights.size:
@@ -216,19 +222,6 @@ def mixed(value: Any) -> Any:
 
 
 @kernel
-def gather(slopes: int, width: int, order: Any, starts: Any, rows: Any, weights: Any, out: int) -> None:
-    """Row g of `out` becomes the sum, in order, of the slopes of positions order[starts[g]:starts[g + 1]]: of row rows[position], weighted."""
-    stride = BYTES * width
-    for group in range(starts.size - 1):
-        for first in range(0, width, LANES):
-            sum = same(np.float32(0))
-            for i in range(starts[group], starts[group + 1]):
-                value = load(slopes + stride * rows[order[i]] + BYTES * first, width - first)
-                sum = add(sum, mul(same(weights[order[i]]), value) if weights.size else value)
-            store(out + stride * group + BYTES * first, width - first, sum)
-
-
-@kernel
 def merge(left_ids: Any, right_ids: Any, left: int, right: int, width: int, left_counts: Any, right_counts: Any, ids: Any, sums: int,
           counts: Any) -> int:
     """left + right by ascending ids; how many there are."""
@@ -250,12 +243,14 @@ def merge(left_ids: Any, right_ids: Any, left: int, right: int, width: int, left
 
 
 @kernel
-def first_bad(sums: Any) -> int:
-    """The first row that has a number that is not finite; -1 where all are."""
-    for i in range(sums.shape[0]):
-        for j in range(sums.shape[1]):
-            if not np.isfinite(sums[i, j]):
-                return i
+def first_bad(sums: int, num: int, width: int) -> int:
+    """The first row that has a number that is not finite; -1 where all are. Zero times such a number is none."""
+    for i in range(num):
+        found = same(np.float32(0))
+        for first in range(0, width, LANES):
+            found = add(found, mul(same(np.float32(0)), load(sums + BYTES * (width * i + first), width - first)))
+        if total(found) != 0:
+            return i
     return -1
 
 

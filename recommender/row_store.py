@@ -21,12 +21,12 @@ from elastic.tables.spec import RowUpdate, TableSpec
 from elastic.tables.starts import key_of, levels
 from recommender import index_kernels as index
 from recommender import row_kernels
-from recommender.index_kernels import CAPACITY, COUNT, EMPTY, FIELDS, FIRST, LAST, PLACE
-from recommender.slabs import Slabs, address
+from recommender.index_kernels import CAPACITY, COUNT, EMPTY, FIRST, PLACE
+from recommender.slabs import FLOAT, Indexes, Slabs, address
 
-LEAST_ENTRIES = 8
-LOAD, GROWTH = 0.75, 1.5  # of an index: how full it gets, and how much larger it becomes then
-ENTRY_BYTES = 8 + 4 * FIELDS
+LOAD = 0.75  # of an index: how full it gets
+SIZES = [4 * round(2 * 1.5 ** step) for step in range(60)]  # of indexes, in entries: each half as much again as the one before
+ENTRY_BYTES = index.ENTRY_BYTES + 4  # with its last step
 OPTIMIZERS = {"sgd": row_kernels.SGD, "adagrad": row_kernels.ADAGRAD, "rowwise_adagrad": row_kernels.ROWWISE_ADAGRAD, "adam": row_kernels.ADAM}
 NEVER = MOST + 1  # as `admit`: nobody appears so often
 NO_FLOATS = np.empty(0, np.float32)
@@ -66,25 +66,23 @@ class CompiledRows:
         self._start = np.uint64(key_of(spec.seed, spec.name)), levels(spec.init)
         self._shift = spec.num_buckets.bit_length() - 1
         self._heads = np.zeros((spec.num_buckets, 4), np.int64)
-        self._index: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # keys and entries
+        self._index: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # entries and last steps
         self._used, self._stored = np.zeros(spec.num_buckets, np.int64), np.zeros(spec.num_buckets, np.int64)
-        self._slabs = Slabs(spec.width, spec.num_slots)
+        self._slabs, self._indexes = Slabs(spec.width, spec.num_slots), Indexes()
         self._runs: list[int] = []  # places of static buckets that were dropped
         self._work: Work | None = None
 
     @property
     def nbytes(self) -> int:
-        return self._slabs.nbytes + int(self._heads[:, CAPACITY].sum()) * (4 * FIELDS if self._is_static else ENTRY_BYTES)
+        return self._slabs.nbytes + int(self._heads[:, CAPACITY].sum()) * ENTRY_BYTES
 
     def hold(self, buckets: Iterable[int]) -> None:
         new = sorted(set(buckets) - self.held)
         rows = self.spec.vocabulary_rows
-        if self._is_static:
-            self._make_room(4 * FIELDS * rows * len(new), rows * max(0, len(new) - len(self._runs)))
-        else:
-            self._make_room(ENTRY_BYTES * LEAST_ENTRIES * len(new), 0)
+        capacity = rows if self._is_static else SIZES[0]
+        self._make_room(ENTRY_BYTES * capacity * len(new), rows * max(0, len(new) - len(self._runs)))
         for bucket in new:
-            self._open(bucket, rows if self._is_static else LEAST_ENTRIES)
+            self._open(bucket, capacity)
             self._used[bucket] = self._stored[bucket] = 0
             if self._is_static:
                 self._heads[bucket, FIRST] = first = self._runs.pop() if self._runs else self._slabs.run(rows)
@@ -99,14 +97,15 @@ class CompiledRows:
             if self._is_static:
                 self._runs.append(int(self._heads[bucket, FIRST]))
             else:
-                index.give_all(self._index[bucket][1], *self._places)
+                index.give_all(self._index[bucket][0], *self._places)
             del self._index[bucket]
             self._heads[bucket] = 0
 
     def lookup(self, bags: Bags) -> np.ndarray:
         bags.check(self.spec)
         places, spare = self._located(bags.ids)
-        return pooled(self._slabs.values, self._slabs.shift, self.spec.width, spare, places, bags)
+        width = self.spec.width
+        return pooled(row_kernels.addresses(self._slabs.values, self._slabs.shift, FLOAT * width, address(spare), places), width, bags)
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         check_ids(self.spec, ids)
@@ -121,12 +120,13 @@ class CompiledRows:
 
     def prepare(self, step: int, summed: Summed) -> Prepared:
         summed.check(self.spec)
+        summed = in_order(summed)
         self._work = None
         found = self._weigh(self.spec.admit, summed.ids, summed.counts)
         if self._reserve(found.new, int(found.admitted.sum())):
             found = self._weigh(self.spec.admit, summed.ids, summed.counts)
         gone = self._evicted(step, summed, found)
-        bad = row_kernels.first_bad(summed.sums)
+        bad = row_kernels.first_bad(address(summed.sums), summed.ids.size, self.spec.width)
         prepared = Prepared(found.is_trained, gone, int(summed.ids[bad]) if bad >= 0 else None)
         num = summed.ids.size
         self._work = Work(step, summed, prepared, found, np.full(num, step, np.int32), np.empty(num, np.int64), np.empty(num, np.int64),
@@ -157,16 +157,16 @@ class CompiledRows:
     def export(self, bucket: int, after: int = -1) -> Rows:
         if bucket not in self.held:
             self._check_held(-1 - bucket)
-        ids, entries = self._ids(bucket), self._index[bucket][1]
-        chosen = np.flatnonzero((entries[:, PLACE] != EMPTY) & (entries[:, LAST] > after))
+        ids, (entries, lasts) = self._ids(bucket), self._index[bucket]
+        chosen = np.flatnonzero((entries[:, PLACE] != EMPTY) & (lasts > after))
         chosen = chosen[np.argsort(ids[chosen])]
         is_stored = entries[chosen, PLACE] >= 0
         stored, waiting = chosen[is_stored], chosen[~is_stored]
         places = entries[stored, PLACE].astype(np.int64)
         values = np.empty((stored.size, self.spec.width), np.float32)
         row_kernels.copy(self._slabs.values, self._slabs.shift, self.spec.width, 0, places, address(values))
-        return Rows(ids[stored], values, self._slots_at(places), entries[stored, COUNT], entries[stored, LAST],
-                    ids[waiting], entries[waiting, COUNT], entries[waiting, LAST])
+        return Rows(ids[stored], values, self._slots_at(places), entries[stored, COUNT], lasts[stored],
+                    ids[waiting], entries[waiting, COUNT], lasts[waiting])
 
     def load(self, rows: Rows) -> None:
         rows.check(self.spec)
@@ -206,30 +206,29 @@ class CompiledRows:
         capacities = self._heads[:, CAPACITY]
         wanted = self._used + new
         tight = np.flatnonzero(wanted > LOAD * capacities)
-        larger = np.maximum(wanted[tight] / LOAD + 1, capacities[tight] * GROWTH).astype(np.int64)
+        larger = np.array([next(size for size in SIZES if LOAD * size >= num) for num in wanted[tight].tolist()], np.int64)
         self._make_room(ENTRY_BYTES * int((larger - capacities[tight]).sum()), places)
         for bucket, capacity in zip(tight.tolist(), larger.tolist()):
-            old = self._index[bucket]
+            old = self._ids(bucket), *self._index[bucket]
             self._open(bucket, capacity)
             index.rehash(self._heads, bucket, *old)
         return tight.size > 0
 
     def _open(self, bucket: int, capacity: int) -> None:
         """An empty index."""
-        keys, entries = np.empty(0 if self._is_static else capacity, np.int64), np.empty((capacity, FIELDS), np.int32)
+        self._index[bucket] = entries, lasts = self._indexes.take(capacity)
         entries[:, PLACE] = EMPTY
-        self._index[bucket] = keys, entries
-        self._heads[bucket, :FIRST] = address(keys), address(entries), capacity
+        self._heads[bucket, :FIRST] = address(entries), address(lasts), capacity
 
     @property
     def _places(self) -> tuple[np.ndarray, np.ndarray, int, int]:
-        return self._slabs.pool, self._slabs.values, self._slabs.shift, 4 * self.spec.width
+        return self._slabs.pool, self._slabs.values, self._slabs.shift, FLOAT * self.spec.width
 
     # rows
     def _ids(self, bucket: int) -> np.ndarray:
         """Of its entries; of one that is empty, any."""
-        keys, entries = self._index[bucket]
-        return bucket + (np.arange(len(entries)) << self._shift) if self._is_static else keys
+        entries = self._index[bucket][0]
+        return bucket + (np.arange(len(entries)) << self._shift) if self._is_static else entries[:, :PLACE].view(np.int64)[:, 0]
 
     def _located(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Each id's place, and the starting rows of those that have none."""
@@ -275,18 +274,19 @@ class CompiledRows:
         is_due = sweeps(spec, step, np.arange(spec.num_buckets)) | (stored > most) | (self._used + weighed.new - stored > most)
         found = [np.empty(0, np.int64)]
         for bucket in np.flatnonzero(is_due & (self._heads[:, CAPACITY] > 0)).tolist():
-            ids, now = self._ids(bucket), self._index[bucket][1].astype(np.int64)
+            held, lasts = self._index[bucket]
             mine = np.flatnonzero(buckets == bucket)
             old, fresh = mine[entries[mine] >= 0], mine[entries[mine] < 0]
-            ids, now = np.append(ids, summed.ids[fresh]), np.vstack([now, np.full((fresh.size, FIELDS), EMPTY)])
+            ids, lasts = np.append(self._ids(bucket), summed.ids[fresh]), np.append(lasts, np.full(fresh.size, step))
+            places = np.append(held[:, PLACE], np.full(fresh.size, EMPTY))
+            counts = np.append(held[:, COUNT].astype(np.int64), np.zeros(fresh.size, np.int64))
             at = np.concatenate([entries[old], np.arange(ids.size - fresh.size, ids.size)])
-            touched = np.concatenate([old, fresh])
-            before = np.where(now[at, PLACE] == EMPTY, 0, now[at, COUNT])
-            now[at, COUNT] = np.minimum(before + summed.counts[touched], MOST)
-            now[at, LAST] = step
-            now[at, PLACE] = np.where((now[at, PLACE] >= 0) | (now[at, COUNT] >= spec.admit), 0, index.WAITING)
-            there = now[:, PLACE] != EMPTY
-            found.append(evicted(spec, step, bucket, ids[there], now[there, COUNT], now[there, LAST], now[there, PLACE] >= 0))
+            before = np.where(places[at] == EMPTY, 0, counts[at])
+            counts[at] = np.minimum(before + summed.counts[np.concatenate([old, fresh])], MOST)
+            lasts[at] = step
+            places[at] = np.where((places[at] >= 0) | (counts[at] >= spec.admit), 0, index.WAITING)
+            there = places != EMPTY
+            found.append(evicted(spec, step, bucket, ids[there], counts[there], lasts[there], places[there] >= 0))
         return np.sort(np.concatenate(found))
 
     def _check_held(self, answer: int) -> None:
@@ -294,10 +294,15 @@ class CompiledRows:
             raise ValueError(f"bucket {-1 - answer} of table {self.spec.name} is not held here.")
 
 
-def pooled(slabs: np.ndarray, shift: int, width: int, spare: np.ndarray, places: np.ndarray, bags: Bags) -> np.ndarray:
-    """Of rows by place."""
+def in_order(summed: Summed) -> Summed:
+    """Row after row in memory, as kernels want it."""
+    return Summed(*(np.ascontiguousarray(array) for array in (summed.ids, summed.sums, summed.counts)))
+
+
+def pooled(rows: np.ndarray, width: int, bags: Bags) -> np.ndarray:
+    """Of rows by their addresses, one for each of the bags' ids."""
     out = np.zeros(bags.shape(width), np.float32) if bags.pooling == "none" else np.empty(bags.shape(width), np.float32)
     offsets, targets = bags.runs
-    row_kernels.pool(slabs, shift, width, address(spare), places, offsets, targets, NO_FLOATS if bags.weights is None else bags.weights,
+    row_kernels.pool(rows, width, offsets, targets, NO_FLOATS if bags.weights is None else bags.weights,
                      NO_FLOATS if bags.divisors is None else bags.divisors, address(out))
     return out

@@ -7,7 +7,7 @@ import numpy as np
 from elastic.tables.bags import Bags, Summed, check_slopes
 from elastic.tables.spec import RowUpdate, TableSpec
 from recommender import index_kernels, row_kernels
-from recommender.row_store import NO_FLOATS, OPTIMIZERS, CompiledRows, pooled
+from recommender.row_store import NO_FLOATS, OPTIMIZERS, CompiledRows, in_order, pooled
 from recommender.slabs import address
 
 
@@ -26,7 +26,7 @@ class CompiledKernels:
 
     def pool(self, rows: np.ndarray, index: np.ndarray, bags: Bags) -> np.ndarray:
         rows = np.ascontiguousarray(rows)
-        return pooled(np.array([address(rows)]), row_kernels.WHOLE, rows.shape[1], NO_FLOATS, index, bags)
+        return pooled(address(rows) + rows.itemsize * rows.shape[1] * index, rows.shape[1], bags)
 
     def deduplicate(self, spec: TableSpec, bags: Bags, slopes: np.ndarray) -> Summed:
         bags.check(spec)
@@ -43,10 +43,12 @@ class CompiledKernels:
         sorted_ids, order = index_kernels.ascending(ids)
         distinct, starts = index_kernels.groups(sorted_ids)
         sums = np.empty((distinct.size, spec.width), np.float32)
-        row_kernels.gather(address(slopes), spec.width, order, starts, rows, NO_FLOATS if weights is None else weights, address(sums))
+        row_kernels.pool(address(slopes) + slopes.itemsize * spec.width * rows[order], spec.width, starts, np.arange(distinct.size),
+                         NO_FLOATS if weights is None else weights[order], NO_FLOATS, address(sums))
         return Summed(distinct, sums, np.diff(starts).astype(np.int32))
 
     def merge(self, left: Summed, right: Summed) -> Summed:
+        left, right = in_order(left), in_order(right)
         most, width = left.ids.size + right.ids.size, left.sums.shape[1]
         ids, sums, counts = np.empty(most, np.int64), np.empty((most, width), np.float32), np.empty(most, np.int32)
         num = row_kernels.merge(left.ids, right.ids, address(left.sums), address(right.sums), width, left.counts, right.counts, ids, address(sums),
@@ -54,6 +56,7 @@ class CompiledKernels:
         return Summed(ids[:num], sums[:num], counts[:num])
 
     def update(self, spec: TableSpec, update: RowUpdate, step: int, values: np.ndarray, slots: np.ndarray, sums: np.ndarray) -> None:
+        assert all(array.flags.c_contiguous for array in (values, slots, sums))
         whole = [np.array([address(array)]) for array in (values, slots)]
         row_kernels.update(OPTIMIZERS[spec.optimizer], *whole, row_kernels.WHOLE, spec.width, spec.num_slots, np.arange(len(values)),
                            np.ones(len(values), bool), address(sums), tuple(update.numbers(step)))

@@ -1,19 +1,44 @@
-"""Memory of the row store: rows by place, in arrays that stay where they are."""
+"""Memory of the row store: rows by place, in arrays that stay where they are, and the indexes of buckets, side by side. All on large pages."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from recommender.index_kernels import FREE, FRESH
+from recommender.index_kernels import ENTRY_BYTES, FIELDS, FREE, FRESH
 
 FLOAT = 4  # bytes
 SLAB_BYTES = 8 << 20  # of values: NumPy asks the system for large pages from 4 MiB on
-ALIGNMENT = 64
+CHUNK_BYTES = 4 << 20  # of indexes
+LINE = 64
+LARGE_PAGE = 2 << 20  # a slab begins with one; what lies before it is never touched
 
 
 def address(array: np.ndarray) -> int:
     """Of its first element, for kernels."""
     return int(array.__array_interface__["data"][0])
+
+
+def on_large_pages(num_bytes: int) -> np.ndarray:
+    """Not filled. It takes memory as far as it is touched."""
+    array = np.empty(num_bytes + LARGE_PAGE, np.uint8)
+    return array[-address(array) % LARGE_PAGE:][:num_bytes]
+
+
+class Indexes:
+    """Room for entries and last steps. Indexes of one size share a chunk of memory, which is free when the last of them has grown out of it: buckets
+    fill up alike, so they leave it together."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, np.ndarray] = {}  # by size: what is left of the newest one
+
+    def take(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+        entries = ENTRY_BYTES * capacity
+        size = -(-(entries + 4 * capacity) // LINE) * LINE
+        left = self._chunks.get(size)
+        if left is None or left.size < size:
+            left = on_large_pages(max(size, CHUNK_BYTES // size * size))
+        self._chunks[size] = left[size:]
+        return left[:entries].view(np.int32).reshape(capacity, FIELDS), left[entries:entries + 4 * capacity].view(np.int32)
 
 
 class Slabs:
@@ -41,10 +66,9 @@ class Slabs:
 
     def add(self, num: int) -> None:
         for _ in range(num):
-            arrays = [np.empty((FLOAT * width << self.shift) + ALIGNMENT, np.uint8) for width in self._widths]
-            begins = [-(-address(array) // ALIGNMENT) * ALIGNMENT for array in arrays]
-            self._kept += arrays
-            self.values, self.slots = np.append(self.values, begins[0]), np.append(self.slots, begins[1])
+            values, slots = (on_large_pages(FLOAT * width << self.shift) for width in self._widths)
+            self._kept += values, slots
+            self.values, self.slots = np.append(self.values, address(values)), np.append(self.slots, address(slots))
 
     def run(self, places: int) -> int:
         """The first of so many places side by side, none of them given back one by one. There is room."""

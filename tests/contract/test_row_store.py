@@ -96,6 +96,24 @@ def test_rows_that_were_read_before_pool_to_the_same_bits(rows: RowKernels, pool
     assert_same(rows.pool(store.read(distinct), index, bags), store.lookup(bags))
 
 
+def test_arrays_of_any_kind_of_memory_give_the_same_bits(rows: RowKernels) -> None:
+    """As they come from Arrow, or as parts of larger ones."""
+    luck = np.random.default_rng(9)
+    store, bags, slopes = opened(rows, spec()), random_bags(luck, np.arange(9), "sum", True), luck.standard_normal((6, 5)).astype(np.float32)
+    wide = np.repeat(slopes, 2, axis=1)
+    for array in (bags.ids, bags.offsets, bags.weights):
+        array.flags.writeable = False
+    whole_sums, part = rows.deduplicate(store.spec, bags, slopes), rows.deduplicate(store.spec, bags, wide[:, ::2])
+    assert_same(part, whole_sums)
+    fortran = replace(part, sums=np.asfortranarray(part.sums), counts=np.repeat(part.counts, 2)[::2])
+    assert_same(rows.merge(fortran, whole_sums), rows.merge(whole_sums, whole_sums))
+    commit(store, 1, fortran)
+    other = opened(rows, spec())
+    commit(other, 1, whole_sums)
+    assert whole(store) == whole(other)
+    assert_same(store.lookup(bags), other.lookup(replace(bags, ids=bags.ids.copy())))
+
+
 def test_slopes_add_up_from_zero_in_the_order_of_positions(rows: RowKernels) -> None:
     slopes = np.array([[1e8], [1], [-1e8], [-0.0]], np.float32)
     found = rows.deduplicate(spec(width=1), Bags(ids(4, 4, 4, -2), np.arange(5)), slopes)
