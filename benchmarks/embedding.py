@@ -2,11 +2,12 @@
 
     python -m benchmarks.embedding [--rounds 15] [--rows 1000000] [--width 64] [--bags 4096] [--ids 20] [--skew 1.05] [--batches 8]
 
-One table, bags of as many ids each, drawn by Zipf's law and scattered over the table. The contestants take turns within a round, a turn is a few batches, the
-same for all and new in every round; a figure is the median over rounds of the ids a second, a ratio the median of the ratios within a round, to the best of the peers.
-"lookup" sums each bag's rows. "step" is that, and one update of the rows by slopes that are given: ours adds them up by distinct id, looks at them and
-commits row-wise Adagrad, with counts and last steps; torch's is sparse gradients with its Adagrad, FBGEMM's its fused row-wise Adagrad. The growing
-table finds its rows by hash, all of them stored. FBGEMM's kernels take part where `fbgemm_gpu` can be imported.
+One table, bags of as many ids each, drawn by Zipf's law and scattered over the table. The contestants take turns within a round, a turn is
+a few batches, the same for all and new in every round; a figure is the median over rounds of the ids a second, a ratio the median of the
+ratios within a round, to the best of the peers. "lookup" sums each bag's rows. "step" is that, and one update of the rows by slopes that
+are given: ours adds them up by distinct id, looks for numbers that are none and commits row-wise Adagrad, with counts and last steps;
+torch's is sparse gradients with its Adagrad, FBGEMM's its fused row-wise Adagrad. The growing table finds its rows by hash, all of them
+stored. FBGEMM's kernels take part where `fbgemm_gpu` can be imported.
 """
 
 from __future__ import annotations
