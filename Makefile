@@ -39,7 +39,8 @@ lint: $(DEV)          ## ruff, mypy and the house rules
 	$(PYTEST) tests/unit/test_house.py
 
 $(VENV)/.installed-peers: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tables,bench]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps fbgemm-gpu-cpu
 	touch $@
 
 bench: $(VENV)/.installed-peers    ## every figure of benchmarks/results, ours and the peers'; the better part of an hour
