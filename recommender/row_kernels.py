@@ -23,7 +23,7 @@ LANES = 16
 BYTES = 4
 LINE = 64  # bytes of memory that come at once
 WHOLE = 62  # the shift under which an array is one slab
-AHEAD = 12  # rows that are asked of memory before they are needed
+AHEAD = 160  # lines that are asked of memory before they are needed
 NUMBER, VECTOR = ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = range(4)
 
@@ -151,14 +151,15 @@ def pool(rows: Any, width: int, offsets: Any, targets: Any, weights: Any, diviso
     """Row targets[r] of `out` becomes the sum of what lies at the addresses rows[offsets[r]:offsets[r + 1]], weighted where there are weights, and
     divided by divisors[r] where there are divisors."""
     stride = BYTES * width
+    ahead = 1 + AHEAD * LINE // (stride + LINE)
     for run in range(targets.size):
         for first in range(0, width, 4 * LANES):
             a = b = c = d = same(np.float32(0))
             left = width - first
             for i in range(offsets[run], offsets[run + 1]):
-                if first == 0 and i + AHEAD < rows.size:
+                if first == 0 and i + ahead < rows.size:
                     for line in range(0, stride, LINE):
-                        prefetch(rows[i + AHEAD] + line)
+                        prefetch(rows[i + ahead] + line)
                 at = rows[i] + BYTES * first
                 e, f = load(at, left), load(at + LINE, left - LANES)
                 g, h = load(at + 2 * LINE, left - 2 * LANES), load(at + 3 * LINE, left - 3 * LANES)
@@ -274,12 +275,13 @@ def update(optimizer: int, values: Any, slots: Any, shift: int, width: int, num_
     """One optimizer step on each row that is trained; `numbers` as `RowUpdate.numbers` lists them."""
     lr, scale, decay, eps, beta1, rest1, beta2, rest2, bare_rate, root = numbers
     stride, slot_stride = BYTES * width, BYTES * num_slots
+    ahead = 1 + AHEAD * LINE // (stride + slot_stride + LINE)
     for i in range(places.size):
-        if i + AHEAD < places.size and places[i + AHEAD] >= 0:
+        if i + ahead < places.size and places[i + ahead] >= 0:
             for line in range(0, stride, LINE):
-                prefetch(address(values, shift, stride, places[i + AHEAD]) + line)
+                prefetch(address(values, shift, stride, places[i + ahead]) + line)
             for line in range(0, slot_stride, LINE):
-                prefetch(address(slots, shift, slot_stride, places[i + AHEAD]) + line)
+                prefetch(address(slots, shift, slot_stride, places[i + ahead]) + line)
         if not is_trained[i]:
             continue
         row, slot, sum = address(values, shift, stride, places[i]), address(slots, shift, slot_stride, places[i]), sums + stride * i
