@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 $(DEV): $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,tensorflow,mxnet,data,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,tensorflow,mxnet,data,tables,dev]'
 	touch $@
 
 train: $(STAMP)       ## a small GPT on Shakespeare's plays: a minute or two on two cores, then a sample of its writing
@@ -39,7 +39,8 @@ lint: $(DEV)          ## ruff, mypy and the house rules
 	$(PYTEST) tests/unit/test_house.py
 
 $(VENV)/.installed-peers: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tables,bench]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps fbgemm-gpu-cpu
 	touch $@
 
 bench: $(VENV)/.installed-peers    ## every figure of benchmarks/results, ours and the peers'; the better part of an hour

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-PACKAGES = ("torch", "tensorflow-cpu", "mxnet", "ray", "torchft", "numpy")
+PACKAGES = ("torch", "tensorflow-cpu", "mxnet", "ray", "torchft", "numba", "fbgemm-gpu-cpu", "numpy")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 FLOORS = (  # a folder of elastic, or a file at its root, imports those of lower floors and of its own
     ("errors", "humanize"), ("boxes", "buffers", "mesh"),
     ("model", "messages", "chaos", "storage", "collective", "recipe"),
-    ("data", "parallel", "observe"), ("checkpoint",), ("state",), ("workload",), ("worker", "planning"),
+    ("data", "parallel", "observe", "tables"), ("checkpoint",), ("state",), ("workload",), ("worker", "planning"),
     ("controller",), ("driver",), ("cli",))
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 RIM = {

@@ -1,0 +1,10 @@
+"""Embedding tables whose rows lie on workers: the protocol of a row store, buckets and who owns them, starting rows, evictions.
+
+    spec        what a table is, from the recipe alone
+    bags        what a shard looks up, and the sums of slopes that come back
+    rows        rows on their way: to a checkpoint or another worker; their digests
+    row_store   the protocol of a store, found by name
+    buckets     ids to buckets, buckets to owners
+    starts      the row that an id starts from
+    eviction    which ids a commit forgets
+"""
