@@ -1,0 +1,47 @@
+"""What a run's tables are: their specs, the features that look them up, and the numbers of their optimizers. From the recipe alone.
+
+A batch of a data set with tables has, under BAGS, what each feature looks up; a worker puts what was looked up in its
+place under ROWS, and a backend gives back the slopes of the loss by the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from elastic.tables.spec import RowUpdate, TableSpec
+
+BAGS, ROWS = "bags", "rows"  # keys of a batch: {feature: Bags}, {feature: float32 array}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One thing that a model looks up: a column of the data. `length`: rows of a list that is not pooled."""
+
+    name: str
+    table: str
+    pooling: str = "sum"
+    length: int = 1
+
+
+@dataclass(frozen=True)
+class Tables:
+    """`specs` and `features` in the order of their names; `updates` by table, with the rate that the schedule scales
+    and a scale of 1. All tables have as many buckets. `twin`: every bucket has a second keeper. `memory_bytes`: what
+    all tables of a worker may take together; 0 is no limit. `kernels`: "numba" or "reference".
+    """
+
+    specs: tuple[TableSpec, ...]
+    features: tuple[Feature, ...]
+    updates: Mapping[str, RowUpdate]
+    twin: bool = True
+    memory_bytes: int = 0
+    kernels: str = "numba"
+
+    @property
+    def num_buckets(self) -> int:
+        return self.specs[0].num_buckets
+
+    def by_table(self) -> dict[str, tuple[Feature, ...]]:
+        """The features of each table, in order."""
+        return {spec.name: tuple(one for one in self.features if one.table == spec.name) for spec in self.specs}
