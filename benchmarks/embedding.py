@@ -1,13 +1,15 @@
 """Rows looked up and updated a second, in one process on one thread: ours, torch's and FBGEMM's.
 
-    python -m benchmarks.embedding [--rounds 15] [--rows 1000000] [--width 64] [--bags 4096] [--ids 20] [--skew 1.05] [--batches 8]
+    python -m benchmarks.embedding [--rounds 15] [--rows 1000000] [--width 64] [--bags 4096] [--ids 20] [--skew 1.05]
+    [--batches 8]
 
-One table, bags of as many ids each, drawn by Zipf's law and scattered over the table. The contestants take turns within a round, a turn is
-a few batches, the same for all and new in every round; a figure is the median over rounds of the ids a second, a ratio the median of the
-ratios within a round, to the best of the peers. "lookup" sums each bag's rows. "step" is that, and one update of the rows by slopes that
-are given: ours adds them up by distinct id, looks for numbers that are none and commits row-wise Adagrad, with counts and last steps;
-torch's is sparse gradients with its Adagrad, FBGEMM's its fused row-wise Adagrad. The growing table finds its rows by hash, all of them
-stored. FBGEMM's kernels take part where `fbgemm_gpu` can be imported.
+One table, bags of as many ids each, drawn by Zipf's law and scattered over the table. The contestants take turns within
+a round, a turn is a few batches, the same for all and new in every round; a figure is the median over rounds of the ids
+a second, a ratio the median of the ratios within a round, to the best of the peers. "lookup" sums each bag's rows.
+"step" is that, and one update of the rows by slopes that are given: ours adds them up by distinct id, looks for numbers
+that are none and commits row-wise Adagrad, with counts and last steps; torch's is sparse gradients with its Adagrad,
+FBGEMM's its fused row-wise Adagrad. The growing table finds its rows by hash, all of them stored. FBGEMM's kernels take
+part where `fbgemm_gpu` can be imported.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ class Fbgemm:
         from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 
         self.table = SplitTableBatchedEmbeddingBagsCodegen(
-            [(options.rows, options.width, EmbeddingLocation.HOST, ComputeDevice.CPU)], optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            [(options.rows, options.width, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=LR, eps=EPS)
         self.table.init_embedding_weights_uniform(-0.01, 0.01)
 
@@ -141,21 +144,25 @@ def ratio(mine: list[float], others: list[list[float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, default in (("rounds", 15), ("rows", 1_000_000), ("width", 64), ("bags", 4096), ("ids", 20), ("batches", 8)):
+    for name, default in (("rounds", 15), ("rows", 1_000_000), ("width", 64), ("bags", 4096), ("ids", 20),
+                          ("batches", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--skew", type=float, default=1.05)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    contestants: dict[str, Any] = {STATIC: Ours(options, options.rows), GROWING: Ours(options, 0), TORCH: Torch(options)}
+    contestants: dict[str, Any] = {STATIC: Ours(options, options.rows), GROWING: Ours(options, 0),
+                                   TORCH: Torch(options)}
     if importlib.util.find_spec("fbgemm_gpu"):
         contestants[FBGEMM] = Fbgemm(options)
     times = contest(contestants, options)
     peers = [name for name in contestants if name in (TORCH, FBGEMM)]
     rows = [[what, *(f"{statistics.median(times[what, name]) / 1e6:.1f}" for name in contestants),
-             ratio(times[what, STATIC], [times[what, name] for name in peers]), ratio(times[what, GROWING], [times[what, STATIC]])]
+             ratio(times[what, STATIC], [times[what, name] for name in peers]),
+             ratio(times[what, GROWING], [times[what, STATIC]])]
             for what in ("lookup", "step")]
     head = ["", *(f"{name}, M ids/s" for name in contestants), "static / the best peer", "growing / static"]
-    results.write("embedding", "Rows of embedding tables", [__doc__.split("\n\n")[2].replace("\n", " "), results.table(head, rows)])
+    results.write("embedding", "Rows of embedding tables",
+                  [__doc__.split("\n\n")[2].replace("\n", " "), results.table(head, rows)])
 
 
 if __name__ == "__main__":

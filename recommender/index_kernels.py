@@ -1,11 +1,13 @@
 """The store's compiled kernels on ids: where an id's row lies, entering and removing ids, sorting them. None of them touches a row.
 
-A bucket's index is open addressing over an array of its own, with linear probing that begins at one of its lines: a line of 64 bytes is four
-entries, of key (int64), place and count (int32); the last steps (int32) lie beside them. A static vocabulary needs no key: entry id // B is the
-id's. `heads` (buckets, 4) int64 says of each bucket where its entries and last steps lie in memory, how many there are (0: it is not held), and the
-place of a static bucket's first row.
+A bucket's index is open addressing over an array of its own, with linear probing that begins at one of its lines: a
+line of 64 bytes is four entries, of key (int64), place and count (int32); the last steps (int32) lie beside them. A
+static vocabulary needs no key: entry id // B is the id's. `heads` (buckets, 4) int64 says of each bucket where its
+entries and last steps lie in memory, how many there are (0: it is not held), and the place of a static bucket's first
+row.
 
-Numba keeps what it compiled by the date of the file that a kernel stands in, so a kernel calls nothing that stands elsewhere.
+Numba keeps what it compiled by the date of the file that a kernel stands in, so a kernel calls nothing that stands
+elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ ENTRIES, LASTS, CAPACITY, FIRST = range(4)  # of a head
 PLACE, COUNT, FIELDS = 2, 3, 4  # of an entry, as int32
 ENTRY_BYTES = 4 * FIELDS
 GROUP = 4  # entries of a line
-HEAD, FREE, FRESH = range(3)  # of a pool of places: the first of the free ones, how many are free, the first that was never taken
+# of a pool of places: the first of the free ones, how many are free, the first that was never taken
+HEAD, FREE, FRESH = range(3)
 MOST = (1 << 31) - 1
 CHUNK = 64  # ids whose entries are asked of memory together
 AHEAD = 16  # entries that are asked of memory before they are needed
@@ -53,7 +56,8 @@ def prefetch(context: Any, address: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer, number = builder.inttoptr(arguments[0], ir.PointerType()), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
-        builder.call(builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind), [pointer, number(0), number(3), number(1)])
+        builder.call(builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind),
+                     [pointer, number(0), number(3), number(1)])
         return context.get_dummy_value()
 
     return types.void(types.int64), build
@@ -68,7 +72,8 @@ def match(context: Any, address: Any, id: Any) -> Any:
         keys = builder.shuffle_vector(builder.insert_element(undefined, arguments[1], first), undefined,
                                       ir.Constant(ir.VectorType(ir.IntType(32), 2 * GROUP), [0] * 2 * GROUP))
         there = builder.load(builder.inttoptr(arguments[0], ir.PointerType()), typ=line, align=8)
-        bits = builder.and_(builder.bitcast(builder.icmp_signed("==", there, keys), word), word(0b01010101))  # every second word is no key
+        # every second word is no key
+        bits = builder.and_(builder.bitcast(builder.icmp_signed("==", there, keys), word), word(0b01010101))
         return builder.zext(builder.lshr(builder.cttz(bits, ir.IntType(1)(0)), word(1)), arguments[1].type)
 
     return types.int64(types.int64, types.int64), build
@@ -101,7 +106,8 @@ def find(heads: Any, shift: int, is_static: bool, id: int) -> Any:
 
 @kernel
 def probe(heads: Any, bucket: int, entry: int, id: int) -> int:
-    """An id's entry, from its home on; -1 where there is none. Most are in their first line, of which an empty entry's key means nothing."""
+    """An id's entry, from its home on; -1 where there is none. Most are in their first line, of which an empty entry's
+    key means nothing."""
     keys, entries = int64s(heads[bucket, ENTRIES]), int32s(heads[bucket, ENTRIES])
     found = entry + match(heads[bucket, ENTRIES] + ENTRY_BYTES * entry, id)
     if found < entry + GROUP and entries[found * FIELDS + PLACE] != EMPTY:
@@ -150,9 +156,11 @@ def locate(heads: Any, shift: int, is_static: bool, ids: Any, places: Any) -> An
 
 
 @kernel
-def weigh(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts: Any, buckets: Any, entries: Any, is_trained: Any, new: Any,
+def weigh(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts: Any, buckets: Any, entries: Any,
+          is_trained: Any, new: Any,
           admitted: Any) -> Any:
-    """Of each id: its bucket, its entry (-1: none yet) and whether it is updated. By bucket, how many entries are new, and how many are admitted.
+    """Of each id: its bucket, its entry (-1: none yet) and whether it is updated. By bucket, how many entries are new,
+    and how many are admitted.
 
     0, or -1 - bucket where one is not held.
     """
@@ -223,9 +231,11 @@ def give_all(entries: Any, pool: Any, slabs: Any, slab_shift: int, stride: int) 
 
 
 @kernel
-def settle(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts: Any, lasts: Any, buckets: Any, entries: Any, used: Any,
+def settle(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts: Any, lasts: Any, buckets: Any,
+           entries: Any, used: Any,
            stored: Any, pool: Any, slabs: Any, slab_shift: int, stride: int, places: Any, new_places: Any) -> None:
-    """Counts appearances and notes the last step; whoever is admitted gets a place. Fills in each id's place (-1: it waits), and it again if new."""
+    """Counts appearances and notes the last step; whoever is admitted gets a place. Fills in each id's place (-1: it
+    waits), and it again if new."""
     for i in range(ids.size):
         bucket, entry = buckets[i], entries[i]
         if entry < 0:
@@ -249,7 +259,8 @@ def settle(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts
 
 
 @kernel
-def remove(heads: Any, shift: int, is_static: bool, ids: Any, used: Any, stored: Any, pool: Any, slabs: Any, slab_shift: int, stride: int,
+def remove(heads: Any, shift: int, is_static: bool, ids: Any, used: Any, stored: Any, pool: Any, slabs: Any,
+           slab_shift: int, stride: int,
            places: Any) -> None:
     """Forgets ids; one that is not there is passed over. Fills in the place that each had, or -1."""
     for i in range(ids.size):

@@ -40,7 +40,8 @@ class ReferenceRows:
 
     @property
     def nbytes(self) -> int:
-        return sum(16 + (4 * (self.spec.width + self.spec.num_slots) if row.values is not None else 0) for row in self._rows.values())
+        return sum(16 + (4 * (self.spec.width + self.spec.num_slots) if row.values is not None else 0)
+                   for row in self._rows.values())
 
     def hold(self, buckets: Iterable[int]) -> None:
         self.held |= frozenset(buckets)
@@ -83,7 +84,8 @@ class ReferenceRows:
         evicted = sorted(id for bucket in self.held for id in self._evicted(step, bucket, after))
         growth = sum(after[id][2] and row.values is None for id, row in zip(summed.ids.tolist(), before))
         if self._limit and self.nbytes + growth * 4 * (self.spec.width + self.spec.num_slots) > self._limit:
-            raise UserError(f"table {self.spec.name}: embedding.memory_gb = {self._limit / 1e9:g} has no room for {growth} rows more.")
+            raise UserError(f"table {self.spec.name}: embedding.memory_gb = {self._limit / 1e9:g} has no room for "
+                            f"{growth} rows more.")
         self._prepared = step, summed, Prepared(is_trained, np.array(evicted, np.int64), bad)
         return self._prepared[2]
 
@@ -94,7 +96,8 @@ class ReferenceRows:
         if spec.ttl_steps and (step + bucket) % max(1, spec.ttl_steps // SWEEPS) == 0:
             gone = {id for id, (_, last, _) in mine.items() if step - last > spec.ttl_steps}
         for kind in (True, False):
-            left = sorted((count, last, id) for id, (count, last, is_stored) in mine.items() if is_stored is kind and id not in gone)
+            left = sorted((count, last, id) for id, (count, last, is_stored) in mine.items() if is_stored is kind
+                          and id not in gone)
             if spec.max_rows and len(left) > spec.bucket_rows:
                 gone |= {id for _, _, id in left[:len(left) - (spec.bucket_rows - spec.bucket_rows // SWEEPS)]}
         return gone
@@ -114,7 +117,8 @@ class ReferenceRows:
         if prepared.bad is not None:
             raise not_finite(self.spec, prepared.bad, step)
         self._prepared = None
-        for id, sum, count, is_trained in zip(summed.ids.tolist(), summed.sums, summed.counts.tolist(), prepared.is_trained):
+        for id, sum, count, is_trained in zip(summed.ids.tolist(), summed.sums, summed.counts.tolist(),
+                                              prepared.is_trained):
             row = self._rows.setdefault(id, Row())
             row.count, row.last = min(row.count + count, MOST), step
             if row.values is None and row.count >= self.spec.admit:
@@ -131,9 +135,11 @@ class ReferenceRows:
     def export(self, bucket: int, after: int = -1) -> Rows:
         self._check_held(bucket)
         mine = sorted((id, row) for id, row in self._rows.items() if self._bucket(id) == bucket and row.last > after)
-        stored, waiting = ([(id, row) for id, row in mine if (row.values is None) is is_waiting] for is_waiting in (False, True))
+        stored, waiting = ([(id, row) for id, row in mine if (row.values is None) is is_waiting]
+                           for is_waiting in (False, True))
         (ids, *ages), others = ([np.array(column, kind) for column, kind in (
-            ([id for id, _ in part], np.int64), ([row.count for _, row in part], np.int32), ([row.last for _, row in part], np.int32))]
+            ([id for id, _ in part], np.int64), ([row.count for _, row in part], np.int32),
+            ([row.last for _, row in part], np.int32))]
             for part in (stored, waiting))
         values = np.array([row.values for _, row in stored], np.float32).reshape(len(stored), self.spec.width)
         slots = np.array([row.slots for _, row in stored], np.float32).reshape(len(stored), self.spec.num_slots)
@@ -144,7 +150,8 @@ class ReferenceRows:
         self._check(np.concatenate([rows.ids, rows.waiting_ids]))
         for i, id in enumerate(rows.ids.tolist()):
             self._rows[id] = Row(int(rows.counts[i]), int(rows.lasts[i]), rows.values[i].copy(), rows.slots[i].copy())
-        for id, count, last in zip(rows.waiting_ids.tolist(), rows.waiting_counts.tolist(), rows.waiting_lasts.tolist()):
+        for id, count, last in zip(rows.waiting_ids.tolist(), rows.waiting_counts.tolist(),
+                                   rows.waiting_lasts.tolist()):
             self._rows[id] = Row(count, last)
 
     def remove(self, ids: np.ndarray) -> None:
@@ -181,7 +188,8 @@ def pool(rows: np.ndarray, index: np.ndarray, bags: Bags) -> np.ndarray:
 def apply(optimizer: str, update: RowUpdate, step: int, values: np.ndarray, slots: np.ndarray, sum: np.ndarray) -> None:
     """One row's step in place, as the frameworks' own sparse optimizers have it.
 
-    Adagrad: Duchi et al. 2011; row-wise, one mean of squares a row: as in FBGEMM. Adam: Kingma and Ba 2015, on the touched rows alone.
+    Adagrad: Duchi et al. 2011; row-wise, one mean of squares a row: as in FBGEMM. Adam: Kingma and Ba 2015, on the
+    touched rows alone.
     """
     lr, scale, decay, eps, beta1, rest1, beta2, rest2, bare_rate, root = update.numbers(step)
     gradient = sum * scale
@@ -250,10 +258,12 @@ class ReferenceKernels:
             sums[id] = sums[id] + sum if id in sums else sum
             counts[id] = counts.get(id, 0) + count
         ids = sorted(sums)
-        return Summed(np.array(ids, np.int64), np.array([sums[id] for id in ids], np.float32).reshape(-1, left.sums.shape[1]),
+        return Summed(np.array(ids, np.int64), np.array([sums[id] for id in ids],
+                                                        np.float32).reshape(-1, left.sums.shape[1]),
                       np.array([counts[id] for id in ids], np.int32))
 
-    def update(self, spec: TableSpec, update: RowUpdate, step: int, values: np.ndarray, slots: np.ndarray, sums: np.ndarray) -> None:
+    def update(self, spec: TableSpec, update: RowUpdate, step: int, values: np.ndarray, slots: np.ndarray,
+               sums: np.ndarray) -> None:
         for value, slot, sum in zip(values, slots, sums):
             apply(spec.optimizer, update, step, value, slot, sum)
 

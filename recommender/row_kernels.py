@@ -1,9 +1,11 @@
 """The store's compiled kernels on rows: pooling (of rows, and of slopes), updates, starting rows. None of them knows ids' places.
 
-A row is worked on 16 floats at a time, as one vector; the last one is masked. There is no fast math, so every sum has one order: by position, and
-within a row (`total`) by 16 lanes and then by halves. Row `place` lies at slabs[place >> shift] + (place & mask) * stride bytes.
+A row is worked on 16 floats at a time, as one vector; the last one is masked. There is no fast math, so every sum has
+one order: by position, and within a row (`total`) by 16 lanes and then by halves. Row `place` lies at slabs[place >>
+shift] + (place & mask) * stride bytes.
 
-Numba keeps what it compiled by the date of the file that a kernel stands in, so a kernel calls nothing that stands elsewhere.
+Numba keeps what it compiled by the date of the file that a kernel stands in, so a kernel calls nothing that stands
+elsewhere.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ def spread(builder: Any, value: Any) -> Any:
     """One number in all lanes."""
     vector = ir.VectorType(value.type, LANES)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, NUMBER(0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(NUMBER, LANES), [0] * LANES))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined),
+                                  ir.Constant(ir.VectorType(NUMBER, LANES), [0] * LANES))
 
 
 def mask(builder: Any, num: Any) -> Any:
@@ -91,7 +94,8 @@ def called(builder: Any, name: str, result: Any, arguments: Any) -> Any:
 
 
 def emit_load(builder: Any, address: Any, num: Any) -> Any:
-    arguments = [builder.inttoptr(address, ir.PointerType()), NUMBER(BYTES), mask(builder, num), ir.Constant(VECTOR, [0.0] * LANES)]
+    arguments = [builder.inttoptr(address, ir.PointerType()), NUMBER(BYTES), mask(builder, num),
+                 ir.Constant(VECTOR, [0.0] * LANES)]
     return called(builder, "llvm.masked.load.v16f32.p0", VECTOR, arguments)
 
 
@@ -115,7 +119,8 @@ def emit_total(builder: Any, value: Any) -> Any:
 
 
 def emit_prefetch(builder: Any, address: Any) -> Any:
-    called(builder, "llvm.prefetch.p0", ir.VoidType(), [builder.inttoptr(address, ir.PointerType()), NUMBER(0), NUMBER(3), NUMBER(1)])
+    called(builder, "llvm.prefetch.p0", ir.VoidType(),
+           [builder.inttoptr(address, ir.PointerType()), NUMBER(0), NUMBER(3), NUMBER(1)])
     return address
 
 
@@ -129,7 +134,8 @@ div = instruction(lanes(lanes, lanes), ir.IRBuilder.fdiv)
 sqrt = instruction(lanes(lanes), emit_sqrt)
 total = instruction(types.float32(lanes), emit_total)
 prefetch = instruction(types.int64(types.int64), emit_prefetch)
-floats = instruction(types.CPointer(types.float32)(types.int64), lambda builder, address: builder.inttoptr(address, ir.PointerType()))
+floats = instruction(types.CPointer(types.float32)(types.int64), lambda builder,
+                     address: builder.inttoptr(address, ir.PointerType()))
 
 
 @kernel
@@ -148,8 +154,8 @@ def addresses(slabs: Any, shift: int, stride: int, spare: int, places: Any) -> A
 
 @kernel
 def pool(rows: Any, width: int, offsets: Any, targets: Any, weights: Any, divisors: Any, out: int) -> None:
-    """Row targets[r] of `out` becomes the sum of what lies at the addresses rows[offsets[r]:offsets[r + 1]], weighted where there are weights, and
-    divided by divisors[r] where there are divisors."""
+    """Row targets[r] of `out` becomes the sum of what lies at the addresses rows[offsets[r]:offsets[r + 1]], weighted
+    where there are weights, and divided by divisors[r] where there are divisors."""
     stride = BYTES * width
     ahead = 1 + AHEAD * LINE // (stride + LINE)
     for run in range(targets.size):
@@ -179,7 +185,8 @@ def pool(rows: Any, width: int, offsets: Any, targets: Any, weights: Any, diviso
 
 @kernel
 def copy(slabs: Any, shift: int, width: int, spare: int, places: Any, out: int) -> None:
-    """Row i of `out` becomes the row at places[i]; without a place it is that of `spare`, or zeros where there is no spare."""
+    """Row i of `out` becomes the row at places[i]; without a place it is that of `spare`, or zeros where there is no
+    spare."""
     stride = BYTES * width
     for i in range(places.size):
         at = address(slabs, shift, stride, places[i]) if places[i] >= 0 else spare + (-1 - places[i]) * stride
@@ -223,7 +230,8 @@ def mixed(value: Any) -> Any:
 
 
 @kernel
-def merge(left_ids: Any, right_ids: Any, left: int, right: int, width: int, left_counts: Any, right_counts: Any, ids: Any, sums: int,
+def merge(left_ids: Any, right_ids: Any, left: int, right: int, width: int, left_counts: Any, right_counts: Any,
+          ids: Any, sums: int,
           counts: Any) -> int:
     """left + right by ascending ids; how many there are."""
     stride = BYTES * width
@@ -270,7 +278,8 @@ def gradient(sums: int, value: Any, some: int, scale: Any, decay: Any) -> Any:
 
 
 @kernel
-def update(optimizer: int, values: Any, slots: Any, shift: int, width: int, num_slots: int, places: Any, is_trained: Any, sums: int,
+def update(optimizer: int, values: Any, slots: Any, shift: int, width: int, num_slots: int, places: Any,
+           is_trained: Any, sums: int,
            numbers: Any) -> None:
     """One optimizer step on each row that is trained; `numbers` as `RowUpdate.numbers` lists them."""
     lr, scale, decay, eps, beta1, rest1, beta2, rest2, bare_rate, root = numbers
@@ -284,7 +293,8 @@ def update(optimizer: int, values: Any, slots: Any, shift: int, width: int, num_
                 prefetch(address(slots, shift, slot_stride, places[i + ahead]) + line)
         if not is_trained[i]:
             continue
-        row, slot, sum = address(values, shift, stride, places[i]), address(slots, shift, slot_stride, places[i]), sums + stride * i
+        row, slot, sum = address(values, shift, stride,
+                                 places[i]), address(slots, shift, slot_stride, places[i]), sums + stride * i
         rate = lr
         if optimizer == ROWWISE_ADAGRAD:
             squares = same(np.float32(0))

@@ -1,7 +1,8 @@
 """The row store on compiled kernels: an index for each bucket, and the rows of all of them in common slabs.
 
-A bucket's index grows by itself; a row never moves. Rows of buckets that were dropped and of ids that were evicted leave places, which are taken
-again. Places differ between stores of equal content; nothing that a store answers does. One thread at a time may call a store.
+A bucket's index grows by itself; a row never moves. Rows of buckets that were dropped and of ids that were evicted
+leave places, which are taken again. Places differ between stores of equal content; nothing that a store answers does.
+One thread at a time may call a store.
 """
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ from recommender.index_kernels import CAPACITY, COUNT, EMPTY, FIRST, PLACE
 from recommender.slabs import FLOAT, Indexes, Slabs, address
 
 LOAD = 0.75  # of an index: how full it gets
-SIZES = [4 * round(2 * 1.5 ** step) for step in range(60)]  # of indexes, in entries: each half as much again as the one before
+# of indexes, in entries: each half as much again as the one before
+SIZES = [4 * round(2 * 1.5 ** step) for step in range(60)]
 ENTRY_BYTES = index.ENTRY_BYTES + 4  # with its last step
-OPTIMIZERS = {"sgd": row_kernels.SGD, "adagrad": row_kernels.ADAGRAD, "rowwise_adagrad": row_kernels.ROWWISE_ADAGRAD, "adam": row_kernels.ADAM}
+OPTIMIZERS = {"sgd": row_kernels.SGD, "adagrad": row_kernels.ADAGRAD, "rowwise_adagrad": row_kernels.ROWWISE_ADAGRAD,
+              "adam": row_kernels.ADAM}
 NEVER = MOST + 1  # as `admit`: nobody appears so often
 NO_FLOATS = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """Of ids that are to be counted: each one's bucket, entry (-1: none yet) and whether it is trained; by bucket, how many are new, and admitted."""
+    """Of ids that are to be counted: each one's bucket, entry (-1: none yet) and whether it is trained; by bucket, how
+    many are new, and admitted."""
 
     buckets: np.ndarray
     entries: np.ndarray
@@ -105,7 +109,8 @@ class CompiledRows:
         bags.check(self.spec)
         places, spare = self._located(bags.ids)
         width = self.spec.width
-        return pooled(row_kernels.addresses(self._slabs.values, self._slabs.shift, FLOAT * width, address(spare), places), width, bags)
+        return pooled(row_kernels.addresses(self._slabs.values, self._slabs.shift, FLOAT * width, address(spare),
+                                            places), width, bags)
 
     def read(self, ids: np.ndarray) -> np.ndarray:
         check_ids(self.spec, ids)
@@ -129,7 +134,8 @@ class CompiledRows:
         bad = row_kernels.first_bad(address(summed.sums), summed.ids.size, self.spec.width)
         prepared = Prepared(found.is_trained, gone, int(summed.ids[bad]) if bad >= 0 else None)
         num = summed.ids.size
-        self._work = Work(step, summed, prepared, found, np.full(num, step, np.int32), np.empty(num, np.int64), np.empty(num, np.int64),
+        self._work = Work(step, summed, prepared, found, np.full(num, step, np.int32), np.empty(num, np.int64),
+                          np.empty(num, np.int64),
                           np.empty(gone.size, np.int64))
         return prepared
 
@@ -145,9 +151,11 @@ class CompiledRows:
         if work.prepared.bad is not None:
             raise not_finite(spec, work.prepared.bad, work.step)
         self._work = None
-        self._settle(spec.admit, summed.ids, summed.counts, work.lasts, work.found.buckets, work.found.entries, work.places, work.new_places)
+        self._settle(spec.admit, summed.ids, summed.counts, work.lasts, work.found.buckets, work.found.entries,
+                     work.places, work.new_places)
         self._begin(summed.ids, work.new_places)
-        row_kernels.update(OPTIMIZERS[spec.optimizer], slabs.values, slabs.slots, slabs.shift, spec.width, spec.num_slots, work.places,
+        row_kernels.update(OPTIMIZERS[spec.optimizer], slabs.values, slabs.slots, slabs.shift, spec.width,
+                           spec.num_slots, work.places,
                            work.prepared.is_trained, address(summed.sums), tuple(update.numbers(work.step)))
         self._remove(work.prepared.evicted, work.evicted_places)
 
@@ -191,22 +199,26 @@ class CompiledRows:
 
     # memory
     def _make_room(self, index_bytes: int, places: int) -> None:
-        """Adds the slabs that so many places need. UserError, and nothing changed, where that and the index's bytes are too much."""
+        """Adds the slabs that so many places need. UserError, and nothing changed, where that and the index's bytes are
+        too much."""
         slabs = self._slabs.lacking(places)
         wanted = self.nbytes + index_bytes + slabs * self._slabs.slab_bytes
         if self._limit and wanted > self._limit:
-            raise UserError(f"table {self.spec.name} needs {size(wanted)} of memory, and embedding.memory_gb = {self._limit / 1e9:g} is all that it "
-                            "may take here; raise that, add workers, or set its max_rows, ttl_steps or admit.")
+            raise UserError(f"table {self.spec.name} needs {size(wanted)} of memory, and embedding.memory_gb = "
+                            f"{self._limit / 1e9:g} is all that it may take here; raise that, add workers, or set its "
+                            "max_rows, ttl_steps or admit.")
         self._slabs.add(slabs)
 
     def _reserve(self, new: np.ndarray, places: int) -> bool:
-        """Finds room for so many new entries by bucket, and rows; whether an index has grown, so that entries lie elsewhere."""
+        """Finds room for so many new entries by bucket, and rows; whether an index has grown, so that entries lie
+        elsewhere."""
         if self._is_static:
             return False
         capacities = self._heads[:, CAPACITY]
         wanted = self._used + new
         tight = np.flatnonzero(wanted > LOAD * capacities)
-        larger = np.array([next(size for size in SIZES if LOAD * size >= num) for num in wanted[tight].tolist()], np.int64)
+        larger = np.array([next(size for size in SIZES if LOAD * size >= num) for num in wanted[tight].tolist()],
+                          np.int64)
         self._make_room(ENTRY_BYTES * int((larger - capacities[tight]).sum()), places)
         for bucket, capacity in zip(tight.tolist(), larger.tolist()):
             old = self._ids(bucket), *self._index[bucket]
@@ -237,7 +249,8 @@ class CompiledRows:
         self._check_held(missing)
         spare = np.empty((missing, self.spec.width), np.float32)
         if missing:
-            row_kernels.start(np.array([address(spare)]), row_kernels.WHOLE, self.spec.width, *self._start, ids[places < 0], np.arange(missing))
+            row_kernels.start(np.array([address(spare)]), row_kernels.WHOLE, self.spec.width, *self._start,
+                              ids[places < 0], np.arange(missing))
         return places, spare
 
     def _slots_at(self, places: np.ndarray) -> np.ndarray:
@@ -247,8 +260,10 @@ class CompiledRows:
 
     def _weigh(self, admit: int, ids: np.ndarray, counts: np.ndarray) -> Weighed:
         new, admitted = (np.zeros(self.spec.num_buckets, np.int64) for _ in range(2))
-        found = Weighed(np.empty(ids.size, np.int64), np.empty(ids.size, np.int64), np.empty(ids.size, bool), new, admitted)
-        self._check_held(index.weigh(self._heads, self._shift, self._is_static, admit, ids, counts, found.buckets, found.entries,
+        found = Weighed(np.empty(ids.size, np.int64), np.empty(ids.size, np.int64), np.empty(ids.size, bool), new,
+                        admitted)
+        self._check_held(index.weigh(self._heads, self._shift, self._is_static, admit, ids, counts, found.buckets,
+                                     found.entries,
                                      found.is_trained, new, admitted))
         return found
 
@@ -257,9 +272,11 @@ class CompiledRows:
         row_kernels.start(self._slabs.values, self._slabs.shift, self.spec.width, *self._start, ids, places)
         row_kernels.put(self._slabs.slots, self._slabs.shift, self.spec.num_slots, places, 0)
 
-    def _settle(self, admit: int, ids: np.ndarray, counts: np.ndarray, lasts: np.ndarray, buckets: np.ndarray, entries: np.ndarray,
+    def _settle(self, admit: int, ids: np.ndarray, counts: np.ndarray, lasts: np.ndarray, buckets: np.ndarray,
+                entries: np.ndarray,
                 places: np.ndarray, new_places: np.ndarray) -> None:
-        index.settle(self._heads, self._shift, self._is_static, admit, ids, counts, lasts, buckets, entries, self._used, self._stored, *self._places,
+        index.settle(self._heads, self._shift, self._is_static, admit, ids, counts, lasts, buckets, entries, self._used,
+                     self._stored, *self._places,
                      places, new_places)
 
     def _remove(self, ids: np.ndarray, places: np.ndarray) -> None:

@@ -43,7 +43,8 @@ class CompiledKernels:
         sorted_ids, order = index_kernels.ascending(ids)
         distinct, starts = index_kernels.groups(sorted_ids)
         sums = np.empty((distinct.size, spec.width), np.float32)
-        row_kernels.pool(address(slopes) + slopes.itemsize * spec.width * rows[order], spec.width, starts, np.arange(distinct.size),
+        row_kernels.pool(address(slopes) + slopes.itemsize * spec.width * rows[order], spec.width, starts,
+                         np.arange(distinct.size),
                          NO_FLOATS if weights is None else weights[order], NO_FLOATS, address(sums))
         return Summed(distinct, sums, np.diff(starts).astype(np.int32))
 
@@ -51,14 +52,17 @@ class CompiledKernels:
         left, right = in_order(left), in_order(right)
         most, width = left.ids.size + right.ids.size, left.sums.shape[1]
         ids, sums, counts = np.empty(most, np.int64), np.empty((most, width), np.float32), np.empty(most, np.int32)
-        num = row_kernels.merge(left.ids, right.ids, address(left.sums), address(right.sums), width, left.counts, right.counts, ids, address(sums),
+        num = row_kernels.merge(left.ids, right.ids, address(left.sums), address(right.sums), width, left.counts,
+                                right.counts, ids, address(sums),
                                 counts)
         return Summed(ids[:num], sums[:num], counts[:num])
 
-    def update(self, spec: TableSpec, update: RowUpdate, step: int, values: np.ndarray, slots: np.ndarray, sums: np.ndarray) -> None:
+    def update(self, spec: TableSpec, update: RowUpdate, step: int, values: np.ndarray, slots: np.ndarray,
+               sums: np.ndarray) -> None:
         assert all(array.flags.c_contiguous for array in (values, slots, sums))
         whole = [np.array([address(array)]) for array in (values, slots)]
-        row_kernels.update(OPTIMIZERS[spec.optimizer], *whole, row_kernels.WHOLE, spec.width, spec.num_slots, np.arange(len(values)),
+        row_kernels.update(OPTIMIZERS[spec.optimizer], *whole, row_kernels.WHOLE, spec.width, spec.num_slots,
+                           np.arange(len(values)),
                            np.ones(len(values), bool), address(sums), tuple(update.numbers(step)))
 
 

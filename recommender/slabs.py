@@ -25,8 +25,8 @@ def on_large_pages(num_bytes: int) -> np.ndarray:
 
 
 class Indexes:
-    """Room for entries and last steps. Indexes of one size share a chunk of memory, which is free when the last of them has grown out of it: buckets
-    fill up alike, so they leave it together."""
+    """Room for entries and last steps. Indexes of one size share a chunk of memory, which is free when the last of them
+    has grown out of it: buckets fill up alike, so they leave it together."""
 
     def __init__(self) -> None:
         self._chunks: dict[int, np.ndarray] = {}  # by size: what is left of the newest one
@@ -38,7 +38,8 @@ class Indexes:
         if left is None or left.size < size:
             left = on_large_pages(max(size, CHUNK_BYTES // size * size))
         self._chunks[size] = left[size:]
-        return left[:entries].view(np.int32).reshape(capacity, FIELDS), left[entries:entries + 4 * capacity].view(np.int32)
+        return left[:entries].view(np.int32).reshape(capacity,
+                                                     FIELDS), left[entries:entries + 4 * capacity].view(np.int32)
 
 
 class Slabs:

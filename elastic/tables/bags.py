@@ -17,9 +17,10 @@ POOLINGS = ("sum", "mean", "none")
 class Bags:
     """Jagged lists of ids: bag b is ids[offsets[b]:offsets[b + 1]].
 
-    `ids` int64, `offsets` int64 (bags + 1), `weights` float32 as `ids` or None for ones. Under "sum" and "mean" a bag is looked up as one row (a mean
-    is divided by the sum of the weights, where that is not 0); under "none" as `length` rows, zeros behind its last id. `is_filler`, bool (bags),
-    names the bags that only fill a batch up: they are looked up, but nothing of them comes back.
+    `ids` int64, `offsets` int64 (bags + 1), `weights` float32 as `ids` or None for ones. Under "sum" and "mean" a bag
+    is looked up as one row (a mean is divided by the sum of the weights, where that is not 0); under "none" as `length`
+    rows, zeros behind its last id. `is_filler`, bool (bags), names the bags that only fill a batch up: they are looked
+    up, but nothing of them comes back.
     """
 
     ids: np.ndarray
@@ -35,7 +36,8 @@ class Bags:
 
     @cached_property
     def runs(self) -> tuple[np.ndarray, np.ndarray]:
-        """(offsets, targets) int64: positions offsets[r]..offsets[r + 1] - 1 add up to row targets[r] of what is looked up."""
+        """(offsets, targets) int64: positions offsets[r]..offsets[r + 1] - 1 add up to row targets[r] of what is looked
+        up."""
         if self.pooling != "none":
             return self.offsets, np.arange(self.size)
         lengths = np.diff(self.offsets)
@@ -63,21 +65,24 @@ class Bags:
         """UserError where what a data set gave cannot be looked up."""
         where, ids, offsets = f"table {spec.name}", self.ids, self.offsets
         if ids.dtype != np.int64 or ids.ndim != 1 or offsets.dtype != np.int64 or offsets.ndim != 1 or not offsets.size:
-            raise UserError(f"{where}: ids are {ids.dtype} with {ids.ndim} dims and offsets {offsets.dtype} with {offsets.ndim}; both must be one "
-                            "int64 array, and offsets one longer than there are lists.")
+            raise UserError(f"{where}: ids are {ids.dtype} with {ids.ndim} dims and offsets {offsets.dtype} with "
+                            f"{offsets.ndim}; both must be one int64 array, and offsets one longer than there are "
+                            "lists.")
         if self.pooling not in POOLINGS:
             raise UserError(f"tables.{spec.name}.pooling = {self.pooling!r} is not one of {', '.join(POOLINGS)}.")
         lengths = np.diff(offsets)
         if offsets[0] != 0 or offsets[-1] != ids.size or (lengths < 0).any():
             falls = f" and decrease behind list {np.argmax(lengths < 0)}" if (lengths < 0).any() else ""
-            raise UserError(f"{where}: offsets must rise from 0 to the {ids.size} ids that there are, and these run from {offsets[0]} to "
-                            f"{offsets[-1]}{falls}.")
+            raise UserError(f"{where}: offsets must rise from 0 to the {ids.size} ids that there are, and these run "
+                            f"from {offsets[0]} to {offsets[-1]}{falls}.")
         if self.pooling == "none" and lengths.size and lengths.max() > self.length:
-            raise UserError(f"{where}: list {np.argmax(lengths)} has {lengths.max()} ids, and lists that are not pooled are {self.length} long at "
-                            "most; cut it, or state a larger length.")
-        for name, array, shape, dtype in (("weights", self.weights, ids.shape, np.float32), ("is_filler", self.is_filler, lengths.shape, np.bool_)):
+            raise UserError(f"{where}: list {np.argmax(lengths)} has {lengths.max()} ids, and lists that are not "
+                            f"pooled are {self.length} long at most; cut it, or state a larger length.")
+        for name, array, shape, dtype in (("weights", self.weights, ids.shape, np.float32),
+                                          ("is_filler", self.is_filler, lengths.shape, np.bool_)):
             if array is not None and (array.shape != shape or array.dtype != dtype):
-                raise UserError(f"{where}: {name} are {array.dtype} of shape {array.shape}; they must be {np.dtype(dtype)} of shape {shape}.")
+                raise UserError(f"{where}: {name} are {array.dtype} of shape {array.shape}; they must be "
+                                f"{np.dtype(dtype)} of shape {shape}.")
         check_ids(spec, ids)
 
 
@@ -87,13 +92,14 @@ def check_ids(spec: TableSpec, ids: np.ndarray) -> None:
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= spec.vocabulary:
-        raise UserError(f"table {spec.name}: id {low if low < 0 else high} is not in its vocabulary, 0 to {spec.vocabulary - 1}; mend the data, or "
-                        "let the table grow.")
+        raise UserError(f"table {spec.name}: id {low if low < 0 else high} is not in its vocabulary, 0 to "
+                        f"{spec.vocabulary - 1}; mend the data, or let the table grow.")
 
 
 @dataclass(frozen=True)
 class Summed:
-    """What comes back for distinct ids: `ids` int64 ascending, `sums` float32 (ids, width) of slopes, `counts` int32 of appearances."""
+    """What comes back for distinct ids: `ids` int64 ascending, `sums` float32 (ids, width) of slopes, `counts` int32 of
+    appearances."""
 
     ids: np.ndarray
     sums: np.ndarray
@@ -109,8 +115,9 @@ class Summed:
         kinds = self.ids.dtype, self.sums.dtype, self.counts.dtype
         num = self.ids.size
         if sizes != ((num,), (num, spec.width), (num,)) or kinds != (np.int64, np.float32, np.int32):
-            raise UserError(f"table {spec.name}: sums are {kinds[0]} {sizes[0]}, {kinds[1]} {sizes[1]}, {kinds[2]} {sizes[2]}; they must be int64 "
-                            f"ids, float32 rows of width {spec.width} and int32 counts, one of each an id.")
+            raise UserError(f"table {spec.name}: sums are {kinds[0]} {sizes[0]}, {kinds[1]} {sizes[1]}, {kinds[2]} "
+                            f"{sizes[2]}; they must be int64 ids, float32 rows of width {spec.width} and int32 counts, "
+                            "one of each an id.")
         if (self.ids[1:] <= self.ids[:-1]).any():
             raise UserError(f"table {spec.name}: the ids of its sums must rise, each once.")
         check_ids(spec, self.ids)
@@ -119,10 +126,10 @@ class Summed:
 def check_slopes(spec: TableSpec, bags: Bags, slopes: np.ndarray) -> None:
     wanted = bags.shape(spec.width)
     if slopes.shape != wanted or slopes.dtype != np.float32:
-        raise UserError(f"table {spec.name}: its slopes are {slopes.dtype} of shape {slopes.shape}; they must be as what was looked up, float32 of "
-                        f"shape {wanted}.")
+        raise UserError(f"table {spec.name}: its slopes are {slopes.dtype} of shape {slopes.shape}; they must be as "
+                        f"what was looked up, float32 of shape {wanted}.")
 
 
 def not_finite(spec: TableSpec, id: int, step: int) -> NonFiniteLoss:
-    return NonFiniteLoss(f"table {spec.name}: the gradient of id {id} is not finite at step {step}; lower tables.{spec.name}.lr, or look for values "
-                         "in the data that are no numbers.")
+    return NonFiniteLoss(f"table {spec.name}: the gradient of id {id} is not finite at step {step}; lower "
+                         f"tables.{spec.name}.lr, or look for values in the data that are no numbers.")

@@ -53,7 +53,8 @@ def holders(members: Sequence[str], num_buckets: int, twin: bool, before: Holder
     A holder is never asked to copy what it has: a twin becomes the owner of a bucket whose owner is gone.
     """
     copies = 2 if twin and len(members) > 1 else 1
-    kept = [[m for m in pair if m in set(members)] for pair in zip(before.owners, before.twins)] if before else [[] for _ in range(num_buckets)]
+    kept = [[m for m in pair if m in set(members)] for pair in zip(before.owners,
+                                                                   before.twins)] if before else [[] for _ in range(num_buckets)]
     if copies == 1:
         kept = [pair[:1] for pair in kept]
     places = spread(members, kept, copies)
@@ -63,9 +64,11 @@ def holders(members: Sequence[str], num_buckets: int, twin: bool, before: Holder
 
 
 def spread(members: Sequence[str], kept: Sequence[list[str]], copies: int) -> list[list[str]]:
-    """Each bucket's `copies` different holders, each member with as many buckets as any other, or one more; all that can stay stays.
+    """Each bucket's `copies` different holders, each member with as many buckets as any other, or one more; all that
+    can stay stays.
 
-    Partners are mixed: whoever is lost, its buckets' other holders are all the others alike, so none has to move for evenness alone.
+    Partners are mixed: whoever is lost, its buckets' other holders are all the others alike, so none has to move for
+    evenness alone.
     """
     places = [list(pair) for pair in kept]
     num = Counter(m for pair in places for m in pair)
@@ -81,7 +84,8 @@ def spread(members: Sequence[str], kept: Sequence[list[str]], copies: int) -> li
         while len(pair) < copies:
             free = [m for m in members if m not in pair]
             m = max(free, key=lambda m: (quota[m] - num[m], -joint[*pair, m] - joint[m, *pair]))
-            if num[m] >= quota[m]:  # who has room has this bucket already: it takes another's, whose holder takes this one
+            # who has room has this bucket already: it takes another's, whose holder takes this one
+            if num[m] >= quota[m]:
                 m = exchanged(places, pair, free, next(m for m in pair if num[m] < quota[m]), num)
             pair.append(m)
             num[m] += 1
@@ -90,7 +94,8 @@ def spread(members: Sequence[str], kept: Sequence[list[str]], copies: int) -> li
 
 
 def leaving(m: str, places: Sequence[list[str]]) -> list[int]:
-    """A member's buckets, first those that it should give up first: another keeps them, and each of its partners in turn."""
+    """A member's buckets, first those that it should give up first: another keeps them, and each of its partners in
+    turn."""
     seen: Counter[str] = Counter()
     found = []
     for bucket, pair in enumerate(places):
@@ -112,9 +117,11 @@ def exchanged(places: Sequence[list[str]], pair: list[str], free: Sequence[str],
 
 
 def oriented(members: Sequence[str], places: Sequence[list[str]]) -> list[str]:
-    """The owner among each bucket's holders, so that all own as many, or one more. Of a pair the first owns it unless that is uneven.
+    """The owner among each bucket's holders, so that all own as many, or one more. Of a pair the first owns it unless
+    that is uneven.
 
-    What is uneven then is mended along paths of buckets whose roles are exchanged, from who owns most to who owns least.
+    What is uneven then is mended along paths of buckets whose roles are exchanged, from who owns most to who owns
+    least.
     """
     load = Counter(dict.fromkeys(members, 0))
     owners = []
@@ -130,7 +137,8 @@ def oriented(members: Sequence[str], places: Sequence[list[str]]) -> list[str]:
 
 
 def path_down(places: Sequence[list[str]], owners: Sequence[str], load: Counter[str], most: str) -> list[int]:
-    """Buckets to exchange so that `most` owns one less and somebody with at least two fewer one more; [] where there is nobody."""
+    """Buckets to exchange so that `most` owns one less and somebody with at least two fewer one more; [] where there is
+    nobody."""
     if load[most] - min(load.values()) < 2:
         return []
     twins: dict[str, dict[str, int]] = {m: {} for m in load}  # owner -> twin -> one of their buckets
@@ -156,7 +164,8 @@ def path_down(places: Sequence[list[str]], owners: Sequence[str], load: Counter[
 
 
 def moves(before: Holders, after: Holders) -> list[Move]:
-    """What is copied, each bucket from whichever of its holders that stays has sent least so far. ValueError where nobody has one."""
+    """What is copied, each bucket from whichever of its holders that stays has sent least so far. ValueError where
+    nobody has one."""
     sent: dict[str, int] = {}
     found = []
     members = {*after.owners, *after.twins} - {""}

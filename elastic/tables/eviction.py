@@ -1,8 +1,9 @@
 """Which ids a commit forgets. Pure: it looks at one bucket, and at nothing of where rows lie.
 
-What has not appeared for `ttl_steps` goes at its bucket's next sweep, of which there are `SWEEPS` in that time, on a step of its own for each bucket.
-Where a bucket is over its share of `max_rows` it gives up, of its least counted, a `SWEEPS`th of the share more than it must: so a full bucket is not
-looked through at every step. Stored and waiting ids are counted apart, each up to the share: newcomers cannot crowd out rows, nor rows newcomers.
+What has not appeared for `ttl_steps` goes at its bucket's next sweep, of which there are `SWEEPS` in that time, on a
+step of its own for each bucket. Where a bucket is over its share of `max_rows` it gives up, of its least counted, a
+`SWEEPS`th of the share more than it must: so a full bucket is not looked through at every step. Stored and waiting ids
+are counted apart, each up to the share: newcomers cannot crowd out rows, nor rows newcomers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def sweeps(spec: TableSpec, step: int, buckets: np.ndarray) -> np.ndarray:
     return (step + buckets) % max(1, spec.ttl_steps // SWEEPS) == 0
 
 
-def evicted(spec: TableSpec, step: int, bucket: int, ids: np.ndarray, counts: np.ndarray, lasts: np.ndarray, is_stored: np.ndarray) -> np.ndarray:
+def evicted(spec: TableSpec, step: int, bucket: int, ids: np.ndarray, counts: np.ndarray, lasts: np.ndarray,
+            is_stored: np.ndarray) -> np.ndarray:
     """The ids, in no order, that go in the commit of `step`, of one bucket's as they are after its updates."""
     gone = (step - lasts > spec.ttl_steps) & sweeps(spec, step, np.array(bucket))
     for kind in (is_stored, ~is_stored):

@@ -15,7 +15,8 @@ from elastic.tables.spec import TableSpec
 
 @dataclass(frozen=True)
 class Rows:
-    """Some ids of a table, ascending: `values` (ids, width) and `slots` (ids, slots) float32, `counts` and `lasts` (the step that updated it) int32.
+    """Some ids of a table, ascending: `values` (ids, width) and `slots` (ids, slots) float32, `counts` and `lasts` (the
+    step that updated it) int32.
 
     `waiting_*` are the ids that have not appeared often enough to be stored: these have a count and a last step alone.
     """
@@ -35,7 +36,8 @@ class Rows:
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        return (self.ids, self.values, self.slots, self.counts, self.lasts, self.waiting_ids, self.waiting_counts, self.waiting_lasts)
+        return (self.ids, self.values, self.slots, self.counts, self.lasts, self.waiting_ids, self.waiting_counts,
+                self.waiting_lasts)
 
     def check(self, spec: TableSpec) -> None:
         """UserError for rows of another table: of another width, optimizer, dtype or vocabulary."""
@@ -44,9 +46,10 @@ class Rows:
         dtypes = (np.int64, np.float32, np.float32, np.int32, np.int32, np.int64, np.int32, np.int32)
         for field, array, shape, dtype in zip(fields(self), self.arrays, shapes, dtypes):
             if array.shape != shape or array.dtype != dtype:
-                raise UserError(f"table {spec.name}: {field.name} of the rows to load are {array.dtype} of shape {array.shape}, and with width = "
-                                f"{spec.width} and optimizer = {spec.optimizer!r} they must be {np.dtype(dtype)} of shape {shape}; load them with "
-                                "the recipe that they were saved with.")
+                raise UserError(f"table {spec.name}: {field.name} of the rows to load are {array.dtype} of shape "
+                                f"{array.shape}, and with width = {spec.width} and optimizer = {spec.optimizer!r} they "
+                                f"must be {np.dtype(dtype)} of shape {shape}; load them with the recipe that they were "
+                                "saved with.")
         for ids in (self.ids, self.waiting_ids):
             if (ids[1:] <= ids[:-1]).any():
                 raise UserError(f"table {spec.name}: the ids of the rows to load must rise, each once.")
@@ -56,7 +59,8 @@ class Rows:
 
 
 def digests(rows: Rows) -> tuple[str, str]:
-    """(of the parameters, of the state) of one whole bucket: sha256 of its ids and values; that, and slots, counts, last steps and waiting ids."""
+    """(of the parameters, of the state) of one whole bucket: sha256 of its ids and values; that, and slots, counts,
+    last steps and waiting ids."""
     found = hashlib.sha256()
     for array in rows.arrays[:2]:
         update(found, array)

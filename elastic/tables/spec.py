@@ -10,16 +10,19 @@ import numpy as np
 from elastic.errors import RecipeError
 from elastic.tables.starts import check_init
 
-SLOTS = {"sgd": (0, 0), "adagrad": (1, 0), "rowwise_adagrad": (0, 1), "adam": (2, 0)}  # floats of a row's optimizer state: by width, and beside
-SWEEPS = 16  # in ttl_steps; and a full bucket gives up this part of its rows at once, so that a commit seldom looks through one
+# floats of a row's optimizer state: by width, and beside
+SLOTS = {"sgd": (0, 0), "adagrad": (1, 0), "rowwise_adagrad": (0, 1), "adam": (2, 0)}
+# in ttl_steps; and a full bucket gives up this part of its rows at once, so that a commit seldom looks through one
+SWEEPS = 16
 
 
 @dataclass(frozen=True)
 class TableSpec:
     """A map from 64-bit ids to rows of `width` float32 values.
 
-    Its ids are 0 .. vocabulary - 1, or with vocabulary = 0 any int64, and it grows. An id is stored once it has appeared `admit` times, and trained
-    from then on; it is evicted `ttl_steps` after its last appearance (0: never), or where there are more than `max_rows` (0: any number).
+    Its ids are 0 .. vocabulary - 1, or with vocabulary = 0 any int64, and it grows. An id is stored once it has
+    appeared `admit` times, and trained from then on; it is evicted `ttl_steps` after its last appearance (0: never), or
+    where there are more than `max_rows` (0: any number).
     """
 
     name: str
@@ -35,7 +38,8 @@ class TableSpec:
 
     def __post_init__(self) -> None:
         key = f"tables.{self.name}"
-        for name, value in (("vocabulary", self.vocabulary), ("admit", self.admit), ("ttl_steps", self.ttl_steps), ("max_rows", self.max_rows)):
+        for name, value in (("vocabulary", self.vocabulary), ("admit", self.admit), ("ttl_steps", self.ttl_steps),
+                            ("max_rows", self.max_rows)):
             if value < 0:
                 raise RecipeError(f"{key}.{name} = {value} must be a whole number of at least 0.")
         if self.width < 1:
@@ -45,8 +49,8 @@ class TableSpec:
         if self.num_buckets < 1 or self.num_buckets & (self.num_buckets - 1):
             raise RecipeError(f"embedding.buckets = {self.num_buckets} must be a power of two, as 1024.")
         if 0 < self.max_rows < self.num_buckets:
-            raise RecipeError(f"{key}.max_rows = {self.max_rows} must be at least embedding.buckets = {self.num_buckets}, each of which holds its "
-                              "share of the rows, or 0 for no limit.")
+            raise RecipeError(f"{key}.max_rows = {self.max_rows} must be at least embedding.buckets = "
+                              f"{self.num_buckets}, each of which holds its share of the rows, or 0 for no limit.")
         check_init(f"{key}.init", self.init)
 
     @property
@@ -68,7 +72,8 @@ class TableSpec:
 
 @dataclass(frozen=True)
 class RowUpdate:
-    """One commit's numbers, already scheduled. The sums of slopes are multiplied by `scale` first; decay is an L2 term, on the touched rows alone."""
+    """One commit's numbers, already scheduled. The sums of slopes are multiplied by `scale` first; decay is an L2 term,
+    on the touched rows alone."""
 
     lr: float
     scale: float = 1.0
@@ -78,7 +83,9 @@ class RowUpdate:
     eps: float = 1e-8
 
     def numbers(self, step: int) -> np.ndarray:
-        """float32: lr, scale, weight_decay, eps, beta1, 1 - beta1, beta2, 1 - beta2, and Adam's rate and root of its bias at this step (from 1)."""
+        """float32: lr, scale, weight_decay, eps, beta1, 1 - beta1, beta2, 1 - beta2, and Adam's rate and root of its
+        bias at this step (from 1)."""
         biases = 1 - self.beta1 ** step, 1 - self.beta2 ** step
-        return np.array([self.lr, self.scale, self.weight_decay, self.eps, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2,
+        return np.array([self.lr, self.scale, self.weight_decay, self.eps, self.beta1, 1 - self.beta1, self.beta2,
+                         1 - self.beta2,
                          self.lr / biases[0], math.sqrt(biases[1])], np.float32)

@@ -1,7 +1,7 @@
 """The row that an id starts from: a pure function of seed, table and id, so a row that was never updated need not be stored.
 
-Four values come from one SplitMix64 word (Steele, Lea and Flood 2014): each 16 bits of it choose one of 65,536 equally likely quantiles. Nothing is
-computed in floating point, so every implementation draws the same bits.
+Four values come from one SplitMix64 word (Steele, Lea and Flood 2014): each 16 bits of it choose one of 65,536 equally
+likely quantiles. Nothing is computed in floating point, so every implementation draws the same bits.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ def check_init(key: str, init: str) -> None:
     except ValueError:
         fits = False
     if not fits:
-        raise RecipeError(f'{key} = {init!r} must be "zeros", "normal:S" or "uniform:S" with a number S above 0, as "normal:0.02".')
+        raise RecipeError(f'{key} = {init!r} must be "zeros", "normal:S" or "uniform:S" with a number S above 0, as '
+                          '"normal:0.02".')
 
 
 @lru_cache(maxsize=8)
 def levels(init: str) -> np.ndarray:
-    """The (65536,) float32 quantiles of a checked `init`: of a normal distribution of deviation S, or of a uniform one over -S..S."""
+    """The (65536,) float32 quantiles of a checked `init`: of a normal distribution of deviation S, or of a uniform one
+    over -S..S."""
     kind, _, scale = init.partition(":")
     shares = (np.arange(NUM_LEVELS) + 0.5) / NUM_LEVELS
     if kind == "zeros":

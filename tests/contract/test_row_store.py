@@ -58,11 +58,13 @@ def test_pooling_is_that_of_an_embedding_bag(rows: RowKernels, pooling: str, is_
     store, bags = opened(rows, spec(vocabulary=40, width=70)), random_bags(luck, np.arange(40), pooling, is_weighted, 9)
     table = torch.from_numpy(store.read(np.arange(40))).requires_grad_()
     weights = None if bags.weights is None else torch.from_numpy(bags.weights)
-    wanted = torch.nn.functional.embedding_bag(torch.from_numpy(bags.ids), table, torch.from_numpy(bags.offsets[:-1]), mode="sum",
+    wanted = torch.nn.functional.embedding_bag(torch.from_numpy(bags.ids), table, torch.from_numpy(bags.offsets[:-1]),
+                                               mode="sum",
                                                per_sample_weights=weights)
     lengths = np.diff(bags.offsets)
     if pooling == "mean":  # which torch has no weights for
-        totals = lengths if bags.weights is None else [bags.weights[a:b].sum() for a, b in zip(bags.offsets, bags.offsets[1:])]
+        totals = lengths if bags.weights is None else [bags.weights[a:b].sum()
+                                                       for a, b in zip(bags.offsets, bags.offsets[1:])]
         wanted = wanted / torch.tensor(np.where(lengths, totals, 1), dtype=torch.float32)[:, None]
     assert np.allclose(store.lookup(bags), wanted.detach(), rtol=1e-5, atol=1e-6)
     slopes = luck.standard_normal((9, 70)).astype(np.float32)
@@ -80,7 +82,8 @@ def test_lists_that_are_not_pooled_are_filled_up_with_zeros(rows: RowKernels) ->
     zero = np.zeros(5, np.float32)
     assert_same(store.lookup(bags), np.array([[one, 2 * other], [zero, zero], [3 * one, zero]]))
     slopes = np.arange(30, dtype=np.float32).reshape(3, 2, 5)
-    assert_same(rows.deduplicate(store.spec, bags, slopes), Summed(ids(7, 9), np.array([slopes[0, 0] + 3 * slopes[2, 0], 2 * slopes[0, 1]]),
+    assert_same(rows.deduplicate(store.spec, bags, slopes),
+                Summed(ids(7, 9), np.array([slopes[0, 0] + 3 * slopes[2, 0], 2 * slopes[0, 1]]),
                                                                    np.array([2, 1], np.int32)))
 
 
@@ -99,7 +102,8 @@ def test_rows_that_were_read_before_pool_to_the_same_bits(rows: RowKernels, pool
 def test_arrays_of_any_kind_of_memory_give_the_same_bits(rows: RowKernels) -> None:
     """As they come from Arrow, or as parts of larger ones."""
     luck = np.random.default_rng(9)
-    store, bags, slopes = opened(rows, spec()), random_bags(luck, np.arange(9), "sum", True), luck.standard_normal((6, 5)).astype(np.float32)
+    store, bags, slopes = opened(rows, spec()), random_bags(luck, np.arange(9), "sum",
+                                                            True), luck.standard_normal((6, 5)).astype(np.float32)
     wide = np.repeat(slopes, 2, axis=1)
     for array in (bags.ids, bags.offsets, bags.weights):
         array.flags.writeable = False
@@ -143,8 +147,10 @@ def test_an_update_is_that_of_torch_on_the_touched_rows(rows: RowKernels, optimi
     luck = np.random.default_rng(4)
     store = opened(rows, spec(width=19, optimizer=optimizer))
     params = [torch.from_numpy(store.read(ids(id))).requires_grad_() for id in range(6)]
-    kind = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam, "rowwise_adagrad": torch.optim.SGD}[optimizer]
-    own = [kind([param], lr=0.1, weight_decay=decay, **({} if kind is torch.optim.SGD else {"eps": 1e-3})) for param in params]
+    kind = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam,
+            "rowwise_adagrad": torch.optim.SGD}[optimizer]
+    own = [kind([param], lr=0.1, weight_decay=decay, **({} if kind is torch.optim.SGD else {"eps": 1e-3}))
+           for param in params]
     squares = np.zeros(6)
     for step in range(1, 4):
         sums = random_sums(luck, np.arange(6), 19)
@@ -171,7 +177,8 @@ def test_an_update_is_that_of_torch_on_the_touched_rows(rows: RowKernels, optimi
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_id_is_stored_once_it_has_appeared_often_enough_and_trained_from_then_on(rows: RowKernels, kind: str) -> None:
     store = opened(rows, spec(admit=3, optimizer="sgd", init="zeros", **KINDS[kind]))
-    for step, (count, is_trained, stored, value) in enumerate([(2, False, 0, 0), (1, False, 1, 0), (1, True, 1, -1), (5, True, 1, -2)], 1):
+    for step, (count, is_trained, stored, value) in enumerate([(2, False, 0, 0), (1, False, 1, 0), (1, True, 1, -1),
+                                                               (5, True, 1, -2)], 1):
         prepared = store.prepare(step, summed({8: 1.0}, count=count))
         assert prepared.is_trained.tolist() == [is_trained]
         store.commit(RowUpdate(1.0))
@@ -364,7 +371,8 @@ def test_rows_of_another_table_get_a_sentence_and_nothing_is_lost(rows: RowKerne
         "values of the rows to load are float64": replace(saved, values=saved.values.astype(np.float64)),
         "slots of the rows to load .* optimizer = 'rowwise_adagrad'": replace(saved, slots=saved.values),
         "must rise": replace(saved, ids=ids(4, 3)), "id 41 is not in its vocabulary": replace(saved, ids=ids(3, 41)),
-        "is stored, and waiting": replace(saved, waiting_ids=saved.ids, waiting_counts=saved.counts, waiting_lasts=saved.lasts)}
+        "is stored, and waiting": replace(saved, waiting_ids=saved.ids, waiting_counts=saved.counts,
+                                          waiting_lasts=saved.lasts)}
     for sentence, bad in cases.items():
         with pytest.raises(UserError, match=sentence):
             store.load(bad)

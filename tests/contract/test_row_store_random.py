@@ -13,9 +13,11 @@ from tests.support.rows import assert_same, listed, random_bags, random_sums, wh
 
 STORES = ["numba"]
 ORACLE = kernels("reference")
-specs = st.builds(TableSpec, name=st.just("t"), width=st.sampled_from([1, 3, 16, 17, 70]), optimizer=st.sampled_from(sorted(SLOTS)),
+specs = st.builds(TableSpec, name=st.just("t"), width=st.sampled_from([1, 3, 16, 17, 70]),
+                  optimizer=st.sampled_from(sorted(SLOTS)),
                   init=st.sampled_from(["zeros", "normal:0.1", "uniform:1"]), num_buckets=st.sampled_from([1, 2, 8]),
-                  vocabulary=st.sampled_from([0, 0, 61]), admit=st.sampled_from([0, 0, 1, 3]), ttl_steps=st.sampled_from([0, 0, 2, 40]),
+                  vocabulary=st.sampled_from([0, 0, 61]), admit=st.sampled_from([0, 0, 1, 3]),
+                  ttl_steps=st.sampled_from([0, 0, 2, 40]),
                   max_rows=st.sampled_from([0, 0, 24, 200]))
 ACTIONS = ["lookup", "push", "push", "push", "redo", "move", "split"]
 
@@ -32,7 +34,8 @@ class Pair:
         self.choices = np.arange(spec.vocabulary) if spec.vocabulary else self.luck.integers(-(1 << 63), (1 << 63) - 1, self.luck.integers(1, 300))
 
     def lookup(self) -> None:
-        bags = random_bags(self.luck, self.choices, self.luck.choice(["sum", "mean", "none"]), bool(self.luck.random() < 0.5), 20)
+        bags = random_bags(self.luck, self.choices, self.luck.choice(["sum", "mean", "none"]),
+                           bool(self.luck.random() < 0.5), 20)
         assert_same(*(store.lookup(bags) for store in self.stores))
         assert_same(*(store.read(bags.ids) for store in self.stores))
         assert_same(*(store.slots(bags.ids) for store in self.stores))
@@ -40,7 +43,8 @@ class Pair:
     def push(self) -> None:
         leaves = []
         for _ in range(2):
-            bags = random_bags(self.luck, self.choices, self.luck.choice(["sum", "mean", "none"]), bool(self.luck.random() < 0.5), 20)
+            bags = random_bags(self.luck, self.choices, self.luck.choice(["sum", "mean", "none"]),
+                               bool(self.luck.random() < 0.5), 20)
             slopes = self.luck.standard_normal(bags.shape(self.spec.width)).astype(np.float32)
             found, wanted = (rows.deduplicate(self.spec, bags, slopes) for rows in self.kernels)
             assert_same(found, wanted)

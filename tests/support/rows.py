@@ -27,15 +27,18 @@ def summed(at: dict[int, float], width: int = 5, count: int = 1) -> Summed:
     return Summed(ids(*chosen), sums, np.full(len(chosen), count, np.int32))
 
 
-def random_bags(luck: np.random.Generator, choices: np.ndarray, pooling: str, is_weighted: bool, size: int = 6, most: int = 5) -> Bags:
+def random_bags(luck: np.random.Generator, choices: np.ndarray, pooling: str, is_weighted: bool, size: int = 6,
+                most: int = 5) -> Bags:
     lengths = luck.integers(0, most + 1, size)
     weights = luck.standard_normal(lengths.sum()).astype(np.float32) if is_weighted else None
-    return Bags(luck.choice(choices, lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]), weights, pooling, most, luck.random(size) < 0.2)
+    return Bags(luck.choice(choices, lengths.sum()), np.concatenate([[0], np.cumsum(lengths)]), weights, pooling, most,
+                luck.random(size) < 0.2)
 
 
 def random_sums(luck: np.random.Generator, choices: np.ndarray, width: int) -> Summed:
     found = np.unique(luck.choice(choices, luck.integers(0, choices.size)))
-    return Summed(found, luck.standard_normal((found.size, width)).astype(np.float32), luck.integers(1, 4, found.size).astype(np.int32))
+    return Summed(found, luck.standard_normal((found.size, width)).astype(np.float32),
+                  luck.integers(1, 4, found.size).astype(np.int32))
 
 
 def whole(store: RowStore) -> dict[int, tuple[str, str]]:
@@ -58,7 +61,8 @@ def listed(store: RowStore) -> dict[int, tuple[bytes, ...]]:
 def assert_same(found: Any, wanted: Any) -> None:
     """Arrays, or dataclasses of them: same dtype, shape and bits."""
     if isinstance(found, np.ndarray):
-        assert (found.dtype, found.shape, found.tobytes()) == (wanted.dtype, wanted.shape, wanted.tobytes()), (found, wanted)
+        assert (found.dtype, found.shape, found.tobytes()) == (wanted.dtype, wanted.shape,
+                                                               wanted.tobytes()), (found, wanted)
         return
     assert vars(found).keys() == vars(wanted).keys()
     for name, value in vars(found).items():

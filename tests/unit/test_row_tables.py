@@ -55,11 +55,15 @@ def test_starting_values_are_distributed_as_they_are_called() -> None:
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
-    ({"admit": -1}, "tables.ads.admit = -1 must be a whole number of at least 0"), ({"ttl_steps": -3}, "tables.ads.ttl_steps = -3"),
-    ({"max_rows": -3}, "tables.ads.max_rows = -3"), ({"max_rows": 3}, "max_rows = 3 must be at least embedding.buckets = 4"),
+    ({"admit": -1}, "tables.ads.admit = -1 must be a whole number of at least 0"),
+    ({"ttl_steps": -3}, "tables.ads.ttl_steps = -3"),
+    ({"max_rows": -3}, "tables.ads.max_rows = -3"),
+    ({"max_rows": 3}, "max_rows = 3 must be at least embedding.buckets = 4"),
     ({"vocabulary": -1}, "vocabulary = -1"), ({"width": 0}, "width = 0 must be a whole number of at least 1"),
-    ({"num_buckets": 12}, "embedding.buckets = 12 must be a power of two"), ({"optimizer": "lamb"}, "'lamb' is not one of sgd, adagrad, "),
-    ({"init": "normal"}, "tables.ads.init = 'normal' must be"), ({"init": "normal:nan"}, "'normal:nan'"), ({"init": "cauchy:1"}, "'cauchy:1'")])
+    ({"num_buckets": 12}, "embedding.buckets = 12 must be a power of two"),
+    ({"optimizer": "lamb"}, "'lamb' is not one of sgd, adagrad, "),
+    ({"init": "normal"}, "tables.ads.init = 'normal' must be"), ({"init": "normal:nan"}, "'normal:nan'"),
+    ({"init": "cauchy:1"}, "'cauchy:1'")])
 def test_a_wrong_key_gets_a_sentence(changes: dict, sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
         spec(**changes)
@@ -71,13 +75,17 @@ def test_a_store_that_is_not_installed_says_what_to_install(monkeypatch: pytest.
         row_store.kernels("numba")
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30), st.integers(-9, 9), st.booleans()), max_size=40, unique_by=lambda e: e[2]),
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30), st.integers(-9, 9), st.booleans()), max_size=40,
+                unique_by=lambda e: e[2]),
        st.integers(0, 40), st.sampled_from([0, 1, 5, 40]), st.sampled_from([0, 4, 8, 80]))
 @settings(max_examples=200, deadline=None)
-def test_what_is_evicted_is_the_oldest_and_the_least_counted(entries: list, step: int, ttl_steps: int, max_rows: int) -> None:
+def test_what_is_evicted_is_the_oldest_and_the_least_counted(entries: list, step: int, ttl_steps: int,
+                                                             max_rows: int) -> None:
     of = spec(ttl_steps=ttl_steps, max_rows=max_rows)
-    counts, lasts, names, stored = (np.array([entry[column] for entry in entries], kind) for column, kind in enumerate((int, int, np.int64, bool)))
-    left = [e for e in entries if not (ttl_steps and (step + 2) % max(1, ttl_steps // 16) == 0 and step - e[1] > ttl_steps)]
+    counts, lasts, names, stored = (np.array([entry[column] for entry in entries], kind)
+                                    for column, kind in enumerate((int, int, np.int64, bool)))
+    left = [e for e in entries if not (ttl_steps and (step + 2) % max(1, ttl_steps // 16) == 0
+                                       and step - e[1] > ttl_steps)]
     for kind in (True, False):
         mine, most = sorted(e for e in left if e[3] is kind), max_rows // 4
         if max_rows and len(mine) > most:
@@ -96,7 +104,8 @@ def test_every_bucket_is_swept_once_in_a_sixteenth_of_the_time_and_no_choice_nee
 
 
 def test_a_digest_is_of_the_bytes_and_their_lengths() -> None:
-    rows = Rows(ids(1, 2), np.ones((2, 3), np.float32), np.ones((2, 1), np.float32), *(np.ones(2, np.int32),) * 2, ids(7),
+    rows = Rows(ids(1, 2), np.ones((2, 3), np.float32), np.ones((2, 1), np.float32), *(np.ones(2, np.int32),) * 2,
+                ids(7),
                 *(np.ones(1, np.int32),) * 2)
     text = b"".join(len(array).to_bytes(8, "little") + array.tobytes() for array in rows.arrays)
     head = b"".join(len(array).to_bytes(8, "little") + array.tobytes() for array in (rows.ids, rows.values))
@@ -117,7 +126,8 @@ def assert_even(found: Holders, members: list[str], twin: bool) -> None:
     assert all((twin != "") == second and owner != twin for owner, twin in zip(found.owners, found.twins))
 
 
-@given(st.lists(st.sets(st.sampled_from(NAMES), min_size=1), min_size=2, max_size=6), st.sampled_from([1, 2, 16, 64]), st.booleans())
+@given(st.lists(st.sets(st.sampled_from(NAMES), min_size=1), min_size=2, max_size=6), st.sampled_from([1, 2, 16, 64]),
+       st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_buckets_are_shared_out_evenly_and_what_can_stay_stays(history: list, num_buckets: int, twin: bool) -> None:
     before = holders(sorted(history[0]), num_buckets, twin)
@@ -140,7 +150,8 @@ def test_with_a_twin_a_loss_takes_no_bucket_and_owners_change_without_a_move() -
     before = holders(NAMES[:4], 1024, True)
     left = NAMES[1:4]
     assert before.lacking(left) == [] and len(before.lacking(NAMES[2:4])) > 0
-    gone = Holders(tuple(o if o in left else "" for o in before.owners), tuple(t if t in left else "" for t in before.twins))
+    gone = Holders(tuple(o if o in left else "" for o in before.owners),
+                   tuple(t if t in left else "" for t in before.twins))
     after = holders(left, 1024, True, gone)
     assert len(moves(gone, after)) == len(before.held(NAMES[0])) == 512
     assert all(before.twins[bucket] in (after.owners[bucket], after.twins[bucket]) for bucket in before.owned(NAMES[0]))
@@ -155,8 +166,12 @@ def test_what_nobody_has_cannot_be_moved() -> None:
 
 
 def test_a_cached_kernel_calls_nothing_that_stands_in_another_file() -> None:
-    """Numba keeps compiled code by the date of a kernel's own file: what it takes from elsewhere in the project must be constants."""
-    cached = [file for file in sorted((ROOT / "recommender").glob("*.py")) if "cache=True" in file.read_text(encoding="utf-8")]
-    taken = [(file.name, alias.name) for file in cached for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("elastic", "recommender") for alias in node.names]
+    """Numba keeps compiled code by the date of a kernel's own file: what it takes from elsewhere in the project must be
+    constants."""
+    cached = [file for file in sorted((ROOT / "recommender").glob("*.py"))
+              if "cache=True" in file.read_text(encoding="utf-8")]
+    taken = [(file.name, alias.name) for file in cached
+             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("elastic", "recommender")
+             for alias in node.names]
     assert len(cached) == 2 and all(name.isupper() for _, name in taken), taken
