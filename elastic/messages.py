@@ -42,6 +42,16 @@ class Holder:
 
 
 @dataclass(frozen=True)
+class Buckets:
+    """Of tables whose rows lie on the members: by bucket the rank of its owner and of its twin (-1: none), and what is
+    copied before the first step: (bucket, from, to)."""
+
+    owners: tuple[int, ...]
+    twins: tuple[int, ...]
+    moves: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Generation:
     """One membership of the group, and where everybody starts.
 
@@ -73,6 +83,7 @@ class Generation:
     torn: tuple[int, ...] = ()  # ranks that have, of the parameters, nothing else at `committed`
     # one for each member, where the mesh is another than the one that they hold; then `healers` is empty
     resharded: tuple[Holder, ...] = ()
+    buckets: Buckets | None = None  # where the run has tables
 
     @property
     def shape(self) -> Mesh:
@@ -95,6 +106,8 @@ class Ready:
     endpoint: str
     compilations: int = 0  # traces and compilations of its process so far
     shares: bool = False  # it can meet others of its node over shared memory
+    buckets: int = 0  # of the run's tables; 0: there are none
+    twin: bool = False  # whether each bucket is to have a second keeper
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,11 @@ class Standing:
     held: tuple[tuple[int, int], ...] = ()
     blocks: int = 0
     torn: bool = False  # only what it keeps, of the parameters, is of `committed`
+    # of `buckets` of the tables (0: there are none) those that it owns, and those that it keeps as a twin, as bits in
+    # hexadecimal digits
+    buckets: int = 0
+    owned: str = ""
+    twins: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,6 +182,7 @@ class Save:
     wait: bool = False  # until it is durable
     fault: str = ""  # that the file system is to have
     ballot: Ballot | None = None  # of `step`, for who holds its gradients and has not applied them
+    buckets: str = ""  # of the tables, those to write, as bits in hexadecimal digits; "": those that it owns
 
 
 @dataclass(frozen=True)

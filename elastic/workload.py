@@ -25,6 +25,7 @@ from elastic.parallel.measure import costs_of
 from elastic.recipe import Recipe
 from elastic.state.flat_layout import FlatLayout, is_frozen
 from elastic.state.state import State
+from elastic.tables.features import Tables
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
             "mxnet": "backends.mxnet.backend", "reference": "backends.reference.backend"}
@@ -121,6 +122,7 @@ class Workload:
     unit: str
     # a torch module's keys of its state dict, each with the array's first name
     names: Mapping[str, str] = field(default_factory=dict)
+    tables: Tables | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, info: Mapping[str, Any]) -> Workload:

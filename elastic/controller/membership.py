@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from elastic.controller.bucket_holders import shared_out, with_buckets
 from elastic.controller.events import (
     Drain,
     Finish,
@@ -34,7 +35,7 @@ from elastic.controller.events import (
 )
 from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, world_size
 from elastic.controller.recovery import Whole, assign, covers, find_whole, rejoin, writers
-from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Ready, RequestStop, Standing
+from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Buckets, Ready, RequestStop, Standing
 from elastic.state.ownership import held, lacking
 
 
@@ -48,6 +49,7 @@ class State:
     target: int = 0
     group: tuple[str, ...] = ()
     mesh: Axes = (0, 1, 1, 1)  # of the group
+    buckets: Buckets | None = None  # of the run's tables, by rank in the group
     ready: Mapping[str, Ready] = field(default_factory=dict)
     starting: frozenset[str] = frozenset()
     standing: Mapping[str, Standing] = field(default_factory=dict)
@@ -209,6 +211,8 @@ def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
     staying = [state.group.index(w) for w in survivors if w not in state.leaving]
     if not covers([rank % size for rank in staying], state.mesh[1:]) or math.prod(mesh) < size:
         return False
+    if state.buckets and not all({owner, twin} & set(staying) for owner, twin in zip(state.buckets.owners, state.buckets.twins)):
+        return False
     if not holders:
         return True
     if mesh[1:] != state.mesh[1:] or (holders == 1 and mesh[0] < data):
@@ -299,7 +303,8 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     members = assign(candidates, mesh, whole, {w: r.node for w, r in ready.items()})
     extra = [w for w in candidates if w not in members]
     surplus = extra[max(0, want.workers - len(members)):]
-    generation = rejoin(state.generation + 1, members, ready[members[0]].endpoint, mesh, whole)
+    generation = with_buckets(rejoin(state.generation + 1, members, ready[members[0]].endpoint, mesh, whole),
+                              ready[members[0]], {w: here[w] for w in whole.coordinates if w in here} if whole else {})
     is_barren = generation.committed == state.reached and not any(s.rejected for s in reports.values())
     barren = state.barren + 1 if is_barren else 0
     if barren > MAX_FRUITLESS + len(members):
@@ -309,7 +314,8 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     action = Form(generation, state.cause, len(state.group), state.mesh)
     idle = {w: replace(s, holds=-1, ballot=None) for w, s in here.items()
             if w in extra and w not in surplus and s.committed <= generation.committed}
-    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle,
+    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh,
+                    buckets=generation.buckets, last=idle,
                     announced=-1, savers=(),
                     cause="resize", reached=generation.committed, barren=barren,
                     ready={w: r for w, r in ready.items() if w not in surplus})
@@ -351,8 +357,9 @@ def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
     savers = writers(whole, state.mesh[0], state.bounds.max_workers) if whole and whole.step > 0 else ()
     if not whole or not savers or savers == state.savers:
         return state, ()
+    buckets = shared_out({w: whole.reports[w] for w in savers})
     orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers), None if w in whole.exact
-                             else whole.ballot)
+                             else whole.ballot, buckets.get(w, ""))
                    for rank, w in enumerate(savers))
     return replace(state, savers=savers), orders
 

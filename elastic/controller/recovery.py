@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from elastic.boxes import without
+from elastic.controller.bucket_holders import has_all
 from elastic.controller.policy import Degrees
 from elastic.messages import Axes, Ballot, Generation, Holder, Standing
 from elastic.state.ownership import lacking, owned
@@ -51,13 +52,14 @@ class Whole:
     def is_torn(self, worker: str) -> bool:
         """Whether, when all have applied what they hold, it still lacks parameters that others keep."""
         report = self.reports[worker]
-        return (report.torn or worker not in self.exact) and not suffices([report])
+        return (report.torn or worker not in self.exact) and not suffices([replace(report, buckets=0)])
 
 
 def suffices(holders: Iterable[Standing]) -> bool:
     """Whether these holders of one coordinate have all of it among them."""
     reports = list(holders)
-    return bool(reports) and not (reports[0].blocks and lacking([report.held for report in reports], reports[0].blocks))
+    return (bool(reports) and has_all(reports)
+            and not (reports[0].blocks and lacking([report.held for report in reports], reports[0].blocks)))
 
 
 def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
@@ -65,6 +67,8 @@ def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
     each of its
     `owners`, of `most` at most, whoever is left of owner and twin. () if parts of it are nowhere.
     """
+    if any(whole.reports[w].buckets for w in whole.coordinates):  # whoever has rows
+        return tuple(whole.column(0)) if whole.is_in(whole.coordinates) else ()
     for data in (owners, *range(1, most + 1)) if whole.is_shared_out else (1,):
         found = [writer(whole, place, rank, data) for rank in range(data) for place in range(math.prod(whole.degrees))]
         if all(found):

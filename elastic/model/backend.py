@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from elastic.errors import UserError
@@ -130,6 +130,7 @@ class ShardResult:
     loss_sum: float
     weight: float
     buffers: Mapping[str, Any]
+    slopes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

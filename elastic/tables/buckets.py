@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -180,3 +180,13 @@ def moves(before: Holders, after: Holders) -> list[Move]:
                 sent[source] = sent.get(source, 0) + 1
                 found.append(Move(bucket, source, to))
     return found
+
+
+def bits_of(buckets: Iterable[int], num_buckets: int) -> str:
+    """Some buckets as bits in hexadecimal digits, the lowest bucket last."""
+    return f"{sum(1 << bucket for bucket in buckets):0{-(-num_buckets // 4)}x}"
+
+
+def from_bits(text: str) -> list[int]:
+    """The buckets of `bits_of`, ascending."""
+    return [at for at, bit in enumerate(reversed(f"{int(text or '0', 16):b}")) if bit == "1"]

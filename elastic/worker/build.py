@@ -48,4 +48,5 @@ def build_training(recipe: Recipe, workload: Workload) -> Training:
     rows = round_up(max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS), recipe.mesh.expert)
     return Training(plan, load, sampler.positions, eval_batches(workload.evaluation, rows) if workload.evaluation
                     else [],
-                    workload.unit, bool(recipe.data.kind) or ":" in recipe.model.kind, workload.training.fills, ledger)
+                    workload.unit, bool(recipe.data.kind) or ":" in recipe.model.kind, workload.training.fills, ledger,
+                    workload.tables)

@@ -28,7 +28,11 @@ class StepContext:
         self.member, self.generation, self.group, self.injector = member, generation, group, injector
         self.training, self.plan, self.control, self.held = member.training, member.training.plan, member.control, member.held
         self.place, self.backend, self.state = member.place, member.place.backend, member.place.state
-        self.step = generation.committed
+        self.tables, self.step = member.tables, generation.committed
+        buckets = generation.buckets
+        # by bucket, the rank of the member
+        self.owners, self.twins = (np.array(ranks, np.int64) for ranks in (
+            (buckets.owners, buckets.twins) if buckets else ((), ())))
         portion = self.place.portion
         self.groups = MeshGroups(group, generation.shape, portion, self.control.collective)
         if portion is not None:

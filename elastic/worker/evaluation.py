@@ -14,6 +14,7 @@ from elastic.model.backend import Backend, Batch
 from elastic.model.tally import Tally
 from elastic.model.user_code import users
 from elastic.worker.context import StepContext
+from elastic.worker.embedding import with_rows
 from elastic.worker.gradients import part_of
 
 
@@ -28,6 +29,8 @@ def evaluate(context: StepContext) -> dict[str, float]:
         context.at("evaluate", index)
         with users(training.is_own):
             batch = part_of(batches[index](), groups.mesh.expert, groups.coordinate.expert)
+            if context.tables:
+                batch, = with_rows(context, [batch])
             found = pipeline.infer(groups.pipeline, batch) if pipeline else context.backend.metrics(batch)
             # of several stages only the last knows what came out
             pairs = {} if found is None else scalars(found, counted if own else tally, batch)
@@ -35,6 +38,9 @@ def evaluate(context: StepContext) -> dict[str, float]:
             table = parts.setdefault(name, np.zeros((len(batches), 2)))
             if own and groups.reports_losses:
                 table[index] = pair
+    if context.tables:
+        for _ in range(len(own or range(1)), max(1, -(-len(batches) // groups.data.size))):
+            with_rows(context, [])  # others look up their last batch
     names = agreed(groups.pipeline, sorted(parts))
     tables = [parts.get(name, np.zeros((len(batches), 2))).reshape(-1) for name in names]
     counts = np.zeros(0) if counted is None else counted.counts if groups.reports_losses else np.zeros_like(counted.counts)

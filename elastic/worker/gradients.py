@@ -6,6 +6,7 @@ Over the members they are reduced by `elastic.collective.reduction`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from elastic.parallel.axis import span
 from elastic.parallel.groups import MeshGroups
 from elastic.state.flat_layout import FlatLayout
 from elastic.worker.context import StepContext
+from elastic.worker.embedding import TableStep
 
 
 class Shards:
@@ -33,6 +35,7 @@ class Shards:
         self.sums = SubtreeSums(self.run, plan.num_shards, buffers.take, buffers.give, apart) if plan.exact else None
         self.plain = None if plan.exact else buffers.take()
         self.losses, self.weights = np.zeros(plan.num_shards), np.zeros(plan.num_shards)
+        self.tables = TableStep(context) if context.tables else None
         self.loaded = -1
         self.batch: Batch = {}
         self.buffer: Buffer = None
@@ -48,6 +51,8 @@ class Shards:
                     if result.buffers:
                         state.add_statistics(self.buffer, result.buffers, result.weight)
                     self.add(shard, result)
+            if self.tables:
+                self.tables.add(shard, result.slopes)
             self.end(shard)
 
     def rows(self, shard: int, micro: int) -> tuple[Batch, int]:
@@ -59,7 +64,8 @@ class Shards:
             context.fire("forward")
             self.batch = {}  # not two at a time
             with users(context.training.is_own):
-                self.batch, self.loaded = context.training.load_batch(context.step, shard), shard
+                load = self.tables.take if self.tables else partial(context.training.load_batch, context.step)
+                self.batch, self.loaded = load(shard), shard
         return part_of(self.batch, parts, part), shard_seed(context.plan.seed, context.step, shard,
                                                             *([part] if parts > 1 else []))
 

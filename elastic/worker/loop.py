@@ -17,7 +17,9 @@ from elastic.collective.reduction import tree_sum
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Save
 from elastic.model.backend import SLOTS, Buffer, UpdateRule
 from elastic.state.flat_layout import BLOCK
+from elastic.worker.bucket_moves import take_buckets
 from elastic.worker.context import StepContext
+from elastic.worker.embedding import commit_rows, push
 from elastic.worker.evaluation import evaluate
 from elastic.worker.gradients import Shards, add_up_shards, sum_shared
 from elastic.worker.heal import heal
@@ -39,7 +41,10 @@ def train(context: StepContext) -> str:
         started, context.step = time.perf_counter(), state.committed + 1
         with context.untouched(whole=plan.is_saved(context.step)):
             shards = add_up_shards(context)
-        held.gradient, held.step = reduce_sums(context, shards), context.step
+        gradient = reduce_sums(context, shards)
+        if shards.tables:
+            push(context, shards.tables)
+        held.gradient, held.step = gradient, context.step
         held.ballot = ballot = vote(context, shards)
         context.fire("update")
         apply_update(member, ballot)
@@ -66,10 +71,14 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
     held = member.held
     if member.place.state.committed == generation.committed - 1 and held.step == generation.committed and generation.ballot:
         apply_update(member, generation.ballot)  # its line came with the report of whoever saw the vote
-    held.drop()
+    member.drop()
     member.settle(generation, group)
     context = StepContext(member, generation, group, injector)
+    if context.tables and not generation.load and context.state.committed != generation.committed:
+        context.tables.begin((), ())  # its rows are of another step
     heal(context)
+    if context.tables and not generation.load:
+        take_buckets(context)
     return context
 
 
@@ -112,6 +121,7 @@ def apply_update(member: Member, ballot: Ballot) -> None:
             member.place.backend.update(rule, state.param[low:high], gradient[at:at + high - low], slots, BLOCK)
     state.apply_statistics(gradient, weight)
     state.average(options["ema"], ballot.step)
+    commit_rows(member, ballot, scale)
     state.committed, state.torn = ballot.step, not state.holding.has_all
 
 

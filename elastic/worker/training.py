@@ -17,6 +17,8 @@ from elastic.model.backend import Backend, Buffer, Habits
 from elastic.parallel.layout import Portion
 from elastic.parallel.pipeline import Pipeline
 from elastic.state.state import State
+from elastic.tables.features import Tables
+from elastic.tables.held import HeldTables
 from elastic.worker.loop_control import Control
 from elastic.worker.overwrite_watch import Watch
 
@@ -64,6 +66,7 @@ class Training:
     is_own: bool = False  # model or data set is the user's: what fails in computing a shard is their code
     fills: bool = True  # a batch that lacks samples has rows of weight 0 in their place
     ledger: Ledger | None = None  # where the recipe asks for one
+    tables: Tables | None = None  # embedding tables whose rows lie on the members
 
 
 @dataclass
@@ -103,6 +106,7 @@ class Member:
     def __init__(self, training: Training, place: Placement, control: Control, post: Callable[[Any], None]):
         self.training, self.place, self.control, self.post = training, place, control, post
         self.held = Held()
+        self.tables = HeldTables(training.tables) if training.tables else None
         self.evaluation: dict[str, float] = {}  # the last one
         self.unwritten: deque[dict[str, Any]] = deque()  # lines of metrics.jsonl that may not be on disk
         # those since the newest checkpoint known to be committed
@@ -112,6 +116,12 @@ class Member:
         """Takes the coordinate that the generation gives it, and loads the checkpoint that it names, if any, all
         members together."""
         assert not generation.resharded
+
+    def drop(self) -> None:
+        """Lets go of what it holds of a step that is done anew."""
+        self.held.drop()
+        if self.tables:
+            self.tables.forget()
 
     def save(self, order: Save) -> None:
         """Writes this member's share of a checkpoint, where there are any."""

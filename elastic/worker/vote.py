@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from elastic.errors import NonFiniteLoss
 from elastic.messages import Ballot
 from elastic.state.flat_layout import BLOCK
 from elastic.worker.context import StepContext
+from elastic.worker.embedding import ballot_words, counted_words
 from elastic.worker.gradients import Shards
 from elastic.worker.sharded_step import block_norms
 from elastic.worker.training import Training
@@ -24,12 +26,17 @@ def vote(context: StepContext, shards: Shards) -> Ballot:
     """
     step, ledger = context.step, context.training.ledger
     fed = ledger.digests(step) * (context.groups.replica.rank == 0) if ledger else np.zeros(0)
+    words = ballot_words(context) if context.tables else np.zeros(0)
     mine = packed(shards.losses, shards.weights, fed, squared_norm(context), context.member.is_busy(),
                   context.control.stop_request())
-    ballot, digests = counted(step, context.gather("vote", mine), context.plan.num_shards)
+    rows = context.gather("vote", np.concatenate([words, mine]))
+    ballot, digests = counted(step, rows[:, len(words):], context.plan.num_shards)
     if ledger:
         ledger.check(step, digests)
     check_finite(context.training, ballot)
+    if context.tables:
+        norm = counted_words(context, rows[:, :len(words)])
+        ballot = replace(ballot, squared_norm=ballot.squared_norm + norm)
     return ballot
 
 

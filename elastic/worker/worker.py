@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import astuple, replace
 from functools import partial
+from hashlib import sha256
 from typing import Any, Protocol, Self
 
 from elastic.chaos import Fault, Injector
@@ -25,8 +26,10 @@ from elastic.recipe import Recipe, loads
 from elastic.state.relayout import relay, whole_arrays
 from elastic.state.state import State
 from elastic.storage.remote import shown
+from elastic.worker.bucket_moves import held_buckets, owned_by
 from elastic.worker.build import build_training, place_on
 from elastic.worker.context import StepContext
+from elastic.worker.embedding import table_digests
 from elastic.worker.loop import apply_update, begin, train
 from elastic.worker.loop_control import Control
 from elastic.worker.rehearsal import warm_up
@@ -87,8 +90,9 @@ class Worker(Member):
 
     def serve(self) -> None:
         """Says that it is there, and works until released."""
+        tables = self.training.tables
         self.ready = Ready(self.name, self.rim.node, self.rim.pid, self.rim.endpoint, self.place.backend.compilations(),
-                           self.rim.shares)
+                           self.rim.shares, *((tables.num_buckets, tables.twin) if tables else ()))
         self.post(self.ready)
         taken = 0
         while (order := self.control.orders.get()) is not None:
@@ -105,7 +109,7 @@ class Worker(Member):
     def save_alone(self, order: Save) -> None:
         """A final checkpoint: too few are left to go on, and no checkpoint has what this one has. Its part reports how
         it went."""
-        written, state = self.parts.get(replace(order, ballot=None)), self.place.state
+        written, state = self.parts.get(replace(order, ballot=None, buckets="")), self.place.state
         if written is not None and not written.error:
             self.post(written)
             return
@@ -170,7 +174,7 @@ class Worker(Member):
             reason, error, rejected = "failed", str(bad), generation.load
         except Overwritten as written:
             self.place.state.committed = -1
-            self.held.drop()
+            self.drop()
             reason, error, fatal = "failed", str(written), True
         except Exception as failure:
             if context and context.groups.broken:  # a framework turns what a collective raises into an error of its own
@@ -188,7 +192,8 @@ class Worker(Member):
                         mesh=astuple(place.mesh),
                         coordinate=place.mesh.rank(place.coordinate) if has_state else -1, held=state.holding.blocks
                         if state.committed >= 0 else (),
-                        blocks=state.num_blocks, torn=state.torn, **hashes)
+                        blocks=state.num_blocks, torn=state.torn, **hashes,
+                        **held_buckets(self.tables, has_state))
 
     def settle(self, generation: Generation, group: CollectiveGroup) -> None:
         """With `resharded`, its part of the state comes out of what all members hold; until all have theirs, what this
@@ -204,6 +209,8 @@ class Worker(Member):
         self.place = place
         if generation.load:
             place.state.own_as(coordinate.data, mesh.data)
+            if self.tables and generation.buckets:
+                self.tables.begin(*owned_by(group.rank, generation.buckets))
         if generation.load == "recipe":
             place.state.start(self.recipe.run.seed, read_start(self.recipe.model.init, place.state.whole))
         elif generation.load:
@@ -242,8 +249,12 @@ class Worker(Member):
         """Of the whole model: each array is put together from the replica's parts."""
         step, groups = context.state.committed, context.groups
         waiting = partial(self.control.collective, step, "hashes")
+        tables = table_digests(context) if context.tables else None
         parameters, state = hashes_of(whole_arrays(context.state, groups.replica, waiting, groups.data),
                                       step * self.recipe.data.batch_size)
+        if tables is not None:
+            parameters, state = (sha256(before.encode() + tables[:, :, at].tobytes()).hexdigest() for at, before in
+                                 enumerate((parameters, state)))
         return {"parameters_sha256": parameters, "state_sha256": state}
 
     def save(self, order: Save) -> None:

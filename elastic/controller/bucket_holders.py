@@ -1,0 +1,56 @@
+"""Who holds which bucket of the embedding tables in the next generation, and what is copied for that. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from elastic.messages import Buckets, Generation, Ready, Standing
+from elastic.tables.buckets import Holders, bits_of, from_bits, holders, moves
+
+
+def with_buckets(generation: Generation, ready: Ready, reports: Mapping[str, Standing]) -> Generation:
+    """The generation with its holders, where the run has tables: the fewest moves from what members report to have.
+
+    `reports`: of the members whose state counts; none where all load a checkpoint.
+    """
+    if not ready.buckets:
+        return generation
+    members = generation.members
+    there = {w: reports[w] for w in members if w in reports} if generation.committed >= 0 else {}
+    before = holders_now(there, ready.buckets) if there else None
+    after = holders(members, ready.buckets, ready.twin, before)
+    rank = {w: r for r, w in enumerate(members)} | {"": -1}
+    moved = tuple((move.bucket, rank[move.source], rank[move.to]) for move in moves(before, after)) if before else ()
+    return replace(generation, buckets=Buckets(tuple(rank[w] for w in after.owners), tuple(rank[w] for w in after.twins),
+                                               moved))
+
+
+def holders_now(reports: Mapping[str, Standing], num_buckets: int) -> Holders:
+    """Of each bucket the first that says it owns it and the first other that has it; without an owner a twin is one.
+    """
+    found: list[list[str]] = [[] for _ in range(num_buckets)]
+    for having in ("owned", "twins"):
+        for worker, report in reports.items():
+            for bucket in from_bits(getattr(report, having)):
+                if worker not in found[bucket]:
+                    found[bucket].append(worker)
+    return Holders(tuple(having[0] if having else "" for having in found),
+                   tuple(having[1] if len(having) > 1 else "" for having in found))
+
+
+def shared_out(reports: Mapping[str, Standing]) -> dict[str, str]:
+    """Every bucket once among these, to whom owns it, or else to its twin: as `Save.buckets` has them. {} without
+    tables."""
+    size = max((report.buckets for report in reports.values()), default=0)
+    now = holders_now(reports, size)
+    speaks = [owner or twin for owner, twin in zip(now.owners, now.twins)]
+    return {w: bits_of((b for b, holder in enumerate(speaks) if holder == w), size) for w in reports} if size else {}
+
+
+def has_all(reports: Iterable[Standing]) -> bool:
+    """Whether these have every bucket among them."""
+    having: Sequence[Standing] = list(reports)
+    size = max((report.buckets for report in having), default=0)
+    return len({bucket for report in having for bits in (report.owned, report.twins)
+                for bucket in from_bits(bits)}) == size

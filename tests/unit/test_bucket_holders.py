@@ -1,0 +1,70 @@
+"""Who holds which bucket next: everybody as many, no copy that is not needed, and nothing from those who have nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from elastic.controller.bucket_holders import has_all, holders_now, with_buckets
+from elastic.messages import Generation, Ready, Standing
+from elastic.tables.buckets import bits_of, from_bits
+
+SIZE = 16
+
+
+def ready(twin: bool = True, buckets: int = SIZE) -> Ready:
+    return Ready("a", "n", 1, "a:1", buckets=buckets, twin=twin)
+
+
+def report(worker: str, owned: list[int], twins: list[int]) -> Standing:
+    return Standing(worker, 1, "broken", 9, buckets=SIZE, owned=bits_of(owned, SIZE), twins=bits_of(twins, SIZE))
+
+
+def generation(*members: str, committed: int = 9) -> Generation:
+    return Generation(2, members, "", "local", committed)
+
+
+def settled(found: Generation) -> dict[str, Standing]:
+    """What its members report once they have all that it gives them."""
+    assert found.buckets
+    return {w: report(w, *([b for b, holder in enumerate(ranks) if holder == r]
+                           for ranks in (found.buckets.owners, found.buckets.twins)))
+            for r, w in enumerate(found.members)}
+
+
+@pytest.mark.parametrize("buckets", [[], [0], [3, 4, 15], list(range(16))])
+def test_bits_and_back(buckets: list[int]) -> None:
+    assert from_bits(bits_of(buckets, SIZE)) == buckets and len(bits_of(buckets, SIZE)) == SIZE // 4
+
+
+def test_a_run_without_tables_has_no_buckets() -> None:
+    assert with_buckets(generation("a", "b"), ready(buckets=0), {}) == generation("a", "b")
+
+
+def test_a_first_generation_copies_nothing() -> None:
+    found = with_buckets(generation("a", "b", "c", committed=-1), ready(), {"a": report("a", list(range(16)), [])}).buckets
+    assert found and found.moves == ()
+    assert sorted(found.owners.count(r) for r in range(3)) == [5, 5, 6] and -1 not in found.twins
+    assert all(owner != twin for owner, twin in zip(found.owners, found.twins))
+
+
+def test_the_twins_of_a_lost_worker_own_and_only_new_twins_are_copied() -> None:
+    first = settled(with_buckets(generation("a", "b", "c", committed=-1), ready(), {}))
+    lost = set(from_bits(first["b"].owned)) | set(from_bits(first["b"].twins))
+    del first["b"]
+    found = with_buckets(generation("a", "c"), ready(), first).buckets
+    assert found and {bucket for bucket, _, _ in found.moves} == lost
+    assert set(found.owners) == {0, 1} and all({o, t} == {0, 1} for o, t in zip(found.owners, found.twins))
+    assert has_all(first.values())
+    assert not has_all([first["a"]])
+
+
+def test_a_joiner_gets_its_share_and_no_more() -> None:
+    first = settled(with_buckets(generation("a", "b", committed=-1), ready(twin=False), {}))
+    found = with_buckets(generation("a", "b", "c"), ready(twin=False), first).buckets
+    assert found and found.twins == (-1,) * SIZE
+    assert len(found.moves) == 5 and {to for _, _, to in found.moves} == {2}
+
+
+def test_of_two_owners_the_first_is_one_and_a_twin_stands_in() -> None:
+    now = holders_now({"a": report("a", [0, 1], []), "b": report("b", [1], [2])}, 4)
+    assert now.owners == ("a", "a", "b", "") and now.twins == ("", "b", "", "")

@@ -1,0 +1,108 @@
+"""Steps of embedding tables on a few members, without a controller: rows against what was drawn, and the same bits however many own them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastic.errors import NonFiniteLoss
+from elastic.messages import Generation
+from elastic.tables.features import Tables
+from elastic.tables.spec import RowUpdate
+from tests.support.table_members import FEATURES, SHARDS, STEPS, Member, draws, first_buckets, stored, tables_of
+from tests.support.threads import together
+
+SIZES = (1, 2, 3, 5)
+
+
+def train_all(size: int, tables: Tables, **options: Any) -> list[Member]:
+    members = [Member(tables, **options) for _ in range(size)]
+    generation = Generation(1, tuple(f"w{r}" for r in range(size)), "", "local", 0, mesh=(size, 1, 1, 1),
+                            buckets=first_buckets(size, tables))
+    assert together(size, lambda rank, group: members[rank].train(group, generation), 60.0) == ["done"] * size
+    return members
+
+
+def appearances(table: str) -> Counter[int]:
+    """How often each id was drawn in all steps, fillers not; what a mean gives each of its ids is a share."""
+    found: Counter[int] = Counter()
+    for step in range(1, STEPS + 1):
+        for shard in range(SHARDS):
+            for feature in FEATURES:
+                if feature.table == table:
+                    bags = draws(step, shard, feature)
+                    for at, (low, high) in enumerate(zip(bags.offsets, bags.offsets[1:])):
+                        if not bags.is_filler[at]:
+                            found.update(bags.ids[low:high].tolist())
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("twin", [True, False])
+def test_every_row_counts_its_appearances(size: int, twin: bool) -> None:
+    members = train_all(size, tables_of(twin=twin))
+    users = stored(members, "users")
+    assert {id: np.frombuffer(row[0], np.float32).tolist() for id, row in users.items()} == {
+        id: [float(count)] * 2 for id, count in appearances("users").items()}
+    assert {id: row[2] for id, row in stored(members, "ads").items()} == appearances("ads")
+
+
+@pytest.mark.parametrize("options", [
+    {"optimizer": "adam", "init": "normal:0.1", "update": RowUpdate(0.05, weight_decay=0.01)},
+    {"optimizer": "rowwise_adagrad", "init": "uniform:0.1", "update": RowUpdate(0.1), "admit": 2, "ttl_steps": 3},
+    {"optimizer": "adagrad", "init": "normal:0.1", "update": RowUpdate(0.1), "max_rows": 32}])
+def test_the_same_bits_whoever_owns_the_rows(options: dict[str, Any]) -> None:
+    tables, clipped = tables_of(**options), {"clip_norm": 0.5, "schedule": "cosine"}
+    one = train_all(1, tables, bent=True, optimizer=clipped, eval_every=2)
+    wanted, lines = {table: stored(one, table) for table in ("ads", "users")}, losses(one)
+    assert all(wanted.values()) and len(lines) == STEPS + 3
+    for size in SIZES[1:]:
+        members = train_all(size, tables, bent=True, optimizer=clipped, eval_every=2)
+        assert {table: stored(members, table) for table in wanted} == wanted
+        assert losses(members) == lines
+
+
+def losses(members: list[Member]) -> list[Any]:
+    return [line.fields.get("loss", line.fields.get("eval")) for line in members[0].posted if line.file == "metrics"]
+
+
+def test_a_twin_holds_what_the_owner_has() -> None:
+    members = train_all(3, tables_of("adam", "normal:0.1", RowUpdate(0.05)), bent=True)
+    owned = {bucket: member for member in members for bucket in member.tables.owned}
+    for member in members:
+        assert member.tables.twins and not set(member.tables.twins) & set(member.tables.owned)
+        assert (member.tables.digests(member.tables.twins) == np.concatenate(
+            [owned[bucket].tables.digests([bucket]) for bucket in member.tables.twins])).all()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_slope_that_is_no_number_ends_the_step_for_all(size: int) -> None:
+    tables = tables_of()
+    members = [Member(tables) for _ in range(size)]
+    for member in members:
+        gradients = member.place.backend.gradients
+
+        def bad(batch: Any, seed: int, into: Any, gradients: Any = gradients) -> Any:
+            result = gradients(batch, seed, into)
+            if (batch["step"], batch["shard"]) == (3, 1):
+                result.slopes["ad"][:] = np.nan
+            return result
+
+        member.place.backend.gradients = bad
+    generation = Generation(1, tuple(f"w{r}" for r in range(size)), "", "local", 0, mesh=(size, 1, 1, 1),
+                            buckets=first_buckets(size, tables))
+    lowest = min(id for bags in [draws(3, 1, FEATURES[0])] for at, (low, high) in enumerate(
+        zip(bags.offsets, bags.offsets[1:])) if not bags.is_filler[at] for id in bags.ids[low:high].tolist())
+
+    def body(rank: int, group: Any) -> str:
+        with pytest.raises(NonFiniteLoss) as error:
+            members[rank].train(group, generation)
+        return str(error.value)
+
+    sentences = set(together(size, body, 60.0))
+    assert len(sentences) == 1 and f"table ads: the gradient of id {lowest} is not finite at step 3" in sentences.pop()
+    assert all(member.place.state.committed == 2 for member in members)
+    assert max(row[3] for row in stored(members, "ads").values()) == 2
