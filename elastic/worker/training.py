@@ -17,6 +17,7 @@ from elastic.model.backend import Backend, Buffer, Habits
 from elastic.parallel.layout import Portion
 from elastic.parallel.pipeline import Pipeline
 from elastic.state.state import State
+from elastic.tables.features import Tables
 from elastic.worker.loop_control import Control
 from elastic.worker.overwrite_watch import Watch
 
@@ -64,6 +65,7 @@ class Training:
     is_own: bool = False  # model or data set is the user's: what fails in computing a shard is their code
     fills: bool = True  # a batch that lacks samples has rows of weight 0 in their place
     ledger: Ledger | None = None  # where the recipe asks for one
+    tables: Tables | None = None  # whose rows lie on the workers
 
 
 @dataclass
