@@ -16,11 +16,10 @@ import numpy as np
 
 from elastic.data.collate import stacked
 from elastic.errors import ElasticError, UserError
-from elastic.model.backend import Adapted, Backend, Batch, Buffer, Framework, ShardResult, Spec, is_neutral
+from elastic.model.backend import ROWS, Adapted, Backend, Batch, Buffer, Framework, ShardResult, Spec, is_neutral
 from elastic.model.tally import Tally, tally_of
 from elastic.model.user_code import is_of_machine, place_of, rebuilt
 from elastic.parallel.axis import span
-from elastic.tables.features import ROWS
 
 ALIGN_BYTES = 64
 DEPTH = 4  # of nested containers that are looked into

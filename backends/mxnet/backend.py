@@ -34,9 +34,8 @@ from backends.mxnet.tracing import Graph, Unrecordable, key_of
 from backends.mxnet.turn import computing, turn
 from elastic.data.collate import stacked
 from elastic.errors import UserError
-from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, UpdateRule
+from elastic.model.backend import ROWS, Batch, Buffer, Habits, Model, ShardResult, UpdateRule
 from elastic.model.user_code import UNTRAINED
-from elastic.tables.features import ROWS
 
 KINDS = ("bool", "int8", "int32", "int64", "uint8", "float16", "float32", "float64")  # of the library's arrays
 

@@ -22,9 +22,8 @@ from backends.pytorch.neutral_backend import TorchBackend
 from backends.pytorch.rehearsal import rehearse
 from elastic.data.collate import num_rows
 from elastic.errors import Overwritten, UserError
-from elastic.model.backend import Batch, Buffer, Habits, ShardResult
+from elastic.model.backend import ROWS, Batch, Buffer, Habits, ShardResult
 from elastic.model.user_code import UNTRAINED, pairs
-from elastic.tables.features import ROWS
 
 
 class ModuleBackend(TorchBackend):

@@ -20,9 +20,8 @@ from backends.tensorflow.arrays import lies_in, tensor_over
 from backends.tensorflow.ops import U64, tf
 from backends.tensorflow.stages import Stages
 from elastic.errors import UserError
-from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, UpdateRule
+from elastic.model.backend import ROWS, Batch, Buffer, Habits, Model, ShardResult, UpdateRule
 from elastic.model.user_code import UNTRAINED
-from elastic.tables.features import ROWS
 
 _start = threading.Lock()
 

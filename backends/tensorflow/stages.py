@@ -12,8 +12,7 @@ from backends.common import HostBackend, looked_up, neutral, tallied
 from backends.tensorflow.arrays import columns, shaped
 from backends.tensorflow.ops import U64, TensorFlowOps, tf
 from backends.tensorflow.tracing import Environment, Program, Recording, signature
-from elastic.model.backend import Batch, Buffer, ShardResult
-from elastic.tables.features import ROWS
+from elastic.model.backend import ROWS, Batch, Buffer, ShardResult
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from elastic.model.tally import Tally
 
 Array = Any  # an array of the framework at hand
 Buffer = Any  # a flat, 64-byte-aligned float32 array on the worker's device
-Batch = Mapping[str, Any]  # NumPy arrays, one per column, rows first; of a data set with tables also "rows", by feature
+Batch = Mapping[str, Any]  # NumPy arrays, one per column, rows first; where there are tables, under ROWS those of features
+ROWS = "rows"
 
 
 @dataclass(frozen=True)
