@@ -16,7 +16,7 @@ import numpy as np
 
 from elastic.data.collate import stacked
 from elastic.errors import ElasticError, UserError
-from elastic.model.backend import Adapted, Backend, Batch, Buffer, Framework, ShardResult, Spec, is_neutral
+from elastic.model.backend import ROWS, Adapted, Backend, Batch, Buffer, Framework, ShardResult, Spec, is_neutral
 from elastic.model.tally import Tally, tally_of
 from elastic.model.user_code import is_of_machine, place_of, rebuilt
 from elastic.parallel.axis import span
@@ -138,10 +138,24 @@ def aligned(size: int, dtype: np.dtype) -> np.ndarray:
 
 
 def neutral(batch: Batch, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """The columns of a model of named arrays: whole numbers as int64, floats as `dtype`."""
+    """The columns of a model of named arrays: whole numbers as int64, floats as `dtype`. What was looked up is not
+    among them: see `named_rows`."""
     kinds: dict[str, Any] = {"f": dtype, "i": np.int64, "u": np.int64, "b": np.bool_}
     return {name: np.asarray(column).astype(kinds[np.asarray(column).dtype.kind], copy=False)
-            for name, column in batch.items()}
+            for name, column in batch.items() if not isinstance(column, Mapping)}
+
+
+def looked_up(batch: Any) -> Mapping[str, np.ndarray]:
+    """By feature, what a batch's features have looked up. A user's own data without tables may have another "rows"."""
+    found = batch.get(ROWS) if isinstance(batch, Mapping) else None
+    is_theirs = isinstance(found, Mapping) and all(isinstance(rows, np.ndarray) and rows.dtype.kind == "f"
+                                                   for rows in found.values())
+    return found if found is not None and is_theirs else {}
+
+
+def named_rows(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """What belongs to features, by the names under which a model of named arrays reads what they have looked up."""
+    return {f"{ROWS}/{feature}": value for feature, value in rows.items()}
 
 
 def tallied(found: Mapping[str, tuple[Any, Any]],
@@ -333,7 +347,7 @@ def rehearse(own: Any, names: Sequence[str],
     if what := differing(first, second):
         raise UserError(f"model.kind: {own.kind} gives another {what} when one shard is computed twice from one seed; "
                         f"{own.GENERATORS}.")
-    check_linear(own.kind, once, twice)
+    check_linear(own.kind, {**once, **named_rows(first.slopes)}, {**twice, **named_rows(second.slopes)})
     return once
 
 

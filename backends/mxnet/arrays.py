@@ -59,6 +59,12 @@ def add_fresh(leaves: Mapping[str, Any], into: Mapping[str, Buffer]) -> None:
                 view += np.from_dlpack(Lent(leaf.grad))
 
 
+def slopes_of(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Copies of the gradients that the last backward pass left behind; zeros where it left none."""
+    return {name: taken(leaf) if leaf._fresh_grad else np.zeros(leaf.shape, leaf.dtype)
+            for name, leaf in leaves.items()}
+
+
 def taken(leaf: Any) -> np.ndarray:
     """A copy of the gradient that the last backward pass left behind."""
     leaf._fresh_grad = False

@@ -14,16 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import Blocks, Door, HostBackend, mapped, rehearse, tallied
+from backends.common import Blocks, Door, HostBackend, looked_up, mapped, named_rows, rehearse, tallied
 from backends.mxnet import adapter, optimizer, warn_if_late
 from backends.mxnet.adapter import seeded
-from backends.mxnet.arrays import add_fresh, as_array, as_numpy, blocks_of, flat, flattened, number, paired, taken
+from backends.mxnet.arrays import (
+    add_fresh,
+    as_array,
+    as_numpy,
+    blocks_of,
+    flat,
+    flattened,
+    number,
+    paired,
+    slopes_of,
+    taken,
+)
 from backends.mxnet.ops import MXNetOps, mx, to_array
 from backends.mxnet.tracing import Graph, Unrecordable, key_of
 from backends.mxnet.turn import computing, turn
 from elastic.data.collate import stacked
 from elastic.errors import UserError
-from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, UpdateRule
+from elastic.model.backend import ROWS, Batch, Buffer, Habits, Model, ShardResult, UpdateRule
 from elastic.model.user_code import UNTRAINED
 
 KINDS = ("bool", "int8", "int32", "int64", "uint8", "float16", "float32", "float64")  # of the library's arrays
@@ -105,14 +116,18 @@ class MXNetBackend(HostBackend):
         with computing(*self._way), self._own.telling() if self._own else nullcontext():
             self._aim(into)
             columns, state = self._columns(batch), self._device_state()
+            rows = self._rows(batch, columns)
+            for leaf in rows.values():
+                if leaf.size:  # to the library an array without elements is one of unknown shape
+                    leaf.attach_grad()
             with _autograd.record():
-                loss, weight, new = self._loss(state, columns, seed)
+                loss, weight, new = self._loss(state, columns, rows, seed)
             total, count = number(loss), number(weight)
             if self._differentiated(loss, None if factor == 1.0 else loss.ones_like() * factor):
                 add_fresh(self._leaves, into)
             elif count:
                 raise UserError(UNTRAINED)
-            return ShardResult(total, count, {name: as_numpy(value) for name, value in new.items()})
+            return ShardResult(total, count, {name: as_numpy(value) for name, value in new.items()}, slopes_of(rows))
 
     def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
         own = self._own
@@ -150,7 +165,8 @@ class MXNetBackend(HostBackend):
         # in predict mode the kernels of some layers rearrange their weights in place, here in the platform's own
         # buffers
         with computing(*self._way), _autograd.train_mode():  # a user's block switches back, on copies
-            return self._told(self._measured(self._device_state(), self._columns(batch)))
+            columns = self._columns(batch)
+            return self._told(self._measured(self._device_state(), columns, self._rows(batch, columns)))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         with computing(*self._way), _autograd.train_mode():
@@ -228,7 +244,7 @@ class MXNetBackend(HostBackend):
             found = self._made_by(pieces, self._entering(inputs, shape), self._columns(batch), None)
             return flat(found["out"]) if "out" in found else self._told(paired(found))
 
-    def _loss(self, state: Mapping[str, Any], columns: Any, seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
+    def _loss(self, state: Mapping[str, Any], columns: Any, rows: Mapping[str, Any], seed: int) -> tuple[Any, Any, Mapping[str, Any]]:
         if self._own is not None:
             copies = {name: self._leaves[name].copy() for name in self._moved}
             total, weight, new = self._own.loss(None, {**self._leaves, **copies}, state, columns, seed)
@@ -238,18 +254,19 @@ class MXNetBackend(HostBackend):
             loss, weight, new = self._model.loss(*arguments)
             return {"loss": loss, "weight": weight, **{f"new/{name}": value for name, value in new.items()}}
 
-        found = self._graph(results, frozenset(self._trainable), state, columns, seed)
+        found = self._graph(results, frozenset(self._trainable), state, columns, seed, rows)
         return found["loss"], found["weight"], {name: found[f"new/{name}"] for name in self._state
                                                 if f"new/{name}" in found}
 
-    def _measured(self, state: Mapping[str, Any], columns: Any) -> Mapping[str, tuple[Any, Any]]:
+    def _measured(self, state: Mapping[str, Any], columns: Any,
+                  rows: Mapping[str, Any]) -> Mapping[str, tuple[Any, Any]]:
         if self._own is not None:
             return self._own.metrics(None, self._leaves, state, columns)
 
         def results(*arguments: Any) -> dict[str, Any]:
             return flattened(self._model.metrics(*arguments[:-1]))
 
-        return paired(self._graph(results, "metrics", state, columns, 0))
+        return paired(self._graph(results, "metrics", state, columns, 0, rows))
 
     def _told(self, found: Mapping[str, tuple[Any, Any]]) -> Mapping[str, tuple[Any, float]]:
         if self._own is None:
@@ -282,18 +299,19 @@ class MXNetBackend(HostBackend):
 
     def _graph(self, function: Callable[..., dict[str, Any]], what: Any, state: Mapping[str, Any],
                columns: Mapping[str, Any],
-               seed: int) -> dict[str, Any]:
+               seed: int, rows: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Results of the graph that is recorded for these shapes, or of one kernel after the other where a model cannot
-        be recorded."""
-        key = key_of(what, self._ops, state, columns)
+        be recorded. `rows`: by feature, to be read as parameters are."""
+        named = named_rows(rows or {})
+        params, key = {**self._leaves, **named}, key_of(what, self._ops, state, {**columns, **named})
         if key not in self._graphs:
             try:
                 with _autograd.pause(train_mode=True):
-                    self._graphs[key] = Graph(function, self._ops, self._leaves, state, columns, seed)
+                    self._graphs[key] = Graph(function, self._ops, params, state, columns, seed)
             except Unrecordable:
                 self._graphs[key] = functools.partial(function, self._ops)
             self._compilations += 1
-        return self._graphs[key](self._leaves, state, columns, seed)
+        return self._graphs[key](params, state, columns, seed)
 
     def _differentiated(self, result: Any, slope: Any = None) -> bool:
         """A backward pass; False where no trainable parameter stands behind the result."""
@@ -327,5 +345,10 @@ class MXNetBackend(HostBackend):
                 for name, value in self._state.items()}
 
     def _columns(self, batch: Any) -> Any:
-        return mapped(batch, self._own.array) if self._own else {name: to_array(column, self._dtype)
-                                                                 for name, column in batch.items()}
+        return mapped(batch, self._own.array) if self._own else {
+            name: to_array(column, self._dtype) for name, column in batch.items() if not isinstance(column, Mapping)}
+
+    def _rows(self, batch: Any, columns: Any) -> dict[str, Any]:
+        """What was looked up; of a user's own model the arrays that are in its batch, whose gradients it is to have."""
+        return {feature: columns[ROWS][feature] if self._own else to_array(rows, self._dtype)
+                for feature, rows in looked_up(batch).items()}

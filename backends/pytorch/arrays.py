@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.common import address_of
+from backends.common import ALIGN_BYTES, address_of
 from elastic.data.collate import PLAIN, Collated
 from elastic.model.backend import Buffer
 from elastic.model.user_code import rebuilt
@@ -90,6 +90,21 @@ def columns(batch: Any, device: torch.device) -> Any:
     if array.dtype.kind not in "biuf":
         return array
     return placed(array, device, torch.float32 if array.dtype == np.float64 else None)
+
+
+def row_leaf(array: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """What was looked up, as a leaf with a gradient to come. Where it lies, if that is as aligned as a copy would be:
+    bits may depend on it."""
+    lies_well = array.dtype == np.float32 and array.flags.writeable and address_of(array) % ALIGN_BYTES == 0
+    if device.type == "cpu" and dtype == torch.float32 and lies_well:
+        return torch.from_numpy(array).requires_grad_()
+    return placed(array, device, dtype).requires_grad_()
+
+
+def slopes_of(leaves: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Their gradients, which nothing else holds or writes to; zeros where nothing came."""
+    return {feature: np.zeros(tuple(leaf.shape), plain(leaf.dtype)) if leaf.grad is None
+            else np.ascontiguousarray(leaf.grad.cpu().numpy()) for feature, leaf in leaves.items()}
 
 
 def placed(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:

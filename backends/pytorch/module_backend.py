@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
+from backends.common import looked_up
 from backends.pytorch.adapter import ModuleModel, as_sum, seeded
-from backends.pytorch.arrays import as_numpy, as_scalar, as_tensor, columns
+from backends.pytorch.arrays import as_numpy, as_scalar, as_tensor, columns, slopes_of
 from backends.pytorch.neutral_backend import TorchBackend
 from backends.pytorch.rehearsal import rehearse
 from elastic.data.collate import num_rows
 from elastic.errors import Overwritten, UserError
-from elastic.model.backend import Batch, Buffer, Habits, ShardResult
+from elastic.model.backend import ROWS, Batch, Buffer, Habits, ShardResult
 from elastic.model.user_code import UNTRAINED, pairs
 
 
@@ -120,14 +122,18 @@ class ModuleBackend(TorchBackend):
     def _shard(self, batch: Batch, seed: int, scale: float = 1.0) -> ShardResult:
         """Into the gradients that are aimed at; what the module draws on its way forward and back is a function of
         `seed`."""
-        own, rows = self._own, num_rows(batch)
+        own, rows, found = self._own, num_rows(batch), looked_up(batch)
         if not rows:
             return ShardResult(0.0, 0.0, dict(self._state)
-                               | {name: as_numpy(self._leaves[name]) for name in self._moved})
+                               | {name: as_numpy(self._leaves[name]) for name in self._moved},
+                               {feature: np.zeros_like(array) for feature, array in found.items()})
         with self._lent():
             with seeded(seed):
+                given = columns(batch, self.device)
+                # the leaves themselves: a loss may put others in their place in its batch
+                looked = {feature: given[ROWS][feature].requires_grad_() for feature in found}
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-                    total, weight = as_sum(self._loss(columns(batch, self.device)), rows)
+                    total, weight = as_sum(self._loss(given), rows)
                 if isinstance(total, torch.Tensor) and total.requires_grad:
                     (total if scale == 1.0 else total * scale).backward()  # a gradient that is handed in loads sympy
                 elif float(weight):
@@ -135,8 +141,8 @@ class ModuleBackend(TorchBackend):
             self._refuse_swaps()
             new = own.found() | {name: as_numpy(self._leaves[name]) for name in self._moved}
             loss = torch.as_tensor(total).detach()
-            found, count = torch.stack((loss.double().reshape(()), as_scalar(weight, loss))).tolist()
-        return ShardResult(found, count, new)
+            figure, count = torch.stack((loss.double().reshape(()), as_scalar(weight, loss))).tolist()
+        return ShardResult(figure, count, new, slopes_of(looked))
 
     def _refuse_writes(self) -> None:
         for name in self.written():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends.common import Blocks, ModelBackend, aligned, neutral, tallied
+from backends.common import Blocks, ModelBackend, aligned, looked_up, named_rows, neutral, tallied
 from backends.pytorch import optimizer
 from backends.pytorch.arrays import (
     address,
@@ -22,7 +22,9 @@ from backends.pytorch.arrays import (
     as_tensor,
     placed,
     plain,
+    row_leaf,
     shaped_like,
+    slopes_of,
     tensors,
 )
 from backends.pytorch.ops import TorchOps, signed
@@ -85,11 +87,12 @@ class TorchBackend(ModelBackend):
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
         self._enter()
         self._aim(into)
-        columns = self._columns(batch)
+        columns, rows = self._columns(batch), self._rows(batch)
+        params = {**self._leaves, **named_rows(rows)} if rows else self._leaves
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
                 function = self._model.loss if self._splits else self._loss
-                loss, weight, new = function(self._ops, self._leaves, self._device_state(), columns, self._seed(seed))
+                loss, weight, new = function(self._ops, params, self._device_state(), columns, self._seed(seed))
             if loss.requires_grad:
                 loss.backward()
         finally:
@@ -98,13 +101,14 @@ class TorchBackend(ModelBackend):
         if not loss.requires_grad and float(weight):
             raise UserError(UNTRAINED)
         total, count = torch.stack((loss.detach().double(), as_scalar(weight, loss))).tolist()
-        return ShardResult(total, count, {name: value.detach().cpu().numpy() for name, value in new.items()})
+        return ShardResult(total, count, {name: value.detach().cpu().numpy() for name, value in new.items()},
+                           slopes_of(rows))
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         self._enter()
-        columns = self._columns(batch)
+        columns, params = self._columns(batch), {**self._leaves, **named_rows(self._rows(batch))}
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            return tallied(self._model.metrics(self._ops, self._leaves, self._device_state(), columns), as_float64)
+            return tallied(self._model.metrics(self._ops, params, self._device_state(), columns), as_float64)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """As float32."""
@@ -208,6 +212,9 @@ class TorchBackend(ModelBackend):
     def _columns(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: placed(column, self.device)
                 for name, column in neutral(batch, np.dtype(plain(self._dtype))).items()}
+
+    def _rows(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {feature: row_leaf(rows, self.device, self._dtype) for feature, rows in looked_up(batch).items()}
 
     def _device_state(self) -> dict[str, torch.Tensor]:
         return {name: placed(value, self.device) for name, value in self._state.items()}

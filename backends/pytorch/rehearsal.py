@@ -72,6 +72,7 @@ def rehearse(stage: Stage, own: ModuleModel, batch: Batch, room: Callable[[], Vi
     if stale:
         raise remembering(own, stale[0], now)
     compare(own, one, two, left, now)
+    check_slopes(stage, own, batch, room, one, two)
     return Habits(adds_apart(stage, own, batch, room, first, second), moved)
 
 
@@ -128,12 +129,33 @@ def adds_apart(stage: Stage, own: ModuleModel, batch: Batch, room: Callable[[], 
     again = room()
     stage.once(batch, again, 1.0)
     if any(differ(as_tensor(g), as_tensor(again[name])) for name, g in first.items()):
-        raise own.error(f"gives the parameter {wrong[0]} another gradient when it is called again on the same rows "
-                        "from the same seed: something in its backward pass draws from a generator of its own or "
-                        "counts; draw from the default generators.")
-    raise own.error(f"has a gradient of {wrong[0]} that is not linear: twice the loss gives it something else than "
-                    "twice the gradient, as with a hook or an autograd Function that clips or normalises; gradients of "
-                    "shards are added up here: make it linear, or take it out.")
+        raise unsteady(own, f"the parameter {wrong[0]}")
+    raise not_linear(own, wrong[0])
+
+
+def check_slopes(stage: Stage, own: ModuleModel, batch: Batch, room: Callable[[], Views], one: ShardResult,
+                 two: ShardResult) -> None:
+    """UserError where twice the loss has not twice the gradient of what was looked up."""
+    wrong = [feature for feature, g in one.slopes.items()
+             if differ(as_tensor(g) * 2, as_tensor(two.slopes[feature]))]
+    if not wrong:
+        return
+    again = stage.once(batch, room(), 1.0)
+    if any(differ(as_tensor(g), as_tensor(again.slopes[feature])) for feature, g in one.slopes.items()):
+        raise unsteady(own, f"the rows of {wrong[0]}")
+    raise not_linear(own, f"the rows of {wrong[0]}")
+
+
+def unsteady(own: ModuleModel, what: str) -> UserError:
+    return own.error(f"gives {what} another gradient when it is called again on the same rows from the same seed: "
+                     "something in its backward pass draws from a generator of its own or counts; draw from the "
+                     "default generators.")
+
+
+def not_linear(own: ModuleModel, what: str) -> UserError:
+    return own.error(f"has a gradient of {what} that is not linear: twice the loss gives it something else than twice "
+                     "the gradient, as with a hook or an autograd Function that clips or normalises; gradients of "
+                     "shards are added up here: make it linear, or take it out.")
 
 
 def filling(g: torch.Tensor) -> torch.Tensor:

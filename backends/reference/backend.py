@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import Door, HostBackend, neutral, tallied
+from backends.common import Door, HostBackend, looked_up, named_rows, neutral, tallied
 from backends.reference import optimizer
 from backends.reference.ops import ReferenceOps
 from backends.reference.tape import Variable, backward, value_of
@@ -52,18 +52,22 @@ class ReferenceBackend(HostBackend):
 
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
         leaves = {name: Variable(self._params[name]) for name in into}
-        loss, weight, new = self._model.loss(self._ops, {**self._params, **leaves}, self._copied(),
-                                             neutral(batch, self._dtype), seed)
+        rows = {feature: Variable(self._wide(array)) for feature, array in looked_up(batch).items()}
+        loss, weight, new = self._model.loss(self._ops, {**self._params, **leaves, **named_rows(rows)},
+                                             self._copied(), neutral(batch, self._dtype), seed)
         backward(loss)
         for name, view in into.items():
             gradient = leaves[name].gradient
             if gradient is not None:
                 view += gradient
         return ShardResult(float(loss.value), float(value_of(weight)),
-                           {name: np.asarray(value_of(v)) for name, v in new.items()})
+                           {name: np.asarray(value_of(v)) for name, v in new.items()},
+                           {feature: slope_of(leaf) for feature, leaf in rows.items()})
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
-        return tallied(self._model.metrics(self._ops, self._params, self._copied(), neutral(batch, self._dtype)))
+        rows = {feature: self._wide(array) for feature, array in looked_up(batch).items()}
+        return tallied(self._model.metrics(self._ops, {**self._params, **named_rows(rows)}, self._copied(),
+                                           neutral(batch, self._dtype)))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return self._model.logits(self._ops, self._params, np.asarray(tokens, np.int64))
@@ -111,5 +115,13 @@ class ReferenceBackend(HostBackend):
         return tallied(self._model.measure(self._ops, x,
                                            columns)) if self._ends(pieces) else np.ascontiguousarray(x).reshape(-1)
 
+    def _wide(self, array: np.ndarray) -> np.ndarray:
+        return array.astype(self._dtype, copy=False)
+
     def _copied(self) -> dict[str, np.ndarray]:
         return {name: np.array(value) for name, value in self._state.items()}
+
+
+def slope_of(leaf: Variable) -> np.ndarray:
+    """An array of its own: a pull may have given another's, or a view of it."""
+    return np.zeros_like(leaf.value) if leaf.gradient is None else np.array(leaf.gradient, leaf.dtype, order="C")

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import Door, drawing, rehearse, tallied
+from backends.common import Door, drawing, looked_up, named_rows, rehearse, tallied
 from backends.tensorflow import optimizer
 from backends.tensorflow.arrays import lies_in, tensor_over
 from backends.tensorflow.ops import U64, tf
 from backends.tensorflow.stages import Stages
 from elastic.errors import UserError
-from elastic.model.backend import Batch, Buffer, Habits, Model, ShardResult, UpdateRule
+from elastic.model.backend import ROWS, Batch, Buffer, Habits, Model, ShardResult, UpdateRule
 from elastic.model.user_code import UNTRAINED
 
 _start = threading.Lock()
@@ -83,7 +83,7 @@ class TensorFlowBackend(Stages):
     def __init__(self, model: Any, settings: Any):
         super().__init__(model, settings)
         start(int(settings.threads))
-        self._steps: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self._steps: dict[tuple[tuple[str, ...], tuple[str, ...]], Callable[..., Any]] = {}
         self._metrics = self._traced(self._measured)
         self._constrained: dict[str, np.ndarray] = {}
 
@@ -118,20 +118,24 @@ class TensorFlowBackend(Stages):
     def _computed(self, names: tuple[str, ...], batch: Batch, seed: int,
                   factor: float = 1.0) -> tuple[ShardResult, dict[str, np.ndarray]]:
         """One shard, with `factor` times the gradients of its loss sum."""
-        columns, state = self._columns(batch), self._device_state()
+        columns, state, rows = self._columns(batch), self._device_state(), looked_up(batch)
         arguments: tuple[Any, ...] = self._params, state, columns, tf.constant(np.uint64(seed & U64))
+        sought = names, tuple(rows)
         if self._degrees:
-            loss, weight, new, slopes = self._call(("gradients", names), self._step_of(names), arguments)
+            loss, weight, new, slopes = self._call(("gradients", *sought), self._step_of(*sought), arguments)
         else:
-            if names not in self._steps:
-                self._steps[names] = self._traced(self._step_of(names))
+            if sought not in self._steps:
+                self._steps[sought] = self._traced(self._step_of(*sought))
             if self._own:
                 self._own.open(self._params, state, columns)
                 arguments = *arguments, tf.constant(factor)
             with self._telling():
-                loss, weight, new, slopes = self._steps[names](*arguments)
-        found = {name: np.asarray(slope) for name, slope in zip(names, slopes, strict=True) if slope is not None}
-        return ShardResult(float(loss), float(weight), {name: value.numpy() for name, value in new.items()}), found
+                loss, weight, new, slopes = self._steps[sought](*arguments)
+        cut = len(names)
+        found = {name: np.asarray(slope) for name, slope in zip(names, slopes[:cut], strict=True) if slope is not None}
+        back = {feature: np.zeros(rows[feature].shape, self._dtype) if slope is None else np.array(slope)
+                for feature, slope in zip(rows, slopes[cut:], strict=True)}
+        return ShardResult(float(loss), float(weight), {name: value.numpy() for name, value in new.items()}, back), found
 
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
         columns, state = self._columns(batch), self._device_state()
@@ -165,17 +169,25 @@ class TensorFlowBackend(Stages):
 
     def _measured(self, params: Mapping[str, Any], state: Mapping[str, Any],
                   batch: Any) -> Mapping[str, tuple[Any, Any]]:
-        return self._model.metrics(self._ops, params, state, batch)
+        return self._model.metrics(self._ops, *self._told_apart(params, state, batch))
 
-    def _step_of(self, names: Sequence[str]) -> Callable[..., Any]:
+    def _told_apart(self, params: Mapping[str, Any], state: Mapping[str, Any], batch: Any) -> tuple[Any, Any, Any]:
+        """A model of named arrays reads rows as it reads parameters; a user's own finds them in its batch."""
+        if self._own or ROWS not in batch:
+            return params, state, batch
+        return ({**params, **named_rows(batch[ROWS])}, state,
+                {name: column for name, column in batch.items() if name != ROWS})
+
+    def _step_of(self, names: Sequence[str], features: Sequence[str]) -> Callable[..., Any]:
         def step(params: Mapping[str, Any], state: Mapping[str, Any], batch: Any, seed: Any,
                  factor: Any = None) -> tuple[Any, Any, Any, list[Any]]:
+            sources = [*(params[name] for name in names), *(batch[ROWS][feature] for feature in features)]
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch([params[name] for name in names])
-                loss, weight, new = self._model.loss(self._ops, params, state, batch, seed)
+                tape.watch(sources)
+                loss, weight, new = self._model.loss(self._ops, *self._told_apart(params, state, batch), seed)
             if self._own:
                 self._own.check_moved(names)
-            slopes = tape.gradient(loss, [params[name] for name in names],
+            slopes = tape.gradient(loss, sources,
                                    output_gradients=None if factor is None else tf.cast(factor, loss.dtype))
             # a batch without rows
             if all(slope is None for slope in slopes) and not (isinstance(weight, float) and weight == 0.0):

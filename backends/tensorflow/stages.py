@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from backends.common import HostBackend, neutral, tallied
+from backends.common import HostBackend, looked_up, neutral, tallied
 from backends.tensorflow.arrays import columns, shaped
 from backends.tensorflow.ops import U64, TensorFlowOps, tf
 from backends.tensorflow.tracing import Environment, Program, Recording, signature
-from elastic.model.backend import Batch, Buffer, ShardResult
+from elastic.model.backend import ROWS, Batch, Buffer, ShardResult
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ class Stages(HostBackend):
     def _columns(self, batch: Any) -> Any:
         if self._own:
             return columns(batch)
-        return {name: tf.constant(column) for name, column in neutral(batch, self._dtype).items()}
+        rows = {feature: tf.constant(rows.astype(self._dtype, copy=False)) for feature, rows in looked_up(batch).items()}
+        found: dict[str, Any] = {name: tf.constant(column) for name, column in neutral(batch, self._dtype).items()}
+        return {**found, ROWS: rows} if rows else found
 
     def _call(self, key: tuple[Any, ...], function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         """A function of a single phase."""

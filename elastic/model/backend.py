@@ -17,7 +17,8 @@ from elastic.model.tally import Tally
 
 Array = Any  # an array of the framework at hand
 Buffer = Any  # a flat, 64-byte-aligned float32 array on the worker's device
-Batch = Mapping[str, Any]  # NumPy arrays, one per column, rows first
+Batch = Mapping[str, Any]  # NumPy arrays, one per column, rows first; where there are tables, under ROWS those of features
+ROWS = "rows"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def is_neutral(model: Any) -> bool:
 @dataclass(frozen=True)
 class ShardResult:
     """What one logical shard contributes beside its gradient. `buffers` are the new buffers, as NumPy arrays, and with
-    them the frozen parameters that the model moves (see `Habits`).
+    them the frozen parameters that the model moves (see `Habits`). `slopes`: of a batch with "rows", the gradient of
+    the loss sum with respect to each feature's, as NumPy arrays of their own, in the same shapes.
     """
 
     loss_sum: float
@@ -201,7 +203,13 @@ class Backend(Protocol):
 
     @abstractmethod
     def gradients(self, batch: Batch, seed: int, into: Mapping[str, Buffer]) -> ShardResult:
-        """Adds the gradient of one shard's loss sum to `into` (shaped views of a flat buffer, trainable names only)."""
+        """Adds the gradient of one shard's loss sum to `into` (shaped views of a flat buffer, trainable names only).
+
+        `batch["rows"]`, where there are tables, is what each feature has looked up: {feature: float32, C-contiguous}. A
+        model of named arrays reads `params["rows/FEATURE"]`, a user's own `batch["rows"]["FEATURE"]`. Slopes come for
+        every feature, zeros for one that the model does not read, and are not looked at: they may be NaN. Nothing of
+        the batch is kept or written to.
+        """
 
     def rehearse(self, batch: Batch, room: Callable[[], Mapping[str, Buffer]]) -> Habits:
         """Computes one shard, as often as it takes to know the model, before any step, and leaves parameters and
@@ -215,7 +223,8 @@ class Backend(Protocol):
 
     @abstractmethod
     def metrics(self, batch: Batch) -> Mapping[str, tuple[Any, float]]:
-        """Sums and weights of one evaluation shard; what is no scalar comes as a NumPy array."""
+        """Sums and weights of one evaluation shard; what is no scalar comes as a NumPy array. It reads "rows" as
+        `gradients` does."""
 
     def tally(self) -> Tally | None:
         """A new one for an evaluation, of a model that counts."""

@@ -6,5 +6,6 @@
     row_store   the protocol of a store, found by name
     buckets     ids to buckets, buckets to owners
     starts      the row that an id starts from
+    untrained   a batch with the rows that its ids start from
     eviction    which ids a commit forgets
 """

@@ -11,6 +11,7 @@ from elastic.data.collate import num_rows
 from elastic.errors import UserError
 from elastic.model.user_code import describe, is_of_machine, users
 from elastic.parallel.groups import mirrored
+from elastic.tables.untrained import with_starting_rows
 from elastic.worker.evaluation import measure, named
 from elastic.worker.gradients import part_of
 from elastic.worker.training import Placement, Training
@@ -37,7 +38,8 @@ def rehearse(training: Training, place: Placement) -> None:
     def room() -> Mapping[str, Any]:
         return state.layout.views(backend.allocate(state.layout.gradient), state.layout.trainable_names)
 
-    first = part_of(training.load_batch(1, 0), plan.micro_batches * place.mesh.expert, 0)
+    first = part_of(with_starting_rows(training.tables, training.load_batch(1, 0)),
+                    plan.micro_batches * place.mesh.expert, 0)
     if place.pipeline is not None:
         place.pipeline.warm_up(first, room())
         return
@@ -47,8 +49,8 @@ def rehearse(training: Training, place: Placement) -> None:
     state.layout.move([*state.buffers, *habits.moved])
     last = shorter(training) if place.portion is None else None
     if last is not None:
-        batch, rows = training.load_batch(plan.num_steps,
-                                          last), int((training.positions(plan.num_steps, last) >= 0).sum())
+        batch = with_starting_rows(training.tables, training.load_batch(plan.num_steps, last))
+        rows = int((training.positions(plan.num_steps, last) >= 0).sum())
         with fewer(f"The last step leaves {rows} of a logical shard's {len(training.positions(1, 0))} samples to "
                    f"logical shard {last}",
                    "choose run.steps, data.batch_size or elastic.logical_shards so that all shards are alike"):
@@ -59,7 +61,8 @@ def rehearse(training: Training, place: Placement) -> None:
 
 def rehearse_evaluation(training: Training, place: Placement) -> None:
     """Of the first batch, and of the last where it has fewer rows."""
-    tally, first = place.backend.tally(), part_of(training.eval_batches[0](), place.mesh.expert, 0)
+    tally = place.backend.tally()
+    first = part_of(with_starting_rows(training.tables, training.eval_batches[0]()), place.mesh.expert, 0)
     found, best = measure(place.backend, tally, first), training.plan.best.removeprefix("eval.")
     if best and best not in found and best not in (known := named(found, tally)):
         raise UserError(f'checkpoint.best = "{training.plan.best}" is none of the figures of this evaluation, '
@@ -67,7 +70,7 @@ def rehearse_evaluation(training: Training, place: Placement) -> None:
                         "write one of them.")
     if place.portion is not None or training.fills:
         return
-    last = training.eval_batches[-1]()
+    last = with_starting_rows(training.tables, training.eval_batches[-1]())
     if num_rows(last) == num_rows(first):
         return
     with fewer(f"The last batch of the evaluation has {num_rows(last)} rows where the others have {num_rows(first)}",
