@@ -82,11 +82,31 @@ def read_file(store: Store, name: str, entry: FileEntry, manifest: Manifest) -> 
 
 def check_sizes(store: Store, name: str, manifest: Manifest) -> None:
     """All files are there and as long as they should be, before the first is read."""
-    for entry in manifest.files:
-        found = store.size(f"{name}/{entry.name}")
-        if found != entry.bytes:
-            state = "is missing" if found is None else f"has {found} bytes instead of {entry.bytes}"
-            raise BadCheckpoint(f"{name}/{entry.name} {state}.")
+    for file, size in manifest.sizes.items():
+        found = store.size(f"{name}/{file}")
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise BadCheckpoint(f"{name}/{file} {state}.")
+
+
+def read_bases(store: Store, name: str, manifest: Manifest, read: Read = read_manifest) -> dict[int, Manifest]:
+    """The checkpoints, by step, that this one builds on, and those that they build on; its own is among them.
+
+    BadCheckpoint where one is not there in full length.
+    """
+    found, wanted = {manifest.step: manifest}, sorted(manifest.bases)
+    while wanted:
+        step = wanted.pop()
+        if step in found:
+            continue
+        base = folder_of(step)
+        try:
+            found[step] = read(store, base)
+            check_sizes(store, base, found[step])
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{name} builds on {base}, which is not whole: {error}") from error
+        wanted += found[step].bases
+    return found
 
 
 def verify(store: Store, name: str) -> Manifest:
@@ -98,9 +118,11 @@ def verify(store: Store, name: str) -> Manifest:
 
 
 def read_sound(store: Store, name: str) -> Manifest:
-    """The manifest of a checkpoint whose files are all there in full length. Their bytes are not read."""
+    """The manifest of a checkpoint whose files, and those of the checkpoints that it builds on, are all there in full
+    length. Their bytes are not read."""
     manifest = read_manifest(store, name)
     check_sizes(store, name, manifest)
+    read_bases(store, name, manifest)
     return manifest
 
 
@@ -200,7 +222,7 @@ def clean(store: Store, live_generation: int, read: Read = read_manifest) -> lis
             continue
         files = store.names(folder)
         try:
-            named = {MANIFEST, *(entry.name for entry in read(store, folder).files)} if MANIFEST in files else set()
+            named = {MANIFEST, *read(store, folder).sizes} if MANIFEST in files else set()
         except (BadCheckpoint, UserError):  # kept for inspection as it is
             continue
         left = [file for file in files if file not in named and is_older(file, live_generation)]
