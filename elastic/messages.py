@@ -201,6 +201,7 @@ class Part:
     world_size: int = 1
     head: str = ""  # rank 0's: the manifest without its files
     error: str = ""
+    tables: str = "[]"  # the entries of its files of tables, a JSON list
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,8 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
     all), and those whose step is a multiple of `keep_every` (0: none); returns what is gone. Of a checkpoint that is a
     link only the link goes.
 
-    Unreadable ones, ones with missing or truncated files and those in `refused` count for nothing and stay.
+    Unreadable ones, ones with missing or truncated files and those in `refused` count for nothing and stay. What those
+    that are kept build on is kept too; and of tables the newest but one, on which one that is being written may build.
     """
     good: list[tuple[str, Manifest]] = []
     for _, name in reversed(committed(store)):
@@ -189,8 +190,10 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
             good.append((name, manifest))
         except (BadCheckpoint, UserError):
             continue
+    good = with_bases(good)
     kept = {name for name, _ in good[:keep]} | best_of(good, best, best_mode)
     kept |= {name for name, manifest in good if keep_every and manifest.step % keep_every == 0}
+    kept |= bases_of(kept | {name for name, manifest in good[:2] if manifest.tables}, dict(good))
     gone = [name for name, _ in good if name not in kept]
     for name in gone:
         if not store.is_link(name):
@@ -198,6 +201,24 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
             store.remove(f"{name}/{MANIFEST}")
         store.remove(name)
     return gone
+
+
+def with_bases(checkpoints: list[tuple[str, Manifest]]) -> list[tuple[str, Manifest]]:
+    """Those, given newest first, that build on nothing that is not among them."""
+    found: dict[str, Manifest] = {}
+    for name, manifest in reversed(checkpoints):
+        if all(folder_of(base) in found for base in manifest.bases):
+            found[name] = manifest
+    return [(name, manifest) for name, manifest in checkpoints if name in found]
+
+
+def bases_of(names: Container[str], checkpoints: Mapping[str, Manifest]) -> set[str]:
+    """The names, and all that those build on, of checkpoints by name, newest first."""
+    found: set[str] = set()
+    for name, manifest in checkpoints.items():
+        if name in names or name in found:
+            found |= {name, *map(folder_of, manifest.bases)}
+    return found
 
 
 def best_of(checkpoints: list[tuple[str, Manifest]], best: str | None, mode: str) -> set[str]:

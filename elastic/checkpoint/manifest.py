@@ -7,8 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Container, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from elastic.boxes import Box
@@ -61,8 +61,8 @@ class FileEntry:
 @dataclass(frozen=True)
 class TableEntry:
     """One owner's file of one table (`table_file` says what is in it). `hash` is of all of it. Of bucket `buckets[i]` are
-    the bytes offsets[i]..offsets[i + 1] - 1, which have the hash `hashes[i]`, and build on the checkpoint of step
-    `bases[i]`; -1: they are all of the bucket."""
+    `sizes[i]` bytes from `offsets[i]` on, which have the hash `hashes[i]`, and build on the checkpoint of step `bases[i]`;
+    -1: they are all of the bucket."""
 
     name: str
     bytes: int
@@ -74,6 +74,7 @@ class TableEntry:
     num_buckets: int
     buckets: tuple[int, ...]
     offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
     hashes: tuple[str, ...]
     bases: tuple[int, ...]
 
@@ -81,6 +82,9 @@ class TableEntry:
     def kind(self) -> tuple[int, str, int, int]:
         """What all files of a table have in common."""
         return self.width, self.optimizer, self.vocabulary, self.num_buckets
+
+
+LISTS = ("buckets", "offsets", "sizes", "hashes", "bases")
 
 
 @dataclass(frozen=True)
@@ -226,12 +230,13 @@ def build_table(value: Any) -> TableEntry:
     for key in ("width", "vocabulary", "num_buckets"):
         check_count(value[key], f"{key} of {name}")
     need(0 < value["num_buckets"] <= MAX_BUCKETS, f"the table of {name} has {value['num_buckets']} buckets")
-    lists = {key: value[key] for key in ("buckets", "offsets", "hashes", "bases")}
+    lists = {key: value[key] for key in LISTS}
     need(all(isinstance(found, list) for found in lists.values()), f"the buckets of {name} are not a list")
-    buckets, offsets, hashes, bases = lists.values()
-    need(len(buckets) == len(hashes) == len(bases) == len(offsets) - 1, f"the lists of buckets of {name} differ in length")
-    need(all(type(n) is int for n in (*buckets, *offsets, *bases)), f"a bucket's place in {name} is not a number")
-    need(all(low < high for low, high in zip([-1, *offsets], [*offsets, value["bytes"] + 1])),
+    buckets, offsets, sizes, hashes, bases = lists.values()
+    need(len({*map(len, lists.values())}) == 1, f"the lists of buckets of {name} differ in length")
+    need(all(type(n) is int for n in (*buckets, *offsets, *sizes, *bases)), f"a bucket's place in {name} is not a number")
+    ends = [low + size for low, size in zip(offsets, sizes)]
+    need(all(size > 0 for size in sizes) and all(end <= low for end, low in zip([0, *ends], [*offsets, value["bytes"]])),
          f"the buckets of {name} do not lie one behind the other within its {value['bytes']} bytes")
     need(all(low < high for low, high in zip([-1, *buckets], [*buckets, value["num_buckets"]])),
          f"the buckets of {name} do not rise from 0 to {value['num_buckets'] - 1}")
@@ -306,6 +311,13 @@ def check_tables(manifest: Manifest) -> None:
         missing = sorted(set(range(first.num_buckets)).difference(buckets))[:1] if len(buckets) < first.num_buckets else []
         need(not missing, f"bucket {missing} of table {name} is in no file")
     need(all(base < manifest.step for base in manifest.bases), f"step {manifest.step} builds on a later one")
+
+
+def without(entry: TableEntry, buckets: Container[int]) -> TableEntry:
+    """The entry as if these were not in its file."""
+    kept = [number for number, bucket in enumerate(entry.buckets) if bucket not in buckets]
+    lists = {key: tuple(getattr(entry, key)[number] for number in kept) for key in LISTS}
+    return replace(entry, **lists)
 
 
 def are_apart(pieces: list[Piece]) -> bool:

@@ -161,7 +161,7 @@ def write_table(store: Store, folder: str, name: str, spec: TableSpec, step: int
     NonFiniteLoss where a row is not finite: nobody could go on from it.
     """
     schema, sink, digest = schema_of(spec), Stretch(), xxhash.xxh3_128()
-    numbers, offsets, hashes, bases = list[int](), list[int](), list[str](), list[int]()
+    numbers, offsets, sizes, hashes, bases = list[int](), list[int](), list[int](), list[str](), list[int]()
 
     def pieces() -> Iterator[bytes]:
         with ipc.new_file(sink, schema) as writer:
@@ -170,11 +170,10 @@ def write_table(store: Store, folder: str, name: str, spec: TableSpec, step: int
                 batch = encode(bucket, schema)
                 writer.write_batch(batch)
                 content, size = sink.take(), ipc.get_record_batch_size(batch)
-                if not offsets:  # the file's head comes with the first
-                    offsets.append(sink.bytes - size)
                 numbers.append(bucket.number)
                 bases.append(bucket.base)
-                offsets.append(sink.bytes)
+                offsets.append(sink.bytes - size)  # the file's head comes with the first
+                sizes.append(size)
                 hashes.append(hash_of(memoryview(content)[-size:]))
                 digest.update(content)
                 yield content
@@ -184,7 +183,7 @@ def write_table(store: Store, folder: str, name: str, spec: TableSpec, step: int
 
     store.write(f"{folder}/{name}", pieces())
     return TableEntry(name, sink.bytes, digest.hexdigest(), spec.name, spec.width, spec.optimizer, spec.vocabulary,
-                      spec.num_buckets, tuple(numbers), tuple(offsets or [0]), tuple(hashes), tuple(bases))
+                      spec.num_buckets, tuple(numbers), tuple(offsets), tuple(sizes), tuple(hashes), tuple(bases))
 
 
 def check_finite(spec: TableSpec, rows: Rows, step: int) -> None:

@@ -84,7 +84,8 @@ class TableReader:
         group, size = list[int](), 0
         for bucket in buckets:
             group.append(bucket)
-            size += sum(length(*self._at(step, table, bucket)) for step in self.chain(table, bucket))
+            places = (self._at(step, table, bucket) for step in self.chain(table, bucket))
+            size += sum(entry.sizes[number] for entry, number in places)
             if size >= WINDOW:
                 yield group
                 group, size = [], 0
@@ -109,7 +110,7 @@ class TableReader:
             by_file.setdefault(entry.name, (entry, []))[1].append(number)
         for entry, numbers in by_file.values():
             for low, high in runs(entry, numbers):
-                content = self._bytes(step, entry, entry.offsets[low], entry.offsets[high])
+                content = self._bytes(step, entry, entry.offsets[low], entry.offsets[high - 1] + entry.sizes[high - 1])
                 note(len(content))
                 for number in range(low, high):
                     yield decode(checked(content, step, entry, number, low), entry, number)
@@ -128,23 +129,20 @@ class TableReader:
 
 def checked(content: memoryview, step: int, entry: TableEntry, number: int, first: int) -> memoryview:
     """A bucket's bytes, of those from bucket `first` on."""
-    begins = entry.offsets[first]
-    part = content[entry.offsets[number] - begins:entry.offsets[number + 1] - begins]
+    begins, size = entry.offsets[number], entry.sizes[number]
+    part = content[begins - entry.offsets[first]:][:size]
     if hash_of(part) != entry.hashes[number]:
         raise BadCheckpoint(f"{folder_of(step)}/{entry.name} does not have the hash that the manifest states, in bytes "
-                            f"{entry.offsets[number]} to {entry.offsets[number + 1] - 1}.")
+                            f"{begins} to {begins + size - 1}.")
     return part
 
 
-def length(entry: TableEntry, number: int) -> int:
-    return entry.offsets[number + 1] - entry.offsets[number]
-
-
 def runs(entry: TableEntry, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Numbers low..high-1 that are neighbours, a window of bytes at a time."""
+    """Numbers low..high-1 that lie one behind the other, a window of bytes at a time."""
     low = high = -1
     for number in sorted(numbers):
-        if number != high or entry.offsets[high] - entry.offsets[low] >= WINDOW:
+        is_next = number == high and entry.offsets[number] == entry.offsets[number - 1] + entry.sizes[number - 1]
+        if not is_next or entry.offsets[number] - entry.offsets[low] >= WINDOW:
             if high > low:
                 yield low, high
             low = number

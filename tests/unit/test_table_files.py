@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc
 
-from elastic.checkpoint.manager import clean, newest_good, read_manifest, read_sound
-from elastic.checkpoint.manifest import Manifest, parse
+from elastic.checkpoint.manager import clean, newest_good, prune, read_manifest, read_sound
+from elastic.checkpoint.manifest import Manifest, parse, without
 from elastic.checkpoint.table_file import Bucket, table_name, write_table
 from elastic.checkpoint.table_reader import TableReader, check_tables
 from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError
@@ -107,7 +107,7 @@ def test_only_the_buckets_that_are_asked_for_are_read(tmp_path: Path) -> None:
     for number in (3, 40):
         list(reader.rows("ads", [number]))
     entry = manifest.tables[0]
-    assert reader.bytes == sum(entry.offsets[n + 1] - entry.offsets[n] for n in (3, 40)) < entry.bytes / 20
+    assert reader.bytes == sum(entry.sizes[n] for n in (3, 40)) < entry.bytes / 20
 
 
 def test_arrow_reads_the_file_by_itself(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_any_flipped_byte_of_a_bucket_is_found(tmp_path: Path) -> None:
             place, f"step-{m:08d}").tables if e.name == file.name and f"step-{m:08d}" == file.parent.name)
         chains = {step for bucket in entry.buckets
                   for step in TableReader(place, "step-00000020", manifest).chain("ads", bucket)}
-        for at in range(entry.offsets[0], entry.offsets[-1], 17):
+        for at in range(entry.offsets[0], entry.offsets[-1] + entry.sizes[-1], 17):
             broken = bytearray(whole)
             broken[at] ^= 1 << at % 8
             file.write_bytes(bytes(broken))
@@ -206,10 +206,11 @@ def test_a_row_that_is_no_number_is_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [
     lambda e: replace(e, buckets=e.buckets[:-1] + (99,)), lambda e: replace(e, buckets=e.buckets[::-1]),
     lambda e: replace(e, offsets=e.offsets[:-1]), lambda e: replace(e, offsets=(*e.offsets[:-1], e.bytes + 1)),
+    lambda e: replace(e, sizes=(e.sizes[0] + 1, *e.sizes[1:])), lambda e: replace(e, sizes=(0, *e.sizes[1:])),
     lambda e: replace(e, hashes=("x" * 32, *e.hashes[1:])), lambda e: replace(e, bases=(10, *e.bases[1:])),
     lambda e: replace(e, bases=(-2, *e.bases[1:])), lambda e: replace(e, name="a/b"),
     lambda e: replace(e, num_buckets=17), lambda e: replace(e, table=""),
-    lambda e: replace(e, buckets=e.buckets[1:], offsets=e.offsets[1:], hashes=e.hashes[1:], bases=e.bases[1:])])
+    lambda e: without(e, {3})])
 def test_a_manifest_that_cannot_be_true_is_not_believed(change: Any, tmp_path: Path) -> None:
     one = spec()
     manifest = write_checkpoint(Store.open(tmp_path), 10, {one: {}}, 1)
@@ -232,3 +233,21 @@ def test_a_bucket_in_two_files_is_not_believed(tmp_path: Path) -> None:
 def test_a_manifest_without_tables_is_as_it_was() -> None:
     text = Manifest(1, 1, 0, 0, "").dumps()
     assert '"format": 2' in text and "tables" not in text
+
+
+def test_pruning_keeps_what_is_built_on(tmp_path: Path) -> None:
+    one, place = spec(num_buckets=2), Store.open(tmp_path)
+
+    def left() -> list[int]:
+        return [int(name[5:]) for name in place.names()]
+
+    for step, base in ((10, -1), (20, 10), (30, 20), (40, -1), (50, 40)):
+        write_checkpoint(place, step, {one: {}}, 1, base)
+    assert prune(place, 4) == [] and left() == [10, 20, 30, 40, 50]
+    assert prune(place, 2) == ["step-00000030", "step-00000020", "step-00000010"]
+    write_checkpoint(place, 60, {one: {}}, 1)
+    assert prune(place, 1) == [] and left() == [40, 50, 60], "what is being written may build on step 50"
+    write_checkpoint(place, 70, {one: {}}, 1, 50)
+    write_checkpoint(place, 80, {one: {}}, 1, 70)
+    assert prune(place, 1) == ["step-00000060"] and left() == [40, 50, 70, 80]
+    read_sound(place, "step-00000080")
