@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from elastic.checkpoint import safetensors
-from elastic.checkpoint.manifest import MAX_BYTES, FileEntry, Manifest, parse
+from elastic.checkpoint.manifest import MAX_BYTES, FileEntry, Manifest, folder_of, parse
 from elastic.checkpoint.part import hash_of
 from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.checkpoint.state_hash import AVERAGE, OPTIMIZER, PARAMETER
+from elastic.checkpoint.table_reader import TableReader
 from elastic.errors import BadCheckpoint, RecipeError, UserError
 from elastic.storage.remote import parted
 from elastic.storage.store import TEMPORARY, Store
@@ -30,10 +31,6 @@ MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")
 GENERATION = re.compile(r"-g(\d{6,})\.")
 Read = Callable[[Store, str], Manifest]  # as `read_manifest`
-
-
-def folder_of(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def commit(store: Store, manifest: Manifest) -> str:
@@ -110,11 +107,23 @@ def read_bases(store: Store, name: str, manifest: Manifest, read: Read = read_ma
 
 
 def verify(store: Store, name: str) -> Manifest:
-    """Reads all of a checkpoint, one file in memory at a time."""
+    """Reads all of a checkpoint, one file of arrays in memory at a time, and of those that its tables build on what they
+    need."""
     manifest = read_sound(store, name)
     for entry in manifest.files:
         read_file(store, name, entry, manifest)
+    reader = open_tables(store, name, manifest)
+    for table in reader.specs():
+        for _ in reader.rows(table):
+            continue
+    for entry in manifest.tables:
+        reader.check_file(entry)
     return manifest
+
+
+def open_tables(store: Store, name: str, manifest: Manifest) -> TableReader:
+    """BadCheckpoint where something that they build on is not there in full length."""
+    return TableReader(store, name, manifest, read_bases(store, name, manifest))
 
 
 def read_sound(store: Store, name: str) -> Manifest:

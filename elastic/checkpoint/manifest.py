@@ -167,6 +167,11 @@ def parse(text: str | bytes) -> Manifest:
     return manifest
 
 
+def folder_of(step: int) -> str:
+    """The name of a checkpoint."""
+    return f"step-{step:08d}"
+
+
 def need(truth: bool, otherwise: str) -> None:
     if not truth:
         raise BadCheckpoint(otherwise[0].upper() + otherwise[1:] + ".")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from elastic.checkpoint.manager import folder_of, read_bases
-from elastic.checkpoint.manifest import Manifest, TableEntry
+from elastic.checkpoint.manifest import Manifest, TableEntry, folder_of
 from elastic.checkpoint.part import hash_of
 from elastic.checkpoint.table_file import WHOLE, Bucket, decode, spec_of
 from elastic.errors import BadCheckpoint, RecipeError
@@ -25,12 +25,11 @@ Place = tuple[TableEntry, int]  # where a bucket lies: a file, and its number am
 
 
 class TableReader:
-    """The tables of one checkpoint. `bytes` counts what was read. BadCheckpoint at the making where what it builds on is
-    not whole."""
+    """The tables of one checkpoint. `manifests`: by step, of it and of all that it builds on (`manager.open_tables`).
+    `bytes` counts what was read."""
 
-    def __init__(self, store: Store, name: str, manifest: Manifest):
-        self.store, self.name, self.manifest = store, name, manifest
-        self.manifests = read_bases(store, name, manifest)
+    def __init__(self, store: Store, name: str, manifest: Manifest, manifests: Mapping[int, Manifest]):
+        self.store, self.name, self.manifest, self.manifests = store, name, manifest, manifests
         self.bytes = 0
         self._places: dict[tuple[int, str], dict[int, Place]] = {}
 
@@ -55,6 +54,14 @@ class TableReader:
                 found[bucket.number] = bucket.rows if older is None else applied(older, bucket)
             for number in group:
                 yield number, found[number]
+
+    def check_file(self, entry: TableEntry) -> None:
+        """All bytes of one of the checkpoint's own files, those too that no bucket has."""
+        digest = xxhash.xxh3_128()
+        for low in range(0, entry.bytes, WINDOW):
+            digest.update(self._bytes(self.manifest.step, entry, low, min(entry.bytes, low + WINDOW)))
+        if digest.hexdigest() != entry.hash:
+            raise BadCheckpoint(f"{self.name}/{entry.name} does not have the hash that the manifest states.")
 
     def chain(self, table: str, bucket: int) -> list[int]:
         """The steps of the checkpoints that make up a bucket, oldest first."""

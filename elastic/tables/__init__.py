@@ -6,5 +6,5 @@
     row_store   the protocol of a store, found by name
     buckets     ids to buckets, buckets to owners
     starts      the row that an id starts from
-    eviction    which ids a commit forgets
+    eviction    which ids a commit forgets; removed: which have gone since a checkpoint
 """

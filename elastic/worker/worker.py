@@ -114,7 +114,7 @@ class Worker(Member):
                 apply_update(self, order.ballot)
             if state.committed != order.step:
                 raise RunFailed(f"{self.name} has not the state of step {order.step} any more.")
-            self.saver.save(state, order, self.evaluation)
+            self.saver.save(state, order, self.evaluation, is_alone=True)
         except RunFailed as failed:
             self.post_part(Part(self.name, order.generation, order.step, "", 0.0, 0.0, order.rank, order.world_size,
                                 error=str(failed)))

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc
 
-from elastic.checkpoint.manager import clean, newest_good, prune, read_manifest, read_sound
+from elastic.checkpoint.manager import clean, newest_good, open_tables, prune, read_manifest, read_sound
 from elastic.checkpoint.manifest import Manifest, parse, without
 from elastic.checkpoint.table_file import Bucket, table_name, write_table
-from elastic.checkpoint.table_reader import TableReader, check_tables
+from elastic.checkpoint.table_reader import check_tables
 from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError
 from elastic.storage.store import Store
 from elastic.tables.row_store import kernels
@@ -42,7 +42,7 @@ def spec(**changes: Any) -> TableSpec:
 def load(place: Store, manifest: Manifest, kind: str, spec: TableSpec, buckets: list[int]) -> Any:
     store = kernels(kind).create(spec, 0)
     store.hold(buckets)
-    TableReader(place, f"step-{manifest.step:08d}", manifest).fill(store, buckets)
+    open_tables(place, f"step-{manifest.step:08d}", manifest).fill(store, buckets)
     return store
 
 
@@ -78,7 +78,7 @@ def test_increments_give_what_a_whole_one_gives(kind: str, seed: int, tmp_path: 
     table, manifest = history(place, one, np.random.default_rng(seed))
     for buckets in owned(one, 3):
         assert_holds(load(place, manifest, kind, one, buckets), one, table, buckets)
-    reader, parts = TableReader(place, "step-00000040", manifest), by_bucket(one, table)
+    reader, parts = open_tables(place, "step-00000040", manifest), by_bucket(one, table)
     found = list(reader.rows("ads"))
     assert [bucket for bucket, _ in found] == list(range(one.num_buckets))
     for bucket, rows in found:
@@ -103,7 +103,7 @@ def test_only_the_buckets_that_are_asked_for_are_read(tmp_path: Path) -> None:
     one, place = spec(width=64, num_buckets=64), Store.open(tmp_path)
     table = random_table(one, np.random.default_rng(0), 3000, 10)
     manifest = write_checkpoint(place, 10, {one: table}, 1)
-    reader = TableReader(place, "step-00000010", manifest)
+    reader = open_tables(place, "step-00000010", manifest)
     for number in (3, 40):
         list(reader.rows("ads", [number]))
     entry = manifest.tables[0]
@@ -129,13 +129,13 @@ def test_any_flipped_byte_of_a_bucket_is_found(tmp_path: Path) -> None:
         whole, entry = file.read_bytes(), next(e for m in (10, 20) for e in read_manifest(
             place, f"step-{m:08d}").tables if e.name == file.name and f"step-{m:08d}" == file.parent.name)
         chains = {step for bucket in entry.buckets
-                  for step in TableReader(place, "step-00000020", manifest).chain("ads", bucket)}
+                  for step in open_tables(place, "step-00000020", manifest).chain("ads", bucket)}
         for at in range(entry.offsets[0], entry.offsets[-1] + entry.sizes[-1], 17):
             broken = bytearray(whole)
             broken[at] ^= 1 << at % 8
             file.write_bytes(bytes(broken))
             bucket = entry.buckets[np.searchsorted(entry.offsets, at, "right") - 1]
-            reader = TableReader(place, "step-00000020", manifest)
+            reader = open_tables(place, "step-00000020", manifest)
             if int(file.parent.name[5:]) in reader.chain("ads", bucket):
                 with pytest.raises(BadCheckpoint, match="hash"):
                     list(reader.rows("ads", [bucket]))
