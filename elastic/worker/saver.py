@@ -147,17 +147,16 @@ class Saver:
             self.post(part(json.dumps(asdict(entry)), tables=json.dumps([asdict(table) for table in tables])))
         except Exception as error:
             self.error = error
-            self._clear(order.step, names[:-1])  # of the last nothing is left
+            self._clear(order.step, names)
             self.post(part("", self._sentence(order.step, error)))
         finally:
             self.writing = False
 
     def _clear(self, step: int, names: Iterable[str]) -> None:
         """What was written of a part that will not be: on a full disk it would be in the way of the next."""
-        with contextlib.suppress(OSError):
-            store = Store.open(self.location)
-            for name in names:
-                store.remove(f"{folder_of(step)}/{name}")
+        for name in names:
+            with contextlib.suppress(OSError):
+                Store.open(self.location).remove(f"{folder_of(step)}/{name}")
 
     def _store(self, order: Save) -> Store:
         store = Store.open(self.location)
