@@ -182,7 +182,6 @@ class Save:
     wait: bool = False  # until it is durable
     fault: str = ""  # that the file system is to have
     ballot: Ballot | None = None  # of `step`, for who holds its gradients and has not applied them
-    buckets: str = ""  # of the tables, those to write, as bits in hexadecimal digits; "": those that it owns
 
 
 @dataclass(frozen=True)
@@ -220,6 +219,7 @@ class Part:
     world_size: int = 1
     head: str = ""  # rank 0's: the manifest without its files
     error: str = ""
+    tables: str = "[]"  # the entries of its files of tables, a JSON list
 
 
 @dataclass(frozen=True)

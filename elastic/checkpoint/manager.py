@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from elastic.checkpoint import safetensors
-from elastic.checkpoint.manifest import MAX_BYTES, FileEntry, Manifest, parse
+from elastic.checkpoint.manifest import MAX_BYTES, FileEntry, Manifest, folder_of, parse
 from elastic.checkpoint.part import hash_of
 from elastic.checkpoint.reader import Reader, read_arrays
 from elastic.checkpoint.state_hash import AVERAGE, OPTIMIZER, PARAMETER
+from elastic.checkpoint.table_reader import TableReader
 from elastic.errors import BadCheckpoint, RecipeError, UserError
 from elastic.storage.remote import parted
 from elastic.storage.store import TEMPORARY, Store
@@ -30,10 +31,6 @@ MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")
 GENERATION = re.compile(r"-g(\d{6,})\.")
 Read = Callable[[Store, str], Manifest]  # as `read_manifest`
-
-
-def folder_of(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def commit(store: Store, manifest: Manifest) -> str:
@@ -82,25 +79,59 @@ def read_file(store: Store, name: str, entry: FileEntry, manifest: Manifest) -> 
 
 def check_sizes(store: Store, name: str, manifest: Manifest) -> None:
     """All files are there and as long as they should be, before the first is read."""
-    for entry in manifest.files:
-        found = store.size(f"{name}/{entry.name}")
-        if found != entry.bytes:
-            state = "is missing" if found is None else f"has {found} bytes instead of {entry.bytes}"
-            raise BadCheckpoint(f"{name}/{entry.name} {state}.")
+    for file, size in manifest.sizes.items():
+        found = store.size(f"{name}/{file}")
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise BadCheckpoint(f"{name}/{file} {state}.")
+
+
+def read_bases(store: Store, name: str, manifest: Manifest, read: Read = read_manifest) -> dict[int, Manifest]:
+    """The checkpoints, by step, that this one builds on, and those that they build on; its own is among them.
+
+    BadCheckpoint where one is not there in full length.
+    """
+    found, wanted = {manifest.step: manifest}, sorted(manifest.bases)
+    while wanted:
+        step = wanted.pop()
+        if step in found:
+            continue
+        base = folder_of(step)
+        try:
+            found[step] = read(store, base)
+            check_sizes(store, base, found[step])
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{name} builds on {base}, which is not whole: {error}") from error
+        wanted += found[step].bases
+    return found
 
 
 def verify(store: Store, name: str) -> Manifest:
-    """Reads all of a checkpoint, one file in memory at a time."""
+    """Reads all of a checkpoint, one file of arrays in memory at a time, and of those that its tables build on what they
+    need."""
     manifest = read_sound(store, name)
     for entry in manifest.files:
         read_file(store, name, entry, manifest)
+    reader = open_tables(store, name, manifest)
+    for table in reader.specs():
+        for _ in reader.rows(table):
+            continue
+    for entry in manifest.tables:
+        reader.check_file(entry)
     return manifest
 
 
+def open_tables(store: Store, name: str, manifest: Manifest) -> TableReader:
+    """BadCheckpoint where something that they build on is not there in full length."""
+    return TableReader(store, name, manifest, read_bases(store, name, manifest))
+
+
 def read_sound(store: Store, name: str) -> Manifest:
-    """The manifest of a checkpoint whose files are all there in full length. Their bytes are not read."""
+    """The manifest of a checkpoint whose files, and those of the checkpoints that it builds on, are all there in full
+    length. Their bytes are not read."""
     manifest = read_manifest(store, name)
     check_sizes(store, name, manifest)
+    read_bases(store, name, manifest)
     return manifest
 
 
@@ -155,7 +186,8 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
     all), and those whose step is a multiple of `keep_every` (0: none); returns what is gone. Of a checkpoint that is a
     link only the link goes.
 
-    Unreadable ones, ones with missing or truncated files and those in `refused` count for nothing and stay.
+    Unreadable ones, ones with missing or truncated files and those in `refused` count for nothing and stay. What those
+    that are kept build on is kept too; and of tables the newest but one, on which one that is being written may build.
     """
     good: list[tuple[str, Manifest]] = []
     for _, name in reversed(committed(store)):
@@ -167,8 +199,10 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
             good.append((name, manifest))
         except (BadCheckpoint, UserError):
             continue
+    good = with_bases(good)
     kept = {name for name, _ in good[:keep]} | best_of(good, best, best_mode)
     kept |= {name for name, manifest in good if keep_every and manifest.step % keep_every == 0}
+    kept |= bases_of(kept | {name for name, manifest in good[:2] if manifest.tables}, dict(good))
     gone = [name for name, _ in good if name not in kept]
     for name in gone:
         if not store.is_link(name):
@@ -176,6 +210,24 @@ def prune(store: Store, keep: int, best: str | None = None, keep_every: int = 0,
             store.remove(f"{name}/{MANIFEST}")
         store.remove(name)
     return gone
+
+
+def with_bases(checkpoints: list[tuple[str, Manifest]]) -> list[tuple[str, Manifest]]:
+    """Those, given newest first, that build on nothing that is not among them."""
+    found: dict[str, Manifest] = {}
+    for name, manifest in reversed(checkpoints):
+        if all(folder_of(base) in found for base in manifest.bases):
+            found[name] = manifest
+    return [(name, manifest) for name, manifest in checkpoints if name in found]
+
+
+def bases_of(names: Container[str], checkpoints: Mapping[str, Manifest]) -> set[str]:
+    """The names, and all that those build on, of checkpoints by name, newest first."""
+    found: set[str] = set()
+    for name, manifest in checkpoints.items():
+        if name in names or name in found:
+            found |= {name, *map(folder_of, manifest.bases)}
+    return found
 
 
 def best_of(checkpoints: list[tuple[str, Manifest]], best: str | None, mode: str) -> set[str]:
@@ -200,7 +252,7 @@ def clean(store: Store, live_generation: int, read: Read = read_manifest) -> lis
             continue
         files = store.names(folder)
         try:
-            named = {MANIFEST, *(entry.name for entry in read(store, folder).files)} if MANIFEST in files else set()
+            named = {MANIFEST, *read(store, folder).sizes} if MANIFEST in files else set()
         except (BadCheckpoint, UserError):  # kept for inspection as it is
             continue
         left = [file for file in files if file not in named and is_older(file, live_generation)]

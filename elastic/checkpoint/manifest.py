@@ -7,17 +7,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Container, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from elastic.boxes import Box
 from elastic.errors import BadCheckpoint, UserError
 
-FORMAT = 2
+FORMAT, PLAIN = 3, 2  # of manifests with tables, and without: those are as they were before there were tables
 CHUNK = 4 * 1024 * 1024  # bytes: what is hashed, read and checked in one piece
 MAX_CHUNK = 1 << 30
 MAX_BYTES = 1 << 26  # of a manifest; a million arrays need less
+MAX_BUCKETS = 1 << 24  # of one table
 MAX_PIECES = 10_000  # of one array that is not cut into runs; each is compared with each
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8,
               "uint32": 4,
@@ -58,6 +59,35 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class TableEntry:
+    """One owner's file of one table (`table_file` says what is in it). `hash` is of all of it. Of bucket `buckets[i]` are
+    `sizes[i]` bytes from `offsets[i]` on, which have the hash `hashes[i]`, and build on the checkpoint of step `bases[i]`;
+    -1: they are all of the bucket."""
+
+    name: str
+    bytes: int
+    hash: str
+    table: str
+    width: int
+    optimizer: str
+    vocabulary: int
+    num_buckets: int
+    buckets: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    hashes: tuple[str, ...]
+    bases: tuple[int, ...]
+
+    @property
+    def kind(self) -> tuple[int, str, int, int]:
+        """What all files of a table have in common."""
+        return self.width, self.optimizer, self.vocabulary, self.num_buckets
+
+
+LISTS = ("buckets", "offsets", "sizes", "hashes", "bases")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`cursor` is the next sample position; all that is random follows from it and `seed`. `eval`: the last evaluation.
 
@@ -73,14 +103,27 @@ class Manifest:
     chunk_bytes: int = CHUNK
     eval: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    tables: tuple[TableEntry, ...] = ()
 
     @property
     def bytes(self) -> int:
-        return sum(file.bytes for file in self.files)
+        return sum(file.bytes for file in (*self.files, *self.tables))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every file by its name."""
+        return {file.name: file.bytes for file in (*self.files, *self.tables)}
+
+    @property
+    def bases(self) -> set[int]:
+        """The steps of the checkpoints that this one builds on."""
+        return {base for entry in self.tables for base in entry.bases if base >= 0}
 
     def dumps(self) -> str:
         """Its text, which `parse` reads back; the last word is the hash of all others in canonical JSON."""
-        body = {"format": FORMAT, **asdict(self)}
+        body = {"format": FORMAT if self.tables else PLAIN, **asdict(self)}
+        if not self.tables:
+            del body["tables"]
         body["eval"] = {name: value for name, value in self.eval.items() if math.isfinite(value)}  # JSON has no others
         return render(body | {"sha256": body_sha256(body)})
 
@@ -117,10 +160,16 @@ def parse(text: str | bytes) -> Manifest:
         raise UserError(f"The checkpoint has format {found}, newer than {FORMAT}, the newest that this version reads; "
                         "install the version of this package that wrote it.")
     need(same, "the manifest does not have the hash that it states")
-    need(found == FORMAT, f"the checkpoint has format {found}, which this version does not know")
-    manifest = build(body)
+    need(found in (FORMAT, PLAIN), f"the checkpoint has format {found}, which this version does not know")
+    manifest = build(body if found == FORMAT else {**body, "tables": []})
     check_pieces(manifest)
+    check_tables(manifest)
     return manifest
+
+
+def folder_of(step: int) -> str:
+    """The name of a checkpoint."""
+    return f"step-{step:08d}"
 
 
 def need(truth: bool, otherwise: str) -> None:
@@ -138,21 +187,20 @@ def build(body: Mapping[str, Any]) -> Manifest:
         need(isinstance(body[key], dict), f"the manifest's {key} is not a JSON object")
     need(all(type(value) in (int, float) for value in body["eval"].values()),
          "the manifest's eval holds something that is no number")
-    need(isinstance(body["files"], list), "the manifest's files are not a list")
+    for key in ("files", "tables"):
+        need(isinstance(body[key], list), f"the manifest's {key} are not a list")
     check_count(body["chunk_bytes"], "chunk_bytes")
     need(0 < body["chunk_bytes"] <= MAX_CHUNK and body["chunk_bytes"] % 8 == 0,
          "the manifest's chunk_bytes is no multiple of 8 up to 1 GiB")
     values = {f.name: body[f.name] for f in fields(Manifest)}
-    return Manifest(**{**values, "files": tuple(build_file(entry, body["chunk_bytes"]) for entry in body["files"])})
+    return Manifest(**{**values, "files": tuple(build_file(entry, body["chunk_bytes"]) for entry in body["files"]),
+                       "tables": tuple(build_table(entry) for entry in body["tables"])})
 
 
 def build_file(value: Any, chunk_bytes: int) -> FileEntry:
     """One file's entry from JSON values."""
     check_keys(value, FileEntry, "a file's entry")
-    name = value["name"]
-    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
-    need(plain, f"the manifest names the file {name!r}, which is not a plain name inside the checkpoint")
-    check_count(value["bytes"], f"size of {name}")
+    name = checked_name(value)
     need(isinstance(value["chunks"], list) and all(is_hash(h) for h in (value["hash"], *value["chunks"])),
          f"a hash of {name} is not an xxh3-128")
     need(len(value["chunks"]) == -(-value["bytes"] // chunk_bytes),
@@ -167,6 +215,39 @@ def build_file(value: Any, chunk_bytes: int) -> FileEntry:
              f"{piece.name} lies outside of {name} or on another array")
         ends.append(piece.offset + piece.bytes)
     return FileEntry(name, value["bytes"], value["hash"], tuple(value["chunks"]), pieces)
+
+
+def checked_name(value: Mapping[str, Any]) -> str:
+    """Of a file, whose size is a number."""
+    name = value["name"]
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    need(plain, f"the manifest names the file {name!r}, which is not a plain name inside the checkpoint")
+    check_count(value["bytes"], f"size of {name}")
+    return name
+
+
+def build_table(value: Any) -> TableEntry:
+    """One table file's entry from JSON values."""
+    check_keys(value, TableEntry, "a table file's entry")
+    name = checked_name(value)
+    need(all(isinstance(value[key], str) and value[key] for key in ("table", "optimizer")),
+         f"the table or the optimizer of {name} is no text")
+    for key in ("width", "vocabulary", "num_buckets"):
+        check_count(value[key], f"{key} of {name}")
+    need(0 < value["num_buckets"] <= MAX_BUCKETS, f"the table of {name} has {value['num_buckets']} buckets")
+    lists = {key: value[key] for key in LISTS}
+    need(all(isinstance(found, list) for found in lists.values()), f"the buckets of {name} are not a list")
+    buckets, offsets, sizes, hashes, bases = lists.values()
+    need(len({*map(len, lists.values())}) == 1, f"the lists of buckets of {name} differ in length")
+    need(all(type(n) is int for n in (*buckets, *offsets, *sizes, *bases)), f"a bucket's place in {name} is not a number")
+    ends = [low + size for low, size in zip(offsets, sizes)]
+    need(all(size > 0 for size in sizes) and all(end <= low for end, low in zip([0, *ends], [*offsets, value["bytes"]])),
+         f"the buckets of {name} do not lie one behind the other within its {value['bytes']} bytes")
+    need(all(low < high for low, high in zip([-1, *buckets], [*buckets, value["num_buckets"]])),
+         f"the buckets of {name} do not rise from 0 to {value['num_buckets'] - 1}")
+    need(all(is_hash(h) for h in (value["hash"], *hashes)), f"a hash of {name} is not an xxh3-128")
+    need(all(base >= -1 for base in bases), f"{name} builds on a step below 0")
+    return TableEntry(**{**value, **{key: tuple(found) for key, found in lists.items()}})
 
 
 def is_hash(value: Any) -> bool:
@@ -207,7 +288,7 @@ def check_count(value: Any, what: str) -> None:
 
 def check_pieces(manifest: Manifest) -> None:
     """Every file once; every array of one dtype and shape, and its pieces cover it, none of it twice."""
-    names = [file.name for file in manifest.files]
+    names = [file.name for file in (*manifest.files, *manifest.tables)]
     need(len(set(names)) == len(names), "the manifest names a file twice")
     arrays: dict[str, list[Piece]] = {}
     for file in manifest.files:
@@ -220,6 +301,28 @@ def check_pieces(manifest: Manifest) -> None:
         need(sum(math.prod(p.count) for p in pieces) == math.prod(first.shape),
              f"the pieces of {name} do not make up the whole array")
         need(are_apart(pieces), f"two pieces of {name} overlap")
+
+
+def check_tables(manifest: Manifest) -> None:
+    """Every bucket of every table is in one file, and builds on older checkpoints alone."""
+    tables: dict[str, list[TableEntry]] = {}
+    for entry in manifest.tables:
+        tables.setdefault(entry.table, []).append(entry)
+    for name, entries in tables.items():
+        first = entries[0]
+        need(all(entry.kind == first.kind for entry in entries), f"the files of table {name} are of two tables")
+        buckets = [bucket for entry in entries for bucket in entry.buckets]
+        need(len(set(buckets)) == len(buckets), f"a bucket of table {name} is in two files")
+        missing = sorted(set(range(first.num_buckets)).difference(buckets))[:1] if len(buckets) < first.num_buckets else []
+        need(not missing, f"bucket {missing} of table {name} is in no file")
+    need(all(base < manifest.step for base in manifest.bases), f"step {manifest.step} builds on a later one")
+
+
+def without(entry: TableEntry, buckets: Container[int]) -> TableEntry:
+    """The entry as if these were not in its file."""
+    kept = [number for number, bucket in enumerate(entry.buckets) if bucket not in buckets]
+    lists = {key: tuple(getattr(entry, key)[number] for number in kept) for key in LISTS}
+    return replace(entry, **lists)
 
 
 def are_apart(pieces: list[Piece]) -> bool:

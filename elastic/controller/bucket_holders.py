@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from elastic.messages import Buckets, Generation, Ready, Standing
-from elastic.tables.buckets import Holders, bits_of, from_bits, holders, moves
+from elastic.tables.buckets import Holders, from_bits, holders, moves
 
 
 def with_buckets(generation: Generation, ready: Ready, reports: Mapping[str, Standing]) -> Generation:
@@ -37,15 +37,6 @@ def holders_now(reports: Mapping[str, Standing], num_buckets: int) -> Holders:
                     found[bucket].append(worker)
     return Holders(tuple(having[0] if having else "" for having in found),
                    tuple(having[1] if len(having) > 1 else "" for having in found))
-
-
-def shared_out(reports: Mapping[str, Standing]) -> dict[str, str]:
-    """Every bucket once among these, to whom owns it, or else to its twin: as `Save.buckets` has them. {} without
-    tables."""
-    size = max((report.buckets for report in reports.values()), default=0)
-    now = holders_now(reports, size)
-    speaks = [owner or twin for owner, twin in zip(now.owners, now.twins)]
-    return {w: bits_of((b for b, holder in enumerate(speaks) if holder == w), size) for w in reports} if size else {}
 
 
 def has_all(reports: Iterable[Standing]) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from elastic.checkpoint.manager import (
     prune,
     read_manifest,
 )
-from elastic.checkpoint.manifest import Manifest, build_file, parse
+from elastic.checkpoint.manifest import Manifest, build_file, build_table, check_tables, parse, without
 from elastic.checkpoint.part import part_name
 from elastic.errors import BadCheckpoint
 from elastic.messages import Part
@@ -55,6 +55,24 @@ class Outcome:
         if self.error:
             return {"path": self.path, "reason": self.error}
         return {"path": self.path, "bytes": self.bytes, "stall_s": self.stall_s, "seconds": self.seconds}
+
+
+def joined(head: Manifest, parts: Sequence[Part]) -> Manifest:
+    """The manifest of all parts. A bucket of which several have written the rows, owner and twin, counts once.
+
+    BadCheckpoint where it lacks something.
+    """
+    found, tables = dict[str, set[int]](), []
+    for part in parts:
+        for value in json.loads(part.tables):
+            entry = build_table(value)
+            seen = found.setdefault(entry.table, set())
+            tables.append(without(entry, seen))
+            seen.update(entry.buckets)
+    files = tuple(build_file(json.loads(part.file), head.chunk_bytes) for part in parts)
+    manifest = replace(head, files=files, tables=tuple(tables))
+    check_tables(manifest)
+    return manifest
 
 
 class Checkpoints:
@@ -112,8 +130,7 @@ class Checkpoints:
             if part.step > written:
                 raise BadCheckpoint(f"The steps up to {part.step} are not all on disk.")
             head = parse(parts[0].head)  # rank 0's has what is not an array
-            manifest = replace(head, files=tuple(build_file(json.loads(parts[rank].file), head.chunk_bytes)
-                                                 for rank in sorted(parts)))
+            manifest = joined(head, [parts[rank] for rank in sorted(parts)])
             if self.claim is not None:
                 self.claim.check()
             self.commit(manifest)
@@ -141,6 +158,9 @@ class Checkpoints:
         except BadCheckpoint as error:
             raise BadCheckpoint(f"{str(error).rstrip('.')} where the controller looks, in {shown(self.location)}; a "
                                 "worker has written it, so put the run directory where all nodes share it.") from error
+        for base in map(folder_of, manifest.bases):
+            if base in self.refused or self.store.size(f"{base}/{MANIFEST}") is None:
+                raise BadCheckpoint(f"{folder_of(manifest.step)} builds on {base}, which is not there any more.")
         commit(self.store, manifest)
         self.known[folder_of(manifest.step)] = manifest
         self.newest = max(self.newest, manifest.step)
@@ -165,7 +185,9 @@ class Checkpoints:
         folder = folder_of(part.step)
         with contextlib.suppress(OSError):
             if not part.error and self.store.size(f"{folder}/{MANIFEST}") is None and not self.store.is_link(folder):
-                self.store.remove(f"{folder}/{part_name(part.rank, part.world_size, part.generation)}")
+                for name in (part_name(part.rank, part.world_size, part.generation),
+                             *(entry["name"] for entry in json.loads(part.tables))):
+                    self.store.remove(f"{folder}/{name}")
 
     def clear(self, live_generation: int) -> None:
         """Removes what is not to be kept. What resists stays until the next commit: the checkpoint counts all the same.

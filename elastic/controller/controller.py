@@ -327,7 +327,7 @@ class Controller:
         if action.step > self.checkpoints.newest:
             order = Save(action.generation, action.step, action.rank, action.world_size)
             self.saving[order] = action.worker
-            self.fleet.send(action.worker, replace(order, ballot=action.ballot, buckets=action.buckets))
+            self.fleet.send(action.worker, replace(order, ballot=action.ballot))
 
     def form(self, action: m.Form) -> None:
         """Publishes a generation: on disk first, then to its members."""

@@ -100,7 +100,6 @@ class SaveAlone:
     rank: int = 0
     world_size: int = 1
     ballot: Ballot | None = None
-    buckets: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from elastic.controller.bucket_holders import shared_out, with_buckets
+from elastic.controller.bucket_holders import with_buckets
 from elastic.controller.events import (
     Drain,
     Finish,
@@ -357,9 +357,8 @@ def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
     savers = writers(whole, state.mesh[0], state.bounds.max_workers) if whole and whole.step > 0 else ()
     if not whole or not savers or savers == state.savers:
         return state, ()
-    buckets = shared_out({w: whole.reports[w] for w in savers})
     orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers), None if w in whole.exact
-                             else whole.ballot, buckets.get(w, ""))
+                             else whole.ballot)
                    for rank, w in enumerate(savers))
     return replace(state, savers=savers), orders
 

@@ -7,5 +7,5 @@
     buckets     ids to buckets, buckets to owners
     starts      the row that an id starts from
     untrained   a batch with the rows that its ids start from
-    eviction    which ids a commit forgets
+    eviction    which ids a commit forgets; removed: which have gone since a checkpoint
 """

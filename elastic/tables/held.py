@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-
 from elastic.tables.features import Tables
+from elastic.tables.removed import Removed
 from elastic.tables.row_store import Prepared, RowStore, kernels
-from elastic.tables.rows import digests
-from elastic.tables.spec import TableSpec
+from elastic.tables.spec import RowUpdate, TableSpec
 
 
 class HeldTables:
     """`stores` by table. `owned` are the numbers of the buckets, the same for all tables, that this worker speaks for,
-    and `twins` those that it keeps besides. All of them are of the step that the dense state is of."""
+    and `twins` those that it keeps besides. `committed` is the step that all rows are of, -1 where there is none;
+    `removed` is told what each commit evicts."""
 
     def __init__(self, tables: Tables):
         self.tables, self.kernels = tables, kernels(tables.kernels)
@@ -22,6 +21,8 @@ class HeldTables:
         self.stores: dict[str, RowStore] = {spec.name: self.kernels.create(spec, each) for spec in tables.specs}
         self.owned: tuple[int, ...] = ()
         self.twins: tuple[int, ...] = ()
+        self.committed = -1
+        self.removed = Removed()
         self.prepared: dict[str, Prepared] = {}  # between a step's push and its commit
 
     @property
@@ -36,10 +37,11 @@ class HeldTables:
     def nbytes(self) -> int:
         return sum(store.nbytes for store in self.stores.values())
 
-    def begin(self, owned: Iterable[int], twins: Iterable[int]) -> None:
-        """Holds these buckets without any rows."""
-        self.owned = self.twins = ()
+    def begin(self, owned: Iterable[int], twins: Iterable[int], step: int = -1) -> None:
+        """Holds these buckets, of `step`, without any rows."""
+        self.owned, self.twins, self.committed = (), (), step
         self.trim()
+        self.removed.clear()
         self.owned, self.twins = tuple(owned), tuple(twins)
         self.take(self.held)
 
@@ -52,17 +54,20 @@ class HeldTables:
     def trim(self) -> None:
         """Lets go of every bucket that is neither owned nor a twin's, as what was left of a move that was cut off."""
         held = set(self.held)
+        self.removed.end({*range(self.tables.num_buckets)} - held)
         for store in self.stores.values():
             store.drop(store.held - held)
+
+    def commit(self, step: int, updates: dict[str, RowUpdate]) -> None:
+        """Carries out what was prepared. The rows are torn (-1) until all tables have."""
+        self.committed = -1
+        for name, store in self.stores.items():
+            store.commit(updates[name])
+            self.removed.note(step, name, self.prepared[name].evicted)
+        self.prepared, self.committed = {}, step
 
     def forget(self) -> None:
         """Drops what was prepared for a step that is done anew."""
         self.prepared = {}
         for store in self.stores.values():
             store.forget()
-
-    def digests(self, buckets: Iterable[int]) -> np.ndarray:
-        """(buckets, tables, 2, 32) uint8: sha256 of a bucket's parameters, and of its state."""
-        found = [[[list(bytes.fromhex(one)) for one in digests(self.stores[spec.name].export(bucket))]
-                  for spec in self.specs] for bucket in buckets]
-        return np.array(found, np.uint8).reshape(-1, len(self.specs), 2, 32)

@@ -60,7 +60,7 @@ def take_buckets(context: StepContext) -> None:
     tables.owned = tuple(sorted({*tables.owned, *owned}))
     tables.twins = tuple(sorted({*tables.twins, *twins} - {*tables.owned}))
     total = context.gather("heal", np.array([float(sent)])).sum()  # and by now all have theirs
-    tables.owned, tables.twins = owned, twins
+    tables.owned, tables.twins, tables.committed = owned, twins, context.step
     tables.trim()
     if rank == 0 and buckets.moves:
         context.member.event(generation, "tables_resharded", buckets=len(buckets.moves), bytes=int(total),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from elastic.checkpoint.state_hash import DIGEST, TableDigests, digests_of, gathered
 from elastic.collective.reduction import Node, fold
 from elastic.errors import RunFailed
 from elastic.messages import Ballot
@@ -187,26 +188,24 @@ def commit_rows(member: Member, ballot: Ballot, scale: float) -> None:
         return
     lr = learning_rate(ballot.step, member.training.plan.num_steps, options)
     share = lr / options["lr"] if options["lr"] > 0 else 1.0
-    for spec in tables.specs:
-        update = tables.tables.updates[spec.name]
-        tables.stores[spec.name].commit(replace(update, lr=update.lr * share, scale=scale))
-    tables.prepared = {}
+    tables.commit(ballot.step, {name: replace(update, lr=update.lr * share, scale=scale)
+                                for name, update in tables.tables.updates.items()})
 
 
-def table_digests(context: StepContext) -> np.ndarray:
-    """(buckets, tables, 2, 32) uint8: every bucket's digests, from its owner. RunFailed where a twin's are others."""
+def table_digests(context: StepContext) -> list[TableDigests]:
+    """Of all tables, every bucket's from its owner. RunFailed where a twin's are others."""
     tables, group = held_by(context), context.groups.data
-    mine = [np.array(tables.owned, np.int64), tables.digests(tables.owned),
-            np.array(tables.twins, np.int64), tables.digests(tables.twins)]
+    mine = [np.array(tables.owned, np.int64), digests_of(tables, tables.owned),
+            np.array(tables.twins, np.int64), digests_of(tables, tables.twins)]
     with context.waiting("hashes", group):
         parts = exchange(group, [mine] * group.size)
-    found = np.zeros((tables.tables.num_buckets, len(tables.specs), 2, 32), np.uint8)
+    found = np.zeros((len(tables.specs), tables.tables.num_buckets, 2, DIGEST), np.uint8)
     for owned, digests, _, _ in parts:
-        found[owned] = digests
+        found[:, owned] = digests
     for _, _, twins, digests in parts:
-        wrong = (found[twins] != digests).any((2, 3))
+        wrong = (found[:, twins] != digests).any((2, 3))
         if wrong.any():
-            bucket, table = (int(at[0]) for at in np.nonzero(wrong))
+            table, bucket = (int(at[0]) for at in np.nonzero(wrong))
             raise RunFailed(f"table {tables.specs[table].name}: the owner of bucket {twins[bucket]} and its twin hold "
-                            f"different rows after step {context.step}; what differs must not be saved.")
-    return found
+                            f"different rows after step {context.step}; resume the run from its newest checkpoint.")
+    return gathered(tables.specs, found)

@@ -18,6 +18,7 @@ from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.part import Image, part_name
 from elastic.checkpoint.reader import Reader, read_together
 from elastic.checkpoint.state_hash import PARAMETER
+from elastic.checkpoint.table_reader import check_tables
 from elastic.collective.group import CollectiveGroup
 from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError, RunFailed
 from elastic.messages import Part, Save
@@ -25,6 +26,8 @@ from elastic.state.state import State, check_same
 from elastic.storage.faulty import FaultyFiles
 from elastic.storage.remote import shown
 from elastic.storage.store import Store, patiently
+from elastic.tables.held import HeldTables
+from elastic.worker.table_saver import Copied, TableSaver, write_tables
 
 JOIN_S = 0.1  # between two reports of how far a write is that everybody waits for
 
@@ -34,13 +37,16 @@ class Saver:
     durable, or failed.
 
     `head`: what all manifests of the run have in common. `mb_s`: megabytes a second at most, while nobody waits for the
-    write; 0: as fast as the storage takes them.
+    write; 0: as fast as the storage takes them. `tables`: what this worker holds of embedding tables; each
+    `full_every`-th checkpoint has all rows of a bucket, the others what has changed since.
     """
 
     def __init__(self, worker: str, location: str, head: Manifest, batch_size: int, post: Callable[[Any], None],
-                 crash: Callable[[], None] = lambda: os._exit(1), mb_s: float = 0.0):
+                 crash: Callable[[], None] = lambda: os._exit(1), mb_s: float = 0.0, tables: HeldTables | None = None,
+                 full_every: int = 10):
         self.worker, self.location, self.head, self.batch_size, self.post = worker, location, head, batch_size, post
         self.crash, self.mb_s = crash, mb_s
+        self.tables = TableSaver(tables, full_every) if tables else None
         self.hurry = threading.Event()  # somebody waits for the write
         self.thread: threading.Thread | None = None
         self.image: Image | None = None
@@ -70,11 +76,12 @@ class Saver:
         return Image(places, self.image.memory if self.image else None, boxes)
 
     def save(self, state: State, order: Save, evaluation: Mapping[str, float],
-             progress: Callable[[int], None] = lambda done: None) -> None:
+             progress: Callable[[int], None] = lambda done: None, is_alone: bool = False) -> None:
         """Returns once this rank's share is copied, or with `order.wait` once it is durable.
 
         A write that fails is reported to the controller, and raised only where it is waited for (RunFailed).
-        `NonFiniteLoss` as soon as it is known that an earlier state was not finite.
+        `NonFiniteLoss` as soon as it is known that an earlier state was not finite. `is_alone`: too few are left to go
+        on; of embedding tables all goes that this worker holds, and RunFailed where nobody holds the rest.
         """
         started = time.perf_counter()
         self.join(progress)
@@ -85,12 +92,13 @@ class Saver:
         before, self.saved = self.saved, this
         self.image = self._image(state, order.rank, order.world_size)
         self.image.fill(state.take)
+        copied = self.tables.copy(order, self.tables.base(order.step, self._is_there), is_alone) if self.tables else None
         stall_s = time.perf_counter() - started
         head = self._head(order.generation, order.step, evaluation) if order.rank == 0 else None
         self.writing, self.error, self.done = True, None, 0
         self.hurry.clear()
         self.thread = threading.Thread(target=self._write,
-                                       args=(self.image, order, head, stall_s, started, before[1] if before else 0),
+                                       args=(self.image, copied, order, head, stall_s, started, before[1] if before else 0),
                                        name="saver", daemon=True)
         self.thread.start()
         if order.wait:
@@ -103,34 +111,52 @@ class Saver:
         return replace(self.head, step=step, generation=generation, cursor=step * self.batch_size, eval=evaluation,
                        extra={**self.head.extra, **extra})
 
-    def _write(self, image: Image, order: Save, head: Manifest | None, stall_s: float, started: float,
-               before: int) -> None:
-        begun = time.monotonic()
+    def _is_there(self, step: int) -> bool:
+        """Whether a checkpoint is committed, as far as the storage answers."""
         with contextlib.suppress(OSError):
-            if before > self.newest and Store.open(self.location).size(f"{folder_of(before)}/{MANIFEST}") is not None:
-                self.newest = before
+            return Store.open(self.location).size(f"{folder_of(step)}/{MANIFEST}") is not None
+        return False
+
+    def _write(self, image: Image, copied: Copied | None, order: Save, head: Manifest | None, stall_s: float,
+               started: float, before: int) -> None:
+        begun = time.monotonic()
+        if before > self.newest and self._is_there(before):
+            self.newest = before
+        # then it is not known whose checkpoint comes to lie there
+        is_new = copied is not None and not self._is_there(order.step)
+        names, size = list[str](), len(image.bytes)
 
         def note(done: int) -> None:
             self.done = done
             if self.mb_s:
                 self.hurry.wait(max(0.0, begun + done / (self.mb_s * 1e6) - time.monotonic()))
 
-        def part(file: str, error: str = "") -> Part:
+        def part(file: str, error: str = "", tables: str = "[]") -> Part:
             return Part(self.worker, order.generation, order.step, file, stall_s, time.perf_counter() - started,
                         order.rank,
-                        order.world_size, head.dumps() if head else "", error)
+                        order.world_size, head.dumps() if head else "", error, tables)
 
         try:
             store = self._store(order)
-            name = part_name(order.rank, order.world_size, order.generation)
-            entry = image.write(store, folder_of(order.step), name, self.head.chunk_bytes, note,
+            names.append(part_name(order.rank, order.world_size, order.generation))
+            entry = image.write(store, folder_of(order.step), names[0], self.head.chunk_bytes, note,
                                 lambda: check_finite(image, order.step))
-            self.post(part(json.dumps(asdict(entry))))
+            tables = write_tables(store, order, copied, lambda done: note(size + done), begun=names.append) if copied else []
+            if self.tables and copied and is_new:
+                self.tables.written(order.step, copied)
+            self.post(part(json.dumps(asdict(entry)), tables=json.dumps([asdict(table) for table in tables])))
         except Exception as error:
             self.error = error
+            self._clear(order.step, names)
             self.post(part("", self._sentence(order.step, error)))
         finally:
             self.writing = False
+
+    def _clear(self, step: int, names: Iterable[str]) -> None:
+        """What was written of a part that will not be: on a full disk it would be in the way of the next."""
+        for name in names:
+            with contextlib.suppress(OSError):
+                Store.open(self.location).remove(f"{folder_of(step)}/{name}")
 
     def _store(self, order: Save) -> Store:
         store = Store.open(self.location)
@@ -173,16 +199,25 @@ class Saver:
         if claim is not None and claim.others(self.head.extra.get("run", ""), ""):
             print(claim.sentence(self.location), flush=True)
             return False
+        copied = None
+        order = Save(generation, step, wait=True)
+        if self.tables:
+            try:
+                copied = self.tables.copy(order, -1, is_alone=True)
+            except RunFailed as lacking:
+                print(str(lacking), flush=True)
+                return False
         image = Image(state.shares(0, 1), self.image.memory if self.image else None)
         self.image = None  # its memory is another's now
         image.fill(state.take)
         name = part_name(0, 1, generation, f"state-{self.worker}")
         entry = image.write(store, folder_of(step), name, self.head.chunk_bytes,
                             check=lambda: check_finite(image, step))
+        tables = write_tables(store, order, copied, lambda done: None, f"rows-{self.worker}") if copied else []
         if max((s for s, _ in committed(store)), default=0) >= step:
             return False
         head = self._head(generation, step, evaluation, lines=[fields for fields in lines if fields["step"] > newest])
-        commit(store, replace(head, files=(entry,)))
+        commit(store, replace(head, files=(entry,), tables=tuple(tables)))
         return True
 
     def restore(self, path: str, state: State, group: CollectiveGroup,
@@ -206,11 +241,18 @@ class Saver:
                 raise RecipeError(f"{piece.name}: the checkpoint has dtype {piece.dtype}, the recipe's model has "
                                   f"{dtype}; it is of another model: put [model] back, or start a new run with "
                                   "model.init.")
-        reader = Reader(store, name, manifest)
+        check_tables(manifest, self.tables.specs if self.tables else {})
+        reader, read = Reader(store, name, manifest), 0
         state.committed = -1
+        if self.tables:
+            self.tables.held.committed = -1
         read_together(reader, group, lambda piece, low, values: state.put(piece.name, piece.box, low, values), at)
+        if self.tables:
+            read = self.tables.restore(store, name, manifest, store.root == Store.open(self.location).root, at)
+            with at(0):  # nobody goes on before all have their rows
+                group.barrier()
         state.committed = manifest.step
-        return manifest, reader.bytes
+        return manifest, reader.bytes + read
 
 
 def check_finite(image: Image, step: int) -> None:

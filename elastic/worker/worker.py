@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import astuple, replace
 from functools import partial
-from hashlib import sha256
 from typing import Any, Protocol, Self
 
 from elastic.chaos import Fault, Injector
@@ -109,7 +108,7 @@ class Worker(Member):
     def save_alone(self, order: Save) -> None:
         """A final checkpoint: too few are left to go on, and no checkpoint has what this one has. Its part reports how
         it went."""
-        written, state = self.parts.get(replace(order, ballot=None, buckets="")), self.place.state
+        written, state = self.parts.get(replace(order, ballot=None)), self.place.state
         if written is not None and not written.error:
             self.post(written)
             return
@@ -118,7 +117,7 @@ class Worker(Member):
                 apply_update(self, order.ballot)
             if state.committed != order.step:
                 raise RunFailed(f"{self.name} has not the state of step {order.step} any more.")
-            self.saver.save(state, order, self.evaluation)
+            self.saver.save(state, order, self.evaluation, is_alone=True)
         except RunFailed as failed:
             self.post_part(Part(self.name, order.generation, order.step, "", 0.0, 0.0, order.rank, order.world_size,
                                 error=str(failed)))
@@ -210,7 +209,7 @@ class Worker(Member):
         if generation.load:
             place.state.own_as(coordinate.data, mesh.data)
             if self.tables and generation.buckets:
-                self.tables.begin(*owned_by(group.rank, generation.buckets))
+                self.tables.begin(*owned_by(group.rank, generation.buckets), generation.committed)
         if generation.load == "recipe":
             place.state.start(self.recipe.run.seed, read_start(self.recipe.model.init, place.state.whole))
         elif generation.load:
@@ -249,12 +248,9 @@ class Worker(Member):
         """Of the whole model: each array is put together from the replica's parts."""
         step, groups = context.state.committed, context.groups
         waiting = partial(self.control.collective, step, "hashes")
-        tables = table_digests(context) if context.tables else None
+        tables = table_digests(context) if context.tables else []
         parameters, state = hashes_of(whole_arrays(context.state, groups.replica, waiting, groups.data),
-                                      step * self.recipe.data.batch_size)
-        if tables is not None:
-            parameters, state = (sha256(before.encode() + tables[:, :, at].tobytes()).hexdigest() for at, before in
-                                 enumerate((parameters, state)))
+                                      step * self.recipe.data.batch_size, tables)
         return {"parameters_sha256": parameters, "state_sha256": state}
 
     def save(self, order: Save) -> None:

@@ -128,7 +128,7 @@ class Member(module.Member):
         if self.tables and not self.tables.held:
             assert generation.buckets
             if generation.committed == 0:
-                self.tables.begin(*owned_by(group.rank, generation.buckets))
+                self.tables.begin(*owned_by(group.rank, generation.buckets), 0)
         silent = Injector((), group.rank, lambda spec: None, lambda fault: None, lambda fault, g: g)
         return train(begin(self, generation, group, injector or silent))
 

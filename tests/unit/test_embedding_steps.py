@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elastic.checkpoint.state_hash import digests_of
 from elastic.errors import NonFiniteLoss
 from elastic.messages import Generation
 from elastic.tables.features import Tables
@@ -74,8 +75,8 @@ def test_a_twin_holds_what_the_owner_has() -> None:
     owned = {bucket: member for member in members for bucket in member.tables.owned}
     for member in members:
         assert member.tables.twins and not set(member.tables.twins) & set(member.tables.owned)
-        assert (member.tables.digests(member.tables.twins) == np.concatenate(
-            [owned[bucket].tables.digests([bucket]) for bucket in member.tables.twins])).all()
+        assert (digests_of(member.tables, member.tables.twins) == np.concatenate(
+            [digests_of(owned[bucket].tables, [bucket]) for bucket in member.tables.twins], axis=1)).all()
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -125,11 +125,11 @@ def test_a_manifest_that_cannot_be_true_is_refused_in_one_sentence(number: int) 
 
 def test_a_newer_format_is_no_damage_but_a_flip_that_looks_like_one_is() -> None:
     """To fall back from a checkpoint that another version can read would throw its steps away."""
-    body = json.loads(GOOD.dumps()) | {"format": 3, "colour": "red"}
-    with pytest.raises(UserError, match=r"format 3, newer than 2, .*; install"):
+    body = json.loads(GOOD.dumps()) | {"format": 4, "colour": "red"}
+    with pytest.raises(UserError, match=r"format 4, newer than 3, .*; install"):
         parse(signed(body))
     with pytest.raises(BadCheckpoint, match="hash"):
-        parse(GOOD.dumps().replace('"format": 2', '"format": 3'))
+        parse(GOOD.dumps().replace('"format": 2', '"format": 4'))
 
 
 def test_absurd_sizes_are_refused_although_they_fit_together() -> None:

@@ -1,0 +1,129 @@
+"""A worker's tables in checkpoints: copies of what it owns, whole or since a base; and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from elastic.checkpoint.manager import open_tables
+from elastic.checkpoint.manifest import Manifest, TableEntry, folder_of
+from elastic.checkpoint.table_file import NO_IDS, WHOLE, Bucket, table_name, write_table
+from elastic.errors import RunFailed
+from elastic.messages import Save
+from elastic.storage.store import Store
+from elastic.tables.held import HeldTables
+from elastic.tables.spec import TableSpec
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What a save writes, table by table; `depths`: on how many increments each bucket will lie."""
+
+    tables: tuple[tuple[TableSpec, Iterable[Bucket]], ...]
+    depths: dict[int, int]
+
+
+class TableSaver:
+    """Makes each save an increment on the newest checkpoint of its own that is known to be committed, and each
+    `full_every`-th of a bucket whole. It needs to agree with nobody: every bucket says itself what it builds on.
+
+    `depths`: of the saves that the next may build on, by step and bucket.
+    """
+
+    def __init__(self, held: HeldTables, full_every: int):
+        self.held, self.full_every = held, full_every
+        self.depths: dict[int, dict[int, int]] = {}
+
+    def base(self, step: int, is_there: Callable[[int], bool]) -> int:
+        """The newest step below `step` to build on whose checkpoint is there; -1 for none. What is older will not be asked
+        for again."""
+        base = next((one for one in sorted(self.depths, reverse=True) if one < step and is_there(one)), WHOLE)
+        if base >= 0:
+            self.depths = {step: depths for step, depths in self.depths.items() if step >= base}
+            self.held.removed.forget(base)
+        return base
+
+    def copy(self, order: Save, base: int, is_alone: bool = False) -> Copied:
+        """As of the step; while others wait for the save anyway a bucket is copied when its turn to be written has come.
+
+        `is_alone`: of all that is held, for owners may be gone. RunFailed where the rows are of another step, or where
+        nobody else can have what is not held.
+        """
+        held = self.held
+        if held.committed != order.step:
+            raise RunFailed(f"The rows of the embedding tables are of step {held.committed}, not {order.step}; resume "
+                            "the run.")
+        if is_alone and order.world_size == 1:
+            self.check_all()
+        buckets = held.held if is_alone else held.owned
+        before, since = self.depths.get(base, {}), held.removed.since
+        depths = {bucket: before[bucket] + 1 if bucket in before and before[bucket] + 1 < self.full_every
+                  and since.get(bucket, order.step) <= base else 0 for bucket in sorted(buckets)}
+        held.removed.begin([bucket for bucket in held.owned if bucket not in since], order.step)
+        tables = tuple((spec, self._buckets(spec, base, order.step, depths)) for spec in held.tables.specs)
+        return Copied(tables if order.wait else tuple((spec, list(found)) for spec, found in tables), depths)
+
+    def _buckets(self, spec: TableSpec, base: int, step: int, depths: dict[int, int]) -> Iterator[Bucket]:
+        store, removed = self.held.stores[spec.name], self.held.removed.between(spec, base, step)
+        for bucket, depth in depths.items():
+            if depth:
+                yield Bucket(bucket, store.export(bucket, base), base, removed.get(bucket, NO_IDS))
+            else:
+                yield Bucket(bucket, store.export(bucket))
+
+    def check_all(self) -> None:
+        """RunFailed unless this worker has every bucket."""
+        if lacking := sorted({*range(self.held.tables.num_buckets)} - {*self.held.held}):
+            raise RunFailed(f"Buckets {lacking[0]} to {lacking[-1]} of the embedding tables are kept by other workers, "
+                            f"{len(lacking)} of {self.held.tables.num_buckets}; resume the run.")
+
+    @property
+    def specs(self) -> dict[str, TableSpec]:
+        """By name."""
+        return {spec.name: spec for spec in self.held.tables.specs}
+
+    def written(self, step: int, copied: Copied) -> None:
+        """All files of a save are durable."""
+        self.depths[step] = copied.depths
+
+    def restore(self, store: Store, name: str, manifest: Manifest, is_place: bool,
+                at: Callable[[int], AbstractContextManager[Any]]) -> int:
+        """Puts into the stores what the checkpoint has of the buckets that are held, in place of what they had; the
+        bytes that were read.
+
+        `is_place`: the next saves go to the same place, and may build on this one.
+        """
+        held, reads = self.held, iter(range(1 << 62))
+
+        def note(read: int) -> None:
+            with at(next(reads)):  # nobody to wait for, but a sign of life
+                pass
+
+        held.committed, self.depths = -1, {}
+        held.removed.clear()
+        reader = open_tables(store, name, manifest)
+        for rows in held.stores.values():
+            rows.drop(rows.held)
+            rows.hold(held.held)
+            reader.fill(rows, held.held, note)
+        held.removed.begin(held.held, manifest.step)
+        if is_place and name == folder_of(manifest.step):
+            self.depths[manifest.step] = {bucket: max(len(reader.chain(spec.name, bucket)) - 1
+                                                      for spec in held.tables.specs) for bucket in held.held}
+        held.committed = manifest.step
+        return reader.bytes
+
+
+def write_tables(store: Store, order: Save, copied: Copied, progress: Callable[[int], None], kind: str = "rows",
+                 begun: Callable[[str], None] = lambda name: None) -> list[TableEntry]:
+    """Writes a rank's files, one a table. `progress(bytes)`; `begun(name)` before each file."""
+    done, entries = 0, list[TableEntry]()
+    for number, (spec, buckets) in enumerate(copied.tables):
+        name = table_name(number, spec.name, order.rank, order.world_size, order.generation, kind)
+        begun(name)
+        entries.append(write_table(store, folder_of(order.step), name, spec, order.step, buckets,
+                                   lambda bytes, done=done: progress(done + bytes)))
+        done += entries[-1].bytes
+    return entries
