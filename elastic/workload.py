@@ -148,7 +148,11 @@ class Workload:
     def balance(self) -> Mapping[str, float] | None:
         """What each piece of the model costs, to balance stages by: counted on one shard, so the same on every worker.
         """
-        return costs_of(self.model, load_batch(self.training, self.sampler, 1, 0))
+        return costs_of(self.model, self.looked_up(load_batch(self.training, self.sampler, 1, 0)))
+
+    def looked_up(self, batch: Any) -> Any:
+        """A batch as a backend gets it, what is looked up in embedding tables zeros: for whoever counts or times."""
+        return self.tables.zeros(batch) if self.tables else batch
 
 
 def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:
