@@ -247,6 +247,8 @@ def checked(trainer: Trainer) -> int:
     frozen = f", {found.frozen} of them frozen" if found.frozen else ""
     say(f"data: {facts or recipe.data.kind + ', ' + info['key']}")
     say(f"model: {found.parameters} parameters{frozen}; up to {found.workers} workers, about {found.bytes / 1e9:.1f} GB")
+    for line in trainer.table_lines:
+        say(line)
     say(f"{recipe.run.name}: recipe, data, model and memory are sound", "bold green")
     return DONE
 

@@ -23,9 +23,11 @@ from elastic.model.user_code import check_home, place_of
 from elastic.parallel.layout import Layout, Portion
 from elastic.parallel.measure import costs_of
 from elastic.recipe import Recipe
+from elastic.recipe.embedding import obstacles
 from elastic.state.flat_layout import FlatLayout, is_frozen
 from elastic.state.state import State
-from elastic.tables.features import Tables
+from elastic.tables.features import Tables, tables_of
+from elastic.tables.placing import own_places
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
             "mxnet": "backends.mxnet.backend", "reference": "backends.reference.backend"}
@@ -79,8 +81,11 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
     if recipe.data.kind:
         return {}
     if recipe.data.is_table:
-        return table.prepare(recipe.data, cache_dir())
-    return door(recipe.model.kind, "data").prepare(recipe.data, recipe.model.config, cache_dir())
+        return table.prepare(recipe.data, cache_dir(), own_places(recipe) if recipe.tables else None)
+    domain, given = door(recipe.model.kind, "data"), (recipe.data, recipe.model.config, cache_dir())
+    if not recipe.model.kind.startswith("recommender."):
+        return domain.prepare(*given)
+    return domain.prepare(*given, recipe.tables, not any(obstacles(recipe)))
 
 
 def open_data(recipe: Recipe, info: Mapping[str, Any]) -> tuple[Dataset, Dataset | None, str]:
@@ -122,7 +127,7 @@ class Workload:
     unit: str
     # a torch module's keys of its state dict, each with the array's first name
     names: Mapping[str, str] = field(default_factory=dict)
-    tables: Tables | None = None
+    tables: Tables | None = None  # embedding tables, where the recipe has any
 
     @classmethod
     def open(cls, recipe: Recipe, info: Mapping[str, Any]) -> Workload:
@@ -132,7 +137,7 @@ class Workload:
         model = open_model(recipe, info)
         own = recipe.backend.name == "torch" and ":" in recipe.model.kind
         names = importlib.import_module("backends.pytorch.export").names(model) if own else {}
-        return cls(model, training, evaluation, sampler, unit, names)
+        return cls(model, training, evaluation, sampler, unit, names, tables_of(recipe, info))
 
     def facts(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """The data's facts, with what is known once a data set and a model of the user's own are open."""
@@ -143,7 +148,11 @@ class Workload:
     def balance(self) -> Mapping[str, float] | None:
         """What each piece of the model costs, to balance stages by: counted on one shard, so the same on every worker.
         """
-        return costs_of(self.model, load_batch(self.training, self.sampler, 1, 0))
+        return costs_of(self.model, self.looked_up(load_batch(self.training, self.sampler, 1, 0)))
+
+    def looked_up(self, batch: Any) -> Any:
+        """A batch as a backend gets it, what is looked up in embedding tables zeros: for whoever counts or times."""
+        return self.tables.zeros(batch) if self.tables else batch
 
 
 def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:

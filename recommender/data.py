@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,14 @@ from elastic.data.index import Facts, Part
 from elastic.data.permutation import keyed_word, mix, permute
 from elastic.data.table import Store
 from elastic.errors import UserError
+from elastic.recipe.embedding import TableSection
 from elastic.storage.atomic import write_atomically
-from recommender.encode import CATEGORICAL, GROUP, LABEL, NUMERIC, Encoder, columns_of, hashed
+from elastic.tables.placing import Placed, placed
+from recommender.encode import CATEGORICAL, GROUP, IDS, LABEL, NUMERIC, Encoder, columns_of, hashed
+from recommender.placing import growing, place
 
 VERSION = 4
+NO_TABLES: Mapping[str, TableSection] = MappingProxyType({})
 UNIT = ""  # weights count rows
 EMBEDDING_DIM = 16
 MOST_ROWS = (1 << 31) - 1  # of embeddings: their numbers are int32
@@ -40,42 +46,61 @@ LEAST_HIDDEN = 0.01  # of the times that a training row holds a value, it is fed
 HIDING_KEY = 3  # apart from other draws of the same seed
 SPLIT_SEED = 2718281828  # a random split is the same in every run
 VOCABULARIES = "vocabularies.json"  # beside what was read
-PRIVATE = ("embedding_dim", "batch_size", "shuffle", "ledger", "options")  # keys of [data] that change nothing here
+PRIVATE = ("embedding_dim", "tables", "batch_size", "shuffle", "ledger", "options")  # keys of [data] that change nothing here
 
 
-def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path) -> dict[str, Any]:
+def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path,
+            tables: Mapping[str, TableSection] = NO_TABLES, is_free: bool = False) -> dict[str, Any]:
     """Facts that a model and `open_dataset` need, as plain values; reads the tables where `cache_dir` does not hold
-    them yet.
+    them yet. `tables` are the recipe's own, `is_free` whether it may have some besides.
 
     Keys of the result: sizes (embedding rows of each categorical column), num_numeric, embedding_dim, num_rows,
-    num_eval_rows, train_file, folder, notes (lines on what is left out), and key, the same for the same content and
-    settings. UserError names file, column and row of what cannot serve.
+    num_eval_rows, train_file, folder, notes (lines on what is left out), placed (where columns lie in embedding tables),
+    and key, the same for the same content and settings. UserError names file, column and row of what cannot serve.
     """
     is_binary = model_config.get("loss", "binary") == "binary"
     paths = {key: path for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)) if path}
     sources = [(key, find(key, path)) for key, path in paths.items()]
     settings = {key: value for key, value in data.model_dump().items() if key not in (*PRIVATE, "path", "eval_path")}
+    apart = growing(data, tables)
+    settings |= {"growing": apart} if apart else {}
     files = [[key, [[file.where, file.size, file.mtime_ns] for file in found]] for key, found in sources]
     asked = json.dumps([VERSION, is_binary, settings, files])
     folder = Path(cache_dir) / f"columns-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
-    known = facts_once(folder, lambda: read(Encoder(data, is_binary), sources, folder, settings), VOCABULARIES)
+    known = facts_once(folder, lambda: read(Encoder(data, is_binary, apart), sources, folder, settings), VOCABULARIES)
     notes = [line for key, path in paths.items() for line in left_out(key, path)]
     notes += told("data.path", known["unused"], "as columns that neither data.categorical nor data.numeric names")
-    return {**known, "notes": notes, "embedding_dim": data.embedding_dim or EMBEDDING_DIM, "folder": str(folder),
-            "train_file": str(folder / "rows.arrow")}
+    places, why = place(data, model_config, tables, is_free, known["sizes"])
+    apart_facts = {"placed": places.facts, "categorical": list(data.categorical)} if places else {}
+    return {**known, **apart_facts, "notes": notes + why, "embedding_dim": data.embedding_dim or EMBEDDING_DIM,
+            "folder": str(folder), "train_file": str(folder / "rows.arrow")}
 
 
-def vocabularies_of(info: Mapping[str, Any], data: Any, model_config: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """By column which row of the table of all columns each known value has; columns that are hashed into buckets have
-    none.
+def vocabularies_of(info: Mapping[str, Any], data: Any, model_config: Mapping[str, Any],
+                    tables: Mapping[str, TableSection] = NO_TABLES) -> dict[str, dict[str, int]]:
+    """By column which row of the dense table of all columns each known value has, or of the embedding table that it
+    lies in; columns that are hashed into buckets have none.
 
     UserError where the cache holds them no more and the data are not there to be read again.
     """
     file = Path(info["folder"]) / VOCABULARIES
-    if not file.exists() and prepare(data, model_config, file.parent.parent)["key"] != info["key"]:
+    if not file.exists() and prepare(data, model_config, file.parent.parent, tables)["key"] != info["key"]:
         raise UserError(f"data.path = {list(data.path)} holds other data than the checkpoint was trained on, and its "
                         "vocabularies come from them; put those data back.")
     found: dict[str, dict[str, int]] = json.loads(file.read_text())
+    shifts = shifts_of(info, data.categorical) if "placed" in info else {}
+    return {name: {value: row + shifts.get(name, 0) for value, row in known.items()} for name, known in found.items()}
+
+
+def shifts_of(info: Mapping[str, Any], names: Sequence[str]) -> dict[str, int]:
+    """What becomes of a row of the table of all columns, where some columns lie apart: how far it moves, by column."""
+    places, starts = placed(info), list(accumulate(info["sizes"], initial=0))
+    assert places is not None
+    found = {look.column: look.shift for look in places.looks}
+    first = 0
+    for number in places.dense:
+        found[names[number]] = first - starts[number]
+        first += info["sizes"][number]
     return found
 
 
@@ -98,7 +123,8 @@ class Vocabulary:
 class Samples(Dataset):
     """Rows of the mapped table. "label" (rows,) float32; "numeric" (rows, columns) float32, of mean 0 and deviation 1
     over the training rows, 0 where missing; "categorical" (rows, columns) int32, rows of the table of all columns, in
-    training now and then one for unknown values. Rows to evaluate on in lists have "group" and "row" (rows,), the list
+    training now and then one for unknown values; "bags" what is looked up in embedding tables, whose columns
+    "categorical" does not have. Rows to evaluate on in lists have "group" and "row" (rows,), the list
     and the row's own number."""
 
     def __init__(self, store: Store, rows: range | np.ndarray, info: Mapping[str, Any], seed: int | None):
@@ -109,6 +135,11 @@ class Samples(Dataset):
         self.first_code = np.array(info["first_codes"], np.int64)
         self.hiding = read_tokens(Path(info["folder"]) / "hiding.arrow") if info["sizes"] and seed is not None else np.zeros(0, np.uint32)
         self.unknown = np.array(info["unknown"], np.int64).reshape(-1, 2)
+        self.places, self.names = placed(info), info.get("categorical", ())
+        if self.places:
+            self.dense = np.array(self.places.dense, np.int64)
+            shifts = shifts_of(info, self.names)
+            self.shifts = np.array([shifts[self.names[number]] for number in self.places.dense], np.int32)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Arrays:
         rows = self.rows.start + indices if isinstance(self.rows, range) else self.rows[indices]
@@ -121,7 +152,16 @@ class Samples(Dataset):
         if GROUP in found:
             lists = found.pop(GROUP)
             found |= {GROUP: lists, "row": np.asarray(indices, np.int64)} if self.seed is None else {}
-        return found
+        return found if self.places is None else self.apart(found, self.places)
+
+    def apart(self, found: Arrays, places: Placed) -> Arrays:
+        """What lies in embedding tables, out of the other columns."""
+        categories = found.pop(CATEGORICAL, np.empty((0, 0), np.int32))
+        values = {name: categories[:, number] for number, name in enumerate(self.names)}
+        values |= {name.removeprefix(IDS): found.pop(name) for name in list(found) if name.startswith(IDS)}
+        if self.dense.size:
+            found[CATEGORICAL] = categories[:, self.dense] + self.shifts
+        return {**found, "bags": {look.name: look.bags(values[look.column]) for look in places.looks}}
 
     def hidden(self, codes: np.ndarray, seed: int, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Rows of the table, some of them those for unknown values: which is a function of the seed, epoch, sample and
@@ -137,7 +177,7 @@ class Samples(Dataset):
 
 def store_of(info: Mapping[str, Any]) -> Store:
     """The rows of both splits as they were written."""
-    columns = tuple(columns_of(info["num_numeric"], len(info["sizes"]), bool(info["top"])))
+    columns = tuple(columns_of(info["num_numeric"], len(info["sizes"]), bool(info["top"]), info.get("growing", ())))
     blocks = tuple((0, unit, 0, rows) for unit, rows in enumerate(info["blocks"]))
     return Store(Facts("arrow", "", "rows", columns,
                        (Part((File(str(Path(info["folder"]) / "rows.arrow"), 0, 0),), blocks, True),)))
@@ -153,6 +193,8 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path,
          settings: Mapping[str, Any]) -> dict[str, Any]:
     """The one pass; then what follows from which rows are trained on."""
     data, counted = encoder.data, [0]
+    if encoder.growing:
+        encoder.wanted(sources[0][1][0])  # which tells what is to be written
 
     def encoded() -> Iterator[Arrays]:
         for key, files in sources:
@@ -164,24 +206,20 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path,
                                 "at least one.")
             counted.append(0)
 
-    blocks, digest = write(encoded(), columns_of(len(data.numeric), len(data.categorical), bool(data.group)),
+    blocks, digest = write(encoded(), columns_of(len(data.numeric), len(data.categorical), bool(data.group),
+                                                 encoder.is_listed()),
                            folder / "rows.arrow")
     splits = split_rows(data, counted, encoder.apart)
     for name, rows in splits.items():
         if not isinstance(rows, range):
             write_tokens(folder / f"{name}.arrow", rows)
-    if not len(splits["train"]):
-        raise UserError(f'data.split = "{data.split}" leaves no row to train on; mend data.eval_fraction or '
-                        'data.eval_values.')
-    if data.group and len(splits["eval"]) > MOST_LISTED:
-        raise UserError(f'data.group = "{data.group}" is for at most {MOST_LISTED} rows to evaluate on, and there are '
-                        f'{len(splits["eval"])}; '
-                        "evaluate on fewer, or leave it out.")
+    refuse_sizes(data, splits)
     info = {"blocks": blocks, "top": data.top if data.group else 0,
             "num_numeric": len(data.numeric), "sizes": [0] * len(data.categorical), "folder": str(folder),
             "splits": {name: [rows.start, rows.stop] if isinstance(rows, range) else None
                        for name, rows in splits.items()},
-            "num_rows": len(splits["train"]), "num_eval_rows": len(splits["eval"])}
+            "num_rows": len(splits["train"]), "num_eval_rows": len(splits["eval"]),
+            **({"growing": encoder.is_listed()} if encoder.growing else {})}
     store = store_of(info)
     mean, scale = moments(store, splits["train"], len(data.numeric))
     label_mean = math.fsum(found[LABEL].sum(dtype=np.float64)
@@ -208,6 +246,16 @@ def read(encoder: Encoder, sources: list[tuple[str, list[File]]], folder: Path,
             "unknown": [[int(end) - part.extra, part.extra] for part, end in zip(parts, starts[1:])],
             "vocabulary": {name: len(codes.known) for name, codes in encoder.codes.items() if not codes.buckets},
             "key": hashlib.sha256(said.encode()).hexdigest()[:32]}
+
+
+def refuse_sizes(data: Any, splits: Mapping[str, range | np.ndarray]) -> None:
+    if not len(splits["train"]):
+        raise UserError(f'data.split = "{data.split}" leaves no row to train on; mend data.eval_fraction or '
+                        'data.eval_values.')
+    if data.group and len(splits["eval"]) > MOST_LISTED:
+        raise UserError(f'data.group = "{data.group}" is for at most {MOST_LISTED} rows to evaluate on, and there are '
+                        f'{len(splits["eval"])}; '
+                        "evaluate on fewer, or leave it out.")
 
 
 def split_rows(data: Any, counted: list[int], apart: list[np.ndarray]) -> dict[str, range | np.ndarray]:

@@ -8,14 +8,19 @@
 
 The model is a neutral function of named arrays; a framework enters through `ops`. A batch has "label" (rows,),
 "numeric" (rows, columns) and "categorical" (rows, columns), rows of one table of all columns; and "row_weight" (rows,),
-0 for filler rows.
+0 for filler rows. What lies in embedding tables on workers has been looked up: "rows/COLUMN" (rows, width) among the
+parameters is the vector of a column's value, or the pooled one of its list, and counts as one more column. mf reads
+single weights beside it, "rows/COLUMN.linear" (rows, 1), which start from zeros as the dense ones do; for lr
+"rows/COLUMN" is (rows, 1) itself. So its linear part has a table of its own: one row of both would start it from noise,
+and weigh a weight and a vector alike in a row-wise optimizer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -25,6 +30,7 @@ from elastic.model import config as checks
 from elastic.model.backend import Spec
 from elastic.model.layers import Chained, dense_from, dense_into, part_tag
 from elastic.model.tally import Tally
+from elastic.tables.placing import LINEAR, placed
 from recommender.metrics import Curve, Errors, Lists
 
 Array = Any
@@ -78,21 +84,39 @@ class Config:
 
 @dataclass(frozen=True)
 class Columns:
-    """What the data says: rows of each categorical column's embedding, the number of numeric columns, the embedding's
-    width, and where the labels lie: their mean in the training rows."""
+    """What the data says: rows of each dense categorical column's embedding, the number of numeric columns, the
+    embedding's width, and where the labels lie: their mean in the training rows. Of features that lie in embedding
+    tables, `vectors` have the widths by name, and `weights` are the names of the single weights."""
 
     sizes: tuple[int, ...]
     num_numeric: int
     width: int
     label_mean: float = 0.0
+    vectors: Mapping[str, int] = field(default_factory=dict)
+    weights: tuple[str, ...] = ()
+
+    @property
+    def num_vectors(self) -> int:
+        return len(self.sizes) + len(self.vectors)
+
+
+def columns_of(info: Mapping[str, Any], arch: str) -> Columns:
+    """From the data's facts; features in the order of their names."""
+    places, sizes = placed(info), tuple(info["sizes"])
+    facts = int(info["num_numeric"]), int(info["embedding_dim"]), float(info.get("label_mean", 0.0))
+    if places is None:
+        return Columns(sizes, *facts)
+    looks = sorted(places.looks, key=lambda look: look.name)
+    weights = tuple(look.name for look in looks if arch == "lr" or look.table.endswith(LINEAR))
+    return Columns(tuple(sizes[number] for number in places.dense), *facts,
+                   {look.name: places.width(look) for look in looks if look.name not in weights}, weights)
 
 
 def build(config: Mapping[str, Any], info: Mapping[str, Any]) -> Recommender:
     """The model for a recipe's `[model]` keys and the data's facts. RecipeError names a bad key."""
     read = checks.read("recommender.dlrm", Config, config)
-    columns = Columns(tuple(info["sizes"]), int(info["num_numeric"]), int(info["embedding_dim"]),
-                      float(info.get("label_mean", 0.0)))
-    if read.arch == "dlrm" and not columns.sizes:
+    columns = columns_of(info, read.arch)
+    if read.arch == "dlrm" and not columns.num_vectors:
         raise RecipeError('data.categorical is missing; model.arch = "dlrm" needs at least one: add it, or write '
                           'model.arch = "dcn" or "lr".')
     return Recommender(read, columns, (int(info["num_eval_rows"]), int(info["top"])) if info.get("top") else None)
@@ -127,11 +151,11 @@ def specs(config: Config, columns: Columns) -> dict[str, Spec]:
     if config.arch == "dlrm":
         if numbers:
             mlp(numbers, bottom_layers(config), (*config.bottom, width))
-        count = len(columns.sizes) + bool(numbers)
+        count = columns.num_vectors + bool(numbers)
         mlp((width if numbers else 0) + count * (count - 1) // 2 + (0 if count > 1 else width), top_layers(config),
             (*config.top, 1))
     if config.arch == "dcn":
-        total = numbers + len(columns.sizes) * width
+        total = numbers + len(columns.sizes) * width + sum(columns.vectors.values())
         for i in range(config.layers):
             dense(f"cross{i}", total, total, 1.0)
         mlp(total, top_layers(config), (*config.top, 1))
@@ -252,13 +276,22 @@ class Pass:
         """(rows, columns, width) of the batch's categories."""
         return self.ops.gather(self.params[table], self.batch["categorical"], "table_row", sum(self.columns.sizes))
 
+    def looked_up(self) -> list[Array]:
+        """(rows, width) of each feature in embedding tables."""
+        return [self.params[f"rows/{name}"] for name in self.columns.vectors]
+
+    def vectors(self) -> list[Array]:
+        """(rows, columns, width) of the dense categories, if there are any, and of each feature in embedding tables."""
+        dense = [self.rows_of("embedding")] if self.columns.sizes else []
+        return dense + [self.ops.reshape(found, (self.rows, 1, self.columns.width)) for found in self.looked_up()]
+
     def together(self, parts: Sequence[Array], axis: int) -> Array:
         return parts[0] if len(parts) == 1 else self.ops.concatenate(parts, axis)
 
 
 def dlrm(p: Pass) -> Array:
     ops, width = p.ops, p.columns.width
-    vectors, parts = [p.rows_of("embedding")], []
+    vectors, parts = p.vectors(), []
     if p.columns.num_numeric:
         numbers = p.batch["numeric"]
         for name in bottom_layers(p.config):
@@ -287,6 +320,7 @@ def dcn(p: Pass) -> Array:
     parts = [p.batch["numeric"]] if p.columns.num_numeric else []
     if p.columns.sizes:
         parts.append(ops.reshape(p.rows_of("embedding"), (p.rows, len(p.columns.sizes) * p.columns.width)))
+    parts += p.looked_up()
     first = x = p.together(parts, 1)
     for i in range(p.config.layers):
         x = ops.add(ops.multiply(first, p.dense(f"cross{i}", x)), x)
@@ -297,17 +331,15 @@ def linear(p: Pass) -> Array:
     ops, out = p.ops, []
     if p.columns.sizes:
         out.append(ops.sum(p.rows_of("linear.categorical"), (1,)))
+    out += [p.params[f"rows/{name}"] for name in p.columns.weights]
     if p.columns.num_numeric:
         out.append(ops.contract("ni,io->no", p.batch["numeric"], p.params["linear.numeric"]))
-    total = out[0] if len(out) == 1 else ops.add(*out)
-    return ops.add(total, p.params["bias"])
+    return ops.add(reduce(ops.add, out), p.params["bias"])
 
 
 def factorised(p: Pass) -> Array:
     """The sum over pairs is half of (sum of all)^2 - sum of squares."""
-    ops, vectors = p.ops, []
-    if p.columns.sizes:
-        vectors.append(p.rows_of("embedding"))
+    ops, vectors = p.ops, p.vectors()
     if p.columns.num_numeric:
         numbers = ops.reshape(p.batch["numeric"], (p.rows, p.columns.num_numeric, 1))
         vectors.append(ops.multiply(numbers, p.params["factors"]))

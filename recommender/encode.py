@@ -17,11 +17,14 @@ import xxhash
 
 from elastic.data.columns import Column, field_of, first_null, view
 from elastic.data.files import File
-from elastic.data.formats import Arrays, Dialect, batches, reading, schema_of
+from elastic.data.formats import Arrays, Dialect, TooNarrow, batches, reading, schema_of
+from elastic.data.ids import column_of_ids, ids_of, inner, is_text
+from elastic.data.jagged import Jagged
 from elastic.errors import UserError
 
 TEXT = pa.large_string()
 LABEL, NUMERIC, CATEGORICAL, GROUP = "label", "numeric", "categorical", "group"  # the columns of what is written
+IDS = "ids/"  # and the name of a column without a vocabulary
 FINITE = "a finite number below 3.4e38, as float32 holds it"
 MISSING = "\0missing"  # a missing category is one of its own
 
@@ -49,18 +52,23 @@ def hashed(value: str, buckets: int) -> int:
     return xxhash.xxh3_64_intdigest(value.encode()) % buckets
 
 
-def columns_of(num_numeric: int, num_categorical: int, is_grouped: bool) -> list[Column]:
-    """What is written of every row."""
+def columns_of(num_numeric: int, num_categorical: int, is_grouped: bool,
+               growing: Sequence[tuple[str, bool]] = ()) -> list[Column]:
+    """What is written of every row. `growing`: columns without a vocabulary, and whether each holds lists."""
     wide = ((NUMERIC, "float64", num_numeric), (CATEGORICAL, "int32", num_categorical))
     return [Column(LABEL, "float32"), *(Column(*column) for column in wide if column[2]),
-            *([Column(GROUP, "int32")] if is_grouped else [])]
+            *([Column(GROUP, "int32")] if is_grouped else []),
+            *(Column(IDS + name, "int64", 0, True, is_list) for name, is_list in growing)]
 
 
 class Encoder:
-    """The declared columns of the recipe's `[data]`. `is_binary`: labels must be 0 or 1."""
+    """The declared columns of the recipe's `[data]`, and those without a vocabulary, `growing`. `is_binary`: labels
+    must be 0 or 1."""
 
-    def __init__(self, data: Any, is_binary: bool):
-        self.data, self.is_binary = data, is_binary
+    def __init__(self, data: Any, is_binary: bool, growing: Sequence[str] = ()):
+        self.data, self.is_binary, self.growing = data, is_binary, growing
+        self.ids: dict[str, Column] = {}  # of each growing column, as the last file has it
+        self.first: dict[str, str] = {}  # and what it holds in the first
         self.dialect = Dialect(data.delimiter, data.names, data.comment) if data.format == "csv" else Dialect()
         self.codes = {name: Codes(data.buckets.get(name, 0)) for name in data.categorical}
         self.groups = Codes()
@@ -77,6 +85,8 @@ class Encoder:
         out = {}
         for name in dict.fromkeys((data.label, *data.categorical, *data.numeric,
                                    *filter(None, (data.split_column, data.group)))):
+            if name in self.growing:
+                continue
             kind = field_of(f"data.{role(data, name)}", file.name, schema, name).type
             kind = kind.value_type if t.is_dictionary(kind) else kind
             number = t.is_boolean(kind) or t.is_integer(kind) or t.is_floating(kind) or t.is_decimal(kind)
@@ -90,25 +100,46 @@ class Encoder:
                 raise UserError(f'data.{role(data, name)}: the column "{name}" of {file.name} holds texts; {remedy}, '
                                 'or mend the rows that are none.')
             out[name] = TEXT if name in texts else kind if timed or t.is_boolean(kind) else pa.float64()
+        out |= {name: self.wanted_ids(file, schema, name) for name in self.growing}
         if not self.rows_of:
             self.unused = [name for name in schema.names if name not in out]
         return out
+
+    def wanted_ids(self, file: File, schema: pa.Schema, name: str) -> pa.DataType:
+        """The type of a growing column, which all files must hold alike."""
+        field = field_of("tables", file.name, schema, name)
+        column = self.ids[name] = column_of_ids("tables", file.name, field)
+        holds = "texts" if is_text(inner(field.type)) else "whole numbers"
+        holds = f"lists of {holds}" if column.is_list or column.width else holds
+        if self.first.setdefault(name, holds) != holds:
+            raise UserError(f'tables: the column "{name}" holds {holds} in {file.name} and {self.first[name]} in the '
+                            "file before; write the file anew with one type.")
+        return field.type
+
+    def is_listed(self) -> list[tuple[str, bool]]:
+        """Of each growing column whether it holds lists."""
+        return [(name, self.first[name].startswith("lists")) for name in self.growing]
 
     def encoded(self, files: Sequence[File]) -> Iterator[Arrays]:
         """All rows of `files`, batch by batch."""
         for file in files:
             types, row = self.wanted(file), 0
-            for batch in batches(self.data.format, file, types, self.dialect):
-                yield self.encode(batch, types, file.name, row)
-                row += batch.num_rows
+            try:
+                for batch in batches(self.data.format, file, types, self.dialect):
+                    yield self.encode(batch, types, file.name, row)
+                    row += batch.num_rows
+            except TooNarrow as narrow:
+                raise narrow.of_ids() from narrow
             self.rows_of.append((file.name, row))
 
     def encode(self, batch: pa.RecordBatch, types: dict[str, pa.DataType], where: str, row: int) -> Arrays:
         data = self.data
 
-        def column(name: str) -> pa.Array:
+        def column(name: str, is_group: bool = False) -> pa.Array:
             with reading(where):  # a column of texts may hold bytes that are none
-                return texts(batch.column(name), data.format) if types[name] == TEXT else numbers(batch.column(name))
+                if types[name] == TEXT or is_group:
+                    return texts(batch.column(name), data.format)
+                return numbers(batch.column(name))
 
         out = {LABEL: self.labels(column(data.label), where, row)}
         if data.numeric:
@@ -117,12 +148,13 @@ class Encoder:
             out[CATEGORICAL] = np.stack([self.categories(column(name), name, where, row) for name in data.categorical],
                                         1)
         if data.group:
-            refuse(column(data.group), data.group, where, row)
-            out[GROUP] = self.groups.encode(column(data.group))
+            lists = column(data.group, True)
+            refuse(lists, data.group, where, row)
+            out[GROUP] = self.groups.encode(lists)
         if data.split_column:
             refuse(column(data.split_column), data.split_column, where, row)
             self.apart.append(self.sides(column(data.split_column)))
-        return out
+        return out | {IDS + name: self.looked_up(batch.column(name), name, where, row) for name in self.growing}
 
     def labels(self, array: pa.Array, where: str, row: int) -> np.ndarray:
         data = self.data
@@ -162,6 +194,18 @@ class Encoder:
         if self.data.nulls == "error":
             refuse(array, name, where, row)
         return self.codes[name].encode(array.fill_null(MISSING))
+
+    def looked_up(self, array: pa.Array, name: str, where: str, row: int) -> np.ndarray | Jagged:
+        """The ids of a growing column, int64."""
+        data, column = self.data, self.ids[name]
+        if data.format == "csv" and is_text(array.type):
+            with reading(where):
+                array = texts(array, data.format)
+        found = ids_of(array, column, where, row, MISSING if data.nulls == "fill" else None)
+        if isinstance(found, Jagged):
+            return Jagged(found.values.astype(np.int64, copy=False), found.offsets)
+        found = found.astype(np.int64, copy=False)
+        return Jagged(found.reshape(-1), np.arange(len(array) + 1) * column.width) if column.width else found
 
     def sides(self, array: pa.Array) -> np.ndarray:
         """Of a split by column, whether a row is to be evaluated on; of one by time, the time."""

@@ -80,7 +80,8 @@ def facts_of(manifest: Manifest) -> dict[str, Any]:
     facts = {"recipe": manifest.recipe, **{key: value for key, value in info.items() if key not in PLACES}}
     if "first_codes" in info:
         recipe = loads(manifest.recipe, locate=False)
-        facts["vocabularies"] = importlib.import_module("recommender.data").vocabularies_of(info, recipe.data, recipe.model.config)
+        facts["vocabularies"] = importlib.import_module("recommender.data").vocabularies_of(
+            info, recipe.data, recipe.model.config, recipe.tables)
     return facts
 
 

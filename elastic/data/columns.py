@@ -11,20 +11,24 @@ import pyarrow.types as t
 
 from elastic.errors import UserError
 
+LIST_BYTES = 256  # what a list of any length is taken to need
 DTYPES = {"halffloat": "float16", "float": "float32", "double": "float64"}  # where Arrow's name is not NumPy's
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number a row (`width` 0) or a list of `width` numbers. `dtype` is NumPy's name."""
+    """A number a row (`width` 0) or a list of `width` numbers, or with `is_list` of any. `dtype` is NumPy's name.
+    `is_ids`: an embedding table is looked up by it, see `elastic.data.ids`."""
 
     name: str
     dtype: str
     width: int = 0
+    is_ids: bool = False
+    is_list: bool = False
 
     @property
     def row_bytes(self) -> int:
-        return np.dtype(self.dtype).itemsize * max(1, self.width)
+        return LIST_BYTES if self.is_list else np.dtype(self.dtype).itemsize * max(1, self.width)
 
     def empty(self, rows: int) -> np.ndarray:
         return np.empty((rows, self.width) if self.width else (rows,), self.dtype)
@@ -50,14 +54,14 @@ def field_of(key: str, where: str, schema: pa.Schema, name: str) -> pa.Field:
     return schema.field(places[0])
 
 
-def choose(key: str, where: str, schema: pa.Schema, wanted: Sequence[str]) -> list[Column]:
-    """The columns of a file that are asked for, or all of numbers if none is. UserError names the column and the
-    remedy."""
-    known = [column for field in schema if (column := column_of(field))]
+def choose(key: str, where: str, schema: pa.Schema, wanted: Sequence[str], ids: Sequence[str] = ()) -> list[Column]:
+    """The columns of a file that are asked for, or all of numbers if none is, those of `ids` left aside. UserError
+    names the column and the remedy."""
+    known = [column for field in schema if field.name not in ids and (column := column_of(field))]
     if not wanted:
         for column in known:
             field_of(key, where, schema, column.name)
-        if not known:
+        if not known and not ids:
             raise UserError(f"{key}: {where} has no column of numbers ({shown(schema)}); convert the columns to train on.")
         return known
     by_name = {column.name: column for column in known}
@@ -119,15 +123,29 @@ def view(array: pa.Array, column: Column) -> np.ndarray:
 
 
 def refuse_nulls(array: pa.Array, name: str, where: str, first_row: int) -> None:
-    """UserError where a value is missing, or one within a list of fixed length."""
-    row = first_null(array)
+    """UserError where a value is missing, or one within a list."""
+    row, lacks = first_null(array), "no value"
     if row is None and t.is_fixed_size_list(array.type):
         place = first_null(array.flatten())
         row = None if place is None else place // array.type.list_size
+    elif row is None and (t.is_list(array.type) or t.is_large_list(array.type)):
+        offsets, flat = lists_of(array)
+        place, lacks = first_null(flat), "a list that lacks a value"
+        row = None if place is None else int(np.searchsorted(offsets, place, side="right")) - 1
     if row is not None:
-        raise UserError(f'data.path: the column "{name}" of {where} has no value in row {first_row + row} (counted '
+        raise UserError(f'data.path: the column "{name}" of {where} has {lacks} in row {first_row + row} (counted '
                         'from 0); '
                         "fill it in or leave the row out.")
+
+
+def lists_of(array: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """Where each list begins among the values, one more at the end, and the values; of lists of which none is missing.
+    """
+    if not len(array):
+        return np.zeros(1, np.int64), array.flatten()
+    offsets = view(array.offsets, Column("", "int64" if t.is_large_list(array.type) else "int32"))
+    first = int(offsets[0])
+    return offsets - first if first else offsets, array.values.slice(first, int(offsets[-1]) - first)
 
 
 def first_null(array: pa.Array) -> int | None:

@@ -13,17 +13,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
-from elastic.data.columns import Column, refuse_nulls, values
+from elastic.data.columns import Column, refuse_nulls
 from elastic.data.files import File, describe
+from elastic.data.ids import read
 from elastic.errors import UserError
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]  # columns by name: NumPy arrays, or `Jagged` lists
 LOOK_BYTES = 1 << 20  # of a CSV, before it is taken for one
 # of a CSV that Arrow parses together: at first, and where a row is longer
 BLOCK_BYTES, MOST_BLOCK = 1 << 20, (1 << 31) - 1
@@ -173,7 +174,13 @@ def wider(error: pa.ArrowInvalid, block: int) -> int:
 
 
 class TooNarrow(Exception):
-    """Names a CSV column that began with whole numbers and goes on with others."""
+    """Names a CSV column that began with whole numbers and goes on with others, and where."""
+
+    def of_ids(self) -> UserError:
+        """Where that will not do."""
+        name, place = self.args
+        return UserError(f'tables: the column "{name}" of {place}, holds something else than the whole numbers that it '
+                         "begins with; mend that line, or write all of the column as texts.")
 
 
 def csv_batches(file: File, types: dict[str, pa.DataType], dialect: Dialect = PLAIN) -> Iterator[pa.RecordBatch]:
@@ -205,7 +212,7 @@ def csv_fault(file: File, types: dict[str, pa.DataType], rows: int, error: Excep
     found = re.search(r"In CSV column #(\d+)", str(error))
     name = csv_schema(file, dialect).names[int(found[1])] if found else ""
     if name and pa.types.is_integer(types[name]):
-        return TooNarrow(name)
+        return TooNarrow(name, f"{file.name}, after row {rows}")
     column = f'the column "{name}" of ' if name else ""
     return UserError(f"data.path: {column}{file.name}, after row {rows}, cannot be read ({describe(error)}); mend that "
                      "line.")
@@ -252,7 +259,7 @@ def read_unit(kind: str, file: File, unit: int, first_row: int, rows: int, colum
             found = open_arrow(raw, names).get_batch(unit)
         if found.num_rows != rows:
             raise ValueError(f"{found.num_rows} rows where {rows} were")
-        return {column.name: values(found.column(column.name), column, file.name, first_row) for column in columns}
+        return {column.name: read(found.column(column.name), column, file.name, first_row) for column in columns}
 
 
 def batches(kind: str, file: File, types: dict[str, pa.DataType], dialect: Dialect = PLAIN) -> Iterator[pa.RecordBatch]:

@@ -14,10 +14,11 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from elastic.data.cache import FACTS, once
-from elastic.data.columns import Column, check_same, choose, column_of
+from elastic.data.columns import Column, check_same, choose, column_of, field_of
 from elastic.data.convert import arrays_of, write
 from elastic.data.files import File, find
 from elastic.data.formats import Contents, TooNarrow, contents, schema_of
+from elastic.data.ids import column_of_ids, lies_as_ids
 from elastic.errors import UserError
 from elastic.storage.atomic import write_atomically
 
@@ -60,13 +61,15 @@ class Facts:
 FORM = TypeAdapter(Facts)
 
 
-def find_facts(data: Any, cache_dir: Path) -> tuple[Path, Facts]:
-    """The facts and the folder that keeps them; made there if the same files, as dated, were not looked at before."""
+def find_facts(data: Any, cache_dir: Path, ids: Sequence[str] = ()) -> tuple[Path, Facts]:
+    """The facts and the folder that keeps them; made there if the same files, as dated, were not looked at before.
+    `ids`: the columns that embedding tables are looked up by."""
     sources = sources_of(data)
     asked = json.dumps([VERSION, data.format, data.columns, data.shuffle_by, data.shuffle,
-                        [[source.key, [[f.where, f.size, f.mtime_ns] for f in source.files]] for source in sources]])
+                        [[source.key, [[f.where, f.size, f.mtime_ns] for f in source.files]] for source in sources],
+                        *([list(ids)] if ids else [])])
     folder = cache_dir / f"table-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
-    return folder, once(folder, lambda: kept_facts(folder), lambda: look(data, sources, folder))
+    return folder, once(folder, lambda: kept_facts(folder), lambda: look(data, sources, folder, ids))
 
 
 def kept_facts(folder: Path) -> Facts | None:
@@ -87,13 +90,16 @@ def sources_of(data: Any) -> list[Part]:
     return sources + ([Part(tuple(find("data.eval_path", data.eval_path)), is_eval=True)] if data.eval_path else [])
 
 
-def look(data: Any, sources: Sequence[Part], folder: Path) -> Facts:
+def look(data: Any, sources: Sequence[Part], folder: Path, ids: Sequence[str] = ()) -> Facts:
     """Every file is looked at, and converted where that is the way; then the facts are kept."""
     first = sources[0].files[0]
     schema = schema_of(data.format, first)
-    columns = choose("data.path", first.name, schema, data.columns)
+    columns = choose("data.path", first.name, schema, data.columns, ids)
+    columns += [column_of_ids("tables", first.name, field_of("tables", first.name, schema, name)) for name in ids]
     names = [column.name for column in columns]
     found = [all_contents(data.format, source.files, names) for source in sources]
+    if not all(lies_as_ids(schema.field(name).type) for name in ids):
+        found = [[replace(content, is_plain=False) for content in of_source] for of_source in found]
     for source, of_source in zip(sources, found):
         for file, content in zip(source.files, of_source):
             if data.format == "csv":  # its types are guesses; the conversion says what does not fit
@@ -114,13 +120,17 @@ def look(data: Any, sources: Sequence[Part], folder: Path) -> Facts:
             raise UserError(f"{source.key}: {names_of} has no rows; give a table with at least one.")
     if data.format != "csv":
         digests = [content.digest for of_source in found for content in of_source]
-    said = json.dumps([data.format, shuffle_by, [asdict(column) for column in columns],
+    said = json.dumps([data.format, shuffle_by, [told_of(column) for column in columns],
                        [len(part.files) for part in parts], digests])
     unused = tuple(f"{field.name} ({field.type})" for field in schema if field.name not in names)
     facts = Facts(data.format, hashlib.sha256(said.encode()).hexdigest()[:32], shuffle_by, tuple(columns), tuple(parts),
                   unused)
     write_atomically(folder / FACTS, FORM.dump_json(facts))
     return facts
+
+
+def told_of(column: Column) -> dict[str, Any]:
+    return {key: value for key, value in asdict(column).items() if key in ("name", "dtype", "width") or value}
 
 
 def all_contents(kind: str, files: Sequence[File], names: Sequence[str]) -> list[Contents]:
@@ -176,5 +186,8 @@ def converted(kind: str, sources: Sequence[Part], columns: Sequence[Column], sch
                 digests.append(digest)
             return list(columns), parts, digests
         except TooNarrow as narrow:
-            types[str(narrow)] = pa.float64()
-            columns = [replace(column, dtype="float64") if column.name == str(narrow) else column for column in columns]
+            name = narrow.args[0]
+            if any(column.is_ids and column.name == name for column in columns):
+                raise narrow.of_ids() from narrow
+            types[name] = pa.float64()
+            columns = [replace(column, dtype="float64") if column.name == name else column for column in columns]

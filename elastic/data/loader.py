@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -14,13 +15,13 @@ import numpy as np
 from elastic.data.dataset import Dataset
 from elastic.data.sampler import FILLER, Sampler
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # columns by name; under "bags" what each feature looks up in embedding tables
 Key = tuple[int, int]  # (step, shard)
 
 
 def load_batch(dataset: Dataset, sampler: Sampler, step: int, shard: int) -> Batch:
     """The batch of one logical shard. With `dataset.fills`, "row_weight" (float32) is 1 for samples and 0 for filler
-    rows."""
+    rows, and what those look up in embedding tables is marked as filler."""
     epochs, indices = sampler.rows(step, shard)
     return rows_of(dataset, indices, epochs)
 
@@ -40,6 +41,8 @@ def rows_of(dataset: Dataset, indices: np.ndarray, epochs: np.ndarray) -> Batch:
     if not dataset.fills:
         return dataset.batch(indices[real], epochs[real])
     batch = dataset.batch(np.where(real, indices, 0), np.where(real, epochs, 0))
+    if "bags" in batch and not real.all():
+        batch = {**batch, "bags": {name: replace(bags, is_filler=~real) for name, bags in batch["bags"].items()}}
     return {**batch, "row_weight": real.astype(np.float32)}
 
 

@@ -7,7 +7,7 @@ converted once. Else its row groups are shuffled as blocks, and a few decoded on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,32 @@ from elastic.data.columns import view
 from elastic.data.dataset import Dataset
 from elastic.data.files import left_out, told
 from elastic.data.formats import Arrays, open_arrow, read_unit, reading
+from elastic.data.ids import read
 from elastic.data.index import Facts, find_facts, kept_facts
+from elastic.data.jagged import Jagged
 from elastic.data.order import Blocks, Mixture, Order, Rows, seed_of
 from elastic.errors import UserError
+from elastic.tables.placing import Look, Placed, placed
 
 Span = tuple[int, int]
 KEPT_BLOCKS = 4  # decoded, at most: the one being fed, and some for a redone step or an evaluation
+EMPTY = Jagged(np.empty(0, np.int64), np.zeros(1, np.int64))
 KEPT_BYTES = 1 << 30  # of them together, where one is not larger by itself
 
 
-def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
+def prepare(data: Any, cache_dir: str | Path, places: Placed | None = None) -> dict[str, Any]:
     """Plain facts about the tables of the recipe's `[data]`: num_rows, num_eval_rows, num_blocks, shuffle_by, folder,
-    key, and notes (lines on what is left out).
+    key, and notes (lines on what is left out); with `places` of embedding tables, whose columns are left out of the
+    others, these as well.
 
     The key is the same for the same content, columns and way of shuffling, wherever the files lie. UserError or
     RecipeError names file, column and row of what cannot serve.
     """
-    folder, facts = find_facts(data, Path(cache_dir))
+    folder, facts = find_facts(data, Path(cache_dir), places.columns if places else ())
     training, evaluation = (sum(high - low for low, high in spans) for spans in spans_of(facts, data.eval_fraction))
     return {"num_rows": training, "num_eval_rows": evaluation,
             "num_blocks": sum(len(part.blocks) for part in facts.parts), "shuffle_by": facts.shuffle_by,
-            "folder": str(folder), "key": facts.key,
+            "folder": str(folder), "key": facts.key, **({"placed": places.facts} if places else {}),
             "notes": [*left_out("data.path", data.path), *left_out("data.eval_path", data.eval_path),
                       *told("data.path", facts.unused, "as columns that are no numbers" if not data.columns
                             else "as not among data.columns")]}
@@ -47,14 +52,17 @@ def prepare(data: Any, cache_dir: str | Path) -> dict[str, Any]:
 
 def open_tables(info: Mapping[str, Any], data: Any, cache_dir: str | Path, seed: int) -> tuple[Table, Table | None]:
     """The training set, in its order, and the evaluation set if there is one."""
-    facts = kept_facts(Path(info["folder"])) or find_facts(data, Path(cache_dir))[1]
+    places = placed(info)
+    ids = places.columns if places else ()
+    facts = kept_facts(Path(info["folder"])) or find_facts(data, Path(cache_dir), ids)[1]
     if facts.key != info["key"]:
         raise UserError(f"data.path = {list(data.path)} holds other data on this machine than on the one that started "
                         "the run; copy it there.")
     store, (to_train, to_evaluate) = Store(facts), spans_of(facts, data.eval_fraction)
-    training = Table(store, to_train)
+    looks = places.looks if places else ()
+    training = Table(store, to_train, looks)
     training.order = order_of(facts, training, seed, data.shuffle, data.weights)
-    return training, Table(store, to_evaluate) if to_evaluate else None
+    return training, Table(store, to_evaluate, looks) if to_evaluate else None
 
 
 def spans_of(facts: Facts, eval_fraction: float) -> tuple[list[Span], list[Span]]:
@@ -88,15 +96,19 @@ class Table(Dataset):
 
     fills = False
 
-    def __init__(self, store: Store, spans: list[Span]):
-        self.store, self.spans = store, spans
+    def __init__(self, store: Store, spans: list[Span], looks: Sequence[Look] = ()):
+        self.store, self.spans, self.looks = store, spans, looks
         self.first = np.concatenate([[0], np.cumsum([high - low for low, high in spans])])
         self.shift = np.array([low for low, _ in spans]) - self.first[:-1]
         self.num_samples = int(self.first[-1])
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> Arrays:
-        """{column: (rows,) or (rows, width)}, copies. UserError where a file cannot be read any more."""
-        return self.store.rows(indices + self.shift[np.searchsorted(self.first, indices, side="right") - 1])
+        """{column: (rows,) or (rows, width)}, copies; what embedding tables are looked up by as `Bags` of its own.
+        UserError where a file cannot be read any more."""
+        found = self.store.rows(indices + self.shift[np.searchsorted(self.first, indices, side="right") - 1])
+        if self.looks:
+            found["bags"] = {look.name: look.bags(found.pop(look.column)) for look in self.looks}
+        return found
 
 
 class Store:
@@ -118,7 +130,8 @@ class Store:
         return sizes[sizes > 0]
 
     def rows(self, rows: np.ndarray) -> Arrays:
-        out = {column.name: column.empty(len(rows)) for column in self.columns}
+        out: Arrays = {column.name: column.empty(len(rows)) for column in self.columns if not column.is_list}
+        lists: dict[str, list[Jagged]] = {column.name: [] for column in self.columns if column.is_list}
         blocks = np.searchsorted(self.first, rows, side="right") - 1
         order = np.argsort(blocks, kind="stable")
         found, begins = np.unique(blocks[order], return_index=True)
@@ -127,6 +140,11 @@ class Store:
             inside = rows[chosen] - self.first[block]
             for name, target in out.items():
                 target[chosen] = arrays[name][inside]
+            for name, pieces in lists.items():
+                pieces.append(arrays[name][inside])
+        for name, pieces in lists.items():
+            whole = Jagged.joined(pieces or [EMPTY])
+            out[name] = whole if len(pieces) < 2 else whole[np.argsort(order)]
         return out
 
     def decode(self, block: int) -> Arrays:
@@ -138,7 +156,8 @@ class Store:
         part, number = self.places[block]
         file, unit, _, _ = part.blocks[number]
         batch = self.readers(part.files[file].where).get_batch(unit)
-        return {column.name: view(batch.column(column.name), column) for column in self.columns}
+        return {column.name: read(batch.column(column.name), column, part.files[file].name, 0) if column.is_list
+                else view(batch.column(column.name), column) for column in self.columns}
 
 
 def map_file(where: str) -> pa.ipc.RecordBatchFileReader:

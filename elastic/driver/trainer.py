@@ -30,6 +30,7 @@ from elastic.observe.jsonl import JsonLines
 from elastic.observe.run_files import RECIPE, recipe_text
 from elastic.planning import memory as preview
 from elastic.planning import plan as planning
+from elastic.planning import rows
 from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
 from elastic.storage.atomic import write_atomically
 from elastic.worker.actor import NAMESPACE
@@ -121,6 +122,12 @@ class Trainer:
         if self.address == "local":
             preview.check_memory(found, self.recipe)
         return found
+
+    @property
+    def table_lines(self) -> list[str]:
+        """What the rows of embedding tables will take, where there are any."""
+        assert self.opened is not None
+        return list(rows.lines(self.opened.tables, self.recipe.elastic.min_workers, self.recipe.elastic.max_workers))
 
     def check_loss(self) -> None:
         """That a model of the user's own computes; workers find out by themselves before the first step."""

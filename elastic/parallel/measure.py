@@ -13,6 +13,7 @@ from elastic.model.backend import Batch, Spec, is_chain
 from elastic.model.shape_ops import FLOAT, MeterOps, Move, Shape
 from elastic.parallel.groups import mirrored
 from elastic.parallel.layout import Layout
+from elastic.tables.features import ROWS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Measure:
 def measure(model: Any, batch: Batch) -> Measure:
     """Of a whole neutral model on a batch like this one."""
     ops = MeterOps()
-    model.loss(ops, shapes(model.parameters, True), shapes(model.buffers, False), columns_of(batch), 0)
+    params = {**shapes(model.parameters, True), **looked_up(batch)}
+    model.loss(ops, params, shapes(model.buffers, False), columns_of(batch), 0)
     return Measure.of(ops)
 
 
@@ -59,7 +61,7 @@ def pieces(model: Any, batch: Batch, layout: Layout, coordinate: Coordinate) -> 
     columns, x, found = columns_of(batch), None, {}
     for piece in model.pieces:
         ops = MeterOps(axes)
-        mine = {name: params[name] for name in model.names(piece)}
+        mine = {**{name: params[name] for name in model.names(piece)}, **looked_up(batch)}
         x = model.run(ops, mine, piece, x, columns, 0)
         is_last = piece == model.pieces[-1]
         if is_last:
@@ -74,7 +76,12 @@ def shapes(specs: Mapping[str, Spec], grad: bool) -> dict[str, Shape]:
 
 
 def columns_of(batch: Batch) -> dict[str, Shape]:
-    return {name: Shape(np.shape(column), False, owned=False) for name, column in batch.items()}
+    return {name: Shape(np.shape(column), False, owned=False) for name, column in batch.items() if name != ROWS}
+
+
+def looked_up(batch: Batch) -> dict[str, Shape]:
+    """What a batch has of embedding tables, by the names that models read it."""
+    return {f"{ROWS}/{name}": Shape(np.shape(rows), True, owned=False) for name, rows in batch.get(ROWS, {}).items()}
 
 
 def together(parts: Sequence[Measure]) -> Measure:

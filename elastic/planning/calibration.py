@@ -139,7 +139,7 @@ def member(rank: int, workers: int, address: str, text: str, info: Mapping[str, 
     meet = groups["shared"].barrier
     found = dict.fromkeys((field.name for field in fields(Constants)[1:]), 0.0)
     work = Workload.open(recipe, info)
-    batch = load_batch(work.training, work.sampler, 1, rank % recipe.elastic.logical_shards)
+    batch = work.looked_up(load_batch(work.training, work.sampler, 1, rank % recipe.elastic.logical_shards))
     backend, layout, room = at_work(recipe, work.model)
     views = room()
 

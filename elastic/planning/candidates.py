@@ -27,6 +27,7 @@ class Rules:
     no_decay: tuple[str, ...] = ()
     decayed: tuple[str, ...] = ("*",)
     thaw: tuple[str, ...] = ()
+    is_whole: bool = False  # a replica is one worker: rows of embedding tables lie along data alone
 
 
 def rules_of(recipe: Recipe) -> Rules:
@@ -54,6 +55,7 @@ def lay(model: Any, mesh: Mesh, rules: Rules, costs: Mapping[str, float] | None)
 def replicas(model: Any, most: int, rows: int, rules: Rules, costs: Mapping[str, float] | None) -> Iterator[Layout]:
     """Every way to lay one replica out on at most `most` workers; members of the expert axis share the `rows` of a
     shard."""
+    most = 1 if rules.is_whole else most
     # more stages must make the longest shorter
     depths = useful_sizes(len(model.pieces) if is_chain(model) else 1, most)
     for tensor in range(1, most + 1):

@@ -59,6 +59,8 @@ class Task:
     is_sharded: bool = False
     has_twin: bool = False
     update_s: float = 0.0  # for each element
+    row_bytes: float = 0.0  # of all rows of embedding tables, once
+    has_row_twin: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Bytes(Parts):
     optimizer: float
     activations: float
     checkpoint: float
+    tables: float = 0.0
 
 def step(task: Task, cluster: Cluster, candidate: Candidate) -> Seconds:
     mesh, turns = candidate.mesh, rounds(task.num_shards, candidate.mesh.data)
@@ -292,7 +295,13 @@ def stage_memory(task: Task, candidate: Candidate, stage: int, peak: int) -> Byt
     sums = most_sums(task.num_shards, task.is_exact, mesh.data, candidate.micro_batches > 1)
     return Bytes(FLOAT * holding.size, FLOAT * (sums * holding.gradient + total), FLOAT * slots,
                  peak * kept / candidate.num_chunks + max(part.again_bytes for part in parts),
-                 FLOAT * math.ceil((holding.size + slots) / mesh.data))
+                 FLOAT * math.ceil((holding.size + slots) / mesh.data),
+                 owned_bytes(task.row_bytes, mesh.data, task.has_row_twin))
+
+
+def owned_bytes(total: float, owners: int, has_twin: bool) -> float:
+    """What an owner holds of so many bytes of rows, its own and as a twin."""
+    return total * (1 + (has_twin and owners > 1)) / owners
 
 
 @lru_cache(maxsize=1024)

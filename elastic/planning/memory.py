@@ -23,9 +23,11 @@ from elastic.planning import candidates as meshes
 from elastic.planning import costs
 from elastic.planning.costs import Candidate, Part, Task
 from elastic.planning.profile import Counted, Timed, at_work
+from elastic.planning.rows import bounded_bytes
 from elastic.planning.search import Question
 from elastic.recipe import Recipe
 from elastic.state.flat_layout import is_frozen
+from elastic.tables.features import Tables
 from elastic.workload import Workload, framework
 
 PROCESS_BYTES = 350_000_000  # a worker's interpreter with Ray and a framework loaded
@@ -56,7 +58,7 @@ class Preview:
 def preview(recipe: Recipe, opened: Workload) -> Preview:
     """The most that a worker of any of the recipe's groups needs. A shipped model's activations are counted by their
     shapes, those of a module of the user's own measured on a part of a shard, where the shard is large."""
-    asked, is_own = question(recipe, opened.model), not is_neutral(opened.model)
+    asked, is_own = question(recipe, opened.model, tables=opened.tables), not is_neutral(opened.model)
     mesh, elastic, rows = recipe.mesh, recipe.elastic, recipe.data.batch_size // recipe.elastic.logical_shards
     layout = meshes.lay(asked.model, Mesh(1, mesh.pipeline, mesh.tensor, mesh.expert), asked.rules, asked.balance)
     held, parts = meshes.holdings(layout, asked.model, asked.rules), (Part(0.0, 0.0, 0),) * len(layout.depths)
@@ -64,10 +66,10 @@ def preview(recipe: Recipe, opened: Workload) -> Preview:
     if is_own:
         shard = on_a_part(recipe, opened, rows) if not on_gpu(recipe) else 0.0
     elif not on_gpu(recipe):
-        one = rows_of(opened.training, np.zeros(1, np.int64), np.zeros(1, np.int64))
-        wide = {name: np.broadcast_to(column, (rows, *column.shape[1:])) for name, column in one.items()}
+        one = opened.looked_up(rows_of(opened.training, np.zeros(1, np.int64), np.zeros(1, np.int64)))
+        wide = repeated(one, rows)
         parts = Counted(opened.model, wide, 0.0).depths(layout, rows // mesh.expert // mesh.micro_batches)
-        shard = BATCHES * sum(column.nbytes for column in wide.values())
+        shard = BATCHES * num_bytes(wide)
     sizes = {max(1, workers // layout.mesh.replica_size)
              for workers in range(elastic.min_workers, elastic.max_workers + 1)}
     needs = [costs.memory(asked.task, Candidate(replace(layout.mesh, data=data), mesh.micro_batches, parts, held,
@@ -91,7 +93,7 @@ def on_a_part(recipe: Recipe, opened: Workload, rows: int) -> float:
     process; 0 for a small shard, and where the system does not tell."""
     def batch(count: int) -> Any:
         indices = np.arange(count, dtype=np.int64) % opened.training.num_samples
-        return opened.training.batch(indices, np.zeros(count, np.int64))
+        return opened.looked_up(opened.training.batch(indices, np.zeros(count, np.int64)))
 
     if rows < LARGE_ROWS and rows * num_bytes(batch(1)) < LARGE_BYTES:
         return 0.0
@@ -124,6 +126,12 @@ def try_loss(recipe: Recipe, opened: Workload) -> None:
         raise UserError(habits.undivided)
 
 
+def repeated(batch: Batch, rows: int) -> dict[str, Any]:
+    """A batch of one row as one of so many, without taking memory."""
+    return {name: repeated(column, rows) if isinstance(column, Mapping)
+            else np.broadcast_to(column, (rows, *column.shape[1:])) for name, column in batch.items()}
+
+
 def num_bytes(batch: Any) -> int:
     if isinstance(batch, Collated):
         return num_bytes(batch.content)
@@ -152,20 +160,23 @@ def peak() -> int:
     return 1024 * int(next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), 0))
 
 
-def question(recipe: Recipe, model: Any, balance: Mapping[str, float] | None = None) -> Question:
-    """A run as the planner sees it. `balance`: as `Workload` has it."""
+def question(recipe: Recipe, model: Any, balance: Mapping[str, float] | None = None,
+             tables: Tables | None = None) -> Question:
+    """A run as the planner sees it. `balance` and `tables`: as `Workload` has them."""
     if not is_neutral(model):
         model = framework(recipe).adapt(model)
     mesh, optimizer, elastic = recipe.mesh, recipe.optimizer, recipe.elastic
     task = Task(elastic.logical_shards, recipe.data.batch_size // elastic.logical_shards, len(SLOTS[optimizer.name])
                 + (optimizer.ema > 0),
-                elastic.reduction == "exact", recipe.backend.threads, optimizer.sharded, optimizer.twin)
-    return Question(model, task, meshes.rules_of(recipe), balance, mesh.schedule, mesh.micro_batches)
+                elastic.reduction == "exact", recipe.backend.threads, optimizer.sharded, optimizer.twin,
+                row_bytes=bounded_bytes(tables), has_row_twin=recipe.embedding.twin)
+    rules = replace(meshes.rules_of(recipe), is_whole=tables is not None)
+    return Question(model, task, rules, balance, mesh.schedule, mesh.micro_batches)
 
 
 def example(work: Workload) -> Batch:
     """One logical shard."""
-    return load_batch(work.training, work.sampler, 1, 0)
+    return work.looked_up(load_batch(work.training, work.sampler, 1, 0))
 
 
 def measured(recipe: Recipe, work: Workload, flops_s: float = 0.0) -> tuple[Question, Counted]:
@@ -176,7 +187,7 @@ def measured(recipe: Recipe, work: Workload, flops_s: float = 0.0) -> tuple[Ques
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads: as the workers have it
     batch = example(work)
-    asked = question(recipe, work.model, work.balance)
+    asked = question(recipe, work.model, work.balance, work.tables)
     if flops_s and not is_neutral(work.model):
         raise UserError(f"--tflops {flops_s / 1e12:g} says nothing of model.kind = {recipe.model.kind!r}, whose "
                         "operations nobody counts; leave it out.")

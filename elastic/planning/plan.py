@@ -17,6 +17,7 @@ from elastic.planning.calibration import cache_file, calibrate, known
 from elastic.planning.costs import Cluster
 from elastic.planning.memory import PROCESS_BYTES, example, measured, question
 from elastic.planning.profile import Counted, copied_bytes_s
+from elastic.planning.rows import lines
 from elastic.planning.search import Forecast, Question, choose, forecasts
 from elastic.planning.tables import Variant, brief, named, parsed, reason, sentences, show, table, too_large
 from elastic.recipe import Recipe, with_mesh
@@ -100,7 +101,7 @@ class Plan:
             found.append((f"lower data.batch_size to {task.num_shards} (one sample a shard), or raise "
                           "elastic.logical_shards",
                           lambda: other(shard_rows=1)))
-        if is_chain(self.asked.model):
+        if is_chain(self.asked.model) and not self.asked.rules.is_whole:
             more = replace(self.cluster, nodes=8 * self.cluster.nodes)
             found.append(("take more workers: a larger mesh.tensor or mesh.pipeline would make it fit",
                           lambda: again(self.asked, more)))
@@ -113,7 +114,8 @@ def parts(recipe: Recipe, info: Mapping[str, Any], opened: Workload, size: Size,
     the best. UserError where nothing fits."""
     cluster = cluster_of(recipe, size)
     if layout and mesh:
-        asked, work = question(recipe, opened.model, opened.balance), Counted(opened.model, example(opened), 0.0)
+        asked = question(recipe, opened.model, opened.balance, opened.tables)
+        work = Counted(opened.model, example(opened), 0.0)
         yield from show(asked, work, parsed(mesh), recipe.mesh.micro_batches)
         return
     plan = Plan.make(recipe, opened, cluster, flops_s)
@@ -121,6 +123,7 @@ def parts(recipe: Recipe, info: Mapping[str, Any], opened: Workload, size: Size,
     if not layout:
         yield table(plan.found, cluster)
     yield from sentences(recipe, plan.asked, cluster, plan.found, plan.variants(info))
+    yield from lines(opened.tables, recipe.elastic.min_workers, best.workers if best else recipe.elastic.max_workers)
     if layout and best:
         yield from show(plan.asked, plan.work, best.mesh, best.candidate.micro_batches)
 

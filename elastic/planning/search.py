@@ -97,7 +97,7 @@ def candidates(question: Question, layout: Layout, data: int, work: Work) -> Ite
         return
     mesh = Mesh(data, shape.pipeline, shape.tensor, shape.expert)
     for number in meshes.micro_batches(rows, shape):
-        if question.micro_batches in (0, number):
+        if question.micro_batches in (0, number) and not (question.rules.is_whole and number > 1):
             yield Candidate(mesh, number, work.depths(layout, rows // shape.expert // number), held, question.schedule,
                             layout.num_chunks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from elastic.errors import RecipeError
+from elastic.recipe.embedding import check_embedding, keys_of
 from elastic.recipe.fields import refuse_given, shown
 from elastic.recipe.images import check_pictured
 from elastic.recipe.sections import TABLES, Recipe
@@ -188,21 +189,28 @@ def check_checkpoint(recipe: Recipe) -> None:
 def check(recipe: Recipe) -> None:
     """Everything that a single key cannot tell."""
     for look in (check_data, check_tables, check_labelled, check_pictured, check_model, check_numbers, check_mesh,
-                 check_schedule, check_backend, check_checkpoint):
+                 check_schedule, check_backend, check_checkpoint, check_embedding):
         look(recipe)
 
 
 # what the state and the order of the data follow from
-FIXED = ("run.seed", "model.*", "data.*", "elastic.logical_shards", "optimizer.name", "optimizer.ema")
+FIXED = ("run.seed", "model.*", "data.*", "elastic.logical_shards", "optimizer.name", "optimizer.ema", "tables.*",
+         "embedding.buckets")
 # how it is computed, where things lie; data is known by its content
 FREE = ("model.init", "model.recompute", "data.path", "data.eval_path")
 
 
+def all_keys(recipe: Recipe) -> dict[str, Any]:
+    """By section.key, what is not written down too."""
+    sections = {name: getattr(recipe, name).model_dump() for name in Recipe.model_fields if name != "tables"}
+    found = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {**found, "data.tables": recipe.data.tables,
+            **keys_of({name: table.model_dump() for name, table in recipe.tables.items()})}
+
+
 def check_resumed(before: Recipe, after: Recipe) -> None:
     """RecipeError where a run would go on with another state or another order of its data."""
-    old, new = ({f"{name}.{key}": value for name, section in recipe.model_dump().items()
-                 for key, value in section.items()}
-                for recipe in (before, after))
+    old, new = (all_keys(recipe) for recipe in (before, after))
     for key in sorted({*old, *new}):
         fixed = key in FIXED or f"{key.partition('.')[0]}.*" in FIXED
         if fixed and key not in FREE and old.get(key) != new.get(key):

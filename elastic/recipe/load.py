@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from elastic.errors import RecipeError
 from elastic.recipe.cross_checks import check
+from elastic.recipe.embedding import TableSection
 from elastic.recipe.fields import shown
 from elastic.recipe.paths import absolute, find_recipe
 from elastic.recipe.sections import Recipe
@@ -159,7 +160,10 @@ def _sentence(error: ValidationError) -> str:
     """The first error in one sentence; a missing key comes after whatever else is wrong (it may be a misspelt one)."""
     found = sorted(error.errors(include_url=False), key=lambda e: e["type"] == "missing")[0]
     names = [str(part) for part in found["loc"]]
-    section, key = names[0], names[1] if len(names) > 1 else ""
+    if names[0] == "tables" and (len(names) < 3 or names[2] == "[key]"):
+        return _wrong_table(names, found)
+    section = ".".join(names[:2]) if names[0] == "tables" else names[0]
+    key = next(iter(names[section.count(".") + 1:]), "")
     if not key:
         return _wrong_section(section, found)
     fields = _fields(section)
@@ -183,7 +187,17 @@ def _wrong_section(section: str, found: Mapping[str, Any]) -> str:
     return f"{section} = {shown(found['input'])} cannot work; it must be a section: [{section}] and its keys below{auto}."
 
 
+def _wrong_table(names: Sequence[str], found: Mapping[str, Any]) -> str:
+    if names[2:]:
+        return (f'"{names[1]}" cannot be a table\'s name; write [tables.NAME] with letters, digits, "_" and "-", a '
+                "letter first.")
+    return (f"{'.'.join(names)} = {shown(found['input'])} cannot work; it must be a section with a name, [tables.NAME], "
+            "and its keys below.")
+
+
 def _fields(section: str) -> Mapping[str, Any]:
+    if section.startswith("tables."):
+        return TableSection.model_fields
     model = Recipe.model_fields[section].annotation
     assert isinstance(model, type) and issubclass(model, BaseModel)
     return model.model_fields

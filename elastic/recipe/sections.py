@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, PlainValidator, field_validator
 
+from elastic.recipe.embedding import Embedding, TableName, TableSection
 from elastic.recipe.fields import NAMES, Section, Texts, at_least, share
 from elastic.recipe.images import Pictured
 from elastic.recipe.tables import TABLES
 
 # modules, each with a `Config` and a `build`
 KINDS = ("nlp.gpt", "nlp.bert", "vision.resnet", "vision.vit", "recommender.dlrm")
+DEFAULT_FULL = 10  # checkpoint.full_every
 WEIGHTS = "a list of numbers above 0, one for each entry of data.path"
 PATTERNS = 'a list of name patterns, as ["*.bias", "ln_f.*"]'
 
@@ -172,6 +174,9 @@ class Optimizer(Section):
 
 class Checkpoint(Section):
     every_steps: int = at_least(0, 200, " (0: at the end only)")
+    full_every: int = Field(DEFAULT_FULL, ge=1, exclude_if=lambda value: value == DEFAULT_FULL, description=(
+        "a whole number of at least 1: each such checkpoint holds all rows of the tables, those between them what "
+        "changed since the one before"))
     keep: int = at_least(1, 3)
     keep_every: int = at_least(0, 0, " (steps; the checkpoints of its multiples are kept for ever; 0 is none)")
     busy: Literal["wait", "skip"] = Field("wait",
@@ -190,7 +195,8 @@ class Checkpoint(Section):
 
 
 class Recipe(Section):
-    """A whole recipe, resolved: defaults filled in, paths absolute, `elastic.logical_shards` chosen."""
+    """A whole recipe, resolved: defaults filled in, paths absolute, `elastic.logical_shards` chosen. What belongs to
+    embedding tables is written down only where it says something."""
 
     run: Run = Run()
     model: ModelSection
@@ -200,3 +206,5 @@ class Recipe(Section):
     elastic: Elastic = Elastic()
     optimizer: Optimizer = Optimizer()
     checkpoint: Checkpoint = Checkpoint()
+    tables: dict[TableName, TableSection] = Field({}, exclude_if=lambda tables: not tables)
+    embedding: Embedding = Field(Embedding(), exclude_if=lambda section: section == Embedding())

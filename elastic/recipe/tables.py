@@ -27,6 +27,7 @@ class Labelled(Section):
         {}, description="a table of column = number of rows, each from 1 to 2^31 - 1: columns that are hashed instead "
                         "of having a vocabulary")
     embedding_dim: int | None = Field(None, ge=1, description="a whole number of at least 1")
+    tables: Literal["auto", "dense", "rows"] = Field("auto", exclude_if=lambda value: value == "auto")
     min_count: int = Field(1, ge=1, description="a whole number of at least 1: how often a training row must hold a "
                                                 "value that is to be known")
     oov: Literal["hash", "row", "error"] = "hash"
@@ -56,9 +57,12 @@ def check_labelled(recipe: Any) -> None:
                           f"tables; write one of {', '.join(map(shown, TABLES))}.")
     if not data.label:
         raise RecipeError(f"data.label is missing; model.kind = {shown(kind)} needs the name of the column to predict.")
-    if not data.categorical and not data.numeric:
+    if not data.categorical and not data.numeric and not recipe.tables:
         raise RecipeError(f"data.categorical and data.numeric are missing; model.kind = {shown(kind)} needs at least "
                           "one column to predict from.")
+    if data.tables == "rows" and not data.categorical:
+        raise RecipeError('data.tables = "rows" places the columns of data.categorical, and there is none; leave it '
+                          "out.")
     check_columns(data)
     check_split(data)
 

@@ -3,6 +3,8 @@
     spec        what a table is, from the recipe alone
     bags        what a shard looks up, and the sums of slopes that come back
     rows        rows on their way: to a checkpoint or another worker; their digests
+    placing     what the data's facts say of tables
+    features    what a run's tables are, from recipe and facts
     row_store   the protocol of a store, found by name
     buckets     ids to buckets, buckets to owners
     starts      the row that an id starts from

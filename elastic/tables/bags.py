@@ -34,6 +34,14 @@ class Bags:
     def size(self) -> int:
         return self.offsets.size - 1
 
+    def __getitem__(self, bags: slice) -> Bags:
+        """A run of them."""
+        first, last, _ = bags.indices(self.size)
+        offsets = self.offsets[first:max(first, last) + 1]
+        inside = slice(int(offsets[0]), int(offsets[-1]))
+        return Bags(self.ids[inside], offsets - offsets[0], None if self.weights is None else self.weights[inside],
+                    self.pooling, self.length, None if self.is_filler is None else self.is_filler[bags])
+
     @cached_property
     def runs(self) -> tuple[np.ndarray, np.ndarray]:
         """(offsets, targets) int64: positions offsets[r]..offsets[r + 1] - 1 add up to row targets[r] of what is looked

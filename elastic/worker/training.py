@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,8 +22,6 @@ from elastic.tables.held import HeldTables
 from elastic.worker.loop_control import Control
 from elastic.worker.overwrite_watch import Watch
 
-if TYPE_CHECKING:
-    from elastic.tables.features import Tables
 
 MAX_LINES = 50_000  # that a manifest carries; those before are on the disk itself long since
 

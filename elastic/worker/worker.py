@@ -71,7 +71,8 @@ class Worker(Member):
         head = Manifest(0, 0, 0, recipe.run.seed, job.recipe,
                         extra={"info": workload.facts(job.info), "run": job.run_id})
         self.saver = Saver(name, job.checkpoints, head, recipe.data.batch_size, self.post_part,
-                           lambda: rim.strike(Fault("kill", 0, 0, "checkpoint", "disk")), recipe.checkpoint.write_mb_s)
+                           lambda: rim.strike(Fault("kill", 0, 0, "checkpoint", "disk")), recipe.checkpoint.write_mb_s,
+                           self.tables, recipe.checkpoint.full_every)
         self.parts: dict[Save, Part] = {}  # of the last checkpoint
         self.ready: Ready | None = None
         self.standing: Standing | None = None  # where it stands by

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from elastic.data.collate import num_rows
@@ -15,6 +17,7 @@ from elastic.data.dataset import Dataset
 from elastic.data.loader import eval_batches, load_batch
 from elastic.data.sampler import Sampler
 from elastic.recipe import Recipe, parse
+from elastic.tables.bags import Bags
 from elastic.workload import open_data, prepare
 from tests.support.clicks import clicks, clicks_recipe
 from tests.support.images import idx_files, vision_recipe
@@ -36,6 +39,21 @@ def own(folder: Path, kind: str = "Plain") -> Recipe:
 def table(folder: Path, **data: Any) -> Recipe:
     files = [write(folder / f"{n}.parquet", rows(200 + n, 1000 * n), 30) for n in range(2)]
     return table_recipe(files, run={"epochs": None, "steps": 9}, data={"eval_fraction": 0.2, **data})
+
+
+def looked_up(folder: Path, way: str) -> Recipe:
+    """A user's own model with embedding tables of numbers, texts and lists."""
+    luck = np.random.default_rng(0)
+    lists = [luck.integers(0, 99, luck.integers(0, 4)).tolist() for _ in range(300)]
+    source = rows(300).append_column("list", pa.array(lists, pa.list_(pa.int32())))
+    tables = {"some": {"columns": ["id", "list"]}, "words": {"columns": ["word"], "pooling": "none", "length": 2}}
+    return table_recipe(write(folder / "t.parquet", source, 37), run={"epochs": None, "steps": 9},
+                        data={"eval_fraction": 0.2, "shuffle_by": way}, tables=tables)
+
+
+def clicks_in_tables(folder: Path) -> Recipe:
+    return clicks_recipe(clicks(folder / "clicks.csv"), data={"categorical": ["item"], "tables": "rows"},
+                         tables={"users": {"columns": ["user"]}}, model={"arch": "mf"})
 
 
 class Plain:
@@ -74,6 +92,9 @@ KINDS = {
     "images": Kind(lambda folder: vision_recipe("vision.vit", idx_files(folder))),
     "images mixed up": Kind(lambda folder: vision_recipe("vision.vit", idx_files(folder), data={"mixup": 0.3})),
     "clicks": Kind(lambda folder: clicks_recipe(clicks(folder / "clicks.csv"))),
+    "clicks in tables": Kind(clicks_in_tables),
+    "bags by rows": Kind(lambda folder: looked_up(folder, "rows")),
+    "bags by blocks": Kind(lambda folder: looked_up(folder, "blocks")),
     "a user's": Kind(own),
     "a user's that draws": Kind(lambda folder: own(folder, "Drawing"), by_row=False),
 }
@@ -106,6 +127,9 @@ def leaves(batch: Any) -> list[np.ndarray]:
         return [leaf for name in sorted(batch) for leaf in leaves(batch[name])]
     if isinstance(batch, (list, tuple)):
         return [leaf for entry in batch for leaf in leaves(entry)]
+    if isinstance(batch, Bags):
+        said = batch.pooling, batch.length, batch.weights, batch.is_filler
+        return [np.array([f"{batch.ids[low:high].tolist()} {said}" for low, high in pairwise(batch.offsets)], "U300")]
     return [np.asarray(batch)]
 
 

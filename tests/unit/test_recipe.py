@@ -77,7 +77,7 @@ def test_recipes_of_earlier_versions_load(least: dict[str, Any]) -> None:
     recipe = parse(least)
     assert loads(dumps(recipe) + stored) == recipe and "embedding" not in dumps(recipe)
     for text in (stored.replace("1", "2"), stored + "more = 1\n"):
-        with pytest.raises(RecipeError, match=r"\[embedding\] is not a section"):
+        with pytest.raises(RecipeError, match=r"embedding\.\w+ = \S+ is not a key of the recipe"):
             loads(dumps(recipe) + text)
 
 
@@ -169,8 +169,8 @@ def test_a_mesh_that_the_planner_finds(least: dict[str, Any]) -> None:
     ("checkpoint.busy=never", '"wait" or "skip"'),
     ("checkpoint.keep_every=-1", "checkpoint.keep_every = -1 cannot work"),
     ("checkpoint.best=loss", "checkpoint.best"),
-    ("embedding.placement=servers", "[embedding] is not a section of the recipe"),
-    ("embedding.size=8", "[embedding] is not a section of the recipe"),
+    ("embedding.placement=servers", 'embedding.placement = "servers" cannot work; it must be "workers"'),
+    ("embedding.size=8", "embedding.size = 8 is not a key of the recipe; the keys of [embedding] are placement, twin"),
     ("run=3", "is not of the form section.key=value"),
     ("run.steps", "is not of the form section.key=value"),
     ("=5", "is not of the form section.key=value"),
