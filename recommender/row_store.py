@@ -103,7 +103,7 @@ class CompiledRows:
             else:
                 index.give_all(self._index[bucket][0], *self._places)
             del self._index[bucket]
-            self._heads[bucket] = 0
+            self._heads[bucket] = self._used[bucket] = self._stored[bucket] = 0
 
     def lookup(self, bags: Bags) -> np.ndarray:
         bags.check(self.spec)
