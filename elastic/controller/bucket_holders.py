@@ -9,17 +9,19 @@ from elastic.messages import Buckets, Generation, Ready, Standing
 from elastic.tables.buckets import Holders, from_bits, holders, moves
 
 
-def with_buckets(generation: Generation, ready: Ready, reports: Mapping[str, Standing]) -> Generation:
+def with_buckets(generation: Generation, ready: Ready, reports: Mapping[str, Standing],
+                 staying: Sequence[str] = ()) -> Generation:
     """The generation with its holders, where the run has tables: the fewest moves from what members report to have.
 
-    `reports`: of the members whose state counts; none where all load a checkpoint.
+    `reports`: of the members whose state counts; none where all load a checkpoint. `staying`: those of the members that
+    are to hold anything (all, where it is empty): the others hand over.
     """
     if not ready.buckets:
         return generation
     members = generation.members
     there = {w: reports[w] for w in members if w in reports} if generation.committed >= 0 else {}
     before = holders_now(there, ready.buckets) if there else None
-    after = holders(members, ready.buckets, ready.twin, before)
+    after = holders(staying or members, ready.buckets, ready.twin, before)
     rank = {w: r for r, w in enumerate(members)} | {"": -1}
     moved = tuple((move.bucket, rank[move.source], rank[move.to]) for move in moves(before, after)) if before else ()
     return replace(generation, buckets=Buckets(tuple(rank[w] for w in after.owners), tuple(rank[w] for w in after.twins),

@@ -35,7 +35,7 @@ from elastic.controller.events import (
 )
 from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, world_size
 from elastic.controller.recovery import Whole, assign, covers, find_whole, rejoin, writers
-from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Buckets, Ready, RequestStop, Standing
+from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Ready, RequestStop, Standing
 from elastic.state.ownership import held, lacking
 
 
@@ -49,7 +49,6 @@ class State:
     target: int = 0
     group: tuple[str, ...] = ()
     mesh: Axes = (0, 1, 1, 1)  # of the group
-    buckets: Buckets | None = None  # of the run's tables, by rank in the group
     ready: Mapping[str, Ready] = field(default_factory=dict)
     starting: frozenset[str] = frozenset()
     standing: Mapping[str, Standing] = field(default_factory=dict)
@@ -211,8 +210,6 @@ def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
     staying = [state.group.index(w) for w in survivors if w not in state.leaving]
     if not covers([rank % size for rank in staying], state.mesh[1:]) or math.prod(mesh) < size:
         return False
-    if state.buckets and not all({owner, twin} & set(staying) for owner, twin in zip(state.buckets.owners, state.buckets.twins)):
-        return False
     if not holders:
         return True
     if mesh[1:] != state.mesh[1:] or (holders == 1 and mesh[0] < data):
@@ -304,7 +301,8 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     extra = [w for w in candidates if w not in members]
     surplus = extra[max(0, want.workers - len(members)):]
     generation = with_buckets(rejoin(state.generation + 1, members, ready[members[0]].endpoint, mesh, whole),
-                              ready[members[0]], {w: here[w] for w in whole.coordinates if w in here} if whole else {})
+                              ready[members[0]], {w: here[w] for w in whole.coordinates if w in here} if whole else {},
+                              remaining(state, members))
     is_barren = generation.committed == state.reached and not any(s.rejected for s in reports.values())
     barren = state.barren + 1 if is_barren else 0
     if barren > MAX_FRUITLESS + len(members):
@@ -314,13 +312,19 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     action = Form(generation, state.cause, len(state.group), state.mesh)
     idle = {w: replace(s, holds=-1, ballot=None) for w, s in here.items()
             if w in extra and w not in surplus and s.committed <= generation.committed}
-    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh,
-                    buckets=generation.buckets, last=idle,
+    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle,
                     announced=-1, savers=(),
                     cause="resize", reached=generation.committed, barren=barren,
                     ready={w: r for w, r in ready.items() if w not in surplus})
     stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
     return state, (*gone, *(Release(w) for w in surplus), action, *stops)
+
+
+def remaining(state: State, members: tuple[str, ...]) -> tuple[str, ...]:
+    """Those members that the next group will have too, as far as it is known: the others are only there to hand over."""
+    stay = [w for w in members if w not in state.leaving]
+    mesh = choose(len(stay), state.target, state.bounds)
+    return tuple(stay[:math.prod(mesh)]) if mesh else members
 
 
 def next_mesh(state: State, candidates: list[str], reports: Mapping[str, Standing]) -> tuple[Axes | None, Whole | None]:

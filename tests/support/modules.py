@@ -155,3 +155,14 @@ class FragileRows(Rows):
         if "data" in Fragile.armed and index == 70:
             raise OSError("row 70 cannot be read")
         return super().__getitem__(index)
+
+
+class Appearances(nn.Module):
+    """What is looked up counts how often it was: the slope of every row is -1 for each time. `w` is of no use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def loss(self, batch: Any) -> Any:
+        return -sum(rows.sum() for rows in batch["rows"].values()) - 0 * self.w.sum(), batch["age"].shape[0]

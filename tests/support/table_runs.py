@@ -1,78 +1,106 @@
-"""Whole runs in one process whose tables are made by hand: controller, workers, checkpoints are real, the data door is not."""
+"""Logs of clicks on disk, recipes whose embedding tables train on them, and a replay of what rows must be."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from elastic.data.dataset import Dataset
-from elastic.data.sampler import Sampler
+from elastic.checkpoint.manager import open_tables, read_manifest, split
+from elastic.observe.ledger_files import FOLDER, files, pieces
 from elastic.recipe import Recipe, parse
-from elastic.tables.bags import Bags
-from elastic.tables.features import Tables
-from elastic.workload import Workload
-from tests.support.inprocess import merged
-from tests.support.table_members import FEATURES, Backend
+from elastic.tables.buckets import buckets_of
+from elastic.tables.rows import Rows
+from elastic.tables.spec import SWEEPS, TableSpec
+from tests.support.inprocess import MODULES, merged
 
-ROWS, STEPS, SHARDS = 96, 16, 8
-
-
-class Draws(Dataset):
-    """Samples that each look up a few ids in every feature."""
-
-    num_samples = ROWS
-
-    def __init__(self, features: Any = FEATURES):
-        self.features = features
-
-    def ids(self, feature: str, index: int) -> list[int]:
-        luck = np.random.default_rng([index, *feature.encode()])
-        return [int(id) % 200 for id in luck.zipf(1.3, luck.integers(0, 4))]
-
-    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, Any]:
-        bags = {}
-        for feature in self.features:
-            lists = [self.ids(feature.name, int(index)) for index in indices]
-            offsets = np.cumsum([0, *map(len, lists)]).astype(np.int64)
-            bags[feature.name] = Bags(np.array(sum(lists, []), np.int64), offsets, None, feature.pooling,
-                                      feature.length, np.zeros(len(lists), bool))
-        return {"shard": int(indices[0]), "bags": bags}
+BUCKETS = 16
 
 
-class Deciding(Backend):
-    """Each of the batch's rows weighs the same, and all of a step's come to 1."""
-
-    def gradients(self, batch: Any, seed: int, into: Any) -> Any:
-        return super().gradients(batch, seed, into)
-
-
-def table_recipe(steps: int = STEPS, **changes: Any) -> Recipe:
-    base = {"run": {"steps": steps, "eval_every": 5}, "model": {"kind": "recommender.dlrm"},
-            "data": {"format": "parquet", "path": ["none"], "label": "y", "numeric": ["x"], "batch_size": 16},
-            "backend": {"name": "reference"},
-            "elastic": {"max_workers": 3, "logical_shards": SHARDS, "hang_timeout_s": 5.0},
-            "checkpoint": {"every_steps": 6}, "optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.0}}
-    from elastic.recipe.load import parse as _parse
-    return _parse(merged(base, changes), locate=False)
+def click_log(file: Path, size: int = 480, seed: int = 0) -> Path:
+    """Users and lists of goods by Zipf's law; who clicks depends on both."""
+    luck = np.random.default_rng(seed)
+    users = luck.zipf(1.3, size) % 500
+    goods = [(luck.zipf(1.3, luck.integers(0, 5)) % 300).tolist() for _ in range(size)]
+    odd = np.array([sum(good % 2 for good in each) > len(each) / 2 for each in goods])
+    clicks = ((users % 3 == 0) ^ odd ^ (luck.random(size) < 0.1)).astype(np.int64)
+    pq.write_table(pa.table({"click": clicks, "age": luck.standard_normal(size).astype(np.float32),
+                             "user": users.astype(np.int64), "goods": pa.array(goods, pa.list_(pa.int64())),
+                             "city": [f"city {user % 17}" for user in users]}), file, row_group_size=100)
+    return file
 
 
-def patch(monkeypatch: pytest.MonkeyPatch, tables: Tables, bent: bool = False) -> None:
-    """From now on every run of a recipe trains these tables."""
-    def opened(recipe: Recipe, info: Any) -> Workload:
-        data = Draws(tables.features)
-        sampler = Sampler(ROWS, recipe.data.batch_size, recipe.elastic.logical_shards, recipe.run.seed, True, None,
-                          recipe.run.steps, None)
-        return Workload(None, data, None, sampler, "", tables=tables)
+def clicks_recipe(log: Path, backend: str, **changes: Mapping[str, Any]) -> Recipe:
+    """A DLRM of tables that grow, admit and evict; L = 10, 24 steps."""
+    base = {"run": {"steps": 24, "eval_every": 10}, "model": {"kind": "recommender.dlrm"},
+            "data": {"format": "parquet", "path": [str(log)], "label": "click", "numeric": ["age"], "batch_size": 20,
+                     "eval_fraction": 0.1, "embedding_dim": 8},
+            "tables": {"users": {"columns": ["user"]}, "places": {"columns": ["city"], "optimizer": "adagrad"},
+                       "goods": {"columns": ["goods"], "optimizer": "adam", "pooling": "mean", "admit": 2,
+                                 "ttl_steps": 10}},
+            "embedding": {"buckets": BUCKETS}, "backend": {"name": backend},
+            "elastic": {"max_workers": 3, "logical_shards": 10, "hang_timeout_s": 5.0},
+            "checkpoint": {"every_steps": 8, "full_every": 2}, "optimizer": {"lr": 0.02, "clip_norm": 1.0}}
+    return parse(merged(base, changes))
 
-    def backend(recipe: Recipe, model: Any) -> Any:
-        found = Backend()
-        found.bent = bent
-        return found
 
-    monkeypatch.setattr("elastic.workload.Workload.open", opened)
-    monkeypatch.setattr("elastic.workload.prepare", lambda recipe: {})
-    monkeypatch.setattr("elastic.worker.build.create_backend", backend)
-    monkeypatch.setattr("elastic.worker.worker.warm_up", lambda training, place: None)
+def counting_recipe(log: Path, limits: Mapping[str, Any], **changes: Mapping[str, Any]) -> Recipe:
+    """Each update of a row counts its appearances: plain SGD of rate 1 on slopes of -1, from zeros."""
+    table = {"optimizer": "sgd", "lr": 16.0, "init": "zeros", "width": 2, **limits}
+    base = {"run": {"steps": 24, "eval_every": 0}, "model": {"kind": f"{MODULES}:Appearances"},
+            "data": {"format": "parquet", "path": [str(log)], "columns": ["age"], "batch_size": 16,
+                     "eval_fraction": 0.0, "ledger": True},
+            "tables": {"users": {"columns": ["user"], **table}, "goods": {"columns": ["goods"], **table}},
+            "embedding": {"buckets": BUCKETS}, "optimizer": {"name": "sgd", "lr": 16.0, "momentum": 0.0},
+            "elastic": {"max_workers": 4, "logical_shards": 8, "hang_timeout_s": 5.0},
+            "checkpoint": {"every_steps": 5, "full_every": 3}}
+    return parse(merged(base, changes))
+
+
+def stored(run_dir: Path, step: int) -> dict[str, dict[int, Rows]]:
+    """The tables of a checkpoint, by name and bucket."""
+    store, name = split(run_dir / "checkpoints" / f"step-{step:08d}")
+    reader = open_tables(store, name, read_manifest(store, name))
+    return {table: dict(reader.rows(table)) for table in reader.specs()}
+
+
+def by_id(buckets: Mapping[int, Rows]) -> dict[int, tuple[list[float], int, int]]:
+    """(values, count, last) of every stored id."""
+    return {id: (values, count, last) for rows in buckets.values()
+            for id, values, count, last in zip(rows.ids.tolist(), rows.values.tolist(), rows.counts.tolist(),
+                                               rows.lasts.tolist())}
+
+
+def fed(run_dir: Path) -> dict[int, list[int]]:
+    """By step, the samples that the ledger says were fed."""
+    found: dict[int, list[int]] = {}
+    for file in files(run_dir / FOLDER):
+        for batch, _ in pieces(file):
+            for step, sample in zip(batch["step"].tolist(), batch["sample"].tolist()):
+                found.setdefault(step, []).append(sample)
+    return found
+
+
+def counted(spec: TableSpec, draws: Mapping[int, Iterable[int]]) -> dict[int, tuple[list[float], int, int]]:
+    """What `by_id` must give after these draws, step by step: a dictionary, and the rules in words of one line each."""
+    count, last, value = Counter[int](), dict[int, int](), dict[int, float]()
+    for step in sorted(draws):
+        for id, times in Counter(draws[step]).items():
+            count[id] += times
+            last[id] = step
+            if id in value:
+                value[id] += times
+            elif count[id] >= spec.admit:  # what an id that waits is given is dropped; without a limit none waits
+                value[id] = float(times) if not spec.admit else 0.0
+        every = max(1, spec.ttl_steps // SWEEPS)
+        for id in list(count) if spec.ttl_steps else ():
+            bucket = int(buckets_of(spec, np.array([id], np.int64))[0])
+            if step - last[id] > spec.ttl_steps and (step + bucket) % every == 0:
+                del count[id], last[id]
+                value.pop(id, None)
+    return {id: ([number] * spec.width, count[id], last[id]) for id, number in value.items()}

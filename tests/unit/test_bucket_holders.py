@@ -65,6 +65,14 @@ def test_a_joiner_gets_its_share_and_no_more() -> None:
     assert len(found.moves) == 5 and {to for _, _, to in found.moves} == {2}
 
 
+def test_who_leaves_hands_over() -> None:
+    first = settled(with_buckets(generation("a", "b", "c", committed=-1), ready(twin=False), {}))
+    found = with_buckets(generation("a", "b", "c"), ready(twin=False), first, ("a",)).buckets
+    assert found and set(found.owners) == {0}
+    assert {(bucket, source) for bucket, source, _ in found.moves} == {
+        (bucket, rank) for rank, w in ((1, "b"), (2, "c")) for bucket in from_bits(first[w].owned)}
+
+
 def test_of_two_owners_the_first_is_one_and_a_twin_stands_in() -> None:
     now = holders_now({"a": report("a", [0, 1], []), "b": report("b", [1], [2])}, 4)
     assert now.owners == ("a", "a", "b", "") and now.twins == ("", "b", "", "")

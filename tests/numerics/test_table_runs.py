@@ -1,0 +1,112 @@
+"""Whole runs with embedding tables on threads: one hash whoever owns the rows and whatever happens, and rows that count what was fed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from elastic.chaos import PHASES
+from elastic.checkpoint.manager import open_tables, read_manifest, split
+from tests.support.frameworks import names
+from tests.support.inprocess import Result, fit
+from tests.support.sampling import sample
+from tests.support.table_runs import by_id, clicks_recipe, click_log, counted, counting_recipe, fed, stored
+
+STEPS = 24
+KILLS = [f"kill:{rank}@{step}/{phase}" for (phase, rank), step in
+         zip(product([p for p in PHASES if p not in ("gather", "heal")], (0, 2)), itertools.cycle(range(3, 14)))]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("clicks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield click_log(folder / "log.parquet")
+
+
+@pytest.fixture(scope="module", params=names())
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(backend: str, log: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """The oracle: one worker, nothing happens."""
+    result = fit(tmp_path_factory.mktemp("one") / "run", clicks_recipe(log, backend, elastic={"max_workers": 1}))
+    result.assert_sound(STEPS)
+    return result
+
+
+def assert_same(result: Result, oracle: Result, lost: int = 0) -> None:
+    result.assert_sound(STEPS, lost)
+    assert result.sha == oracle.sha
+    for found, wanted in zip(result.metrics, oracle.metrics, strict=True):
+        assert [found.get(key) for key in ("step", "loss", "eval")] == [wanted.get(key) for key in
+                                                                       ("step", "loss", "eval")]
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+@pytest.mark.parametrize("twin", [True, False])
+def test_any_number_of_owners(workers: int, twin: bool, backend: str, log: Path, undisturbed: Result,
+                              tmp_path: Path) -> None:
+    result = fit(tmp_path, clicks_recipe(log, backend, elastic={"max_workers": workers, "min_workers": workers},
+                                         embedding={"twin": twin}))
+    assert_same(result, undisturbed)
+    assert result.summary["world_sizes"] == [workers]
+
+
+@pytest.mark.parametrize("twin", [True, False])
+def test_live_2_5_1_3(twin: bool, backend: str, log: Path, undisturbed: Result, tmp_path: Path) -> None:
+    recipe = clicks_recipe(log, backend, elastic={"max_workers": 5, "spares": 4}, embedding={"twin": twin})
+    result = fit(tmp_path, recipe, ["scale:2@1", "scale:5@7", "scale:1@13", "scale:3@19"])
+    assert_same(result, undisturbed)
+    sizes = iter(result.summary["world_sizes"])  # between them, those that leave hand over
+    assert all(wanted in sizes for wanted in (2, 5, 1, 3)), result.summary["world_sizes"]
+
+
+@pytest.mark.parametrize("fault", sample(KILLS, 3))
+def test_a_kill_in_each_phase_costs_no_step(fault: str, backend: str, log: Path, undisturbed: Result,
+                                            tmp_path: Path) -> None:
+    result = fit(tmp_path, clicks_recipe(log, backend), [fault])
+    assert_same(result, undisturbed)
+    assert len(result.named("worker_lost")) == 1 and result.named("recovered")[0]["steps_lost"] == 0
+
+
+def test_kills_one_after_the_other(backend: str, log: Path, undisturbed: Result, tmp_path: Path) -> None:
+    result = fit(tmp_path, clicks_recipe(log, backend), ["kill:0@5/rows", "kill:1@9/push", "kill:2@13/vote",
+                                                         "kill:0@17/update", "kill:1@21/reduction"])
+    assert_same(result, undisturbed)
+    assert len(result.named("worker_lost")) == 5
+
+
+def test_without_twins_the_run_goes_back_to_the_newest_checkpoint(backend: str, log: Path, undisturbed: Result,
+                                                                  tmp_path: Path) -> None:
+    result = fit(tmp_path, clicks_recipe(log, backend, embedding={"twin": False}), ["kill:1@12/push"])
+    assert_same(result, undisturbed, lost=result.summary["steps_lost"])
+    assert result.named("rewound") and result.summary["steps_lost"] <= 11
+
+
+@pytest.mark.parametrize("limits", [{}, {"admit": 2, "ttl_steps": 4}], ids=["all", "admitted and evicted"])
+@pytest.mark.parametrize("chaos", [["kill:1@5/push", "kill:0@11/rows", "kill:3@16/update"],
+                                   ["scale:1@4", "scale:4@9", "kill:0@13/vote", "scale:2@18"]], ids=" ".join)
+def test_every_row_counts_what_the_ledger_has(limits: dict[str, Any], chaos: list[str], log: Path,
+                                              tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    result = fit(tmp_path, counting_recipe(log, limits), chaos)
+    result.assert_sound(STEPS)
+    samples, columns = fed(tmp_path), pq.read_table(log).to_pydict()
+    store, name = split(tmp_path / "checkpoints" / f"step-{STEPS:08d}")
+    specs = open_tables(store, name, read_manifest(store, name)).specs()
+    for table, rows in stored(tmp_path, STEPS).items():
+        draws = {step: [id for at in fed_then for id in (columns["goods"][at] if table == "goods"
+                                                         else [columns["user"][at]])]
+                 for step, fed_then in samples.items()}
+        assert by_id(rows) == counted(replace(specs[table], **limits), draws)
