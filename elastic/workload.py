@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any
 
 from elastic.checkpoint.manager import read_start
 from elastic.data import table
+from elastic.data.cache import cache_dir
 from elastic.data.dataset import Dataset, MapStyle
 from elastic.data.loader import eval_batches, load_batch
 from elastic.data.sampler import Sampler
@@ -31,11 +31,6 @@ from elastic.tables.placing import own_places
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
             "mxnet": "backends.mxnet.backend", "reference": "backends.reference.backend"}
-
-
-def cache_dir() -> Path:
-    """Where tokenised text and converted tables are kept from run to run."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic"
 
 
 def framework(recipe: Recipe) -> Framework:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,11 @@ from elastic.storage.atomic import locked, write_atomically
 
 T = TypeVar("T")
 FACTS = "facts.json"  # written last: it makes the folder count
+
+
+def cache_dir() -> Path:
+    """Where tokenised text, converted tables and data that was made are kept from run to run."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elastic"
 
 
 def once(folder: Path, kept: Callable[[], T | None], make: Callable[[], T]) -> T:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +15,10 @@ from urllib.parse import quote, unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from elastic.data.cache import cache_dir, facts_once
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import resolve_path
+from elastic.recipe.paths import MADE, made_by
 from elastic.storage.remote import hurried, open_s3, shown
 
 MAGIC = "*["
@@ -106,8 +111,31 @@ def look(key: str, paths: str | Sequence[str]) -> tuple[list[File], list[str]]:
     found: list[File] = []
     left: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
+        if path.startswith(MADE):
+            path = str(made(path, key))
         found += _remote(key, path, left) if "://" in path else _local(key, path, left)
     return found, left
+
+
+def made(path: str, key: str) -> Path:
+    """The folder of the cache with the data that `path` asks for, made once."""
+    name, options = made_by(path, key)
+    module = importlib.import_module(name)
+    unknown = [option for option in options if option not in module.OPTIONS]
+    if unknown:
+        raise RecipeError(f'{key} = "{path}": {unknown[0]} is nothing that {name} is asked for; it takes '
+                          f"{', '.join(module.OPTIONS)}.")
+    given = {**module.OPTIONS, **options}
+    told = hashlib.sha256(json.dumps([name, sorted(given.items())]).encode()).hexdigest()[:32]
+    folder = cache_dir() / f"made-{told}"
+
+    def make() -> dict[str, int]:
+        (folder / "data").mkdir(exist_ok=True)
+        module.make(folder / "data", given)
+        return given
+
+    facts_once(folder, make)
+    return folder / "data"
 
 
 def told(key: str, left: Sequence[str], why: str) -> list[str]:

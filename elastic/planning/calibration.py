@@ -19,6 +19,7 @@ import numpy as np
 from elastic.collective.connect import form
 from elastic.collective.kv_store import Endpoint
 from elastic.collective.reduction import Scratch, maximal_subtrees, out_size
+from elastic.data.cache import cache_dir
 from elastic.data.loader import load_batch
 from elastic.errors import ElasticError
 from elastic.humanize import size
@@ -30,7 +31,7 @@ from elastic.planning.profile import at_work, copied_bytes_s, seconds
 from elastic.recipe import Recipe, dumps, loads
 from elastic.state.flat_layout import BLOCK
 from elastic.storage.atomic import write_atomically
-from elastic.workload import Workload, cache_dir
+from elastic.workload import Workload
 
 LITTLE, MUCH = 256, 1 << 20  # elements of a call that is all latency, and of one that is all bandwidth
 TIMES = 15

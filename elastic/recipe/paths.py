@@ -6,12 +6,14 @@ import difflib
 import glob
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 from elastic.errors import RecipeError
 
 DOMAINS = ("nlp", "vision", "recommender")
 PACKAGE = "package:"
+MADE = "made:"
 
 
 def resolve_path(path: str, key: str = "data.path") -> list[str]:
@@ -21,8 +23,11 @@ def resolve_path(path: str, key: str = "data.path") -> list[str]:
 
 
 def absolute(path: str, base: Path | None, key: str) -> str:
-    """The same path made absolute, globs, packages and URIs of data left as they are; RecipeError if it leads nowhere.
-    """
+    """The same path made absolute, globs, packages, URIs of data and what is made left as they are; RecipeError if it
+    leads nowhere."""
+    if path.startswith(MADE):
+        made_by(path, key)
+        return path
     if path.startswith(PACKAGE):
         _packaged(path, key)
         return path
@@ -79,6 +84,17 @@ def _packaged(path: str, key: str) -> list[str]:
         raise RecipeError(f'{key} = "{path}" matches no file of the package {name} in {folders[0]}; '
                           f'mend the part after "{name}/".')
     return sorted(found)
+
+
+def made_by(path: str, key: str) -> tuple[str, dict[str, int]]:
+    """The module of the platform that makes data, and what it is asked for: made:DOMAIN.MODULE?NAME=NUMBER&..."""
+    found = re.fullmatch(r"made:(\w+)\.(\w+)(?:\?((?:\w+=\d+)(?:&\w+=\d+)*))?", path)
+    if not found or found[1] not in DOMAINS or not any(Path(folder, f"{found[2]}.py").is_file()
+                                                       for folder in package_folders(found[1])):
+        raise RecipeError(f'{key} = "{path}" is nothing that can be made; write "made:MODULE?NAME=NUMBER", as '
+                          '"made:recommender.click_log?rows=1000000".')
+    options = [option.partition("=") for option in (found[3] or "").split("&") if option]
+    return f"{found[1]}.{found[2]}", {name: int(value) for name, _, value in options}
 
 
 def package_folders(name: str) -> list[str]:
