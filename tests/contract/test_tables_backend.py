@@ -157,7 +157,9 @@ def test_a_loss_of_rows_alone_trains_them(name: str) -> None:
     flat, result = rig_of(name, Counting()).gradient(batch())
     assert not np.asarray(flat).any()
     for feature, shape in SHAPES.items():
-        assert np.array_equal(result.slopes[feature], np.full(shape, -1.0 if feature in READ else 0.0))
+        slope = result.slopes[feature]
+        assert np.array_equal(slope, np.full(shape, -1.0 if feature in READ else 0.0))
+        assert slope.flags.c_contiguous and slope.flags.writeable, "though every element is the same number"
 
 
 @every_backend
