@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -72,11 +73,23 @@ class Loader:
     def close(self) -> None: ...
 
 
+@dataclass
+class Recorded:
+    """A backend's method, and the batches that it has seen."""
+
+    method: Callable[..., Any]
+    seen: list[dict[str, Any]]
+
+    def __call__(self, batch: dict[str, Any], *rest: Any) -> Any:
+        self.seen.append(batch)
+        return self.method(batch, *rest)
+
+
 def test_training_and_evaluation_are_tried_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, seen = rig_of("reference", Lookups()).backend, []
+    backend = rig_of("reference", Lookups()).backend
+    seen: list[dict[str, Any]] = []
     for name in ("gradients", "metrics"):
-        method = getattr(backend, name)
-        monkeypatch.setattr(backend, name, lambda fed, *rest, method=method: (seen.append(fed), method(fed, *rest))[1])
+        monkeypatch.setattr(backend, name, Recorded(getattr(backend, name), seen))
 
     def positions(step: int, shard: int) -> np.ndarray:
         return np.where(np.arange(ROWS) < (2 if (step, shard) == (3, 1) else ROWS), np.arange(ROWS), -1)
