@@ -41,7 +41,7 @@ class Lookups:
 
     def metrics(self, ops: Any, params: Any, state: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
         loss, weight, _ = self.loss(ops, params, state, batch, 0)
-        return {"loss": (loss, weight), "score": (self.score(ops, params), weight)}
+        return {"loss": (loss, weight), "score": (ops.sum(self.score(ops, params)), weight)}
 
 
 class Counting(Lookups):
