@@ -83,7 +83,10 @@ class Fbgemm:
     def __init__(self, options: Any):
         from fbgemm_gpu.split_embedding_configs import EmbOptimType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
 
         self.table = SplitTableBatchedEmbeddingBagsCodegen(
             [(options.rows, options.width, EmbeddingLocation.HOST, ComputeDevice.CPU)],

@@ -95,7 +95,7 @@ def with_rows(context: StepContext, batches: Sequence[Batch]) -> list[Batch]:
         answers = exchange(group, [[tables.stores[spec.name].read(ids) for spec, ids in zip(tables.specs, part)]
                                    for part in asked])
     found = [{key: value for key, value in batch.items() if key != BAGS} | {ROWS: {}} for batch in batches]
-    for number, (spec, one) in enumerate(zip(tables.specs, wanted)):
+    for number, one in enumerate(wanted):
         rows = np.concatenate([answer[number] for answer in answers])
         for (place, feature), index in one.index.items():
             found[place][ROWS][feature] = tables.kernels.pool(rows, index, all_bags[place][feature])

@@ -22,7 +22,6 @@ from elastic.tables.held import HeldTables
 from elastic.worker.loop_control import Control
 from elastic.worker.overwrite_watch import Watch
 
-
 MAX_LINES = 50_000  # that a manifest carries; those before are on the disk itself long since
 
 

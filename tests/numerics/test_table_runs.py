@@ -17,7 +17,7 @@ from elastic.checkpoint.manager import open_tables, read_manifest, split
 from tests.support.frameworks import names
 from tests.support.inprocess import Result, fit
 from tests.support.sampling import sample
-from tests.support.table_runs import by_id, clicks_recipe, click_log, counted, counting_recipe, fed, stored
+from tests.support.table_runs import by_id, click_log, clicks_recipe, counted, counting_recipe, fed, stored
 
 STEPS = 24
 KILLS = [f"kill:{rank}@{step}/{phase}" for (phase, rank), step in

@@ -124,7 +124,7 @@ CHECKPOINTS = (
       'need(are_apart(pieces), f"two pieces of {name} overlap")', "are_apart(pieces)",
       "tests/unit/test_manifest.py::test_a_manifest_that_cannot_be_true_is_refused_in_one_sentence"),
     M("truncated-is-whole", "P5, part file", "A part file that is there counts, whatever its length.", "elastic/checkpoint/manager.py",
-      "        if found != entry.bytes:\n            state", "        if found is None:\n            state",
+      "        if found != size:\n            state", "        if found is None:\n            state",
       "tests/unit/test_checkpoint.py::test_a_truncated_lengthened_missing_or_emptied_file_is_found"),
     M("commit-without-the-last-part", "P5, manifest.json", "A checkpoint counts one part too early.", "elastic/controller/checkpoints.py",
       "len(parts) < part.world_size:", "len(parts) < part.world_size - 1:",
