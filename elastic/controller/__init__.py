@@ -4,7 +4,7 @@
     controller         what workers, fleet and user report becomes an event; what the state machine orders is carried
     out
     membership         who is in the group (pure), with events in and orders out; recovery: which state counts, who
-    heals whom
+    heals whom; bucket_holders: who holds which rows of the tables
     policy             how many workers, on which mesh; when to start one again; when to give up
     failure_detector   who counts as dead or hung
     run_log, journal   events.jsonl and metrics.jsonl, each step once; what a successor needs

@@ -6,7 +6,8 @@
     placing     what the data's facts say of tables
     features    what a run's tables are, from recipe and facts
     row_store   the protocol of a store, found by name
-    buckets     ids to buckets, buckets to owners
+    buckets     ids to buckets, buckets to owners; held: the rows of one worker
+    wire        arrays between members
     starts      the row that an id starts from
     untrained   a batch with the rows that its ids start from
     eviction    which ids a commit forgets; removed: which have gone since a checkpoint

@@ -5,6 +5,8 @@
     is made of
     gradients          a member's own shards; vote: what commits a step; sharded_step: what differs where each owns a
     part
+    embedding          the tables of a step: rows looked up at their owners, sums of slopes, the commit; bucket_moves:
+    who gets which
     heal               how a member comes by the state; saver, table_saver: its share of a checkpoint; outbox: its way to the
     controller
     rehearsal          the run through the model before the first step, and what it refuses; overwrite_watch: what it
