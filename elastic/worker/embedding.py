@@ -83,7 +83,7 @@ class Wanted:
         return np.split(self.ids, np.cumsum(self.counts)[:-1])
 
 
-def with_rows(context: StepContext, batches: Sequence[Batch]) -> list[Batch]:
+def with_rows(context: StepContext, batches: Sequence[Batch]) -> Sequence[Batch]:
     """Batches with what they look up in place of their bags. All members call it together, with any number of batches.
     """
     tables, group = held_by(context), context.groups.data

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from elastic.chaos import PHASES
-from elastic.checkpoint.manager import open_tables, read_manifest, split
 from tests.support.frameworks import names
 from tests.support.inprocess import Result, fit
 from tests.support.sampling import sample
-from tests.support.table_runs import by_id, click_log, clicks_recipe, counted, counting_recipe, fed, stored
+from tests.support.table_runs import assert_counted, click_log, clicks_recipe, counting_recipe
 
 STEPS = 24
 KILLS = [f"kill:{rank}@{step}/{phase}" for (phase, rank), step in
@@ -102,11 +99,4 @@ def test_every_row_counts_what_the_ledger_has(limits: dict[str, Any], chaos: lis
     pytest.importorskip("torch", reason="torch is not installed")
     result = fit(tmp_path, counting_recipe(log, limits), chaos)
     result.assert_sound(STEPS)
-    samples, columns = fed(tmp_path), pq.read_table(log).to_pydict()
-    store, name = split(tmp_path / "checkpoints" / f"step-{STEPS:08d}")
-    specs = open_tables(store, name, read_manifest(store, name)).specs()
-    for table, rows in stored(tmp_path, STEPS).items():
-        draws = {step: [id for at in fed_then for id in (columns["goods"][at] if table == "goods"
-                                                         else [columns["user"][at]])]
-                 for step, fed_then in samples.items()}
-        assert by_id(rows) == counted(replace(specs[table], **limits), draws)
+    assert_counted(tmp_path, log, limits, STEPS)

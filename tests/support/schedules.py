@@ -69,5 +69,5 @@ def hooks_of(plan: Schedule) -> dict[int, Hook]:
     return {step: hook(name, value) for step, (name, value) in plan.deeds.items()}
 
 
-def play(run_dir: Path, plan: Schedule) -> Result:
-    return Run(run_dir, recipe_of(plan.elastic), plan.chaos, plan.capacity, nodes=MOST, hooks=hooks_of(plan)).fit()
+def play(run_dir: Path, plan: Schedule, recipe: Recipe | None = None) -> Result:
+    return Run(run_dir, recipe or recipe_of(plan.elastic), plan.chaos, plan.capacity, nodes=MOST, hooks=hooks_of(plan)).fit()

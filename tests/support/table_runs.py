@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,15 @@ def counted(spec: TableSpec, draws: Mapping[int, Iterable[int]]) -> dict[int, tu
                 del count[id], last[id]
                 value.pop(id, None)
     return {id: ([number] * spec.width, count[id], last[id]) for id, number in value.items()}
+
+
+def assert_counted(run_dir: Path, log: Path, limits: Mapping[str, Any], steps: int) -> None:
+    """Every stored row of a counting run against the ledger."""
+    samples, columns = fed(run_dir), pq.read_table(log).to_pydict()
+    store, name = split(run_dir / "checkpoints" / f"step-{steps:08d}")
+    specs = open_tables(store, name, read_manifest(store, name)).specs()
+    for table, rows in stored(run_dir, steps).items():
+        draws = {step: [id for at in chosen for id in (columns["goods"][at] if table == "goods"
+                                                       else [columns["user"][at]])]
+                 for step, chosen in samples.items()}
+        assert by_id(rows) == counted(replace(specs[table], **limits), draws)
