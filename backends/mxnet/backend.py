@@ -123,7 +123,8 @@ class MXNetBackend(HostBackend):
             with _autograd.record():
                 loss, weight, new = self._loss(state, columns, rows, seed)
             total, count = number(loss), number(weight)
-            if self._differentiated(loss, None if factor == 1.0 else loss.ones_like() * factor):
+            slope = None if factor == 1.0 else self._own.array(np.full(loss.shape, factor, loss.dtype))
+            if self._differentiated(loss, slope):
                 add_fresh(self._leaves, into)
             elif count:
                 raise UserError(UNTRAINED)

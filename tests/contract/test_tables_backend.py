@@ -59,9 +59,9 @@ def test_loss_gradients_and_slopes_are_the_framework_s_own(name: str) -> None:
 
 @every_framework
 def test_so_are_those_of_a_user_s_own_model(name: str) -> None:
-    forms: tuple[dict[str, Any], ...] = ({}, {"takes": True}, *([{"hybrid": True}] if name == "mxnet" else []))
-    for keys in forms:
-        rig = own_rig(name, keys=keys)
+    forms: list[tuple[str, dict[str, Any]]] = [("Net", {}), ("Net", {"takes": True})]
+    for make, keys in forms + ([("Net", {"hybrid": True}), ("NumPy", {})] if name == "mxnet" else []):
+        rig = own_rig(name, make, keys=keys)
         rehearsed(rig, batch())
         flat, result = rig.gradient(batch())
         assert_is(rig.by_name(flat), result, plain(name).plainly(values(), batch()))

@@ -51,7 +51,7 @@ class Net(gluon.HybridBlock):
         self.bias = self.params.get("bias", shape=(HIDDEN,), init="zeros")
         self.out = self.params.get("out", shape=(HIDDEN, WIDTH))
         self.takes = takes
-        with computing(1, False):
+        with computing(1, mx.util.is_np_shape()):
             self.initialize()
         if hybrid:
             self.hybridize(static_alloc=True, static_shape=True)
@@ -69,6 +69,23 @@ class Net(gluon.HybridBlock):
 
     def metrics(self, batch: Any) -> Any:
         return {"size": (batch["rows"]["user"].square().sum(), batch["row_weight"].sum())}
+
+
+class NumPy(Net):
+    """On MXNet's NumPy arrays."""
+
+    def __init__(self) -> None:
+        with mx.util.np_shape(True), mx.util.np_array(True):
+            super().__init__(hybrid=True)
+
+    def hybrid_forward(self, F: Any, user: Any, history: Any, weight: Any, bias: Any, out: Any) -> Any:
+        attended = F.npx.softmax(F.npx.batch_dot(history, F.np.expand_dims(user, 2)), axis=1)
+        mixed = F.np.sum(attended * history, axis=1)
+        return F.np.sum(F.np.dot(F.np.tanh(F.np.dot(mixed, weight) + bias), out) * user, axis=1)
+
+    def loss(self, batch: Any) -> Any:
+        score = self(batch["rows"]["user"], batch["rows"]["history"])
+        return (mx.np.square(score - batch["label"]) * batch["row_weight"]).sum(), batch["row_weight"].sum()
 
 
 class Clip(autograd.Function):
