@@ -24,7 +24,7 @@ class HeldTables:
     def hold_as(self, member: str, holders: Holders) -> None:
         """Holds a member's buckets, those that are new without rows, and lets all others go."""
         self.owned, held = tuple(holders.owned(member)), set(holders.held(member))
-        self.removed.end({*range(self.tables.num_buckets)} - held.intersection(self.held))
+        self.removed.end({*range(self.tables.num_buckets)} - held.intersection(self.held))  # others may miss something
         for store in self.stores.values():
             store.drop(store.held - held)
             store.hold(held - store.held)
