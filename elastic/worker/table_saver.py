@@ -120,10 +120,13 @@ def write_tables(store: Store, order: Save, copied: Copied, progress: Callable[[
                  begun: Callable[[str], None] = lambda name: None) -> list[TableEntry]:
     """Writes a rank's files, one a table. `progress(bytes)`; `begun(name)` before each file."""
     done, entries = 0, list[TableEntry]()
+
+    def note(bytes: int) -> None:
+        progress(done + bytes)
+
     for number, (spec, buckets) in enumerate(copied.tables):
         name = table_name(number, spec.name, order.rank, order.world_size, order.generation, kind)
         begun(name)
-        entries.append(write_table(store, folder_of(order.step), name, spec, order.step, buckets,
-                                   lambda bytes, done=done: progress(done + bytes)))
+        entries.append(write_table(store, folder_of(order.step), name, spec, order.step, buckets, note))
         done += entries[-1].bytes
     return entries

@@ -12,7 +12,6 @@ import torch
 from elastic.collective.reduction import fold
 from elastic.errors import NonFiniteLoss, UserError
 from elastic.tables.bags import Bags, Summed
-from elastic.tables.buckets import buckets_of
 from elastic.tables.row_store import MOST, RowKernels, RowStore, kernels
 from elastic.tables.rows import Rows
 from elastic.tables.spec import SLOTS, RowUpdate, TableSpec
@@ -395,12 +394,3 @@ def test_a_store_that_is_full_says_so_before_the_vote(rows: RowKernels, kind: st
         assert whole(store) == before
         commit(store, 2, summed({3: 1.0}, 1000))
     assert store.nbytes <= 40_000_000
-
-
-def test_a_bucket_that_was_let_go_is_in_nobody_s_way(rows: RowKernels) -> None:
-    store = opened(rows, spec())
-    commit(store, 1, summed(dict.fromkeys(range(200), 1.0)))
-    store.drop([2])
-    kept = [id for id in range(200, 400) if buckets_of(spec(), ids(id))[0] != 2]
-    commit(store, 2, summed(dict.fromkeys(kept, 1.0)))
-    assert {*kept} < {*listed(store)} and store.held == {0, 1, 3}

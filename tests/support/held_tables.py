@@ -125,7 +125,7 @@ class Saving:
     def save(self, generation: int = 1, wait: bool = False, faults: Sequence[str] = ()) -> Outcome | None:
         """A checkpoint of where the crew is; what the controller says of it."""
         step, size, found = self.crew.step, len(self.savers), None
-        state = Arrays(values(step), step)
+        state: Any = Arrays(values(step), step)
         for rank, one in enumerate(self.savers):
             one.save(state, Save(generation, step, rank, size, wait, faults[rank] if faults else ""), {})
         for one in self.savers:
@@ -138,7 +138,7 @@ class Saving:
 def restore(path: str, kernels: str, size: int, twin: bool = False) -> tuple[Crew, list[Any]]:
     """A new crew that has loaded a checkpoint together, and of each member (manifest, bytes read), or what was raised."""
     crew = Crew(kernels, size, twin)
-    states = [blank(values(0)) for _ in range(size)]
+    states: list[Any] = [blank(values(0)) for _ in range(size)]
 
     def body(rank: int, group: Any) -> Any:
         try:
