@@ -18,7 +18,7 @@ from elastic.messages import Save
 from elastic.storage.remote import join
 from elastic.storage.store import Store
 from elastic.tables.removed import Removed
-from elastic.tables.rows import digests
+from elastic.tables.rows import Rows, digests
 from tests.support.checkpoints import Arrays, values
 from tests.support.held_tables import (
     SPECS,
@@ -157,6 +157,46 @@ def test_a_save_that_is_waited_for_copies_as_it_goes(tmp_path: Path, monkeypatch
     found = saving.save(wait=True)
     assert found is not None and not found.error
     assert_same_rows(written(path(str(tmp_path), 5)), crew.rows())
+
+
+def test_a_whole_one_copies_no_more_than_an_increment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows were copied once; then what has changed alone, the rest of a whole one comes from the files."""
+    crew = Crew("reference", 1)
+    saving, asked = Saving(str(tmp_path), crew, 2), list[int]()
+    store = crew.members[0].stores["ads"]
+    export = store.export
+
+    def noted(bucket: int, after: int = -1) -> Rows:
+        asked.append(after)
+        return export(bucket, after)
+
+    for step in range(1, 5):
+        crew.train(1)
+        monkeypatch.setattr(store, "export", noted)
+        saving.save()
+        monkeypatch.undo()
+        assert set(asked) == {step - 1 if step > 1 else -1}
+        asked.clear()
+        assert read_manifest(saving.checkpoints.store, f"step-{step:08d}").bases == ({step - 1} if step % 2 == 0 else set())
+        assert_same_rows(written(path(str(tmp_path), step)), crew.rows())
+
+
+def test_a_whole_one_on_a_damaged_base_fails_and_the_next_is_of_all_rows_here(tmp_path: Path) -> None:
+    crew = Crew("reference", 1)
+    saving = Saving(str(tmp_path), crew, 1)
+    crew.train(5)
+    saving.save()
+    (file, _) = sorted((tmp_path / "step-00000005").glob("*.arrow"))
+    content = bytearray(file.read_bytes())
+    content[2000] ^= 1
+    file.write_bytes(bytes(content))
+    crew.train(5)
+    found = saving.save()
+    assert found is not None and "does not have the hash" in found.error and not list((tmp_path / "step-00000010").iterdir())
+    crew.train(5)
+    found = saving.save()
+    assert found is not None and not found.error
+    assert_same_rows(written(path(str(tmp_path), 15)), crew.rows())
 
 
 def test_rows_of_another_step_are_not_saved(tmp_path: Path) -> None:
