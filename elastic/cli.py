@@ -144,39 +144,40 @@ def sample(checkpoint: Location, prompt: Annotated[str, typer.Option(help="What 
 @app.command()
 def inspect(checkpoint: Location, diff: Annotated[str,
                                                   typer.Option(metavar="OTHER",
-                                                               help="Another checkpoint: what differs.")] = "") -> int:
+                                                               help="Another checkpoint: what differs.")] = "",
+            table: Annotated[str, typer.Option(metavar="T", help="An embedding table: its rows, bytes, hashes.")] = "",
+            id_: Annotated[int | None, typer.Option("--id", metavar="I", help="One id of it: its row.")] = None) -> int:
     """Shows a checkpoint's arrays, files, sizes and hashes, or how it differs from another."""
-    from elastic.checkpoint import inspect as door
     from elastic.checkpoint.find import find
-    from elastic.checkpoint.manager import read_manifest
+    from elastic.driver import inspection as door
 
+    if id_ is not None and not table:
+        raise UserError(f"--id {id_} is an id of an embedding table; name that with --table.")
+    if table and diff:
+        raise UserError(f"--table {table} shows one checkpoint; leave --diff out, which compares tables too.")
     places = [find(path) for path in ([checkpoint, diff] if diff else [checkpoint])]
-    manifests = [read_manifest(*place) for place in places]
-    if diff:
-        tables, verdict = door.diff_tables((manifests[0], manifests[1]), *door.differences(places[0], places[1]))
-        style, code = "bold", DONE
-    else:
-        tables, whole = door.tables(*places[0], manifests[0])
-        verdict, style = ("every file is there in full length", "bold green") if whole else ("not whole", "bold red")
-        code = DONE if whole else FAILED
+    tables, verdict, whole = door.compared(*places) if diff else door.looked_into(places[0], table, id_)
+    code, style = (DONE, "bold" if diff or table else "bold green") if whole else (FAILED, "bold red")
     console = Console() if sys.stdout.isatty() else Console(width=WIDE)  # whoever reads a pipe needs names in one piece
-    for table in tables:
-        console.print(table, "")
+    for one in tables:
+        console.print(one, "")
     say(verdict, style)
     return code
 
 
 @app.command()
 def export(checkpoint: Location, format_: Annotated[str,
-                                                    typer.Option("--format", metavar="safetensors|torch|hf",
-                                                                 help="hf is for nlp.gpt.")],
+                                                    typer.Option("--format", metavar="safetensors|torch|hf|parquet",
+                                                                 help="hf is for nlp.gpt; parquet is for the rows of "
+                                                                      "embedding tables, which go nowhere else.")],
            out: Annotated[str, typer.Option(metavar="PATH",
-                                            help="A file, or for hf a folder, that does not exist yet.")]) -> int:
+                                            help="A file, or for hf and parquet a folder, that does not exist "
+                                                 "yet.")]) -> int:
     """Writes a checkpoint's parameters in a form that others read."""
     from elastic.checkpoint import export as door
 
     step, number = door.export(checkpoint, format_, out)
-    say(f"{number} arrays of step {step} written to {out}")
+    say(f"{number} {'tables' if format_ == door.TABLES else 'arrays'} of step {step} written to {out}")
     return DONE
 
 

@@ -87,7 +87,6 @@ class CompiledRows:
         self._make_room(ENTRY_BYTES * capacity * len(new), rows * max(0, len(new) - len(self._runs)))
         for bucket in new:
             self._open(bucket, capacity)
-            self._used[bucket] = self._stored[bucket] = 0
             if self._is_static:
                 self._heads[bucket, FIRST] = first = self._runs.pop() if self._runs else self._slabs.run(rows)
                 ids = self._ids(bucket)
@@ -103,7 +102,8 @@ class CompiledRows:
             else:
                 index.give_all(self._index[bucket][0], *self._places)
             del self._index[bucket]
-            self._heads[bucket] = self._used[bucket] = self._stored[bucket] = 0
+            self._heads[bucket] = 0
+            self._used[bucket] = self._stored[bucket] = 0  # an index of a bucket that is not held never grows
 
     def lookup(self, bags: Bags) -> np.ndarray:
         bags.check(self.spec)

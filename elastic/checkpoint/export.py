@@ -1,4 +1,5 @@
-"""A checkpoint's parameters in forms that others read: safetensors, a torch state dict, a Hugging Face folder."""
+"""A checkpoint's parameters in forms that others read: safetensors, a torch state dict, a Hugging Face folder; and its
+embedding tables as Parquet."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from elastic.checkpoint.export_tables import write_parquet
 from elastic.checkpoint.find import read_newest
 from elastic.checkpoint.manifest import Manifest
 from elastic.checkpoint.safetensors import apart
@@ -21,6 +23,7 @@ from elastic.errors import UserError
 from elastic.recipe import loads
 from elastic.storage.atomic import beside
 
+TABLES = "parquet"
 Arrays = Mapping[str, np.ndarray]
 # of the data's facts, what means something here alone
 PLACES = ("folder", "train_file", "eval_file", "blocks", "splits", "names")
@@ -41,27 +44,39 @@ def export(path: str, form: str, out: str) -> tuple[int, int]:
     its step and how many.
 
     Buffers go with them, and what the data are to the model (vocabularies, means, names of classes), except to Hugging
-    Face. A torch state dict loads strictly into the module.
+    Face. A torch state dict loads strictly into the module. Rows of embedding tables go to "parquet" alone, and nothing
+    else does: a folder of a file a table, whose number it returns.
 
     UserError for a form, a place or a model that cannot serve; BadCheckpoint before anything of a damaged one is
     written.
     """
     write = FORMS.get(form)
-    if write is None:
-        raise UserError(f"--format {form} must be one of {', '.join(FORMS)}.")
+    if write is None and form != TABLES:
+        raise UserError(f"--format {form} must be one of {', '.join(FORMS)}, {TABLES}.")
     target = free(out)
+    if write is None:
+        return written(out, target, lambda: write_parquet(path, target))
     arrays, manifest = read_newest(path)
     kept = {key.partition("/")[2]: array for key, array in arrays.items() if key.startswith((PARAMETER, BUFFER))}
     names = manifest.extra.get("info", {}).get("names") or {name: name for name in kept}
     taken = Taken(kept, {key: name for key, name in names.items() if name in kept}, manifest)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+
+    def write_beside() -> tuple[int, int]:
         with beside(target) as unfinished:
             write(taken, unfinished)
             free(out)
+        return manifest.step, sum(key.startswith(PARAMETER) for key in arrays)
+
+    return written(out, target, write_beside)
+
+
+def written(out: str, target: Path, write: Callable[[], tuple[int, int]]) -> tuple[int, int]:
+    """UserError where the place refuses it."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return write()
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror or error}); name another place.") from error
-    return manifest.step, sum(key.startswith(PARAMETER) for key in arrays)
 
 
 def free(out: str) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container
+from collections.abc import Callable, Container
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from elastic.errors import BadCheckpoint, UserError
 from elastic.recipe import loads
 from elastic.storage.remote import join, shown
 from elastic.storage.store import Store
+
+T = TypeVar("T")
 
 
 def find(path: str | os.PathLike[str], refused: Container[str] = ()) -> tuple[Store, str]:
@@ -41,8 +44,18 @@ def find(path: str | os.PathLike[str], refused: Container[str] = ()) -> tuple[St
     raise UserError(f"There is no good checkpoint at {shown(given)}{why}; give the folder of a checkpoint or of a run.")
 
 
-def read_newest(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Manifest]:
-    """Parameters and buffers of a checkpoint, or their averages; of a run's newest whose bytes turn out good.
+@overload
+def read_newest(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Manifest]: ...
+
+
+@overload
+def read_newest(path: str | os.PathLike[str], read: Callable[[Store, str, Manifest], T]) -> tuple[T, Manifest]: ...
+
+
+def read_newest(path: str | os.PathLike[str], read: Callable[[Store, str, Manifest], Any] = read_weights
+                ) -> tuple[Any, Manifest]:
+    """Parameters and buffers of a checkpoint, or their averages, or what `read` makes of it; of a run's newest whose bytes
+    turn out good.
 
     BadCheckpoint, UserError if there is none.
     """
@@ -56,7 +69,7 @@ def read_newest(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], Ma
             raise bad[name]
         try:
             manifest = read_sound(store, name)
-            return read_weights(store, name, manifest), manifest
+            return read(store, name, manifest), manifest
         except BadCheckpoint as error:
             bad[name] = error
 

@@ -49,7 +49,8 @@ def facts(manifest: Manifest) -> dict[str, str]:
             "seed": str(manifest.seed), "evaluation": numbers(dict(manifest.eval)) or "none",
             "recipe": recipe_name(manifest.recipe),
             "arrays": str(len({piece.name for file in manifest.files for piece in file.pieces})),
-            "files": str(len(manifest.files)), "size": f"{size(manifest.bytes)} ({manifest.bytes} bytes)"}
+            **({"tables": ", ".join(sorted({entry.table for entry in manifest.tables}))} if manifest.tables else {}),
+            "files": str(len(manifest.sizes)), "size": f"{size(manifest.bytes)} ({manifest.bytes} bytes)"}
 
 
 def recipe_name(text: str) -> str:

@@ -116,8 +116,8 @@ def verify(store: Store, name: str) -> Manifest:
     for table in reader.specs():
         for _ in reader.rows(table):
             continue
-    for entry in manifest.tables:
-        reader.check_file(entry)
+    for rows in manifest.tables:
+        reader.check_file(rows)
     return manifest
 
 

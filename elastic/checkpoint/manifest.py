@@ -107,12 +107,12 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        return sum(file.bytes for file in (*self.files, *self.tables))
+        return sum(self.sizes.values())
 
     @property
     def sizes(self) -> dict[str, int]:
         """The bytes of every file by its name."""
-        return {file.name: file.bytes for file in (*self.files, *self.tables)}
+        return {file.name: file.bytes for file in self.files} | {file.name: file.bytes for file in self.tables}
 
     @property
     def bases(self) -> set[int]:
@@ -288,8 +288,7 @@ def check_count(value: Any, what: str) -> None:
 
 def check_pieces(manifest: Manifest) -> None:
     """Every file once; every array of one dtype and shape, and its pieces cover it, none of it twice."""
-    names = [file.name for file in (*manifest.files, *manifest.tables)]
-    need(len(set(names)) == len(names), "the manifest names a file twice")
+    need(len(manifest.sizes) == len(manifest.files) + len(manifest.tables), "the manifest names a file twice")
     arrays: dict[str, list[Piece]] = {}
     for file in manifest.files:
         for piece in file.pieces:
@@ -321,7 +320,7 @@ def check_tables(manifest: Manifest) -> None:
 def without(entry: TableEntry, buckets: Container[int]) -> TableEntry:
     """The entry as if these were not in its file."""
     kept = [number for number, bucket in enumerate(entry.buckets) if bucket not in buckets]
-    lists = {key: tuple(getattr(entry, key)[number] for number in kept) for key in LISTS}
+    lists: dict[str, Any] = {key: tuple(getattr(entry, key)[number] for number in kept) for key in LISTS}
     return replace(entry, **lists)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from elastic.checkpoint.manager import committed
+from elastic.checkpoint.hashing import hashes
+from elastic.checkpoint.manager import MANIFEST, committed, folder_of, read_manifest
 from elastic.driver.inference import check_checkpoint
 from elastic.driver.rundir import checkpoints_of, newest_of
 from elastic.driver.trust import check_trust
@@ -28,8 +31,26 @@ def undisturbed(workers: int) -> tuple[str, ...]:
 
 def verify_run(run_dir: Path) -> Verdict:
     """Steps, generations, summary and every hash. UserError where there is no run."""
-    location = recipe_of(run_dir).checkpoint.path
-    return verify(run_dir, check_checkpoint, elsewhere(location) if location else None)
+    recipe = recipe_of(run_dir)
+    location = recipe.checkpoint.path
+    verdict = verify(run_dir, check_checkpoint, elsewhere(location) if location else None)
+    summary = summary_of(run_dir) or {}
+    if not verdict.problems and summary.get("status") == "done":
+        compare_hashes(verdict, summary, checkpoints_of(recipe, run_dir))
+    return verdict
+
+
+def compare_hashes(verdict: Verdict, summary: Mapping[str, Any], location: str) -> None:
+    """The last checkpoint holds the bits that the summary names."""
+    store, name = Store.open(location), folder_of(summary["steps"])
+    if store.size(f"{name}/{MANIFEST}") is None:
+        return
+    found = dict(zip(("parameters_sha256", "state_sha256"), hashes(store, name, read_manifest(store, name))))
+    apart = [f"{name}: its files have the {key} {value}, and summary.json says {summary[key]}"
+             for key, value in found.items() if summary[key] != value]
+    verdict.problems += apart
+    if not apart:
+        verdict.facts.append(f"{name} has the hashes of summary.json")
 
 
 def elsewhere(location: str) -> dict[str, str]:

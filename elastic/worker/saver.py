@@ -148,6 +148,8 @@ class Saver:
         except Exception as error:
             self.error = error
             self._clear(order.step, names)
+            if self.tables:
+                self.tables.failed(error)
             self.post(part("", self._sentence(order.step, error)))
         finally:
             self.writing = False

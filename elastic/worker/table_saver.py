@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from elastic.checkpoint.manager import open_tables
+from elastic.checkpoint.manager import open_tables, read_manifest
 from elastic.checkpoint.manifest import Manifest, TableEntry, folder_of
 from elastic.checkpoint.table_file import NO_IDS, WHOLE, Bucket, table_name, write_table
-from elastic.errors import RunFailed
+from elastic.checkpoint.table_reader import applied
+from elastic.errors import BadCheckpoint, RunFailed
 from elastic.messages import Save
 from elastic.storage.store import Store
 from elastic.tables.held import HeldTables
@@ -19,15 +20,22 @@ from elastic.tables.spec import TableSpec
 
 @dataclass(frozen=True)
 class Copied:
-    """What a save writes, table by table; `depths`: on how many increments each bucket will lie."""
+    """What a save writes, table by table; `depths`: on how many increments each bucket will lie.
+
+    Buckets in `merged` are to be whole, and only what has changed since `base` is copied: the rest comes from the files.
+    """
 
     tables: tuple[tuple[TableSpec, Iterable[Bucket]], ...]
     depths: dict[int, int]
+    base: int
+    merged: frozenset[int]
 
 
 class TableSaver:
     """Makes each save an increment on the newest checkpoint of its own that is known to be committed, and each
     `full_every`-th of a bucket whole. It needs to agree with nobody: every bucket says itself what it builds on.
+
+    So what is copied at a step boundary is what has changed, and all of a bucket where it has no base.
 
     `depths`: of the saves that the next may build on, by step and bucket.
     """
@@ -59,16 +67,23 @@ class TableSaver:
             self.check_all()
         buckets = held.held if is_alone else held.owned
         before, since = self.depths.get(base, {}), held.removed.since
-        depths = {bucket: before[bucket] + 1 if bucket in before and before[bucket] + 1 < self.full_every
-                  and since.get(bucket, order.step) <= base else 0 for bucket in sorted(buckets)}
+        depths, merged = dict[int, int](), set[int]()
+        for bucket in sorted(buckets):
+            based = bucket in before and since.get(bucket, order.step) <= base
+            depths[bucket] = before[bucket] + 1 if based and before[bucket] + 1 < self.full_every else 0
+            if based and not depths[bucket] and not order.wait:
+                merged.add(bucket)
         held.removed.begin([bucket for bucket in held.owned if bucket not in since], order.step)
-        tables = tuple((spec, self._buckets(spec, base, order.step, depths)) for spec in held.tables.specs)
-        return Copied(tables if order.wait else tuple((spec, list(found)) for spec, found in tables), depths)
+        based_on = merged.union(bucket for bucket, depth in depths.items() if depth)
+        tables = tuple((spec, self._buckets(spec, base, order.step, list(depths), based_on)) for spec in held.tables.specs)
+        return Copied(tables if order.wait else tuple((spec, list(found)) for spec, found in tables), depths, base,
+                      frozenset(merged))
 
-    def _buckets(self, spec: TableSpec, base: int, step: int, depths: dict[int, int]) -> Iterator[Bucket]:
+    def _buckets(self, spec: TableSpec, base: int, step: int, buckets: Iterable[int], based: Container[int]
+                 ) -> Iterator[Bucket]:
         store, removed = self.held.stores[spec.name], self.held.removed.between(spec, base, step)
-        for bucket, depth in depths.items():
-            if depth:
+        for bucket in buckets:
+            if bucket in based:
                 yield Bucket(bucket, store.export(bucket, base), base, removed.get(bucket, NO_IDS))
             else:
                 yield Bucket(bucket, store.export(bucket))
@@ -83,6 +98,11 @@ class TableSaver:
     def specs(self) -> dict[str, TableSpec]:
         """By name."""
         return {spec.name: spec for spec in self.held.tables.specs}
+
+    def failed(self, error: Exception) -> None:
+        """A save was not written. After a base that cannot be read the next one is of all rows here."""
+        if isinstance(error, BadCheckpoint):
+            self.depths.clear()
 
     def written(self, step: int, copied: Copied) -> None:
         """All files of a save are durable."""
@@ -116,14 +136,31 @@ class TableSaver:
         return reader.bytes
 
 
+def made_whole(store: Store, copied: Copied, spec: TableSpec, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
+    """The buckets, those in `copied.merged` with what the base has of them. BadCheckpoint where it cannot be read."""
+    if copied.merged:
+        name = folder_of(copied.base)
+        older = open_tables(store, name, read_manifest(store, name)).rows(spec.name, copied.merged)
+    for bucket in buckets:
+        if bucket.number in copied.merged:
+            number, rows = next(older)
+            assert number == bucket.number
+            bucket = Bucket(number, applied(rows, bucket))
+        yield bucket
+
+
 def write_tables(store: Store, order: Save, copied: Copied, progress: Callable[[int], None], kind: str = "rows",
                  begun: Callable[[str], None] = lambda name: None) -> list[TableEntry]:
     """Writes a rank's files, one a table. `progress(bytes)`; `begun(name)` before each file."""
     done, entries = 0, list[TableEntry]()
+
+    def note(bytes: int) -> None:
+        progress(done + bytes)
+
     for number, (spec, buckets) in enumerate(copied.tables):
         name = table_name(number, spec.name, order.rank, order.world_size, order.generation, kind)
         begun(name)
-        entries.append(write_table(store, folder_of(order.step), name, spec, order.step, buckets,
-                                   lambda bytes, done=done: progress(done + bytes)))
+        entries.append(write_table(store, folder_of(order.step), name, spec, order.step,
+                                   made_whole(store, copied, spec, buckets), note))
         done += entries[-1].bytes
     return entries

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,44 +12,16 @@ from elastic.checkpoint.manager import committed, newest_good, verify
 from elastic.controller.checkpoints import Checkpoints
 from elastic.storage import store as stores
 from elastic.storage.faulty import Crashed, FaultyFiles
-from elastic.storage.files import Files, Sink
 from elastic.storage.remote import join, open_files
 from elastic.storage.store import Store
 from tests.support.checkpoints import assert_refused, assert_same, load, restore, save, values
+from tests.support.crashes import Torn, crashing
 from tests.support.sampling import sample
 
 OLD, NEW = "step-00000050", "step-00000100"
 RANKS = 2
 # a saver's thread dies with its process
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-
-
-class Torn(FaultyFiles):
-    """A crash in the middle of a write: half of what it was given is there."""
-
-    def create(self, path: str) -> Sink:
-        return TornSink(self, super().create(path))
-
-
-class TornSink:
-    def __init__(self, files: FaultyFiles, sink: Any):
-        self.files, self.sink = files, sink
-
-    def write(self, data: Any) -> None:
-        view = memoryview(data).cast("B")
-        if self.files.fired.is_set():
-            raise Crashed
-        try:
-            self.sink.write(view)
-        except Crashed:
-            self.sink.sink.write(view[:len(view) // 2])
-            raise
-
-    def close(self) -> None:
-        self.sink.close()
-
-    def abort(self) -> None:
-        self.sink.abort()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -64,15 +35,6 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[
         return location
 
     yield make
-
-
-def crashing(monkeypatch: pytest.MonkeyPatch, location: str, kind: Callable[..., FaultyFiles], at: int) -> FaultyFiles:
-    """Every store of this location fails at the same call."""
-    files: Files
-    files, root = open_files(location)
-    faulty = kind(files, "crash", at)
-    monkeypatch.setattr(stores, "open_files", lambda asked: (faulty, root))
-    return faulty
 
 
 def attempt(location: str) -> None:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic.tables.buckets import buckets_of
 from elastic.tables.row_store import RowKernels, RowStore, kernels
 from elastic.tables.spec import SLOTS, RowUpdate, TableSpec
-from tests.support.rows import assert_same, listed, random_bags, random_sums, whole
+from tests.support.rows import assert_same, ids, listed, random_bags, random_sums, spec, summed, whole
 
 STORES = ["numba"]
 ORACLE = kernels("reference")
@@ -91,3 +92,17 @@ def test_any_schedule_has_the_oracles_bits(name: str, spec: TableSpec, actions: 
     for action in actions:
         getattr(pair, action)()
         assert whole(pair.stores[0]) == whole(pair.stores[1])
+
+
+@pytest.mark.parametrize("name", [*STORES, "reference"])
+def test_a_bucket_that_was_let_go_is_in_nobody_s_way(name: str) -> None:
+    one = spec()
+    store = kernels(name).create(one, 0)
+    store.hold(range(4))
+    store.prepare(1, summed(dict.fromkeys(range(200), 1.0)))
+    store.commit(RowUpdate(0.1))
+    store.drop([2])
+    kept = [id for id in range(200, 400) if buckets_of(one, ids(id))[0] != 2]
+    store.prepare(2, summed(dict.fromkeys(kept, 1.0)))
+    store.commit(RowUpdate(0.1))
+    assert {*kept} < {*listed(store)} and store.held == {0, 1, 3}

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from elastic.checkpoint.manager import open_tables, read_manifest, split
-from elastic.checkpoint.manifest import Manifest
+from elastic.checkpoint.manifest import Manifest, folder_of
 from elastic.checkpoint.state_hash import TableDigests, gathered, owned_digests
 from elastic.collective.solo import SoloGroup
 from elastic.controller.checkpoints import Checkpoints, Outcome
 from elastic.errors import GroupBroken
 from elastic.messages import Part, Save
+from elastic.storage.remote import join
 from elastic.tables.bags import Summed
-from elastic.tables.buckets import buckets_of, holders
+from elastic.tables.buckets import Holders, buckets_of, holders
 from elastic.tables.features import Tables
 from elastic.tables.held import HeldTables
 from elastic.tables.rows import Rows
@@ -40,23 +41,24 @@ class Crew:
     def __init__(self, kernels: str, size: int, twin: bool = False, specs: Sequence[TableSpec] = SPECS):
         self.tables = tables(kernels, specs, twin)
         self.step, self.members = 0, list[HeldTables]()
+        self.holders: Holders | None = None
         self.form(size)
 
     def form(self, size: int) -> None:
-        """Another number of members: what each holds comes from who had it."""
+        """Another number of members: who stays keeps what it has, and what is new to a member comes from its owner."""
         names = [f"w{n}" for n in range(size)]
-        self.holders = holders(names, self.tables.num_buckets, self.tables.twin)
-        before, self.members = self.members, []
-        for name in names:
-            held = HeldTables(self.tables)
-            owned = self.holders.owned(name)
-            held.begin(owned, set(self.holders.held(name)) - set(owned), self.step)
-            for spec in self.tables.specs:
-                for bucket in held.held:
-                    for old in before:
-                        if bucket in old.owned:
-                            held.stores[spec.name].load(old.stores[spec.name].export(bucket))
-            self.members.append(held)
+        self.holders = holders(names, self.tables.num_buckets, self.tables.twin, self.holders)
+        before, rows = [set(held.held) for held in self.members], self.rows()
+        self.members = [*self.members[:size], *(HeldTables(self.tables) for _ in range(size - len(self.members)))]
+        for number, (name, held) in enumerate(zip(names, self.members)):
+            owned, all_of_it = self.holders.owned(name), self.holders.held(name)
+            held.take(all_of_it)
+            for (table, bucket), found in rows.items():
+                if bucket in all_of_it and (number >= len(before) or bucket not in before[number]):
+                    held.stores[table].load(found)
+            held.owned, held.twins = tuple(owned), tuple(sorted({*all_of_it} - {*owned}))
+            held.committed = self.step
+            held.trim()
 
     def train(self, steps: int) -> None:
         for _ in range(steps):
@@ -106,16 +108,27 @@ class Saving:
         self.location, self.crew, self.full_every = location, crew, full_every
         self.checkpoints = Checkpoints(location, keep, "")
         self.parts: list[Part] = []
+        self.savers: list[Saver] = []
         self.form()
 
     def form(self) -> None:
-        self.savers = [saver(self.location, held, self.full_every, f"w{n}", self.parts.append)
-                       for n, held in enumerate(self.crew.members)]
+        """Who stays goes on."""
+        size, full_every = len(self.crew.members), self.full_every
+        self.savers = [*self.savers[:size], *(saver(self.location, self.crew.members[n], full_every, f"w{n}",
+                                                    self.parts.append) for n in range(len(self.savers), size))]
+
+    def restore(self, step: int) -> None:
+        """All go back to a checkpoint."""
+        for one in self.savers:
+            ended = one.restore(join(self.location, folder_of(step)), blank(values(0)), SoloGroup(),  # type: ignore[arg-type]
+                                lambda window: nullcontext())
+            assert ended[0].step == step
+        self.crew.step = step
 
     def save(self, generation: int = 1, wait: bool = False, faults: Sequence[str] = ()) -> Outcome | None:
         """A checkpoint of where the crew is; what the controller says of it."""
         step, size, found = self.crew.step, len(self.savers), None
-        state = Arrays(values(step), step)
+        state: Any = Arrays(values(step), step)
         for rank, one in enumerate(self.savers):
             one.save(state, Save(generation, step, rank, size, wait, faults[rank] if faults else ""), {})
         for one in self.savers:
@@ -128,7 +141,7 @@ class Saving:
 def restore(path: str, kernels: str, size: int, twin: bool = False) -> tuple[Crew, list[Any]]:
     """A new crew that has loaded a checkpoint together, and of each member (manifest, bytes read), or what was raised."""
     crew = Crew(kernels, size, twin)
-    states = [blank(values(0)) for _ in range(size)]
+    states: list[Any] = [blank(values(0)) for _ in range(size)]
 
     def body(rank: int, group: Any) -> Any:
         try:

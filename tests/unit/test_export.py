@@ -207,7 +207,7 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, bias: bool) -> No
 
 
 @pytest.mark.parametrize(("form", "out", "says"), [
-    ("pickle", "new", "--format pickle must be one of safetensors, torch, hf."),
+    ("pickle", "new", "--format pickle must be one of safetensors, torch, hf, parquet."),
     ("safetensors", "there", "--out there exists already"),
     ("torch", "there", "--out there exists already"),
     ("hf", "folder", "--out folder exists already"),
