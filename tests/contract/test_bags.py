@@ -144,6 +144,15 @@ def test_lists_of_an_arrow_file_are_used_where_they_lie(tmp_path: Path) -> None:
     assert mapped["lists"].offsets.dtype == np.int32 and mapped["wide_lists"].offsets.dtype == np.int64
 
 
+@pytest.mark.parametrize("names", [["text"], ["texts", "int64"], ["coded"]])
+def test_texts_of_an_arrow_file_are_hashed(names: list[str], tmp_path: Path) -> None:
+    """They lie there as they are, and are no ids as they lie."""
+    rows = source().select(["number", *names])
+    numbers, found = fed(own([write(tmp_path / "t.arrow", rows, 57)], names))
+    for name in names:
+        assert [found[name][numbers.index(number)] for number in range(SIZE)] == wanted(rows, name)
+
+
 @pytest.mark.parametrize("kind", LISTS)
 def test_slices_of_lists_are_theirs_alone(kind: str) -> None:
     rows = source()
@@ -309,6 +318,18 @@ def test_the_same_content_has_the_same_key_wherever_it_lies(tmp_path: Path) -> N
         path = write(tmp_path / folder / "t.parquet", rows, group)
         keys.append([prepare(own([path], ["lists", "text"]))["key"], prepare(clicking(path, tables={"one": {"columns": ["lists"]}}))["key"]])
     assert keys[0] == keys[1] and not set(keys[0]) & set(keys[2])
+
+
+def test_other_columns_are_looked_at_anew(tmp_path: Path) -> None:
+    """What the cache knows of a file is of the columns that were asked for."""
+    path = write(tmp_path / "t.parquet", source())
+    for names in (["lists"], ["int64", "lists"], ["text"]):
+        both = own([path], names), clicking(path, tables={"one": {"columns": names}})
+        for recipe in both:
+            training = open_data(recipe, prepare(recipe))[0]
+            batch = training.batch(np.arange(9), np.zeros(9, np.int64))
+            assert set(batch["bags"]) == set(names) and not set(names) & set(batch)
+            assert listed(batch["bags"][names[0]]) == wanted(source(), names[0])[:9]
 
 
 def test_a_vocabulary_and_a_growing_column_do_not_share_a_table(tmp_path: Path) -> None:
