@@ -63,7 +63,7 @@ def prepare(data: Any, model_config: Mapping[str, Any], cache_dir: str | Path,
     sources = [(key, find(key, path)) for key, path in paths.items()]
     settings = {key: value for key, value in data.model_dump().items() if key not in (*PRIVATE, "path", "eval_path")}
     apart = growing(data, tables)
-    settings |= {"growing": apart} if apart else {}
+    settings |= {"growing": list(apart)} if apart else {}
     files = [[key, [[file.where, file.size, file.mtime_ns] for file in found]] for key, found in sources]
     asked = json.dumps([VERSION, is_binary, settings, files])
     folder = Path(cache_dir) / f"columns-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"

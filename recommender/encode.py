@@ -6,7 +6,7 @@ buckets. Which codes a model knows is decided afterwards, when it is known which
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from elastic.data.columns import Column, field_of, first_null, view
 from elastic.data.files import File
 from elastic.data.formats import Arrays, Dialect, TooNarrow, batches, reading, schema_of
 from elastic.data.ids import column_of_ids, ids_of, inner, is_text
+from elastic.data.index import NO_IDS
 from elastic.data.jagged import Jagged
 from elastic.errors import UserError
 
@@ -62,10 +63,10 @@ def columns_of(num_numeric: int, num_categorical: int, is_grouped: bool,
 
 
 class Encoder:
-    """The declared columns of the recipe's `[data]`, and those without a vocabulary, `growing`. `is_binary`: labels
-    must be 0 or 1."""
+    """The declared columns of the recipe's `[data]`, and those without a vocabulary, `growing`, each with the recipe's
+    key that names it. `is_binary`: labels must be 0 or 1."""
 
-    def __init__(self, data: Any, is_binary: bool, growing: Sequence[str] = ()):
+    def __init__(self, data: Any, is_binary: bool, growing: Mapping[str, str] = NO_IDS):
         self.data, self.is_binary, self.growing = data, is_binary, growing
         self.ids: dict[str, Column] = {}  # of each growing column, as the last file has it
         self.first: dict[str, str] = {}  # and what it holds in the first
@@ -107,12 +108,13 @@ class Encoder:
 
     def wanted_ids(self, file: File, schema: pa.Schema, name: str) -> pa.DataType:
         """The type of a growing column, which all files must hold alike."""
-        field = field_of("tables", file.name, schema, name)
-        column = self.ids[name] = column_of_ids("tables", file.name, field)
+        key = self.growing[name]
+        field = field_of(key, file.name, schema, name)
+        column = self.ids[name] = column_of_ids(key, file.name, field)
         holds = "texts" if is_text(inner(field.type)) else "whole numbers"
         holds = f"lists of {holds}" if column.is_list or column.width else holds
         if self.first.setdefault(name, holds) != holds:
-            raise UserError(f'tables: the column "{name}" holds {holds} in {file.name} and {self.first[name]} in the '
+            raise UserError(f'{key}: the column "{name}" holds {holds} in {file.name} and {self.first[name]} in the '
                             "file before; write the file anew with one type.")
         return field.type
 
@@ -129,7 +131,7 @@ class Encoder:
                     yield self.encode(batch, types, file.name, row)
                     row += batch.num_rows
             except TooNarrow as narrow:
-                raise narrow.of_ids() from narrow
+                raise narrow.of_ids(self.growing[narrow.args[0]]) from narrow
             self.rows_of.append((file.name, row))
 
     def encode(self, batch: pa.RecordBatch, types: dict[str, pa.DataType], where: str, row: int) -> Arrays:

@@ -18,16 +18,17 @@ from typing import Any
 from elastic.errors import RecipeError
 from elastic.model import config as checks
 from elastic.recipe.embedding import TableSection, width_of
-from elastic.tables.placing import LINEAR, Look, Place, Placed, looks_of
+from elastic.tables.placing import LINEAR, Look, Place, Placed, key_of, looks_of
 from recommender.dlrm import Config
 
 MOST_DENSE = 1 << 20  # rows: beyond, gradients and optimizer state of them all weigh more than a step's other work
 ALL = "embedding"  # the table that data.tables = "rows" makes
 
 
-def growing(data: Any, tables: Mapping[str, TableSection]) -> list[str]:
-    """The columns without a vocabulary."""
-    return [column for table in tables.values() for column in table.columns if column not in data.categorical]
+def growing(data: Any, tables: Mapping[str, TableSection]) -> dict[str, str]:
+    """The columns without a vocabulary, each with the key that names it."""
+    return {column: key_of(name) for name, table in tables.items() for column in table.columns
+            if column not in data.categorical}
 
 
 def place(data: Any, model_config: Mapping[str, Any], tables: Mapping[str, TableSection], is_free: bool,

@@ -141,7 +141,7 @@ def _rows(batch: Any) -> int | None:
     if isinstance(batch, (Mapping, list, tuple)):
         found = map(_rows, batch.values() if isinstance(batch, Mapping) else batch)
         return next((rows for rows in found if rows is not None), None)
-    return int(batch.shape[0])
+    return len(batch) if callable(batch.shape) else int(batch.shape[0])  # of `Bags` a method: no array
 
 
 def sliced(batch: Any, low: int, high: int) -> Any:

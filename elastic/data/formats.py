@@ -176,10 +176,10 @@ def wider(error: pa.ArrowInvalid, block: int) -> int:
 class TooNarrow(Exception):
     """Names a CSV column that began with whole numbers and goes on with others, and where."""
 
-    def of_ids(self) -> UserError:
+    def of_ids(self, key: str) -> UserError:
         """Where that will not do."""
         name, place = self.args
-        return UserError(f'tables: the column "{name}" of {place}, holds something else than the whole numbers that it '
+        return UserError(f'{key}: the column "{name}" of {place}, holds something else than the whole numbers that it '
                          "begins with; mend that line, or write all of the column as texts.")
 
 

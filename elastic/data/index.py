@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from elastic.errors import UserError
 from elastic.storage.atomic import write_atomically
 
 VERSION = 3
+NO_IDS: Mapping[str, str] = MappingProxyType({})
 CONVERT_BYTES = 1 << 30  # tables up to this size are converted where the recipe leaves the choice
 REMOTE_READERS = 16  # remote files looked at together
 
@@ -61,9 +63,9 @@ class Facts:
 FORM = TypeAdapter(Facts)
 
 
-def find_facts(data: Any, cache_dir: Path, ids: Sequence[str] = ()) -> tuple[Path, Facts]:
+def find_facts(data: Any, cache_dir: Path, ids: Mapping[str, str] = NO_IDS) -> tuple[Path, Facts]:
     """The facts and the folder that keeps them; made there if the same files, as dated, were not looked at before.
-    `ids`: the columns that embedding tables are looked up by."""
+    `ids`: the columns that embedding tables are looked up by, each with the recipe's key that names it."""
     sources = sources_of(data)
     asked = json.dumps([VERSION, data.format, data.columns, data.shuffle_by, data.shuffle,
                         [[source.key, [[f.where, f.size, f.mtime_ns] for f in source.files]] for source in sources],
@@ -90,12 +92,12 @@ def sources_of(data: Any) -> list[Part]:
     return sources + ([Part(tuple(find("data.eval_path", data.eval_path)), is_eval=True)] if data.eval_path else [])
 
 
-def look(data: Any, sources: Sequence[Part], folder: Path, ids: Sequence[str] = ()) -> Facts:
+def look(data: Any, sources: Sequence[Part], folder: Path, ids: Mapping[str, str] = NO_IDS) -> Facts:
     """Every file is looked at, and converted where that is the way; then the facts are kept."""
     first = sources[0].files[0]
     schema = schema_of(data.format, first)
-    columns = choose("data.path", first.name, schema, data.columns, ids)
-    columns += [column_of_ids("tables", first.name, field_of("tables", first.name, schema, name)) for name in ids]
+    columns = choose("data.path", first.name, schema, data.columns, tuple(ids))
+    columns += [column_of_ids(key, first.name, field_of(key, first.name, schema, name)) for name, key in ids.items()]
     names = [column.name for column in columns]
     found = [all_contents(data.format, source.files, names) for source in sources]
     if not all(lies_as_ids(schema.field(name).type) for name in ids):
@@ -109,7 +111,7 @@ def look(data: Any, sources: Sequence[Part], folder: Path, ids: Sequence[str] = 
                      [file for source in sources for file in source.files])
     is_plain = data.format == "arrow" and all(content.is_plain for of_source in found for content in of_source)
     if data.format == "csv" or (shuffle_by == "rows" and data.shuffle and not is_plain):
-        columns, parts, digests = converted(data.format, sources, columns, schema, folder)
+        columns, parts, digests = converted(data.format, sources, columns, schema, folder, ids)
     else:
         parts = [replace(source, blocks=blocks_of(of_source), is_mapped=is_plain)
                  for source, of_source in zip(sources, found)]
@@ -170,8 +172,8 @@ def blocks_of(found: Sequence[Contents]) -> tuple[tuple[int, int, int, int], ...
     return tuple(blocks)
 
 
-def converted(kind: str, sources: Sequence[Part], columns: Sequence[Column], schema: pa.Schema,
-              folder: Path) -> tuple[list[Column], list[Part], list[str]]:
+def converted(kind: str, sources: Sequence[Part], columns: Sequence[Column], schema: pa.Schema, folder: Path,
+              ids: Mapping[str, str]) -> tuple[list[Column], list[Part], list[str]]:
     """Every source as one mapped file. A CSV's column of whole numbers becomes one of fractions if a later row has any.
     """
     types = {column.name: schema.field(column.name).type for column in columns}
@@ -187,7 +189,7 @@ def converted(kind: str, sources: Sequence[Part], columns: Sequence[Column], sch
             return list(columns), parts, digests
         except TooNarrow as narrow:
             name = narrow.args[0]
-            if any(column.is_ids and column.name == name for column in columns):
-                raise narrow.of_ids() from narrow
+            if name in ids:
+                raise narrow.of_ids(ids[name]) from narrow
             types[name] = pa.float64()
             columns = [replace(column, dtype="float64") if column.name == name else column for column in columns]

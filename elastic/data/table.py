@@ -40,7 +40,10 @@ def prepare(data: Any, cache_dir: str | Path, places: Placed | None = None) -> d
     The key is the same for the same content, columns and way of shuffling, wherever the files lie. UserError or
     RecipeError names file, column and row of what cannot serve.
     """
-    folder, facts = find_facts(data, Path(cache_dir), places.columns if places else ())
+    folder, facts = find_facts(data, Path(cache_dir), places.keys if places else {})
+    for look in places.looks if places else ():
+        if look.pooling == "none":
+            check_lengths(Store(facts), look)
     training, evaluation = (sum(high - low for low, high in spans) for spans in spans_of(facts, data.eval_fraction))
     return {"num_rows": training, "num_eval_rows": evaluation,
             "num_blocks": sum(len(part.blocks) for part in facts.parts), "shuffle_by": facts.shuffle_by,
@@ -50,10 +53,25 @@ def prepare(data: Any, cache_dir: str | Path, places: Placed | None = None) -> d
                             else "as not among data.columns")]}
 
 
+def check_lengths(store: Store, look: Look) -> None:
+    """UserError where a list that is not pooled is longer than the recipe says, as far as lists lie where a look costs
+    nothing; in others, blocks that are decoded while a run trains, a step finds it."""
+    column = next(column for column in store.columns if column.name == look.column)
+    for block, (part, _) in enumerate(store.places):
+        if column.is_list and not part.is_mapped:
+            continue
+        lengths = store.mapped(block)[column.name].lengths if column.is_list else np.array([max(1, column.width)])
+        if lengths.max() > look.length:
+            row = int(store.first[block] + np.argmax(lengths > look.length))
+            raise UserError(f'tables.{look.table}.length = {look.length}: the column "{look.column}" has a list of '
+                            f"{lengths[lengths > look.length][0]} in row {row} (counted from 0 over all files); write "
+                            f'{lengths.max()} or more, or tables.{look.table}.pooling = "sum" or "mean".')
+
+
 def open_tables(info: Mapping[str, Any], data: Any, cache_dir: str | Path, seed: int) -> tuple[Table, Table | None]:
     """The training set, in its order, and the evaluation set if there is one."""
     places = placed(info)
-    ids = places.columns if places else ()
+    ids = places.keys if places else {}
     facts = kept_facts(Path(info["folder"])) or find_facts(data, Path(cache_dir), ids)[1]
     if facts.key != info["key"]:
         raise UserError(f"data.path = {list(data.path)} holds other data on this machine than on the one that started "

@@ -101,8 +101,12 @@ class Plan:
             found.append((f"lower data.batch_size to {task.num_shards} (one sample a shard), or raise "
                           "elastic.logical_shards",
                           lambda: other(shard_rows=1)))
+        more = replace(self.cluster, nodes=8 * self.cluster.nodes)
+        if task.row_bytes and task.has_row_twin:
+            found.append(("set embedding.twin = false", lambda: other(has_row_twin=False)))
+        if task.row_bytes:
+            found.append(("take more workers, which share the rows of the tables", lambda: again(self.asked, more)))
         if is_chain(self.asked.model) and not self.asked.rules.is_whole:
-            more = replace(self.cluster, nodes=8 * self.cluster.nodes)
             found.append(("take more workers: a larger mesh.tensor or mesh.pipeline would make it fit",
                           lambda: again(self.asked, more)))
         return found

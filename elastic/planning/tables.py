@@ -180,6 +180,8 @@ def too_large(found: Sequence[Forecast], cluster: Cluster, variants: Sequence[Va
     remedies = [words for words, variant in variants if any(not over(one, cluster) for one in variant())]
     parts = vars(least.memory)
     worst = max(parts, key=lambda name: parts[name])
+    if worst == "tables":
+        remedies = remedies or ["give workers more memory, or lower max_rows of the tables"]
     end = " or ".join(remedies) if remedies else ('give workers more memory, or take a smaller model, a smaller '
                                                   'data.batch_size or optimizer.name = "sgd"')
     return (f"A worker needs {size(least.memory.total)} at least ({named(least.mesh)}, {size(parts[worst])} of it "

@@ -209,8 +209,11 @@ def all_keys(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_resumed(before: Recipe, after: Recipe) -> None:
-    """RecipeError where a run would go on with another state or another order of its data."""
+    """RecipeError where a run would go on with another state or another order of its data. Where columns lie may be
+    said of a run that left it open: what its checkpoint holds must fit."""
     old, new = (all_keys(recipe) for recipe in (before, after))
+    if "auto" in (old["data.tables"], new["data.tables"]):
+        old["data.tables"] = new["data.tables"]
     for key in sorted({*old, *new}):
         fixed = key in FIXED or f"{key.partition('.')[0]}.*" in FIXED
         if fixed and key not in FREE and old.get(key) != new.get(key):

@@ -34,6 +34,9 @@ class Bags:
     def size(self) -> int:
         return self.offsets.size - 1
 
+    def __len__(self) -> int:
+        return self.size
+
     def __getitem__(self, bags: slice) -> Bags:
         """A run of them."""
         first, last, _ = bags.indices(self.size)

@@ -75,11 +75,16 @@ class Placed:
                 "dense": list(self.dense)}
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(look.column for look in self.looks))
+    def keys(self) -> dict[str, str]:
+        """The columns, each with the key that names it."""
+        return {look.column: key_of(look.table.removesuffix(LINEAR)) for look in self.looks}
 
     def width(self, look: Look) -> int:
         return next(place.width for place in self.places if place.name == look.table)
+
+
+def key_of(table: str) -> str:
+    return f"tables.{table}.columns"
 
 
 def placed(info: Mapping[str, Any]) -> Placed | None:

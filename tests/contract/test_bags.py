@@ -13,6 +13,7 @@ import pytest
 import xxhash
 
 from elastic.data import table
+from elastic.data.collate import num_rows, sliced
 from elastic.data.ids import column_of_ids, ids_of
 from elastic.data.jagged import Jagged
 from elastic.data.loader import eval_batches, load_batch, rows_of
@@ -144,6 +145,15 @@ def test_lists_of_an_arrow_file_are_used_where_they_lie(tmp_path: Path) -> None:
     assert mapped["lists"].offsets.dtype == np.int32 and mapped["wide_lists"].offsets.dtype == np.int64
 
 
+@pytest.mark.parametrize("names", [["text"], ["texts", "int64"], ["coded"]])
+def test_texts_of_an_arrow_file_are_hashed(names: list[str], tmp_path: Path) -> None:
+    """They lie there as they are, and are no ids as they lie."""
+    rows = source().select(["number", *names])
+    numbers, found = fed(own([write(tmp_path / "t.arrow", rows, 57)], names))
+    for name in names:
+        assert [found[name][numbers.index(number)] for number in range(SIZE)] == wanted(rows, name)
+
+
 @pytest.mark.parametrize("kind", LISTS)
 def test_slices_of_lists_are_theirs_alone(kind: str) -> None:
     rows = source()
@@ -184,6 +194,16 @@ def test_recommenders_read_growing_columns(format: str, tmp_path: Path) -> None:
             assert listed(batch["bags"][name]) == expected, name
 
 
+def test_lists_to_evaluate_on_may_be_told_apart_by_a_growing_column(tmp_path: Path) -> None:
+    rows = source()
+    recipe = clicking(write(tmp_path / "t.parquet", rows), data={"group": "int16"}, tables={"one": {"columns": ["int16", "text"]}})
+    evaluation = open_data(recipe, prepare(recipe))[1]
+    assert evaluation is not None
+    batch = evaluation.batch(np.arange(23), np.zeros(23, np.int64))
+    assert listed(batch["bags"]["int16"]) == wanted(rows.slice(207), "int16")
+    assert len(set(zip(batch["group"].tolist(), batch["bags"]["int16"].ids.tolist()))) == len(set(batch["group"].tolist()))
+
+
 def test_filler_rows_are_marked(tmp_path: Path) -> None:
     recipe = clicking(write(tmp_path / "t.parquet", source()), tables={"all": {"columns": ["lists"]}})
     opened = Workload.open(recipe, prepare(recipe))
@@ -205,6 +225,32 @@ def test_a_users_rows_are_real_ones_only(tmp_path: Path) -> None:
     assert batch["bags"]["int64"].is_filler is None and batch["bags"]["int64"].pooling == "mean"
     none = rows_of(training, np.array([-1, -1]), np.zeros(2, np.int64))
     assert none["bags"]["lists"].size == 0 and none["bags"]["lists"].ids.size == 0
+
+
+@pytest.mark.parametrize(("name", "length", "says"), [("lists", 3, "has a list of 4 in row"), ("fixed", 2, "has a list of 3 in row 0"),
+                                                      ("lists", 4, ""), ("fixed", 3, ""), ("int64", 1, "")])
+def test_lists_that_are_not_pooled_have_a_length(name: str, length: int, says: str, tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{seed}.parquet", source(seed=seed).select(["number", name]), 57) for seed in range(2)]
+    recipe = own(paths, [name], tables={"one": {"columns": [name], "pooling": "none", "length": length}})
+    if not says:
+        bags = open_data(recipe, prepare(recipe))[0].batch(np.arange(9), np.zeros(9, np.int64))["bags"][name]
+        assert bags.shape(5) == (9, length, 5)
+        return
+    with pytest.raises(UserError) as caught:
+        prepare(recipe)
+    said = str(caught.value)
+    assert said.startswith(f'tables.one.length = {length}: the column "{name}" {says}') and "\n" not in said
+    first = next(row for row, ids in enumerate(wanted(pa.concat_tables([source(), source(seed=1)]), name)) if len(ids) > length)
+    assert f"in row {first} (counted" in said
+
+
+def test_a_model_may_read_nothing_but_tables(tmp_path: Path) -> None:
+    rows = source().select(["int64", "lists"])
+    recipe = own([write(tmp_path / "t.parquet", rows)], ["int64", "lists"])
+    training, _, _ = open_data(recipe, prepare(recipe))
+    batch = training.batch(np.arange(5), np.zeros(5, np.int64))
+    assert set(batch) == {"bags"} and num_rows(batch) == 5 and num_rows(sliced(batch, 1, 3)) == 2
+    assert listed(sliced(batch, 1, 3)["bags"]["lists"]) == wanted(rows, "lists")[1:3]
 
 
 def test_a_run_of_bags_is_theirs_alone() -> None:
@@ -266,7 +312,7 @@ def test_a_column_that_cannot_be_looked_up_is_refused(way: str, column: pa.Array
     recipe = own([path], ["x"]) if way == "own" else clicking(path, tables={"one": {"columns": ["x"]}})
     with pytest.raises(UserError) as caught:
         prepare(recipe)
-    assert says.format(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert f"tables.one.columns: {says.format(path)}" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("way", ["own", "recommender"])
@@ -278,14 +324,14 @@ def test_a_text_among_a_csvs_whole_numbers_is_refused(way: str, tmp_path: Path) 
     with pytest.raises(UserError) as caught:
         prepare(recipe)
     said = str(caught.value)
-    assert f'tables: the column "x" of {path}, after row ' in said and "than the whole numbers" in said and "\n" not in said
+    assert f'tables.one.columns: the column "x" of {path}, after row ' in said and "than the whole numbers" in said and "\n" not in said
 
 
 def test_files_hold_a_column_alike(tmp_path: Path) -> None:
     for name, column in (("a", pa.array([1, 2])), ("b", pa.array(["x", "y"]))):
         write(tmp_path / f"{name}.parquet", pa.table({"number": [1, 2], "click": [0, 1], "x": column}))
     recipe = clicking(tmp_path / "a.parquet", data={"path": str(tmp_path / "*.parquet")}, tables={"one": {"columns": ["x"]}})
-    with pytest.raises(UserError, match="holds texts in .*b.parquet and whole numbers in"):
+    with pytest.raises(UserError, match='tables.one.columns: the column "x" holds texts in .*b.parquet and whole numbers in'):
         prepare(recipe)
     recipe = own([tmp_path / "a.parquet", tmp_path / "b.parquet"], ["x"])
     with pytest.raises(UserError, match='the column "x" is string in .*b.parquet and int64 in'):
@@ -309,6 +355,18 @@ def test_the_same_content_has_the_same_key_wherever_it_lies(tmp_path: Path) -> N
         path = write(tmp_path / folder / "t.parquet", rows, group)
         keys.append([prepare(own([path], ["lists", "text"]))["key"], prepare(clicking(path, tables={"one": {"columns": ["lists"]}}))["key"]])
     assert keys[0] == keys[1] and not set(keys[0]) & set(keys[2])
+
+
+def test_other_columns_are_looked_at_anew(tmp_path: Path) -> None:
+    """What the cache knows of a file is of the columns that were asked for."""
+    path = write(tmp_path / "t.parquet", source())
+    for names in (["lists"], ["int64", "lists"], ["text"]):
+        both = own([path], names), clicking(path, tables={"one": {"columns": names}})
+        for recipe in both:
+            training = open_data(recipe, prepare(recipe))[0]
+            batch = training.batch(np.arange(9), np.zeros(9, np.int64))
+            assert set(batch["bags"]) == set(names) and not set(names) & set(batch)
+            assert listed(batch["bags"][names[0]]) == wanted(source(), names[0])[:9]
 
 
 def test_a_vocabulary_and_a_growing_column_do_not_share_a_table(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from backends.reference.ops import ReferenceOps
@@ -18,6 +19,7 @@ from elastic.recipe import Recipe, parse
 from elastic.tables.bags import Bags
 from elastic.workload import Workload, prepare
 from recommender import placing
+from recommender.data import vocabularies_of
 from recommender.placing import MOST_DENSE
 from tests.support.inprocess import merged
 from tests.support.tables import write
@@ -94,6 +96,9 @@ def test_all_columns_on_rows_are_the_dense_twin(arch: str, has_numbers: bool, tm
     assert rows.tables is not None
     assert {spec.name: (spec.width, spec.vocabulary) for spec in rows.tables.specs} == {
         f"embedding{end}": table.shape[::-1] for end, table in tables.items() if table is not None}
+    assert {spec.name: spec.init for spec in rows.tables.specs} == {
+        "lr": {"embedding": "zeros"}, "mf": {"embedding": "normal:0.5", "embedding.linear": "zeros"}}.get(
+            arch, {"embedding": "normal:0.5"}), "as the dense ones start"
     found = {f"rows/{name}": looked_up(tables[".linear" if name.endswith(".linear") else ""], bags)
              for name, bags in same["bags"].items()}
     wanted, slopes = passed(dense, {**whole, DENSE[arch]: tables[""],
@@ -144,6 +149,20 @@ def test_a_column_with_a_vocabulary_lies_in_a_table_of_its_own(tmp_path: Path) -
         bags.check(work.tables.specs[0])
 
 
+def test_a_vocabulary_says_which_row_a_value_has(tmp_path: Path) -> None:
+    """Of the dense table, or of the table that the column lies in: what `elastic export` writes down."""
+    for tables in ({"shops": {"columns": ["shop"]}}, {"both": {"columns": ["user", "colour"]}}, {}):
+        recipe = recipe_of(tmp_path, data={"tables": "dense"}, tables=tables)
+        work, batch = opened(recipe)
+        known = vocabularies_of(prepare(recipe), recipe.data, recipe.model.config, recipe.tables)
+        read = pq.read_table(tmp_path / "t.parquet")
+        epochs, rows = work.sampler.locate(work.sampler.positions(1, 0))
+        columns = iter(batch["categorical"].T)
+        for name in ("colour", "shop", "user"):
+            found = batch["bags"][name].ids if name in batch.get("bags", {}) else next(columns)
+            assert [known[name][str(read[name][row])] for row in rows.tolist()] == found.tolist(), name
+
+
 def test_where_columns_lie_is_decided_by_sizes_alone_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(tmp_path)
     assert "placed" not in prepare(recipe) and not prepare(recipe)["notes"]
@@ -184,6 +203,9 @@ def test_cross_layers_take_tables_of_any_width(tmp_path: Path) -> None:
     assert work.tables is not None
     assert [(spec.name, spec.width, spec.init) for spec in work.tables.specs] == [("shops", 4, "uniform:0.5"), ("users", 7, "uniform:0.5")]
     assert work.model.parameters["cross0.weight"].shape == (16, 16)
+    still = opened(recipe_of(tmp_path, model={"embedding_init": "normal:0"}, tables={"users": {"columns": ["user"]}},
+                             data={"categorical": ["colour"]}))[0]
+    assert still.tables is not None and still.tables.specs[0].init == "zeros"
     rows = {"rows/shop": np.ones((16, 4)), "rows/user": np.full((16, 7), 2.0)}
     loss, slopes = passed(work, {**initial_values(work.model.parameters, 3, {}), **rows}, batch)
     assert np.isfinite(loss) and slopes["rows/user"].shape == (16, 7) and np.abs(slopes["rows/user"]).max() > 0

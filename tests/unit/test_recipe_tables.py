@@ -131,7 +131,7 @@ def test_tables_are_for_tables_of_columns(clicks: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("override", "is_other"), [
     ("tables.items.width=8", True), ("tables.items.optimizer=sgd", True), ("tables.items.columns=item", True),
     ("tables.items.init=zeros", True), ("tables.users.columns=user", True), ("embedding.buckets=64", True),
-    ("data.tables=rows", True), ("tables.items.lr=0.5", False), ("tables.items.ttl_steps=9", False),
+    ("data.tables=rows", False), ("tables.items.lr=0.5", False), ("tables.items.ttl_steps=9", False),
     ("tables.items.max_rows=9999", False), ("tables.items.admit=2", False), ("embedding.twin=false", False),
     ("checkpoint.full_every=3", False), ("tables.items.weight_decay=0.5", False)])
 def test_what_may_change_when_a_run_is_resumed(clicks: dict[str, Any], override: str, is_other: bool) -> None:
@@ -143,6 +143,11 @@ def test_what_may_change_when_a_run_is_resumed(clicks: dict[str, Any], override:
             check_resumed(after, before)
     else:
         check_resumed(before, after)
+
+
+def test_where_columns_lie_stays_as_a_run_said_it(clicks: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match='data.tables = "rows" is not what this run began with, "dense"'):
+        check_resumed(parse(clicks, ["data.tables=dense"]), parse(clicks, ["data.tables=rows"]))
 
 
 def own(tree: dict[str, Any], **changes: Any) -> Recipe:
