@@ -26,7 +26,8 @@ from elastic.recipe import Recipe
 from elastic.recipe.embedding import obstacles
 from elastic.state.flat_layout import FlatLayout, is_frozen
 from elastic.state.state import State
-from elastic.tables.features import Tables, tables_of
+from elastic.tables.features import Tables
+from elastic.tables.of_recipe import tables_of
 from elastic.tables.placing import own_places
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",

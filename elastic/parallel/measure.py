@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from elastic.mesh import Coordinate, Mesh
-from elastic.model.backend import Batch, Spec, is_chain
+from elastic.model.backend import ROWS, Batch, Spec, is_chain
 from elastic.model.shape_ops import FLOAT, MeterOps, Move, Shape
 from elastic.parallel.groups import mirrored
 from elastic.parallel.layout import Layout
-from elastic.tables.features import ROWS
 
 
 @dataclass(frozen=True)

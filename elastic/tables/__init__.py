@@ -4,7 +4,7 @@
     bags        what a shard looks up, and the sums of slopes that come back
     rows        rows on their way: to a checkpoint or another worker; their digests
     placing     what the data's facts say of tables
-    features    what a run's tables are, from recipe and facts
+    features    what a run's tables are; of_recipe makes them of recipe and facts
     row_store   the protocol of a store, found by name
     buckets     ids to buckets, buckets to owners; held: the rows of one worker
     wire        arrays between members

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from elastic.tables.features import BAGS, ROWS, Tables
+from elastic.model.backend import ROWS
+from elastic.tables.features import BAGS, Tables
 from elastic.tables.row_store import kernels
 from elastic.tables.starts import key_of, starting_rows
 

@@ -16,11 +16,11 @@ from elastic.checkpoint.state_hash import DIGEST, TableDigests, digests_of, gath
 from elastic.collective.reduction import Node, fold
 from elastic.errors import RunFailed
 from elastic.messages import Ballot
-from elastic.model.backend import Batch
+from elastic.model.backend import ROWS, Batch
 from elastic.model.user_code import users
 from elastic.tables.bags import Bags, Summed, not_finite
 from elastic.tables.buckets import buckets_of
-from elastic.tables.features import BAGS, ROWS
+from elastic.tables.features import BAGS
 from elastic.tables.held import HeldTables
 from elastic.tables.spec import TableSpec
 from elastic.tables.wire import exchange

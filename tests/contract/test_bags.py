@@ -22,7 +22,7 @@ from elastic.data.table import Store
 from elastic.errors import RecipeError, UserError
 from elastic.recipe import Recipe, parse
 from elastic.tables.bags import Bags
-from elastic.tables.features import tables_of
+from elastic.tables.of_recipe import tables_of
 from elastic.workload import Workload, open_data, prepare
 from tests.support.inprocess import merged
 from tests.support.tables import table_recipe, write

@@ -11,7 +11,8 @@ import pytest
 
 from elastic.errors import RecipeError
 from elastic.recipe import Recipe, check_resumed, dumps, loads, parse
-from elastic.tables.features import Feature, tables_of
+from elastic.tables.features import Feature
+from elastic.tables.of_recipe import tables_of
 from elastic.tables.placing import Look, Place, Placed, own_places
 from elastic.tables.spec import RowUpdate, TableSpec
 from tests.support.inprocess import merged
