@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from backends.common import looked_up
 from elastic.errors import UserError
-from tests.support.frameworks import assert_close, door, names
+from tests.support.frameworks import assert_close, door, names, settings
 from tests.support.lookups import READ, ROWS, SHAPES, Counting, Lookups, batch, by_hand, numeric, values
 from tests.support.models import Rig, rig_of
 
@@ -188,6 +189,28 @@ def test_gradients_of_rows_that_are_not_linear_are_refused(name: str) -> None:
 def test_a_gradient_of_rows_that_counts_is_refused() -> None:
     with pytest.raises(UserError, match="gives the rows of user another gradient when it is called again"):
         rehearsed(own_rig("torch", "Unsteady"), batch())
+
+
+EXAMPLES = {"torch": "own_tables_torch", "tensorflow": "own_tables_keras", "mxnet": "own_tables_gluon"}
+
+
+@every_framework
+def test_the_examples_models_learn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    backend, luck = door(name), np.random.default_rng(0)
+    backend.before_models(settings())
+    rig = rig_of(name, backend.construct(importlib.import_module(EXAMPLES[name]).Net, {"width": 4}, 1))
+    rows = {feature: luck.standard_normal((8, 4)).astype(np.float32) for feature in ("item", "user")}
+    fed = {"likes": (np.arange(8) % 2).astype(np.float32), "rows": rows}
+    rehearsed(rig, fed)
+    losses = []
+    for _ in range(100):
+        flat, result = rig.gradient(fed)
+        losses.append(result.loss_sum / result.weight)
+        rig.param[:len(flat)] -= 0.05 * flat
+        rows.update({feature: array - result.slopes[feature] for feature, array in rows.items()})
+    assert losses[-1] < 0.3 * losses[0]
+    assert rig.backend.metrics(fed)["accuracy"] == (8.0, 8.0)
 
 
 def test_a_batch_without_tables_has_no_rows_whatever_its_columns_are_called() -> None:

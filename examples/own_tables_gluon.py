@@ -1,0 +1,68 @@
+"""Your own Gluon block over embedding tables whose rows lie on the workers. Run it: python examples/own_tables_gluon.py"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if "bool" not in vars(np):
+    np.bool = np.bool_  # MXNet 1.9.1 still uses this name
+from mxnet import gluon
+
+from elastic import Trainer
+from elastic.recipe import parse
+
+HERE = Path(__file__).resolve().parent
+
+
+def write_ratings(path: Path, size: int = 40_000, users: int = 400, items: int = 150):
+    """Who likes what, by ids of any size: people and things have places in a plane, and like what lies their way."""
+    draw = np.random.default_rng(0)
+    names, places = draw.integers(0, 2**40, users + items), draw.normal(size=(users + items, 2))
+    user, item = draw.integers(0, users, size), users + draw.integers(0, items, size)
+    score = (places[user] * places[item]).sum(1) + draw.normal(0, 0.1, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"user": names[user], "item": names[item], "likes": (score > 0).astype(np.float32)}), path)
+
+
+class Net(gluon.HybridBlock):
+    """`batch["rows"]` has what each column looks up, (rows, width) under its name; gradients go through it to the
+    tables. `loss` and `metrics` are as in any other block."""
+
+    def __init__(self, width: int = 8, hidden: int = 32):
+        super().__init__()
+        self.stack = gluon.nn.HybridSequential()
+        self.stack.add(gluon.nn.Dense(hidden, activation="relu", in_units=3 * width),
+                       gluon.nn.Dense(1, in_units=hidden))
+        self.initialize()
+        self.hybridize()
+
+    def hybrid_forward(self, F, user, item):
+        return self.stack(F.concat(user, item, user * item, dim=1)).reshape((-1,))
+
+    def score(self, batch):
+        return self(batch["rows"]["user"], batch["rows"]["item"])
+
+    def loss(self, batch):
+        return gluon.loss.SigmoidBinaryCrossEntropyLoss()(self.score(batch), batch["likes"])
+
+    def metrics(self, batch):
+        return {"accuracy": (((self.score(batch) > 0) == (batch["likes"] > 0.5)).sum(), len(batch["likes"]))}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))  # workers import this file by its name
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own_tables_gluon")
+    write_ratings(folder / "ratings.parquet")
+    result = Trainer(parse({
+        "run": {"name": "own_tables", "epochs": 4, "eval_every": 100},
+        "model": {"kind": "own_tables_gluon:Net", "width": 8},
+        "backend": {"name": "mxnet"},
+        "data": {"format": "parquet", "path": [str(folder / "ratings.parquet")], "eval_fraction": 0.1,
+                 "batch_size": 200},
+        "tables": {"users": {"columns": ["user"], "width": 8, "lr": 0.1},
+                   "items": {"columns": ["item"], "width": 8, "lr": 0.1}},
+        "optimizer": {"lr": 1e-2}}), folder / "run").fit(on_eval=lambda line: print("step", line["step"], line["eval"]))
+    print(result.status, result.summary["eval"])
