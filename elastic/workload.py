@@ -29,6 +29,7 @@ from elastic.state.state import State
 from elastic.tables.features import Tables
 from elastic.tables.of_recipe import tables_of
 from elastic.tables.placing import own_places
+from elastic.tables.untrained import with_starting_rows
 
 BACKENDS = {"torch": "backends.pytorch.backend", "tensorflow": "backends.tensorflow.backend",
             "mxnet": "backends.mxnet.backend", "reference": "backends.reference.backend"}
@@ -147,8 +148,8 @@ class Workload:
         return costs_of(self.model, self.looked_up(load_batch(self.training, self.sampler, 1, 0)))
 
     def looked_up(self, batch: Any) -> Any:
-        """A batch as a backend gets it, what is looked up in embedding tables zeros: for whoever counts or times."""
-        return self.tables.zeros(batch) if self.tables else batch
+        """A batch as a backend gets it before the first commit: for whoever counts, times or tries."""
+        return with_starting_rows(self.tables, batch)
 
 
 def open_model(recipe: Recipe, info: Mapping[str, Any]) -> Any:

@@ -34,7 +34,7 @@ class ReferenceRows:
 
     def __init__(self, spec: TableSpec, memory_bytes: int):
         self.spec, self.held = spec, frozenset[int]()
-        self._limit, self._key = memory_bytes, key_of(spec.seed, spec.name)
+        self.limit, self._key = memory_bytes, key_of(spec.seed, spec.name)
         self._rows: dict[int, Row] = {}
         self._prepared: tuple[int, Summed, Prepared] | None = None
 
@@ -83,9 +83,9 @@ class ReferenceRows:
         bad = next((id for id, sum in zip(summed.ids.tolist(), summed.sums) if not np.isfinite(sum).all()), None)
         evicted = sorted(id for bucket in self.held for id in self._evicted(step, bucket, after))
         growth = sum(after[id][2] and row.values is None for id, row in zip(summed.ids.tolist(), before))
-        if self._limit and self.nbytes + growth * 4 * (self.spec.width + self.spec.num_slots) > self._limit:
-            raise UserError(f"table {self.spec.name}: embedding.memory_gb = {self._limit / 1e9:g} has no room for "
-                            f"{growth} rows more.")
+        if self.limit and self.nbytes + growth * 4 * (self.spec.width + self.spec.num_slots) > self.limit:
+            raise UserError(f"table {self.spec.name}: embedding.memory_gb leaves it {self.limit} bytes, which have no "
+                            f"room for {growth} rows more.")
         self._prepared = step, summed, Prepared(is_trained, np.array(evicted, np.int64), bad)
         return self._prepared[2]
 

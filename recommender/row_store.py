@@ -23,7 +23,7 @@ from elastic.tables.starts import key_of, levels
 from recommender import index_kernels as index
 from recommender import row_kernels
 from recommender.index_kernels import CAPACITY, COUNT, EMPTY, FIRST, PLACE
-from recommender.slabs import FLOAT, Indexes, Slabs, address
+from recommender.slabs import FLOAT, Indexes, Slabs, address, on_a_line
 
 LOAD = 0.75  # of an index: how full it gets
 # of indexes, in entries: each half as much again as the one before
@@ -66,7 +66,7 @@ class CompiledRows:
 
     def __init__(self, spec: TableSpec, memory_bytes: int):
         self.spec, self.held = spec, frozenset[int]()
-        self._limit, self._is_static = memory_bytes, spec.vocabulary > 0
+        self.limit, self._is_static = memory_bytes, spec.vocabulary > 0
         self._start = np.uint64(key_of(spec.seed, spec.name)), levels(spec.init)
         self._shift = spec.num_buckets.bit_length() - 1
         self._heads = np.zeros((spec.num_buckets, 4), np.int64)
@@ -203,10 +203,9 @@ class CompiledRows:
         too much."""
         slabs = self._slabs.lacking(places)
         wanted = self.nbytes + index_bytes + slabs * self._slabs.slab_bytes
-        if self._limit and wanted > self._limit:
-            raise UserError(f"table {self.spec.name} needs {size(wanted)} of memory, and embedding.memory_gb = "
-                            f"{self._limit / 1e9:g} is all that it may take here; raise that, add workers, or set its "
-                            "max_rows, ttl_steps or admit.")
+        if self.limit and wanted > self.limit:
+            raise UserError(f"table {self.spec.name} needs {size(wanted)} of memory, and embedding.memory_gb leaves it "
+                            f"{size(self.limit)} here; raise that, add workers, or set its max_rows, ttl_steps or admit.")
         self._slabs.add(slabs)
 
     def _reserve(self, new: np.ndarray, places: int) -> bool:
@@ -318,7 +317,9 @@ def in_order(summed: Summed) -> Summed:
 
 def pooled(rows: np.ndarray, width: int, bags: Bags) -> np.ndarray:
     """Of rows by their addresses, one for each of the bags' ids."""
-    out = np.zeros(bags.shape(width), np.float32) if bags.pooling == "none" else np.empty(bags.shape(width), np.float32)
+    out = on_a_line(bags.shape(width))
+    if bags.pooling == "none":
+        out[:] = 0
     offsets, targets = bags.runs
     row_kernels.pool(rows, width, offsets, targets, NO_FLOATS if bags.weights is None else bags.weights,
                      NO_FLOATS if bags.divisors is None else bags.divisors, address(out))

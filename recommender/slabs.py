@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 
 from recommender.index_kernels import ENTRY_BYTES, FIELDS, FREE, FRESH
@@ -22,6 +24,13 @@ def on_large_pages(num_bytes: int) -> np.ndarray:
     """Not filled. It takes memory as far as it is touched."""
     array = np.empty(num_bytes + LARGE_PAGE, np.uint8)
     return array[-address(array) % LARGE_PAGE:][:num_bytes]
+
+
+def on_a_line(shape: tuple[int, ...]) -> np.ndarray:
+    """float32, not filled, that begins where a line of the cache does: frameworks read such an array where it lies."""
+    size = FLOAT * prod(shape)
+    room = np.empty(size + LINE, np.uint8)
+    return room[-address(room) % LINE:][:size].view(np.float32).reshape(shape)
 
 
 class Indexes:

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-from elastic.model.backend import ROWS
 from elastic.tables.spec import RowUpdate, TableSpec
 
 BAGS = "bags"  # the key of a batch under which lies {feature: Bags}
@@ -45,12 +41,6 @@ class Tables:
     @property
     def num_buckets(self) -> int:
         return self.specs[0].num_buckets
-
-    def zeros(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch with zeros in the place of what its features look up."""
-        widths = {spec.name: spec.width for spec in self.specs}
-        rows = {one.name: np.zeros(batch[BAGS][one.name].shape(widths[one.table]), np.float32) for one in self.features}
-        return {**{name: column for name, column in batch.items() if name != BAGS}, ROWS: rows}
 
     def by_table(self) -> dict[str, tuple[Feature, ...]]:
         """The features of each table, in order."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
+from elastic.tables.bags import Summed
 from elastic.tables.features import Tables
 from elastic.tables.removed import Removed
 from elastic.tables.row_store import Prepared, RowStore, kernels
@@ -17,8 +18,8 @@ class HeldTables:
 
     def __init__(self, tables: Tables):
         self.tables, self.kernels = tables, kernels(tables.kernels)
-        each = tables.memory_bytes // len(tables.specs)
-        self.stores: dict[str, RowStore] = {spec.name: self.kernels.create(spec, each) for spec in tables.specs}
+        self.stores: dict[str, RowStore] = {spec.name: self.kernels.create(spec, tables.memory_bytes)
+                                            for spec in tables.specs}
         self.owned: tuple[int, ...] = ()
         self.twins: tuple[int, ...] = ()
         self.committed = -1
@@ -48,8 +49,19 @@ class HeldTables:
     def take(self, buckets: Iterable[int]) -> None:
         """Finds room for buckets that are on their way here. They are not `held` before all of them are there."""
         wanted = set(buckets)
-        for store in self.stores.values():
+        for store in self.limited():
             store.hold(wanted - store.held)
+
+    def limited(self) -> Iterator[RowStore]:
+        """Each store in turn, with what the others leave it of all tables' memory."""
+        for store in self.stores.values():
+            if self.tables.memory_bytes:
+                store.limit = max(1, self.tables.memory_bytes - self.nbytes + store.nbytes)
+            yield store
+
+    def prepare(self, step: int, sums: Mapping[str, Summed]) -> None:
+        """Finds room for what the commit of `step` will do, table by table."""
+        self.prepared = {store.spec.name: store.prepare(step, sums[store.spec.name]) for store in self.limited()}
 
     def trim(self) -> None:
         """Lets go of every bucket that is neither owned nor a twin's, as what was left of a move that was cut off."""

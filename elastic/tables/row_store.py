@@ -41,13 +41,14 @@ class RowStore(Protocol):
 
     spec: TableSpec
     held: frozenset[int]
+    limit: int  # bytes that it may take; 0 is any number
 
     @property
     def nbytes(self) -> int:
         """Memory that rows and index have taken."""
 
     def hold(self, buckets: Iterable[int]) -> None:
-        """Begins to hold these, without rows. UserError where memory_bytes does not suffice."""
+        """Begins to hold these, without rows. UserError where `limit` does not suffice."""
 
     def drop(self, buckets: Iterable[int]) -> None:
         """Lets these go with all their rows; their room is used again."""
@@ -66,7 +67,7 @@ class RowStore(Protocol):
         """Finds room for all that the commit of `step` (from 1) will do with these sums, and changes nothing that
         anybody can see.
 
-        It takes the place of what was prepared before. UserError where memory_bytes does not suffice. `summed` is kept
+        It takes the place of what was prepared before. UserError where `limit` does not suffice. `summed` is kept
         and must not change.
         """
 

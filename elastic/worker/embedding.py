@@ -14,7 +14,7 @@ import numpy as np
 
 from elastic.checkpoint.state_hash import DIGEST, TableDigests, digests_of, gathered
 from elastic.collective.reduction import Node, fold
-from elastic.errors import RunFailed
+from elastic.errors import RunFailed, UserError
 from elastic.messages import Ballot
 from elastic.model.backend import ROWS, Batch
 from elastic.model.user_code import users
@@ -55,6 +55,9 @@ class TableStep:
     def add(self, shard: int, slopes: Mapping[str, np.ndarray]) -> None:
         """A shard's leaf; they come in order."""
         bags, kernels = self.bags.pop(shard), self.tables.kernels
+        if lacking := sorted(bags.keys() - slopes.keys()):
+            raise UserError(f'backend.name = "{self.context.backend.name}" gives no slopes of what {lacking[0]} has '
+                            "looked up; write another.")
         for spec in self.tables.specs:
             leaf = Summed.none(spec.width)
             for feature in self.tables.tables.by_table()[spec.name]:
@@ -129,10 +132,12 @@ def push(context: StepContext, step: TableStep) -> None:
             part += [array for _, one in nodes for array in (one.ids, one.sums, one.counts)]
     with context.waiting("push", context.groups.data) as group:
         received = [iter(part) for part in exchange(group, parts)]
+    sums = {}
     for spec in tables.specs:
         nodes = [node for part in received for node in nodes_of(next(part), part)]
-        (_, total), = fold(sorted(nodes, key=lambda item: item[0]), context.plan.num_shards, tables.kernels.merge)
-        tables.prepared[spec.name] = tables.stores[spec.name].prepare(context.step, total)
+        (_, sums[spec.name]), = fold(sorted(nodes, key=lambda item: item[0]), context.plan.num_shards,
+                                     tables.kernels.merge)
+    tables.prepare(context.step, sums)
 
 
 def by_holder(context: StepContext, spec: TableSpec,
