@@ -16,6 +16,7 @@ from elastic.worker.actor import NAMESPACE
 from tests.support.inprocess import module_recipe
 from tests.support.oracle import undisturbed
 from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept, bits, events, train
+from tests.support.sampling import sometimes
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -62,6 +63,7 @@ def test_killed_while_the_group_steps(tmp_path: Path) -> None:
     assert_nothing_left(result)
 
 
+@sometimes("killed at events", 0.6)
 def test_killed_at_events(tmp_path: Path) -> None:
     """While workers start, form, re-form, resize and save."""
     killer = Killer("worker_joined", "generation_started", "worker_lost", "recovered", "resized",

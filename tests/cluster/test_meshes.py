@@ -12,7 +12,7 @@ from elastic.driver.trainer import Result, Trainer, scale
 from tests.support.frameworks import load
 from tests.support.oracle import undisturbed
 from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept, bits, events, recipe, steps, train
-from tests.support.sampling import sample
+from tests.support.sampling import sample, sometimes
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -51,6 +51,7 @@ def test_a_broken_replica_costs_no_step(mesh: dict[str, Any], faults: list[str],
     assert not events(result, "rewound")
 
 
+@sometimes("another mesh", 0.6)
 def test_a_live_run_is_laid_on_another_mesh(tmp_path: Path) -> None:
     """tensor = 4 becomes two replicas of tensor = 2 on demand: the same processes, nothing rewound, and the loss goes
     on as one worker's does."""

@@ -14,7 +14,7 @@ from elastic.driver.trainer import Trainer
 from tests.support.inprocess import module_recipe
 from tests.support.oracle import undisturbed
 from tests.support.runs import STEPS, assert_fired, assert_sound, assert_survivors_kept, bits, events, train
-from tests.support.sampling import sample
+from tests.support.sampling import sample, sometimes
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -36,6 +36,7 @@ def test_kills_one_after_the_other(tmp_path: Path, faults: list[str]) -> None:
     assert sorted(ranks) == sorted(parse(fault).number for fault in faults)
 
 
+@sometimes("kills during a recovery", 0.6)
 def test_kills_during_a_recovery(tmp_path: Path) -> None:
     """A spare joins; the second kill strikes while it is healed: rank 0 is its source, rank 2 the spare itself."""
     faults = [fault for pair in sample([["kill:1@10", "kill:0@10/heal"], ["kill:1@30", "kill:2@30/heal"]], 1)
@@ -47,6 +48,7 @@ def test_kills_during_a_recovery(tmp_path: Path) -> None:
     assert len(events(result, "worker_lost")) == len(faults)
 
 
+@sometimes("live scaling", 0.6)
 def test_live_scaling(tmp_path: Path) -> None:
     """2 -> 3 -> 1 -> 2. Spares are warm already, so that each size is reached at its step."""
     given = module_recipe("Held", STEPS, model={"by": str(tmp_path / "held")}, checkpoint={"every_steps": 16},

@@ -26,7 +26,8 @@ class Mutation:
 
 
 FILES = ("part file", "manifest.json", "recipe.toml", "events.jsonl", "metrics.jsonl", "summary.json", "ledger", "journal.jsonl", "live.json",
-         "driver.lock", "report.html", "CSV", "Parquet", "Arrow", "text", "IDX")  # what a run reads and writes
+         "driver.lock", "report.html", "CSV", "Parquet", "Arrow", "text", "IDX",
+         "table file")  # what a run reads and writes
 
 
 def M(name: str, breaks: str, fault: str, file: str, text: str, instead: str, *tests: str) -> Mutation:
@@ -345,4 +346,27 @@ USERS = (
       "tests/unit/test_claim.py::test_one_has_it_and_the_other_is_told_whose_it_is"),
 )
 
-TABLE = (*USERS, *BITS, *STEPS, *CHECKPOINTS, *LIVES, *RUNS, *INPUTS)
+ROWS = (
+    M("twin-not-fed", "P2", "The twin of a bucket gets no sums.", "elastic/worker/embedding.py",
+      "(context.owners[b] == rank) | (context.twins[b] == rank)", "context.owners[b] == rank",
+      "tests/unit/test_embedding_steps.py::test_a_twin_holds_what_the_owner_has"),
+    M("no-number-passes", "P8", "The vote lets a slope pass that is no number.", "elastic/worker/embedding.py",
+      "    if bad:\n        raise not_finite", "    if False:\n        raise not_finite",
+      "tests/unit/test_embedding_steps.py::test_a_slope_that_is_no_number_ends_the_step_for_all[2]"),
+    M("sums-in-a-row", "P1", "An owner adds the members' sums one after the other, not along the tree.",
+      "elastic/worker/embedding.py",
+      "(_, sums[spec.name]), = fold(sorted(nodes, key=lambda item: item[0]), context.plan.num_shards,\n"
+      "                                     tables.kernels.merge)",
+      "from functools import reduce\n        sums[spec.name] = reduce(tables.kernels.merge, (one for _, one in "
+      "sorted(nodes, key=lambda item: item[0])))",
+      "tests/unit/test_embedding_steps.py::test_the_same_bits_whoever_owns_the_rows"),
+    M("buckets-start-anew", "P2", "In another generation nobody asks who has which bucket.",
+      "elastic/controller/bucket_holders.py",
+      "before = holders_now(there, ready.buckets) if there else None", "before = None",
+      "tests/unit/test_bucket_holders.py::test_a_joiner_gets_its_share_and_no_more"),
+    M("table-bytes-believed", "P5, table file", "The bytes of a bucket count, whatever they are.",
+      "elastic/checkpoint/table_reader.py", "if hash_of(part) != entry.hashes[number]:", "if False:",
+      "tests/unit/test_table_files.py::test_any_flipped_byte_of_a_bucket_is_found"),
+)
+
+TABLE = (*USERS, *BITS, *STEPS, *CHECKPOINTS, *LIVES, *RUNS, *INPUTS, *ROWS)
