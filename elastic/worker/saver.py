@@ -253,6 +253,7 @@ class Saver:
             read = self.tables.restore(store, name, manifest, store.root == Store.open(self.location).root, at)
             with at(0):  # nobody goes on before all have their rows
                 group.barrier()
+            self.tables.held.committed = manifest.step
         state.committed = manifest.step
         return manifest, reader.bytes + read
 

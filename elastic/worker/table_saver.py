@@ -113,7 +113,7 @@ class TableSaver:
         """Puts into the stores what the checkpoint has of the buckets that are held, in place of what they had; the
         bytes that were read.
 
-        `is_place`: the next saves go to the same place, and may build on this one.
+        `is_place`: the next saves go to the same place, and may build on this one. The rows count once the caller says so.
         """
         held, reads = self.held, iter(range(1 << 62))
 
@@ -132,7 +132,6 @@ class TableSaver:
         if is_place and name == folder_of(manifest.step):
             self.depths[manifest.step] = {bucket: max(len(reader.chain(spec.name, bucket)) - 1
                                                       for spec in held.tables.specs) for bucket in held.held}
-        held.committed = manifest.step
         return reader.bytes
 
 
