@@ -28,7 +28,8 @@ class Feature:
 class Tables:
     """`specs` and `features` in the order of their names; `updates` by table, with the rate that the schedule scales
     and a scale of 1. All tables have as many buckets. `twin`: every bucket has a second keeper. `memory_bytes`: what
-    all tables of a worker may take together; 0 is no limit. `kernels`: "numba" or "reference".
+    all tables of a worker may take together; 0 is no limit. `move_bytes`: what a worker sends at a time while buckets
+    move, or one bucket. `kernels`: "numba" or "reference".
     """
 
     specs: tuple[TableSpec, ...]
@@ -37,6 +38,7 @@ class Tables:
     twin: bool = True
     memory_bytes: int = 0
     kernels: str = "numba"
+    move_bytes: int = 16_000_000
 
     @property
     def num_buckets(self) -> int:

@@ -19,8 +19,6 @@ from elastic.tables.rows import Rows
 from elastic.tables.wire import exchange
 from elastic.worker.context import StepContext
 
-AT_ONCE = 64 << 20  # bytes that one member sends in a round, or one bucket
-
 Move = tuple[int, int, int]  # bucket, source and receiver
 
 
@@ -74,7 +72,7 @@ def rounds(context: StepContext, tables: HeldTables, moves: Sequence[Move]) -> I
         return
     mine = tables.nbytes / max(1, len(tables.held))
     largest = context.gather("heal", np.array([mine])).max()
-    each = max(1, int(AT_ONCE / max(1.0, largest)))
+    each = max(1, int(tables.tables.move_bytes / max(1.0, largest)))
     for low in range(0, len(moves), each):
         yield list(moves[low:low + each])
 
