@@ -11,6 +11,7 @@ Ids rise in every list. The schema's metadata has the format's version and what 
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -126,28 +127,24 @@ def flattened(column: pa.Array, shape: tuple[int, int] | None) -> np.ndarray:
     return items.values.to_numpy()[:num * shape[1]].reshape(num, shape[1]) if shape[1] else np.empty((num, 0), np.float32)
 
 
-class Stretch:
+class Written(io.RawIOBase):
     """What Arrow has written since it was last taken."""
 
-    closed = False
-
     def __init__(self) -> None:
+        super().__init__()
         self.pieces: list[bytes] = []
         self.bytes = 0
 
-    def write(self, data: bytes) -> int:
-        self.pieces.append(data)
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.pieces.append(bytes(data))
         self.bytes += len(data)
         return len(data)
 
     def tell(self) -> int:
         return self.bytes
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
     def take(self) -> bytes:
         found, self.pieces = b"".join(self.pieces), []
@@ -160,7 +157,7 @@ def write_table(store: Store, folder: str, name: str, spec: TableSpec, step: int
 
     NonFiniteLoss where a row is not finite: nobody could go on from it.
     """
-    schema, sink, digest = schema_of(spec), Stretch(), xxhash.xxh3_128()
+    schema, sink, digest = schema_of(spec), Written(), xxhash.xxh3_128()
     numbers, offsets, sizes, hashes, bases = list[int](), list[int](), list[int](), list[str](), list[int]()
 
     def pieces() -> Iterator[bytes]:

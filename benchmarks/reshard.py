@@ -1,0 +1,104 @@
+"""Rows of an embedding table move to another number of owners: bytes beside the least there are, seconds, and a restart's.
+
+    python -m benchmarks.reshard [--rows 10000000] [--only "2 to 3" "4 to 3"]
+
+Width 32 with Adagrad's state, no twins, all workers on this machine. Every row was updated before the move. The peer
+is what everybody else does: the same run's checkpoint, written, and read by the other number of workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kit import ours, results
+from benchmarks.kit.processes import python, started, tidy_on_termination
+from benchmarks.kit.rows import EACH, write_log
+from elastic.recipe import dumps, parse
+
+WIDTH, BATCH, AFTER = 32, 1000, 20
+ROW_BYTES = 8 + 4 * WIDTH + 4 * WIDTH + 8  # id, values, Adagrad's sums, count and last step
+MOVES = {"2 to 3": (2, 3), "4 to 3": (4, 3)}
+WAIT_S = 1500.0
+
+
+def recipe_of(log: Path, num_ids: int, most: int) -> str:
+    steps = num_ids // EACH // BATCH
+    return dumps(parse({
+        "run": {"name": "reshard", "steps": steps + AFTER, "eval_every": 0},
+        "model": {"kind": "benchmarks.kit.rows:Sums", "width": WIDTH}, "backend": {"device": "cpu"},
+        "data": {"format": "parquet", "path": str(log), "columns": ["y"], "batch_size": BATCH, "shuffle": False,
+                 "eval_fraction": 0.0},
+        "tables": {"ids": {"columns": ["ids"], "width": WIDTH, "optimizer": "adagrad", "lr": 0.1}},
+        "embedding": {"twin": False}, "elastic": {"max_workers": most, "logical_shards": 12},
+        "optimizer": {"name": "sgd", "lr": 0.01}, "checkpoint": {"every_steps": 0, "best": ""}}))
+
+
+def measure(name: str, num_ids: int) -> list[str]:
+    before, after = MOVES[name]
+    most, steps = max(before, after), num_ids // EACH // BATCH
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_log(folder / "log.parquet", num_ids)
+        (folder / "reshard.toml").write_text(recipe_of(folder / "log.parquet", num_ids, most))
+        chaos = ["--chaos", f"scale:{before}@1", "--chaos", f"scale:{after}@{steps}"]
+        run = ours.Run(folder / "run")
+        with started(python("elastic.cli", "train", folder / "reshard.toml", "--run-dir", folder / "run", *chaos),
+                     folder / "log") as process:
+            process.wait(WAIT_S)
+        run.read()
+        again = resumed(folder, after)
+    return row_of(name, num_ids, run, steps, again)
+
+
+def resumed(folder: Path, workers: int) -> dict[str, Any]:
+    """Seconds of the final checkpoint's writing and of its reading by another number of workers."""
+    run = ours.Run(folder / "run")
+    began = time.time()
+    with started(python("elastic.cli", "resume", folder / "run", "--set", f"elastic.max_workers={workers}",
+                        "--set", f"run.steps={1_000_000}", "--chaos", "scale:1@999999"), folder / "log2") as process:
+        while time.time() < began + WAIT_S and process.poll() is None:
+            run.read()
+            loaded = [e for e in run.events if e["event"] == "loaded"]
+            if loaded and any(step["time"] > loaded[0]["time"] for step in run.steps):
+                break
+            time.sleep(0.1)
+        process.terminate()
+        process.wait(60)
+    saved = [e for e in run.events if e["event"] == "checkpoint_committed"][0]
+    first = next(step["time"] for step in run.steps if step["time"] > loaded[0]["time"])
+    return {"save_s": saved["seconds"], "load_s": loaded[0]["seconds"], "restart_s": first - began}
+
+
+def row_of(name: str, num_ids: int, run: ours.Run, steps: int, again: dict[str, Any]) -> list[str]:
+    before, after = MOVES[name]
+    moved = [e for e in run.events if e["event"] == "tables_resharded" and e["step"] >= steps - 1]
+    step_s = statistics.median(line["step_s"] for line in run.steps if line["step"] < steps - 1)
+    longest = max(line["step_s"] for line in run.steps if line["step"] > steps)
+    pause = sum(e["pause_s"] for e in run.events if e["event"] == "resized" and e["step"] >= steps - 1)
+    ideal = num_ids * ROW_BYTES * abs(after - before) / max(before, after)
+    total, seconds = sum(e["bytes"] for e in moved), sum(e["seconds"] for e in moved)
+    return [name, f"{num_ids:,}", f"{total / 1e6:,.0f} MB", f"{total / ideal:.3f}", f"{seconds:.2f} s",
+            f"{pause:.2f} s", f"{step_s * 1e3:.0f} ms", f"{longest / step_s:.2f}",
+            f"{again['save_s'] + again['restart_s']:.1f} s ({again['save_s']:.1f} + {again['restart_s']:.1f}, of which "
+            f"{again['load_s']:.1f} reading)"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--only", nargs="*", choices=MOVES, default=list(MOVES))
+    asked = parser.parse_args()
+    tidy_on_termination()
+    head = ("owners", "rows", "moved", "of the ideal", "in", "pause", "median step", "longest step after, of it",
+            "checkpoint, restart and first step")
+    results.write("reshard", "Rows move to another number of owners",
+                  [results.table(head, [measure(name, asked.rows) for name in asked.only])])
+
+
+if __name__ == "__main__":
+    main()
