@@ -89,10 +89,10 @@ class Saver:
         this = (order.generation, order.step, order.rank, order.world_size)
         if self.saved == this and self.error is None:
             return
+        copied = self.tables.copy(order, self.tables.base(order.step, self._is_there), is_alone) if self.tables else None
         before, self.saved = self.saved, this
         self.image = self._image(state, order.rank, order.world_size)
         self.image.fill(state.take)
-        copied = self.tables.copy(order, self.tables.base(order.step, self._is_there), is_alone) if self.tables else None
         stall_s = time.perf_counter() - started
         head = self._head(order.generation, order.step, evaluation) if order.rank == 0 else None
         self.writing, self.error, self.done = True, None, 0

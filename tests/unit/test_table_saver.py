@@ -253,8 +253,10 @@ def test_who_is_left_saves_what_it_keeps_as_a_twin_too(kind: str, tmp_path: Path
     assert found is not None and not found.error
     assert_same_rows(written(path(str(tmp_path), 5)), wanted)
     verify(saving.checkpoints.store, "step-00000005")
-    with pytest.raises(RunFailed, match="Buckets .* of the embedding tables are kept by other workers"):
-        saver(str(tmp_path), crew.members[0]).save(Arrays(values(5), 5), Save(2, 5), {}, is_alone=True)  # type: ignore[arg-type]
+    one = saver(str(tmp_path), crew.members[0])
+    for _ in range(2):  # asked again it says so again
+        with pytest.raises(RunFailed, match="Buckets .* of the embedding tables are kept by other workers"):
+            one.save(Arrays(values(5), 5), Save(2, 5), {}, is_alone=True)  # type: ignore[arg-type]
 
 
 def test_last_words_hold_all_rows_or_are_not_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
