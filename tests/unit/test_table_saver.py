@@ -17,7 +17,6 @@ from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError, RunFailed
 from elastic.messages import Save
 from elastic.storage.remote import join
 from elastic.storage.store import Store
-from elastic.tables.removed import Removed
 from elastic.tables.rows import Rows, digests
 from tests.support.checkpoints import Arrays, values
 from tests.support.held_tables import (
@@ -379,22 +378,6 @@ def test_a_damaged_byte_leaves_nobody_with_a_state(tmp_path: Path) -> None:
                     assert [held.committed for held in other.members] == [-1] * size
         file.write_bytes(content)
     assert newest_good(saving.checkpoints.store, look=verify) == ("step-00000010", [])
-
-
-def test_the_log_of_what_went_away_forgets_rather_than_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastic.tables.removed.MOST_IDS", 10)
-    log, spec = Removed(), SPECS[1]
-    log.begin(range(16), 3)
-    log.note(4, "users", np.array([1, 17, 2]))
-    log.note(5, "users", np.array([1]))
-    log.note(5, "ads", np.array([5]))
-    assert {b: ids.tolist() for b, ids in log.between(spec, 3, 5).items()} == {1: [1, 17], 2: [2]}
-    assert {b: ids.tolist() for b, ids in log.between(spec, 4, 5).items()} == {1: [1]}
-    assert {b: ids.tolist() for b, ids in log.between(spec, 3, 4).items()} == {1: [1, 17], 2: [2]}
-    log.forget(4)
-    assert not log.between(spec, 3, 4) and log.since == dict.fromkeys(range(16), 4)
-    log.note(6, "users", np.arange(20))
-    assert not log.since and not log.between(spec, 0, 9)
 
 
 def test_a_part_says_all_of_its_files(tmp_path: Path) -> None:
