@@ -42,7 +42,7 @@ def verify_run(run_dir: Path) -> Verdict:
 
 def compare_hashes(verdict: Verdict, summary: Mapping[str, Any], location: str) -> None:
     """The last checkpoint holds the bits that the summary names."""
-    store, name = Store.open(location), folder_of(summary["steps"])
+    store, name = Store.open(location), folder_of(summary.get("steps", 0))
     if store.size(f"{name}/{MANIFEST}") is None:
         return
     found = dict(zip(("parameters_sha256", "state_sha256"), hashes(store, name, read_manifest(store, name))))

@@ -1,4 +1,4 @@
-"""The log of evicted ids, from which increments of checkpoints say what went away."""
+"""The log of what each commit evicts, and what it says of a time in between."""
 
 from __future__ import annotations
 
