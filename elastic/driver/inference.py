@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from elastic.driver.trust import check_trust
 from elastic.errors import BadCheckpoint, UserError
 from elastic.model.backend import Backend
 from elastic.recipe import Recipe, loads
+from elastic.storage.store import Store
+from elastic.tables.held import HeldTables
+from elastic.tables.of_recipe import tables_of
 from elastic.worker.evaluation import figures, measure
 from elastic.workload import EVAL_ROWS, create_backend, door, open_data, open_model, open_state, prepare
 
@@ -32,6 +35,7 @@ class Restored:
     manifest: Manifest
     info: Mapping[str, Any]  # the data's facts; empty for a data set of the user's
     backend: Backend
+    tables: HeldTables | None = None  # with all rows of the checkpoint
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> Manifest:
@@ -45,7 +49,7 @@ def restore(path: str | os.PathLike[str], device: str = "auto", trust: bool = Fa
     UserError where it would import what `elastic.driver.trust` does not let in; `trust` lets in all.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # before a framework loads: the same bits as the workers'
-    arrays, manifest = read_newest(path)
+    (arrays, tables), manifest = read_newest(path, read_all)
     recipe = loads(manifest.recipe, locate=False)
     check_trust(recipe, path, trust)
     recipe = recipe.model_copy(update={"backend": recipe.backend.model_copy(update={"device": device, "compile": False})})
@@ -56,7 +60,21 @@ def restore(path: str | os.PathLike[str], device: str = "auto", trust: bool = Fa
         state.load(arrays, manifest.step, without=OPTIMIZER)
     except (KeyError, ValueError) as error:
         raise BadCheckpoint(f"{path} holds other arrays than the model of its recipe: {error}.") from error
-    return Restored(recipe, manifest, info, backend)
+    return Restored(recipe, manifest, info, backend, tables)
+
+
+def read_all(store: Store, name: str, manifest: Manifest) -> tuple[dict[str, np.ndarray], HeldTables | None]:
+    """The weights, and the embedding tables where there are any, whatever memory they take."""
+    weights = manager.read_weights(store, name, manifest)
+    found = tables_of(loads(manifest.recipe, locate=False), manifest.extra.get("info") or {}) if manifest.tables else None
+    if found is None:
+        return weights, None
+    tables = HeldTables(replace(found, memory_bytes=0))
+    tables.begin(range(found.num_buckets), (), manifest.step)
+    reader = manager.open_tables(store, name, manifest)
+    for rows in tables.stores.values():
+        reader.fill(rows, tables.held)
+    return weights, tables
 
 
 def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, float]:
@@ -70,7 +88,8 @@ def evaluate(path: str | os.PathLike[str], trust: bool = False) -> dict[str, flo
         raise UserError("The recipe sets nothing aside to evaluate on; set data.eval_fraction or data.eval_path.")
     rows = max(recipe.data.batch_size // recipe.elastic.logical_shards, EVAL_ROWS)
     tally = restored.backend.tally()
-    found = [measure(restored.backend, tally, batch()) for batch in eval_batches(dataset, rows)]
+    look_up = restored.tables.look_up if restored.tables else lambda batch: batch
+    found = [measure(restored.backend, tally, look_up(batch())) for batch in eval_batches(dataset, rows)]
     # a user's module need not give every figure of every batch
     names = sorted({name for part in found for name in part})
     tables = {name: np.array([part.get(name, (0.0, 0.0)) for part in found]) for name in names}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from elastic.chaos import PHASES
+from elastic.driver.inference import evaluate
 from tests.support.frameworks import names
 from tests.support.inprocess import Result, fit
 from tests.support.sampling import sample
@@ -40,6 +41,10 @@ def undisturbed(backend: str, log: Path, tmp_path_factory: pytest.TempPathFactor
     result = fit(tmp_path_factory.mktemp("one") / "run", clicks_recipe(log, backend, elastic={"max_workers": 1}))
     result.assert_sound(STEPS)
     return result
+
+
+def test_a_checkpoint_evaluates_as_the_run_did(undisturbed: Result) -> None:
+    assert evaluate(undisturbed.run.run_dir / "checkpoints") == undisturbed.summary["eval"]
 
 
 def assert_same(result: Result, oracle: Result, lost: int = 0) -> None:
