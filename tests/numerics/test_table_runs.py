@@ -83,8 +83,8 @@ def test_a_kill_in_each_phase_costs_no_step(fault: str, backend: str, log: Path,
 
 
 def test_kills_one_after_the_other(backend: str, log: Path, undisturbed: Result, tmp_path: Path) -> None:
-    result = fit(tmp_path, clicks_recipe(log, backend), ["kill:0@5/rows", "kill:1@9/push", "kill:2@13/vote",
-                                                         "kill:0@17/update", "kill:1@21/reduction"])
+    faults = ["kill:0@5/rows", "kill:1@9/push", "kill:2@13/vote", "kill:0@17/update", "kill:1@21/reduction"]
+    result = fit(tmp_path, clicks_recipe(log, backend, elastic={"min_workers": 3}), faults)
     assert_same(result, undisturbed)
     assert len(result.named("worker_lost")) == 5
 
