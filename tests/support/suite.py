@@ -56,7 +56,7 @@ def files(pattern: str, words: str = "") -> tuple[str, ...]:
 
 
 NUMERICS, OTHERS = ("tests/numerics",), ("tests/contract", "tests/chaos", "tests/gpu")
-MODELS = (*files("numerics/test_mesh*"), *files("numerics/test_gluon*"))
+MODELS = (*files("numerics/test_mesh*"), *files("numerics/test_gluon*"), *files("numerics/test_table_runs"))
 OWN_RAY, NODES = (tuple(f"tests/cluster/test_{name}.py" for name in names)
                   for names in (("command", "attacks", "tables"), ("meshes", "nodes", "placing")))
 SAMPLED = files("*/test_*", "from tests.support.sampling import ")
