@@ -75,7 +75,7 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
     member.settle(generation, group)
     context = StepContext(member, generation, group, injector)
     if context.tables and not generation.load and context.state.committed != generation.committed:
-        context.tables.begin((), ())  # its rows are of another step
+        context.tables.begin((), (), generation.committed)  # its rows are of another step
     heal(context)
     if context.tables and not generation.load:
         take_buckets(context)
