@@ -12,7 +12,6 @@ import pytest
 
 from elastic.chaos import PHASES
 from elastic.tables.held import HeldTables
-from elastic.worker import bucket_moves
 from tests.support.frameworks import names
 from tests.support.inprocess import Result, fit
 from tests.support.sampling import sample
@@ -97,10 +96,10 @@ def test_a_joiner_that_has_no_room_for_its_rows_costs_nobody_the_last_checkpoint
         log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
 
-    def load(tables: HeldTables, arrays: Any) -> None:
-        assert not arrays or tables.held, "no room"
+    def load(tables: HeldTables, parts: Any) -> None:
+        assert not parts or tables.held, "no room"
 
-    monkeypatch.setattr(bucket_moves, "load", load)
+    monkeypatch.setattr(HeldTables, "load", load)
     result = fit(tmp_path, clicks_recipe(log, "torch"), ["kill:1@12/forward"])
     assert result.outcome.status == "failed" and "no room" in result.outcome.error
     assert [event["step"] for event in result.named("checkpoint_committed")] == [8, 12]

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from elastic.checkpoint.state_hash import digests_of
-from elastic.errors import NonFiniteLoss
+from elastic.errors import NonFiniteLoss, UserError
 from elastic.messages import Generation
+from elastic.tables.buckets import buckets_of
 from elastic.tables.features import Tables
-from elastic.tables.spec import RowUpdate
+from elastic.tables.held import HeldTables
+from elastic.tables.rows import Rows
+from elastic.tables.spec import RowUpdate, TableSpec
 from tests.support.table_members import FEATURES, SHARDS, STEPS, Member, draws, first_buckets, stored, tables_of
 from tests.support.threads import together
 
@@ -107,3 +110,27 @@ def test_a_slope_that_is_no_number_ends_the_step_for_all(size: int) -> None:
     assert len(sentences) == 1 and f"table ads: the gradient of id {lowest} is not finite at step 3" in sentences.pop()
     assert all(member.place.state.committed == 2 for member in members)
     assert max(row[3] for row in stored(members, "ads").values()) == 2
+
+
+def test_rows_that_come_share_the_memory_of_all_tables() -> None:
+    """Rows of either table alone have room, and both together do not."""
+    names, most = ("ads", "users"), 1 << 10
+    specs = tuple(TableSpec(name, 2048, "sgd", num_buckets=2) for name in names)
+    ids = np.arange(most)
+    for table, room in (("ads", True), ("users", True), ("", False)):
+        held = HeldTables(Tables(specs, (), {}, memory_bytes=12 << 20))
+        held.begin((0, 1), ())
+        parts = [rows_of(spec, ids if table in ("", spec.name) else ids[:0], bucket) for bucket in (0, 1) for spec in specs]
+        if room:
+            held.load(parts)
+            assert held.stores[table].nbytes > 8 << 20
+        else:
+            with pytest.raises(UserError, match="table users needs .* embedding.memory_gb leaves it"):
+                held.load(parts)
+
+
+def rows_of(spec: TableSpec, ids: np.ndarray, bucket: int) -> Rows:
+    mine = ids[buckets_of(spec, ids) == bucket]
+    numbers = np.ones(mine.size, np.int32)
+    return Rows(mine, np.zeros((mine.size, spec.width), np.float32), np.zeros((mine.size, 0), np.float32), numbers, numbers,
+                mine[:0], numbers[:0], numbers[:0])
