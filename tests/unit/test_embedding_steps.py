@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from elastic.tables.features import Tables
 from elastic.tables.held import HeldTables
 from elastic.tables.rows import Rows
 from elastic.tables.spec import RowUpdate, TableSpec
+from elastic.worker.bucket_moves import rounds
 from tests.support.table_members import FEATURES, SHARDS, STEPS, Member, draws, first_buckets, stored, tables_of
 from tests.support.threads import together
 
@@ -134,3 +136,15 @@ def rows_of(spec: TableSpec, ids: np.ndarray, bucket: int) -> Rows:
     numbers = np.ones(mine.size, np.int32)
     return Rows(mine, np.zeros((mine.size, spec.width), np.float32), np.zeros((mine.size, 0), np.float32), numbers, numbers,
                 mine[:0], numbers[:0], numbers[:0])
+
+
+def test_the_room_of_a_joiner_makes_no_round_smaller() -> None:
+    spec = TableSpec("ads", 2048, "sgd", num_buckets=16, vocabulary=4096)
+    held = HeldTables(Tables((spec,), (), {}, move_bytes=1 << 20))
+    held.take(range(16))
+    assert held.nbytes >= 32 << 20
+    context: Any = SimpleNamespace(gather=lambda phase, part: part.reshape(1, -1))
+    moves = [(bucket, 0, 1) for bucket in range(16)]
+    assert list(rounds(context, held, moves)) == [moves]
+    held.owned = tuple(range(16))
+    assert list(rounds(context, held, moves)) == [[move] for move in moves]
