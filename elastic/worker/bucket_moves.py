@@ -43,11 +43,14 @@ def take_buckets(context: StepContext) -> None:
     assert tables is not None and buckets is not None
     group, rank = context.groups.world, context.group.rank
     owned, twins = owned_by(rank, buckets)
+    coming = {bucket for bucket, _, to in buckets.moves if to == rank}  # what lies here of them may be of another past
+    tables.owned, tables.twins = (tuple(bucket for bucket in held if bucket not in coming)
+                                  for held in (tables.owned, tables.twins))
     tables.trim()
     if buckets.moves:
         context.injector.at(context.step + 1, "heal")
     started, sent = time.perf_counter(), 0
-    tables.take(bucket for bucket, _, to in buckets.moves if to == rank)  # none of them is here: `moves` sees to that
+    tables.take(coming)
     for moves in rounds(context, tables, buckets.moves):
         parts = [[array for move in moves if move[1:] == (rank, to) for spec in tables.specs
                   for array in tables.stores[spec.name].export(move[0]).arrays] for to in range(group.size)]

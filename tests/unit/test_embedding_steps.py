@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,21 @@ def test_a_twin_holds_what_the_owner_has() -> None:
         assert member.tables.twins and not set(member.tables.twins) & set(member.tables.owned)
         assert (digests_of(member.tables, member.tables.twins) == np.concatenate(
             [digests_of(owned[bucket].tables, [bucket]) for bucket in member.tables.twins], axis=1)).all()
+
+
+def test_what_comes_takes_the_place_of_what_lies_here() -> None:
+    """A spare may still hold rows of a past that was given up."""
+    tables = tables_of()
+    members = train_all(2, tables)
+    bucket, spec = members[0].tables.owned[0], tables.specs[0]
+    held = members[1].tables
+    assert bucket in held.twins
+    gone = np.setdiff1d(np.arange(100, 1000), members[0].tables.stores["ads"].export(bucket).ids)
+    held.stores["ads"].load(rows_of(spec, gone, bucket))
+    generation = Generation(2, ("w0", "w1"), "", "local", STEPS, mesh=(2, 1, 1, 1),
+                            buckets=replace(first_buckets(2, tables), moves=((bucket, 0, 1),)))
+    assert together(2, lambda rank, group: members[rank].train(group, generation), 60.0) == ["done"] * 2
+    assert (digests_of(held, [bucket]) == digests_of(members[0].tables, [bucket])).all()
 
 
 @pytest.mark.parametrize("size", [1, 2])
