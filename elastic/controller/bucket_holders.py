@@ -43,7 +43,8 @@ def holders_now(reports: Mapping[str, Standing], num_buckets: int) -> Holders:
 
 def has_all(reports: Iterable[Standing]) -> bool:
     """Whether these have every bucket among them."""
-    having: Sequence[Standing] = list(reports)
-    size = max((report.buckets for report in having), default=0)
-    return len({bucket for report in having for bits in (report.owned, report.twins)
-                for bucket in from_bits(bits)}) == size
+    size, held = 0, 0
+    for report in reports:
+        size = max(size, report.buckets)
+        held |= int(report.owned or "0", 16) | int(report.twins or "0", 16)
+    return held == (1 << size) - 1

@@ -52,7 +52,7 @@ class Whole:
     def is_torn(self, worker: str) -> bool:
         """Whether, when all have applied what they hold, it still lacks parameters that others keep."""
         report = self.reports[worker]
-        return (report.torn or worker not in self.exact) and not suffices([replace(report, buckets=0)])
+        return (report.torn or worker not in self.exact) and not suffices([replace(report, buckets=0, owned="", twins="")])
 
 
 def suffices(holders: Iterable[Standing]) -> bool:
@@ -67,11 +67,11 @@ def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
     each of its
     `owners`, of `most` at most, whoever is left of owner and twin. () if parts of it are nowhere.
     """
-    if any(whole.reports[w].buckets for w in whole.coordinates):  # whoever has rows
+    if not whole.is_shared_out and any(whole.reports[w].buckets for w in whole.coordinates):  # whoever has rows
         return tuple(whole.column(0)) if whole.is_in(whole.coordinates) else ()
     for data in (owners, *range(1, most + 1)) if whole.is_shared_out else (1,):
         found = [writer(whole, place, rank, data) for rank in range(data) for place in range(math.prod(whole.degrees))]
-        if all(found):
+        if all(found) and has_all(whole.reports[w] for w in found):
             return tuple(found)
     return ()
 

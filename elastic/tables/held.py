@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from elastic.model.backend import ROWS
@@ -10,6 +10,7 @@ from elastic.tables.bags import Summed
 from elastic.tables.features import BAGS, Tables
 from elastic.tables.removed import Removed
 from elastic.tables.row_store import Prepared, RowStore, kernels
+from elastic.tables.rows import Rows
 from elastic.tables.spec import RowUpdate, TableSpec
 
 
@@ -60,6 +61,12 @@ class HeldTables:
             if self.tables.memory_bytes:
                 store.limit = max(1, self.tables.memory_bytes - self.nbytes + store.nbytes)
             yield store
+
+    def load(self, parts: Sequence[Rows]) -> None:
+        """Takes over what another member has sent, bucket by bucket, of each every table's rows."""
+        for number in range(0, len(parts), len(self.stores)):
+            for store, rows in zip(self.limited(), parts[number:]):
+                store.load(rows)
 
     def prepare(self, step: int, sums: Mapping[str, Summed]) -> None:
         """Finds room for what the commit of `step` will do, table by table."""

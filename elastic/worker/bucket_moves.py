@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -42,11 +43,14 @@ def take_buckets(context: StepContext) -> None:
     assert tables is not None and buckets is not None
     group, rank = context.groups.world, context.group.rank
     owned, twins = owned_by(rank, buckets)
+    coming = {bucket for bucket, _, to in buckets.moves if to == rank}  # what lies here of them may be of another past
+    tables.owned, tables.twins = (tuple(bucket for bucket in held if bucket not in coming)
+                                  for held in (tables.owned, tables.twins))
     tables.trim()
     if buckets.moves:
         context.injector.at(context.step + 1, "heal")
     started, sent = time.perf_counter(), 0
-    tables.take(bucket for bucket, _, to in buckets.moves if to == rank)  # none of them is here: `moves` sees to that
+    tables.take(coming)
     for moves in rounds(context, tables, buckets.moves):
         parts = [[array for move in moves if move[1:] == (rank, to) for spec in tables.specs
                   for array in tables.stores[spec.name].export(move[0]).arrays] for to in range(group.size)]
@@ -54,7 +58,7 @@ def take_buckets(context: StepContext) -> None:
         with context.waiting("heal", group) as cut:
             received = exchange(cut, parts)
         for part in received:
-            load(tables, part)
+            tables.load(rows_of(part))
     tables.owned = tuple(sorted({*tables.owned, *owned}))
     tables.twins = tuple(sorted({*tables.twins, *twins} - {*tables.owned}))
     total = context.gather("heal", np.array([float(sent)])).sum()  # and by now all have theirs
@@ -70,15 +74,14 @@ def rounds(context: StepContext, tables: HeldTables, moves: Sequence[Move]) -> I
     large buckets are only their holders know, so a round is a number of buckets, agreed upon."""
     if not moves:
         return
-    mine = tables.nbytes / max(1, len(tables.held))
+    mine = tables.nbytes / len(tables.held) if tables.held else 0.0  # a joiner has room alone
     largest = context.gather("heal", np.array([mine])).max()
     each = max(1, int(tables.tables.move_bytes / max(1.0, largest)))
     for low in range(0, len(moves), each):
         yield list(moves[low:low + each])
 
 
-def load(tables: HeldTables, arrays: Sequence[np.ndarray]) -> None:
-    """What one member has sent: bucket by bucket, of each every table's rows."""
-    fields = 8
-    for number, at in enumerate(range(0, len(arrays), fields)):
-        tables.stores[tables.specs[number % len(tables.specs)].name].load(Rows(*arrays[at:at + fields]))
+def rows_of(arrays: Sequence[np.ndarray]) -> list[Rows]:
+    """What one member has sent, from what it is sent as."""
+    each = len(fields(Rows))
+    return [Rows(*arrays[at:at + each]) for at in range(0, len(arrays), each)]

@@ -130,7 +130,7 @@ def push(context: StepContext, step: TableStep) -> None:
     context.fire("push")
     parts: list[list[np.ndarray]] = [[] for _ in range(size)]
     for spec in tables.specs:
-        for part, nodes in zip(parts, by_holder(context, spec, step.nodes[spec.name])):
+        for part, nodes in zip(parts, by_holder(context, spec, step.nodes.pop(spec.name))):
             part += [np.array([node for node, _ in nodes], np.int64).reshape(-1, 2)]
             part += [array for _, one in nodes for array in (one.ids, one.sums, one.counts)]
     with context.waiting("push", context.groups.data) as group:

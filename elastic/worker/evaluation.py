@@ -29,8 +29,9 @@ def evaluate(context: StepContext) -> dict[str, float]:
         context.at("evaluate", index)
         with users(training.is_own):
             batch = part_of(batches[index](), groups.mesh.expert, groups.coordinate.expert)
-            if context.tables:
-                batch, = with_rows(context, [batch])
+        if context.tables:
+            batch, = with_rows(context, [batch])
+        with users(training.is_own):
             found = pipeline.infer(groups.pipeline, batch) if pipeline else context.backend.metrics(batch)
             # of several stages only the last knows what came out
             pairs = {} if found is None else scalars(found, counted if own else tally, batch)

@@ -70,12 +70,13 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
     """
     held = member.held
     if member.place.state.committed == generation.committed - 1 and held.step == generation.committed and generation.ballot:
+        held.ballot = generation.ballot  # others may fall before they have applied it
         apply_update(member, generation.ballot)  # its line came with the report of whoever saw the vote
     member.drop()
     member.settle(generation, group)
     context = StepContext(member, generation, group, injector)
     if context.tables and not generation.load and context.state.committed != generation.committed:
-        context.tables.begin((), ())  # its rows are of another step
+        context.tables.begin((), (), generation.committed)  # its rows are of another step
     heal(context)
     if context.tables and not generation.load:
         take_buckets(context)

@@ -230,6 +230,7 @@ class Saver:
         `BadCheckpoint` if it is not whole; RecipeError, before anything is read, where it is of another model. The
         state counts as torn until all of it is in place.
         """
+        self.join()  # what is still being written is of another past
         try:
             store, name = split(path)
             manifest = patiently(lambda: read_sound(store, name))

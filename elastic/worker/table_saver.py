@@ -124,7 +124,7 @@ class TableSaver:
         held.committed, self.depths = -1, {}
         held.removed.clear()
         reader = open_tables(store, name, manifest)
-        for rows in held.stores.values():
+        for rows in held.limited():
             rows.drop(rows.held)
             rows.hold(held.held)
             reader.fill(rows, held.held, note)

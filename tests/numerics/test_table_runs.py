@@ -12,6 +12,7 @@ import pytest
 
 from elastic.chaos import PHASES
 from elastic.driver.inference import evaluate
+from elastic.tables.held import HeldTables
 from tests.support.frameworks import names
 from tests.support.inprocess import Result, fit
 from tests.support.sampling import sample
@@ -94,6 +95,20 @@ def test_without_twins_the_run_goes_back_to_the_newest_checkpoint(backend: str, 
     result = fit(tmp_path, clicks_recipe(log, backend, embedding={"twin": False}), ["kill:1@12/push"])
     assert_same(result, undisturbed, lost=result.summary["steps_lost"])
     assert result.named("rewound") and result.summary["steps_lost"] <= 11
+
+
+def test_a_joiner_that_has_no_room_for_its_rows_costs_nobody_the_last_checkpoint(
+        log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+
+    def load(tables: HeldTables, parts: Any) -> None:
+        assert not parts or tables.held, "no room"
+
+    monkeypatch.setattr(HeldTables, "load", load)
+    result = fit(tmp_path, clicks_recipe(log, "torch"), ["kill:1@12/forward"])
+    assert result.outcome.status == "failed" and "no room" in result.outcome.error
+    assert [event["step"] for event in result.named("checkpoint_committed")] == [8, 12]
+    assert not result.named("checkpoint_rejected")
 
 
 @pytest.mark.parametrize("limits", [{}, {"admit": 2, "ttl_steps": 4}], ids=["all", "admitted and evicted"])

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from elastic.checkpoint.state_hash import digests_of
-from elastic.errors import NonFiniteLoss
+from elastic.errors import NonFiniteLoss, UserError
 from elastic.messages import Generation
+from elastic.tables.buckets import buckets_of
 from elastic.tables.features import Tables
-from elastic.tables.spec import RowUpdate
+from elastic.tables.held import HeldTables
+from elastic.tables.rows import Rows
+from elastic.tables.spec import RowUpdate, TableSpec
+from elastic.worker.bucket_moves import rounds
 from tests.support.table_members import FEATURES, SHARDS, STEPS, Member, draws, first_buckets, stored, tables_of
 from tests.support.threads import together
 
@@ -79,6 +85,21 @@ def test_a_twin_holds_what_the_owner_has() -> None:
             [digests_of(owned[bucket].tables, [bucket]) for bucket in member.tables.twins], axis=1)).all()
 
 
+def test_what_comes_takes_the_place_of_what_lies_here() -> None:
+    """A spare may still hold rows of a past that was given up."""
+    tables = tables_of()
+    members = train_all(2, tables)
+    bucket, spec = members[0].tables.owned[0], tables.specs[0]
+    held = members[1].tables
+    assert bucket in held.twins
+    gone = np.setdiff1d(np.arange(100, 1000), members[0].tables.stores["ads"].export(bucket).ids)
+    held.stores["ads"].load(rows_of(spec, gone, bucket))
+    generation = Generation(2, ("w0", "w1"), "", "local", STEPS, mesh=(2, 1, 1, 1),
+                            buckets=replace(first_buckets(2, tables), moves=((bucket, 0, 1),)))
+    assert together(2, lambda rank, group: members[rank].train(group, generation), 60.0) == ["done"] * 2
+    assert (digests_of(held, [bucket]) == digests_of(members[0].tables, [bucket])).all()
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_slope_that_is_no_number_ends_the_step_for_all(size: int) -> None:
     tables = tables_of()
@@ -107,3 +128,39 @@ def test_a_slope_that_is_no_number_ends_the_step_for_all(size: int) -> None:
     assert len(sentences) == 1 and f"table ads: the gradient of id {lowest} is not finite at step 3" in sentences.pop()
     assert all(member.place.state.committed == 2 for member in members)
     assert max(row[3] for row in stored(members, "ads").values()) == 2
+
+
+def test_rows_that_come_share_the_memory_of_all_tables() -> None:
+    """Rows of either table alone have room, and both together do not."""
+    names, most = ("ads", "users"), 1 << 10
+    specs = tuple(TableSpec(name, 2048, "sgd", num_buckets=2) for name in names)
+    ids = np.arange(most)
+    for table, room in (("ads", True), ("users", True), ("", False)):
+        held = HeldTables(Tables(specs, (), {}, memory_bytes=12 << 20))
+        held.begin((0, 1), ())
+        parts = [rows_of(spec, ids if table in ("", spec.name) else ids[:0], bucket) for bucket in (0, 1) for spec in specs]
+        if room:
+            held.load(parts)
+            assert held.stores[table].nbytes > 8 << 20
+        else:
+            with pytest.raises(UserError, match="table users needs .* embedding.memory_gb leaves it"):
+                held.load(parts)
+
+
+def rows_of(spec: TableSpec, ids: np.ndarray, bucket: int) -> Rows:
+    mine = ids[buckets_of(spec, ids) == bucket]
+    numbers = np.ones(mine.size, np.int32)
+    return Rows(mine, np.zeros((mine.size, spec.width), np.float32), np.zeros((mine.size, 0), np.float32), numbers, numbers,
+                mine[:0], numbers[:0], numbers[:0])
+
+
+def test_the_room_of_a_joiner_makes_no_round_smaller() -> None:
+    spec = TableSpec("ads", 2048, "sgd", num_buckets=16, vocabulary=4096)
+    held = HeldTables(Tables((spec,), (), {}, move_bytes=1 << 20))
+    held.take(range(16))
+    assert held.nbytes >= 32 << 20
+    context: Any = SimpleNamespace(gather=lambda phase, part: part.reshape(1, -1))
+    moves = [(bucket, 0, 1) for bucket in range(16)]
+    assert list(rounds(context, held, moves)) == [moves]
+    held.owned = tuple(range(16))
+    assert list(rounds(context, held, moves)) == [[move] for move in moves]

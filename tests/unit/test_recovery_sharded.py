@@ -8,6 +8,7 @@ from elastic.controller import membership as m
 from elastic.controller.policy import Bounds
 from elastic.messages import STOP, STOP_AND_SAVE, Generation
 from elastic.state.ownership import held
+from elastic.tables.buckets import bits_of
 from tests.support.machine import Machine, ballot, formed, only, running, stand
 
 TWINS, SINGLE = Bounds(1, 4, 8, holders=2), Bounds(1, 4, 8, holders=1)
@@ -111,6 +112,30 @@ def test_too_few_write_down_what_they_own_and_what_they_are_the_twin_of() -> Non
     stands(machine, "a", 7)
     actions = stands(machine, "c", 7)
     assert only(actions, m.Wait).needed == 3 and saves(actions) == [("a", 0, 3), ("c", 1, 3), ("c", 2, 3)]
+
+
+def rows(owned: list[int], twins: list[int]) -> dict[str, Any]:
+    """Of three buckets."""
+    return {"buckets": 3, "owned": bits_of(owned, 3), "twins": bits_of(twins, 3)}
+
+
+def test_with_rows_each_still_writes_the_blocks_that_it_has() -> None:
+    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, holders=2))
+    machine.feed(m.Lost("b", "killed"))
+    stands(machine, "a", 7, **rows([0], [2]))
+    assert saves(stands(machine, "c", 7, **rows([2], [1]))) == [("a", 0, 3), ("c", 1, 3), ("c", 2, 3)]
+    machine = running("a", "b", "c", bounds=Bounds(3, 3, 9, holders=2))
+    machine.feed(m.Lost("b", "killed"))
+    stands(machine, "a", 7, **rows([0], []))
+    assert saves(stands(machine, "c", 7, **rows([2], []))) == [], "bucket 1 is nowhere"
+
+
+def test_rows_make_nobody_torn() -> None:
+    """Of two that hold all blocks one did not see the vote."""
+    machine = running("a", "b", bounds=TWINS)
+    stands(machine, "a", 7, ballot=ballot(7), **rows([0], [1, 2]))
+    generation = formed(stands(machine, "b", 6, holds=7, **rows([1, 2], [0])))
+    assert generation.committed == 7 and generation.torn == ()
 
 
 def test_at_a_failed_end_each_owner_writes_its_part() -> None:
