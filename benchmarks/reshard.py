@@ -33,9 +33,10 @@ def recipe_of(log: Path, num_ids: int, most: int) -> str:
         "model": {"kind": "benchmarks.kit.rows:Sums", "width": WIDTH}, "backend": {"device": "cpu"},
         "data": {"format": "parquet", "path": str(log), "columns": ["y"], "batch_size": BATCH, "shuffle": False,
                  "eval_fraction": 0.0},
-        "tables": {"ids": {"columns": ["ids"], "width": WIDTH, "optimizer": "adagrad", "lr": 0.1}},
-        "embedding": {"twin": False}, "elastic": {"max_workers": most, "logical_shards": 12},
-        "optimizer": {"name": "sgd", "lr": 0.01}, "checkpoint": {"every_steps": 0, "best": ""}}))
+        "tables": {"ids": {"columns": ["ids"], "width": WIDTH, "optimizer": "adagrad", "pooling": "mean",
+                           "lr": 0.01}},
+        "embedding": {"twin": False}, "elastic": {"max_workers": most, "spares": 1, "logical_shards": 8},
+        "optimizer": {"name": "sgd", "lr": 0.001}, "checkpoint": {"every_steps": 0, "best": ""}}))
 
 
 def measure(name: str, num_ids: int) -> list[str]:
@@ -67,6 +68,8 @@ def resumed(folder: Path, workers: int) -> dict[str, Any]:
             if loaded and any(step["time"] > loaded[0]["time"] for step in run.steps):
                 break
             time.sleep(0.1)
+        else:
+            raise RuntimeError("the resumed run made no step: " + (folder / "log2").read_text(errors="replace")[-2000:])
         process.terminate()
         process.wait(60)
     saved = [e for e in run.events if e["event"] == "checkpoint_committed"][0]

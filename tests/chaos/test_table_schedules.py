@@ -54,7 +54,7 @@ def assert_seed(seed: int, folder: Path, log: Path, oracles: list[Result]) -> No
         raise AssertionError(f"{plan}: {error}") from error
 
 
-@pytest.mark.parametrize("first", sample(range(0, SEEDS, TOGETHER), 2))
+@pytest.mark.parametrize("first", sample(range(0, SEEDS, TOGETHER), 1))
 def test_every_row_counts_what_was_fed(first: int, log: Path, oracles: list[Result], tmp_path: Path) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         tasks = [pool.submit(assert_seed, seed, tmp_path, log, oracles) for seed in range(first, first + TOGETHER)]
