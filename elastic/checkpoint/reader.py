@@ -32,13 +32,8 @@ class Reader:
         size = self.manifest.chunk_bytes
         begins, ends = low * size, min(high * size, entry.bytes)
         where = f"{self.name}/{entry.name}"
-        try:
-            content = patiently(lambda: self.store.read_range(where, begins, ends))
-        except OSError as error:
-            raise BadCheckpoint(f"{where} cannot be read ({' '.join(str(error).split())[:200]}).") from error
+        content = read_range(self.store, where, begins, ends, entry.bytes)
         self.bytes += len(content)
-        if len(content) != ends - begins:
-            raise BadCheckpoint(f"{where} ends before its {entry.bytes} bytes.")
         view = memoryview(content)
         for number in range(low, high):
             at = (number - low) * size
@@ -55,6 +50,17 @@ class Reader:
         first = low // size
         content = memoryview(self.chunks(entry, first, -(-high // size)))
         return content[low - first * size:high - first * size]
+
+
+def read_range(store: Store, where: str, low: int, high: int, size: int) -> bytes:
+    """Bytes low..high-1 of a file of `size`. BadCheckpoint where it is shorter, or cannot be read in several tries."""
+    try:
+        content = patiently(lambda: store.read_range(where, low, high))
+    except OSError as error:
+        raise BadCheckpoint(f"{where} cannot be read ({' '.join(str(error).split())[:200]}).") from error
+    if len(content) != high - low:
+        raise BadCheckpoint(f"{where} ends before its {size} bytes.")
+    return content
 
 
 def read_arrays(reader: Reader, wanted: Iterable[str]) -> dict[str, np.ndarray]:

@@ -12,9 +12,10 @@ import xxhash
 
 from elastic.checkpoint.manifest import Manifest, TableEntry, folder_of
 from elastic.checkpoint.part import hash_of
+from elastic.checkpoint.reader import read_range
 from elastic.checkpoint.table_file import WHOLE, Bucket, decode, spec_of
 from elastic.errors import BadCheckpoint, RecipeError
-from elastic.storage.store import Store, patiently
+from elastic.storage.store import Store
 from elastic.tables.row_store import RowStore
 from elastic.tables.rows import Rows
 from elastic.tables.spec import TableSpec
@@ -124,13 +125,8 @@ class TableReader:
 
     def _bytes(self, step: int, entry: TableEntry, low: int, high: int) -> memoryview:
         where = f"{folder_of(step)}/{entry.name}" if step != self.manifest.step else f"{self.name}/{entry.name}"
-        try:
-            content = patiently(lambda: self.store.read_range(where, low, high))
-        except OSError as error:
-            raise BadCheckpoint(f"{where} cannot be read ({' '.join(str(error).split())[:200]}).") from error
+        content = read_range(self.store, where, low, high, entry.bytes)
         self.bytes += len(content)
-        if len(content) != high - low:
-            raise BadCheckpoint(f"{where} ends before its {entry.bytes} bytes.")
         return memoryview(content)
 
 

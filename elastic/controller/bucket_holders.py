@@ -32,9 +32,9 @@ def holders_now(reports: Mapping[str, Standing], num_buckets: int) -> Holders:
     """Of each bucket the first that says it owns it and the first other that has it; without an owner a twin is one.
     """
     found: list[list[str]] = [[] for _ in range(num_buckets)]
-    for having in ("owned", "twins"):
-        for worker, report in reports.items():
-            for bucket in from_bits(getattr(report, having)):
+    for bits in ({w: r.owned for w, r in reports.items()}, {w: r.twins for w, r in reports.items()}):
+        for worker, text in bits.items():
+            for bucket in from_bits(text):
                 if worker not in found[bucket]:
                     found[bucket].append(worker)
     return Holders(tuple(having[0] if having else "" for having in found),

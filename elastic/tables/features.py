@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+from elastic.model.backend import ROWS
 from elastic.tables.spec import RowUpdate, TableSpec
 
 BAGS = "bags"  # the key of a batch under which lies {feature: Bags}
@@ -44,6 +47,12 @@ class Tables:
     def num_buckets(self) -> int:
         return self.specs[0].num_buckets
 
+    @cached_property
     def by_table(self) -> dict[str, tuple[Feature, ...]]:
         """The features of each table, in order."""
         return {spec.name: tuple(one for one in self.features if one.table == spec.name) for spec in self.specs}
+
+
+def answered(batch: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with what its features have looked up in the place of its bags."""
+    return {**{name: column for name, column in batch.items() if name != BAGS}, ROWS: rows}

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from elastic.model.backend import ROWS
 from elastic.tables.bags import Summed
-from elastic.tables.features import BAGS, Tables
+from elastic.tables.features import BAGS, Tables, answered
 from elastic.tables.removed import Removed
 from elastic.tables.row_store import Prepared, RowStore, kernels
 from elastic.tables.rows import Rows
@@ -82,7 +81,7 @@ class HeldTables:
     def look_up(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch with what its features look up in the place of its bags. For a worker that holds every bucket."""
         rows = {one.name: self.stores[one.table].lookup(batch[BAGS][one.name]) for one in self.tables.features}
-        return {**{name: column for name, column in batch.items() if name != BAGS}, ROWS: rows}
+        return answered(batch, rows)
 
     def commit(self, step: int, updates: dict[str, RowUpdate]) -> None:
         """Carries out what was prepared. The rows are torn (-1) until all tables have."""

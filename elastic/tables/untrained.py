@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.model.backend import ROWS
-from elastic.tables.features import BAGS, Tables
+from elastic.tables.features import BAGS, Tables, answered
 from elastic.tables.row_store import kernels
 from elastic.tables.starts import key_of, starting_rows
 
@@ -23,4 +22,4 @@ def with_starting_rows(tables: Tables | None, batch: Any) -> Any:
         bags.check(spec)
         starts = starting_rows(key_of(spec.seed, spec.name), spec.init, bags.ids, spec.width)
         rows[feature.name] = pool(starts, np.arange(bags.ids.size), bags)
-    return {**{name: column for name, column in batch.items() if name != BAGS}, ROWS: rows}
+    return answered(batch, rows)

@@ -16,11 +16,11 @@ from elastic.checkpoint.state_hash import DIGEST, TableDigests, digests_of, gath
 from elastic.collective.reduction import Node, fold
 from elastic.errors import RunFailed, UserError
 from elastic.messages import Ballot
-from elastic.model.backend import ROWS, Batch
+from elastic.model.backend import Batch
 from elastic.model.user_code import users
 from elastic.tables.bags import Bags, Summed, not_finite
 from elastic.tables.buckets import buckets_of
-from elastic.tables.features import BAGS
+from elastic.tables.features import BAGS, answered
 from elastic.tables.held import HeldTables
 from elastic.tables.spec import TableSpec
 from elastic.tables.wire import exchange
@@ -37,7 +37,6 @@ class TableStep:
 
     def __init__(self, context: StepContext):
         self.context, self.tables = context, held_by(context)
-        self.bags: dict[int, Mapping[str, Bags]] = {}
         self.nodes: dict[str, list[tuple[Node, Summed]]] = {spec.name: [] for spec in self.tables.specs}
         context.fire("rows")
         batches = []
@@ -45,7 +44,7 @@ class TableStep:
             context.at("rows", shard)
             with users(context.training.is_own):
                 batches.append(context.training.load_batch(context.step, shard))
-        self.bags = {shard: batch[BAGS] for shard, batch in zip(context.run, batches)}
+        self.bags: dict[int, Mapping[str, Bags]] = {shard: batch[BAGS] for shard, batch in zip(context.run, batches)}
         self.batches = dict(zip(context.run, with_rows(context, batches)))
 
     def take(self, shard: int) -> Batch:
@@ -60,7 +59,7 @@ class TableStep:
                             "looked up; write another.")
         for spec in self.tables.specs:
             leaf = Summed.none(spec.width)
-            for feature in self.tables.tables.by_table()[spec.name]:
+            for feature in self.tables.tables.by_table[spec.name]:
                 leaf = kernels.merge(leaf, kernels.deduplicate(spec, bags[feature.name], slopes[feature.name]))
             nodes = self.nodes[spec.name]
             nodes.append(((shard, shard + 1), leaf))
@@ -100,17 +99,17 @@ def with_rows(context: StepContext, batches: Sequence[Batch]) -> Sequence[Batch]
     with context.waiting("rows", group):
         answers = exchange(group, [[tables.stores[spec.name].read(ids) for spec, ids in zip(tables.specs, part)]
                                    for part in asked])
-    found = [{key: value for key, value in batch.items() if key != BAGS} | {ROWS: {}} for batch in batches]
+    found: list[dict[str, np.ndarray]] = [{} for _ in batches]
     for number, one in enumerate(wanted):
         rows = np.concatenate([answer[number] for answer in answers])
         for (place, feature), index in one.index.items():
-            found[place][ROWS][feature] = tables.kernels.pool(rows, index, all_bags[place][feature])
-    return found
+            found[place][feature] = tables.kernels.pool(rows, index, all_bags[place][feature])
+    return [answered(batch, one) for batch, one in zip(batches, found)]
 
 
 def wanted_of(context: StepContext, spec: TableSpec, all_bags: Sequence[Mapping[str, Bags]]) -> Wanted:
     tables = held_by(context)
-    features = [feature.name for feature in tables.tables.by_table()[spec.name]]
+    features = [feature.name for feature in tables.tables.by_table[spec.name]]
     keys = [(place, name) for place in range(len(all_bags)) for name in features]
     parts = [all_bags[place][name] for place, name in keys]
     for bags in parts:

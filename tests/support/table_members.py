@@ -9,7 +9,7 @@ import numpy as np
 
 from elastic.chaos import Injector
 from elastic.messages import Buckets, Generation, Save
-from elastic.model.backend import ShardResult, Spec
+from elastic.model.backend import ShardResult
 from elastic.state.state import State
 from elastic.tables.bags import Bags
 from elastic.tables.buckets import Holders, holders
@@ -20,6 +20,7 @@ from elastic.worker.bucket_moves import owned_by
 from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
 from elastic.worker.training import Placement, Plan, Training
+from tests.support import numbers
 from tests.support.rules import OPTIMIZER
 
 SHARDS, STEPS, BUCKETS = 4, 6, 16
@@ -61,23 +62,12 @@ class Log:
         """Nor is there anything to end."""
 
 
-class Backend:
+class Backend(numbers.Backend):
     """loss = minus the sum of all that was looked up; or, `bent`, slopes that depend on it, so that every bit of what
     came before counts."""
 
     name = "counting"
-    parameters = {"w": Spec((1,), init="zeros")}
-    buffers: dict[str, Spec] = {}
     bent = False
-
-    def allocate(self, size: int) -> np.ndarray:
-        return np.zeros(size, np.float32)
-
-    def initial(self) -> dict[str, Any]:
-        return {}
-
-    def bind(self, params: Any, buffers: Any) -> None:
-        self.params = params
 
     def gradients(self, batch: Any, seed: int, into: Any) -> ShardResult:
         rows: Mapping[str, np.ndarray] = batch["rows"]
@@ -91,15 +81,6 @@ class Backend:
 
     def metrics(self, batch: Any) -> dict[str, tuple[float, float]]:
         return {"loss": (sum(float(v.astype(np.float64).sum()) for v in batch["rows"].values()), 1.0)}
-
-    def tally(self) -> None:
-        return None
-
-    def update(self, rule: Any, param: Any, grad: Any, slots: Any, block: int) -> None:
-        param -= rule.lr * rule.scale * grad
-
-    def squared_norms(self, grad: Any, block: int) -> np.ndarray:
-        return np.array([float(np.square(grad.astype(np.float64)).sum())])
 
 
 class Member(module.Member):

@@ -14,49 +14,16 @@ from elastic.collective.local import Hub
 from elastic.collective.solo import SoloGroup
 from elastic.errors import GroupBroken, NonFiniteLoss
 from elastic.messages import STOP, STOP_AND_SAVE, Ballot, Generation, Line, Save
-from elastic.model.backend import ShardResult, Spec
 from elastic.state.state import State
 from elastic.worker import training as module
 from elastic.worker.gradients import shard_seed
 from elastic.worker.loop import apply_update, begin, train
 from elastic.worker.loop_control import Control
 from elastic.worker.training import Placement, Plan, Training
+from tests.support.numbers import Backend
 from tests.support.rules import OPTIMIZER
 
 SHARDS, STEPS = 4, 6
-
-
-class Backend:
-    """loss = value * w, its gradient is the batch's value; a plain step of SGD."""
-
-    name = "numbers"
-    parameters = {"w": Spec((1,), init="zeros")}
-    buffers: dict[str, Spec] = {}
-
-    def allocate(self, size: int) -> np.ndarray:
-        return np.zeros(size, np.float32)
-
-    def initial(self) -> dict[str, Any]:
-        return {}
-
-    def bind(self, params: Any, buffers: Any) -> None:
-        self.params = params
-
-    def gradients(self, batch: Any, seed: int, into: Any) -> ShardResult:
-        into["w"][0] += batch["value"]
-        return ShardResult(batch["value"], 2.0, {})
-
-    def metrics(self, batch: Any) -> dict[str, tuple[float, float]]:
-        return {"loss": (batch["value"], 1.0)}
-
-    def tally(self) -> None:
-        return None
-
-    def update(self, rule: Any, param: Any, grad: Any, slots: Any, block: int) -> None:
-        param -= rule.lr * rule.scale * grad
-
-    def squared_norms(self, grad: Any, block: int) -> np.ndarray:
-        return np.array([float(np.square(grad.astype(np.float64)).sum())])
 
 
 class Loader:
