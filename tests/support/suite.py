@@ -69,7 +69,9 @@ PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
     "ray": (Job("ray", ("tests/cluster",), options=tuple(f"--ignore={file}" for file in (*OWN_RAY, *NODES))),
             Job("own-ray", OWN_RAY),
             Job("nodes", NODES)),
-    "sampled": tuple(Job(f"{name}-sampled", SAMPLED, name) for name in ("torch", "tensorflow", "mxnet"))}
+    # whole, some of these take many minutes in one test
+    "sampled": tuple(Job(f"{name}-sampled", SAMPLED, name, ("--timeout=1800",))
+                     for name in ("torch", "tensorflow", "mxnet"))}
 DEFAULT = ("threads", "ray")
 
 
@@ -157,6 +159,9 @@ def run_phase(jobs: Sequence[Job], at_once: int, folder: Path) -> Iterator[Runni
 def tell_end(one: Running) -> None:
     """A line, and all that it printed where it failed."""
     counts = Counter(line["outcome"] for line in one.lines() if "test" in line)
+    lacking = next((line["total"] for line in one.lines() if "total" in line), 0) - counts.total()
+    if lacking:
+        counts["NEVER RUN"] = lacking
     print(f"{one.job.name}: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))} in "
           f"{time.monotonic() - one.began:.0f} s, {one.worked:.0f} of a processor, {one.bytes / (1 << 30):.1f} GB",
           flush=True)
