@@ -7,7 +7,7 @@ data is there. A member that was killed or gave up before it entered breaks the 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -70,7 +70,7 @@ class World:
         # who sees the next call's data; what then
         self.doomed: dict[int, tuple[frozenset[int], Callable[[], None]]] = {}
         self.stopped: set[int] = set()
-        self.entered: dict[tuple[Any, int], int] = {}  # (ranks, rank) -> calls entered
+        self.entered: dict[tuple[Any, int], int] = {}  # (group, rank) -> calls entered
         self.calls: dict[tuple[Any, int], dict[int, tuple[Any, frozenset[int] | None]]] = {}
         self.reads: dict[tuple[Any, int], int] = {}
         self.mail: dict[tuple[Any, int, int], deque[Any]] = {}
@@ -86,9 +86,12 @@ class LocalGroup(Member):
 
     sums_in_order = True  # `all_reduce` adds in rank order
 
-    def __init__(self, world: World, ranks: tuple[int, ...], rank: int, aborted: threading.Event | None = None):
+    def __init__(self, world: World, ranks: tuple[int, ...], rank: int, aborted: threading.Event | None = None,
+                 line: Any = ()):
         super().__init__(rank, len(ranks), aborted)
         self._world, self._ranks, self._me = world, ranks, ranks[rank]
+        self._line = (*line, ranks)  # a group's calls are numbered apart
+        self._formed: Counter[tuple[int, ...]] = Counter()
 
     def _leave(self) -> None:
         self._world.change(lambda world: world.gone.add(self._me))
@@ -128,9 +131,9 @@ class LocalGroup(Member):
         world = self._world
         with world.condition:
             visible, then = self._enter()
-            number = world.entered.get((self._ranks, self._me), 0)
-            world.entered[self._ranks, self._me] = number + 1
-            key = (self._ranks, number)
+            number = world.entered.get((self._line, self._me), 0)
+            world.entered[self._line, self._me] = number + 1
+            key = (self._line, number)
             call = world.calls.setdefault(key, {})
             call[self._me] = (payload, visible)
             world.condition.notify_all()
@@ -176,7 +179,7 @@ class LocalGroup(Member):
         with world.condition:
             visible, then = self._enter()
             if visible is None or self._ranks[to] in visible:
-                world.mail.setdefault((self._ranks, self.rank, to), deque()).append(copied(buffer))
+                world.mail.setdefault((self._line, self.rank, to), deque()).append(copied(buffer))
             world.condition.notify_all()
             if visible is not None:
                 self._end(then)
@@ -187,14 +190,15 @@ class LocalGroup(Member):
             visible, then = self._enter()
             if visible is not None:
                 self._end(then)
-            box = world.mail.setdefault((self._ranks, source, self.rank), deque())
+            box = world.mail.setdefault((self._line, source, self.rank), deque())
             self._wait(lambda: bool(box), lambda: [self._ranks[source]])
             buffer[:] = box.popleft()
 
     def subgroup(self, ranks: Sequence[int]) -> LocalGroup:
         self._check()
+        self._formed[tuple(ranks)] += 1
         return LocalGroup(self._world, tuple(self._ranks[r] for r in ranks), list(ranks).index(self.rank),
-                          self._aborted)
+                          self._aborted, (*self._line, self._formed[tuple(ranks)]))
 
     def cut_short(self, delivered_to: Collection[int], then: Callable[[], None]) -> None:
         self._world.change(lambda world: world.doomed.update({self._me: (frozenset(self._ranks[r] for r in delivered_to), then)}))

@@ -26,10 +26,10 @@ def digest(step: int, shard: int, epochs: np.ndarray, samples: np.ndarray) -> fl
 
 
 class Ledger:
-    """One worker's side: what it fed in the step at hand, and every step's rows as its sampler names them."""
+    """One worker's side: what it has fed, up to the steps whose batches it has loaded ahead, and every step's rows as its sampler names them."""
 
     def __init__(self, sampler: Sampler):
-        self.sampler, self.fed = sampler, dict[int, tuple[int, float]]()
+        self.sampler, self.fed = sampler, dict[Key, float]()
         self.named = lru_cache(2)(self._named)
 
     def _named(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -41,9 +41,11 @@ class Ledger:
     def digests(self, step: int) -> np.ndarray:
         """(logical_shards,) of what this worker fed in `step`; 0 for the shards of others."""
         out = np.zeros(self.sampler.logical_shards)
-        for shard, (when, found) in self.fed.items():
+        for when, shard in list(self.fed):
             if when == step:
-                out[shard] = found
+                out[shard] = self.fed[when, shard]
+            elif when < step:
+                del self.fed[when, shard]
         return out
 
     def check(self, step: int, found: np.ndarray) -> None:
@@ -74,7 +76,7 @@ class NotedLoader(Prefetcher):
 
     def __call__(self, step: int, shard: int) -> Batch:
         batch, found = super().__call__(step, shard)
-        self._ledger.fed[shard] = step, found
+        self._ledger.fed[step, shard] = found
         return batch
 
     def expect(self, keys: Iterable[Key]) -> None:

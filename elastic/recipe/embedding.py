@@ -44,7 +44,7 @@ class Embedding(Section):
 
     placement: Literal["workers"] = Field("workers", description='"workers": parameter servers are not built yet')
     twin: bool = Field(True, description="true or false: whether a second worker keeps every row too")
-    look_ahead: int = Field(0, ge=0, le=0, description="0: looking ahead is not built yet")
+    look_ahead: Literal[0, 2] = Field(2, description="0 or 2: how many steps before its own a lookup is asked for")
     buckets: Annotated[int, AfterValidator(power_of_two)] = Field(
         1024, ge=1, le=1 << 20, description="a power of two up to 1048576, as 1024: the parts of each table that move "
                                             "between workers")

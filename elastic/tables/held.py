@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from elastic.tables.bags import Summed
 from elastic.tables.features import BAGS, Tables, answered
 from elastic.tables.removed import Removed
@@ -27,6 +29,7 @@ class HeldTables:
         self.committed = -1
         self.removed = Removed()
         self.prepared: dict[str, Prepared] = {}  # between a step's push and its commit
+        self.changed: tuple[np.ndarray, ...] = ()  # by the commit of what was prepared last: the ids, table by table
 
     @property
     def specs(self) -> tuple[TableSpec, ...]:
@@ -70,6 +73,7 @@ class HeldTables:
     def prepare(self, step: int, sums: Mapping[str, Summed]) -> None:
         """Finds room for what the commit of `step` will do, table by table."""
         self.prepared = {store.spec.name: store.prepare(step, sums[store.spec.name]) for store in self.limited()}
+        self.changed = tuple(changes(sums[name].ids, one) for name, one in self.prepared.items())
 
     def trim(self) -> None:
         """Lets go of every bucket that is neither owned nor a twin's, as what was left of a move that was cut off."""
@@ -96,3 +100,9 @@ class HeldTables:
         self.prepared = {}
         for store in self.stores.values():
             store.forget()
+
+
+def changes(ids: np.ndarray, prepared: Prepared) -> np.ndarray:
+    """Of which ids a lookup gives something else after the commit; ascending."""
+    trained = ids[prepared.is_trained]
+    return np.union1d(trained, prepared.evicted) if prepared.evicted.size else trained

@@ -30,7 +30,8 @@ def tables_of(recipe: Recipe, info: Mapping[str, Any]) -> Tables | None:
                      for look in sorted(found.looks, key=lambda look: look.name))
     kernels = "reference" if recipe.backend.name == "reference" else "numba"
     return Tables(specs, features, {name: update_of(recipe, section) for name, section in sections.items()},
-                  recipe.embedding.twin, int(recipe.embedding.memory_gb * 1e9), kernels, int(recipe.embedding.move_mb * 1e6))
+                  recipe.embedding.twin, int(recipe.embedding.memory_gb * 1e9), kernels, int(recipe.embedding.move_mb * 1e6),
+                  recipe.embedding.look_ahead)
 
 
 def spec_of(recipe: Recipe, place: Place, section: TableSection) -> TableSpec:

@@ -30,6 +30,7 @@ class StepContext:
         self.place, self.backend, self.state = member.place, member.place.backend, member.place.state
         self.tables, self.step = member.tables, generation.committed
         buckets = generation.buckets
+        self.look_ahead: Any = None  # `elastic.worker.look_ahead.LookAhead`, where the recipe has it
         # by bucket, the rank of the member
         self.owners, self.twins = (np.array(ranks, np.int64) for ranks in (
             (buckets.owners, buckets.twins) if buckets else ((), ())))
@@ -37,6 +38,10 @@ class StepContext:
         self.groups = MeshGroups(group, generation.shape, portion, self.control.collective)
         if portion is not None:
             self.backend.connect(self.groups.dims(portion.layout.dims))
+
+    def holders_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """By bucket, the ranks of the owner and the twin in a step."""
+        return self.owners, self.twins
 
     @cached_property
     def run(self) -> range:

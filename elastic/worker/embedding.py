@@ -7,24 +7,24 @@ tree's order. Nothing of a table changes before the commit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from elastic.checkpoint.state_hash import DIGEST, TableDigests, digests_of, gathered
+from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import Node, fold
 from elastic.errors import RunFailed, UserError
 from elastic.messages import Ballot
 from elastic.model.backend import Batch
-from elastic.model.user_code import users
 from elastic.tables.bags import Bags, Summed, not_finite
 from elastic.tables.buckets import buckets_of
-from elastic.tables.features import BAGS, answered
-from elastic.tables.held import HeldTables
 from elastic.tables.spec import TableSpec
 from elastic.tables.wire import exchange
 from elastic.worker.context import StepContext
+from elastic.worker.lookups import Lookups, held_by, loaded, with_rows
 from elastic.worker.lr_schedule import learning_rate
 from elastic.worker.training import Member
 
@@ -39,13 +39,13 @@ class TableStep:
         self.context, self.tables = context, held_by(context)
         self.nodes: dict[str, list[tuple[Node, Summed]]] = {spec.name: [] for spec in self.tables.specs}
         context.fire("rows")
-        batches = []
-        for shard in context.run:
-            context.at("rows", shard)
-            with users(context.training.is_own):
-                batches.append(context.training.load_batch(context.step, shard))
-        self.bags: dict[int, Mapping[str, Bags]] = {shard: batch[BAGS] for shard, batch in zip(context.run, batches)}
-        self.batches = dict(zip(context.run, with_rows(context, batches)))
+        if context.look_ahead:
+            found, batches = context.look_ahead.take()
+        else:
+            found = Lookups(loaded(context, context.step))
+            batches = with_rows(context, found.batches)
+        self.bags: dict[int, Mapping[str, Bags]] = dict(zip(context.run, found.bags))
+        self.batches = dict(zip(context.run, batches))
 
     def take(self, shard: int) -> Batch:
         """A shard's batch, once."""
@@ -66,74 +66,28 @@ class TableStep:
             nodes[:] = fold(nodes, self.context.plan.num_shards, kernels.merge)
 
 
-def held_by(context: StepContext) -> HeldTables:
-    assert context.tables is not None
-    return context.tables
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The distinct ids of one table that some batches look up, sorted by the rank of their owners, and for each batch
-    and feature where its ids stand among them."""
-
-    ids: np.ndarray
-    counts: np.ndarray  # by rank
-    index: Mapping[tuple[int, str], np.ndarray]
-
-    def parts(self) -> list[np.ndarray]:
-        """What each rank is asked for."""
-        return np.split(self.ids, np.cumsum(self.counts)[:-1])
-
-
-def with_rows(context: StepContext, batches: Sequence[Batch]) -> Sequence[Batch]:
-    """Batches with what they look up in place of their bags. All members call it together, with any number of batches.
-    """
-    tables, group = held_by(context), context.groups.data
-    if group.size == 1:
-        with context.waiting("rows", group):
-            return [tables.look_up(batch) for batch in batches]
-    all_bags = [batch[BAGS] for batch in batches]
-    wanted = [wanted_of(context, spec, all_bags) for spec in tables.specs]
-    with context.waiting("rows", group) as cut:
-        asked = exchange(cut, list(zip(*(one.parts() for one in wanted))))
-    with context.waiting("rows", group):
-        answers = exchange(group, [[tables.stores[spec.name].read(ids) for spec, ids in zip(tables.specs, part)]
-                                   for part in asked])
-    found: list[dict[str, np.ndarray]] = [{} for _ in batches]
-    for number, one in enumerate(wanted):
-        rows = np.concatenate([answer[number] for answer in answers])
-        for (place, feature), index in one.index.items():
-            found[place][feature] = tables.kernels.pool(rows, index, all_bags[place][feature])
-    return [answered(batch, one) for batch, one in zip(batches, found)]
-
-
-def wanted_of(context: StepContext, spec: TableSpec, all_bags: Sequence[Mapping[str, Bags]]) -> Wanted:
-    tables = held_by(context)
-    features = [feature.name for feature in tables.tables.by_table[spec.name]]
-    keys = [(place, name) for place in range(len(all_bags)) for name in features]
-    parts = [all_bags[place][name] for place, name in keys]
-    for bags in parts:
-        bags.check(spec)
-    ids, stands = tables.kernels.distinct(np.concatenate([np.empty(0, np.int64), *(bags.ids for bags in parts)]))
-    owners = context.owners[buckets_of(spec, ids)]
-    order = np.argsort(owners, kind="stable")
-    places = np.empty_like(order)
-    places[order] = np.arange(order.size)
-    index = np.split(places[stands], np.cumsum([bags.ids.size for bags in parts])[:-1]) if parts else []
-    return Wanted(ids[order], np.bincount(owners, minlength=context.groups.data.size), dict(zip(keys, index)))
-
-
-def push(context: StepContext, step: TableStep) -> None:
-    """The sums of all members at those who hold the rows, ready for the commit."""
-    tables, size = held_by(context), context.groups.data.size
+def push(context: StepContext, step: TableStep) -> Callable[[], None]:
+    """The sums of all members go to those who hold the rows; what it gives waits until they are there, ready for the
+    commit."""
     context.fire("push")
-    parts: list[list[np.ndarray]] = [[] for _ in range(size)]
+    if context.look_ahead:
+        return context.look_ahead.beside("push", partial(exchange_sums, context, step))
+
+    def finish() -> None:
+        with context.waiting("push", context.groups.data) as group:
+            exchange_sums(context, step, group)
+
+    return finish
+
+
+def exchange_sums(context: StepContext, step: TableStep, group: CollectiveGroup) -> None:
+    tables = held_by(context)
+    parts: list[list[np.ndarray]] = [[] for _ in range(group.size)]
     for spec in tables.specs:
         for part, nodes in zip(parts, by_holder(context, spec, step.nodes.pop(spec.name))):
             part += [np.array([node for node, _ in nodes], np.int64).reshape(-1, 2)]
             part += [array for _, one in nodes for array in (one.ids, one.sums, one.counts)]
-    with context.waiting("push", context.groups.data) as group:
-        received = [iter(part) for part in exchange(group, parts)]
+    received = [iter(part) for part in exchange(group, parts)]
     sums = {}
     for spec in tables.specs:
         nodes = [node for part in received for node in nodes_of(next(part), part)]

@@ -14,8 +14,8 @@ from elastic.model.backend import Backend, Batch
 from elastic.model.tally import Tally
 from elastic.model.user_code import users
 from elastic.worker.context import StepContext
-from elastic.worker.embedding import with_rows
 from elastic.worker.gradients import part_of
+from elastic.worker.lookups import with_rows
 
 
 def evaluate(context: StepContext) -> dict[str, float]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from elastic.chaos import Injector
@@ -23,6 +25,7 @@ from elastic.worker.embedding import commit_rows, push
 from elastic.worker.evaluation import evaluate
 from elastic.worker.gradients import Shards, add_up_shards, sum_shared
 from elastic.worker.heal import heal
+from elastic.worker.look_ahead import LookAhead
 from elastic.worker.lr_schedule import learning_rate
 from elastic.worker.sharded_step import reduce_own, share
 from elastic.worker.training import Member
@@ -32,6 +35,11 @@ from elastic.worker.vote import vote
 def train(context: StepContext) -> str:
     """Trains until the run is "done" or a vote says that the group has "stopped". Raises `GroupBroken` if a peer is
     gone."""
+    with context.look_ahead or nullcontext():
+        return take_steps(context)
+
+
+def take_steps(context: StepContext) -> str:
     member, plan, state, held = context.member, context.plan, context.state, context.held
     # the loader outlives this generation's context
     steps, run = range(state.committed + 1, plan.num_steps + 1), context.run
@@ -41,13 +49,13 @@ def train(context: StepContext) -> str:
         started, context.step = time.perf_counter(), state.committed + 1
         with context.untouched(whole=plan.is_saved(context.step)):
             shards = add_up_shards(context)
+        pushed = push(context, shards.tables) if shards.tables else nothing
         gradient = reduce_sums(context, shards)
-        if shards.tables:
-            push(context, shards.tables)
+        pushed()
         held.gradient, held.step = gradient, context.step
         held.ballot = ballot = vote(context, shards)
         context.fire("update")
-        apply_update(member, ballot)
+        apply_update(member, ballot, context.look_ahead.committed if context.look_ahead else nothing)
         try:
             share(context)
         finally:  # the step counts, whoever falls from here on
@@ -80,6 +88,8 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
     heal(context)
     if context.tables and not generation.load:
         take_buckets(context)
+    if context.tables and context.tables.tables.look_ahead and group.size > 1:
+        context.look_ahead = LookAhead(context)
     return context
 
 
@@ -99,7 +109,11 @@ def reduce_sums(context: StepContext, shards: Shards) -> Buffer:
     return gradient
 
 
-def apply_update(member: Member, ballot: Ballot) -> None:
+def nothing() -> None:
+    """There are no tables, or nothing to be done about them."""
+
+
+def apply_update(member: Member, ballot: Ballot, rows_committed: Callable[[], None] = nothing) -> None:
     """Applies the reduced gradients that this member holds. The state is torn (-1) until all of it is done."""
     plan, state, gradient = member.training.plan, member.place.state, member.held.gradient
     options, layout = plan.optimizer, state.layout
@@ -111,6 +125,8 @@ def apply_update(member: Member, ballot: Ballot) -> None:
         scale *= min(1.0, options["clip_norm"] / max(norm, 1e-30))
     lr = learning_rate(ballot.step, plan.num_steps, options)
     state.committed = -1
+    commit_rows(member, ballot, scale)
+    rows_committed()
     decays = options["weight_decay"] if isinstance(options["weight_decay"], dict) else {"*": options["weight_decay"]}
     for pattern, begins, ends in layout.decays:
         decay = decays.get(pattern, 0.0)
@@ -122,7 +138,6 @@ def apply_update(member: Member, ballot: Ballot) -> None:
             member.place.backend.update(rule, state.param[low:high], gradient[at:at + high - low], slots, BLOCK)
     state.apply_statistics(gradient, weight)
     state.average(options["ema"], ballot.step)
-    commit_rows(member, ballot, scale)
     state.committed, state.torn = ballot.step, not state.holding.has_all
 
 
@@ -149,6 +164,7 @@ def do_what_is_due(context: StepContext, evaluated: int = 0, checkpointed: int =
     last = step == plan.num_steps
     if context.training.eval_batches and step > evaluated and (last
                                                                or (plan.eval_every and step % plan.eval_every == 0)):
+        rows_idle(context)
         with context.state.averaged(context.groups.data), context.untouched(whole=True):
             member.evaluation = evaluate(context)
         member.write_down(context.generation, rank, {"step": step, "eval": member.evaluation})
@@ -160,8 +176,15 @@ def do_what_is_due(context: StepContext, evaluated: int = 0, checkpointed: int =
         context.fire("checkpoint")
 
 
+def rows_idle(context: StepContext) -> None:
+    """Returns when the rows of tables are this thread's alone."""
+    if context.look_ahead:
+        context.look_ahead.idle()
+
+
 def checkpoint(context: StepContext, wait: bool) -> None:
     """Every member writes its own share."""
     context.at("checkpoint")
+    rows_idle(context)
     context.member.save(Save(context.generation.number, context.step, context.group.rank, context.group.size, wait,
                              context.injector.disk(context.step)))

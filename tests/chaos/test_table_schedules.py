@@ -40,7 +40,7 @@ def oracles(log: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Result]
 
 def recipe_of(log: Path, seed: int, elastic: dict[str, Any]) -> Recipe:
     return counting_recipe(log, LIMITS[seed % 2], run={"steps": STEPS}, elastic=elastic,
-                           embedding={"twin": seed % 4 < 3})
+                           embedding={"twin": seed % 4 < 3, "look_ahead": 2 * (seed % 3 > 0)})
 
 
 def assert_seed(seed: int, folder: Path, log: Path, oracles: list[Result]) -> None:

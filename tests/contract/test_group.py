@@ -114,6 +114,10 @@ def test_many_calls_in_a_row(world: Any, size: int) -> None:
     assert len(set(run_all(world, size, "many_calls", 50))) == 1
 
 
+def test_a_subgroup_of_all_has_calls_of_its_own_beside_the_group_s(world: Any) -> None:
+    assert run_all(world, 3, "beside", 200) == [[sum(range(600)), sum(range(1, 601))]] * 3
+
+
 def tree(leaves: list[np.ndarray]) -> np.ndarray:
     if len(leaves) == 1:
         return leaves[0]
@@ -209,7 +213,7 @@ def test_a_started_call_is_one_wait(world: Any) -> None:
     assert run_all(world, 2, "one_wait") == [[0, 1, [2.0, 2.0, 2.0]]] * 2
 
 
-@pytest.mark.parametrize("call", ["all_reduce", "all_gather", "barrier", "receive", "started"])
+@pytest.mark.parametrize("call", ["all_reduce", "all_gather", "all_gather beside", "barrier", "receive", "started"])
 def test_abort_wakes_a_waiter(world: Any, call: str) -> None:
     name = start_all(world, 2, "enter", call, 1)
     wait_formed(world, name, 2)

@@ -56,12 +56,11 @@ def assert_same(result: Result, oracle: Result, lost: int = 0) -> None:
                                                                        ("step", "loss", "eval")]
 
 
-@pytest.mark.parametrize("workers", [2, 5])
-@pytest.mark.parametrize("twin", [True, False])
-def test_any_number_of_owners(workers: int, twin: bool, backend: str, log: Path, undisturbed: Result,
+@pytest.mark.parametrize("workers, twin, look_ahead", [(2, True, 2), (2, False, 0), (5, True, 0), (5, False, 2)])
+def test_any_number_of_owners(workers: int, twin: bool, look_ahead: int, backend: str, log: Path, undisturbed: Result,
                               tmp_path: Path) -> None:
     result = fit(tmp_path, clicks_recipe(log, backend, elastic={"max_workers": workers, "min_workers": workers},
-                                         embedding={"twin": twin}))
+                                         embedding={"twin": twin, "look_ahead": look_ahead}))
     assert_same(result, undisturbed)
     assert result.summary["world_sizes"] == [workers]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -92,6 +93,25 @@ def many_calls(group: Any, keep: dict[str, Any], rounds: int) -> float:
     return total
 
 
+def beside(group: Any, keep: dict[str, Any], rounds: int) -> list[float]:
+    """Calls of a subgroup of all members on a thread of their own, while the group has others."""
+    line, size = group.subgroup(range(group.size)), group.size
+    sums = np.zeros(2)
+
+    def gather(group: Any, at: int) -> None:
+        for turn in range(rounds):
+            found = np.zeros(size)
+            group.all_gather(found, np.full(1, float(turn * size + group.rank + at)))
+            assert found.tolist() == [float(turn * size + rank + at) for rank in range(size)]
+            sums[at] += found.sum()
+
+    thread = threading.Thread(target=gather, args=(line, 1))
+    thread.start()
+    gather(group, 0)
+    thread.join()
+    return sums.tolist()
+
+
 def exact_sum(group: Any, keep: dict[str, Any], num_shards: int, numel: int, block: int, chunk: int,
               steps: int) -> list[bytes]:
     """The canonical reduction as the loop does it, in buffers of the group's own where it has some."""
@@ -149,12 +169,13 @@ def enter(group: Any, keep: dict[str, Any], call: str, silent: int = -1) -> str:
     """One call in which rank `silent` does not take part; then the same again, which must fail at once."""
     if call == "receive again":  # they have met before
         group.send(np.ones(12, np.float32), 0) if group.rank == silent else group.receive(np.ones(12, np.float32), silent)
+    line = group.subgroup(range(group.size)) if call == "all_gather beside" else group
     if group.rank == silent:
-        keep["idle"] = group
+        keep["idle"] = group, line
         return "silent"
     for _ in range(2):
         try:
-            one(group, call)
+            one(line, call)
         except GroupBroken as error:
             message = str(error)
         else:

@@ -29,11 +29,13 @@ FEATURES = (Feature("ad", "ads"), Feature("seen", "ads", "mean"), Feature("user"
 
 
 def tables_of(optimizer: str = "sgd", init: str = "zeros", update: RowUpdate = COUNTING, twin: bool = True,
-              kernels: str = "reference", features: Sequence[Feature] = FEATURES, **changes: Any) -> Tables:
+              kernels: str = "reference", features: Sequence[Feature] = FEATURES, look_ahead: int = 2,
+              **changes: Any) -> Tables:
     names = {"ads": 4, "users": 2}
     specs = tuple(TableSpec(**{"name": name, "width": width, "optimizer": optimizer, "init": init, "seed": 3,
                                "num_buckets": BUCKETS, **changes}) for name, width in names.items())
-    return Tables(specs, tuple(features), dict.fromkeys(names, update), twin, kernels=kernels)
+    return Tables(specs, tuple(features), dict.fromkeys(names, update), twin, kernels=kernels,
+                  look_ahead=look_ahead)
 
 
 def draws(step: int, shard: int, feature: Feature, rows: int = 5, vocabulary: int = 60) -> Bags:

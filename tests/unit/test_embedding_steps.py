@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from elastic.checkpoint.state_hash import digests_of
-from elastic.errors import NonFiniteLoss, UserError
+from elastic.errors import GroupBroken, NonFiniteLoss, UserError
 from elastic.messages import Generation
 from elastic.tables.buckets import buckets_of
 from elastic.tables.features import Tables
@@ -19,10 +20,23 @@ from elastic.tables.held import HeldTables
 from elastic.tables.rows import Rows
 from elastic.tables.spec import RowUpdate, TableSpec
 from elastic.worker.bucket_moves import rounds
-from tests.support.table_members import FEATURES, SHARDS, STEPS, Member, draws, first_buckets, stored, tables_of
+from tests.support.table_members import FEATURES, SHARDS, STEPS, Log, Member, draws, first_buckets, stored, tables_of
 from tests.support.threads import together
 
 SIZES = (1, 2, 3, 5)
+
+
+class Lacking(Log):
+    """One that cannot give one batch."""
+
+    def __init__(self, features: Any, lacking: tuple[int, int]):
+        super().__init__(features)
+        self.lacking = lacking
+
+    def __call__(self, step: int, shard: int) -> dict[str, Any]:
+        if (step, shard) == self.lacking:
+            raise UserError("no batch")
+        return super().__call__(step, shard)
 
 
 def train_all(size: int, tables: Tables, **options: Any) -> list[Member]:
@@ -49,8 +63,9 @@ def appearances(table: str) -> Counter[int]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("twin", [True, False])
-def test_every_row_counts_its_appearances(size: int, twin: bool) -> None:
-    members = train_all(size, tables_of(twin=twin))
+@pytest.mark.parametrize("look_ahead", [0, 2])
+def test_every_row_counts_its_appearances(size: int, twin: bool, look_ahead: int) -> None:
+    members = train_all(size, tables_of(twin=twin, look_ahead=look_ahead))
     users = stored(members, "users")
     assert {id: np.frombuffer(row[0], np.float32).tolist() for id, row in users.items()} == {
         id: [float(count)] * 2 for id, count in appearances("users").items()}
@@ -66,8 +81,8 @@ def test_the_same_bits_whoever_owns_the_rows(options: dict[str, Any]) -> None:
     one = train_all(1, tables, bent=True, optimizer=clipped, eval_every=2)
     wanted, lines = {table: stored(one, table) for table in ("ads", "users")}, losses(one)
     assert all(wanted.values()) and len(lines) == STEPS + 3
-    for size in SIZES[1:]:
-        members = train_all(size, tables, bent=True, optimizer=clipped, eval_every=2)
+    for size, look_ahead in product(SIZES[1:], (0, 2)):
+        members = train_all(size, replace(tables, look_ahead=look_ahead), bent=True, optimizer=clipped, eval_every=2)
         assert {table: stored(members, table) for table in wanted} == wanted
         assert losses(members) == lines
 
@@ -128,6 +143,23 @@ def test_a_slope_that_is_no_number_ends_the_step_for_all(size: int) -> None:
     assert len(sentences) == 1 and f"table ads: the gradient of id {lowest} is not finite at step 3" in sentences.pop()
     assert all(member.place.state.committed == 2 for member in members)
     assert max(row[3] for row in stored(members, "ads").values()) == 2
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_batch_that_cannot_be_had_costs_no_step_before_its_own(broken: int) -> None:
+    """It is asked for two steps early."""
+    tables = tables_of()
+    members = [Member(tables) for _ in range(2)]
+    members[broken].training.load_batch = Lacking(FEATURES, (4, 2 * broken))
+    generation = Generation(1, ("w0", "w1"), "", "local", 0, mesh=(2, 1, 1, 1), buckets=first_buckets(2, tables))
+
+    def body(rank: int, group: Any) -> None:
+        with pytest.raises(UserError if rank == broken else GroupBroken, match="no batch" if rank == broken else "the group"):
+            members[rank].train(group, generation)
+
+    together(2, body, 60.0)
+    assert [member.place.state.committed for member in members] == [3, 3]
+    assert max(row[3] for row in stored(members, "ads").values()) == 3
 
 
 def test_rows_that_come_share_the_memory_of_all_tables() -> None:

@@ -43,7 +43,7 @@ def test_a_table_is_what_its_section_says(clicks: dict[str, Any]) -> None:
     assert (items.columns, items.width, items.optimizer, items.lr, items.pooling) == (("item", "history"), 32,
                                                                                       "rowwise_adagrad", None, "mean")
     assert (users.columns, users.width, users.lr) == (("user",), None, 0.5)
-    assert (recipe.embedding.twin, recipe.embedding.buckets, recipe.embedding.look_ahead) == (False, 1024, 0)
+    assert (recipe.embedding.twin, recipe.embedding.buckets, recipe.embedding.look_ahead) == (False, 1024, 2)
 
 
 def test_a_recipe_with_tables_loads_to_itself(clicks: dict[str, Any]) -> None:
@@ -91,7 +91,8 @@ def test_a_recipe_without_tables_says_nothing_of_them(clicks: dict[str, Any]) ->
     (["tables.columns=item"], 'tables.columns = "item" cannot work; it must be a section with a name, [tables.NAME]'),
     (["tables.2.columns=user"], '"2" cannot be a table\'s name; write [tables.NAME] with letters'),
     (["tables.a.b.columns=user"], "is not a key of the recipe; the keys of [tables.a] are"),
-    (["embedding.look_ahead=2"], "embedding.look_ahead = 2 cannot work; it must be 0: looking ahead is not built yet."),
+    (["embedding.look_ahead=1"], "embedding.look_ahead = 1 cannot work; it must be 0 or 2: how many steps before its own "
+                                 "a lookup is asked for."),
     (["embedding.disk_path=/tmp"], 'embedding.disk_path = "/tmp" cannot work; it must be "": a tier on disk is not'),
     (["embedding.placement=servers"], 'it must be "workers": parameter servers are not built yet.'),
     (["embedding.buckets=1000"], "embedding.buckets = 1000 cannot work; it must be a power of two"),
