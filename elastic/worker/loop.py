@@ -19,7 +19,7 @@ from elastic.collective.reduction import tree_sum
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Save
 from elastic.model.backend import SLOTS, Buffer, UpdateRule
 from elastic.state.flat_layout import BLOCK
-from elastic.worker.bucket_moves import take_buckets
+from elastic.worker.bucket_moves import begin_moves, move_buckets
 from elastic.worker.context import StepContext
 from elastic.worker.embedding import commit_rows, push
 from elastic.worker.evaluation import evaluate
@@ -47,6 +47,7 @@ def take_steps(context: StepContext) -> str:
     do_what_is_due(context, evaluated=context.generation.evaluated, checkpointed=context.generation.checkpointed)
     while state.committed < plan.num_steps:
         started, context.step = time.perf_counter(), state.committed + 1
+        move_buckets(context)
         with context.untouched(whole=plan.is_saved(context.step)):
             shards = add_up_shards(context)
         pushed = push(context, shards.tables) if shards.tables else nothing
@@ -87,7 +88,7 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
         context.tables.begin((), (), generation.committed)  # its rows are of another step
     heal(context)
     if context.tables and not generation.load:
-        take_buckets(context)
+        begin_moves(context)
     if context.tables and context.tables.tables.look_ahead and group.size > 1:
         context.look_ahead = LookAhead(context)
     return context

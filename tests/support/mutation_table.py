@@ -348,7 +348,7 @@ USERS = (
 
 ROWS = (
     M("twin-not-fed", "P2", "The twin of a bucket gets no sums.", "elastic/worker/embedding.py",
-      "(context.owners[b] == rank) | (context.twins[b] == rank)", "context.owners[b] == rank",
+      "(owners[b] == rank) | (twins[b] == rank)", "owners[b] == rank",
       "tests/unit/test_embedding_steps.py::test_a_twin_holds_what_the_owner_has"),
     M("changed-rows-stay", "P1", "Who looks ahead keeps the rows from before the commit.", "elastic/worker/look_ahead.py",
       "                coming.changed(table, rank, part[2 * table], part[2 * table + 1])\n", "                pass\n",
