@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,6 +21,10 @@ from elastic.tables.rows import Rows
 from elastic.tables.wire import exchange
 from elastic.worker.context import StepContext
 
+# what moves at a boundary, by the seconds of a step: rows move at 200 to 300 MB/s on one node (benchmarks/reshard.py), and that
+# is to take half as long as the step
+STEP_BYTES_S = 100e6
+
 
 def held_buckets(tables: HeldTables | None, has_state: bool) -> dict[str, Any]:
     """What a `Standing` says of it."""
@@ -32,8 +37,8 @@ def held_buckets(tables: HeldTables | None, has_state: bool) -> dict[str, Any]:
 
 def begin_moves(context: StepContext) -> None:
     """When all members are at the generation's step: what lies here beside what it says of this one may be of another past
-    and goes, and all agree upon how much moves at a time. How large buckets are only their holders know, and each has
-    looked at one, so that is a number of buckets."""
+    and goes, and all agree upon how much moves at a time, so that no step takes twice as long for it. How large buckets
+    are only their holders know, and each has looked at one, so that is a number of buckets."""
     tables, buckets = context.tables, context.generation.buckets
     assert tables is not None and buckets is not None
     owned, twins = roles_of(context.group.rank, context.moving.first)
@@ -42,9 +47,10 @@ def begin_moves(context: StepContext) -> None:
     tables.committed = context.step
     if buckets.moves:
         first = next((bucket for bucket, source, _ in buckets.moves if source == context.group.rank), None)
-        mine = 0 if first is None else sum(array.nbytes for array in exported(tables, first))
-        largest = context.gather("move", np.array([float(mine)])).max()
-        context.moving = Moving(buckets, context.step, max(1, int(tables.tables.move_bytes / max(1.0, largest))))
+        size = 0 if first is None else sum(array.nbytes for array in exported(tables, first))
+        largest, step_s = context.gather("move", np.array([float(size), min(context.member.steps_s, default=0.0)])).max(0)
+        most = min(tables.tables.move_bytes, STEP_BYTES_S * step_s or math.inf)
+        context.moving = Moving(buckets, context.step, max(1, int(most / max(1.0, largest))))
 
 
 def move_buckets(context: StepContext) -> None:

@@ -145,6 +145,7 @@ def apply_update(member: Member, ballot: Ballot, rows_committed: Callable[[], No
 def record(context: StepContext, ballot: Ballot, step_s: float) -> None:
     """The line of a committed step."""
     training, generation, weight = context.training, context.generation, tree_sum(ballot.weights)
+    context.member.steps_s.append(step_s)
     loss = tree_sum(ballot.losses) / (1.0 if context.place.habits.sums else weight)
     samples = sum(int((training.positions(ballot.step, s) >= 0).sum()) for s in range(context.plan.num_shards))
     fields: dict[str, Any] = {"step": ballot.step, "loss": loss, "time": time.time(), "step_s": step_s,

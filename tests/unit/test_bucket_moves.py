@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from elastic.tables.features import Tables
 from elastic.tables.moving import Moving, in_chunks, roles_of
 from elastic.tables.spec import RowUpdate
 from elastic.worker.bucket_moves import held_buckets
+from tests.support.sampling import sample
 from tests.support.table_members import BUCKETS, Member, first_buckets, stored, tables_of
 from tests.support.threads import together
 
@@ -73,6 +75,8 @@ def test_the_ends_of_a_chunk_are_busy_together() -> None:
     """Fifty pairs move at once, and a pair's own moves one after the other."""
     found = in_chunks([(bucket, bucket % 50, 50 + bucket % 50) for bucket in range(200)], 1)
     assert [len(chunk) for chunk in found] == [50] * 4
+    moves = [(0, 0, 1), (1, 2, 1), (2, 3, 4), (3, 2, 4)]
+    assert in_chunks(moves, 1) == [[moves[0], moves[2]], [moves[1]], [moves[3]]]
 
 
 def test_all_at_once_is_before_the_first_step() -> None:
@@ -98,9 +102,9 @@ class Keeper(Member):
         self.owned.append(self.tables.owned)
 
 
-def trained(buckets: Buckets, size: int, options: dict[str, Any], twin: bool) -> list[Keeper]:
+def trained(buckets: Buckets, size: int, options: dict[str, Any], look_ahead: int = 0) -> list[Keeper]:
     """One bucket at a time; `clip_norm` counts the slope of every row once in each step, and so does an evaluation."""
-    members = [Keeper(replace(tables_of(**options, twin=twin), move_bytes=1), bent=True, optimizer={"clip_norm": 0.5}, num_steps=LONG,
+    members = [Keeper(replace(tables_of(**options), move_bytes=1, look_ahead=look_ahead), bent=True, optimizer={"clip_norm": 0.5}, num_steps=LONG,
                       eval_every=6, checkpoint_every=1) for _ in range(size)]
     generation = Generation(1, tuple(f"w{r}" for r in range(size)), "", "local", 0, mesh=(size, 1, 1, 1), buckets=buckets)
     assert together(size, lambda rank, group: members[rank].train(group, generation), 60.0) == ["done"] * size
@@ -112,15 +116,15 @@ OPTIONS: list[dict[str, Any]] = [
     {"optimizer": "rowwise_adagrad", "init": "uniform:0.1", "update": RowUpdate(0.1), "admit": 2, "ttl_steps": 3}]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("twin", [True, False])
-@pytest.mark.parametrize(("before", "after"), [(["w0", "w1"], ["w0", "w1", "w2"]), (["w0", "w1", "w2", "w3"], ["w1"]),
-                                               (["w0"], ["w1", "w2"])], ids=["joiner", "leavers", "others"])
-def test_rows_are_the_same_bits_while_they_move(options: dict[str, Any], twin: bool, before: list[str],
-                                                after: list[str]) -> None:
-    one = trained(first_buckets(1, tables_of()), 1, options, twin)
+WHO = {"joiner": (["w0", "w1"], ["w0", "w1", "w2"]), "leavers": (["w0", "w1", "w2", "w3"], ["w1"]), "others": (["w0"], ["w1", "w2"])}
+
+
+@pytest.mark.parametrize(("who", "look_ahead", "twin", "number"), sample(list(product(WHO, (0, 2), (True, False), (0, 1))), 6))
+def test_rows_are_the_same_bits_while_they_move(who: str, look_ahead: int, twin: bool, number: int) -> None:
+    (before, after), options = WHO[who], OPTIONS[number]
+    one = trained(first_buckets(1, tables_of()), 1, options)
     plan = between(before, after, BUCKETS, twin)
-    members = trained(plan, len({*before, *after}), options, twin)
+    members = trained(plan, len({*before, *after}), {**options, "twin": twin}, look_ahead)
     for table in ("ads", "users"):
         assert stored(members, table) == stored(one, table)
     assert lines(members) == lines(one)
