@@ -21,14 +21,15 @@ from benchmarks.kit.processes import python, started, tidy_on_termination
 from benchmarks.kit.rows import EACH, write_log
 from elastic.recipe import dumps, parse
 
-WIDTH, BATCH, STILL = 32, 1000, 40  # steps without moves
+WIDTH, BATCH = 32, 1000
+STILL, START = 40, 200  # steps without moves, and steps in which a worker starts beside the training
 ROW_BYTES = 8 + 4 * WIDTH + 4 * WIDTH + 8  # id, values, Adagrad's sums, count and last step
 MOVES = {"2 to 3": (2, 3), "4 to 3": (4, 3)}
 WAIT_S = 1500.0
 
 
 def recipe_of(log: Path, num_ids: int, most: int) -> str:
-    steps = at_step(num_ids) + STILL + num_ids // 40_000
+    steps = at_step(num_ids) + START + STILL + num_ids // 40_000
     return dumps(parse({
         "run": {"name": "reshard", "steps": steps, "eval_every": 0},
         "model": {"kind": "benchmarks.kit.rows:Sums", "width": WIDTH}, "backend": {"device": "cpu"},
@@ -36,7 +37,7 @@ def recipe_of(log: Path, num_ids: int, most: int) -> str:
                  "eval_fraction": 0.0},
         "tables": {"ids": {"columns": ["ids"], "width": WIDTH, "optimizer": "adagrad", "pooling": "mean",
                            "lr": 0.01}},
-        "embedding": {"twin": False}, "elastic": {"max_workers": most, "spares": 1, "logical_shards": 8},
+        "embedding": {"twin": False}, "elastic": {"max_workers": most, "logical_shards": 8},
         "optimizer": {"name": "sgd", "lr": 0.001}, "checkpoint": {"every_steps": 0, "best": ""}}))
 
 
@@ -91,13 +92,13 @@ def row_of(name: str, num_ids: int, run: ours.Run, step: int, again: dict[str, A
               if line["generation"] == moved["generation"] and line["step"] <= moved["step"] + 1}
     still = [line["step_s"] for line in run.steps if line["world_size"] == max(before, after) and line["step"] not in moving
              and line["step"] > step - STILL + 5]
-    median = statistics.median(still)
+    median, first = statistics.median(still), moving.pop(min(moving))  # a joiner has not run any of it before
     ideal = num_ids * ROW_BYTES * abs(after - before) / max(before, after)
     pause = sum(e["pause_s"] for e in run.events if e["event"] == "resized" and e["step"] >= step)
     return [name, f"{num_ids:,}", f"{moved['bytes'] / 1e6:,.0f} MB", f"{moved['bytes'] / ideal:.3f}",
             f"{moved['time'] - began:.1f} s, {moved['steps']} steps", f"{moved['seconds']:.1f} s", f"{pause:.2f} s",
             f"{median * 1e3:.0f} ms", f"{statistics.median(moving.values()) / median:.2f}", f"{max(moving.values()) / median:.2f}",
-            f"{max(still) / median:.2f}",
+            f"{max(still) / median:.2f}", f"{first / median:.2f}",
             f"{again['save_s'] + again['restart_s']:.1f} s ({again['save_s']:.1f} + {again['restart_s']:.1f}, of which "
             f"{again['load_s']:.1f} reading)"]
 
@@ -109,7 +110,7 @@ def main() -> None:
     asked = parser.parse_args()
     tidy_on_termination()
     head = ("owners", "rows", "moved", "of the ideal", "in", "moving alone", "pauses", "median step without moves",
-            "median with, of it", "longest with, of it", "longest without, of it", "checkpoint, restart and first step")
+            "median with, of it", "longest with, of it", "longest without, of it", "the generation's first, of it", "checkpoint, restart and first step")
     results.write("reshard", "Rows move to another number of owners",
                   [results.table(head, [measure(name, asked.rows) for name in asked.only])])
 

@@ -21,9 +21,9 @@ from elastic.tables.rows import Rows
 from elastic.tables.wire import exchange
 from elastic.worker.context import StepContext
 
-# what moves at a boundary, by the seconds of a step: rows move at 200 to 300 MB/s on one node (benchmarks/reshard.py), and that
-# is to take half as long as the step
-STEP_BYTES_S = 100e6
+# what moves between two steps, by the seconds of a step: rows move at 150 to 300 MB/s on one busy node (benchmarks/reshard.py), and
+# that is to take half as long as the step
+STEP_BYTES_S = 80e6
 
 
 def held_buckets(tables: HeldTables | None, has_state: bool) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def begin_moves(context: StepContext) -> None:
     if buckets.moves:
         first = next((bucket for bucket, source, _ in buckets.moves if source == context.group.rank), None)
         size = 0 if first is None else sum(array.nbytes for array in exported(tables, first))
-        largest, step_s = context.gather("move", np.array([float(size), min(context.member.steps_s, default=0.0)])).max(0)
-        most = min(tables.tables.move_bytes, STEP_BYTES_S * step_s or math.inf)
+        found = context.gather("move", np.array([float(size), min(context.member.steps_s, default=math.inf)]))
+        largest, most = found[:, 0].max(), min(tables.tables.move_bytes, STEP_BYTES_S * found[:, 1].min())
         context.moving = Moving(buckets, context.step, max(1, int(most / max(1.0, largest))))
 
 
