@@ -110,7 +110,8 @@ def main() -> None:
     asked = parser.parse_args()
     tidy_on_termination()
     head = ("owners", "rows", "moved", "of the ideal", "in", "moving alone", "pauses", "median step without moves",
-            "median with, of it", "longest with, of it", "longest without, of it", "the generation's first, of it", "checkpoint, restart and first step")
+            "median with, of it", "longest with, of it", "longest without, of it", "the generation's first, of it",
+            "checkpoint, restart and first step")
     results.write("reshard", "Rows move to another number of owners",
                   [results.table(head, [measure(name, asked.rows) for name in asked.only])])
 

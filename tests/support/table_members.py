@@ -121,7 +121,8 @@ def first_buckets(size: int, tables: Tables) -> Buckets:
 
 
 def numbered(found: Holders) -> Buckets:
-    return Buckets(*(tuple(int(name[1:]) if name else -1 for name in names) for names in (found.owners, found.twins)))
+    owners, twins = (tuple(int(name[1:]) if name else -1 for name in names) for names in (found.owners, found.twins))
+    return Buckets(owners, twins)
 
 
 def stored(members: Sequence[Member], table: str) -> dict[int, tuple[bytes, bytes, int, int]]:

@@ -99,7 +99,7 @@ def test_where_the_time_is_short_the_rest_goes_at_once() -> None:
     assert stopped(machine.feed(m.Hurry())) == ["a", "b", "c"]
     actions = machine.feed(*reports(second, 6, chunks=1))
     third = formed(actions)
-    assert third.buckets and third.buckets.at_once and 0 < len(third.buckets.moves) < len(second.buckets.moves)
+    assert third.buckets and second.buckets and third.buckets.at_once and 0 < len(third.buckets.moves) < len(second.buckets.moves)
     assert stopped(actions) == ["a", "b", "c"], "its first step is its last"
     actions = machine.feed(*reports(third, 7))
     assert formed(actions).members == ("a", "b") and m.Release("c") in actions
