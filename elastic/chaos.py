@@ -21,7 +21,7 @@ from typing import Any
 
 from elastic.errors import RecipeError
 
-PHASES = ("rows", "forward", "backward", "reduction", "push", "vote", "update", "gather", "heal", "checkpoint")
+PHASES = ("rows", "forward", "backward", "reduction", "push", "vote", "update", "gather", "heal", "move", "checkpoint")
 SELF = ("kill", "stop", "node")  # a worker does these to itself; rank 0 asks the controller for the others
 DISK = ("error", "short", "full", "delay", "crash")  # what a file system can do
 PATTERN = re.compile(r"(?:(kill|stop|cont|node|scale|disk):(\d+)|(controller|corrupt))@(\d+)(?:/([a-z]+))?")

@@ -2,7 +2,7 @@
 
 The controller sends the workers orders (`Generation`, `Save`, `Abort`, `RequestStop`); the workers report to it
 (`Ready`,
-`Standing`, `Progress`, `Line`, `Part`). Every message carries the generation it belongs to.
+`Standing`, `Progress`, `Line`, `Part`, `Moved`). Every message carries the generation it belongs to.
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ class Holder:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Of tables whose rows lie on the members: by bucket the rank of its owner and of its twin (-1: none), and what is
-    copied before the first step: (bucket, from, to)."""
+    """Of tables whose rows lie on the members: by bucket the rank of its owner and of its twin (-1: none) when the
+    generation begins; what is copied beside the training, (bucket, from, to) by ascending buckets; and, where that is
+    anything, who holds what afterwards. `at_once`: all of it is copied before the first step."""
 
     owners: tuple[int, ...]
     twins: tuple[int, ...]
     moves: tuple[tuple[int, int, int], ...] = ()
+    last_owners: tuple[int, ...] = ()
+    last_twins: tuple[int, ...] = ()
+    at_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,7 @@ class Standing:
     buckets: int = 0
     owned: str = ""
     twins: str = ""
+    stale: str = ""  # of both, those that got no sums of the step that it `holds`: its commit lets them go
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,19 @@ class Part:
     head: str = ""  # rank 0's: the manifest without its files
     error: str = ""
     tables: str = "[]"  # the entries of its files of tables, a JSON list
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Rank 0's word that all moves of a generation are done: every member has the buckets that it is to hold."""
+
+    worker: str
+    generation: int
+    step: int
+    buckets: int
+    bytes: int
+    seconds: float  # at its `steps` boundaries together
+    steps: int
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from elastic.tables.buckets import Holders, from_bits, holders, moves
 
 
 def with_buckets(generation: Generation, ready: Ready, reports: Mapping[str, Standing],
-                 staying: Sequence[str] = ()) -> Generation:
-    """The generation with its holders, where the run has tables: the fewest moves from what members report to have.
+                 staying: Sequence[str] = (), at_once: bool = False) -> Generation:
+    """The generation with its holders, where the run has tables: whoever has the rows, and who is to have them, by the
+    fewest moves. A bucket of which nothing is copied has its holders from the start.
 
     `reports`: of the members whose state counts; none where all load a checkpoint. `staying`: those of the members that
-    are to hold anything (all, where it is empty): the others hand over.
+    are to hold anything (all, where it is empty): the others hand over, `at_once` where they have no time.
     """
     if not ready.buckets:
         return generation
@@ -23,9 +24,15 @@ def with_buckets(generation: Generation, ready: Ready, reports: Mapping[str, Sta
     before = holders_now(there, ready.buckets) if there else None
     after = holders(staying or members, ready.buckets, ready.twin, before)
     rank = {w: r for r, w in enumerate(members)} | {"": -1}
+    last = tuple(rank[w] for w in after.owners), tuple(rank[w] for w in after.twins)
     moved = tuple((move.bucket, rank[move.source], rank[move.to]) for move in moves(before, after)) if before else ()
-    return replace(generation, buckets=Buckets(tuple(rank[w] for w in after.owners), tuple(rank[w] for w in after.twins),
-                                               moved))
+    if not before or not moved:
+        return replace(generation, buckets=Buckets(*last))
+    owners, twins, copied = list(last[0]), list(last[1]), {bucket for bucket, _, _ in moved}
+    for bucket in copied:
+        owners[bucket] = rank[before.owners[bucket]]
+        twins[bucket] = rank[before.twins[bucket]] if ready.twin else -1
+    return replace(generation, buckets=Buckets(tuple(owners), tuple(twins), moved, *last, at_once))
 
 
 def holders_now(reports: Mapping[str, Standing], num_buckets: int) -> Holders:
@@ -39,6 +46,13 @@ def holders_now(reports: Mapping[str, Standing], num_buckets: int) -> Holders:
                     found[bucket].append(worker)
     return Holders(tuple(having[0] if having else "" for having in found),
                    tuple(having[1] if len(having) > 1 else "" for having in found))
+
+
+def applied(report: Standing) -> Standing:
+    """What it will report once it has applied the step that it holds: rows that got no sums of it are gone then."""
+    owned, twins, stale = (int(bits or "0", 16) for bits in (report.owned, report.twins, report.stale))
+    size = len(report.owned)
+    return replace(report, owned=f"{owned & ~stale:0{size}x}", twins=f"{twins & ~stale:0{size}x}", stale="") if stale else report
 
 
 def has_all(reports: Iterable[Standing]) -> bool:

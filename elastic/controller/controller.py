@@ -27,7 +27,7 @@ from elastic.controller.mailbox import Mailbox
 from elastic.controller.policy import Bounds, bounds_of
 from elastic.controller.recovery import gaps
 from elastic.controller.run_log import RunLog
-from elastic.messages import Begin, Generation, Job, Line, Part, Progress, Ready, Save, Standing
+from elastic.messages import Begin, Generation, Job, Line, Moved, Part, Progress, Ready, Save, Standing
 from elastic.recipe import Recipe, best_mode
 from elastic.storage.remote import shown
 
@@ -67,7 +67,7 @@ class Controller:
         self.claim = self.checkpoints.claim = Claim(job.checkpoints, job.run_id, owner_of(job.run_dir))
         self.mailbox, self.receiving = Mailbox(), threading.Lock()
         self.losses = policy.Losses()
-        self.target, self.restart_at, self.checked = 0, 0.0, 0.0
+        self.target, self.restart_at, self.checked, self.drained_s = 0, 0.0, 0.0, 0.0
         self.outcome: m.Finish | None = None
         # parts of the final checkpoint, and who was asked for them and has not answered
         self.saving: dict[Save, str] = {}
@@ -141,7 +141,7 @@ class Controller:
         """A worker's report; that of one that was given up meanwhile counts for nothing."""
         if self.workers.is_given_up(worker):
             return
-        if isinstance(message, (Progress, Standing, Line, Part)) and message.generation > self.state.generation:
+        if isinstance(message, (Progress, Standing, Line, Part, Moved)) and message.generation > self.state.generation:
             self.outcome = self.outcome or self.behind(message.generation)
         elif isinstance(message, Progress):
             record, now = self.workers[worker], time.monotonic()
@@ -155,6 +155,10 @@ class Controller:
             self.run_log.event(fields.pop("event"), fields.pop("step", None), message.generation, **fields)
         elif isinstance(message, Part):
             self.take_part(message)
+        elif isinstance(message, Moved):
+            self.run_log.event("tables_resharded", message.step, message.generation, buckets=message.buckets,
+                               bytes=message.bytes, seconds=message.seconds, steps=message.steps)
+            self.advance(message)
         elif isinstance(message, Fault):
             self.take_fault(worker, message)
         else:
@@ -247,6 +251,11 @@ class Controller:
                 self.give_up_on(worker, f"no progress within elastic.hang_timeout_s = {self.settings.hang_timeout_s:g} "
                                         "s (raise it if a shard "
                                          "takes longer)")
+        state = self.state
+        if not (state.handing and state.leaving.intersection(state.group)):
+            self.drained_s = now
+        elif not state.is_late and now - self.drained_s > policy.HAND_OVER_S:
+            self.advance(m.Hurry())
         if self.restart_at and now >= self.restart_at:
             self.restart_at = 0.0
             self.want()

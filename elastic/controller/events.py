@@ -43,6 +43,11 @@ class Drain:
 
 
 @dataclass(frozen=True)
+class Hurry:
+    """Who leaves a drained node has no time left to hand over its buckets beside the training."""
+
+
+@dataclass(frozen=True)
 class Interrupt:
     """Checkpoint at the next step boundary, then end."""
 

@@ -24,6 +24,7 @@ from elastic.controller.events import (
     Finish,
     Form,
     GiveUp,
+    Hurry,
     Interrupt,
     Lost,
     Release,
@@ -33,9 +34,9 @@ from elastic.controller.events import (
     Wait,
     Want,
 )
-from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, world_size
+from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, wanted, world_size
 from elastic.controller.recovery import Whole, assign, covers, find_whole, rejoin, writers
-from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Ready, RequestStop, Standing
+from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Moved, Ready, RequestStop, Standing
 from elastic.state.ownership import held, lacking
 
 
@@ -64,17 +65,14 @@ class State:
     drained: frozenset[str] = frozenset()  # nodes that will go away
     reached: int = -1  # where the last generation started
     barren: int = 0  # generations in a row that started there
+    handing: tuple[str, ...] = ()  # those members to whom the others are handing over their buckets
+    is_late: bool = False  # there is no time to do that beside the training
 
 
 def begin(bounds: Bounds, generation: int = 0) -> tuple[State, tuple[Any, ...]]:
     """A run's first state; `generation` is the last one of the run that is resumed."""
     target = bounds.max_workers
     return State(bounds, target=target, generation=generation), (Want(wanted(bounds, target)),)
-
-
-def wanted(bounds: Bounds, target: int, leaving: int = 0) -> int:
-    """Worker processes to have: a group, its spares, and a replacement for everyone who is about to leave."""
-    return max(1, world_size(target, target, bounds)) + bounds.spares + leaving
 
 
 def advance(state: State, event: Any) -> tuple[State, tuple[Any, ...]]:
@@ -148,6 +146,14 @@ def on_drain(state: State, event: Drain) -> tuple[State, tuple[Any, ...]]:
     return state, (Want(wanted(state.bounds, state.target, len(leaving))),)
 
 
+def on_moved(state: State, event: Moved) -> tuple[State, tuple[Any, ...]]:
+    return (replace(state, handing=()) if event.generation == state.generation else state), ()
+
+
+def on_hurry(state: State, event: Hurry) -> tuple[State, tuple[Any, ...]]:
+    return replace(state, is_late=bool(state.handing)), ()
+
+
 def on_interrupt(state: State, event: Interrupt) -> tuple[State, tuple[Any, ...]]:
     if state.ending or state.over:
         return state, ()
@@ -163,7 +169,7 @@ def on_give_up(state: State, event: GiveUp) -> tuple[State, tuple[Any, ...]]:
 
 HANDLERS: dict[type, Callable[[State, Any], tuple[State, tuple[Any, ...]]]] = {
     Starting: on_starting, Ready: on_ready, Lost: on_lost, Standing: on_standing, ScaleTo: on_scale, Drain: on_drain,
-    Interrupt: on_interrupt, GiveUp: on_give_up}
+    Interrupt: on_interrupt, GiveUp: on_give_up, Moved: on_moved, Hurry: on_hurry}
 
 
 def finish(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
@@ -194,13 +200,18 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
         return form(state) if is_time else (state, ())
     if all(w in state.standing for w in survivors):
         return depart(state, survivors)
-    mesh = resized(state) if state.phase == "running" and not state.ending else None
+    mesh = resized(state) if state.phase == "running" and not state.ending and not waits(state) else None
     if mesh:
         cause = "drain" if state.leaving & set(state.group) else "resize"
         code = STOP if hands_over(state, survivors, mesh) else STOP_AND_SAVE
         return replace(state, phase="stopping", cause=cause), tuple(RequestStop(w, state.generation, code)
                                                                     for w in survivors)
     return state, ()
+
+
+def waits(state: State) -> bool:
+    """Whether the group goes on as it is until all of its buckets are with those members that the next one will have."""
+    return bool(state.handing) and not state.is_late and state.handing == remaining(state, state.group)
 
 
 def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
@@ -300,9 +311,11 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     members = assign(candidates, mesh, whole, {w: r.node for w, r in ready.items()})
     extra = [w for w in candidates if w not in members]
     surplus = extra[max(0, want.workers - len(members)):]
+    staying = remaining(state, members)
     generation = with_buckets(rejoin(state.generation + 1, members, ready[members[0]].endpoint, mesh, whole),
-                              ready[members[0]], {w: here[w] for w in whole.coordinates if w in here} if whole else {},
-                              remaining(state, members))
+                              ready[members[0]], {w: whole.reports[w] for w in whole.coordinates} if whole else {},
+                              staying, state.is_late)
+    handing = staying if len(staying) < len(members) and generation.buckets and generation.buckets.moves else ()
     is_barren = generation.committed == state.reached and not any(s.rejected for s in reports.values())
     barren = state.barren + 1 if is_barren else 0
     if barren > MAX_FRUITLESS + len(members):
@@ -314,7 +327,8 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
             if w in extra and w not in surplus and s.committed <= generation.committed}
     state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle,
                     announced=-1, savers=(),
-                    cause="resize", reached=generation.committed, barren=barren,
+                    cause="resize", reached=generation.committed, barren=barren, handing=handing,
+                    is_late=state.is_late and bool(handing),
                     ready={w: r for w, r in ready.items() if w not in surplus})
     stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
     return state, (*gone, *(Release(w) for w in surplus), action, *stops)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from elastic.boxes import without
-from elastic.controller.bucket_holders import has_all
+from elastic.controller.bucket_holders import applied, has_all
 from elastic.controller.policy import Degrees
 from elastic.messages import Axes, Ballot, Generation, Holder, Standing
 from elastic.state.ownership import lacking, owned
@@ -105,11 +105,12 @@ def find_whole(reports: Mapping[str, Standing], group: Iterable[str], preferred:
     ballot = next((s.ballot for s in mine if s.ballot and s.ballot.step == step), None)
     exact = frozenset(w for w, s in reports.items() if s.committed == step)
     held: dict[Degrees, dict[str, int]] = {}
+    after = {worker: report if worker in exact else applied(report) for worker, report in reports.items()}
     for worker, report in reports.items():
         applies = ballot is not None and report.committed == step - 1 and report.holds == step
         if report.coordinate >= 0 and (worker in exact or applies):
             held.setdefault(report.mesh[1:], {})[worker] = report.coordinate
-    wholes = [Whole(step, degrees, coordinates, exact, ballot, reports) for degrees, coordinates in held.items()]
+    wholes = [Whole(step, degrees, coordinates, exact, ballot, after) for degrees, coordinates in held.items()]
     found = {whole.degrees: whole for whole in wholes if whole.is_in(reports)}
     return found.get(preferred) or max(found.values(), key=lambda whole: len(whole.coordinates), default=None)
 

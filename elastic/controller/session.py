@@ -15,7 +15,7 @@ from typing import Any
 from elastic.checkpoint.manager import folder_of
 from elastic.controller import membership as m
 from elastic.controller.controller import Controller
-from elastic.messages import Line, Part
+from elastic.messages import Line, Moved, Part
 from elastic.observe.jsonl import read_lines
 from elastic.observe.metrics import build_summary
 from elastic.storage.atomic import write_atomically
@@ -150,7 +150,7 @@ def await_parts(controller: Controller, timeout_s: float) -> None:
 
 def take(controller: Controller, item: Any) -> None:
     """What still counts when the machine has finished."""
-    if isinstance(item, tuple) and isinstance(item[1], (Line, Part)):
+    if isinstance(item, tuple) and isinstance(item[1], (Line, Part, Moved)):
         controller.take(*item)
 
 

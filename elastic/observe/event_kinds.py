@@ -59,8 +59,8 @@ EVENTS: dict[str, Kind] = {
     "twin_used": Kind("blocks", lambda e: f"the optimizer's state of {count(e['blocks'], 'block')} comes from twins of "
                                           "lost workers"),
     "optimizer_resharded": Kind("bytes seconds", lambda e: f"the optimizer's state is resharded: {_moved(e)}"),
-    "tables_resharded": Kind("buckets bytes seconds", lambda e: f"rows of {count(e['buckets'], 'bucket')} have moved: "
-                                                                f"{_moved(e)}"),
+    "tables_resharded": Kind("buckets bytes seconds steps",
+                             lambda e: f"rows of {count(e['buckets'], 'bucket')} have moved beside the training: {_moved(e)}"),
     "resized": Kind("pause_s from to mesh?", lambda e: f"resized from {e['from']} to {count(e['to'], 'worker')}, pause "
                                                        f"{duration(e['pause_s'])}",
                     GOOD, "#2ca02c"),

@@ -48,8 +48,8 @@ class Embedding(Section):
     buckets: Annotated[int, AfterValidator(power_of_two)] = Field(
         1024, ge=1, le=1 << 20, description="a power of two up to 1048576, as 1024: the parts of each table that move "
                                             "between workers")
-    move_mb: FiniteFloat = Field(16.0, gt=0, description="a number above 0: megabytes of rows that a worker sends at a "
-                                                         "time when buckets move")
+    move_mb: FiniteFloat = Field(64.0, gt=0, description="a number above 0: megabytes of rows that a worker sends or gets "
+                                                         "between two steps, at most, while buckets move")
     memory_gb: FiniteFloat = Field(0.0, ge=0, description="a number above 0: gigabytes that the rows of one worker may "
                                                           "take, or 0 for no limit")
     disk_path: str = Field("", pattern=r"^$", description='"": a tier on disk is not built yet')

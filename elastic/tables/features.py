@@ -31,8 +31,8 @@ class Feature:
 class Tables:
     """`specs` and `features` in the order of their names; `updates` by table, with the rate that the schedule scales
     and a scale of 1. All tables have as many buckets. `twin`: every bucket has a second keeper. `memory_bytes`: what
-    all tables of a worker may take together; 0 is no limit. `move_bytes`: what a worker sends at a time while buckets
-    move, or one bucket. `kernels`: "numba" or "reference". `look_ahead`: how many steps before its own a lookup is
+    all tables of a worker may take together; 0 is no limit. `move_bytes`: what a worker sends or gets at a time while
+    buckets move, or one bucket. `kernels`: "numba" or "reference". `look_ahead`: how many steps before its own a lookup is
     asked for; 0: at its step.
     """
 
@@ -42,7 +42,7 @@ class Tables:
     twin: bool = True
     memory_bytes: int = 0
     kernels: str = "numba"
-    move_bytes: int = 16_000_000
+    move_bytes: int = 64_000_000
     look_ahead: int = 0
 
     @property

@@ -30,6 +30,8 @@ class HeldTables:
         self.removed = Removed()
         self.prepared: dict[str, Prepared] = {}  # between a step's push and its commit
         self.changed: tuple[np.ndarray, ...] = ()  # by the commit of what was prepared last: the ids, table by table
+        # what it owns and keeps as a twin from the step at hand on, where that is not what it has
+        self.next: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def specs(self) -> tuple[TableSpec, ...]:
@@ -40,16 +42,29 @@ class HeldTables:
         return tuple(sorted({*self.owned, *self.twins}))
 
     @property
+    def stale(self) -> tuple[int, ...]:
+        """The buckets that are others' from the step at hand on. They get no sums of it, and its commit lets them go; until then
+        their rows are here for the case that the step is done anew."""
+        return tuple(sorted({*self.held}.difference(*self.next))) if self.next else ()
+
+    @property
     def nbytes(self) -> int:
         return sum(store.nbytes for store in self.stores.values())
 
     def begin(self, owned: Iterable[int], twins: Iterable[int], step: int = -1) -> None:
         """Holds these buckets, of `step`, without any rows."""
-        self.owned, self.twins, self.committed = (), (), step
-        self.trim()
+        self.keep((), ())
         self.removed.clear()
-        self.owned, self.twins = tuple(owned), tuple(twins)
+        self.owned, self.twins, self.committed = tuple(owned), tuple(twins), step
         self.take(self.held)
+
+    def keep(self, owned: tuple[int, ...], twins: tuple[int, ...]) -> None:
+        """Lets go of every other bucket, and of what was left of a move that was cut off."""
+        self.owned, self.twins, self.next = owned, twins, None
+        held = set(self.held)
+        self.removed.end({*range(self.tables.num_buckets)} - held)
+        for store in self.stores.values():
+            store.drop(store.held - held)
 
     def take(self, buckets: Iterable[int]) -> None:
         """Finds room for buckets that are on their way here. They are not `held` before all of them are there."""
@@ -75,13 +90,6 @@ class HeldTables:
         self.prepared = {store.spec.name: store.prepare(step, sums[store.spec.name]) for store in self.limited()}
         self.changed = tuple(changes(sums[name].ids, one) for name, one in self.prepared.items())
 
-    def trim(self) -> None:
-        """Lets go of every bucket that is neither owned nor a twin's, as what was left of a move that was cut off."""
-        held = set(self.held)
-        self.removed.end({*range(self.tables.num_buckets)} - held)
-        for store in self.stores.values():
-            store.drop(store.held - held)
-
     def look_up(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch with what its features look up in the place of its bags. For a worker that holds every bucket."""
         rows = {one.name: self.stores[one.table].lookup(batch[BAGS][one.name]) for one in self.tables.features}
@@ -93,11 +101,13 @@ class HeldTables:
         for name, store in self.stores.items():
             store.commit(updates[name])
             self.removed.note(step, name, self.prepared[name].evicted)
+        if self.next:
+            self.keep(*self.next)
         self.prepared, self.committed = {}, step
 
     def forget(self) -> None:
-        """Drops what was prepared for a step that is done anew."""
-        self.prepared = {}
+        """Drops what was prepared for a step that is done anew. What was stale is not: it is of the step before."""
+        self.prepared, self.next = {}, None
         for store in self.stores.values():
             store.forget()
 

@@ -54,7 +54,7 @@ class Rows:
             if (ids[1:] <= ids[:-1]).any():
                 raise UserError(f"table {spec.name}: the ids of the rows to load must rise, each once.")
             check_ids(spec, ids)
-        if np.intersect1d(self.ids, self.waiting_ids).size:
+        if self.waiting_ids.size and np.intersect1d(self.ids, self.waiting_ids).size:
             raise UserError(f"table {spec.name}: an id of the rows to load is stored, and waiting to be admitted too.")
 
 

@@ -13,10 +13,11 @@ from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
 from elastic.collective.reduction import Scratch, out_size
 from elastic.mesh import shards_of
-from elastic.messages import Generation
+from elastic.messages import Buckets, Generation
 from elastic.model.backend import Buffer
 from elastic.parallel.groups import MeshGroups
 from elastic.state.flat_layout import BLOCK
+from elastic.tables.moving import Moving, Ranks
 from elastic.worker.training import Member, Placement
 
 
@@ -29,19 +30,13 @@ class StepContext:
         self.training, self.plan, self.control, self.held = member.training, member.training.plan, member.control, member.held
         self.place, self.backend, self.state = member.place, member.place.backend, member.place.state
         self.tables, self.step = member.tables, generation.committed
-        buckets = generation.buckets
         self.look_ahead: Any = None  # `elastic.worker.look_ahead.LookAhead`, where the recipe has it
-        # by bucket, the rank of the member
-        self.owners, self.twins = (np.array(ranks, np.int64) for ranks in (
-            (buckets.owners, buckets.twins) if buckets else ((), ())))
+        self.moving = Moving(generation.buckets or Buckets((), ()), generation.committed)
+        self.sent, self.moving_s = 0, 0.0  # bytes of rows that this member has sent, and seconds, of the moves so far
         portion = self.place.portion
         self.groups = MeshGroups(group, generation.shape, portion, self.control.collective)
         if portion is not None:
             self.backend.connect(self.groups.dims(portion.layout.dims))
-
-    def holders_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """By bucket, the ranks of the owner and the twin in a step."""
-        return self.owners, self.twins
 
     @cached_property
     def run(self) -> range:
@@ -52,6 +47,11 @@ class StepContext:
     def buffers(self) -> Buffers:
         """For the first step: what a member holds of a sharded state is known by then."""
         return Buffers(self.place, self.groups.data)
+
+    def holders_at(self, step: int) -> tuple[Ranks, Ranks]:
+        """By bucket of the embedding tables, the ranks of the owner and of the twin that serve `step`, any from the
+        generation's start on."""
+        return self.moving.at(step)
 
     def at(self, phase: str, detail: int = 0) -> None:
         """Says where the step is; `GroupBroken` if the generation was aborted meanwhile."""

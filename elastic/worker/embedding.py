@@ -104,8 +104,9 @@ def by_holder(context: StepContext, spec: TableSpec,
         yield list(nodes)
         return
     buckets = [buckets_of(spec, one.ids) for _, one in nodes]
+    owners, twins = context.holders_at(context.step)
     for rank in range(size):
-        chosen = [np.flatnonzero((context.owners[b] == rank) | (context.twins[b] == rank)) for b in buckets]
+        chosen = [np.flatnonzero((owners[b] == rank) | (twins[b] == rank)) for b in buckets]
         yield [(node, Summed(one.ids[at], one.sums[at], one.counts[at]))
                for (node, one), at in zip(nodes, chosen)]
 
@@ -125,8 +126,7 @@ def ballot_words(context: StepContext) -> np.ndarray:
     words = [bad[0][0] + 1, *divmod(bad[0][1], 1 << 32)] if bad else [0, 0, 0]
     norms = [np.zeros(0)]
     if context.plan.optimizer["clip_norm"] > 0:
-        owned = np.zeros(tables.tables.num_buckets, bool)
-        owned[list(tables.owned)] = True
+        owned = context.holders_at(context.step)[0] == context.groups.data.rank
         norms = [np.where(owned, tables.stores[spec.name].squared_norms(), 0.0) for spec in tables.specs]
     return np.concatenate([words, *norms])
 

@@ -100,7 +100,7 @@ def with_rows(context: StepContext, batches: Sequence[Batch]) -> Sequence[Batch]
     if group.size == 1:
         with context.waiting("rows", group):
             return [tables.look_up(batch) for batch in batches]
-    found = lookups_of(context, batches, context.owners)
+    found = lookups_of(context, batches, context.holders_at(context.step)[0])
     with context.waiting("rows", group) as cut:
         found.asked = exchange(cut, found.requests())
     with context.waiting("rows", group):

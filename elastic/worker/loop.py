@@ -19,7 +19,7 @@ from elastic.collective.reduction import tree_sum
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Save
 from elastic.model.backend import SLOTS, Buffer, UpdateRule
 from elastic.state.flat_layout import BLOCK
-from elastic.worker.bucket_moves import take_buckets
+from elastic.worker.bucket_moves import begin_moves, move_buckets
 from elastic.worker.context import StepContext
 from elastic.worker.embedding import commit_rows, push
 from elastic.worker.evaluation import evaluate
@@ -47,6 +47,7 @@ def take_steps(context: StepContext) -> str:
     do_what_is_due(context, evaluated=context.generation.evaluated, checkpointed=context.generation.checkpointed)
     while state.committed < plan.num_steps:
         started, context.step = time.perf_counter(), state.committed + 1
+        move_buckets(context)
         with context.untouched(whole=plan.is_saved(context.step)):
             shards = add_up_shards(context)
         pushed = push(context, shards.tables) if shards.tables else nothing
@@ -87,7 +88,7 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
         context.tables.begin((), (), generation.committed)  # its rows are of another step
     heal(context)
     if context.tables and not generation.load:
-        take_buckets(context)
+        begin_moves(context)
     if context.tables and context.tables.tables.look_ahead and group.size > 1:
         context.look_ahead = LookAhead(context)
     return context
@@ -144,6 +145,7 @@ def apply_update(member: Member, ballot: Ballot, rows_committed: Callable[[], No
 def record(context: StepContext, ballot: Ballot, step_s: float) -> None:
     """The line of a committed step."""
     training, generation, weight = context.training, context.generation, tree_sum(ballot.weights)
+    context.member.steps_s.append(step_s)
     loss = tree_sum(ballot.losses) / (1.0 if context.place.habits.sums else weight)
     samples = sum(int((training.positions(ballot.step, s) >= 0).sum()) for s in range(context.plan.num_shards))
     fields: dict[str, Any] = {"step": ballot.step, "loss": loss, "time": time.time(), "step_s": step_s,

@@ -108,6 +108,7 @@ class Member:
         self.held = Held()
         self.tables = HeldTables(training.tables) if training.tables else None
         self.evaluation: dict[str, float] = {}  # the last one
+        self.steps_s: deque[float] = deque(maxlen=9)  # of the last steps
         self.unwritten: deque[dict[str, Any]] = deque()  # lines of metrics.jsonl that may not be on disk
         # those since the newest checkpoint known to be committed
         self.unsaved: deque[dict[str, Any]] = deque(maxlen=MAX_LINES)

@@ -25,7 +25,8 @@ from elastic.recipe import Recipe, loads
 from elastic.state.relayout import relay, whole_arrays
 from elastic.state.state import State
 from elastic.storage.remote import shown
-from elastic.worker.bucket_moves import held_buckets, owned_by
+from elastic.tables.moving import Moving, roles_of
+from elastic.worker.bucket_moves import held_buckets
 from elastic.worker.build import build_training, place_on
 from elastic.worker.context import StepContext
 from elastic.worker.embedding import table_digests
@@ -210,7 +211,7 @@ class Worker(Member):
         if generation.load:
             place.state.own_as(coordinate.data, mesh.data)
             if self.tables and generation.buckets:
-                self.tables.begin(*owned_by(group.rank, generation.buckets), generation.committed)
+                self.tables.begin(*roles_of(group.rank, Moving(generation.buckets, 0).first), generation.committed)
         if generation.load == "recipe":
             place.state.start(self.recipe.run.seed, read_start(self.recipe.model.init, place.state.whole))
         elif generation.load:

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 SEEDS, AT_ONCE, TOGETHER = 100, 4, 5
 LIMITS: tuple[dict[str, Any], ...] = ({}, {"admit": 2, "ttl_steps": 4})  # in half of the schedules ids wait to be admitted, and are evicted
 
+MOVE_MB = (16.0, 1e-6, 3e-4)  # all buckets at one boundary, one by one, and a few at a time
+
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -40,7 +42,8 @@ def oracles(log: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Result]
 
 def recipe_of(log: Path, seed: int, elastic: dict[str, Any]) -> Recipe:
     return counting_recipe(log, LIMITS[seed % 2], run={"steps": STEPS}, elastic=elastic,
-                           embedding={"twin": seed % 4 < 3, "look_ahead": 2 * (seed % 3 > 0)})
+                           embedding={"twin": seed % 4 < 3, "look_ahead": 2 * (seed % 3 > 0),
+                                      "move_mb": MOVE_MB[seed // 4 % 3]})
 
 
 def assert_seed(seed: int, folder: Path, log: Path, oracles: list[Result]) -> None:

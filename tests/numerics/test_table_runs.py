@@ -20,7 +20,7 @@ from tests.support.table_runs import assert_counted, click_log, clicks_recipe, c
 
 STEPS = 24
 KILLS = [f"kill:{rank}@{step}/{phase}" for (phase, rank), step in
-         zip(product([p for p in PHASES if p not in ("gather", "heal")], (0, 2)), itertools.cycle(range(3, 14)))]
+         zip(product([p for p in PHASES if p not in ("gather", "heal", "move")], (0, 2)), itertools.cycle(range(3, 14)))]
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,30 @@ def test_any_number_of_owners(workers: int, twin: bool, look_ahead: int, backend
     assert result.summary["world_sizes"] == [workers]
 
 
-@pytest.mark.parametrize("twin", [True, False])
-def test_live_2_5_1_3(twin: bool, backend: str, log: Path, undisturbed: Result, tmp_path: Path) -> None:
-    recipe = clicks_recipe(log, backend, elastic={"max_workers": 5, "spares": 4}, embedding={"twin": twin})
+@pytest.mark.parametrize(("twin", "move_mb"), [(True, 16.0), (False, 16.0), (True, 0.002), (False, 0.002)])
+def test_live_2_5_1_3(twin: bool, move_mb: float, backend: str, log: Path, undisturbed: Result, tmp_path: Path) -> None:
+    recipe = clicks_recipe(log, backend, elastic={"max_workers": 5, "spares": 4},
+                           embedding={"twin": twin, "move_mb": move_mb})
     result = fit(tmp_path, recipe, ["scale:2@1", "scale:5@7", "scale:1@13", "scale:3@19"])
     assert_same(result, undisturbed)
     sizes = iter(result.summary["world_sizes"])  # between them, those that leave hand over
-    assert all(wanted in sizes for wanted in (2, 5, 1, 3)), result.summary["world_sizes"]
+    if move_mb > 1:
+        assert all(wanted in sizes for wanted in (2, 5, 1, 3)), result.summary["world_sizes"]
+    else:
+        assert max(event["steps"] for event in result.named("tables_resharded")) > 1
+
+
+MOVING = [(0, 3, True), (2, 3, False), (1, 4, True), (3, 4, False), (3, 5, True), (0, 5, False)]
+
+
+@pytest.mark.parametrize(("rank", "step", "twin"), sample(MOVING, 2))
+def test_a_kill_while_buckets_move(rank: int, step: int, twin: bool, backend: str, log: Path, undisturbed: Result,
+                                   tmp_path: Path) -> None:
+    """Those who are to leave fill the others, one bucket at a time. Whoever falls may take the only copy of some along."""
+    recipe = clicks_recipe(log, backend, elastic={"max_workers": 5, "spares": 4}, embedding={"twin": twin, "move_mb": 1e-6})
+    result = fit(tmp_path, recipe, ["scale:2@1", f"kill:{rank}@{step}/move"])
+    assert_same(result, undisturbed, lost=result.summary["steps_lost"])
+    assert len(result.named("worker_lost")) == 1
 
 
 @pytest.mark.parametrize("fault", sample(KILLS, 2))

@@ -58,7 +58,7 @@ class Crew:
                     held.stores[table].load(found)
             held.owned, held.twins = tuple(owned), tuple(sorted({*all_of_it} - {*owned}))
             held.committed = self.step
-            held.trim()
+            held.keep(held.owned, held.twins)
 
     def train(self, steps: int) -> None:
         for _ in range(steps):

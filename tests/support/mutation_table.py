@@ -348,8 +348,14 @@ USERS = (
 
 ROWS = (
     M("twin-not-fed", "P2", "The twin of a bucket gets no sums.", "elastic/worker/embedding.py",
-      "(context.owners[b] == rank) | (context.twins[b] == rank)", "context.owners[b] == rank",
+      "(owners[b] == rank) | (twins[b] == rank)", "owners[b] == rank",
       "tests/unit/test_embedding_steps.py::test_a_twin_holds_what_the_owner_has"),
+    M("unfed-rows-stay", "P2", "Who gave a bucket away goes on answering for its old rows.", "elastic/tables/held.py",
+      "            self.keep(*self.next)\n", "            self.next = None\n",
+      "tests/unit/test_bucket_moves.py::test_whoever_sees_the_vote_lets_go_of_what_was_not_fed"),
+    M("unfed-rows-count", "P2", "Rows that got no sums of a step that counts are taken for its rows.", "elastic/controller/recovery.py",
+      "report if worker in exact else applied(report)", "report",
+      "tests/unit/test_bucket_moves.py::test_who_did_not_see_the_vote_counts_as_if_it_had_applied_it"),
     M("changed-rows-stay", "P1", "Who looks ahead keeps the rows from before the commit.", "elastic/worker/look_ahead.py",
       "                coming.changed(table, rank, part[2 * table], part[2 * table + 1])\n", "                pass\n",
       "tests/unit/test_embedding_steps.py::test_the_same_bits_whoever_owns_the_rows"),

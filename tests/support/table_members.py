@@ -14,9 +14,9 @@ from elastic.state.state import State
 from elastic.tables.bags import Bags
 from elastic.tables.buckets import Holders, holders
 from elastic.tables.features import Feature, Tables
+from elastic.tables.moving import Moving, roles_of
 from elastic.tables.spec import RowUpdate, TableSpec
 from elastic.worker import training as module
-from elastic.worker.bucket_moves import owned_by
 from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
 from elastic.worker.training import Placement, Plan, Training
@@ -111,7 +111,7 @@ class Member(module.Member):
         if self.tables and not self.tables.held:
             assert generation.buckets
             if generation.committed == 0:
-                self.tables.begin(*owned_by(group.rank, generation.buckets), 0)
+                self.tables.begin(*roles_of(group.rank, Moving(generation.buckets, 0).first), 0)
         silent = Injector((), group.rank, lambda spec: None, lambda fault: None, lambda fault, g: g)
         return train(begin(self, generation, group, injector or silent))
 
@@ -121,7 +121,8 @@ def first_buckets(size: int, tables: Tables) -> Buckets:
 
 
 def numbered(found: Holders) -> Buckets:
-    return Buckets(*(tuple(int(name[1:]) if name else -1 for name in names) for names in (found.owners, found.twins)))
+    owners, twins = (tuple(int(name[1:]) if name else -1 for name in names) for names in (found.owners, found.twins))
+    return Buckets(owners, twins)
 
 
 def stored(members: Sequence[Member], table: str) -> dict[int, tuple[bytes, bytes, int, int]]:

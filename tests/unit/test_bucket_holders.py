@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from elastic.controller.bucket_holders import has_all, holders_now, with_buckets
 from elastic.messages import Generation, Ready, Standing
 from elastic.tables.buckets import bits_of, from_bits
+from elastic.tables.moving import Moving, roles_of
 
 SIZE = 16
 
@@ -26,9 +29,8 @@ def generation(*members: str, committed: int = 9) -> Generation:
 def settled(found: Generation) -> dict[str, Standing]:
     """What its members report once they have all that it gives them."""
     assert found.buckets
-    return {w: report(w, *([b for b, holder in enumerate(ranks) if holder == r]
-                           for ranks in (found.buckets.owners, found.buckets.twins)))
-            for r, w in enumerate(found.members)}
+    last = Moving(found.buckets, 9).last
+    return {w: report(w, *map(list, roles_of(r, last))) for r, w in enumerate(found.members)}
 
 
 @pytest.mark.parametrize("buckets", [[], [0], [3, 4, 15], list(range(16))])
@@ -53,7 +55,9 @@ def test_the_twins_of_a_lost_worker_own_and_only_new_twins_are_copied() -> None:
     del first["b"]
     found = with_buckets(generation("a", "c"), ready(), first).buckets
     assert found and {bucket for bucket, _, _ in found.moves} == lost
-    assert set(found.owners) == {0, 1} and all({o, t} == {0, 1} for o, t in zip(found.owners, found.twins))
+    assert all({o, t} == {0, 1} for o, t in zip(found.last_owners, found.last_twins))
+    for bucket, (owner, twin) in enumerate(zip(found.owners, found.twins)):
+        assert owner in (0, 1) and (twin == -1 if bucket in lost else twin == 1 - owner)
     assert has_all(first.values())
     assert not has_all([first["a"]])
 
@@ -61,16 +65,26 @@ def test_the_twins_of_a_lost_worker_own_and_only_new_twins_are_copied() -> None:
 def test_a_joiner_gets_its_share_and_no_more() -> None:
     first = settled(with_buckets(generation("a", "b", committed=-1), ready(twin=False), {}))
     found = with_buckets(generation("a", "b", "c"), ready(twin=False), first).buckets
-    assert found and found.twins == (-1,) * SIZE
+    assert found and found.twins == found.last_twins == (-1,) * SIZE
+    assert set(found.owners) == {0, 1} and found.last_owners.count(2) == 5
     assert len(found.moves) == 5 and {to for _, _, to in found.moves} == {2}
 
 
 def test_who_leaves_hands_over() -> None:
     first = settled(with_buckets(generation("a", "b", "c", committed=-1), ready(twin=False), {}))
     found = with_buckets(generation("a", "b", "c"), ready(twin=False), first, ("a",)).buckets
-    assert found and set(found.owners) == {0}
+    assert found and set(found.owners) == {0, 1, 2} and set(found.last_owners) == {0} and not found.at_once
+    late = with_buckets(generation("a", "b", "c"), ready(twin=False), first, ("a",), at_once=True).buckets
+    assert late == replace(found, at_once=True)
     assert {(bucket, source) for bucket, source, _ in found.moves} == {
         (bucket, rank) for rank, w in ((1, "b"), (2, "c")) for bucket in from_bits(first[w].owned)}
+
+
+def test_roles_change_at_once_where_nothing_is_copied() -> None:
+    """Of two that have everything one owned it all."""
+    first = {"a": report("a", list(range(16)), []), "b": report("b", [], list(range(16)))}
+    found = with_buckets(generation("a", "b"), ready(), first).buckets
+    assert found and not found.moves and found.owners.count(1) == 8 and not found.last_owners
 
 
 def test_of_two_owners_the_first_is_one_and_a_twin_stands_in() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,12 @@ import pytest
 
 from elastic.checkpoint.state_hash import digests_of
 from elastic.errors import GroupBroken, NonFiniteLoss, UserError
-from elastic.messages import Generation
+from elastic.messages import Buckets, Generation
 from elastic.tables.buckets import buckets_of
 from elastic.tables.features import Tables
 from elastic.tables.held import HeldTables
 from elastic.tables.rows import Rows
 from elastic.tables.spec import RowUpdate, TableSpec
-from elastic.worker.bucket_moves import rounds
 from tests.support.table_members import FEATURES, SHARDS, STEPS, Log, Member, draws, first_buckets, stored, tables_of
 from tests.support.threads import together
 
@@ -107,10 +105,14 @@ def test_what_comes_takes_the_place_of_what_lies_here() -> None:
     bucket, spec = members[0].tables.owned[0], tables.specs[0]
     held = members[1].tables
     assert bucket in held.twins
+    for member in members:
+        member.training.plan = replace(member.training.plan, num_steps=STEPS + 1)
     gone = np.setdiff1d(np.arange(100, 1000), members[0].tables.stores["ads"].export(bucket).ids)
     held.stores["ads"].load(rows_of(spec, gone, bucket))
+    last = first_buckets(2, tables)
+    twins = tuple(-1 if number == bucket else rank for number, rank in enumerate(last.twins))
     generation = Generation(2, ("w0", "w1"), "", "local", STEPS, mesh=(2, 1, 1, 1),
-                            buckets=replace(first_buckets(2, tables), moves=((bucket, 0, 1),)))
+                            buckets=Buckets(last.owners, twins, ((bucket, 0, 1),), last.owners, last.twins))
     assert together(2, lambda rank, group: members[rank].train(group, generation), 60.0) == ["done"] * 2
     assert (digests_of(held, [bucket]) == digests_of(members[0].tables, [bucket])).all()
 
@@ -184,15 +186,3 @@ def rows_of(spec: TableSpec, ids: np.ndarray, bucket: int) -> Rows:
     numbers = np.ones(mine.size, np.int32)
     return Rows(mine, np.zeros((mine.size, spec.width), np.float32), np.zeros((mine.size, 0), np.float32), numbers, numbers,
                 mine[:0], numbers[:0], numbers[:0])
-
-
-def test_the_room_of_a_joiner_makes_no_round_smaller() -> None:
-    spec = TableSpec("ads", 2048, "sgd", num_buckets=16, vocabulary=4096)
-    held = HeldTables(Tables((spec,), (), {}, move_bytes=1 << 20))
-    held.take(range(16))
-    assert held.nbytes >= 32 << 20
-    context: Any = SimpleNamespace(gather=lambda phase, part: part.reshape(1, -1))
-    moves = [(bucket, 0, 1) for bucket in range(16)]
-    assert list(rounds(context, held, moves)) == [moves]
-    held.owned = tuple(range(16))
-    assert list(rounds(context, held, moves)) == [[move] for move in moves]
