@@ -1,7 +1,7 @@
 """A step of a DLRM over embedding tables on two workers: ours, torch's DDP with sparse gradients, and TorchRec; and ours without each of its causes.
 
     python -m benchmarks.dlrm_step [--rows 10000000] [--rounds 9] [--steps 8] [--only "TorchRec" ...]
-    [--small 100000] [--width 32] [--tables 8] [--batch 4096]
+    [--small 16000] [--width 32] [--tables 8] [--batch 4096]
 
 The two of a contest are alive together and take turns of a few steps, first the one, then the other; a ratio is taken
 within a round, and the table gives the median of the rounds. Losses of the first steps, from the same weights and rows,
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--small", type=int, default=100_000, help="rows, where NumPy's kernels take part")
+    parser.add_argument("--small", type=int, default=16_000, help="rows, where NumPy's kernels take part")
     for name in ("rows", "tables", "width", "batch"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Case(), name))
     parser.add_argument("--only", nargs="+", choices=[contest.name for contest in CONTESTS],

@@ -79,8 +79,7 @@ class Net(nn.Module):
         self.bottom = nn.Sequential(nn.Linear(DENSE, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, width))
         pairs = (tables + 1) * tables // 2
         self.top = nn.Sequential(nn.Linear(width + pairs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
-        self.register_buffer("left", torch.triu_indices(tables + 1, tables + 1, 1)[0], persistent=False)
-        self.register_buffer("right", torch.triu_indices(tables + 1, tables + 1, 1)[1], persistent=False)
+        self.left, self.right = torch.triu_indices(tables + 1, tables + 1, 1)
         luck = torch.Generator().manual_seed(1)
         for parameter in self.parameters():
             nn.init.normal_(parameter, 0.0, 1 / max(1, parameter.shape[-1]) ** 0.5, luck)
@@ -109,7 +108,8 @@ def batches(case: Case, workload: Workload, shard: int) -> list[tuple[torch.Tens
     for step in range(1, case.batches + 1):
         batch: Batch = load_batch(workload.training, workload.sampler, step, shard)
         ids = np.stack([batch["bags"][name].ids for name in case.names])
-        found.append((*(torch.from_numpy(np.array(batch[name])) for name in ("x", "y")), torch.from_numpy(ids)))
+        numbers, labels = (torch.from_numpy(np.array(batch[name])) for name in ("x", "y"))
+        found.append((numbers, labels, torch.from_numpy(ids)))
     return found
 
 
