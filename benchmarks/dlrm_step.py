@@ -28,6 +28,7 @@ from elastic.collective.kv_store import Endpoint
 from elastic.errors import RecipeError
 
 CLOSE, COMPARED = 1e-3, 6  # relative difference of losses, and steps after the start at which they are compared
+SMALL_BATCH = 256
 PEERS = {"DDP": "torch_dlrm", "TorchRec": "torchrec_dlrm"}
 
 
@@ -52,7 +53,7 @@ class Contest:
     name: str
     first: Ours
     second: Ours | Peer
-    is_small: bool = False  # of few rows, for the second takes no more
+    is_small: bool = False  # of few rows and a small batch, for the second takes no more
 
 
 PLAIN, GLOO, REPEATED = Ours(), Ours(transport="gloo"), Ours(distinct=False)
@@ -64,7 +65,7 @@ CONTESTS = (
     Contest("TorchRec, each row once a batch; ours over gloo", GLOO, Peer("TorchRec", True)),
     Contest("TorchRec; neither deduplicates lookups", REPEATED, Peer("TorchRec", False)),
     Contest("ours without deduplication", PLAIN, REPEATED),
-    Contest("ours with NumPy's kernels", PLAIN, Ours(kernels="reference"), is_small=True),
+    Contest(f"ours with NumPy's kernels, {SMALL_BATCH} rows a step", PLAIN, Ours(kernels="reference"), is_small=True),
     Contest("ours looking ahead", PLAIN, Ours(embedding={"look_ahead": 2})),
     Contest("ours with twins", PLAIN, Ours(embedding={"twin": True})),
 )
@@ -146,7 +147,7 @@ def main() -> None:
     whole = Case(options.rows, options.tables, options.width, options.batch)
     rows, notes = [], []
     for contest in CONTESTS:
-        case = replace(whole, rows=min(whole.rows, options.small)) if contest.is_small else whole
+        case = replace(whole, rows=min(whole.rows, options.small), batch=min(whole.batch, SMALL_BATCH)) if contest.is_small else whole
         if contest.name not in options.only:
             continue
         if reason := why_not(contest, case):

@@ -258,18 +258,6 @@ def test_who_is_left_saves_what_it_keeps_as_a_twin_too(kind: str, tmp_path: Path
             one.save(Arrays(values(5), 5), Save(2, 5), {}, is_alone=True)  # type: ignore[arg-type]
 
 
-def test_who_is_left_under_another_rank_leaves_a_checkpoint_of_the_same_step_as_it_is(tmp_path: Path) -> None:
-    crew = Crew("reference", 2, twin=True)
-    saving = Saving(str(tmp_path), crew)
-    crew.train(5)
-    first = saving.save(wait=True)
-    assert first is not None and not first.error
-    for rank, one in enumerate(reversed(saving.savers)):
-        one.save(Arrays(values(5), 5), Save(1, 5, rank, 2, True), {}, is_alone=True)  # type: ignore[arg-type]
-    verify(saving.checkpoints.store, "step-00000005")
-    assert_same_rows(written(path(str(tmp_path), 5)), crew.rows())
-
-
 def test_last_words_hold_all_rows_or_are_not_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair, alone = Crew("reference", 3, twin=True), Crew("reference", 2, twin=True)
     for crew in (pair, alone):
