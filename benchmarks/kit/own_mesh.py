@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from elastic.worker.build import build_training, place_on
 from elastic.worker.loop import begin, train
 from elastic.worker.loop_control import Control
 from elastic.worker.rehearsal import warm_up
-from elastic.worker.training import Loader, Member
+from elastic.worker.training import Loader, Member, Placement, Training
 from elastic.workload import mesh_of
 
 
@@ -42,25 +42,33 @@ class Gate:
 
 def take_part(rank: int, turns: Turns, case: Case, text: str, address: str, transport: str) -> None:
     recipe = case.recipe(text)
-    control = Control()
-
-    def post(message: Any) -> None:
-        if isinstance(message, Line) and message.file == "metrics":
-            turns.note(message.fields["step"], message.fields["loss"])
-
     mesh, workload = replace(mesh_of(recipe), data=case.data), opened(recipe)
     training, place = build_training(recipe, workload), place_on(recipe, workload, mesh, mesh.coordinate(rank))
     warm_up(training, place)
     if place.state.is_sharded:
         place.state.own_as(mesh.coordinate(rank).data, case.data)
     place.state.start(recipe.run.seed)
+    take_turns(rank, turns, training, place, address, transport, size=case.size,
+               mesh=(0, mesh.pipeline, mesh.tensor, 1))
+
+
+def take_turns(rank: int, turns: Turns, training: Training, place: Placement, address: str, transport: str, *, size: int,
+               ready: Callable[[Member], None] = lambda member: None, **generation: Any) -> None:
+    """Trains for good, a step whenever it is this process's turn. `ready` is called before the first one."""
+    control = Control()
+
+    def post(message: Any) -> None:
+        if isinstance(message, Line) and message.file == "metrics":
+            turns.note(message.fields["step"], message.fields["loss"])
+
     training.load_batch = Gate(training.load_batch, turns)
-    group: Any = (SharedGroup.form(rank, case.size, address, transport, threading.Event(), 60.0)
+    group: Any = (SharedGroup.form(rank, size, address, transport, threading.Event(), 60.0)
                   if transport == "shared"
-                  else GlooGroup.form(rank, case.size, address, transport, threading.Event(), 60.0, "127.0.0.1"))
+                  else GlooGroup.form(rank, size, address, transport, threading.Event(), 60.0, "127.0.0.1"))
     control.enter(1)
     control.attach(group)
-    generation = Generation(1, tuple(f"worker-{r}" for r in range(case.size)), address, transport, 0, load="recipe",
-                            mesh=(0, mesh.pipeline, mesh.tensor, 1))
+    member = Member(training, place, control, post)
+    ready(member)
+    about = Generation(1, tuple(f"worker-{r}" for r in range(size)), address, transport, 0, load="recipe", **generation)
     injector = Injector((), rank, lambda spec: None, lambda fault: None, lambda fault, g: g)
-    train(begin(Member(training, place, control, post), generation, group, injector))
+    train(begin(member, about, group, injector))

@@ -129,6 +129,7 @@ def refuse_nulls(array: pa.Array, name: str, where: str, first_row: int) -> None
         place = first_null(array.flatten())
         row = None if place is None else place // array.type.list_size
     elif row is None and (t.is_list(array.type) or t.is_large_list(array.type)):
+        refuse_offsets(array, name, where, first_row)
         offsets, flat = lists_of(array)
         place, lacks = first_null(flat), "a list that lacks a value"
         row = None if place is None else int(np.searchsorted(offsets, place, side="right")) - 1
@@ -146,6 +147,18 @@ def lists_of(array: pa.Array) -> tuple[np.ndarray, pa.Array]:
     offsets = view(array.offsets, Column("", "int64" if t.is_large_list(array.type) else "int32"))
     first = int(offsets[0])
     return offsets - first if first else offsets, array.values.slice(first, int(offsets[-1]) - first)
+
+
+def refuse_offsets(array: pa.Array, name: str, where: str, first_row: int) -> None:
+    """UserError where lists do not lie one after the other among their values: whoever reads an Arrow file looks at no
+    offset but the last."""
+    offsets = view(array.offsets, Column("", "int64" if t.is_large_list(array.type) else "int32"))
+    begins, ends = offsets[:-1], offsets[1:]
+    wrong = np.flatnonzero((begins < 0) | (ends < begins) | (ends > len(array.values)))
+    if wrong.size:
+        row = int(wrong[0])
+        raise UserError(f'data.path: the column "{name}" of {where} has in row {first_row + row} (counted from 0) a list '
+                        f"from {begins[row]} to {ends[row]} of {len(array.values)} values; write the file anew.")
 
 
 def first_null(array: pa.Array) -> int | None:

@@ -97,8 +97,9 @@ class Saver:
         head = self._head(order.generation, order.step, evaluation) if order.rank == 0 else None
         self.writing, self.error, self.done = True, None, 0
         self.hurry.clear()
-        self.thread = threading.Thread(target=self._write,
-                                       args=(self.image, copied, order, head, stall_s, started, before[1] if before else 0),
+        kind = f"rows-{self.worker}" if is_alone else "rows"  # a rank may be another's whose file of this step counts already
+        self.thread = threading.Thread(target=self._write, args=(self.image, copied, order, head, stall_s, started,
+                                                                 before[1] if before else 0, kind),
                                        name="saver", daemon=True)
         self.thread.start()
         if order.wait:
@@ -118,7 +119,7 @@ class Saver:
         return False
 
     def _write(self, image: Image, copied: Copied | None, order: Save, head: Manifest | None, stall_s: float,
-               started: float, before: int) -> None:
+               started: float, before: int, kind: str) -> None:
         begun = time.monotonic()
         if before > self.newest and self._is_there(before):
             self.newest = before
@@ -141,7 +142,7 @@ class Saver:
             names.append(part_name(order.rank, order.world_size, order.generation))
             entry = image.write(store, folder_of(order.step), names[0], self.head.chunk_bytes, note,
                                 lambda: check_finite(image, order.step))
-            tables = write_tables(store, order, copied, lambda done: note(size + done), begun=names.append) if copied else []
+            tables = write_tables(store, order, copied, lambda done: note(size + done), kind, names.append) if copied else []
             if self.tables and copied and is_new:
                 self.tables.written(order.step, copied)
             self.post(part(json.dumps(asdict(entry)), tables=json.dumps([asdict(table) for table in tables])))

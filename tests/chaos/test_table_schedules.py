@@ -13,14 +13,13 @@ from elastic.recipe import Recipe
 from tests.support.inprocess import Result, fit
 from tests.support.sampling import sample
 from tests.support.schedules import STEPS, Schedule, play, schedule
-from tests.support.table_runs import assert_counted, click_log, counting_recipe
+from tests.support.table_runs import LIMITS, assert_counted, click_log, counting_recipe
 
 pytest.importorskip("torch", reason="torch is not installed")
 # a saver's thread dies with its process
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 SEEDS, AT_ONCE, TOGETHER = 100, 4, 5
-LIMITS: tuple[dict[str, Any], ...] = ({}, {"admit": 2, "ttl_steps": 4})  # in half of the schedules ids wait to be admitted, and are evicted
 
 MOVE_MB = (16.0, 1e-6, 3e-4)  # all buckets at one boundary, one by one, and a few at a time
 

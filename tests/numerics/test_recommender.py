@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from tests.support.clicks import clicks, clicks_recipe
 from tests.support.frameworks import assert_close, load, names
 from tests.support.inprocess import Result, fit
 from tests.support.models import Rig, rig_of
+from tests.support.sampling import sample, sometimes
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -222,14 +225,30 @@ def test_the_command_refuses_bad_rows_in_one_sentence(tmp_path: Path, capsys: py
         assert words in said.err and said.err.count("\n") == 1 and "Traceback" not in said.err + said.out
 
 
+Adult = Callable[..., Result]
+CATEGORIES = ["workclass", "education", "marital_status", "occupation", "relationship", "race", "sex", "native_country"]
+IN_A_TABLE = [f"tables.categories.columns={json.dumps(CATEGORIES)}", "tables.categories.optimizer=adam"]
+
+
+@pytest.fixture(scope="module")
+def adult(DATA: Path, tmp_path_factory: pytest.TempPathFactory) -> Adult:
+    """(backend, overrides) -> one pass of one worker, each once."""
+    @functools.cache
+    def train(name: str, *overrides: str) -> Result:
+        recipe = load_recipe("recommender/adult_dlrm",
+                             [f"data.path={DATA}/adult/adult.data", f"data.eval_path={DATA}/adult/adult.test",
+                              f"backend.name={name}", "elastic.max_workers=1", *overrides])
+        result = fit(tmp_path_factory.mktemp("adult"), recipe)
+        result.assert_sound(-(-32_561 // 128))
+        return result
+
+    return train
+
+
 @pytest.mark.slow
-def test_adult_in_one_pass(DATA: Path, tmp_path: Path) -> None:
+def test_adult_in_one_pass(adult: Adult) -> None:
     """PERSIA publishes 0.8929. The AUC of the counts is that of scikit-learn on the same scores."""
-    recipe = load_recipe("recommender/adult_dlrm",
-                         [f"data.path={DATA}/adult/adult.data", f"data.eval_path={DATA}/adult/adult.test"])
-    recipe = recipe.model_copy(update={"elastic": recipe.elastic.model_copy(update={"max_workers": 1})})
-    result = fit(tmp_path, recipe)
-    result.assert_sound(-(-32_561 // 128))
+    result = adult("torch")
     found = result.metrics[-1]["eval"]
     assert found["auc"] >= 0.89
     assert found["base_rate"] == pytest.approx(3_846 / 16_281)
@@ -237,6 +256,16 @@ def test_adult_in_one_pass(DATA: Path, tmp_path: Path) -> None:
     labels, scores = scored(result)
     assert found["auc"] == pytest.approx(sklearn.roc_auc_score(labels, scores), abs=1e-6)
     assert found["loss"] == pytest.approx(sklearn.log_loss(labels, 1 / (1 + np.exp(-scores))), rel=1e-5)
+
+
+@pytest.mark.slow
+@sometimes("Adult in tables", 0.3)
+@pytest.mark.parametrize("name", sample(names(without="reference"), 1))
+def test_adult_with_its_categories_in_a_table_learns_as_with_a_dense_embedding(name: str, adult: Adult) -> None:
+    load(name, "backend")
+    pytest.importorskip("numba", reason="numba, which computes rows, is not installed")
+    dense, rows = (adult(name, *overrides).metrics[-1]["eval"]["auc"] for overrides in ((), IN_A_TABLE))
+    assert rows >= 0.89 and rows == pytest.approx(dense, abs=0.002)
 
 
 def scored(result: Result) -> tuple[np.ndarray, np.ndarray]:

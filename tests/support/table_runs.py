@@ -21,6 +21,7 @@ from elastic.tables.spec import SWEEPS, TableSpec
 from tests.support.inprocess import MODULES, merged
 
 BUCKETS = 16
+LIMITS: tuple[dict[str, Any], ...] = ({}, {"admit": 2, "ttl_steps": 4})  # in half of all schedules ids wait to be admitted, and are evicted
 
 
 def click_log(file: Path, size: int = 480, seed: int = 0) -> Path:

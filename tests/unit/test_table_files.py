@@ -11,14 +11,17 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc
 
-from elastic.checkpoint.manager import clean, newest_good, open_tables, prune, read_manifest, read_sound
+from elastic.checkpoint.manager import clean, newest_good, open_tables, prune, read_manifest, read_sound, verify
 from elastic.checkpoint.manifest import Manifest, parse, without
 from elastic.checkpoint.table_file import Bucket, table_name, write_table
 from elastic.checkpoint.table_reader import check_tables
 from elastic.errors import BadCheckpoint, NonFiniteLoss, RecipeError
+from elastic.messages import Save
 from elastic.storage.store import Store
 from elastic.tables.row_store import kernels
 from elastic.tables.spec import SLOTS, TableSpec
+from tests.support.checkpoints import Arrays, values
+from tests.support.held_tables import Crew, Saving, assert_same_rows, written
 from tests.support.table_files import (
     Table,
     assert_holds,
@@ -251,3 +254,15 @@ def test_pruning_keeps_what_is_built_on(tmp_path: Path) -> None:
     write_checkpoint(place, 80, {one: {}}, 1, 70)
     assert prune(place, 1) == ["step-00000060"] and left() == [40, 50, 70, 80]
     read_sound(place, "step-00000080")
+
+
+def test_who_is_left_under_another_rank_leaves_a_checkpoint_of_the_same_step_as_it_is(tmp_path: Path) -> None:
+    crew = Crew("reference", 2, twin=True)
+    saving = Saving(str(tmp_path), crew)
+    crew.train(5)
+    first = saving.save(wait=True)
+    assert first is not None and not first.error
+    for rank, one in enumerate(reversed(saving.savers)):
+        one.save(Arrays(values(5), 5), Save(1, 5, rank, 2, True), {}, is_alone=True)  # type: ignore[arg-type]
+    verify(saving.checkpoints.store, "step-00000005")
+    assert_same_rows(written(str(tmp_path / "step-00000005")), crew.rows())
