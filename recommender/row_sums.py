@@ -7,6 +7,7 @@ import numpy as np
 from elastic.tables.bags import Bags, Summed, check_slopes
 from elastic.tables.spec import RowUpdate, TableSpec
 from recommender import index_kernels, row_kernels
+from recommender.rocks_pages import RocksPages
 from recommender.row_store import NO_FLOATS, OPTIMIZERS, CompiledRows, in_order, pooled
 from recommender.slabs import address
 
@@ -14,8 +15,9 @@ from recommender.slabs import address
 class CompiledKernels:
     """`elastic.tables.row_store.RowKernels`."""
 
-    def create(self, spec: TableSpec, memory_bytes: int) -> CompiledRows:
-        return CompiledRows(spec, memory_bytes)
+    def create(self, spec: TableSpec, memory_bytes: int, disk_path: str = "") -> CompiledRows:
+        is_tiered = disk_path and not spec.vocabulary
+        return CompiledRows(spec, memory_bytes, RocksPages(disk_path, spec.name) if is_tiered else None)
 
     def distinct(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sorted_ids, order = index_kernels.ascending(ids)
