@@ -15,6 +15,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+from rocksdict import BlockBasedOptions, Cache, DBCompressionType, Options, Rdict, WriteBatch, WriteOptions
 
 from elastic.errors import UserError
 from elastic.humanize import size
@@ -41,8 +42,6 @@ class RocksPages:
         self._finalizer = weakref.finalize(self, give_back, self._db, self.folder, lock)
 
     def put(self, numbers: np.ndarray, pages: Sequence[bytes]) -> None:
-        from rocksdict import WriteBatch
-
         batch = WriteBatch(raw_mode=True)
         for key, page in zip(keys(numbers), pages):
             batch.put(key, page)
@@ -73,14 +72,10 @@ def keys(numbers: np.ndarray) -> list[bytes]:
 @cache
 def page_cache() -> Any:
     """All tables' of this process."""
-    from rocksdict import Cache
-
     return Cache(CACHE_BYTES)
 
 
 def opened(folder: Path) -> Any:
-    from rocksdict import BlockBasedOptions, DBCompressionType, Options, Rdict, WriteOptions
-
     options, blocks, writes = Options(raw_mode=True), BlockBasedOptions(), WriteOptions()
     options.create_if_missing(True)
     options.set_write_buffer_size(BUFFER_BYTES)

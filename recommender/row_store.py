@@ -170,9 +170,8 @@ class CompiledRows(RowPlaces):
     def load(self, rows: Rows) -> None:
         rows.check(self.spec)
         self._work = None
-        new = sum(self._weigh(admit, ids, np.zeros(ids.size, np.int32)).new
-                  for admit, ids in ((0, rows.ids), (NEVER, rows.waiting_ids)))
-        self._grow(new)
+        self._grow(np.sum([self._weigh(NEVER, ids, np.zeros(ids.size, np.int32)).new
+                           for ids in (rows.ids, rows.waiting_ids)], axis=0))
         hot, cold, numbers = self._shared_out(rows)
         self.remove(np.concatenate([rows.ids, rows.waiting_ids]))
         places = self._enter(0, rows.ids[hot], rows.counts[hot], rows.lasts[hot])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from elastic.errors import UserError
 from elastic.tables.bags import Bags, Summed, check_slopes
 from elastic.tables.spec import RowUpdate, TableSpec
 from recommender import index_kernels, row_kernels
-from recommender.rocks_pages import RocksPages
 from recommender.row_store import NO_FLOATS, OPTIMIZERS, CompiledRows, in_order, pooled
 from recommender.slabs import address
 
@@ -16,8 +16,14 @@ class CompiledKernels:
     """`elastic.tables.row_store.RowKernels`."""
 
     def create(self, spec: TableSpec, memory_bytes: int, disk_path: str = "") -> CompiledRows:
-        is_tiered = disk_path and not spec.vocabulary
-        return CompiledRows(spec, memory_bytes, RocksPages(disk_path, spec.name) if is_tiered else None)
+        if not disk_path or spec.vocabulary:
+            return CompiledRows(spec, memory_bytes)
+        try:
+            from recommender.rocks_pages import RocksPages
+        except ImportError as error:
+            raise UserError(f'embedding.disk_path = "{disk_path}" needs RocksDB, which cannot be imported ({error}); '
+                            "install the extra `tables`.") from error
+        return CompiledRows(spec, memory_bytes, RocksPages(disk_path, spec.name))
 
     def distinct(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sorted_ids, order = index_kernels.ascending(ids)

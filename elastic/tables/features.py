@@ -32,7 +32,8 @@ class Tables:
     """`specs` and `features` in the order of their names; `updates` by table, with the rate that the schedule scales
     and a scale of 1. All tables have as many buckets. `twin`: every bucket has a second keeper. `memory_bytes`: what
     all tables of a worker may take together; 0 is no limit. `move_bytes`: what a worker sends at a time while buckets
-    move, or one bucket. `kernels`: "numba" or "reference".
+    move, or one bucket. `kernels`: "numba" or "reference". `disk_path`: a folder for the
+    rows that memory has no room for; "" for none.
     """
 
     specs: tuple[TableSpec, ...]
@@ -42,6 +43,7 @@ class Tables:
     memory_bytes: int = 0
     kernels: str = "numba"
     move_bytes: int = 16_000_000
+    disk_path: str = ""
 
     @property
     def num_buckets(self) -> int:

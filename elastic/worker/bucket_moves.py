@@ -74,7 +74,7 @@ def rounds(context: StepContext, tables: HeldTables, moves: Sequence[Move]) -> I
     large buckets are only their holders know, so a round is a number of buckets, agreed upon."""
     if not moves:
         return
-    mine = tables.nbytes / len(tables.held) if tables.held else 0.0  # a joiner has room alone
+    mine = tables.row_bytes / len(tables.held) if tables.held else 0.0  # a joiner has room alone
     largest = context.gather("heal", np.array([mine])).max()
     each = max(1, int(tables.tables.move_bytes / max(1.0, largest)))
     for low in range(0, len(moves), each):

@@ -16,7 +16,8 @@ from elastic.tables.row_store import MOST, RowKernels, RowStore, kernels
 from elastic.tables.rows import Rows
 from elastic.tables.spec import SLOTS, RowUpdate, TableSpec
 from elastic.tables.starts import key_of, starting_rows
-from tests.support.rows import STORES, assert_same, ids, kernels_of, listed, random_bags, random_sums, spec, summed, whole
+from tests.support.rows import assert_same, ids, listed, random_bags, random_sums, spec, summed, whole
+from tests.support.tight_rows import STORES, kernels_of
 
 UPDATE = RowUpdate(lr=0.1)
 KINDS = {"growing": {}, "static": {"vocabulary": 40}}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from elastic.tables.buckets import buckets_of
 from elastic.tables.row_store import RowKernels, RowStore, kernels
 from elastic.tables.spec import SLOTS, RowUpdate, TableSpec
-from tests.support.rows import STORES, assert_same, ids, kernels_of, listed, random_bags, random_sums, spec, summed, whole
+from tests.support.rows import assert_same, ids, listed, random_bags, random_sums, spec, summed, whole
+from tests.support.tight_rows import STORES, kernels_of
 
 ORACLE = kernels("reference")
 specs = st.builds(TableSpec, name=st.just("t"), width=st.sampled_from([1, 3, 16, 17, 70]),

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
-from collections.abc import Callable, Iterable
-from functools import cache
-from pathlib import Path
-from shutil import rmtree
-from tempfile import mkdtemp
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from elastic.tables.bags import Bags, Summed
-from elastic.tables.row_store import NoRoom, Prepared, RowKernels, RowStore, kernels
-from elastic.tables.rows import Rows, digests
+from elastic.tables.row_store import RowStore
+from elastic.tables.rows import digests
 from elastic.tables.spec import TableSpec
-from recommender.rocks_pages import RocksPages
-from recommender.row_store import CompiledRows
-from recommender.row_sums import CompiledKernels
-
-T = TypeVar("T")
-STORES = ["numba", "disk"]  # beside the oracle
 
 
 def spec(**changes: Any) -> TableSpec:
@@ -82,50 +70,3 @@ def assert_same(found: Any, wanted: Any) -> None:
             assert_same(value, vars(wanted)[name])
         else:
             assert value == vars(wanted)[name], name
-
-
-class TightRows(CompiledRows):
-    """With a tier on disk, and at every call with as little memory as that call can do with."""
-
-    def _tightly(self, call: Callable[[], T]) -> T:
-        given = self.limit
-        self.limit = given or 1 << 10
-        try:
-            while True:
-                try:
-                    return call()
-                except NoRoom:
-                    if given:
-                        raise
-                    self.limit += self.limit // 4
-        finally:
-            self.limit = given
-
-    def hold(self, buckets: Iterable[int]) -> None:
-        chosen = list(buckets)
-        self._tightly(lambda: CompiledRows.hold(self, chosen))
-
-    def prepare(self, step: int, summed: Summed) -> Prepared:
-        return self._tightly(lambda: CompiledRows.prepare(self, step, summed))
-
-    def load(self, rows: Rows) -> None:
-        self._tightly(lambda: CompiledRows.load(self, rows))
-
-
-class TightKernels(CompiledKernels):
-    """Of `TightRows`, but for vocabularies, whose rows are all in memory."""
-
-    def __init__(self) -> None:
-        self.path = Path(mkdtemp(prefix="rows-"))
-        atexit.register(rmtree, self.path, ignore_errors=True)
-
-    def create(self, spec: TableSpec, memory_bytes: int, disk_path: str = "") -> CompiledRows:
-        if spec.vocabulary:
-            return super().create(spec, memory_bytes)
-        return TightRows(spec, memory_bytes, RocksPages(str(self.path), spec.name))
-
-
-@cache
-def kernels_of(name: str) -> RowKernels:
-    """"disk": the compiled ones with a tier on disk."""
-    return TightKernels() if name == "disk" else kernels(name)
