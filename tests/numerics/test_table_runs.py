@@ -17,6 +17,7 @@ from tests.support.frameworks import names
 from tests.support.inprocess import Result, fit
 from tests.support.sampling import sample
 from tests.support.table_runs import assert_counted, click_log, clicks_recipe, counting_recipe
+from tests.support.tight_rows import make_tight
 
 STEPS = 24
 KILLS = [f"kill:{rank}@{step}/{phase}" for (phase, rank), step in
@@ -73,6 +74,17 @@ def test_live_2_5_1_3(twin: bool, backend: str, log: Path, undisturbed: Result, 
     assert_same(result, undisturbed)
     sizes = iter(result.summary["world_sizes"])  # between them, those that leave hand over
     assert all(wanted in sizes for wanted in (2, 5, 1, 3)), result.summary["world_sizes"]
+
+
+def test_rows_on_disk_change_no_bit(backend: str, log: Path, undisturbed: Result, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few rows in memory as a step can do with, while workers are killed, come and go."""
+    sent = make_tight(monkeypatch)
+    recipe = clicks_recipe(log, backend, elastic={"max_workers": 3, "spares": 2},
+                           embedding={"memory_gb": 1.0, "disk_path": str(tmp_path / "cold")})
+    result = fit(tmp_path / "run", recipe, ["scale:2@1", "kill:1@6/push", "scale:3@10", "kill:0@14/update", "scale:1@19"])
+    assert_same(result, undisturbed)
+    assert len(result.named("worker_lost")) == 2 and sum(sent) > 1000
 
 
 @pytest.mark.parametrize("fault", sample(KILLS, 2))
