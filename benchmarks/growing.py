@@ -1,6 +1,6 @@
 """A table that outgrows memory: 50 million rows of two workers, most of them on disk, and what that costs.
 
-    python -m benchmarks.growing [--rows 50000000] [--memory-gb 1.9] [--folder DIR]
+    python -m benchmarks.growing [--rows 50000000] [--memory-gb 1.7] [--folder DIR]
 
 Width 32, row-wise Adagrad, no twins, 2 workers on real Ray, all on this machine. The log has 2.5 draws for each row: 0.4 of the
 draws are an id that nobody has seen, the others one of those before, by a power law that changes from phase to phase,
@@ -37,7 +37,7 @@ from elastic.tables.spec import RowUpdate, TableSpec
 WIDTH, BATCH, AFTER = 32, 1000, 5
 DRAWS, NEW = 2.5, 0.4  # draws a row; the share of them that are new
 POWERS = (8, 4, 2, 1)  # a phase each: the higher, the more the first ids are preferred
-SAVES = 20  # checkpoints of the run
+SAVES = 30  # checkpoints of the run
 WAIT_S, POLL_S = 3000.0, 2.0
 GB = 1e9
 ALONE_ROWS, ALONE_BYTES, ALONE_EACH = 1_000_000, 64_000_000, 20_000
@@ -65,18 +65,23 @@ def num_steps(rows: int) -> int:
     return round(rows * DRAWS / EACH / BATCH)
 
 
-def write_log(file: Path, rows: int) -> list[int]:
-    """The distinct ids between two checkpoints, one by one."""
+def every(rows: int) -> int:
+    """Steps between two checkpoints."""
+    return max(1, num_steps(rows) // SAVES)
+
+
+def write_log(file: Path, rows: int) -> dict[int, int]:
+    """The distinct ids since the checkpoint before, by the step of each checkpoint."""
     schema = pa.schema([("ids", pa.list_(pa.int64())), ("y", pa.float32())])
-    touched, recent, every = list[int](), list[np.ndarray](), num_steps(rows) // SAVES
+    touched, recent = dict[int, int](), list[np.ndarray]()
     luck, offsets = np.random.default_rng(1), np.arange(0, BATCH * EACH + 1, EACH, dtype=np.int32)
     with pq.ParquetWriter(file, schema, use_dictionary=False) as writer:
         for step, numbers in enumerate(chunks(rows), 1):
             lists = pa.ListArray.from_arrays(offsets, pa.array(ids_of(numbers)))
             writer.write_table(pa.table([lists, pa.array(luck.standard_normal(BATCH).astype(np.float32))], schema=schema))
             recent.append(np.unique(numbers))
-            if step % every == 0:
-                touched.append(int(np.unique(np.concatenate(recent)).size))
+            if step % every(rows) == 0:
+                touched[step] = int(np.unique(np.concatenate(recent)).size)
                 recent = []
     return touched
 
@@ -90,7 +95,7 @@ def recipe_of(folder: Path, rows: int, memory_gb: float) -> str:
         "tables": {"ids": {"columns": ["ids"], "width": WIDTH, "pooling": "mean", "lr": 0.01}},
         "embedding": {"twin": False, "memory_gb": memory_gb, "disk_path": str(folder / "cold")},
         "elastic": {"max_workers": 2, "logical_shards": 8}, "optimizer": {"name": "sgd", "lr": 0.001},
-        "checkpoint": {"every_steps": num_steps(rows) // SAVES, "full_every": 1000, "best": ""}}))
+        "checkpoint": {"every_steps": every(rows), "full_every": 1000, "best": ""}}))
 
 
 class Watch(threading.Thread):
@@ -154,10 +159,11 @@ def speeds(run: ours.Run, rows: int) -> list[list[str]]:
     return found
 
 
-def increments(run: ours.Run, touched: list[int]) -> list[list[str]]:
-    saved = [event for event in run.events if event["event"] == "checkpoint_committed"]
-    return [[str(event["step"]), f"{num:,}", f"{event['bytes'] / 1e6:,.0f} MB", f"{event['bytes'] / num:.0f}"]
-            for event, num in list(zip(saved, touched))[::max(1, SAVES // 5)]]
+def increments(run: ours.Run, touched: dict[int, int]) -> list[list[str]]:
+    """Where saving is slower than the steps between, an increment goes further back, to what was committed then."""
+    saved = {event["step"]: event["bytes"] for event in run.events if event["event"] == "checkpoint_committed"}
+    return [[str(step), f"{touched[step]:,}", f"{bytes / 1e6:,.0f} MB", f"{bytes / touched[step]:.0f}"]
+            for step, bytes in [item for item in saved.items() if item[0] in touched][::SAVES // 6]]
 
 
 def hit_rates(folder: Path) -> list[list[str]]:
@@ -166,7 +172,7 @@ def hit_rates(folder: Path) -> list[list[str]]:
     store: Any = kernels("numba").create(spec, ALONE_BYTES, str(folder / "alone"))
     store.hold(range(spec.num_buckets))
     num, each, step = ALONE_ROWS, ALONE_EACH, 0
-    got: list[int] = []
+    got, rows, began = list[int](), 0, 0.0
     read = store.cold.get
     store.cold.get = lambda numbers: (got.append(numbers.size), read(numbers))[1]
 
@@ -198,7 +204,7 @@ def hit_rates(folder: Path) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=50_000_000)
-    parser.add_argument("--memory-gb", type=float, default=1.9)
+    parser.add_argument("--memory-gb", type=float, default=1.7)
     parser.add_argument("--folder", type=Path, default=None)
     asked = parser.parse_args()
     tidy_on_termination()
