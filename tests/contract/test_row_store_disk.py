@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def opened(path: Path | str, of: TableSpec, limit: int = LIMIT) -> CompiledRows:
     return store
 
 
-def fill(stores: list[RowStore], steps: range, num: int = 300) -> None:
+def fill(stores: Sequence[RowStore], steps: range, num: int = 300) -> None:
     """Each step touches so many new ids, and some that are long unused."""
     for step in steps:
         some = np.unique(np.append(np.arange(step * num, step * num + num), np.arange(step % 7, step * num, 3 * step)))
@@ -169,7 +169,8 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(small_disk: Path) -> No
         for step, one in sums.items():
             store.prepare(step, one)
             oracle.prepare(step, one)
-            store.commit(UPDATE), oracle.commit(UPDATE)
+            store.commit(UPDATE)
+            oracle.commit(UPDATE)
     assert f'table ads: embedding.disk_path = "{small_disk}" has no room for ' in str(error.value)
     assert "B more (" in str(error.value) and "free some space there, name another folder, or raise" in str(error.value)
     assert 5 < step < 100
@@ -203,7 +204,8 @@ def test_a_folder_is_one_process_s_and_goes_with_it(tmp_path: Path) -> None:
     assert not theirs.exists() and len([*tmp_path.iterdir()]) == 2
     fill(stores[1:], range(1, 4))
     assert whole(stores[1]) == whole(stores[2])
-    stores[1].close(), stores[2].close()
+    stores[1].close()
+    stores[2].close()
     assert not [*tmp_path.iterdir()]
 
 
