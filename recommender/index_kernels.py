@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 from elastic.model.ops import MIX1, MIX2
 
 EMPTY, WAITING = -2, -1  # in place of a place
+COLD = -3  # and down from it: the row is on disk, under the number COLD - place
 ENTRIES, LASTS, CAPACITY, FIRST = range(4)  # of a head
 PLACE, COUNT, FIELDS = 2, 3, 4  # of an entry, as int32
 ENTRY_BYTES = 4 * FIELDS
@@ -122,8 +123,9 @@ def probe(heads: Any, bucket: int, entry: int, id: int) -> int:
 
 
 @kernel
-def locate(heads: Any, shift: int, is_static: bool, ids: Any, places: Any) -> Any:
-    """Fills in the place of each id's row, and -1, -2 and so on where none is stored, which are as many as it says.
+def locate(heads: Any, shift: int, is_static: bool, ids: Any, places: Any, numbers: Any) -> Any:
+    """Fills in the place of each id's row, and -1, -2 and so on where none is in memory, which are as many as it says;
+    for each of these, in `numbers` unless that is empty, its number on disk, or -1.
 
     A static vocabulary has all its rows. -1 - bucket where a bucket is not held.
     """
@@ -149,6 +151,8 @@ def locate(heads: Any, shift: int, is_static: bool, ids: Any, places: Any) -> An
             entry = probe(heads, bucket, homes[i - begin], ids[i])
             place = int32s(heads[bucket, ENTRIES])[entry * FIELDS + PLACE] if entry >= 0 else WAITING
             if place < 0:
+                if numbers.size:
+                    numbers[missing] = COLD - place if place <= COLD else -1
                 missing += 1
                 place = -missing
             places[i] = place
@@ -181,9 +185,10 @@ def weigh(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts:
             place = held[entry * FIELDS + PLACE]
             count = held[entry * FIELDS + COUNT] if place != EMPTY else 0
         new[bucket] += place == EMPTY
-        admitted[bucket] += place < 0 and count + counts[i] >= admit
+        is_stored = place >= 0 or place <= COLD
+        admitted[bucket] += not is_stored and count + counts[i] >= admit
         buckets[i], entries[i] = bucket, entry
-        is_trained[i] = place >= 0 or count >= admit
+        is_trained[i] = is_stored or count >= admit
     return 0
 
 
@@ -223,11 +228,44 @@ def give(pool: Any, slabs: Any, slab_shift: int, stride: int, place: int) -> Non
 
 
 @kernel
-def give_all(entries: Any, pool: Any, slabs: Any, slab_shift: int, stride: int) -> None:
-    """Of a bucket."""
-    for entry in range(entries.shape[0]):
-        if entries[entry, PLACE] >= 0:
-            give(pool, slabs, slab_shift, stride, entries[entry, PLACE])
+def take_all(pool: Any, slabs: Any, slab_shift: int, stride: int, places: Any) -> None:
+    for i in range(places.size):
+        places[i] = take(pool, slabs, slab_shift, stride)
+
+
+@kernel
+def give_all(places: Any, pool: Any, slabs: Any, slab_shift: int, stride: int, pages: Any, page_shift: int) -> None:
+    """Of rows that go: in memory, on disk, or of none."""
+    for i in range(places.size):
+        if places[i] >= 0:
+            give(pool, slabs, slab_shift, stride, places[i])
+        elif places[i] <= COLD:
+            pages[(COLD - places[i]) >> page_shift] -= 1
+
+
+@kernel
+def keep_below(bound: int, pool: Any, slabs: Any, slab_shift: int, stride: int) -> None:
+    """Of the free places only those below."""
+    place, num = pool[HEAD], pool[FREE]
+    pool[HEAD], pool[FREE], pool[FRESH] = -1, 0, min(pool[FRESH], bound)
+    for _ in range(num):
+        following = int32s(slabs[place >> slab_shift] + (place & ((1 << slab_shift) - 1)) * stride)[0]
+        if place < bound:
+            give(pool, slabs, slab_shift, stride, place)
+        place = following
+
+
+@kernel
+def places_of(heads: Any, buckets: Any, entries: Any, places: Any) -> None:
+    for i in range(entries.size):
+        places[i] = int32s(heads[buckets[i], ENTRIES])[entries[i] * FIELDS + PLACE] if entries[i] >= 0 else EMPTY
+
+
+@kernel
+def move(heads: Any, buckets: Any, entries: Any, places: Any) -> None:
+    """The rows of these entries lie elsewhere."""
+    for i in range(entries.size):
+        int32s(heads[buckets[i], ENTRIES])[entries[i] * FIELDS + PLACE] = places[i]
 
 
 @kernel
@@ -235,7 +273,7 @@ def settle(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts
            entries: Any, used: Any,
            stored: Any, pool: Any, slabs: Any, slab_shift: int, stride: int, places: Any, new_places: Any) -> None:
     """Counts appearances and notes the last step; whoever is admitted gets a place. Fills in each id's place (-1: it
-    waits), and it again if new."""
+    waits), and it again if new. No id's row is on disk."""
     for i in range(ids.size):
         bucket, entry = buckets[i], entries[i]
         if entry < 0:
@@ -249,7 +287,7 @@ def settle(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts
             used[bucket] += 1
         count = min(np.int64(held[at + COUNT]) + counts[i], MOST)
         new_places[i] = WAITING
-        if held[at + PLACE] < 0 and count >= admit:
+        if held[at + PLACE] == WAITING and count >= admit:
             held[at + PLACE] = heads[bucket, FIRST] + entry if is_static else take(pool, slabs, slab_shift, stride)
             new_places[i] = held[at + PLACE]
             stored[bucket] += 1
@@ -260,9 +298,8 @@ def settle(heads: Any, shift: int, is_static: bool, admit: int, ids: Any, counts
 
 @kernel
 def remove(heads: Any, shift: int, is_static: bool, ids: Any, used: Any, stored: Any, pool: Any, slabs: Any,
-           slab_shift: int, stride: int,
-           places: Any) -> None:
-    """Forgets ids; one that is not there is passed over. Fills in the place that each had, or -1."""
+           slab_shift: int, stride: int, pages: Any, page_shift: int, places: Any) -> None:
+    """Forgets ids; one that is not there is passed over. Fills in the place that each had in memory, or -1."""
     for i in range(ids.size):
         bucket, entry = find(heads, shift, is_static, ids[i])
         places[i] = WAITING
@@ -273,6 +310,9 @@ def remove(heads: Any, shift: int, is_static: bool, ids: Any, used: Any, stored:
         if place == EMPTY:
             continue
         used[bucket] -= 1
+        if place <= COLD:
+            stored[bucket] -= 1
+            pages[(COLD - place) >> page_shift] -= 1
         if place >= 0:
             stored[bucket] -= 1
             places[i] = place

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elastic.errors import UserError
 from elastic.tables.bags import Bags, Summed, check_ids, check_slopes, not_finite
 from elastic.tables.buckets import buckets_of
-from elastic.tables.row_store import MOST, Prepared
+from elastic.tables.row_store import MOST, NoRoom, Prepared
 from elastic.tables.rows import Rows
 from elastic.tables.spec import SWEEPS, RowUpdate, TableSpec
 from elastic.tables.starts import key_of, starting_rows
@@ -42,6 +41,16 @@ class ReferenceRows:
     def nbytes(self) -> int:
         return sum(16 + (4 * (self.spec.width + self.spec.num_slots) if row.values is not None else 0)
                    for row in self._rows.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        return 0
+
+    def release(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        return
 
     def hold(self, buckets: Iterable[int]) -> None:
         self.held |= frozenset(buckets)
@@ -84,8 +93,8 @@ class ReferenceRows:
         evicted = sorted(id for bucket in self.held for id in self._evicted(step, bucket, after))
         growth = sum(after[id][2] and row.values is None for id, row in zip(summed.ids.tolist(), before))
         if self.limit and self.nbytes + growth * 4 * (self.spec.width + self.spec.num_slots) > self.limit:
-            raise UserError(f"table {self.spec.name}: embedding.memory_gb leaves it {self.limit} bytes, which have no "
-                            f"room for {growth} rows more.")
+            raise NoRoom(f"table {self.spec.name}: embedding.memory_gb leaves it {self.limit} bytes, which have no "
+                         f"room for {growth} rows more.")
         self._prepared = step, summed, Prepared(is_trained, np.array(evicted, np.int64), bad)
         return self._prepared[2]
 
@@ -224,7 +233,8 @@ def squares(gradient: np.ndarray) -> np.float32:
 class ReferenceKernels:
     """`elastic.tables.row_store.RowKernels`."""
 
-    def create(self, spec: TableSpec, memory_bytes: int) -> ReferenceRows:
+    def create(self, spec: TableSpec, memory_bytes: int, disk_path: str = "") -> ReferenceRows:
+        assert not disk_path, "it keeps rows in memory"
         return ReferenceRows(spec, memory_bytes)
 
     def distinct(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

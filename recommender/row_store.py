@@ -1,8 +1,8 @@
-"""The row store on compiled kernels: an index for each bucket, and the rows of all of them in common slabs.
+"""The row store on compiled kernels: an index for each bucket, and the rows of all of them in common slabs, or on disk.
 
-A bucket's index grows by itself; a row never moves. Rows of buckets that were dropped and of ids that were evicted
-leave places, which are taken again. Places differ between stores of equal content; nothing that a store answers does.
-One thread at a time may call a store.
+A bucket's index grows by itself. Rows of buckets that were dropped and of ids that were evicted leave places, which are
+taken again. Places differ between stores of equal content; nothing that a store answers does. What a commit touches is
+in memory since it was prepared. One thread at a time may call a store.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elastic.errors import UserError
-from elastic.humanize import size
 from elastic.tables.bags import Bags, Summed, check_ids, not_finite
 from elastic.tables.eviction import evicted, sweeps
 from elastic.tables.row_store import MOST, Prepared
@@ -22,13 +20,11 @@ from elastic.tables.spec import RowUpdate, TableSpec
 from elastic.tables.starts import key_of, levels
 from recommender import index_kernels as index
 from recommender import row_kernels
-from recommender.index_kernels import CAPACITY, COUNT, EMPTY, FIRST, PLACE
-from recommender.slabs import FLOAT, Indexes, Slabs, address, on_a_line
+from recommender.cold_rows import Pages
+from recommender.index_kernels import CAPACITY, COLD, COUNT, EMPTY, FIRST, PLACE
+from recommender.row_places import ENTRY_BYTES, NONE, SIZES, RowPlaces, is_stored
+from recommender.slabs import FLOAT, address, on_a_line
 
-LOAD = 0.75  # of an index: how full it gets
-# of indexes, in entries: each half as much again as the one before
-SIZES = [4 * round(2 * 1.5 ** step) for step in range(60)]
-ENTRY_BYTES = index.ENTRY_BYTES + 4  # with its last step
 OPTIMIZERS = {"sgd": row_kernels.SGD, "adagrad": row_kernels.ADAGRAD, "rowwise_adagrad": row_kernels.ROWWISE_ADAGRAD,
               "adam": row_kernels.ADAM}
 NEVER = MOST + 1  # as `admit`: nobody appears so often
@@ -61,30 +57,21 @@ class Work:
     evicted_places: np.ndarray
 
 
-class CompiledRows:
-    """`elastic.tables.row_store.RowStore`."""
+class CompiledRows(RowPlaces):
+    """`elastic.tables.row_store.RowStore`. Without `pages` all rows are in memory."""
 
-    def __init__(self, spec: TableSpec, memory_bytes: int):
-        self.spec, self.held = spec, frozenset[int]()
-        self.limit, self._is_static = memory_bytes, spec.vocabulary > 0
+    def __init__(self, spec: TableSpec, memory_bytes: int, pages: Pages | None = None):
+        super().__init__(spec, memory_bytes, pages)
         self._start = np.uint64(key_of(spec.seed, spec.name)), levels(spec.init)
-        self._shift = spec.num_buckets.bit_length() - 1
-        self._heads = np.zeros((spec.num_buckets, 4), np.int64)
-        self._index: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # entries and last steps
-        self._used, self._stored = np.zeros(spec.num_buckets, np.int64), np.zeros(spec.num_buckets, np.int64)
-        self._slabs, self._indexes = Slabs(spec.width, spec.num_slots), Indexes()
         self._runs: list[int] = []  # places of static buckets that were dropped
         self._work: Work | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return self._slabs.nbytes + int(self._heads[:, CAPACITY].sum()) * ENTRY_BYTES
 
     def hold(self, buckets: Iterable[int]) -> None:
         new = sorted(set(buckets) - self.held)
         rows = self.spec.vocabulary_rows
         capacity = rows if self._is_static else SIZES[0]
-        self._make_room(ENTRY_BYTES * capacity * len(new), rows * max(0, len(new) - len(self._runs)))
+        self._room(ENTRY_BYTES * capacity * len(new))
+        self._find_places(rows * max(0, len(new) - len(self._runs)))
         for bucket in new:
             self._open(bucket, capacity)
             if self._is_static:
@@ -100,7 +87,7 @@ class CompiledRows:
             if self._is_static:
                 self._runs.append(int(self._heads[bucket, FIRST]))
             else:
-                index.give_all(self._index[bucket][0], *self._places)
+                index.give_all(self._index[bucket][0][:, PLACE].astype(np.int64), *self._places, *self._pages)
             del self._index[bucket]
             self._heads[bucket] = 0
             self._used[bucket] = self._stored[bucket] = 0  # an index of a bucket that is not held never grows
@@ -121,15 +108,22 @@ class CompiledRows:
 
     def slots(self, ids: np.ndarray) -> np.ndarray:
         check_ids(self.spec, ids)
-        return self._slots_at(self._located(ids)[0])
+        places, numbers = self._found(ids)
+        is_here, found = places >= 0, np.zeros((ids.size, self.spec.num_slots), np.float32)
+        found[is_here] = self._rows_at(places[is_here])[1]
+        if self.cold is not None:
+            away = np.flatnonzero(~is_here)[numbers >= 0]
+            found[away] = self._cut(self.cold.get(numbers[numbers >= 0]))[1]
+        return found
 
     def prepare(self, step: int, summed: Summed) -> Prepared:
         summed.check(self.spec)
         summed = in_order(summed)
         self._work = None
         found = self._weigh(self.spec.admit, summed.ids, summed.counts)
-        if self._reserve(found.new, int(found.admitted.sum())):
+        if self._grow(found.new):
             found = self._weigh(self.spec.admit, summed.ids, summed.counts)
+        self._warm(found)
         gone = self._evicted(step, summed, found)
         bad = row_kernels.first_bad(address(summed.sums), summed.ids.size, self.spec.width)
         prepared = Prepared(found.is_trained, gone, int(summed.ids[bad]) if bad >= 0 else None)
@@ -168,28 +162,44 @@ class CompiledRows:
         ids, (entries, lasts) = self._ids(bucket), self._index[bucket]
         chosen = np.flatnonzero((entries[:, PLACE] != EMPTY) & (lasts > after))
         chosen = chosen[np.argsort(ids[chosen])]
-        is_stored = entries[chosen, PLACE] >= 0
-        stored, waiting = chosen[is_stored], chosen[~is_stored]
-        places = entries[stored, PLACE].astype(np.int64)
-        values = np.empty((stored.size, self.spec.width), np.float32)
-        row_kernels.copy(self._slabs.values, self._slabs.shift, self.spec.width, 0, places, address(values))
-        return Rows(ids[stored], values, self._slots_at(places), entries[stored, COUNT], lasts[stored],
-                    ids[waiting], entries[waiting, COUNT], lasts[waiting])
+        has_row = is_stored(entries[chosen, PLACE])
+        stored, waiting = chosen[has_row], chosen[~has_row]
+        values, slots = self._rows_at(entries[stored, PLACE].astype(np.int64))
+        return Rows(ids[stored], values, slots, entries[stored, COUNT], lasts[stored], ids[waiting], entries[waiting, COUNT], lasts[waiting])
 
     def load(self, rows: Rows) -> None:
         rows.check(self.spec)
         self._work = None
-        parts = (rows.ids, rows.counts, rows.lasts), (rows.waiting_ids, rows.waiting_counts, rows.waiting_lasts)
-        weighed = [self._weigh(admit, ids, counts) for admit, (ids, counts, _) in zip((0, NEVER), parts)]
-        self._reserve(weighed[0].new + weighed[1].new, int(weighed[0].admitted.sum()))
+        self._grow(np.sum([self._weigh(NEVER, ids, np.zeros(ids.size, np.int32)).new
+                           for ids in (rows.ids, rows.waiting_ids)], axis=0))
+        hot, cold, numbers = self._shared_out(rows)
         self.remove(np.concatenate([rows.ids, rows.waiting_ids]))
-        for admit, (ids, counts, lasts), found in zip((0, NEVER), parts, weighed):
-            places, entries = np.empty(ids.size, np.int64), ids >> self._shift if self._is_static else np.full(ids.size, -1)
-            self._settle(admit, ids, counts, lasts, found.buckets, entries, places, np.empty(ids.size, np.int64))
-            if ids is rows.ids:
-                values, slots = np.ascontiguousarray(rows.values), np.ascontiguousarray(rows.slots)
-                row_kernels.put(self._slabs.values, self._slabs.shift, self.spec.width, places, address(values))
-                row_kernels.put(self._slabs.slots, self._slabs.shift, self.spec.num_slots, places, address(slots))
+        places = self._enter(0, rows.ids[hot], rows.counts[hot], rows.lasts[hot])
+        self._put(places, rows.values[hot], rows.slots[hot])
+        self._enter(NEVER, rows.ids[cold], rows.counts[cold], rows.lasts[cold])
+        self._enter(NEVER, rows.waiting_ids, rows.waiting_counts, rows.waiting_lasts)
+        found = self._weigh(NEVER, rows.ids[cold], rows.counts[cold])
+        index.move(self._heads, found.buckets, found.entries, COLD - numbers)
+        np.add.at(self._stored, found.buckets, 1)
+
+    def _shared_out(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which of the rows to load go to memory, the last used as far as there is room, and which to disk, where they
+        are from now on under these numbers."""
+        num = self._weigh(0, rows.ids, np.zeros(rows.ids.size, np.int32)).admitted.sum()
+        if self.cold is None:
+            self._find_places(int(num))
+            return np.arange(rows.ids.size), NONE, NONE
+        self._add_slabs(rows.ids.size)
+        order = np.argsort(-rows.lasts, kind="stable")
+        hot, cold = (np.sort(part) for part in np.split(order, [self._slabs.room]))
+        return hot, cold, self.cold.put(np.concatenate([rows.values[cold], rows.slots[cold]], axis=1))
+
+    def _enter(self, admit: int, ids: np.ndarray, counts: np.ndarray, lasts: np.ndarray) -> np.ndarray:
+        """Of ids that are not there, counts and last steps; the places of those that are stored."""
+        found = self._weigh(admit, ids, counts)
+        places, entries = np.empty(ids.size, np.int64), ids >> self._shift if self._is_static else np.full(ids.size, -1)
+        self._settle(admit, ids, counts, lasts, found.buckets, entries, places, np.empty(ids.size, np.int64))
+        return places
 
     def remove(self, ids: np.ndarray) -> None:
         check_ids(self.spec, ids)
@@ -197,65 +207,40 @@ class CompiledRows:
         self._work = None
         self._remove(ids, np.empty(ids.size, np.int64))
 
-    # memory
-    def _make_room(self, index_bytes: int, places: int) -> None:
-        """Adds the slabs that so many places need. UserError, and nothing changed, where that and the index's bytes are
-        too much."""
-        slabs = self._slabs.lacking(places)
-        wanted = self.nbytes + index_bytes + slabs * self._slabs.slab_bytes
-        if self.limit and wanted > self.limit:
-            raise UserError(f"table {self.spec.name} needs {size(wanted)} of memory, and embedding.memory_gb leaves it "
-                            f"{size(self.limit)} here; raise that, add workers, or set its max_rows, ttl_steps or admit.")
-        self._slabs.add(slabs)
-
-    def _reserve(self, new: np.ndarray, places: int) -> bool:
-        """Finds room for so many new entries by bucket, and rows; whether an index has grown, so that entries lie
-        elsewhere."""
-        if self._is_static:
-            return False
-        capacities = self._heads[:, CAPACITY]
-        wanted = self._used + new
-        tight = np.flatnonzero(wanted > LOAD * capacities)
-        larger = np.array([next(size for size in SIZES if LOAD * size >= num) for num in wanted[tight].tolist()],
-                          np.int64)
-        self._make_room(ENTRY_BYTES * int((larger - capacities[tight]).sum()), places)
-        for bucket, capacity in zip(tight.tolist(), larger.tolist()):
-            old = self._ids(bucket), *self._index[bucket]
-            self._open(bucket, capacity)
-            index.rehash(self._heads, bucket, *old)
-        return tight.size > 0
-
-    def _open(self, bucket: int, capacity: int) -> None:
-        """An empty index."""
-        self._index[bucket] = entries, lasts = self._indexes.take(capacity)
-        entries[:, PLACE] = EMPTY
-        self._heads[bucket, :FIRST] = address(entries), address(lasts), capacity
-
-    @property
-    def _places(self) -> tuple[np.ndarray, np.ndarray, int, int]:
-        return self._slabs.pool, self._slabs.values, self._slabs.shift, FLOAT * self.spec.width
-
     # rows
-    def _ids(self, bucket: int) -> np.ndarray:
-        """Of its entries; of one that is empty, any."""
-        entries = self._index[bucket][0]
-        return bucket + (np.arange(len(entries)) << self._shift) if self._is_static else entries[:, :PLACE].view(np.int64)[:, 0]
+    def _found(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each id's place, and of those that have none in memory the numbers on disk, or -1."""
+        places, numbers = np.empty(ids.size, np.int64), np.empty(0 if self.cold is None else ids.size, np.int32)
+        missing = index.locate(self._heads, self._shift, self._is_static, ids, places, numbers)
+        self._check_held(missing)
+        return places, numbers[:missing]
 
     def _located(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each id's place, and the starting rows of those that have none."""
-        places = np.empty(ids.size, np.int64)
-        missing = index.locate(self._heads, self._shift, self._is_static, ids, places)
-        self._check_held(missing)
-        spare = np.empty((missing, self.spec.width), np.float32)
-        if missing:
-            row_kernels.start(np.array([address(spare)]), row_kernels.WHOLE, self.spec.width, *self._start,
-                              ids[places < 0], np.arange(missing))
+        """Each id's place, and the rows of those that have none in memory: as they are on disk, or begin."""
+        places, numbers = self._found(ids)
+        missing = ids[places < 0]
+        spare = np.empty((missing.size, self.spec.width), np.float32)
+        if missing.size:
+            row_kernels.start(np.array([address(spare)]), row_kernels.WHOLE, self.spec.width, *self._start, missing,
+                              np.arange(missing.size))
+        if self.cold is not None and (numbers >= 0).any():
+            spare[numbers >= 0] = self._cut(self.cold.get(numbers[numbers >= 0]))[0]
         return places, spare
 
-    def _slots_at(self, places: np.ndarray) -> np.ndarray:
-        out = np.empty((places.size, self.spec.num_slots), np.float32)
-        row_kernels.copy(self._slabs.slots, self._slabs.shift, self.spec.num_slots, 0, places, address(out))
-        return out
+    def _warm(self, found: Weighed) -> None:
+        """Brings in the rows on disk that a commit will update, and finds room for those that it will add."""
+        num = int(found.admitted.sum())
+        if self.cold is None:
+            self._find_places(num)
+            return
+        away = np.flatnonzero(self._places_of(found.buckets, found.entries) <= COLD)
+        records = self.cold.get(COLD - self._places_of(found.buckets[away], found.entries[away]))
+        self._find_places(num + away.size, found.buckets, found.entries)
+        self._bring(found.buckets[away], found.entries[away], records)
+
+    def release(self) -> int:
+        self._work = None
+        return super().release()
 
     def _weigh(self, admit: int, ids: np.ndarray, counts: np.ndarray) -> Weighed:
         new, admitted = (np.zeros(self.spec.num_buckets, np.int64) for _ in range(2))
@@ -279,7 +264,8 @@ class CompiledRows:
                      places, new_places)
 
     def _remove(self, ids: np.ndarray, places: np.ndarray) -> None:
-        index.remove(self._heads, self._shift, self._is_static, ids, self._used, self._stored, *self._places, places)
+        index.remove(self._heads, self._shift, self._is_static, ids, self._used, self._stored, *self._places,
+                     *self._pages, places)
         if self._is_static:
             self._begin(ids, places)
 
@@ -300,9 +286,10 @@ class CompiledRows:
             before = np.where(places[at] == EMPTY, 0, counts[at])
             counts[at] = np.minimum(before + summed.counts[np.concatenate([old, fresh])], MOST)
             lasts[at] = step
-            places[at] = np.where((places[at] >= 0) | (counts[at] >= spec.admit), 0, index.WAITING)
+            places[at] = np.where(is_stored(places[at]) | (counts[at] >= spec.admit), 0, index.WAITING)
             there = places != EMPTY
-            found.append(evicted(spec, step, bucket, ids[there], counts[there], lasts[there], places[there] >= 0))
+            found.append(evicted(spec, step, bucket, ids[there], counts[there], lasts[there],
+                                 is_stored(places[there])))
         return np.sort(np.concatenate(found))
 
     def _check_held(self, answer: int) -> None:

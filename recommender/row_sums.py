@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from elastic.errors import UserError
 from elastic.tables.bags import Bags, Summed, check_slopes
 from elastic.tables.spec import RowUpdate, TableSpec
 from recommender import index_kernels, row_kernels
@@ -14,8 +15,15 @@ from recommender.slabs import address
 class CompiledKernels:
     """`elastic.tables.row_store.RowKernels`."""
 
-    def create(self, spec: TableSpec, memory_bytes: int) -> CompiledRows:
-        return CompiledRows(spec, memory_bytes)
+    def create(self, spec: TableSpec, memory_bytes: int, disk_path: str = "") -> CompiledRows:
+        if not disk_path or spec.vocabulary:
+            return CompiledRows(spec, memory_bytes)
+        try:
+            from recommender.rocks_pages import RocksPages
+        except ImportError as error:
+            raise UserError(f'embedding.disk_path = "{disk_path}" needs RocksDB, which cannot be imported ({error}); '
+                            "install the extra `tables`.") from error
+        return CompiledRows(spec, memory_bytes, RocksPages(disk_path, spec.name))
 
     def distinct(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sorted_ids, order = index_kernels.ascending(ids)

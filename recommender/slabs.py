@@ -54,8 +54,9 @@ class Indexes:
 class Slabs:
     """Places 0, 1 ... for rows of `width` values and `num_slots` slots. A slab holds 2 ** shift of them."""
 
-    def __init__(self, width: int, num_slots: int):
-        self.shift = max(0, (SLAB_BYTES // (FLOAT * width)).bit_length() - 1)
+    def __init__(self, width: int, num_slots: int, most_bytes: int = SLAB_BYTES):
+        """`most_bytes` of values a slab, or one row."""
+        self.shift = max(0, (min(SLAB_BYTES, most_bytes) // (FLOAT * width)).bit_length() - 1)
         self.values, self.slots = np.empty(0, np.int64), np.empty(0, np.int64)  # the address of each slab
         self.pool = np.zeros(3, np.int64)
         self._widths = width, num_slots
@@ -69,16 +70,25 @@ class Slabs:
     def nbytes(self) -> int:
         return self.values.size * self.slab_bytes
 
+    @property
+    def room(self) -> int:
+        """Places that can be taken."""
+        return (self.values.size << self.shift) - int(self.pool[FRESH]) + int(self.pool[FREE])
+
     def lacking(self, places: int) -> int:
         """Slabs to add until so many places can be taken."""
-        room = (self.values.size << self.shift) - int(self.pool[FRESH]) + int(self.pool[FREE])
-        return max(0, -(-(places - room) >> self.shift))
+        return max(0, -(-(places - self.room) >> self.shift))
 
     def add(self, num: int) -> None:
         for _ in range(num):
             values, slots = (on_large_pages(FLOAT * width << self.shift) for width in self._widths)
             self._kept += values, slots
             self.values, self.slots = np.append(self.values, address(values)), np.append(self.slots, address(slots))
+
+    def cut(self, num: int) -> None:
+        """Lets all slabs go but the first `num`. Of the others no place is taken, nor free."""
+        self.values, self.slots = self.values[:num].copy(), self.slots[:num].copy()
+        del self._kept[2 * num:]
 
     def run(self, places: int) -> int:
         """The first of so many places side by side, none of them given back one by one. There is room."""

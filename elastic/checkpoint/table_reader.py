@@ -38,12 +38,15 @@ class TableReader:
         """The tables by name, in order."""
         return specs_of(self.manifest)
 
-    def fill(self, store: RowStore, buckets: Iterable[int], note: Note = lambda read: None) -> None:
-        """Puts buckets into a store that holds them without rows. RecipeError where it is another table's."""
+    def fill(self, store: RowStore, buckets: Iterable[int], note: Note = lambda read: None,
+             load: Callable[[Rows], None] | None = None) -> None:
+        """Puts buckets into a store that holds them without rows, by `load` or the store's own. RecipeError where it is
+        another table's."""
         check_spec(self.manifest, store.spec)
+        load = load or store.load
         for _, bucket in self._in_steps(store.spec.name, buckets, note):
             store.remove(bucket.removed)
-            store.load(bucket.rows)
+            load(bucket.rows)
 
     def rows(self, table: str, buckets: Iterable[int] | None = None) -> Iterator[tuple[int, Rows]]:
         """(number, all its rows) of every bucket, or of these, in order; a window of them is in memory at a time."""

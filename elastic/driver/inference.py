@@ -69,7 +69,7 @@ def read_all(store: Store, name: str, manifest: Manifest) -> tuple[dict[str, np.
     found = tables_of(loads(manifest.recipe, locate=False), manifest.extra.get("info") or {}) if manifest.tables else None
     if found is None:
         return weights, None
-    tables = HeldTables(replace(found, memory_bytes=0))
+    tables = HeldTables(replace(found, memory_bytes=0, disk_path=""))
     tables.begin(range(found.num_buckets), (), manifest.step)
     reader = manager.open_tables(store, name, manifest)
     for rows in tables.stores.values():

@@ -61,6 +61,7 @@ class Task:
     update_s: float = 0.0  # for each element
     row_bytes: float = 0.0  # of all rows of embedding tables, once
     has_row_twin: bool = False
+    row_memory: float = math.inf  # of a worker: what its rows beyond it take lies on disk
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ def stage_memory(task: Task, candidate: Candidate, stage: int, peak: int) -> Byt
     return Bytes(FLOAT * holding.size, FLOAT * (sums * holding.gradient + total), FLOAT * slots,
                  peak * kept / candidate.num_chunks + max(part.again_bytes for part in parts),
                  FLOAT * math.ceil((holding.size + slots) / mesh.data),
-                 owned_bytes(task.row_bytes, mesh.data, task.has_row_twin))
+                 min(task.row_memory, owned_bytes(task.row_bytes, mesh.data, task.has_row_twin)))
 
 
 def owned_bytes(total: float, owners: int, has_twin: bool) -> float:

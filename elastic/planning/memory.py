@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -169,7 +170,8 @@ def question(recipe: Recipe, model: Any, balance: Mapping[str, float] | None = N
     task = Task(elastic.logical_shards, recipe.data.batch_size // elastic.logical_shards, len(SLOTS[optimizer.name])
                 + (optimizer.ema > 0),
                 elastic.reduction == "exact", recipe.backend.threads, optimizer.sharded, optimizer.twin,
-                row_bytes=bounded_bytes(tables), has_row_twin=recipe.embedding.twin)
+                row_bytes=bounded_bytes(tables), has_row_twin=recipe.embedding.twin,
+                row_memory=tables.memory_bytes if tables and tables.disk_path else math.inf)
     rules = replace(meshes.rules_of(recipe), is_whole=tables is not None)
     return Question(model, task, rules, balance, mesh.schedule, mesh.micro_batches)
 

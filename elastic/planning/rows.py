@@ -1,4 +1,4 @@
-"""What the rows of embedding tables take of their owners' memory. Pure."""
+"""What the rows of embedding tables take of their owners' memory and disk. Pure."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def row_bytes(spec: TableSpec) -> int:
     return HEAD_BYTES + FLOAT * (spec.width + spec.num_slots) + INDEX_BYTES
 
 
+def disk_bytes(tables: Tables, spec: TableSpec) -> int:
+    """Of one row's, what may lie on disk, once."""
+    return FLOAT * (spec.width + spec.num_slots) if tables.disk_path and not spec.vocabulary else 0
+
+
 def most_rows(spec: TableSpec) -> int:
     """That a table can have; 0 where nothing bounds it."""
     if spec.vocabulary and spec.max_rows:
@@ -30,16 +35,29 @@ def bounded_bytes(tables: Tables | None) -> int:
 
 
 def lines(tables: Tables | None, least: int, most: int) -> Iterator[str]:
-    """A line for every table, by the fewest and the most owners that there will be."""
-    for spec in tables.specs if tables else ():
+    """A line for every table, by the fewest and the most owners that there will be, and one for the disk."""
+    if tables is None:
+        return
+    for spec in tables.specs:
         each, rows = row_bytes(spec), most_rows(spec)
-        assert tables is not None
+        cold = disk_bytes(tables, spec)
+        places = f", {cold} of them in memory or on disk" if cold else ""
         copies = ", and as many again with its twin" if tables.twin and most > 1 else ""
-        about = f"table {spec.name}: a row of width {spec.width} takes {each} bytes{copies}"
+        about = f"table {spec.name}: a row of width {spec.width} takes {each} bytes{places}{copies}"
         if not rows:
-            yield (f"{about}; it grows as ids appear: 1 GB on each of {count(most, 'owner')} holds "
-                   f"{1e3 / owned_bytes(each, most, tables.twin):.1f} million.")
+            what = "1 GB of memory, for the index," if cold else "1 GB"
+            yield (f"{about}; it grows as ids appear: {what} on each of {count(most, 'owner')} holds "
+                   f"{1e3 / owned_bytes(each - cold, most, tables.twin):.1f} million.")
             continue
-        shares = [f"{size(owned_bytes(rows * each, members, tables.twin))} an owner of {members}"
-                  for members in sorted({least, most})]
+        shares = [f"{share(tables, rows, each, cold, members)} an owner of {members}" for members in sorted({least, most})]
         yield f"{about}; at most {count(rows, 'row')}, {', '.join(shares)}."
+    if tables.disk_path:
+        yield (f"tables: {size(tables.memory_bytes)} of a worker's memory for rows and index, the longest unused rows "
+               f"beyond it in {tables.disk_path}.")
+
+
+def share(tables: Tables, rows: int, each: int, cold: int, members: int) -> str:
+    """What an owner holds of so many rows: all of it, and how much of that at least in memory, at most on disk."""
+    total, away = (owned_bytes(rows * part, members, tables.twin) for part in (each, cold))
+    away = min(away, max(0.0, total - tables.memory_bytes))
+    return f"{size(total - away)} in memory and {size(away)} on disk for" if away else size(total)

@@ -50,9 +50,10 @@ class Embedding(Section):
                                             "between workers")
     move_mb: FiniteFloat = Field(64.0, gt=0, description="a number above 0: megabytes of rows that a worker sends or gets "
                                                          "between two steps, at most, while buckets move")
-    memory_gb: FiniteFloat = Field(0.0, ge=0, description="a number above 0: gigabytes that the rows of one worker may "
-                                                          "take, or 0 for no limit")
-    disk_path: str = Field("", pattern=r"^$", description='"": a tier on disk is not built yet')
+    memory_gb: FiniteFloat = Field(0.0, ge=0, description="a number above 0: gigabytes of memory that the rows of one "
+                                                          "worker and their index may take, or 0 for no limit")
+    disk_path: str = Field("", pattern=r"^(/.*)?$", description="a folder on every worker's own disk, as \"/scratch\", "
+                                                                "for the rows beyond memory_gb, or \"\" for none")
 
 
 def width_of(data: Any, table: TableSection) -> int:
@@ -85,6 +86,9 @@ def check_embedding(recipe: Any) -> None:
         only = "for embedding tables, [tables.NAME], of which there is none"
         refuse_given("embedding", recipe.embedding, type(recipe.embedding).model_fields, only)
         refuse_given("checkpoint", recipe.checkpoint, ("full_every",), only)
+    if recipe.embedding.disk_path and not recipe.embedding.memory_gb:
+        raise RecipeError(f'embedding.disk_path = {shown(recipe.embedding.disk_path)} is for rows that embedding.memory_gb '
+                          "has no room for, and that is 0, no limit; say how many gigabytes they may take of memory.")
     if tables and not (is_recommender or data.is_table and ":" in recipe.model.kind):
         name = next(iter(tables))
         raise RecipeError(f"tables.{name}.columns = {shown(tables[name].columns)} has a meaning only for recommenders "

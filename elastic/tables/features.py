@@ -33,7 +33,7 @@ class Tables:
     and a scale of 1. All tables have as many buckets. `twin`: every bucket has a second keeper. `memory_bytes`: what
     all tables of a worker may take together; 0 is no limit. `move_bytes`: what a worker sends or gets at a time while
     buckets move, or one bucket. `kernels`: "numba" or "reference". `look_ahead`: how many steps before its own a lookup is
-    asked for; 0: at its step.
+    asked for; 0: at its step. `disk_path`: a folder for the rows that memory has no room for; "" for none.
     """
 
     specs: tuple[TableSpec, ...]
@@ -44,6 +44,7 @@ class Tables:
     kernels: str = "numba"
     move_bytes: int = 64_000_000
     look_ahead: int = 0
+    disk_path: str = ""
 
     @property
     def num_buckets(self) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
 from elastic.tables.bags import Summed
 from elastic.tables.features import BAGS, Tables, answered
 from elastic.tables.removed import Removed
-from elastic.tables.row_store import Prepared, RowStore, kernels
+from elastic.tables.row_store import NoRoom, Prepared, RowStore, kernels
 from elastic.tables.rows import Rows
-from elastic.tables.spec import RowUpdate, TableSpec
+from elastic.tables.spec import SWEEPS, RowUpdate, TableSpec
+
+T = TypeVar("T")
 
 
 class HeldTables:
@@ -22,7 +25,7 @@ class HeldTables:
 
     def __init__(self, tables: Tables):
         self.tables, self.kernels = tables, kernels(tables.kernels)
-        self.stores: dict[str, RowStore] = {spec.name: self.kernels.create(spec, tables.memory_bytes)
+        self.stores: dict[str, RowStore] = {spec.name: self.kernels.create(spec, tables.memory_bytes, tables.disk_path)
                                             for spec in tables.specs}
         self.owned: tuple[int, ...] = ()
         self.twins: tuple[int, ...] = ()
@@ -49,7 +52,13 @@ class HeldTables:
 
     @property
     def nbytes(self) -> int:
+        """Of memory."""
         return sum(store.nbytes for store in self.stores.values())
+
+    @property
+    def row_bytes(self) -> int:
+        """Of memory and disk."""
+        return self.nbytes + sum(store.disk_bytes for store in self.stores.values())
 
     def begin(self, owned: Iterable[int], twins: Iterable[int], step: int = -1) -> None:
         """Holds these buckets, of `step`, without any rows."""
@@ -69,26 +78,53 @@ class HeldTables:
     def take(self, buckets: Iterable[int]) -> None:
         """Finds room for buckets that are on their way here. They are not `held` before all of them are there."""
         wanted = set(buckets)
-        for store in self.limited():
-            store.hold(wanted - store.held)
-
-    def limited(self) -> Iterator[RowStore]:
-        """Each store in turn, with what the others leave it of all tables' memory."""
         for store in self.stores.values():
+            self.with_room(store, partial(store.hold, wanted - store.held))
+
+    def with_room(self, store: RowStore, call: Callable[[], T]) -> T:
+        """A call of a store that may take what the others leave it of all tables' memory, and these send rows to disk
+        where that is not enough."""
+        while True:
             if self.tables.memory_bytes:
                 store.limit = max(1, self.tables.memory_bytes - self.nbytes + store.nbytes)
-            yield store
+            try:
+                return call()
+            except NoRoom:
+                if not sum([other.release() for other in self.stores.values() if other is not store]):
+                    raise
 
     def load(self, parts: Sequence[Rows]) -> None:
         """Takes over what another member has sent, bucket by bucket, of each every table's rows."""
         for number in range(0, len(parts), len(self.stores)):
-            for store, rows in zip(self.limited(), parts[number:]):
-                store.load(rows)
+            for store, rows in zip(self.stores.values(), parts[number:]):
+                self.with_room(store, partial(store.load, rows))
 
     def prepare(self, step: int, sums: Mapping[str, Summed]) -> None:
-        """Finds room for what the commit of `step` will do, table by table."""
-        self.prepared = {store.spec.name: store.prepare(step, sums[store.spec.name]) for store in self.limited()}
-        self.changed = tuple(changes(sums[name].ids, one) for name, one in self.prepared.items())
+        """Finds room for what the commit of `step` will do, table by table. Whoever lacks it comes first in the next
+        try: what the others have prepared is dropped when they give up memory."""
+        stores = list(self.stores.values())
+        for tries in range(len(stores) + SWEEPS):
+            self.prepared = {}
+            try:
+                for store in stores:
+                    self._prepare(store, step, sums[store.spec.name])
+                self.changed = tuple(changes(sums[spec.name].ids, self.prepared[spec.name]) for spec in self.specs)
+                return
+            except NoRoom:
+                short = stores.pop(len(self.prepared))
+                if not sum([other.release() for other in stores]) or tries == len(self.stores) + SWEEPS - 1:
+                    raise
+                stores.insert(0, short)
+
+    def _prepare(self, store: RowStore, step: int, summed: Summed) -> None:
+        if self.tables.memory_bytes:
+            store.limit = max(1, self.tables.memory_bytes - self.nbytes + store.nbytes)
+        self.prepared[store.spec.name] = store.prepare(step, summed)
+
+    def close(self) -> None:
+        """Gives back what the tables have of the disk; they are used no more."""
+        for store in self.stores.values():
+            store.close()
 
     def look_up(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch with what its features look up in the place of its bags. For a worker that holds every bucket."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from elastic.errors import RecipeError
 from elastic.recipe import Recipe
 from elastic.recipe.embedding import TableSection
 from elastic.tables.features import Feature, Tables
@@ -29,9 +30,20 @@ def tables_of(recipe: Recipe, info: Mapping[str, Any]) -> Tables | None:
     features = tuple(Feature(look.name, look.table, look.pooling, look.length)
                      for look in sorted(found.looks, key=lambda look: look.name))
     kernels = "reference" if recipe.backend.name == "reference" else "numba"
+    check_disk(recipe, specs)
     return Tables(specs, features, {name: update_of(recipe, section) for name, section in sections.items()},
                   recipe.embedding.twin, int(recipe.embedding.memory_gb * 1e9), kernels, int(recipe.embedding.move_mb * 1e6),
-                  recipe.embedding.look_ahead)
+                  recipe.embedding.look_ahead, recipe.embedding.disk_path)
+
+
+def check_disk(recipe: Recipe, specs: Sequence[TableSpec]) -> None:
+    """RecipeError where no row could lie on disk."""
+    given = f'embedding.disk_path = "{recipe.embedding.disk_path}"'
+    if recipe.embedding.disk_path and recipe.backend.name == "reference":
+        raise RecipeError(f'{given} is not for backend.name = "reference", whose rows stay in memory; leave it out.')
+    if recipe.embedding.disk_path and all(spec.vocabulary for spec in specs):
+        raise RecipeError(f"{given} is for tables that grow, and {specs[0].name} has a vocabulary, all of whose rows stay "
+                          "in memory; leave it out.")
 
 
 def spec_of(recipe: Recipe, place: Place, section: TableSection) -> TableSpec:

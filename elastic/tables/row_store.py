@@ -23,6 +23,10 @@ KINDS = {"numba": "recommender.row_sums", "reference": "recommender.reference_ro
 MOST = (1 << 31) - 1  # appearances that a count can say; it stays there
 
 
+class NoRoom(UserError):
+    """A store's limit does not suffice; other tables' rows may have memory that can go to disk."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What a commit will do: to which of the sums' ids there is an update (bool; the others wait to be admitted), and
@@ -47,8 +51,20 @@ class RowStore(Protocol):
     def nbytes(self) -> int:
         """Memory that rows and index have taken."""
 
+    @property
+    def disk_bytes(self) -> int:
+        """Disk that rows have taken. Those that were not used for longest lie there, and `prepare` brings back what it
+        needs."""
+
+    def release(self) -> int:
+        """Sends rows to disk, some of the longest unused among them, and gives their memory back: the bytes, 0 where it
+        can do without none. What was prepared is dropped."""
+
+    def close(self) -> None:
+        """Gives its disk back, and is used no more."""
+
     def hold(self, buckets: Iterable[int]) -> None:
-        """Begins to hold these, without rows. UserError where `limit` does not suffice."""
+        """Begins to hold these, without rows. NoRoom where `limit` does not suffice."""
 
     def drop(self, buckets: Iterable[int]) -> None:
         """Lets these go with all their rows; their room is used again."""
@@ -67,8 +83,8 @@ class RowStore(Protocol):
         """Finds room for all that the commit of `step` (from 1) will do with these sums, and changes nothing that
         anybody can see.
 
-        It takes the place of what was prepared before. UserError where `limit` does not suffice. `summed` is kept
-        and must not change.
+        It takes the place of what was prepared before. NoRoom where `limit` does not suffice, UserError where the disk
+        has no room. `summed` is kept and must not change.
         """
 
     def squared_norms(self) -> np.ndarray:
@@ -76,7 +92,7 @@ class RowStore(Protocol):
 
     def commit(self, update: RowUpdate) -> None:
         """Carries out what was prepared, once: updates, counts and last steps, admissions, evictions. It takes no
-        memory. NonFiniteLoss, and nothing changed, where `Prepared.bad` says so."""
+        memory and no disk. NonFiniteLoss, and nothing changed, where `Prepared.bad` says so."""
 
     def forget(self) -> None:
         """Drops what was prepared."""
@@ -86,7 +102,8 @@ class RowStore(Protocol):
         """
 
     def load(self, rows: Rows) -> None:
-        """Takes rows over, into whichever held buckets they belong; an id that is there already is replaced."""
+        """Takes rows over, into whichever held buckets they belong; an id that is there already is replaced. As for
+        `prepare` there may be no room, and then nothing has changed."""
 
     def remove(self, ids: np.ndarray) -> None:
         """Forgets these ids, in any order, as an eviction does; what is not there is passed over."""
@@ -95,8 +112,10 @@ class RowStore(Protocol):
 class RowKernels(Protocol):
     """What workers do with rows, owners or not."""
 
-    def create(self, spec: TableSpec, memory_bytes: int) -> RowStore:
-        """An empty store that holds no bucket; 0 is no limit."""
+    def create(self, spec: TableSpec, memory_bytes: int, disk_path: str = "") -> RowStore:
+        """An empty store that holds no bucket; 0 is no limit. With a folder, rows that the limit leaves no room for go to
+        disk, in a folder of their own there, unless the table has a vocabulary. UserError where nothing can be written.
+        """
 
     def distinct(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The distinct ids, ascending, and where each of `ids` stands among them (both int64)."""

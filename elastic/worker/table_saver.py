@@ -124,10 +124,10 @@ class TableSaver:
         held.committed, self.depths = -1, {}
         held.removed.clear()
         reader = open_tables(store, name, manifest)
-        for rows in held.limited():
+        for rows in held.stores.values():
             rows.drop(rows.held)
-            rows.hold(held.held)
-            reader.fill(rows, held.held, note)
+            held.with_room(rows, lambda rows=rows: rows.hold(held.held))  # type: ignore[misc]
+            reader.fill(rows, held.held, note, lambda part, rows=rows: held.with_room(rows, lambda: rows.load(part)))  # type: ignore[misc]
         held.removed.begin(held.held, manifest.step)
         if is_place and name == folder_of(manifest.step):
             self.depths[manifest.step] = {bucket: max(len(reader.chain(spec.name, bucket)) - 1

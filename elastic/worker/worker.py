@@ -106,6 +106,8 @@ class Worker(Member):
         if self.control.is_orphan:
             self.leave()
         self.saver.join()
+        if self.tables:
+            self.tables.close()
 
     def save_alone(self, order: Save) -> None:
         """A final checkpoint: too few are left to go on, and no checkpoint has what this one has. Its part reports how

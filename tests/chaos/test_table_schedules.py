@@ -14,6 +14,7 @@ from tests.support.inprocess import Result, fit
 from tests.support.sampling import sample
 from tests.support.schedules import STEPS, Schedule, play, schedule
 from tests.support.table_runs import LIMITS, assert_counted, click_log, counting_recipe
+from tests.support.tight_rows import make_tight
 
 pytest.importorskip("torch", reason="torch is not installed")
 # a saver's thread dies with its process
@@ -28,6 +29,7 @@ MOVE_MB = (16.0, 1e-6, 3e-4)  # all buckets at one boundary, one by one, and a f
 def log(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("clicks")
     with pytest.MonkeyPatch.context() as patch:
+        make_tight(patch)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         yield click_log(folder / "log.parquet")
 
@@ -39,16 +41,17 @@ def oracles(log: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Result]
             for number in range(len(LIMITS))]
 
 
-def recipe_of(log: Path, seed: int, elastic: dict[str, Any]) -> Recipe:
+def recipe_of(log: Path, seed: int, elastic: dict[str, Any], disk: str = "") -> Recipe:
     return counting_recipe(log, LIMITS[seed % 2], run={"steps": STEPS}, elastic=elastic,
                            embedding={"twin": seed % 4 < 3, "look_ahead": 2 * (seed % 3 > 0),
-                                      "move_mb": MOVE_MB[seed // 4 % 3]})
+                                      "move_mb": MOVE_MB[seed // 4 % 3], "memory_gb": 1.0, "disk_path": disk})
 
 
 def assert_seed(seed: int, folder: Path, log: Path, oracles: list[Result]) -> None:
     plan: Schedule = schedule(seed)
+    disk = str(folder / "cold") if seed % 3 == 0 else ""  # most rows lie on it
     try:
-        result = play(folder / str(seed), plan, recipe_of(log, seed, plan.elastic))
+        result = play(folder / str(seed), plan, recipe_of(log, seed, plan.elastic, disk))
         result.assert_sound(STEPS, steps_lost=result.summary["steps_lost"])
         assert result.sha == oracles[seed % 2].sha
         assert_counted(folder / str(seed), log, LIMITS[seed % 2], STEPS)

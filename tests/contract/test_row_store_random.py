@@ -11,8 +11,8 @@ from elastic.tables.buckets import buckets_of
 from elastic.tables.row_store import RowKernels, RowStore, kernels
 from elastic.tables.spec import SLOTS, RowUpdate, TableSpec
 from tests.support.rows import assert_same, ids, listed, random_bags, random_sums, spec, summed, whole
+from tests.support.tight_rows import STORES, kernels_of
 
-STORES = ["numba"]
 ORACLE = kernels("reference")
 specs = st.builds(TableSpec, name=st.just("t"), width=st.sampled_from([1, 3, 16, 17, 70]),
                   optimizer=st.sampled_from(sorted(SLOTS)),
@@ -88,7 +88,7 @@ class Pair:
 @given(specs, st.lists(st.sampled_from(ACTIONS), min_size=3, max_size=12), st.integers(0, 1 << 32))
 @settings(max_examples=60, deadline=None)
 def test_any_schedule_has_the_oracles_bits(name: str, spec: TableSpec, actions: list[str], seed: int) -> None:
-    pair = Pair(kernels(name), spec, seed)
+    pair = Pair(kernels_of(name), spec, seed)
     for action in actions:
         getattr(pair, action)()
         assert whole(pair.stores[0]) == whole(pair.stores[1])
@@ -97,7 +97,7 @@ def test_any_schedule_has_the_oracles_bits(name: str, spec: TableSpec, actions: 
 @pytest.mark.parametrize("name", [*STORES, "reference"])
 def test_a_bucket_that_was_let_go_is_in_nobody_s_way(name: str) -> None:
     one = spec()
-    store = kernels(name).create(one, 0)
+    store = kernels_of(name).create(one, 0)
     store.hold(range(4))
     store.prepare(1, summed(dict.fromkeys(range(200), 1.0)))
     store.commit(RowUpdate(0.1))

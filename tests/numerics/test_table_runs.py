@@ -13,10 +13,12 @@ import pytest
 from elastic.chaos import PHASES
 from elastic.driver.inference import evaluate
 from elastic.tables.held import HeldTables
+from recommender.rocks_pages import RocksPages
 from tests.support.frameworks import names
 from tests.support.inprocess import Result, fit
 from tests.support.sampling import sample
 from tests.support.table_runs import assert_counted, click_log, clicks_recipe, counting_recipe
+from tests.support.tight_rows import make_tight
 
 STEPS = 24
 KILLS = [f"kill:{rank}@{step}/{phase}" for (phase, rank), step in
@@ -91,6 +93,17 @@ def test_a_kill_while_buckets_move(rank: int, step: int, twin: bool, backend: st
     assert len(result.named("worker_lost")) == 1
 
 
+def test_rows_on_disk_change_no_bit(backend: str, log: Path, undisturbed: Result, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few rows in memory as a step can do with, while workers are killed, come and go."""
+    sent = make_tight(monkeypatch)
+    recipe = clicks_recipe(log, backend, elastic={"max_workers": 3, "spares": 2},
+                           embedding={"memory_gb": 1.0, "disk_path": str(tmp_path / "cold")})
+    result = fit(tmp_path / "run", recipe, ["scale:2@1", "kill:1@6/push", "scale:3@10", "kill:0@14/update", "scale:1@19"])
+    assert_same(result, undisturbed)
+    assert len(result.named("worker_lost")) == 2 and sum(sent) > 1000
+
+
 @pytest.mark.parametrize("fault", sample(KILLS, 2))
 def test_a_kill_in_each_phase_costs_no_step(fault: str, backend: str, log: Path, undisturbed: Result,
                                             tmp_path: Path) -> None:
@@ -125,6 +138,37 @@ def test_a_joiner_that_has_no_room_for_its_rows_costs_nobody_the_last_checkpoint
     assert result.outcome.status == "failed" and "no room" in result.outcome.error
     assert [event["step"] for event in result.named("checkpoint_committed")] == [8, 12]
     assert not result.named("checkpoint_rejected")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(log: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    recipe = clicks_recipe(log, "torch", embedding={"memory_gb": 1.0, "disk_path": str(log)})
+    result = fit(tmp_path, recipe)
+    assert result.outcome.status == "failed" and not result.metrics
+    assert f'embedding.disk_path = "{log}" cannot be written on this node' in result.outcome.error
+
+
+def test_a_disk_that_is_full_ends_the_run_with_its_last_step_saved(log: Path, undisturbed: Result, backend: str, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend != "torch":
+        pytest.skip("nothing of it is a framework's")
+    changes: dict[str, Any] = {"elastic": {"max_workers": 2}, "embedding": {"memory_gb": 1.0, "disk_path": str(tmp_path / "cold")}}
+    with monkeypatch.context() as patch:
+        sent = make_tight(patch)
+        written = RocksPages.put
+
+        def put(self: RocksPages, numbers: Any, pages: Any) -> None:
+            if sum(sent) > 600:
+                raise self._failed("has no room for 4.1 KB more (IO error: No space left on device)")
+            written(self, numbers, pages)
+
+        patch.setattr(RocksPages, "put", put)
+        result = fit(tmp_path / "run", clicks_recipe(log, backend, **changes))
+    assert result.outcome.status == "failed" and "has no room for 4.1 KB more" in result.outcome.error
+    last = result.metrics[-1]["step"]
+    assert 2 < last < STEPS and result.named("checkpoint_committed")[-1]["step"] == last
+    again = fit(tmp_path / "run", clicks_recipe(log, backend, **changes))
+    assert again.sha == undisturbed.sha
 
 
 @pytest.mark.parametrize("limits", [{}, {"admit": 2, "ttl_steps": 4}], ids=["all", "admitted and evicted"])

@@ -381,4 +381,15 @@ ROWS = (
       "tests/unit/test_table_files.py::test_any_flipped_byte_of_a_bucket_is_found"),
 )
 
-TABLE = (*USERS, *BITS, *STEPS, *CHECKPOINTS, *LIVES, *RUNS, *INPUTS, *ROWS)
+COLD = (
+    M("cold-rows-lost", "P1, P2", "A row that a step brings back from disk keeps what lay in its place.", "recommender/row_places.py",
+      "        self._put(places, *self._cut(records))\n        index.move", "        index.move",
+      "tests/contract/test_row_store_disk.py::test_gaps_are_closed"),
+    M("gaps-stay", "P10", "Pages that are mostly gaps are never written anew: the disk fills up.", "recommender/row_places.py",
+      "if is_sparse else leaving", "if False else leaving", "tests/contract/test_row_store_disk.py::test_gaps_are_closed"),
+    M("cold-folders-of-the-dead", "P10", "What a killed process had of the disk stays for ever.", "recommender/rocks_pages.py",
+      "                if (lock := locked(other / OWNER)) is not None:", "                if (lock := None) is not None:",
+      "tests/contract/test_row_store_disk.py::test_a_folder_is_one_process_s_and_goes_with_it"),
+)
+
+TABLE = (*USERS, *BITS, *STEPS, *CHECKPOINTS, *LIVES, *RUNS, *INPUTS, *ROWS, *COLD)

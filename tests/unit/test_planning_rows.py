@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from elastic.mesh import Mesh
@@ -41,3 +43,16 @@ def test_a_line_for_every_table() -> None:
         "12.2 MB an owner of 4."]
     assert "grows as ids appear: 1 GB on each of 2 owners holds 12.1 million." in list(lines(tables(False), 2, 2))[1]
     assert list(lines(None, 1, 2)) == []
+
+
+def test_lines_and_costs_know_of_the_disk() -> None:
+    tiered = replace(tables(False), memory_bytes=20_000_000, disk_path="/scratch")
+    assert list(lines(tiered, 1, 2)) == [
+        "table few: a row of width 8 takes 129 bytes; at most 1000 rows, 129.0 KB an owner of 1, 64.5 KB an owner of 2.",
+        "table grows: a row of width 32 takes 165 bytes, 132 of them in memory or on disk; it grows as ids appear: 1 GB of memory, "
+        "for the index, on each of 2 owners holds 60.6 million.",
+        "table kept: a row of width 4 takes 49 bytes, 16 of them in memory or on disk; at most 500000 rows, 20.0 MB in memory and "
+        "4.5 MB on disk for an owner of 1, 12.2 MB an owner of 2.",
+        "tables: 20.0 MB of a worker's memory for rows and index, the longest unused rows beyond it in /scratch."]
+    candidate = Candidate(Mesh(2), 1, (Part(0.0, 0.0, 0),), (StageState(0, 0, 0),))
+    assert memory(Task(8, 4, 2, row_bytes=1e6, row_memory=3e5), candidate).tables == 3e5

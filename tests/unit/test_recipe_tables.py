@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_a_recipe_without_tables_says_nothing_of_them(clicks: dict[str, Any]) ->
     (["tables.a.b.columns=user"], "is not a key of the recipe; the keys of [tables.a] are"),
     (["embedding.look_ahead=1"], "embedding.look_ahead = 1 cannot work; it must be 0 or 2: how many steps before its own "
                                  "a lookup is asked for."),
-    (["embedding.disk_path=/tmp"], 'embedding.disk_path = "/tmp" cannot work; it must be "": a tier on disk is not'),
+    (["embedding.disk_path=cold"], 'embedding.disk_path = "cold" cannot work; it must be a folder on every worker\'s own disk, as "/'),
+    (["embedding.disk_path=/cold"], 'embedding.disk_path = "/cold" is for rows that embedding.memory_gb has no room for, and that is 0'),
     (["embedding.placement=servers"], 'it must be "workers": parameter servers are not built yet.'),
     (["embedding.buckets=1000"], "embedding.buckets = 1000 cannot work; it must be a power of two"),
     (["embedding.move_mb=0"], "embedding.move_mb = 0 cannot work; it must be a number above 0"),
@@ -168,7 +170,20 @@ def test_the_tables_of_a_run_follow_from_recipe_and_facts(clicks: dict[str, Any]
     assert tables.features == (Feature("x", "b"), Feature("y", "b"), Feature("z", "a", "none", 3))
     assert tables.updates == {"a": RowUpdate(1.0), "b": RowUpdate(0.2)}
     assert (tables.twin, tables.memory_bytes, tables.num_buckets, tables.kernels) == (False, 500_000_000, 8, "numba")
-    assert tables_of(own(clicks), {}) is None
+    assert tables.disk_path == "" and tables_of(own(clicks), {}) is None
+
+
+def test_a_disk_is_for_tables_that_grow_on_compiled_kernels(clicks: dict[str, Any]) -> None:
+    changes: dict[str, Any] = {"tables": {"a": {"columns": ["z"]}}, "embedding": {"memory_gb": 0.5, "disk_path": "/cold"}}
+    recipe = own(clicks, **changes)
+    places = own_places(recipe)
+    tables = tables_of(recipe, {"placed": places.facts})
+    assert tables and tables.disk_path == "/cold"
+    static = Placed((replace(places.places[0], vocabulary=40),), places.looks)
+    with pytest.raises(RecipeError, match='embedding.disk_path = "/cold" is for tables that grow, and a has a vocabulary'):
+        tables_of(recipe, {"placed": static.facts})
+    with pytest.raises(RecipeError, match='embedding.disk_path = "/cold" is not for backend.name = "reference"'):
+        tables_of(parse(merged(clicks, {**changes, "backend": {"name": "reference"}})), {"placed": places.facts})
 
 
 def test_a_bad_start_is_told_before_workers_start(clicks: dict[str, Any]) -> None:
