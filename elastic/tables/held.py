@@ -55,11 +55,6 @@ class HeldTables:
         """Of memory."""
         return sum(store.nbytes for store in self.stores.values())
 
-    @property
-    def row_bytes(self) -> int:
-        """Of memory and disk."""
-        return self.nbytes + sum(store.disk_bytes for store in self.stores.values())
-
     def begin(self, owned: Iterable[int], twins: Iterable[int], step: int = -1) -> None:
         """Holds these buckets, of `step`, without any rows."""
         self.keep((), ())

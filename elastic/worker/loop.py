@@ -50,13 +50,14 @@ def take_steps(context: StepContext) -> str:
         move_buckets(context)
         with context.untouched(whole=plan.is_saved(context.step)):
             shards = add_up_shards(context)
-        pushed = push(context, shards.tables) if shards.tables else nothing
+        pushed = push(context, shards.tables) if shards.tables else None
         gradient = reduce_sums(context, shards)
-        pushed()
+        if pushed:
+            pushed()
         held.gradient, held.step = gradient, context.step
         held.ballot = ballot = vote(context, shards)
         context.fire("update")
-        apply_update(member, ballot, context.look_ahead.committed if context.look_ahead else nothing)
+        apply_update(member, ballot, context.look_ahead.committed if context.look_ahead else None)
         try:
             share(context)
         finally:  # the step counts, whoever falls from here on
@@ -110,11 +111,7 @@ def reduce_sums(context: StepContext, shards: Shards) -> Buffer:
     return gradient
 
 
-def nothing() -> None:
-    """There are no tables, or nothing to be done about them."""
-
-
-def apply_update(member: Member, ballot: Ballot, rows_committed: Callable[[], None] = nothing) -> None:
+def apply_update(member: Member, ballot: Ballot, rows_committed: Callable[[], None] | None = None) -> None:
     """Applies the reduced gradients that this member holds. The state is torn (-1) until all of it is done."""
     plan, state, gradient = member.training.plan, member.place.state, member.held.gradient
     options, layout = plan.optimizer, state.layout
@@ -127,7 +124,8 @@ def apply_update(member: Member, ballot: Ballot, rows_committed: Callable[[], No
     lr = learning_rate(ballot.step, plan.num_steps, options)
     state.committed = -1
     commit_rows(member, ballot, scale)
-    rows_committed()
+    if rows_committed:
+        rows_committed()
     decays = options["weight_decay"] if isinstance(options["weight_decay"], dict) else {"*": options["weight_decay"]}
     for pattern, begins, ends in layout.decays:
         decay = decays.get(pattern, 0.0)
