@@ -56,15 +56,16 @@ def files(pattern: str, words: str = "") -> tuple[str, ...]:
 
 
 NUMERICS, OTHERS = ("tests/numerics",), ("tests/contract", "tests/chaos", "tests/gpu")
-MODELS = (*files("numerics/test_mesh*"), *files("numerics/test_gluon*"), *files("numerics/test_table_runs"))
+MODELS = (*files("numerics/test_mesh*"), *files("numerics/test_gluon*"))
+TABLES = files("numerics/test_table_runs")
 OWN_RAY, NODES = (tuple(f"tests/cluster/test_{name}.py" for name in names)
                   for names in (("command", "attacks", "tables"), ("meshes", "nodes", "placing")))
 SAMPLED = files("*/test_*", "from tests.support.sampling import ")
 PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
     "threads": (*(Job(f"{name}-numerics", NUMERICS, name) for name in ("torch", "tensorflow")),
                 *(Job(name, OTHERS, name) for name in ("torch", "tensorflow")), Job("unit", ("tests/unit",)),
-                Job("mxnet-models", MODELS, "mxnet"),  # apart: MXNet gives little memory back
-                Job("mxnet-numerics", NUMERICS, "mxnet", tuple(f"--ignore={file}" for file in MODELS)),
+                Job("mxnet-models", MODELS, "mxnet"), Job("mxnet-tables", TABLES, "mxnet"),  # apart: MXNet gives little memory back
+                Job("mxnet-numerics", NUMERICS, "mxnet", tuple(f"--ignore={file}" for file in (*MODELS, *TABLES))),
                 Job("mxnet", OTHERS, "mxnet")),
     "ray": (Job("ray", ("tests/cluster",), options=tuple(f"--ignore={file}" for file in (*OWN_RAY, *NODES))),
             Job("own-ray", OWN_RAY),
