@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.kit import ours, results
 from benchmarks.kit.processes import python, started, tidy_on_termination
-from benchmarks.kit.rows import EACH
+from benchmarks.kit.rows import EACH, ids_of
 from elastic.recipe import dumps, parse
 from elastic.tables.bags import Summed
 from elastic.tables.row_store import kernels
@@ -41,11 +41,6 @@ SAVES = 30  # checkpoints of the run
 WAIT_S, POLL_S = 3000.0, 2.0
 GB = 1e9
 ALONE_ROWS, ALONE_BYTES, ALONE_EACH = 1_000_000, 64_000_000, 20_000
-
-
-def ids_of(numbers: np.ndarray) -> np.ndarray:
-    """Scattered over 62 bits, each number's own."""
-    return numbers * 6364136223846793005 & ((1 << 62) - 1)
 
 
 def chunks(rows: int) -> Iterator[np.ndarray]:

@@ -13,9 +13,9 @@ from benchmarks.kit.own_mesh import take_turns
 from benchmarks.kit.turns import Turns
 from elastic.messages import Buckets
 from elastic.tables.buckets import buckets_of, holders
+from elastic.tables.moving import Moving, roles_of
 from elastic.tables.row_store import RowKernels
 from elastic.tables.rows import Rows
-from elastic.worker.bucket_moves import owned_by
 from elastic.worker.build import build_training, place_on
 from elastic.worker.rehearsal import warm_up
 from elastic.worker.training import Member
@@ -52,7 +52,7 @@ def take_part(rank: int, turns: Turns, case: Case, log: str, address: str, trans
     def ready(member: Member) -> None:
         tables = member.tables
         assert tables is not None
-        tables.begin(*owned_by(rank, buckets), 0)
+        tables.begin(*roles_of(rank, Moving(buckets, 0).first), 0)
         here = np.isin(np.arange(tables.tables.num_buckets), tables.held)
         for spec, ids, rows in starts(case, tables.specs):
             mine = here[buckets_of(spec, ids)]

@@ -24,10 +24,15 @@ class Sums(nn.Module):
         return (self.line(batch["rows"]["ids"])[:, 0] - batch["y"]).square().mean()
 
 
+def ids_of(numbers: np.ndarray) -> np.ndarray:
+    """Scattered over 62 bits, each number's own."""
+    return numbers * 6364136223846793005 & ((1 << 62) - 1)
+
+
 def write_log(file: Path, num_ids: int, seed: int = 0) -> None:
-    """Ids 0 .. num_ids - 1, scattered over 63 bits, each once."""
+    """Ids 0 .. num_ids - 1, scattered, each once."""
     luck, size = np.random.default_rng(seed), num_ids // EACH
-    ids = np.arange(size * EACH, dtype=np.int64) * 6364136223846793005 & ((1 << 62) - 1)
+    ids = ids_of(np.arange(size * EACH, dtype=np.int64))
     lists = pa.ListArray.from_arrays(np.arange(0, size * EACH + 1, EACH, dtype=np.int32), pa.array(ids))
     pq.write_table(pa.table({"ids": lists, "y": luck.standard_normal(size).astype(np.float32)}), file,
                    row_group_size=10_000)

@@ -16,9 +16,9 @@ from elastic.recipe import Recipe
 BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 MAX_FRUITLESS = 8  # starts in a row that failed without a single committed step between them
 MAX_SAME_ERROR = 3  # starts in a row that ended in the same error: the next would as well
-# a node that loses this many workers in the window is left out
 # of the time that a node has to drain, 30 s by Ray's default, in which its workers hand over their rows beside the training
 HAND_OVER_S = 10.0
+# a node that loses this many workers in the window is left out
 NODE_LOSSES, NODE_WINDOW_S, NODE_BAN_S = 3, 120.0, 600.0
 
 

@@ -80,8 +80,7 @@ class HeldTables:
         """A call of a store that may take what the others leave it of all tables' memory, and these send rows to disk
         where that is not enough."""
         while True:
-            if self.tables.memory_bytes:
-                store.limit = max(1, self.tables.memory_bytes - self.nbytes + store.nbytes)
+            self._limit(store)
             try:
                 return call()
             except NoRoom:
@@ -92,7 +91,10 @@ class HeldTables:
         """Takes over what another member has sent, bucket by bucket, of each every table's rows."""
         for number in range(0, len(parts), len(self.stores)):
             for store, rows in zip(self.stores.values(), parts[number:]):
-                self.with_room(store, partial(store.load, rows))
+                self.load_into(store, rows)
+
+    def load_into(self, store: RowStore, rows: Rows) -> None:
+        self.with_room(store, partial(store.load, rows))
 
     def prepare(self, step: int, sums: Mapping[str, Summed]) -> None:
         """Finds room for what the commit of `step` will do, table by table. Whoever lacks it comes first in the next
@@ -102,7 +104,8 @@ class HeldTables:
             self.prepared = {}
             try:
                 for store in stores:
-                    self._prepare(store, step, sums[store.spec.name])
+                    self._limit(store)
+                    self.prepared[store.spec.name] = store.prepare(step, sums[store.spec.name])
                 self.changed = tuple(changes(sums[spec.name].ids, self.prepared[spec.name]) for spec in self.specs)
                 return
             except NoRoom:
@@ -111,10 +114,10 @@ class HeldTables:
                     raise
                 stores.insert(0, short)
 
-    def _prepare(self, store: RowStore, step: int, summed: Summed) -> None:
+    def _limit(self, store: RowStore) -> None:
+        """What the others leave it of all tables' memory."""
         if self.tables.memory_bytes:
             store.limit = max(1, self.tables.memory_bytes - self.nbytes + store.nbytes)
-        self.prepared[store.spec.name] = store.prepare(step, summed)
 
     def close(self) -> None:
         """Gives back what the tables have of the disk; they are used no more."""

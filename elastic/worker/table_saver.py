@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from elastic.checkpoint.manager import open_tables, read_manifest
@@ -126,8 +127,8 @@ class TableSaver:
         reader = open_tables(store, name, manifest)
         for rows in held.stores.values():
             rows.drop(rows.held)
-            held.with_room(rows, lambda rows=rows: rows.hold(held.held))  # type: ignore[misc]
-            reader.fill(rows, held.held, note, lambda part, rows=rows: held.with_room(rows, lambda: rows.load(part)))  # type: ignore[misc]
+            held.with_room(rows, partial(rows.hold, held.held))
+            reader.fill(rows, held.held, note, partial(held.load_into, rows))
         held.removed.begin(held.held, manifest.step)
         if is_place and name == folder_of(manifest.step):
             self.depths[manifest.step] = {bucket: max(len(reader.chain(spec.name, bucket)) - 1
