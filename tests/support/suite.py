@@ -27,7 +27,7 @@ from typing import Any
 from tests.support.sampling import SEED
 
 ROOT = Path(__file__).resolve().parents[2]
-AT_ONCE = {"threads": 3, "ray": 2, "sampled": 2}  # on two cores: a tenth of the time of those without Ray is waiting
+AT_ONCE = {"threads": 3, "ray": 2, "sampled": 3}  # on two cores: a tenth of the time of those without Ray is waiting
 SAY_S, POLL_S, STOP_S = 30.0, 0.1, 20.0
 MAX_BYTES = 3 << 30
 
@@ -60,7 +60,9 @@ MODELS = (*files("numerics/test_mesh*"), *files("numerics/test_gluon*"))
 TABLES = files("numerics/test_table_runs")
 OWN_RAY, NODES = (tuple(f"tests/cluster/test_{name}.py" for name in names)
                   for names in (("command", "attacks", "tables"), ("meshes", "nodes", "placing")))
-SAMPLED = files("*/test_*", "from tests.support.sampling import ")
+SAMPLES, LONG = "from tests.support.sampling import ", ("--timeout=1800",)
+SCHEDULES = files("cluster/test_random_schedules")
+SAMPLED = tuple(file for folder in ("unit", "contract", "numerics") for file in files(f"{folder}/test_*", SAMPLES))
 PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
     "threads": (*(Job(f"{name}-numerics", NUMERICS, name) for name in ("torch", "tensorflow")),
                 *(Job(name, OTHERS, name) for name in ("torch", "tensorflow")), Job("unit", ("tests/unit",)),
@@ -71,8 +73,10 @@ PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
             Job("own-ray", OWN_RAY),
             Job("nodes", NODES)),
     # whole, some of these take many minutes in one test
-    "sampled": tuple(Job(f"{name}-sampled", SAMPLED, name, ("--timeout=1800",))
-                     for name in ("torch", "tensorflow", "mxnet"))}
+    "sampled": (Job("schedules", SCHEDULES, options=LONG), Job("crashes", files("chaos/test_*", SAMPLES), options=LONG),
+                Job("cluster", tuple(file for file in files("cluster/test_*", SAMPLES) if file not in SCHEDULES), options=LONG),
+                *(Job(f"{name}-sampled", SAMPLED, name, LONG)
+                  for name in ("torch", "tensorflow", "mxnet")))}
 DEFAULT = ("threads", "ray")
 
 
