@@ -40,10 +40,9 @@ class CompiledKernels:
         bags.check(spec)
         check_slopes(spec, bags, slopes)
         ids, weights = bags.ids, bags.weights
-        offsets, targets = bags.runs
-        rows = np.repeat(targets, np.diff(offsets))
+        rows = bags.runs[1] if bags.pooling == "none" else np.repeat(np.arange(bags.size), bags.lengths)
         if bags.is_filler is not None and bags.is_filler.any():
-            real = ~np.repeat(bags.is_filler, np.diff(bags.offsets))
+            real = ~np.repeat(bags.is_filler, bags.lengths)
             ids, rows, weights = ids[real], rows[real], None if weights is None else weights[real]
         if bags.divisors is not None:
             slopes = slopes / bags.divisors[:, None]

@@ -46,13 +46,22 @@ class Bags:
                     self.pooling, self.length, None if self.is_filler is None else self.is_filler[bags])
 
     @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64, one a bag."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def rise(self) -> bool:
+        """Whether offsets go from 0 to the last id and never fall."""
+        return bool(self.offsets[0] == 0 and self.offsets[-1] == self.ids.size and (not self.size or self.lengths.min() >= 0))
+
+    @cached_property
     def runs(self) -> tuple[np.ndarray, np.ndarray]:
         """(offsets, targets) int64: positions offsets[r]..offsets[r + 1] - 1 add up to row targets[r] of what is looked
         up."""
         if self.pooling != "none":
             return self.offsets, np.arange(self.size)
-        lengths = np.diff(self.offsets)
-        firsts = np.repeat(np.arange(self.size) * self.length - self.offsets[:-1], lengths)
+        firsts = np.repeat(np.arange(self.size) * self.length - self.offsets[:-1], self.lengths)
         return np.arange(self.ids.size + 1), firsts + np.arange(self.ids.size)
 
     @cached_property
@@ -60,12 +69,11 @@ class Bags:
         """float32, one a bag, by which a mean is divided; None for a sum."""
         if self.pooling != "mean":
             return None
-        lengths = np.diff(self.offsets)
         if self.weights is None:
-            found = lengths.astype(np.float32)
+            found = self.lengths.astype(np.float32)
         else:  # in position order, as everything is added here
             found = np.zeros(self.size, np.float32)
-            np.add.at(found, np.repeat(np.arange(self.size), lengths), self.weights)
+            np.add.at(found, np.repeat(np.arange(self.size), self.lengths), self.weights)
         found[found == 0] = 1
         return found
 
@@ -81,8 +89,8 @@ class Bags:
                             "lists.")
         if self.pooling not in POOLINGS:
             raise UserError(f"tables.{spec.name}.pooling = {self.pooling!r} is not one of {', '.join(POOLINGS)}.")
-        lengths = np.diff(offsets)
-        if offsets[0] != 0 or offsets[-1] != ids.size or (lengths < 0).any():
+        lengths = self.lengths
+        if not self.rise:
             falls = f" and decrease behind list {np.argmax(lengths < 0)}" if (lengths < 0).any() else ""
             raise UserError(f"{where}: offsets must rise from 0 to the {ids.size} ids that there are, and these run "
                             f"from {offsets[0]} to {offsets[-1]}{falls}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 
@@ -58,11 +58,10 @@ class TableStep:
             raise UserError(f'backend.name = "{self.context.backend.name}" gives no slopes of what {lacking[0]} has '
                             "looked up; write another.")
         for spec in self.tables.specs:
-            leaf = Summed.none(spec.width)
-            for feature in self.tables.tables.by_table[spec.name]:
-                leaf = kernels.merge(leaf, kernels.deduplicate(spec, bags[feature.name], slopes[feature.name]))
+            found = [kernels.deduplicate(spec, bags[feature.name], slopes[feature.name])
+                     for feature in self.tables.tables.by_table[spec.name]]
             nodes = self.nodes[spec.name]
-            nodes.append(((shard, shard + 1), leaf))
+            nodes.append(((shard, shard + 1), reduce(kernels.merge, found)))
             nodes[:] = fold(nodes, self.context.plan.num_shards, kernels.merge)
 
 
