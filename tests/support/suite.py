@@ -61,7 +61,7 @@ TABLES = files("numerics/test_table_runs")
 OWN_RAY, NODES = (tuple(f"tests/cluster/test_{name}.py" for name in names)
                   for names in (("command", "attacks", "tables"), ("meshes", "nodes", "placing")))
 SAMPLES, LONG = "from tests.support.sampling import ", ("--timeout=1800",)
-SCHEDULES = files("cluster/test_random_schedules")
+SCHEDULES, TABLE_CRASHES = files("cluster/test_random_schedules"), files("chaos/test_table_crashes")
 SAMPLED = tuple(file for folder in ("unit", "contract", "numerics") for file in files(f"{folder}/test_*", SAMPLES))
 PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
     "threads": (*(Job(f"{name}-numerics", NUMERICS, name) for name in ("torch", "tensorflow")),
@@ -73,7 +73,10 @@ PHASES: dict[str, tuple[Job, ...]] = {  # of a phase, the longest first
             Job("own-ray", OWN_RAY),
             Job("nodes", NODES)),
     # whole, some of these take many minutes in one test
-    "sampled": (Job("schedules", SCHEDULES, options=LONG), Job("crashes", files("chaos/test_*", SAMPLES), options=LONG),
+    "sampled": (Job("schedules", SCHEDULES, options=LONG),
+                Job("crashes-s3", TABLE_CRASHES, options=(*LONG, "-k", "s3")),
+                Job("table-crashes", TABLE_CRASHES, options=(*LONG, "-k", "not s3")),
+                Job("crashes", tuple(file for file in files("chaos/test_*", SAMPLES) if file not in TABLE_CRASHES), options=LONG),
                 Job("cluster", tuple(file for file in files("cluster/test_*", SAMPLES) if file not in SCHEDULES), options=LONG),
                 *(Job(f"{name}-sampled", SAMPLED, name, LONG)
                   for name in ("torch", "tensorflow", "mxnet")))}
