@@ -118,7 +118,7 @@ class RowPlaces:
         lacking = self._slabs.lacking(num)
         allowed = max(0, self.limit - self.nbytes) // self._slabs.slab_bytes if self.limit else lacking
         if allowed >= lacking or self.cold is not None:
-            self._slabs.add(min(lacking, allowed))
+            self._slabs.add(min(lacking, allowed), ahead=not self.limit)
         return max(0, lacking - allowed)
 
     def _no_room(self, wanted: int) -> NoRoom:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from torch import nn
 
 EACH = 100  # ids a row
+GROUP = 1000  # rows that are read at once: of more, the step that waits for them would be the longest
 
 
 class Sums(nn.Module):
@@ -35,4 +36,4 @@ def write_log(file: Path, num_ids: int, seed: int = 0) -> None:
     ids = ids_of(np.arange(size * EACH, dtype=np.int64))
     lists = pa.ListArray.from_arrays(np.arange(0, size * EACH + 1, EACH, dtype=np.int32), pa.array(ids))
     pq.write_table(pa.table({"ids": lists, "y": luck.standard_normal(size).astype(np.float32)}), file,
-                   row_group_size=10_000)
+                   row_group_size=GROUP)

@@ -9,6 +9,6 @@
     buckets     ids to buckets, buckets to owners; held: the rows of one worker
     wire        arrays between members
     starts      the row that an id starts from
-    untrained   a batch with the rows that its ids start from
+    untrained   a batch with the rows that its ids start from; rehearsal: the kernels' first calls
     eviction    which ids a commit forgets; removed: which have gone since a checkpoint
 """

@@ -41,9 +41,6 @@ def train(context: StepContext) -> str:
 
 def take_steps(context: StepContext) -> str:
     member, plan, state, held = context.member, context.plan, context.state, context.held
-    # the loader outlives this generation's context
-    steps, run = range(state.committed + 1, plan.num_steps + 1), context.run
-    context.training.load_batch.expect((step, shard) for step in steps for shard in run)
     do_what_is_due(context, evaluated=context.generation.evaluated, checkpointed=context.generation.checkpointed)
     while state.committed < plan.num_steps:
         started, context.step = time.perf_counter(), state.committed + 1
@@ -87,6 +84,9 @@ def begin(member: Member, generation: Generation, group: CollectiveGroup, inject
     context = StepContext(member, generation, group, injector)
     if context.tables and not generation.load and context.state.committed != generation.committed:
         context.tables.begin((), (), generation.committed)  # its rows are of another step
+    # batches come while it is healed; the loader outlives this generation's context
+    steps, run = range(generation.committed + 1, context.plan.num_steps + 1), context.run
+    context.training.load_batch.expect((step, shard) for step in steps for shard in run)
     heal(context)
     if context.tables and not generation.load:
         begin_moves(context)

@@ -11,6 +11,7 @@ from elastic.data.collate import num_rows
 from elastic.errors import UserError
 from elastic.model.user_code import describe, is_of_machine, users
 from elastic.parallel.groups import mirrored
+from elastic.tables.rehearsal import rehearse_rows
 from elastic.tables.untrained import with_starting_rows
 from elastic.worker.evaluation import measure, named
 from elastic.worker.gradients import part_of
@@ -20,6 +21,8 @@ from elastic.worker.training import Placement, Training
 def warm_up(training: Training, place: Placement) -> None:
     """Runs what compiles or allocates lazily, on the first shard, and notes the model's habits. The state has to be
     started or loaded after."""
+    if training.tables:
+        rehearse_rows(training.tables)
     try:
         with users(training.is_own):
             rehearse(training, place)
