@@ -164,7 +164,7 @@ def test_a_controller_that_always_falls_is_always_followed(text: Path, tmp_path:
 
 
 def test_a_journal_says_what_was_said(tmp_path: Path) -> None:
-    ballot = Ballot(3, (0.1, float(2**-40)), (1.0, 2.0), 1)
+    ballot = Ballot(3, 0.1, float(2**-40), 1)
     messages = [Standing("a", 2, "broken", 2, 3, ballot, error='x "y"\n', mesh=(1, 1, 2, 1), coordinate=1),
                 Generation(4, ("a", "b"), "h:1", "gloo", 3, ballot, ((0, (1,)),), mesh=(2, 1, 1, 1)),
                 Generation(5, ("a", "b"), "h:1", "gloo", 3, mesh=(2, 1, 1, 1),

@@ -198,7 +198,7 @@ class World:
             self.finish(present)
             return
         code = max(w.stop for _, w in present)
-        ballot = Ballot(done + 1, (0.0,), (1.0,), code)
+        ballot = Ballot(done + 1, 0.0, 1.0, code)
         falls = not self.is_calm and self.draw.random() < 0.2
         for _, worker in present:
             worker.holds = done + 1
