@@ -62,7 +62,7 @@ def take_over(controller: Controller) -> None:
         return
     for worker in sorted(alive - known):
         controller.advance(m.Starting(worker))
-    for worker in sorted((set(controller.state.ready) | controller.state.starting) - alive):
+    for worker in sorted((set(controller.state.ready) | set(controller.state.starting)) - alive):
         controller.advance(m.Lost(worker, GONE))
     for worker in sorted(alive - gone):
         fleet.resync(worker)

@@ -95,7 +95,7 @@ STEPS = (
       "healed = tuple(r for r in ranks if held[r] != place)", "healed = tuple(r for r in ranks if r != source)",
       "tests/unit/test_membership.py::test_where_everybody_starts"),
     M("old-word-counts", "P4", "What a worker says of an older generation is taken for this one's.", "elastic/controller/membership.py",
-      "if event.generation != state.generation or event.worker not in state.group", "if event.worker not in state.group",
+      "if event.generation != state.generation or event.worker not in state.survivors", "if event.worker not in state.survivors",
       "tests/unit/test_membership.py::test_an_older_generation_s_word_changes_nothing"),
     M("stop-of-another-generation", "P4", "A request to stop outlives its generation.", "elastic/worker/loop_control.py",
       "return self._stops.get(self.generation, GO)", "return max(self._stops.values(), default=GO)",
