@@ -25,8 +25,8 @@ from elastic.controller.fleet import Fleet
 from elastic.controller.journal import Journal, replay
 from elastic.controller.mailbox import Mailbox
 from elastic.controller.policy import Bounds, bounds_of
-from elastic.controller.recovery import gaps
 from elastic.controller.run_log import RunLog
+from elastic.controller.seating import gaps
 from elastic.messages import Begin, Generation, Job, Line, Moved, Part, Progress, Ready, Save, Standing
 from elastic.recipe import Recipe, best_mode
 from elastic.storage.remote import shown
@@ -320,7 +320,6 @@ class Controller:
                 case m.Release():
                     self.workers[action.worker].released, self.workers[action.worker].heartbeat = True, None
                     self.fleet.release(action.worker)
-                    self.want()
                 case m.Wait():
                     self.run_log.event("waiting", ready=action.ready, needed=action.needed)
                 case m.SaveAlone():
@@ -331,6 +330,8 @@ class Controller:
                     self.outcome = action
                 case _:
                     raise TypeError(f"{action} is no action.")
+        if any(isinstance(action, m.Release) for action in actions):
+            self.want()
 
     def save_alone(self, action: m.SaveAlone) -> None:
         if action.step > self.checkpoints.newest:

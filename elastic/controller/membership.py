@@ -38,7 +38,8 @@ from elastic.controller.events import (
 )
 from elastic.controller.persistent_map import PersistentMap
 from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, wanted, world_size
-from elastic.controller.recovery import Whole, assign, covers, find_whole, rejoin, writers
+from elastic.controller.recovery import Whole, covers, find_whole, rejoin, writers
+from elastic.controller.seating import assign
 from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Moved, Ready, RequestStop, Standing
 from elastic.state.ownership import held, lacking
 

@@ -89,7 +89,7 @@ STEPS = (
     M("ledger-torn", "ledger", "A torn tail stays, and the next rows lie behind it.", "elastic/observe/ledger_files.py",
       "elif end < file.stat().st_size:", "elif False:", "tests/unit/test_ledger.py::test_a_tail_torn_at_any_byte_is_cut"),
     M("spares-let-go", "P3", "Healthy members of a broken replica are released instead of kept warm.", "elastic/controller/membership.py",
-      "surplus = extra[max(0, want.workers - len(members)):]", "surplus = extra",
+      "not in there][max(0, want.workers - len(members)):])", "not in there])",
       "tests/unit/test_recovery.py::test_a_lost_member_breaks_its_replica_and_the_other_stays_warm"),
     M("survivors-healed", "P3", "Every survivor throws its state away and is healed.", "elastic/controller/recovery.py",
       "healed = tuple(r for r in ranks if held[r] != place)", "healed = tuple(r for r in ranks if r != source)",
