@@ -203,8 +203,7 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
         return (state, ()) if is_early and not state.ending else form(state)
     if is_apart:
         return depart(state)
-    mesh = resized(state) if state.phase == "running" and not state.ending else None
-    if mesh and not waits(state):
+    if state.phase == "running" and not state.ending and (mesh := resized(state)) and not waits(state):
         cause = "drain" if any(w in state.survivors for w in state.leaving) else "resize"
         code = STOP if hands_over(state, mesh) else STOP_AND_SAVE
         stops = tuple(RequestStop(w, state.generation, code) for w in state.survivors)
@@ -309,8 +308,8 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
         return finish(state, Finish("interrupted"))
     if mesh is None:
         waiting = () if len(candidates) == state.announced else (Wait(len(candidates), fewest(state.bounds)),)
-        state, saves = save_alone(state)
-        return replace(state, phase="waiting", announced=len(candidates)), (*gone, *waiting, *saves)
+        state, saves = save_alone(replace(state, phase="waiting", announced=len(candidates)))
+        return state, (*gone, *waiting, *saves)
     members = assign(candidates, mesh, whole, {w: r.node for w, r in ready.items()})
     there = dict.fromkeys(members)
     surplus = dict.fromkeys([w for w in candidates if w not in there][max(0, want.workers - len(members)):])
