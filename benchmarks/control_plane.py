@@ -29,7 +29,7 @@ from elastic.controller import events, ray_fleet
 from elastic.controller.controller import Controller, Settings
 from elastic.controller.policy import Bounds, legal
 from elastic.controller.run_log import RunLog
-from elastic.messages import Axes, Ballot, Generation, Job, Line, Order, Ready, Standing
+from elastic.messages import STOP, Axes, Ballot, Generation, Job, Line, Order, Ready, RequestStop, Standing
 from elastic.state.ownership import held
 from elastic.state.resharding import plan
 from elastic.worker.own_figures import OwnFigures
@@ -72,6 +72,7 @@ class Fleet(ray_fleet.RayFleet):
         super().__init__(job, post, device="cpu", threads=1, hang_timeout_s=30.0, orphan_timeout_s=60.0)
         self.watcher, self.traffic = SimpleNamespace(ident=1), traffic  # type: ignore[assignment]
         self.current: Generation | None = None
+        self.code = STOP
 
     def start(self, slot: ray_fleet.Slot) -> None:
         self.slots[slot.name], slot.is_placed, slot.actor = slot, True, Actor(self.traffic)
@@ -79,6 +80,7 @@ class Fleet(ray_fleet.RayFleet):
 
     def send(self, worker: str, order: Order) -> None:
         self.current = order if isinstance(order, Generation) else self.current
+        self.code = order.code if isinstance(order, RequestStop) else self.code
         super().send(worker, order)
 
 
@@ -140,7 +142,7 @@ class Run:
     def stand(self, reason: str, without: Collection[str] = ()) -> None:
         """All members say where they stand, at the step that all have committed."""
         generation, size = self.generation, self.replica
-        ballot = Ballot(self.step, 1.0 / 3.0, 1.0, int(reason == "stopped"), squared_norm=1.0 / 7.0)
+        ballot = Ballot(self.step, 1.0 / 3.0, 1.0, self.fleet.code * (reason == "stopped"), squared_norm=1.0 / 7.0)
         for rank, name in enumerate(generation.members):
             if name not in without:
                 ranges = held(rank // size, generation.shape.data, BLOCKS, self.holders > 1) if self.holders else ()
@@ -163,6 +165,7 @@ class Run:
 
     def halve(self) -> None:
         self.controller.advance(events.ScaleTo(self.size // 2))
+        self.controller.checkpoints.newest = self.step  # as if all had sent their parts, if they were asked for them
         self.stand("stopped")
 
     def lose_half(self) -> None:
@@ -185,10 +188,11 @@ def measured(size: int, case: str) -> Iterator[tuple[str, list[str]]]:
             run.traffic.sent = run.traffic.received = 0
             work(run)
             seconds, traffic = time.perf_counter() - began, run.traffic
-            assert run.generation.number == number and run.generation.committed == (run.step or -1) * (number > 1), run.generation
+            assert run.generation.number == number, run.generation
+            run.step = run.generation.committed  # 0 where it goes on from a checkpoint, for there is none
             yield phase, [case, str(size), str(len(run.generation.members)), f"{seconds:.3f}", f"{seconds / size * 1e6:.0f}",
                           *(f"{count / size:.0f}" for count in (traffic.sent, traffic.received, run.journal.stat().st_size))]
-            plans_s.append(moving(run) if run.holders and number > 1 else 0.0)
+            plans_s.append(moving(run) if run.generation.held else 0.0)
             run.steps(3)
     own = OwnFigures(np.arange(run.shards) // 2, run.shards // 2)
     vote = packed(own, 0, [np.zeros(run.shards)] * 2, 0.0, False, 0)  # what each gives, all get

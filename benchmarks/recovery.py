@@ -5,8 +5,8 @@
 
 The clock runs from the signal, sent from outside, to the next step that commits without the victim, by the workers' own
 logs; one ordinary step of the smaller group is taken off where that step was redone. The killed worker is replaced, and
-the next kill comes when the group is whole and has gone on for some steps. In the later half of our kills one worker is
-spared: it and the controller show what a survivor's memory and descriptors grow by.
+the next kill comes when the group is whole and has gone on for some steps. After a quarter of our kills one worker is
+spared: by it and the controller a line is fitted, over the later half, to what a survivor grows by.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def ours_kills(kills: int, seed: int) -> list[Outcome]:
         def spare(pids: list[int]) -> list[int]:
             """Looks at who is to be looked at, while the group is whole: what processes share is as much every time."""
             controller = next(event["pid"] for event in run.events if event["event"] == "run_started")
-            if len(outcomes) >= kills // 2 and not spared:
+            if len(outcomes) >= kills // 4 and not spared:
                 spared.append(pids[-1])
             growth.look(len(outcomes), [controller, *spared])
             if len(outcomes) == kills - 1:
                 GROWN[:] = [growth.row("controller", controller, kills // 2), growth.row("a survivor", spared[0], kills // 2)]
             return spared
 
-        with started(ours.command(Path(folder) / "run", SIZE, ENDLESS), Path(folder) / "log") as process:
+        with started(ours.command(Path(folder) / "run", SIZE, ENDLESS, settings=["checkpoint.every_steps=100"]), Path(folder) / "log") as process:
             try:
                 for _ in range(kills):
                     kill = kill_one(group, SIZE, generator, WHOLE_S, lambda: process.poll() is None, spare)

@@ -88,7 +88,7 @@ class Controller:
             return
         if self.begin.rewound_from >= 0 and "rewound" not in self.run_log.seen:
             self.run_log.event("rewound", **{"from": self.begin.rewound_from, "to": self.run_log.written})
-        there = {fields.get("why") for _, fields in self.run_log.feed}
+        there = {fields.get("why") for fields in self.run_log.since(0)[0]}
         for name, why in self.job.notes:
             if why not in there:
                 self.run_log.event(name, why=why)

@@ -37,7 +37,7 @@ from elastic.controller.events import (
     Want,
 )
 from elastic.controller.persistent_map import PersistentMap
-from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, wanted, world_size
+from elastic.controller.policy import MAX_FRUITLESS, ONE_BY_ONE, Bounds, choose, fewest, wanted, world_size
 from elastic.controller.recovery import Whole, covers, find_whole, rejoin, writers
 from elastic.controller.seating import assign
 from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Moved, Ready, RequestStop, Standing
@@ -225,7 +225,7 @@ def hands_over(state: State, mesh: Axes) -> bool:
         return False
     if not holders:
         return True
-    if mesh[1:] != state.mesh[1:] or (holders == 1 and mesh[0] < data):
+    if mesh[1:] != state.mesh[1:] or data - mesh[0] > ONE_BY_ONE * (holders - 1):
         return False
     by_place: list[list[tuple[Range, Range]]] = [[] for _ in range(size)]
     for place in staying:
@@ -283,8 +283,8 @@ def resized(state: State) -> Axes | None:
     mesh = choose(staying or len(state.ready), state.target, state.bounds)
     if staying and any(w in state.survivors for w in state.leaving):
         return mesh
-    if mesh is None or mesh == state.mesh:
-        return None
+    if mesh is None or mesh == state.mesh or (mesh[1:] == state.mesh[1:] and mesh[0] < state.mesh[0] <= state.target // math.prod(mesh[1:])):
+        return None  # who trains along does no harm where fewer would do
     size = math.prod(mesh)
     is_all = size == world_size(state.target, state.target, state.bounds)  # nobody who is still starting is needed
     return mesh if size <= len(state.group) or is_all or not state.starting else None
