@@ -1,11 +1,12 @@
 """The pause after a SIGKILL of a random worker at a random moment, four workers: ours, Ray Train's elastic mode, torchft.
 
-    python -m benchmarks.recovery [--kills 20] [--peer-kills 20] [--only ours "Ray Train" "torchft, DDP" "torchft,
+    python -m benchmarks.recovery [--kills 200] [--peer-kills 20] [--only ours "Ray Train" "torchft, DDP" "torchft,
     flat"]
 
 The clock runs from the signal, sent from outside, to the next step that commits without the victim, by the workers' own
 logs; one ordinary step of the smaller group is taken off where that step was redone. The killed worker is replaced, and
-the next kill comes when the group is whole and has gone on for some steps.
+the next kill comes when the group is whole and has gone on for some steps. After a quarter of our kills one worker is
+spared: by it and the controller a line is fitted, over the later half, to what a survivor grows by.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kit import ours, results
+from benchmarks.kit.growth import HEAD, Growth
 from benchmarks.kit.kills import Kill, Outcome, Stalled, kill_one, peer_outcome, wait_until
 from benchmarks.kit.logs import Folder
 from benchmarks.kit.processes import ONE_THREAD, python, started, tidy_on_termination
@@ -32,11 +34,12 @@ WHOLE_S = 90.0  # until the group must be whole again
 NEXT_S = 40.0  # until the next step must have committed
 
 Contestant = Callable[[int, int], list[Outcome]]  # (kills, seed) -> what came of each
+GROWN: list[list[str]] = []  # rows of our processes
 
 
 def ours_kills(kills: int, seed: int) -> list[Outcome]:
     """All kills in one run."""
-    generator, outcomes = random.Random(seed), []
+    generator, outcomes, growth, spared = random.Random(seed), list[Outcome](), Growth(), list[int]()
     with tempfile.TemporaryDirectory() as folder:
         run = ours.Run(Path(folder) / "run")
 
@@ -47,10 +50,20 @@ def ours_kills(kills: int, seed: int) -> list[Outcome]:
             same = current and current[0]["generation"] == last["generation"]
             return ([w["pid"] for w in current[0]["workers"]] if same else []), step
 
-        with started(ours.command(Path(folder) / "run", SIZE, ENDLESS), Path(folder) / "log") as process:
+        def spare(pids: list[int]) -> list[int]:
+            """Looks at who is to be looked at, while the group is whole: what processes share is as much every time."""
+            controller = next(event["pid"] for event in run.events if event["event"] == "run_started")
+            if len(outcomes) >= kills // 4 and not spared:
+                spared.append(pids[-1])
+            growth.look(len(outcomes), [controller, *spared])
+            if len(outcomes) == kills - 1:
+                GROWN[:] = [growth.row("controller", controller, kills // 2), growth.row("a survivor", spared[0], kills // 2)]
+            return spared
+
+        with started(ours.command(Path(folder) / "run", SIZE, ENDLESS, settings=["checkpoint.every_steps=100"]), Path(folder) / "log") as process:
             try:
                 for _ in range(kills):
-                    kill = kill_one(group, SIZE, generator, WHOLE_S, lambda: process.poll() is None)
+                    kill = kill_one(group, SIZE, generator, WHOLE_S, lambda: process.poll() is None, spare)
                     outcomes.append(ours_outcome(kill, run, group))
                     report("ours", outcomes)
             except Stalled as stalled:
@@ -180,7 +193,8 @@ def report(name: str, outcomes: list[Outcome]) -> None:
 def row(name: str, outcomes: list[Outcome]) -> list[str]:
     survived = [o for o in outcomes if o.survived]
     pauses = [o.pause_s for o in survived]
-    figures = [f"{statistics.median(pauses):.3f}", f"{max(pauses):.3f}"] if pauses else ["-", "-"]
+    late = statistics.quantiles(pauses, n=20, method="inclusive")[-1] if len(pauses) > 1 else max(pauses, default=0.0)
+    figures = [f"{figure:.3f}" for figure in (statistics.median(pauses), late, max(pauses))] if pauses else ["-"] * 3
     lost = f"{statistics.mean(o.steps_lost for o in survived):.1f} ({max(o.steps_lost for o in survived)})" if survived else "-"
     return [name, f"{len(survived)} of {len(outcomes)}", *figures, lost]
 
@@ -192,7 +206,7 @@ CONTESTANTS: dict[str, Contestant] = {"ours": ours_kills, "Ray Train": ray_train
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--peer-kills", type=int, default=20, help="of each of the others, which take much longer")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
@@ -200,11 +214,13 @@ def main() -> None:
     tidy_on_termination()
     found = {name: CONTESTANTS[name](arguments.kills if name == "ours" else arguments.peer_kills, arguments.seed)
              for name in arguments.only}
-    head = ["", "survived", "median pause, s", "worst, s", "steps lost, mean (worst)"]
+    head = ["", "survived", "median pause, s", "95th in 100, s", "worst, s", "steps lost, mean (worst)"]
     text = __doc__.split("\n\n")
     sections = [text[0], text[2].strip(), NOTE,
                 results.table(head, [row(name, outcomes) for name, outcomes in found.items()])]
     if "ours" in found:
+        if GROWN:
+            sections.append(results.table(HEAD, GROWN))
         pauses = [o.pause_s for o in found["ours"] if o.survived]
         others = [f"{statistics.median(o.pause_s for o in outcomes if o.survived) / statistics.median(pauses):.1f} "
                   f"times shorter than {name}'s"

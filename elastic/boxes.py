@@ -108,10 +108,16 @@ def union(ranges: Iterable[Range]) -> list[Range]:
 
 def without(ranges: Iterable[Range], others: Iterable[Range]) -> list[Range]:
     """The places of `ranges` that are not in `others`."""
-    left = union(ranges)
-    for low, high in union(others):
-        left = [piece for a, b in left for piece in ((a, min(b, low)), (max(a, high), b)) if piece[0] < piece[1]]
-    return left
+    taken, first, left = union(others), 0, []
+    for low, high in union(ranges):
+        while first < len(taken) and taken[first][1] <= low:
+            first += 1
+        at = first
+        while at < len(taken) and taken[at][0] < high:
+            left.append((low, taken[at][0]))
+            low, at = taken[at][1], at + 1
+        left.append((low, high))
+    return [piece for piece in left if piece[0] < piece[1]]
 
 
 def size_of(ranges: Iterable[Range]) -> int:

@@ -20,8 +20,8 @@ class Ballot:
     """A completed vote: what every member needs, beside its reduced gradients, to apply `step`."""
 
     step: int
-    losses: tuple[float, ...]  # one sum per logical shard
-    weights: tuple[float, ...]
+    loss: float  # the sum over all logical shards, along the canonical tree
+    weight: float  # likewise
     stop: int = GO
     busy: bool = False  # somebody still writes the checkpoint before
     squared_norm: float = 0.0  # of all reduced gradients, where the recipe clips

@@ -46,17 +46,19 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, alive
 
 
 def kill_one(group: Callable[[], tuple[list[int], int]], size: int, generator: random.Random, timeout_s: float,
-             alive: Callable[[], bool] = lambda: True) -> Kill:
+             alive: Callable[[], bool] = lambda: True,
+             spare: Callable[[list[int]], list[int]] = lambda pids: []) -> Kill:
     """Waits for a whole group of `size` that has committed a random number of steps; then SIGKILL for one of it.
 
-    `group` gives the pids that train together now, and the last committed step.
+    `group` gives the pids that train together now, and the last committed step; `spare`, which of these stay alive.
     """
     wait_until(lambda: len(group()[0]) == size, timeout_s, f"no group of {size} within {timeout_s:g} s", alive)
     target = group()[1] + generator.randint(*STEPS_BETWEEN)
     wait_until(lambda: group()[1] >= target and len(group()[0]) == size, timeout_s, "no steps", alive)
     time.sleep(generator.random() * 0.1)  # anywhere in a step
     pids, step = group()
-    victim = generator.choice(pids)
+    spared = spare(pids)
+    victim = generator.choice([pid for pid in pids if pid not in spared])
     kill = Kill(time.time(), victim, step)
     os.kill(victim, signal.SIGKILL)
     return kill

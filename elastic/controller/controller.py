@@ -25,8 +25,9 @@ from elastic.controller.fleet import Fleet
 from elastic.controller.journal import Journal, replay
 from elastic.controller.mailbox import Mailbox
 from elastic.controller.policy import Bounds, bounds_of
-from elastic.controller.recovery import gaps
 from elastic.controller.run_log import RunLog
+from elastic.controller.seating import gaps
+from elastic.controller.workers import Workers
 from elastic.messages import Begin, Generation, Job, Line, Moved, Part, Progress, Ready, Save, Standing
 from elastic.recipe import Recipe, best_mode
 from elastic.storage.remote import shown
@@ -51,13 +52,11 @@ class Settings:
     def of(cls, recipe: Recipe) -> Settings:
         elastic, checkpoint = recipe.elastic, recipe.checkpoint
         return cls(bounds_of(recipe), elastic.hang_timeout_s, elastic.start_timeout_s, checkpoint.keep, checkpoint.best,
-                   checkpoint.keep_every,
-                   best_mode(recipe) or "min")
+                   checkpoint.keep_every, best_mode(recipe) or "min")
 
 
 class Controller:
-    """One run's controller. `session.run` is its thread; from others come `post`, `deliver`, `receive` and `announce`.
-    """
+    """One run's controller. `session.run` is its thread; from others come `post`, `deliver`, `receive`, `announce`."""
 
     def __init__(self, job: Job, settings: Settings, fleet: Fleet, run_log: RunLog, begin: Begin | None = None,
                  journal: Journal | None = None):
@@ -73,17 +72,23 @@ class Controller:
         self.saving: dict[Save, str] = {}
         self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
         self.past = replay(self.journal.past, settings.bounds, self.begin.generation)
-        self.state, self.workers = self.past.state, self.past.workers
         self.chaos = [spec for spec in job.chaos if spec not in self.past.spent]
 
+    @property
+    def state(self) -> m.State:
+        return self.past.state
+
+    @property
+    def workers(self) -> Workers:
+        return self.past.workers
+
     def opened(self) -> None:
-        """The first lines of a run, or of its resumption, as far as a controller before this one has not written them.
-        """
+        """The first lines of a run or of its resumption, as far as a controller before this one has not written them."""
         if "run_started" in self.run_log.seen:
             return
         if self.begin.rewound_from >= 0 and "rewound" not in self.run_log.seen:
             self.run_log.event("rewound", **{"from": self.begin.rewound_from, "to": self.run_log.written})
-        there = {fields.get("why") for _, fields in self.run_log.feed}
+        there = {fields.get("why") for fields in self.run_log.since(0)[0]}
         for name, why in self.job.notes:
             if why not in there:
                 self.run_log.event(name, why=why)
@@ -146,8 +151,8 @@ class Controller:
         elif isinstance(message, Progress):
             record, now = self.workers[worker], time.monotonic()
             if not record.released:
-                record.heartbeat = record.heartbeat.followed(message,
-                                                             now) if record.heartbeat else Heartbeat(message, now, now)
+                beat = record.heartbeat
+                record.heartbeat = beat.followed(message, now) if beat else Heartbeat(message, now, now)
         elif isinstance(message, Line) and message.file == "metrics":
             self.run_log.metric(message.generation, message.fields)
         elif isinstance(message, Line):
@@ -188,8 +193,8 @@ class Controller:
         elif isinstance(event, Standing):
             event = m.confirmed(self.state, event, self.checkpoints.newest, self.checkpoints.error)
             self.note_standing(event)
-        self.workers.note(event)
-        self.state, actions = m.advance(self.state, event)
+            event = replace(event, lines=())  # they are in metrics.jsonl by now
+        actions = self.past.take(event)
         self.journal.event(event)
         if actions:
             self.journal.sync()
@@ -239,6 +244,8 @@ class Controller:
         self.checked = now
         self.run_log.retry()
         self.journal.lines.retry()
+        if self.state.phase == "running":  # whoever waits for a group does not wait for this
+            self.journal.compact(self.past)
         for worker, record in list(self.workers.items()):
             if record.starting_s is not None and now - record.starting_s > self.settings.start_timeout_s:
                 self.give_up_on(worker, f"not ready within start_timeout_s = {self.settings.start_timeout_s:g} s")
@@ -249,8 +256,7 @@ class Controller:
                 self.run_log.event("hang", worker=worker, phase=beats[worker].progress.phase,
                                    silent_s=round(now - beats[worker].received_s, 3))
                 self.give_up_on(worker, f"no progress within elastic.hang_timeout_s = {self.settings.hang_timeout_s:g} "
-                                        "s (raise it if a shard "
-                                         "takes longer)")
+                                        "s (raise it if a shard takes longer)")
         state = self.state
         if not (state.handing and state.leaving.intersection(state.group)):
             self.drained_s = now
@@ -300,6 +306,7 @@ class Controller:
             self.advance(m.ScaleTo(fault.number))
         elif fault.kind == "cont":
             self.fleet.inject(fault, self.workers.stopped(fault.number))
+        self.past.spent.add(fault.spec)
         self.journal.spent(fault.spec, self.workers[worker].ready if fault.kind == "stop" else None)
         self.run_log.event("chaos", fault=fault.spec, worker=worker)
         if fault.kind == "controller":
@@ -318,9 +325,8 @@ class Controller:
                 case m.Abort() | m.RequestStop():
                     self.fleet.send(action.worker, action)
                 case m.Release():
-                    self.workers[action.worker].released, self.workers[action.worker].heartbeat = True, None
+                    self.workers[action.worker].heartbeat = None
                     self.fleet.release(action.worker)
-                    self.want()
                 case m.Wait():
                     self.run_log.event("waiting", ready=action.ready, needed=action.needed)
                 case m.SaveAlone():
@@ -331,6 +337,8 @@ class Controller:
                     self.outcome = action
                 case _:
                     raise TypeError(f"{action} is no action.")
+        if any(isinstance(action, m.Release) for action in actions):
+            self.want()
 
     def save_alone(self, action: m.SaveAlone) -> None:
         if action.step > self.checkpoints.newest:
@@ -349,6 +357,7 @@ class Controller:
             self.rewind(generation.committed)
         generation = replace(generation, written=self.run_log.on_disk, evaluated=self.run_log.evaluated,
                              checkpointed=self.checkpoints.newest, chaos=tuple(self.chaos))
+        self.past.published = generation
         self.journal.published(generation)
         self.announce_generation(generation)
         self.expect(generation.members, generation.number, generation.committed)
@@ -367,11 +376,9 @@ class Controller:
         self.run_log.generation = generation.number
         members = self.workers.reports(generation.members)
         self.run_log.event("generation_started", generation.committed, world_size=len(members),
-                           transport=generation.transport,
-                         mesh=generation.shape.as_dict(), written=self.run_log.written,
-                         workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid,
-                                   "compilations": r.compilations}
-                                  for i, r in enumerate(members)])
+                           transport=generation.transport, mesh=generation.shape.as_dict(), written=self.run_log.written,
+                           workers=[{"worker": r.worker, "rank": i, "node": r.node, "pid": r.pid,
+                                     "compilations": r.compilations} for i, r in enumerate(members)])
 
     def completed(self, generation: Generation) -> Generation:
         """With the transport, and a start from the newest good checkpoint (or the recipe) where no member has any

@@ -14,10 +14,12 @@ What counts of the state, who sits where and who heals whom is `recovery`'s to d
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from elastic.boxes import Range
 from elastic.controller.bucket_holders import with_buckets
 from elastic.controller.events import (
     Drain,
@@ -34,15 +36,17 @@ from elastic.controller.events import (
     Wait,
     Want,
 )
-from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, wanted, world_size
-from elastic.controller.recovery import Whole, assign, covers, find_whole, rejoin, writers
+from elastic.controller.persistent_map import PersistentMap
+from elastic.controller.policy import MAX_FRUITLESS, ONE_BY_ONE, Bounds, choose, fewest, wanted, world_size
+from elastic.controller.recovery import Whole, covers, find_whole, rejoin, writers
+from elastic.controller.seating import assign
 from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Moved, Ready, RequestStop, Standing
 from elastic.state.ownership import held, lacking
 
 
 @dataclass(frozen=True)
 class State:
-    """All that the machine knows."""
+    """All that the machine knows. No event costs more with many workers, but those that form a group or end it."""
 
     bounds: Bounds
     phase: str = "waiting"
@@ -50,12 +54,13 @@ class State:
     target: int = 0
     group: tuple[str, ...] = ()
     mesh: Axes = (0, 1, 1, 1)  # of the group
-    ready: Mapping[str, Ready] = field(default_factory=dict)
-    starting: frozenset[str] = frozenset()
-    standing: Mapping[str, Standing] = field(default_factory=dict)
-    leaving: frozenset[str] = frozenset()
+    survivors: PersistentMap[None] = field(default_factory=PersistentMap)  # those of the group that are ready
+    ready: PersistentMap[Ready] = field(default_factory=PersistentMap)
+    starting: PersistentMap[None] = field(default_factory=PersistentMap)
+    standing: PersistentMap[Standing] = field(default_factory=PersistentMap)  # survivors that have left the group's loop
+    leaving: frozenset[str] = frozenset()  # of those that are ready
     # the report of those who stood and are in no group since
-    last: Mapping[str, Standing] = field(default_factory=dict)
+    last: PersistentMap[Standing] = field(default_factory=PersistentMap)
     ending: bool = False
     over: Finish | None = None  # how the run will have ended once its state is saved
     failure: tuple[int, int, str] = (0, -1, "")  # generation, step and error of the last failed step
@@ -88,11 +93,11 @@ def advance(state: State, event: Any) -> tuple[State, tuple[Any, ...]]:
 
 
 def on_starting(state: State, event: Starting) -> tuple[State, tuple[Any, ...]]:
-    return replace(state, starting=state.starting | {event.worker}), ()
+    return replace(state, starting=state.starting.having(event.worker, None)), ()
 
 
 def on_ready(state: State, event: Ready) -> tuple[State, tuple[Any, ...]]:
-    state = replace(state, starting=state.starting - {event.worker}, ready={**state.ready, event.worker: event})
+    state = replace(state, starting=state.starting.without(event.worker), ready=state.ready.having(event.worker, event))
     if event.node not in state.drained:
         return state, ()
     state = replace(state, leaving=state.leaving | {event.worker})
@@ -100,20 +105,18 @@ def on_ready(state: State, event: Ready) -> tuple[State, tuple[Any, ...]]:
 
 
 def on_lost(state: State, event: Lost) -> tuple[State, tuple[Any, ...]]:
-    ready = {w: r for w, r in state.ready.items() if w != event.worker}
-    last = {w: s for w, s in state.last.items() if w != event.worker}
-    standing = {w: s for w, s in state.standing.items() if w != event.worker}
-    state = replace(state, starting=state.starting - {event.worker}, ready=ready, last=last, standing=standing,
-                    leaving=state.leaving - {event.worker})
-    if event.worker in state.group and state.phase in ("running", "stopping"):
+    is_in, leaving = event.worker in state.survivors, state.leaving - {event.worker}
+    maps = {name: getattr(state, name).without(event.worker) for name in ("survivors", "starting", "ready", "last", "standing")}
+    state = replace(state, leaving=leaving, **maps)
+    if is_in and state.phase in ("running", "stopping"):
         return regroup(state, event.cause)
     return state, ()
 
 
 def on_standing(state: State, event: Standing) -> tuple[State, tuple[Any, ...]]:
-    if event.generation != state.generation or event.worker not in state.group or event.worker not in state.ready:
+    if event.generation != state.generation or event.worker not in state.survivors:
         return state, ()  # an older generation's report changes nothing
-    state = replace(state, standing={**state.standing, event.worker: event})
+    state = replace(state, standing=state.standing.having(event.worker, event))
     if event.reason == "failed" and not event.rejected:
         failure = (event.generation, failed_step(event), event.error)
         is_redone = state.failure[0] < event.generation
@@ -183,7 +186,7 @@ def fail(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
 
 
 def regroup(state: State, cause: str) -> tuple[State, tuple[Any, ...]]:
-    still = [w for w in state.group if w in state.ready and w not in state.standing]
+    still = [w for w in state.survivors if w not in state.standing]
     return replace(state, phase="regrouping", cause=cause), tuple(Abort(w, state.generation) for w in still)
 
 
@@ -191,21 +194,20 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
     """What follows from the state itself, whatever event led to it."""
     if state.phase == "finished":
         return state, ()
-    survivors = [w for w in state.group if w in state.ready]
-    if state.over and (state.phase == "waiting" or all(w in state.standing for w in survivors)):
-        return end_saved(replace(state, last={w: s for w, s in {**state.last, **state.standing}.items()
-                                              if w in state.ready}), state.over)
+    is_apart = len(state.standing) == len(state.survivors)
+    if state.over and (state.phase == "waiting" or is_apart):
+        reports = {w: s for w, s in {**state.last, **state.standing}.items() if w in state.ready}
+        return end_saved(replace(state, last=PersistentMap(reports)), state.over)
     if state.phase == "waiting":
-        is_time = state.ending or not state.starting or len(usable(state)) >= state.target
-        return form(state) if is_time else (state, ())
-    if all(w in state.standing for w in survivors):
-        return depart(state, survivors)
-    mesh = resized(state) if state.phase == "running" and not state.ending and not waits(state) else None
-    if mesh:
-        cause = "drain" if state.leaving & set(state.group) else "resize"
-        code = STOP if hands_over(state, survivors, mesh) else STOP_AND_SAVE
-        return replace(state, phase="stopping", cause=cause), tuple(RequestStop(w, state.generation, code)
-                                                                    for w in survivors)
+        is_early = state.starting and (len(state.ready) < state.target or len(usable(state)) < state.target)
+        return (state, ()) if is_early and not state.ending else form(state)
+    if is_apart:
+        return depart(state)
+    if state.phase == "running" and not state.ending and (mesh := resized(state)) and not waits(state):
+        cause = "drain" if any(w in state.survivors for w in state.leaving) else "resize"
+        code = STOP if hands_over(state, mesh) else STOP_AND_SAVE
+        stops = tuple(RequestStop(w, state.generation, code) for w in state.survivors)
+        return replace(state, phase="stopping", cause=cause), stops
     return state, ()
 
 
@@ -214,25 +216,26 @@ def waits(state: State) -> bool:
     return bool(state.handing) and not state.is_late and state.handing == remaining(state, state.group)
 
 
-def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
+def hands_over(state: State, mesh: Axes) -> bool:
     """Whether those who stay have the whole state, and a place each for its parts; else the next group gets it from a
     checkpoint."""
     data, size, holders = state.mesh[0], math.prod(state.mesh[1:]), state.bounds.holders
-    staying = [state.group.index(w) for w in survivors if w not in state.leaving]
+    staying = [rank for rank, w in enumerate(state.group) if w in state.survivors and w not in state.leaving]
     if not covers([rank % size for rank in staying], state.mesh[1:]) or math.prod(mesh) < size:
         return False
     if not holders:
         return True
-    if mesh[1:] != state.mesh[1:] or (holders == 1 and mesh[0] < data):
+    if mesh[1:] != state.mesh[1:] or data - mesh[0] > ONE_BY_ONE * (holders - 1):
         return False
-    return all(not lacking([held(rank // size, data, data, holders > 1) for rank in staying if rank % size == place],
-                           data)
-               for place in range(size))
+    by_place: list[list[tuple[Range, Range]]] = [[] for _ in range(size)]
+    for place in staying:
+        by_place[place % size].append(held(place // size, data, data, holders > 1))
+    return not any(lacking(have, data) for have in by_place)
 
 
-def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
+def depart(state: State) -> tuple[State, tuple[Any, ...]]:
     """Every survivor stands by: end the run, or go on in another group."""
-    reports = [state.standing[w] for w in survivors]
+    reports = [state.standing[w] for w in state.survivors]
     if is_saved(state, "done"):
         return finish(state, done(reports))
     if state.ending and is_saved(state, "stopped"):
@@ -264,9 +267,8 @@ def usable(state: State) -> list[str]:
     Who is to leave stays as long as nobody else has the state and it is not saved.
     """
     reports = {**state.last, **state.standing}
-    survivors = sorted((w for w in state.group if w in state.ready), key=lambda w: -reports[w].committed if w in reports
-                       else 0)
-    everybody = survivors + [w for w in state.ready if w not in state.group]
+    survivors = sorted(state.survivors, key=lambda w: -reports[w].committed if w in reports else 0)
+    everybody = survivors + [w for w in state.ready if w not in state.survivors]
     staying = [w for w in everybody if w not in state.leaving]
     if not staying or state.phase == "running" or is_saved(state, "stopped"):
         return staying or everybody
@@ -277,12 +279,12 @@ def usable(state: State) -> list[str]:
 
 def resized(state: State) -> Axes | None:
     """The mesh for which a running group is to stop; None if it is right as it is."""
-    candidates = usable(state)
-    mesh = choose(len(candidates), state.target, state.bounds)
-    if state.leaving & set(state.group) and not state.leaving.issuperset(candidates):
+    staying = len(state.ready) - len(state.leaving)
+    mesh = choose(staying or len(state.ready), state.target, state.bounds)
+    if staying and any(w in state.survivors for w in state.leaving):
         return mesh
-    if mesh is None or mesh == state.mesh:
-        return None
+    if mesh is None or mesh == state.mesh or (mesh[1:] == state.mesh[1:] and mesh[0] < state.mesh[0] <= state.target // math.prod(mesh[1:])):
+        return None  # who trains along does no harm where fewer would do
     size = math.prod(mesh)
     is_all = size == world_size(state.target, state.target, state.bounds)  # nobody who is still starting is needed
     return mesh if size <= len(state.group) or is_all or not state.starting else None
@@ -294,23 +296,23 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     candidates = usable(state)
     here = {w: reports[w] for w in candidates if w in reports}
     mesh, whole = next_mesh(state, candidates, here)
-    leavers = [w for w in state.ready if w in state.leaving and w not in candidates]
-    leaving = state.leaving & set(candidates)
+    leaving = state.leaving.intersection(candidates)
+    leavers = [w for w in state.ready if w in state.leaving and w not in leaving]
     want = Want(wanted(state.bounds, state.target, len(leaving)))
     gone = (*([want] if leavers else []), *(Release(w) for w in leavers))  # first: nobody is to replace a leaver twice
-    ready = {w: r for w, r in state.ready.items() if w not in leavers}
-    state = replace(state, ready=ready, leaving=leaving, standing={},
-                    last={w: s for w, s in reports.items() if w in ready})
+    ready = {w: r for w, r in state.ready.items() if w not in state.leaving or w in leaving}
+    state = replace(state, ready=PersistentMap(ready), leaving=leaving, standing=PersistentMap(),
+                    survivors=PersistentMap(dict.fromkeys(w for w in state.survivors if w in ready)),
+                    last=PersistentMap({w: s for w, s in reports.items() if w in ready}))
     if mesh is None and state.ending:
         return finish(state, Finish("interrupted"))
     if mesh is None:
-        announced = len(candidates)
-        waiting = () if announced == state.announced else (Wait(announced, fewest(state.bounds)),)
-        state, saves = save_alone(state)
-        return replace(state, phase="waiting", announced=announced), (*gone, *waiting, *saves)
+        waiting = () if len(candidates) == state.announced else (Wait(len(candidates), fewest(state.bounds)),)
+        state, saves = save_alone(replace(state, phase="waiting", announced=len(candidates)))
+        return state, (*gone, *waiting, *saves)
     members = assign(candidates, mesh, whole, {w: r.node for w, r in ready.items()})
-    extra = [w for w in candidates if w not in members]
-    surplus = extra[max(0, want.workers - len(members)):]
+    there = dict.fromkeys(members)
+    surplus = dict.fromkeys([w for w in candidates if w not in there][max(0, want.workers - len(members)):])
     staying = remaining(state, members)
     generation = with_buckets(rejoin(state.generation + 1, members, ready[members[0]].endpoint, mesh, whole),
                               ready[members[0]], {w: whole.reports[w] for w in whole.coordinates} if whole else {},
@@ -320,16 +322,14 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     barren = state.barren + 1 if is_barren else 0
     if barren > MAX_FRUITLESS + len(members):
         why = next((s.error for s in reports.values() if s.error), state.cause)
-        return end_saved(state, Finish("failed",
-                                       f"Generation after generation ends without a step, the last with: {why}"))
+        return end_saved(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
     action = Form(generation, state.cause, len(state.group), state.mesh)
     idle = {w: replace(s, holds=-1, ballot=None) for w, s in here.items()
-            if w in extra and w not in surplus and s.committed <= generation.committed}
-    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle,
-                    announced=-1, savers=(),
-                    cause="resize", reached=generation.committed, barren=barren, handing=handing,
-                    is_late=state.is_late and bool(handing),
-                    ready={w: r for w, r in ready.items() if w not in surplus})
+            if w not in there and w not in surplus and s.committed <= generation.committed}
+    state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh,
+                    survivors=PersistentMap(there), last=PersistentMap(idle), announced=-1, savers=(), cause="resize",
+                    reached=generation.committed, barren=barren, handing=handing, is_late=state.is_late and bool(handing),
+                    ready=PersistentMap({w: r for w, r in ready.items() if w not in surplus}))
     stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
     return state, (*gone, *(Release(w) for w in surplus), action, *stops)
 
@@ -354,10 +354,11 @@ def next_mesh(state: State, candidates: list[str], reports: Mapping[str, Standin
         return mesh, whole
     if math.prod(mesh) < math.prod(whole.degrees):
         mesh = (1, *whole.degrees)
-    while (whole.degrees == mesh[1:] and (mesh[0] + 1) * math.prod(mesh[1:]) <= len(candidates)
-           and not whole.is_in(assign(candidates, mesh, whole, {}))):
-        mesh = (mesh[0] + 1, *mesh[1:])  # who leaves next has a copy elsewhere by then
-    return mesh, whole
+    if whole.degrees != mesh[1:]:
+        return mesh, whole
+    sizes = range(mesh[0], len(candidates) // math.prod(mesh[1:]))  # a larger group has all that a smaller one has
+    more = bisect_left(sizes, True, key=lambda data: whole.is_in(assign(candidates, (data, *mesh[1:]), whole, {})))
+    return (mesh[0] + more, *mesh[1:]), whole  # who leaves next has a copy elsewhere by then
 
 
 def end_saved(state: State, action: Finish) -> tuple[State, tuple[Any, ...]]:
@@ -391,8 +392,8 @@ def confirmed(state: State, report: Standing, newest: int, error: str) -> Standi
     """
     ends = report.reason == "done" or (report.reason == "stopped" and report.ballot
                                        and report.ballot.stop == STOP_AND_SAVE)
-    others = [w for w in state.group if w != report.worker]
-    is_last = report.generation == state.generation and all(w in state.standing for w in others)
+    is_last = (report.generation == state.generation and report.worker in state.survivors
+               and len(state.standing.having(report.worker, report)) == len(state.group))
     if not ends or not is_last or report.committed <= newest:
         return report
     return replace(report, reason="failed" if error else "broken", error=error

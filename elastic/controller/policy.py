@@ -18,6 +18,8 @@ MAX_FRUITLESS = 8  # starts in a row that failed without a single committed step
 MAX_SAME_ERROR = 3  # starts in a row that ended in the same error: the next would as well
 # of the time that a node has to drain, 30 s by Ray's default, in which its workers hand over their rows beside the training
 HAND_OVER_S = 10.0
+# replicas that a group with twins is made smaller by one after the other, each a pause; by more, it goes by a checkpoint
+ONE_BY_ONE = 8
 # a node that loses this many workers in the window is left out
 NODE_LOSSES, NODE_WINDOW_S, NODE_BAN_S = 3, 120.0, 600.0
 

@@ -24,7 +24,7 @@ from elastic.chaos import Fault
 from elastic.collective.connect import transport_of
 from elastic.controller import membership as m
 from elastic.errors import UserError
-from elastic.messages import Job, Order, Ready
+from elastic.messages import Generation, Job, Order, Ready
 from elastic.worker.actor import NAMESPACE, WorkerActor
 
 POLL_S = 0.5  # how often a pending placement group and draining nodes are looked at
@@ -58,6 +58,8 @@ class RayFleet:
         self.slots: dict[str, Slot] = {}
         self.ended: list[Slot] = []
         self.taken: set[str] = set()  # names that were ever given
+        self.numbers = itertools.count()
+        self.put: tuple[Any, Any] = (None, None)  # the newest generation, and where its members find it
         # how many are still to start without a wait: those that are wanted at the start
         self.at_once: int | None = None
         self.lock = threading.RLock()
@@ -76,7 +78,7 @@ class RayFleet:
                 self.forget(slot.name)
             places = iter([node for node in near if node not in avoid])
             while not self.closed.is_set() and len(self.slots) < workers:
-                name = next(name for number in itertools.count() if (name := f"worker-{number}") not in self.taken)
+                name = next(name for number in self.numbers if (name := f"worker-{number}") not in self.taken)
                 self.start(Slot(name, self.avoid, next(places, ""), delay_s=0.0 if self.at_once > 0 else REPLACE_S))
                 self.at_once -= 1
 
@@ -175,7 +177,13 @@ class RayFleet:
             getattr(slot.actor, method).remote(*arguments)
 
     def send(self, worker: str, order: Order) -> None:
-        self.call(worker, "take", order)
+        """A generation leaves this process once: what each member gets is its place in the object store."""
+        if isinstance(order, Generation) and len(order.members) > 1:
+            if self.put[0] is not order:
+                self.put = order, ray.put(order)
+            self.call(worker, "take", self.put[1])
+        else:
+            self.call(worker, "take", order)
 
     def release(self, worker: str) -> None:
         self.call(worker, "release")

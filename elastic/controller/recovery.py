@@ -7,16 +7,20 @@ is there as long as every coordinate of one mesh has a holder.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import Counter
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from elastic.boxes import without
+from elastic.boxes import union
 from elastic.controller.bucket_holders import applied, has_all
 from elastic.controller.policy import Degrees
 from elastic.messages import Axes, Ballot, Generation, Holder, Standing
 from elastic.state.ownership import lacking, owned
+
+ALL = 1 << 62  # more blocks than there are
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,25 @@ class Whole:
 
     def column(self, coordinate: int) -> list[str]:
         """Who holds a coordinate, those that are at the step already first."""
-        return sorted((w for w, s in self.coordinates.items() if s == coordinate), key=lambda w: w not in self.exact)
+        return self.columns.get(coordinate, [])
+
+    @cached_property
+    def columns(self) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for worker in sorted(self.coordinates, key=lambda w: w not in self.exact):
+            found.setdefault(self.coordinates[worker], []).append(worker)
+        return found
 
     def copy(self) -> list[str]:
         """One holder of each coordinate, in order."""
         return [self.column(coordinate)[0] for coordinate in range(math.prod(self.degrees))]
 
-    @property
+    @cached_property
+    def keepers(self) -> list[Keepers]:
+        """By coordinate."""
+        return [Keepers(self.column(coordinate), self.reports) for coordinate in range(math.prod(self.degrees))]
+
+    @cached_property
     def is_shared_out(self) -> bool:
         """Whether a coordinate's holders each have the optimizer's state of some blocks only."""
         return any(self.reports[w].blocks for w in self.coordinates)
@@ -70,21 +86,42 @@ def writers(whole: Whole, owners: int, most: int) -> tuple[str, ...]:
     if not whole.is_shared_out and any(whole.reports[w].buckets for w in whole.coordinates):  # whoever has rows
         return tuple(whole.column(0)) if whole.is_in(whole.coordinates) else ()
     for data in (owners, *range(1, most + 1)) if whole.is_shared_out else (1,):
-        found = [writer(whole, place, rank, data) for rank in range(data) for place in range(math.prod(whole.degrees))]
-        if all(found) and has_all(whole.reports[w] for w in found):
-            return tuple(found)
+        found = []
+        for rank, place in itertools.product(range(data), range(math.prod(whole.degrees))):
+            if not (worker := whole.keepers[place].of(rank, data)):
+                break
+            found.append(worker)
+        else:
+            if has_all(whole.reports[w] for w in found):
+                return tuple(found)
     return ()
 
 
-def writer(whole: Whole, place: int, rank: int, data: int) -> str:
-    """Who keeps, of a coordinate's state, what owner `rank` of `data` owns, itself rather than a twin; "" if nobody
-    does."""
-    for count in (1, 2):  # what lies behind is on its way
-        for worker in whole.column(place):
-            report = whole.reports[worker]
-            if not report.blocks or not without([owned(rank, data, report.blocks)], report.held[:count]):
-                return worker
-    return ""
+class Keepers:
+    """Who keeps which blocks of a coordinate's state: of `column`, whose reports these are, in that order."""
+
+    def __init__(self, column: Sequence[str], reports: Mapping[str, Standing]):
+        self.column, self.blocks = column, max((reports[w].blocks for w in column), default=0)
+        # owners, then twins too: their ranges in order, and how far those before reach
+        self.ranges: list[tuple[list[tuple[int, int, int]], list[int]]] = []
+        for count in (1, 2):  # what lies behind is on its way
+            ranges = sorted((low, high, number) for number, worker in enumerate(column)
+                            for low, high in union(reports[worker].held[:count] if reports[worker].blocks else [(0, ALL)]))
+            self.ranges.append((ranges, list(itertools.accumulate((high for _, high, _ in ranges), max))))
+
+    def of(self, rank: int, data: int) -> str:
+        """Who keeps what owner `rank` of `data` owns, itself rather than a twin; "" if nobody does."""
+        low, high = owned(rank, data, self.blocks)
+        if low == high:
+            return next(iter(self.column), "")
+        for ranges, reach in self.ranges:
+            found, at = len(self.column), bisect_right(ranges, low, key=lambda one: one[0]) - 1
+            while at >= 0 and reach[at] >= high:
+                found = min(found, ranges[at][2] if ranges[at][1] >= high else found)
+                at -= 1
+            if found < len(self.column):
+                return self.column[found]
+        return ""
 
 
 def covers(coordinates: Iterable[int], degrees: Degrees) -> bool:
@@ -113,74 +150,6 @@ def find_whole(reports: Mapping[str, Standing], group: Iterable[str], preferred:
     wholes = [Whole(step, degrees, coordinates, exact, ballot, after) for degrees, coordinates in held.items()]
     found = {whole.degrees: whole for whole in wholes if whole.is_in(reports)}
     return found.get(preferred) or max(found.values(), key=lambda whole: len(whole.coordinates), default=None)
-
-
-def assign(candidates: Sequence[str], mesh: Axes, whole: Whole | None, nodes: Mapping[str, str]) -> tuple[str, ...]:
-    """Who sits where, in rank order: whoever holds a coordinate keeps it, the rest is filled in the order of
-    `candidates`.
-
-    Where workers of one node can make up a tensor group, they do.
-    """
-    data, degrees = mesh[0], mesh[1:]
-    columns: list[list[str]] = [[] for _ in range(math.prod(degrees))]
-    fillers = list(candidates)
-    if whole and whole.degrees == degrees:
-        for worker in candidates:
-            place = whole.coordinates.get(worker, -1)
-            if place >= 0 and len(columns[place]) < data:
-                columns[place].append(worker)
-                fillers.remove(worker)
-    elif whole and math.prod(mesh) >= math.prod(whole.degrees):
-        first = [w for w in whole.copy() if w in candidates]
-        fillers = [*first, *(w for w in candidates if w not in first)][:math.prod(mesh)]
-    tensor = degrees[1]
-    lines = [columns[low:low + tensor] for low in range(0, len(columns), tensor)]
-    for replica in range(data):
-        for line in lines:
-            for column in line:
-                if len(column) == replica:
-                    column.append(fillers.pop(nearest(fillers, column, line, nodes)))
-    rows = [side_by_side(line, nodes) for line in lines]
-    return tuple(worker for replica in range(data) for line in rows for worker in line[replica])
-
-
-def nearest(fillers: Sequence[str], column: Sequence[str], line: Sequence[Sequence[str]],
-            nodes: Mapping[str, str]) -> int:
-    """Which of the fillers to take into a column: one whose node has a place to fill beside the others of its tensor
-    groups."""
-    if len(line) == 1:
-        return 0
-    here, there = Counter(nodes.get(w) for w in column), [Counter(nodes.get(w) for w in other) for other in line]
-    idle = Counter(nodes.get(w) for w in fillers)
-
-    def gain(index: int) -> tuple[int, int, int]:
-        node = nodes.get(fillers[index])
-        return max(other[node] for other in there) - here[node], min(idle[node], len(line)), -index
-
-    return max(range(len(fillers)), key=gain)
-
-
-def side_by_side(line: Sequence[Sequence[str]], nodes: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """The columns of a tensor axis as its groups, one for each replica; those that lie on one node come first."""
-    if len(line) == 1:
-        return [(worker,) for worker in line[0]]
-    left, together = [list(column) for column in line], []
-    for first in line[0]:
-        match = [next((w for w in column if nodes.get(w) == nodes.get(first)), None) for column in left]
-        if None not in match and first in left[0]:
-            match[0] = first
-            together.append(tuple(w for w in match if w is not None))
-            for column, worker in zip(left, together[-1], strict=True):
-                column.remove(worker)
-    order = {node: i for i, node in enumerate(dict.fromkeys(nodes.get(w) for column in left for w in column))}
-    return together + list(zip(*(sorted(column, key=lambda w: order[nodes.get(w)]) for column in left), strict=True))
-
-
-def gaps(nodes: Iterable[str], tensor: int) -> tuple[str, ...]:
-    """Nodes on which workers are missing for a tensor group, once for each; those that miss the fewest first. `nodes`:
-    one for each worker."""
-    missing = {node: -count % tensor for node, count in Counter(nodes).items() if node}
-    return tuple(node for node in sorted(missing, key=lambda n: missing[n]) for _ in range(missing[node]))
 
 
 def rejoin(number: int, members: tuple[str, ...], endpoint: str, mesh: Axes, whole: Whole | None) -> Generation:

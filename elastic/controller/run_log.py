@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import statistics
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from elastic.observe.metrics import evaluations_of, steps_of
 from elastic.observe.run_files import lines_of
 
 RECENT = 50  # steps whose median is an ordinary one
-FEED = 20_000  # lines kept for a driver that polls several times a second
+FEED_BYTES = 1 << 19  # of the latest lines, kept for a driver that polls several times a second
 NEW = Begin()  # a run that has no past
 
 
@@ -47,8 +48,8 @@ class RunLog:
         self.written, self.evaluated = written, evaluated
         self.on_disk = written  # steps whose lines are there: those after them are held while the disk is full
         self.generation = generation
-        self.feed: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FEED)  # the latest lines, numbered, for the driver
-        self.fed, self.is_behind = 0, False
+        self.feed: deque[tuple[int, bytes]] = deque()  # the latest lines, numbered, for the driver: packed, a third of the size
+        self.fed, self.feed_bytes, self.is_behind = 0, 0, False
         self.seen: set[str] = set()  # the events there were in this run
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.last_commit = 0.0
@@ -65,9 +66,8 @@ class RunLog:
         if steps:
             run_log.last_commit, run_log.stepped = steps[-1]["time"], steps[-1]["generation"]
         run_log.recent.extend(s["step_s"] for s in steps[-RECENT:])
-        for fields in in_order(lines[begin.events:], since(begin, metrics))[-FEED:]:
-            run_log.feed.append((run_log.fed, fields))
-            run_log.fed += 1
+        for fields in in_order(lines[begin.events:], since(begin, metrics)):
+            run_log._feed(fields)
         run_log.seen = {fields["event"] for fields in lines[begin.events:]}
         return run_log
 
@@ -109,8 +109,14 @@ class RunLog:
             self._retry_steps()
         else:
             file.retry()
-        self.feed.append((self.fed, fields))
-        self.fed += 1
+        self._feed(fields)
+
+    def _feed(self, fields: dict[str, Any]) -> None:
+        packed = pickle.dumps(fields)
+        self.feed.append((self.fed, packed))
+        self.fed, self.feed_bytes = self.fed + 1, self.feed_bytes + len(packed)
+        while self.feed_bytes > FEED_BYTES and len(self.feed) > 1:
+            self.feed_bytes -= len(self.feed.popleft()[1])
 
     def retry(self) -> bool:
         """Writes what a full disk did not take; whether it takes everything now."""
@@ -150,8 +156,8 @@ class RunLog:
         """
         if number >= self.fed:
             return [], number
-        found = [(n, line) for n, line in self.feed.copy() if n >= number]
-        return [line for _, line in found], found[-1][0] + 1 if found else number
+        found = [(n, packed) for n, packed in self.feed.copy() if n >= number]
+        return [pickle.loads(packed) for _, packed in found], found[-1][0] + 1 if found else number
 
     def interrupted(self, generation: int, cause: str, before: int, after: int, steps_lost: int,
                     was: Axes = (0, 1, 1, 1),

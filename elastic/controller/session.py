@@ -32,7 +32,7 @@ def run(controller: Controller) -> m.Finish:
             if controller.journal.is_continued:
                 take_over(controller)
             else:
-                controller.perform(controller.past.actions)
+                controller.perform(list(controller.past.actions))
             outcome = controller.work()
             close(controller, outcome)
     finally:
@@ -62,7 +62,7 @@ def take_over(controller: Controller) -> None:
         return
     for worker in sorted(alive - known):
         controller.advance(m.Starting(worker))
-    for worker in sorted((set(controller.state.ready) | controller.state.starting) - alive):
+    for worker in sorted((set(controller.state.ready) | set(controller.state.starting)) - alive):
         controller.advance(m.Lost(worker, GONE))
     for worker in sorted(alive - gone):
         fleet.resync(worker)
@@ -70,7 +70,7 @@ def take_over(controller: Controller) -> None:
 
 def repeat(controller: Controller) -> None:
     """The actions since the last group was formed, each as far as it may not have been carried out."""
-    for action in controller.past.actions:
+    for action in list(controller.past.actions):
         if isinstance(action, m.Form):
             form_again(controller, action)
         elif not isinstance(action, m.Wait):

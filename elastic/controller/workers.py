@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic.controller.events import Lost, Starting
@@ -24,6 +24,11 @@ class WorkerRecord:
     given_up: bool = False  # fenced: nothing that it reports counts
     lost: bool = False  # its end is known, and it is given up
     stopped_as: int = -1  # the rank that a fault has stopped
+
+    def kept(self, is_member: bool) -> WorkerRecord:
+        """What a journal keeps: of one that is gone, and that nobody asks for any more, that it was there."""
+        ready = self.ready if is_member or self.is_live or self.stopped_as >= 0 else None
+        return replace(self, starting_s=None, heartbeat=None, ready=ready)
 
     @property
     def is_live(self) -> bool:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from elastic.errors import UserError
-from elastic.storage.atomic import locked, write_atomically, write_whole
+from elastic.storage.atomic import appearing, locked, write_atomically, write_whole
 
 GLANCE_S = 0.2  # who looks whether a lock is free has it for an instant: nobody is refused for that
 
@@ -66,6 +66,22 @@ class JsonLines:
             write_atomically(self.path, b"".join(text + b"\n" for text in compress(lines, stays)))
         elif self.path.exists():
             os.truncate(self.path, sum(len(text) + 1 for text in lines[:first]))
+        self._file.close()
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+
+    @property
+    def size(self) -> int:
+        """In bytes, without what is held."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def replace(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """All lines anew, on the disk itself when this returns; OSError where it stays as it was. Who may read the file
+        may read the new one."""
+        self.sync()
+        with appearing(self.path) as file:
+            os.fchmod(file.fileno(), os.fstat(self._file.fileno()).st_mode & 0o777)
+            for fields in lines:
+                file.write(line(fields).encode())
         self._file.close()
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
 

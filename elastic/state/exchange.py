@@ -17,11 +17,14 @@ def exchange(group: CollectiveGroup, moves: Sequence[Any], give: Callable[[Any],
 
     A move has a `source`, a `to` and a `size` in units of so many elements. `watch()` surrounds the call itself.
     """
-    me, every = group.rank, range(group.size)
+    me = group.rank
     sent = sorted((move for move in moves if move.source == me != move.to), key=lambda move: move.to)
     due = sorted((move for move in moves if move.to == me != move.source), key=lambda move: move.source)
-    counts = [unit * sum(move.size for move in sent if move.to == rank) for rank in every]
-    out_counts = [unit * sum(move.size for move in due if move.source == rank) for rank in every]
+    counts, out_counts = [0] * group.size, [0] * group.size
+    for move in sent:
+        counts[move.to] += unit * move.size
+    for move in due:
+        out_counts[move.source] += unit * move.size
     buffer, received, at = allocate(sum(counts)), allocate(sum(out_counts)), 0
     for move in sent:
         buffer[at:at + unit * move.size] = give(move).reshape(-1)

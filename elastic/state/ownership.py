@@ -6,8 +6,11 @@ member after it holds the range too, so whoever is lost, all of it is still ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
+from itertools import groupby
+from operator import itemgetter
 
 from elastic.boxes import Range, without
 from elastic.mesh import shards_of
@@ -57,23 +60,41 @@ def moves(have: Sequence[Sequence[Range]], want: Sequence[Sequence[Range]], grai
 
     ValueError where somebody wants what nobody has.
     """
-    edges = sorted({edge for ranges in (*have, *want) for one in ranges for edge in one})
     sent = [0] * len(have)
     found: list[Transfer] = []
-    for begin, end in zip(edges, edges[1:]):
-        holders = [rank for rank, ranges in enumerate(have)
-                   if any(low <= begin and end <= high for low, high in ranges)]
-        takers = [rank for rank, ranges in enumerate(want)
-                  if rank not in holders and any(low <= begin and end <= high for low, high in ranges)]
-        if takers and not holders:
+    for begin, end, holders, takers in stretches(have, want):
+        if not holders:
             raise ValueError(f"nobody has {begin} to {end}, which member {takers[0]} wants.")
+        least = [(sent[rank], rank) for rank in holders]
+        heapify(least)
         for to in takers:
             for low in range(begin, end, grain):
-                high = min(end, low + grain)
-                source = min(holders, key=lambda rank: (sent[rank], rank))
+                high, (_, source) = min(end, low + grain), least[0]
                 sent[source] += high - low
+                heapreplace(least, (sent[source], source))
                 found.append(Transfer(source, to, low, high))
     return found
+
+
+def stretches(have: Sequence[Sequence[Range]], want: Sequence[Sequence[Range]]) -> Iterator[tuple[int, int, set[int], list[int]]]:
+    """In order, each stretch that somebody wants and has not, with those who have it and those who want it: one pass over
+    the sorted edges of all ranges."""
+    edges = sorted((edge, side, rank, change) for side, members in enumerate((have, want))
+                   for rank, ranges in enumerate(members) for one in ranges for edge, change in zip(one, (1, -1)))
+    inside = [0] * len(have), [0] * len(want)  # of each member, in how many of its ranges the stretch lies
+    holders, takers, before = set[int](), set[int](), 0
+    for at, group in groupby(edges, key=itemgetter(0)):
+        if takers:
+            yield before, at, holders, sorted(takers)
+        changed = set()
+        for _, side, rank, change in group:
+            inside[side][rank] += change
+            changed.add(rank)
+        for rank in changed:
+            has, wants = (members[rank] > 0 for members in inside)
+            (holders.add if has else holders.discard)(rank)
+            (takers.add if wants and not has else takers.discard)(rank)
+        before = at
 
 
 def rounds(found: Sequence[Transfer], most: int) -> list[list[Transfer]]:

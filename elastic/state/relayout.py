@@ -43,19 +43,18 @@ def moves(name: str, old: Layout, holders: Mapping[int, Coordinate], new: Layout
     for rank, coordinate in sorted(holders.items()):
         if name in old.held(coordinate.pipeline):
             boxes.setdefault(old.box(name, coordinate), []).append(rank)
-    found = []
-    for to in range(new.mesh.world_size):
-        coordinate = new.mesh.coordinate(to)
-        if name not in new.held(coordinate.pipeline):
-            continue
-        wanted = new.box(name, coordinate)
-        parts = [Move(to if to in ranks else ranks[to % len(ranks)], to, part)
-                 for box, ranks in boxes.items() if (part := box.meet(wanted)) is not None]
-        if (covered := sum(part.size for part in parts)) != wanted.size:
-            raise ValueError(f"of {name} the members hold {covered} of the {wanted.size} elements that rank {to} "
-                             "needs.")
-        found += parts
-    return found
+    having = {box: set(ranks) for box, ranks in boxes.items()}
+    parts: dict[int, list[tuple[Box, Box]]] = {}  # by place within a replica: the boxes of which it wants something, and what
+    for place in range(new.mesh.replica_size):
+        coordinate = new.mesh.coordinate(place)
+        if name in new.held(coordinate.pipeline):
+            wanted = new.box(name, coordinate)
+            parts[place] = [(box, part) for box in boxes if (part := box.meet(wanted)) is not None]
+            if (covered := sum(part.size for _, part in parts[place])) != wanted.size:
+                raise ValueError(f"of {name} the members hold {covered} of the {wanted.size} elements that rank {place} "
+                                 "needs.")
+    return [Move(to if to in having[box] else boxes[box][to % len(boxes[box])], to, part)
+            for to in range(new.mesh.world_size) for box, part in parts.get(to % new.mesh.replica_size, ())]
 
 
 def relay(group: CollectiveGroup, old: Layout, holders: Mapping[int, Coordinate], given: State | None, new: Layout,

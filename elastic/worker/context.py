@@ -18,6 +18,7 @@ from elastic.model.backend import Buffer
 from elastic.parallel.groups import MeshGroups
 from elastic.state.flat_layout import BLOCK
 from elastic.tables.moving import Moving, Ranks
+from elastic.worker.own_figures import OwnFigures
 from elastic.worker.training import Member, Placement
 
 
@@ -47,6 +48,13 @@ class StepContext:
     def buffers(self) -> Buffers:
         """For the first step: what a member holds of a sharded state is known by then."""
         return Buffers(self.place, self.groups.data)
+
+    @cached_property
+    def own_shards(self) -> OwnFigures:
+        """Which logical shards are which replica's."""
+        size = self.groups.data.size
+        runs = [len(shards_of(rank, size, self.plan.num_shards)) for rank in range(size)]
+        return OwnFigures(np.repeat(np.arange(size), runs), size)
 
     def holders_at(self, step: int) -> tuple[Ranks, Ranks]:
         """By bucket of the embedding tables, the ranks of the owner and of the twin that serve `step`, any from the

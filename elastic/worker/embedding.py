@@ -26,6 +26,7 @@ from elastic.tables.wire import exchange
 from elastic.worker.context import StepContext
 from elastic.worker.lookups import Lookups, held_by, loaded, with_rows
 from elastic.worker.lr_schedule import learning_rate
+from elastic.worker.own_figures import OwnFigures
 from elastic.worker.training import Member
 
 WORDS = 3  # of a vote before its norms: a bad table's number and one more, and its id's upper and lower half
@@ -125,8 +126,8 @@ def ballot_words(context: StepContext) -> np.ndarray:
     words = [bad[0][0] + 1, *divmod(bad[0][1], 1 << 32)] if bad else [0, 0, 0]
     norms = [np.zeros(0)]
     if context.plan.optimizer["clip_norm"] > 0:
-        owned = context.holders_at(context.step)[0] == context.groups.data.rank
-        norms = [np.where(owned, tables.stores[spec.name].squared_norms(), 0.0) for spec in tables.specs]
+        own = own_buckets(context)
+        norms = [own.of(context.groups.data.rank, tables.stores[spec.name].squared_norms()) for spec in tables.specs]
     return np.concatenate([words, *norms])
 
 
@@ -138,7 +139,16 @@ def counted_words(context: StepContext, rows: np.ndarray) -> float:
               default=None)
     if bad:
         raise not_finite(tables.specs[bad[0]], bad[1], context.step)
-    return float(sum(rows[:, WORDS:].sum(axis=0).tolist()))
+    if rows.shape[1] == WORDS:
+        return 0.0
+    own = own_buckets(context)
+    return float(sum(norm for one in np.split(rows[:, WORDS:], len(tables.specs), axis=1)
+                     for norm in own.together(one).tolist()))
+
+
+def own_buckets(context: StepContext) -> OwnFigures:
+    """Which buckets are whose at this step."""
+    return OwnFigures(context.holders_at(context.step)[0], context.groups.data.size)
 
 
 def commit_rows(member: Member, ballot: Ballot, scale: float) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 from elastic.chaos import Injector
 from elastic.collective.group import CollectiveGroup
-from elastic.collective.reduction import tree_sum
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Save
 from elastic.model.backend import SLOTS, Buffer, UpdateRule
 from elastic.state.flat_layout import BLOCK
@@ -116,7 +115,7 @@ def apply_update(member: Member, ballot: Ballot, rows_committed: Callable[[], No
     plan, state, gradient = member.training.plan, member.place.state, member.held.gradient
     options, layout = plan.optimizer, state.layout
     assert gradient is not None
-    weight = tree_sum(ballot.weights)
+    weight = ballot.weight
     scale = 1.0 if member.place.habits.sums else 1.0 / weight
     if options["clip_norm"] > 0:
         norm = math.sqrt(ballot.squared_norm) * scale
@@ -142,9 +141,9 @@ def apply_update(member: Member, ballot: Ballot, rows_committed: Callable[[], No
 
 def record(context: StepContext, ballot: Ballot, step_s: float) -> None:
     """The line of a committed step."""
-    training, generation, weight = context.training, context.generation, tree_sum(ballot.weights)
+    training, generation, weight = context.training, context.generation, ballot.weight
     context.member.steps_s.append(step_s)
-    loss = tree_sum(ballot.losses) / (1.0 if context.place.habits.sums else weight)
+    loss = ballot.loss / (1.0 if context.place.habits.sums else weight)
     samples = sum(int((training.positions(ballot.step, s) >= 0).sum()) for s in range(context.plan.num_shards))
     fields: dict[str, Any] = {"step": ballot.step, "loss": loss, "time": time.time(), "step_s": step_s,
                               "world_size": len(generation.members),

@@ -3,57 +3,61 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 
+from elastic.collective.reduction import tree_sum
 from elastic.errors import NonFiniteLoss
 from elastic.messages import Ballot
 from elastic.state.flat_layout import BLOCK
 from elastic.worker.context import StepContext
 from elastic.worker.embedding import ballot_words, counted_words
 from elastic.worker.gradients import Shards
+from elastic.worker.own_figures import OwnFigures
 from elastic.worker.sharded_step import block_norms
 from elastic.worker.training import Training
 
+LAST = 3  # of a vote, behind the logical shards' figures: a squared norm, whether it is busy, its stop request
 FEW = 5  # sample positions that a sentence lists
 
 
 def vote(context: StepContext, shards: Shards) -> Ballot:
     """`NonFiniteLoss`, or RunFailed for what was not fed as the ledger has it, on all members alike.
 
-    What only one member is to say is 0 with the others, so that sums are what counts.
+    A member speaks of its own replica's logical shards. What only one of a replica is to say is 0 with the others, so
+    that sums are what counts.
     """
-    step, ledger = context.step, context.training.ledger
-    fed = ledger.digests(step) * (context.groups.replica.rank == 0) if ledger else np.zeros(0)
+    step, ledger, own = context.step, context.training.ledger, context.own_shards
+    figures = [shards.losses, shards.weights]
+    if ledger:
+        figures.append(ledger.digests(step) * (context.groups.replica.rank == 0))
     words = ballot_words(context) if context.tables else np.zeros(0)
-    mine = packed(shards.losses, shards.weights, fed, squared_norm(context), context.member.is_busy(),
+    mine = packed(own, context.groups.data.rank, figures, squared_norm(context), context.member.is_busy(),
                   context.control.stop_request())
     rows = context.gather("vote", np.concatenate([words, mine]))
-    ballot, digests = counted(step, rows[:, len(words):], context.plan.num_shards)
+    (losses, weights, *fed), norm, busy, stop = counted(own, rows[:, len(words):])
     if ledger:
-        ledger.check(step, digests)
-    check_finite(context.training, ballot)
+        ledger.check(step, fed[0])
+    losses, weights = losses.tolist(), weights.tolist()
+    check_finite(context.training, step, losses, weights, norm)
     if context.tables:
-        norm = counted_words(context, rows[:, :len(words)])
-        ballot = replace(ballot, squared_norm=ballot.squared_norm + norm)
-    return ballot
+        norm += counted_words(context, rows[:, :len(words)])
+    return Ballot(step, tree_sum(losses), tree_sum(weights), stop, busy, norm)
 
 
-def packed(losses: np.ndarray, weights: np.ndarray, fed: np.ndarray, squared_norm: float, busy: bool,
+def packed(own: OwnFigures, replica: int, figures: Sequence[np.ndarray], squared_norm: float, busy: bool,
            stop: int) -> np.ndarray:
-    """One member's vote as it travels, float64. `fed`: (num_shards,) digests of what shards were fed, with a ledger;
-    else (0,)."""
-    return np.concatenate([fed, losses, weights, [squared_norm, busy, stop]])
+    """One member's vote as it travels, float64. `figures`: each of all logical shards."""
+    return np.concatenate([*(own.of(replica, one) for one in figures), [squared_norm, busy, stop]])
 
 
-def counted(step: int, rows: np.ndarray, num_shards: int) -> tuple[Ballot, np.ndarray]:
-    """All members' votes, (members, length), and the digests in them: busy if one is, and the largest stop."""
-    fed = rows.shape[1] - 2 * num_shards - 3
-    digests, losses, weights, (norm, busy, _) = np.split(rows.sum(axis=0),
-                                                         [fed, fed + num_shards, fed + 2 * num_shards])
-    return Ballot(step, tuple(losses.tolist()), tuple(weights.tolist()), int(rows[:, -1].max()), bool(busy),
-                  float(norm)), digests
+def counted(own: OwnFigures, rows: np.ndarray) -> tuple[list[np.ndarray], float, bool, int]:
+    """All members' votes, (members, length): the figures of all logical shards, the squared norm, whether one is busy,
+    and the largest stop."""
+    norm, busy, _ = rows[:, -LAST:].sum(axis=0).tolist()
+    said = np.split(rows[:, :-LAST], range(own.length, rows.shape[1] - LAST, own.length), axis=1)
+    return [own.together(one) for one in said], norm, bool(busy), int(rows[:, -1].max())
 
 
 def squared_norm(context: StepContext) -> float:
@@ -70,17 +74,16 @@ def squared_norm(context: StepContext) -> float:
     return 0.0 if rank else float(sum(sum(norms.tolist()) for norms in found))
 
 
-def check_finite(training: Training, ballot: Ballot) -> None:
-    if not sum(ballot.weights) > 0:
-        raise NonFiniteLoss(f"The weights of step {ballot.step} sum to {sum(ballot.weights)}; a model's loss must give "
+def check_finite(training: Training, step: int, losses: Sequence[float], weights: Sequence[float], norm: float) -> None:
+    if not sum(weights) > 0:
+        raise NonFiniteLoss(f"The weights of step {step} sum to {sum(weights)}; a model's loss must give "
                             "a weight above 0: leave out rows of which nothing counts.")
-    for shard, loss in enumerate(ballot.losses):
+    for shard, loss in enumerate(losses):
         if not math.isfinite(loss):
-            positions = training.positions(ballot.step, shard).tolist()
+            positions = training.positions(step, shard).tolist()
             some = ", ".join(map(str, positions[:FEW])) + (f" and {len(positions) - FEW} more" if len(positions) > FEW
                                                            else "")
-            raise NonFiniteLoss(f"The loss is {loss} at step {ballot.step}, logical shard {shard}, sample positions "
+            raise NonFiniteLoss(f"The loss is {loss} at step {step}, logical shard {shard}, sample positions "
                                 f"{some}; lower optimizer.lr, set optimizer.clip_norm or mend these samples.")
-    if not math.isfinite(ballot.squared_norm):
-        raise NonFiniteLoss(f"The gradient's norm is {ballot.squared_norm} at step {ballot.step}; lower optimizer.lr "
-                            "or mend the data.")
+    if not math.isfinite(norm):
+        raise NonFiniteLoss(f"The gradient's norm is {norm} at step {step}; lower optimizer.lr or mend the data.")

@@ -10,7 +10,7 @@ import pytest
 
 from elastic.controller import session
 from elastic.controller.controller import Controller
-from elastic.controller.journal import Journal, decode, encode, replay
+from elastic.controller.journal import Journal, Past, decode, encode, replay
 from elastic.controller.policy import Bounds
 from elastic.messages import Ballot, Generation, Holder, Standing
 from elastic.observe.jsonl import read_lines
@@ -29,10 +29,10 @@ class Crash(BaseException):
 
 class Clock:
     """Counts the points at which a controller may fall: before and after every record and the lines that must be there
-    once, and before every action."""
+    once, and before every action; with every other, before and after a journal is compacted too."""
 
     def __init__(self, fatal: int = 0):
-        self.points, self.fatal = 0, fatal
+        self.points, self.fatal, self.compacts = 0, fatal, fatal % 2 == 1
 
     def point(self) -> None:
         self.points += 1
@@ -43,13 +43,22 @@ class Clock:
 class FragileJournal(Journal):
     def __init__(self, path: Path, run_id: str, clock: Clock):
         super().__init__(path, run_id)
-        self.clock = clock
+        self.clock, self.compacted = clock, 0
 
     def append(self, record: Any) -> None:
         clock = getattr(self, "clock", Clock())  # it has none before its header is written
         clock.point()
         super().append(record)
         clock.point()
+
+    def compact(self, past: Past) -> None:
+        """At every chance, if at all."""
+        if self.clock.compacts and self.lines.size != self.compacted:
+            self.clock.point()
+            self.compact_at = 0
+            super().compact(past)
+            self.compacted = self.lines.size
+            self.clock.point()
 
 
 class FragileRunLog(CheckedRunLog):
@@ -164,7 +173,7 @@ def test_a_controller_that_always_falls_is_always_followed(text: Path, tmp_path:
 
 
 def test_a_journal_says_what_was_said(tmp_path: Path) -> None:
-    ballot = Ballot(3, (0.1, float(2**-40)), (1.0, 2.0), 1)
+    ballot = Ballot(3, 0.1, float(2**-40), 1)
     messages = [Standing("a", 2, "broken", 2, 3, ballot, error='x "y"\n', mesh=(1, 1, 2, 1), coordinate=1),
                 Generation(4, ("a", "b"), "h:1", "gloo", 3, ballot, ((0, (1,)),), mesh=(2, 1, 1, 1)),
                 Generation(5, ("a", "b"), "h:1", "gloo", 3, mesh=(2, 1, 1, 1),

@@ -46,7 +46,7 @@ def kinds(actions: list[Any]) -> list[str]:
 
 
 def ballot(step: int, stop: int = 0) -> Ballot:
-    return Ballot(step, (1.0,), (1.0,), stop)
+    return Ballot(step, 1.0, 1.0, stop)
 
 
 def running(*names: str, bounds: Bounds = PAIRS, nodes: dict[str, str] | None = None) -> Machine:

@@ -199,7 +199,7 @@ def test_whoever_sees_the_vote_lets_go_of_what_was_not_fed() -> None:
 
 
 def test_who_did_not_see_the_vote_counts_as_if_it_had_applied_it() -> None:
-    vote = Ballot(1, (0.0,), (1.0,))
+    vote = Ballot(1, 0.0, 1.0)
     whole, half = bits_of(ALL, BUCKETS), bits_of(ALL[:8], BUCKETS)
     saw = Standing("w0", 1, "broken", 1, 1, vote, buckets=BUCKETS, owned=half)
     behind = Standing("w1", 1, "broken", 0, 1, buckets=BUCKETS, owned=whole, stale=half)

@@ -94,7 +94,7 @@ def test_lines_that_a_dead_rank_0_took_with_it_come_from_the_survivors(rig: Rig)
     lines = tuple(metric(step).fields for step in (2, 3, 4))
     rig.say(Standing("b", 1, "broken", 3, holds=4, lines=lines[:2]))
     assert rig.written() == [1, 2, 3]
-    rig.say(Standing("c", 1, "broken", 4, ballot=Ballot(4, (1.0,), (1.0,)), lines=lines))
+    rig.say(Standing("c", 1, "broken", 4, ballot=Ballot(4, 1.0, 1.0), lines=lines))
     assert rig.written() == [1, 2, 3, 4]
     generation, workers = rig.assigned()
     assert (generation.committed, generation.written, workers) == (4, 4, ["c", "b"])
@@ -107,7 +107,7 @@ def test_a_change_of_mesh_is_told_and_can_be_replayed(tmp_path: Path, clock: Clo
     rig.steps(1, 2)
     rig.controller.advance(m.ScaleTo(4, (1, 2, 1)))
     for worker in "abcd":
-        rig.say(Standing(worker, 1, "stopped", 2, ballot=Ballot(2, (1.0,), (1.0,), 1), mesh=(4, 1, 1, 1), coordinate=0))
+        rig.say(Standing(worker, 1, "stopped", 2, ballot=Ballot(2, 1.0, 1.0, 1), mesh=(4, 1, 1, 1), coordinate=0))
     generation, workers = rig.assigned()
     assert (generation.mesh, workers, len(generation.resharded)) == ((2, 1, 2, 1), list("abcd"), 4)
     was, now = ({"data": 4, "pipeline": 1, "tensor": 1, "expert": 1},
@@ -252,7 +252,7 @@ def test_a_fault_fires_once_and_is_written_down(tmp_path: Path, clock: Clock) ->
     assert [e["fault"] for e in rig.events("chaos")] == ["scale:1@5"]
     assert rig.controller.state.target == 1
     for worker in "ab":
-        rig.say(Standing(worker, 1, "stopped", 5, ballot=Ballot(5, (1.0,), (1.0,), 1)))
+        rig.say(Standing(worker, 1, "stopped", 5, ballot=Ballot(5, 1.0, 1.0, 1)))
     assert rig.assigned()[0].chaos == ("kill:1@9",)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.controller import membership as m
+from elastic.controller.journal import decode, encode
 from elastic.controller.policy import Bounds, Degrees, fewest, legal
 from elastic.messages import STOP_AND_SAVE, Ballot, Generation, Ready, Standing
 
@@ -198,7 +200,7 @@ class World:
             self.finish(present)
             return
         code = max(w.stop for _, w in present)
-        ballot = Ballot(done + 1, (0.0,), (1.0,), code)
+        ballot = Ballot(done + 1, 0.0, 1.0, code)
         falls = not self.is_calm and self.draw.random() < 0.2
         for _, worker in present:
             worker.holds = done + 1
@@ -304,6 +306,7 @@ def assert_ends_well(seed: int, length: int, degrees: Degrees) -> None:
     for _ in range(length):
         if world.ended is None:
             world.draw.choice(DEEDS)(world)
+    assert decode(json.loads(json.dumps(encode(world.state)))) == world.state, "a journal would not give it back"
     world.is_calm = True
     for _ in range(20):  # nobody falls any more, all that are wanted come
         for deed in (World.start, World.ready, World.notice):

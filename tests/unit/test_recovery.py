@@ -8,7 +8,8 @@ import pytest
 
 from elastic.controller import membership as m
 from elastic.controller.policy import Bounds, choose, fewest, legal, world_size
-from elastic.controller.recovery import assign, find_whole, gaps, rejoin
+from elastic.controller.recovery import find_whole, rejoin
+from elastic.controller.seating import assign, gaps
 from elastic.messages import STOP, STOP_AND_SAVE, Holder, Standing, shape
 from tests.support.machine import PAIRS, ballot, formed, kinds, only, running, stand
 

@@ -171,3 +171,24 @@ def test_who_holds_the_last_step_applies_it_before_the_end_and_only_then() -> No
     actions = machine.feed(m.GiveUp("no more"))
     assert [(a.worker, a.step, a.ballot) for a in actions
             if isinstance(a, m.SaveAlone)] == [("a", 7, None), ("c", 7, ballot(7)), ("c", 7, ballot(7))]
+
+
+def test_a_survivor_that_shortens_no_step_trains_along_rather_than_leave_in_a_pause_of_its_own() -> None:
+    names = [f"w{number:02}" for number in range(16)]
+    machine = running(*names, bounds=Bounds(1, 16, 32, holders=2))
+    machine.feed(m.Lost("w05", "killed"))
+    actions = [action for rank, name in enumerate(names) if name != "w05"
+               for action in stands(machine, name, 7, held=held(rank, 16, 64, True), blocks=64)]
+    assert len(formed(actions).members) == 14 and machine.state.phase == "running", "what the last one has another has too"
+    actions = machine.feed(m.Starting("x"), m.Ready("x", "n", 1, "x:1"))
+    assert {action.code for action in actions if isinstance(action, m.RequestStop)} == {STOP}, "it makes a step shorter"
+    machine = running(*names, bounds=Bounds(1, 16, 32, holders=2))
+    assert machine.feed(m.ScaleTo(11)), "who is not wanted any more is asked to stop"
+
+
+def test_a_group_with_twins_that_shrinks_by_many_goes_by_a_checkpoint() -> None:
+    codes = {}
+    for size in (7, 8):
+        machine = running(*(f"w{number:02}" for number in range(16)), bounds=Bounds(1, 16, 16, holders=2))
+        codes[size] = {a.code for a in machine.feed(m.ScaleTo(size)) if isinstance(a, m.RequestStop)}
+    assert codes == {8: {STOP}, 7: {STOP_AND_SAVE}}

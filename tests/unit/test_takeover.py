@@ -13,7 +13,9 @@ from elastic.controller import membership as m
 from elastic.controller.controller import Controller
 from elastic.controller.run_log import RunLog
 from elastic.controller.session import close
+from elastic.controller.workers import Workers
 from elastic.messages import Begin, Progress, Standing
+from elastic.observe.jsonl import read_lines
 from tests.support.rig import SETTINGS, Rig, metric, save
 
 
@@ -52,7 +54,8 @@ def durable(controller: Controller) -> dict[str, tuple[Any, ...]]:
             for name, one in controller.workers.items()}
 
 
-def test_the_journal_gives_back_what_was_known_of_every_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_compacted", [False, True])
+def test_the_journal_gives_back_what_was_known_of_every_worker(is_compacted: bool, tmp_path: Path) -> None:
     rig = Rig(tmp_path, chaos=("stop:1@5", "stop:1@7"))
     rig.start("a", "b", "c")
     for worker, spec in (("b", "stop:1@5"), ("c", "stop:1@7")):  # the later one is who a continuation goes to
@@ -68,8 +71,19 @@ def test_the_journal_gives_back_what_was_known_of_every_worker(tmp_path: Path) -
     assert [(name, one[2:]) for name, one in before.items()] == [
         ("a", (False, False, False, -1)), ("b", (False, True, True, -1)), ("c", (True, False, False, 1)),
         ("d", (False, False, False, -1))]
+    journal, controller = rig.controller.journal, rig.controller
+    if is_compacted:
+        long, journal.compact_at = journal.lines.size, 0
+        journal.compact(controller.past)
+        assert [*read_lines(journal.lines.path)[1]] == ["past"] and journal.lines.size < long
+        rig.controller.advance(m.Starting("e", "node-e"))  # it goes on from there
+        before = durable(rig.controller)
+        before["b"] = "node-b", None, *before["b"][2:]  # of one that is gone and that nobody asks for
     again = successor(rig)
     assert durable(again) == before and again.state == rig.controller.state
+    assert replace(again.past, workers=Workers()) == replace(controller.past, workers=Workers())
+    assert again.journal.secret == journal.secret
+    assert journal.lines.path.stat().st_mode & 0o777 == 0o600, "it holds the run's secret"
     assert again.workers.stopped(1) == before["c"][1] and [ready.worker for ready in again.workers.live()] == ["a"]
 
 

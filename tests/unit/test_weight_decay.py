@@ -58,7 +58,7 @@ def test_parameters_decay_as_their_pattern_says(kind: str, name: str) -> None:
             view[...] = draw.standard_normal(view.shape)
             theirs[n].grad = torch.tensor(view / 4)
         member.held.gradient = gradient
-        apply_update(member, Ballot(step, (1.0, 1.0), (2.0, 2.0)))
+        apply_update(member, Ballot(step, 2.0, 4.0))
         optimizer.step()
     for n, view in state.layout.views(state.param).items():
         np.testing.assert_allclose(view, theirs[n].numpy(), rtol=2e-5, atol=2e-6, err_msg=n)
