@@ -15,6 +15,7 @@ from ray._private import parameter, services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from elastic.errors import UserError
+from elastic.humanize import count
 from elastic.recipe import Recipe
 from elastic.worker.actor import NAMESPACE
 
@@ -79,6 +80,11 @@ def answers(address: str) -> None:
         socket.create_connection((host.rpartition("/")[2], int(port)), CONNECT_S).close()
     except (OSError, ValueError) as error:
         raise UserError(f"No Ray answers at --address {address} ({error}); {REMEDY}") from None
+
+
+def joined_to(address: str) -> str:
+    """Which Ray this process has joined, in a line."""
+    return f"Ray {ray.__version__} at {address}, {count(sum(node['Alive'] for node in ray.nodes()), 'node')}"
 
 
 def controller_of(run_id: str) -> Any:
