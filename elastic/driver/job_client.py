@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,11 +19,12 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
-from elastic.driver.connect import answers
+from elastic.driver.cluster_checks import CONNECT_S, answers, check_token, refused, versions
 from elastic.errors import UserError
 from elastic.humanize import count
 
-CONNECT_S, ANSWER_S = 3.0, 60.0  # for a server to take a connection, and to answer: an upload waits for the head's disk
+ANSWER_S = 60.0  # for a server to answer: an upload waits for the head's disk
+NODES_S, AGAIN_S = 3.0, 0.2  # in which a new head lists itself as a node
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 LIMIT = ray_constants.DASHBOARD_CLIENT_MAX_SIZE  # bytes of one upload
 INSTALL = "`elastic submit` needs Ray's job client, which is not installed here; pip install 'elastic-training[submit]'."
@@ -48,6 +50,7 @@ class Jobs(JobSubmissionClient):
         with told(self.given), without_environment():
             if "://" not in self.given and self.given != "auto":
                 answers(self.given)
+                check_token(self.given)
             super().__init__(self.given)
         self.check_versions()
 
@@ -61,9 +64,7 @@ class Jobs(JobSubmissionClient):
         python = ".".join(str(theirs.get("pythonVersion") or platform.python_version()).split(".")[:2])
         own = ".".join(platform.python_version_tuple()[:2])
         if self._server_ray_version != ray.__version__ or python != own:
-            raise UserError(f"The cluster at {self.given} has Ray {self._server_ray_version} on Python {python}, and here it is "
-                            f"Ray {ray.__version__} on Python {own}; install here, on Python {python}: "
-                            f"pip install 'ray[default]=={self._server_ray_version}'.")
+            raise UserError(versions(self.given, str(self._server_ray_version), python))
 
     def metadata(self) -> dict[str, Any]:
         found = self._do_request("GET", "/api/v0/cluster_metadata")
@@ -71,9 +72,14 @@ class Jobs(JobSubmissionClient):
 
     def joined(self) -> str:
         """Which Ray this is, in a line."""
-        found = self._do_request("GET", "/api/v0/nodes?limit=10000").json().get("data", {})
-        alive = sum(node["state"] == "ALIVE" for node in found.get("result", {}).get("result", []))
+        until = time.monotonic() + NODES_S
+        while not (alive := self.alive()) and time.monotonic() < until:
+            time.sleep(AGAIN_S)
         return f"Ray {self._server_ray_version} at {self._address}, {count(alive, 'node')}"
+
+    def alive(self) -> int:
+        found = self._do_request("GET", "/api/v0/nodes?limit=10000").json().get("data", {})
+        return sum(node["state"] == "ALIVE" for node in found.get("result", {}).get("result", []))
 
     def upload(self, archive: Path) -> str:
         """The URI under which the cluster has it."""
@@ -86,7 +92,7 @@ class Jobs(JobSubmissionClient):
 
     def details(self, submission_id: str) -> JobDetails:
         """UserError where there is no such job."""
-        with told(self.given, f"no submission {submission_id} there; `ray job list --address {self._address}` shows which there "
+        with told(self.given, f"no submission {submission_id}; `ray job list --address {self._address}` shows which there "
                               "are"):
             return self.get_job_info(submission_id)
 
@@ -112,6 +118,9 @@ def given_address(address: str) -> str:
     found = address or next(filter(None, map(os.environ.get, ADDRESSES)), "")
     if not found:
         raise UserError(f"No --address, and no {' or '.join(ADDRESSES)} in the environment; {REMEDY}")
+    scheme, separator, _ = found.partition("://")
+    if separator and scheme not in ("http", "https", "ray"):
+        raise UserError(f"--address {found} cannot be a job server's; {REMEDY}")
     return found.rstrip("/")
 
 
@@ -132,8 +141,8 @@ def told(address: str, missing: str = "") -> Iterator[None]:
 
     try:
         yield
-    except AuthenticationError as error:
-        raise UserError(refused(address, str(error))) from None
+    except AuthenticationError:
+        raise UserError(refused(address)) from None
     except (requests.exceptions.RequestException, ConnectionError) as error:
         bad = isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema,
                                  requests.exceptions.JSONDecodeError, requests.exceptions.HTTPError))
@@ -142,16 +151,11 @@ def told(address: str, missing: str = "") -> Iterator[None]:
         raise UserError(sentence(address, str(error), missing)) from None
 
 
-def refused(address: str, text: str) -> str:
-    """For want of the cluster's token."""
-    what = "asks for a token, and this command has none" if "required" in text else "refuses this command's token"
-    return (f"The Ray at {address} {what}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its "
-            "head.")
-
-
 def cause(error: BaseException) -> str:
     """The innermost reason, without the objects' addresses."""
     text = str(error)
+    if "BadStatusLine" in text or "ConnectionResetError" in text:
+        return "what listens there speaks no HTTP"
     found = re.search(r"\[Errno -?\d+\] ([\w ]+)", text) or re.search(r"(timed out|[Tt]imeout)", text)
     return found[1] if found else " ".join(text.split())[:200] or type(error).__name__
 

@@ -27,7 +27,7 @@ PORTS = ("--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-
 
 @dataclass(frozen=True)
 class JobServer:
-    """`environment` is a user's of it."""
+    """`environment` is that of a user on its head."""
 
     address: str
     gcs: str
@@ -57,7 +57,7 @@ def user_environment(**more: str) -> dict[str, str]:
 def serving(num_cpus: int = 3) -> Iterator[JobServer]:
     folder = tempfile.mkdtemp(prefix="job-ray-", dir="/tmp")  # a socket's path is short
     ports = dict(zip(PORTS, free_ports(len(PORTS))))
-    environment = user_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
+    environment = user_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), HOME=folder)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", str(num_cpus),
                "--temp-dir", folder, "--disable-usage-stats", "--include-dashboard", "true", "--node-ip-address", "127.0.0.1",
                "--object-store-memory", str(200 << 20), *(word for name, port in ports.items() for word in (name, str(port)))]

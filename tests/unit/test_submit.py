@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from elastic.checkpoint.manifest import Manifest
 from elastic.driver.job_package import Package, package
 from elastic.driver.run import Found, action, restored, unused
 from elastic.driver.submit import Submission, alive_in, entrypoint, environment_of, named, spoken, why_of
-from elastic.checkpoint.manifest import Manifest
 from elastic.errors import RecipeError, UserError
 from elastic.observe.verify import first_step, generation_problems, step_problems
 from elastic.recipe import dumps, load_recipe
