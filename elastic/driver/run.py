@@ -45,7 +45,7 @@ def trainer_of(recipe: Recipe, run_dir: str | Path, address: str, chaos: Sequenc
 
     RecipeError where what is there belongs to another recipe; UserError where another submission lives there.
     """
-    run_dir = Path(run_dir).expanduser().absolute()
+    run_dir = Path(run_dir).absolute()
     holds = (run_dir / RECIPE).exists()
     live = (living(run_dir) if holds else None) or {"run_id": "", "address": ""}
     saved = None if holds or not recipe.checkpoint.path else newest_of(recipe.checkpoint.path)

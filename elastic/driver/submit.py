@@ -42,14 +42,20 @@ def named(name: str, run_dir: str, now_ns: int) -> Submission:
     moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(now_ns / 1e9))
     if not run_dir:
         run_dir = f"~/runs/{name}-{moment}"
-    elif not run_dir.startswith("~"):
+    elif not run_dir.startswith("~/"):
         run_dir = os.path.abspath(run_dir)
     return Submission(f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(run_dir).name)}-{now_ns:x}", run_dir)
 
 
 def entrypoint(recipe: str, submission: Submission, sets: Sequence[str] = (), chaos: Sequence[str] = ()) -> str:
     options = [word for name, values in (("--set", sets), ("--chaos", chaos)) for value in values for word in (name, value)]
-    return shlex.join([*COMMAND, "run", recipe, "--run-dir", submission.run_dir, "--id", submission.id, *options])
+    words = [*COMMAND, "run", recipe, "--id", submission.id, *options]
+    return f"{shlex.join(words)} --run-dir {quoted(submission.run_dir)}"
+
+
+def quoted(run_dir: str) -> str:
+    """For the shell of the head, which knows whose home it is."""
+    return f"~/{shlex.quote(run_dir[2:])}" if run_dir.startswith("~/") else shlex.quote(run_dir)
 
 
 def alive_in(jobs: Iterable[Any], run_dir: str) -> str:
@@ -103,9 +109,9 @@ def ask_there(jobs: Jobs, submission_id: str, command: str, options: Sequence[st
     if run_dir is None:
         raise UserError(f"{submission_id} is no run of `elastic submit`; give the id that it named.")
     errand = f"{submission_id}-{command}-{time.time_ns():x}"
-    words = [*COMMAND, command, run_dir, *options]
+    words = f"{shlex.join([*COMMAND, command, *options])} {quoted(run_dir)}"
     environment = {name: value for name, value in (details.runtime_env or {}).items() if not name.startswith("_")}
-    jobs.submit(errand, shlex.join(words), environment, {})
+    jobs.submit(errand, words, environment, {})
     while (details := jobs.details(errand)).status not in ENDED:
         time.sleep(POLL_S)
     said = list(spoken(jobs.log_of(errand)))

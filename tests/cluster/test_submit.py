@@ -71,9 +71,22 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
+STARTED = list[subprocess.Popen[str]]()
+
+
+@pytest.fixture(autouse=True)
+def commands_end() -> Iterator[None]:
+    yield
+    for process in STARTED:
+        process.kill()
+        process.communicate()
+    STARTED.clear()
+
+
 def elastic(here: Path, environment: dict[str, str], *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    return subprocess.Popen([*ELASTIC, *arguments], cwd=here, env=environment, text=True, stdin=stdin, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, start_new_session=True)
+    STARTED.append(subprocess.Popen([*ELASTIC, *arguments], cwd=here, env=environment, text=True, stdin=stdin,
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True))
+    return STARTED[-1]
 
 
 def says(process: subprocess.Popen[str], words: str) -> str:

@@ -120,9 +120,9 @@ def test_a_submission_is_called_after_its_run_directory_and_the_moment(tmp_path:
 
 def test_the_entrypoint_survives_a_shell() -> None:
     text = entrypoint("r.toml", Submission("a-1", "~/my run"), ['run.name="a b"'], ["kill:0@1"])
-    said = subprocess.run(f"set -- {text}; printf '%s\\n' \"$@\"", shell=True, capture_output=True, text=True).stdout
-    assert said.splitlines() == ["python", "-m", "elastic.cli", "run", "r.toml", "--run-dir", "~/my run", "--id", "a-1", "--set",
-                                 'run.name="a b"', "--chaos", "kill:0@1"]
+    said = subprocess.run(f"set -- {text}; printf '%s\\n' \"$@\"", shell=True, capture_output=True, text=True, env={"HOME": "/h"}).stdout
+    assert said.splitlines() == ["python", "-m", "elastic.cli", "run", "r.toml", "--id", "a-1", "--set", 'run.name="a b"',
+                                 "--chaos", "kill:0@1", "--run-dir", "/h/my run"]
 
 
 def test_a_run_directory_is_taken_while_its_submission_has_not_ended() -> None:
