@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray.runtime_env import RuntimeEnv
 
 from elastic.driver.job_client import LIMIT, Jobs
 from elastic.driver.job_package import package
@@ -81,6 +82,11 @@ def environment_of(file: str) -> dict[str, Any]:
     excludes = found.get("excludes") or []
     if not isinstance(excludes, list) or not all(isinstance(one, str) for one in excludes):
         raise UserError(f"--runtime-env {file}: excludes = {excludes!r} must be a list of patterns.")
+    try:
+        RuntimeEnv(**found)
+    except Exception as error:  # of whichever key's own reader
+        raise UserError(f"--runtime-env {file} cannot work ({' '.join(str(error).split())[:300]}); write Ray's own keys, as "
+                        "pip: [somepackage].") from None
     return found
 
 

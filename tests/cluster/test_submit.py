@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -160,7 +165,7 @@ def test_a_run_that_is_not_seen_here_is_followed_asked_stopped_and_resumed(serve
     code, refused = told(here, own, "scale", name, "--workers", "9", *address)
     assert code == 2 and "elastic.max_workers = 2" in refused, refused
     says(first, "generation 2: 1 worker")
-    (here / "pace").write_text("1.2")  # four shards, one worker
+    (here / "pace").write_text("2")  # a shard, of which one worker now has four
     subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "job", "stop", name, *address], env=own, check=True,
                    capture_output=True)
     said = first.communicate(timeout=60)[0]
@@ -177,3 +182,65 @@ def test_a_run_that_is_not_seen_here_is_followed_asked_stopped_and_resumed(serve
     assert re.search(r"submitted (\S+);", said)[1] != name
     assert summary(run)["state_sha256"] == undisturbed(load_recipe(run / "recipe.toml", locate=False)).sha
     assert not verify(run, check_checkpoint).problems
+
+
+@pytest.mark.timeout(240)
+def test_ctrl_c_asks_and_stops_and_what_is_left_is_gone_on_from_without_the_run_directory(
+        server: JobServer, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(here)
+    (here / "r.toml").write_text(f'{OWN % 100_000}path = "{here / "kept"}"\n')
+    again = ("submit", "r.toml", "--address", server.address, "--run-dir", "run", "--follow")
+    ours, theirs = pty.openpty()
+    first = elastic(here, server.environment, *again, stdin=theirs)
+    says(first, "checkpoint step-")
+    first.send_signal(signal.SIGINT)
+    os.write(ours, b"s\n")
+    said = first.communicate(timeout=60)[0]
+    assert first.returncode == 130 and "Detach" in said and "interrupted: " in said, said
+    at = summary(here / "run")["steps"]
+    shutil.rmtree(here / "run")
+    (here / "pace").write_text("0")
+    code, said = told(here, server.environment, *again, "--set", f"run.steps={at + 10}")
+    assert code == 0 and f"goes on from step {at}" in said, said
+    lines = [line["step"] for line in read_lines(here / "run" / "metrics.jsonl")]
+    assert lines == list(range(at + 1, at + 11))
+    assert summary(here / "run")["state_sha256"] == undisturbed(load_recipe(here / "run" / "recipe.toml", locate=False)).sha
+    assert not verify(here / "run", check_checkpoint).problems
+    other = told(here, server.environment, *again[:-3], "--run-dir", "new", "--follow", "--set", "run.seed=7")
+    assert other[0] == 2 and "holds step" in other[1] and "run.seed = 7" in other[1], other
+
+
+def closed_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_what_cannot_work_is_one_sentence_within_seconds_and_leaves_nothing(server: JobServer, here: Path) -> None:
+    mine, nobody = server.environment, f"127.0.0.1:{closed_port()}"
+    tokenless = {name: value for name, value in mine.items() if not name.startswith("RAY_AUTH")}
+    stranger = {**mine, "RAY_AUTH_TOKEN": "0" * 32}
+    (here / "env.yaml").write_text("pip: 3\nunheard_of: 1\n")
+    (here / "heavy.py").write_text("import nowhere_to_be_found\nNet = 1\n")
+    to = ("--address", server.address)
+    began = time.monotonic()
+    for environment, arguments, words in (
+            (stranger, ("submit", "r.toml", *to), ("token", "RAY_AUTH_TOKEN", server.address)),
+            (tokenless, ("submit", "r.toml", *to), ("token", "RAY_AUTH_TOKEN", server.address)),
+            (stranger, ("train", "r.toml", "--address", server.gcs, "--run-dir", "run"), ("token", "RAY_AUTH_TOKEN", server.gcs)),
+            (mine, ("submit", "r.toml", "--address", f"http://{nobody}"), (nobody, "http://HEAD:8265")),
+            ({**mine, "RAY_ADDRESS": f"http://{nobody}"}, ("submit", "r.toml"), (nobody,)),
+            ({**mine, "RAY_ADDRESS": nobody}, ("train", "r.toml"), (nobody, "RAY_ADDRESS")),
+            ({**mine, "RAY_ADDRESS": server.address}, ("train", "r.toml"), (server.address, "elastic submit")),
+            (mine, ("submit", "r.toml"), ("--address", "RAY_ADDRESS")),
+            (mine, ("status", "nothing-1", *to), ("nothing-1", "ray job list")),
+            (mine, ("submit", "r.toml", *to, "--run-dir", "s3://bucket/run"), ("s3://bucket/run", "checkpoint.path")),
+            (mine, ("submit", "r.toml", *to, "--set", "run.stepz=3"), ("run.stepz", "did you mean")),
+            (mine, ("submit", "r.toml", *to, "--runtime-env", "env.yaml"), ("--runtime-env",))):
+        before = time.monotonic()
+        assert_one_sentence(told(here, environment, *arguments), *words)
+        assert time.monotonic() - before < 20, f"{arguments}: on a busy machine a command starts in seconds"
+    assert time.monotonic() - began < 120
+    assert sorted(path.name for path in here.iterdir()) == ["env.yaml", "heavy.py", "mine", "pace", "r.toml"]
+    code, said = told(here, mine, "submit", "r.toml", *to, "--follow", "--set", "model.kind=heavy:Net")
+    assert code == 2 and "nowhere_to_be_found" in said and "--runtime-env" in said, said
