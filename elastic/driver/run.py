@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic.checkpoint.claim import owner_of, read
 from elastic.checkpoint.manifest import Manifest
 from elastic.driver.rundir import beginning, data_of, newest_of, refuse_taken
 from elastic.driver.trainer import Trainer, living
@@ -16,8 +17,11 @@ from elastic.errors import RecipeError, UserError
 from elastic.messages import Begin
 from elastic.observe.run_files import RECIPE, recipe_text
 from elastic.recipe import Recipe, check_resumed, loads
+from elastic.storage.remote import shown
+from elastic.storage.store import Store
 
 JOURNAL = "journal.jsonl"
+LOOK_S = 1.0  # between looks at a claim
 FOLLOW, REFUSE, RESUME, RESTORE, TRAIN = "follow", "refuse", "resume", "restore", "train"
 
 
@@ -63,6 +67,7 @@ def trainer_of(recipe: Recipe, run_dir: str | Path, address: str, chaos: Sequenc
                            run_id=unused(run_dir, run_id))
         case "restore":
             assert saved is not None
+            wait_for(recipe.checkpoint.path, owner_of(run_dir))
             return Trainer(recipe, run_dir, address, chaos, restored(saved, recipe), run_id=run_id)
     return Trainer(recipe, run_dir, address, chaos, run_id=run_id)
 
@@ -75,6 +80,17 @@ def restored(saved: Manifest, recipe: Recipe) -> Begin:
         raise RecipeError(f'checkpoint.path = "{recipe.checkpoint.path}" holds step {saved.step} of another run: '
                           f"{error}") from None
     return Begin(saved.step, saved.step, saved.generation, 0, saved.step, data_of(saved))
+
+
+def wait_for(location: str, owner: str) -> None:
+    """Until the claim has run out of a run whose machine is gone. One that is renewed meanwhile is alive: it refuses this."""
+    store = Store.open(location)
+    first = claim = read(store)
+    if first and first.others("", owner):
+        print(f"waiting for {first.lapses_in():.0f} s at most: {shown(location)} was {first.run}'s, of {first.owner}", flush=True)
+    while claim and claim == first and claim.others("", owner):
+        time.sleep(LOOK_S)
+        claim = read(store)
 
 
 def unused(run_dir: Path, run_id: str) -> str:

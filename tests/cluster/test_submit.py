@@ -23,6 +23,7 @@ from elastic.driver.inference import check_checkpoint
 from elastic.observe.jsonl import read_lines
 from elastic.observe.verify import verify
 from elastic.recipe import load_recipe
+from tests.support.ends import LOSSES, SIGNALS
 from tests.support.job_server import JobServer, serving
 from tests.support.oracle import undisturbed
 
@@ -170,7 +171,7 @@ def test_a_run_that_is_not_seen_here_is_followed_asked_stopped_and_resumed(serve
     subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "job", "stop", name, *address], env=own, check=True,
                    capture_output=True)
     said = first.communicate(timeout=60)[0]
-    assert first.returncode == 130 and "its controller saves" in said, said
+    assert first.returncode == SIGNALS["job stop"].code and SIGNALS["job stop"].says in said, said
     appears(run / "summary.json")
     stopped = summary(run)
     assert stopped["status"] == "interrupted"
@@ -197,12 +198,12 @@ def test_ctrl_c_asks_and_stops_and_what_is_left_is_gone_on_from_without_the_run_
     first.send_signal(signal.SIGINT)
     os.write(ours, b"s\n")
     said = first.communicate(timeout=60)[0]
-    assert first.returncode == 130 and "Detach" in said and "interrupted: " in said, said
+    assert first.returncode == SIGNALS["stop"].code and "Detach" in said and "interrupted: " in said, said
     at = summary(here / "run")["steps"]
     shutil.rmtree(here / "run")
     (here / "pace").write_text("0")
     code, said = told(here, server.environment, *again, "--set", f"run.steps={at + 10}")
-    assert code == 0 and f"goes on from step {at}" in said, said
+    assert code == LOSSES["directory"].code and f"goes on from step {at}" in said, said
     lines = [line["step"] for line in read_lines(here / "run" / "metrics.jsonl")]
     assert lines == list(range(at + 1, at + 11))
     assert summary(here / "run")["state_sha256"] == undisturbed(load_recipe(here / "run" / "recipe.toml", locate=False)).sha

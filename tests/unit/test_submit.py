@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
+import time
 import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from elastic.checkpoint.claim import LAPSE_S, NAME, Word
 from elastic.checkpoint.manifest import Manifest
+from elastic.driver import run as door
 from elastic.driver.job_package import Package, package
 from elastic.driver.run import Found, action, restored, unused
 from elastic.driver.submit import Submission, alive_in, entrypoint, environment_of, named, spoken, why_of
@@ -156,6 +161,22 @@ def test_only_the_checkpoints_of_the_same_recipe_are_gone_on_from(here: Path) ->
     other = load_recipe(here / "r.toml", ["checkpoint.path=/c", "run.seed=1"], locate=False)
     with pytest.raises(RecipeError, match='checkpoint.path = "/c" holds step 7 of another run: run.seed = 1'):
         restored(saved, other)
+
+
+@pytest.mark.parametrize(("age_s", "renews", "waits"), [(1e9, False, False), (LAPSE_S - 0.3, False, True), (5.0, True, True)])
+def test_a_claim_that_nobody_renews_is_waited_for_and_one_that_somebody_does_is_left_to_refuse(
+        tmp_path: Path, age_s: float, renews: bool, waits: bool, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(door, "LOOK_S", 0.02)
+    claim = Word("old-1", "gone:/run", time.time() - age_s, "t")
+    (tmp_path / NAME).write_text(json.dumps(asdict(claim)))
+    if renews:
+        looks = iter([claim, replace(claim, token="u"), None])
+        monkeypatch.setattr(door, "read", lambda store: next(looks))
+    door.wait_for(str(tmp_path), "here:/run")
+    assert ("old-1" in capsys.readouterr().out) == waits
+    door.wait_for(str(tmp_path), "gone:/run")  # its own
+    assert renews or not Word(**json.loads((tmp_path / NAME).read_text())).is_live()
 
 
 def test_lines_may_begin_at_a_checkpoint_only_where_an_event_says_so() -> None:
