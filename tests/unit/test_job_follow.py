@@ -15,10 +15,11 @@ import pytest
 from rich.console import Console
 
 from elastic.cli import run
-from elastic.driver import console, job_follow
+from elastic.driver import console, job_follow, submit
 from elastic.driver.job_client import NoAnswer
 from elastic.driver.job_follow import Follower, Tail
 from elastic.driver.submit import Submission
+from elastic.errors import UserError
 from elastic.observe.progress import Progress
 
 PACE = "step 5/9 · loss 2.0000 · 10 samples/s · 1 worker · generation 1"
@@ -109,6 +110,32 @@ def test_ctrl_c_detaches_who_cannot_be_asked_and_stops_who_says_so(tmp_path: Pat
         code = console.see_out(Follower(jobs, Submission("run-1", str(tmp_path)), console.complain))  # type: ignore[arg-type]
         assert (code, jobs.stopped) == (130, stopped)
     assert "goes on; stop it with: ray job stop run-1 --address http://head:8265" in capsys.readouterr().out
+
+
+def test_what_is_asked_of_a_submitted_run_is_answered_on_its_head_and_leaves_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Head(FakeJobs):
+        sent, removed = list[Any](), list[str]()
+
+        def details(self, submission_id: str) -> Any:
+            found = super().details(submission_id)
+            found.metadata = {"elastic_run_dir": "~/a b"} if submission_id == "run-1" else {}
+            found.runtime_env = {"working_dir": "gcs://x.zip"}
+            return found
+
+        def submit(self, submission_id: str, *rest: Any) -> None:
+            self.sent.append(rest)
+
+        def remove(self, submission_id: str) -> None:
+            self.removed.append(submission_id)
+
+    monkeypatch.setattr(submit, "POLL_S", 0.0)
+    looks = ("RUNNING", None, ""), ("PENDING", None, ""), ("FAILED", 2, "Running entrypoint for job a: b\nelastic: no.\n")
+    jobs = Head(*looks)
+    assert submit.ask_there(jobs, "run-1", "scale", ["--workers", "9"]) == (2, ["elastic: no."])  # type: ignore[arg-type]
+    assert jobs.sent == [("python -m elastic.cli scale --workers 9 ~/'a b'", {"working_dir": "gcs://x.zip"}, {})]
+    assert len(jobs.removed) == 1 and jobs.removed[0].startswith("run-1-scale-")
+    with pytest.raises(UserError, match="other-1 is no run of `elastic submit`"):
+        submit.ask_there(Head(*looks), "other-1", "status")  # type: ignore[arg-type]
 
 
 @pytest.fixture
