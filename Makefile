@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 $(DEV): $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,tensorflow,mxnet,data,tables,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,tensorflow,mxnet,data,tables,submit,dev]'
 	touch $@
 
 train: $(STAMP)       ## a small GPT on Shakespeare's plays: a minute or two on two cores, then a sample of its writing

@@ -17,13 +17,12 @@ from rich.table import Table
 from rich.text import Text
 from typer.exceptions import TyperException
 
+from elastic.driver.console import BAD_USAGE, DONE, FAILED, INTERRUPTED, complain, ended, say, see_out, there
 from elastic.errors import BadCheckpoint, ElasticError, UserError
 
 if TYPE_CHECKING:
     from elastic.driver.trainer import Trainer
 
-DONE, BAD_USAGE, FAILED, INTERRUPTED = 0, 2, 3, 130
-EXIT = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
 WIDE = 10_000  # columns
 
 app = typer.Typer(name="elastic", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -31,8 +30,13 @@ app = typer.Typer(name="elastic", add_completion=False, pretty_exceptions_enable
 
 Sets = Annotated[list[str], typer.Option("--set", metavar="section.key=value",
                                          help="Overrides a key of the recipe; may be repeated.")]
-Address = Annotated[str, typer.Option(metavar="local|auto|ADDR",
-                                      help="Which Ray: a new one here, the one here, or one elsewhere.")]
+Address = Annotated[str, typer.Option(metavar="local|auto|ADDR", envvar="RAY_ADDRESS", show_envvar=False,
+                                      help="Which Ray: a new one here, the one here, or one elsewhere; none: RAY_ADDRESS, "
+                                           "else local.")]
+Server = Annotated[str, typer.Option("--address", metavar="http://HEAD:8265",
+                                     help="The job server of a Ray elsewhere; none: RAY_ADDRESS.")]
+There = Annotated[str, typer.Option("--address", metavar="http://HEAD:8265",
+                                    help="Where it was submitted; RUN_DIR is then the id that `elastic submit` named.")]
 Chaos = Annotated[list[str], typer.Option(metavar="SPEC", help="A fault, as kill:1@50/backward; may be repeated.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE",
                                        help="A TOML file, or a shipped name such as nlp/gpt_shakespeare.")]
@@ -73,14 +77,53 @@ def resume(run_dir: RunDir, set_: Sets = [], address: Address = "local", chaos: 
     return fit(Trainer.resume(run_dir, set_, address, tuple(chaos), trust))
 
 
+@app.command("run")
+def run_recipe(recipe: Recipe, run_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where it is written, or goes on.")],
+               set_: Sets = [], address: Address = "local", chaos: Chaos = [],  # noqa: B006
+               id_: Annotated[str, typer.Option("--id", metavar="ID", help="What the run is called; none: by DIR.")] = "") -> int:
+    """Goes on with the run in DIR, or from the checkpoints at checkpoint.path, or trains: what a cluster's retries call."""
+    from elastic.recipe import load_recipe
+
+    resolved = load_recipe(recipe, set_)
+    from elastic.driver.run import trainer_of
+
+    return fit(trainer_of(resolved, run_dir, address, tuple(chaos), id_))
+
+
+@app.command()
+def submit(recipe: Recipe, address: Server = "", set_: Sets = [],  # noqa: B006
+           run_dir: Annotated[str, typer.Option(metavar="DIR", help="On the head; none: ~/runs/NAME-TIME.")] = "",
+           follow: Annotated[bool, typer.Option("--follow", help="Shows it to its end. Ctrl-C asks: detach or stop.")] = False,
+           runtime_env: Annotated[str, typer.Option(metavar="FILE", help="YAML of Ray's own keys: pip, env_vars, excludes.")] = "",
+           chaos: Chaos = []) -> int:  # noqa: B006
+    """Trains a recipe as a job of a Ray elsewhere."""
+    from elastic.driver import submit as door
+    from elastic.driver.job_client import Jobs
+
+    jobs = Jobs(address)
+    say(jobs.joined())
+    submission = door.submit(jobs, recipe, set_, run_dir, runtime_env, tuple(chaos))
+    say(f"submitted {submission.id}; its run directory is {submission.run_dir}")
+    if not follow:
+        say(f"look with: elastic status {submission.id} --address {jobs.get_address()}")
+        return DONE
+    from elastic.driver.job_follow import Follower
+
+    return see_out(Follower(jobs, submission, complain))
+
+
 @app.command()
 def scale(run_dir: RunDir, workers: Annotated[int, typer.Option(help="How many workers the run should have.")],
-          tensor: Degree = None, pipeline: Degree = None, expert: Degree = None, trust: Trust = False) -> int:
+          tensor: Degree = None, pipeline: Degree = None, expert: Degree = None, trust: Trust = False,
+          address: There = "") -> int:
     """Grows or shrinks a live run, or lays it on another mesh."""
-    from elastic.driver import trainer
-
     degrees = {axis: degree for axis, degree in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert))
                if degree}
+    if address:
+        words = [word for axis, degree in degrees.items() for word in (f"--{axis}", str(degree))]
+        return there(address, str(run_dir), "scale", ["--workers", str(workers), *words, *["--trust"] * trust])
+    from elastic.driver import trainer
+
     trainer.scale(run_dir, workers, trust, **degrees)
     lying = ", ".join(f"{axis} {degree}" for axis, degree in degrees.items())
     say(f"asked for {workers} workers{' with ' + lying if lying else ''}; `elastic status {run_dir}` shows when they "
@@ -89,8 +132,10 @@ def scale(run_dir: RunDir, workers: Annotated[int, typer.Option(help="How many w
 
 
 @app.command()
-def status(run_dir: RunDir) -> int:
+def status(run_dir: RunDir, address: There = "") -> int:
     """Where a run is, from its files alone."""
+    if address:
+        return there(address, str(run_dir), "status")
     from elastic.observe.status import status_lines
 
     for line in status_lines(run_dir):
@@ -256,32 +301,13 @@ def checked(trainer: Trainer) -> int:
 
 def fit(trainer: Trainer) -> int:
     """Trains with the live line, and says how it ended."""
-    from elastic.humanize import duration, numbers
     from elastic.observe.progress import Progress
 
     if trainer.follows:
         say(f"{trainer.run_dir} is alive: following it")
     with Progress(trainer.recipe.run.steps) as progress:
         result = trainer.fit(progress.on_step, progress.on_eval, progress.on_event)
-    summary = result.summary
-    if result.status == "failed":
-        complain(result.error)
-    say(f"{result.status}: {summary['steps']} steps in {duration(summary['wall_s'])}, loss {summary['final_loss']}, "
-        f"evaluation {numbers(summary['eval']) or 'none'}, recoveries {summary['recoveries']}, steps lost "
-        f"{summary['steps_lost']}")
-    say(f"report: {result.run_dir / 'report.html'}")
-    if result.status == "interrupted":
-        say(f"go on with: elastic resume {result.run_dir}")
-    return EXIT[result.status]
-
-
-def say(text: str, style: str = "") -> None:
-    Console(highlight=False).print(Text(text, style=style), soft_wrap=True)
-
-
-def complain(text: str) -> None:
-    """One line on stderr."""
-    print(f"elastic: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return ended(result)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -51,9 +51,18 @@ def attribute(key: str, name: str) -> Any:
     module, _, path = name.partition(":")
     try:
         return attrgetter(path)(importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] != module.partition(".")[0]:
+            raise RecipeError(f"{key} = {name!r} needs the module {error.name}, which is not installed here; install it, or for a "
+                              "submitted run put it into the pip list of --runtime-env.") from error
+        raise RecipeError(unimportable(key, name, error)) from error
     except Exception as error:
-        raise RecipeError(f"{key} = {name!r} cannot be imported ({type(error).__name__}: {error}); "
-                          "it must be package.module:attribute, importable from the current directory.") from error
+        raise RecipeError(unimportable(key, name, error)) from error
+
+
+def unimportable(key: str, name: str, error: Exception) -> str:
+    return (f"{key} = {name!r} cannot be imported ({type(error).__name__}: {error}); it must be package.module:attribute, "
+            "importable from the current directory.")
 
 
 def call_user(key: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:

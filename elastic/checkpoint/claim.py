@@ -46,6 +46,10 @@ class Word:
     def is_live(self) -> bool:
         return abs(time.time() - self.time) <= LAPSE_S
 
+    def lapses_in(self) -> float:
+        """Seconds, unless it is renewed."""
+        return self.time + LAPSE_S - time.time()
+
     def others(self, run: str, owner: str) -> bool:
         """Whether it keeps this run away."""
         return self.is_live() and self.run != run and self.owner != owner

@@ -61,7 +61,7 @@ class RunLog:
         """The log of a controller that was killed, from its files alone; `begin`: what they held before its run."""
         lines, metrics = lines_of(run_dir)
         steps, evaluated = steps_of(metrics), max((fields["step"] for fields in evaluations_of(metrics)), default=0)
-        run_log = cls(run_dir, max((s["step"] for s in steps), default=0), evaluated,
+        run_log = cls(run_dir, max((s["step"] for s in steps), default=begin.written), evaluated,
                       max((e["generation"] for e in lines), default=0), events)
         if steps:
             run_log.last_commit, run_log.stepped = steps[-1]["time"], steps[-1]["generation"]

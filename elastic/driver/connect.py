@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,12 +13,11 @@ import ray
 from ray._private import parameter, services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
+from elastic.driver.cluster_checks import answers, check_token, not_joined
 from elastic.errors import UserError
+from elastic.humanize import count
 from elastic.recipe import Recipe
 from elastic.worker.actor import NAMESPACE
-
-CONNECT_S = 5.0  # for a Ray at a given address to take a connection
-REMEDY = "start one with `ray start --head`, or leave --address out."
 
 
 @contextmanager
@@ -41,9 +39,11 @@ def connected(address: str, recipe: Recipe | None = None) -> Iterator[str]:
             # so.
             logging.getLogger("ray").setLevel(logging.ERROR)
             maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            if ":" in address:
+                check_token(address)
             ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"No Ray answers at --address {address} ({str(error).splitlines()[0]}); {REMEDY}") from error
+        raise UserError(not_joined(address, str(error))) from error
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
@@ -72,13 +72,9 @@ def alone() -> Iterator[None]:
         services.ConsolePopen, services.start_api_server, parameter.RayParams = before
 
 
-def answers(address: str) -> None:
-    """Ray itself tries for minutes, and writes about it on stderr."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.rpartition("/")[2], int(port)), CONNECT_S).close()
-    except (OSError, ValueError) as error:
-        raise UserError(f"No Ray answers at --address {address} ({error}); {REMEDY}") from None
+def joined_to(address: str) -> str:
+    """Which Ray this process has joined, in a line."""
+    return f"Ray {ray.__version__} at {address}, {count(sum(node['Alive'] for node in ray.nodes()), 'node')}"
 
 
 def controller_of(run_id: str) -> Any:

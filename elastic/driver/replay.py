@@ -10,7 +10,7 @@ from typing import Any
 from elastic.checkpoint.hashing import hashes
 from elastic.checkpoint.manager import MANIFEST, committed, folder_of, read_manifest
 from elastic.driver.inference import check_checkpoint
-from elastic.driver.rundir import checkpoints_of, newest_of
+from elastic.driver.rundir import checkpoints_of, data_of, newest_of
 from elastic.driver.trust import check_trust
 from elastic.errors import RunFailed, UserError
 from elastic.observe.run_files import RECIPE, lines_of, recipe_of, summary_of
@@ -83,7 +83,7 @@ def replay(run_dir: Path, address: str = "local", trust: bool = False) -> Verdic
         raise UserError(f"The run in {run_dir} has trained on meshes of other degrees than its recipe's, which add up "
                         "in another order; there is nothing to compare a replay with.")
     with tempfile.TemporaryDirectory(prefix="elastic-replay-") as folder:
-        data = newest_of(checkpoints_of(trained, run_dir))[1].get("key") or ""
+        data = data_of(newest_of(checkpoints_of(trained, run_dir)))
         result = Trainer(recipe, Path(folder) / "run", address, data=data).fit()
     if result.status != "done":
         raise RunFailed(f"The replay ended as {result.status}: {result.error}")

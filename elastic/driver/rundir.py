@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from elastic.checkpoint.access import remedy
 from elastic.checkpoint.manager import newest_good, read_manifest
+from elastic.checkpoint.manifest import Manifest
 from elastic.errors import UserError
 from elastic.messages import Begin
 from elastic.observe.jsonl import GLANCE_S, has_writer
@@ -70,21 +70,25 @@ def checkpoints_of(recipe: Recipe, run_dir: Path) -> str:
 def beginning(recipe: Recipe, run_dir: Path) -> Begin:
     """Where a run that is over goes on: at its newest good checkpoint, as far as its lines go."""
     events, metrics = lines_of(run_dir)
-    step, info = newest_of(checkpoints_of(recipe, run_dir))
+    newest = newest_of(checkpoints_of(recipe, run_dir))
     last = max((fields["step"] for fields in steps_of(metrics)), default=0)
-    step = min(step, last)  # a checkpoint ahead of the lines brings its own
+    step = min(newest.step if newest else 0, last)  # a checkpoint ahead of the lines brings its own
     evaluated = max((fields["step"] for fields in evaluations_of(metrics) if fields["step"] <= step), default=0)
     return Begin(step, evaluated, max((fields["generation"] for fields in events), default=0), len(events), last,
-                 info.get("key") or "")
+                 data_of(newest))
 
 
-def newest_of(location: str) -> tuple[int, dict[str, Any]]:
-    """(step, the data's facts) of the newest good checkpoint; (0, {}) if there is none."""
+def data_of(manifest: Manifest | None) -> str:
+    """The key of the data that a checkpoint's run trained on."""
+    return (manifest.extra.get("info", {}).get("key") if manifest else "") or ""
+
+
+def newest_of(location: str) -> Manifest | None:
+    """Of the newest good checkpoint; None if there is none."""
     try:
         store = Store.open(location)
         name, _ = newest_good(store)
-        manifest = read_manifest(store, name) if name else None
-        return (manifest.step, manifest.extra.get("info", {})) if manifest else (0, {})
+        return read_manifest(store, name) if name else None
     except OSError as error:
         why = " ".join(str(error).split())[:300]
         raise UserError(f'checkpoint.path = "{shown(location)}" cannot be read ({why}); {remedy(location)}.') from error

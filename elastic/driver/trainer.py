@@ -20,7 +20,7 @@ from elastic.checkpoint.claim import owner_of
 from elastic.controller.actor import ControllerActor
 from elastic.controller.controller import Settings
 from elastic.controller.events import ScaleTo
-from elastic.driver.connect import connected, controller_of
+from elastic.driver.connect import connected, controller_of, joined_to
 from elastic.driver.follow import Callback, Callbacks, Result, ask, result_of, see_out
 from elastic.driver.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
 from elastic.driver.trust import check_trust
@@ -49,13 +49,14 @@ class Trainer:
     address: str = "local"
     chaos: Sequence[str] = ()
     begin: Begin | None = None  # where to go on, if this is a resumption
-    began: str = ""  # its recipe.toml when that was read
+    began: str = ""  # its recipe.toml when that was read; "" with a `begin` where only checkpoints are left of the run
     # the data and the model, after `check`, until the run starts
     opened: workload.Workload | None = field(default=None, repr=False)
     num_steps: int = 0  # known after `check`
     notes: tuple[str, ...] = ()  # likewise: what is to be known of data and model
     follows: str = ""  # the id of a live run that is followed instead of starting one
     data: str = ""  # the key of the data that it must have, if it is another run's replay
+    run_id: str = ""  # what the run is to be called; none: its directory's name and the moment
 
     @classmethod
     def resume(cls, run_dir: str | Path, overrides: Sequence[str] = (), address: str = "local",
@@ -147,9 +148,11 @@ class Trainer:
         is_local = self.address == "local" and not ray.is_initialized()
         with connected(self.address, self.recipe) as ray_address, held(run_dir):
             why = self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()))
-            notes = [("noted", line) for line in self.notes] + [("mesh_chosen", why)] * bool(why)
+            joined = () if is_local else (joined_to(ray_address),)
+            notes = [("noted", line) for line in (*joined, *self.notes)] + [("mesh_chosen", why)] * bool(why)
             # unique on a cluster
-            run, checkpoints = f"{run_dir.name}-{time.time_ns():x}", checkpoints_of(self.recipe, run_dir)
+            run = self.run_id or f"{run_dir.name}-{time.time_ns():x}"
+            checkpoints = checkpoints_of(self.recipe, run_dir)
             if self.begin or self.recipe.checkpoint.path:  # else the place is not there yet
                 claimed(checkpoints, run, owner_of(run_dir))
             if self.address == "local":
@@ -179,7 +182,7 @@ class Trainer:
         """Where the run will write; `UserError` if it cannot, or if something is there already that is not this run's.
         """
         run_dir = Path(self.run_dir or Path("runs") / f"{self.recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-        if not self.begin and run_dir.exists() and (not run_dir.is_dir() or in_use(run_dir)):
+        if not self.began and run_dir.exists() and (not run_dir.is_dir() or in_use(run_dir)):
             raise UserError(USED.format(run_dir=run_dir))
         nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -190,8 +193,8 @@ class Trainer:
     def open_run_dir(self, run_dir: Path) -> Begin:
         """Makes the directory a run's, or cuts the one to resume back to its checkpoint. Only who holds it may; see
         `held`."""
-        begin = Begin()
-        if self.begin:
+        begin = self.begin or Begin()
+        if self.began:
             if recipe_text(run_dir) != self.began:
                 raise UserError(f"The run in {run_dir} was resumed by somebody else meanwhile, with another recipe; "
                                 "`elastic resume` it again.")
@@ -206,7 +209,7 @@ class Trainer:
         except OSError as error:
             raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with "
                             "--run-dir.") from error
-        if self.begin:
+        if self.began:
             JsonLines(run_dir / "metrics.jsonl").cut_back(begin.written)
             (run_dir / "summary.json").unlink(missing_ok=True)
         return begin

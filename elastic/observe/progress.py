@@ -16,6 +16,7 @@ from elastic.observe.event_kinds import kind_of, sentence
 from elastic.observe.metrics import unit_of
 
 WINDOW = 50  # steps that speed is averaged over
+PACE = " · loss "  # in each line of `Pace`
 PLAIN_EVERY_S = 5.0  # between two step lines where there is no terminal
 
 
@@ -91,6 +92,13 @@ class Progress:
         if num_steps:
             self.pace.num_steps = num_steps
         self._say(f"step {event.get('step', 0)}: {sentence(event)}", kind_of(event).tone)
+
+    def on_text(self, text: str) -> None:
+        """A line that another process's progress has printed."""
+        if self.live and PACE in text:
+            self.live.update(Text(text, style="bold", no_wrap=True, overflow="ellipsis"))
+        else:
+            self._say(text)
 
     def _say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style=style), soft_wrap=True)

@@ -42,7 +42,7 @@ def verify(run_dir: str | Path, check_checkpoint: CheckCheckpoint, checkpoints: 
     except UserError as error:
         return Verdict([str(error)])
     steps = steps_of(metrics)
-    verdict.problems += limited(step_problems(steps)) + limited(evaluation_problems(steps, evaluations_of(metrics)))
+    verdict.problems += limited(step_problems(steps, first_step(events))) + limited(evaluation_problems(steps, evaluations_of(metrics)))
     verdict.problems += limited(generation_problems(events)) + limited(membership_problems(events, steps))
     verdict.facts.append(f"{len(steps)} steps, each once; {count(len(evaluations_of(metrics)), 'evaluation')}")
     verdict.facts.append(count(sum(e["event"] == "generation_started" for e in events), "generation"))
@@ -71,9 +71,15 @@ def limited(problems: Sequence[str]) -> list[str]:
     return [*problems[:MAX_NAMED], *([f"... and {more} more of this kind"] if more > 0 else [])]
 
 
-def step_problems(steps: Lines) -> list[str]:
-    """Steps run 1, 2, 3, ... each once."""
-    problems, expected = [], 1
+def first_step(events: Lines) -> int:
+    """1, or the one after the checkpoint at which a directory's lines begin: its run had another one before."""
+    began = bool(events) and events[0]["event"] == "rewound"
+    return 1 + (min(e["to"] for e in events if e["event"] == "rewound") if began else 0)
+
+
+def step_problems(steps: Lines, first: int = 1) -> list[str]:
+    """Steps run on from the first one, each once."""
+    problems, expected = [], first
     for line in steps:
         if line["step"] != expected:
             problems.append(f"metrics.jsonl: step {line['step']} where step {expected} should be")
@@ -98,7 +104,7 @@ def evaluation_problems(steps: Lines, evaluations: Lines) -> list[str]:
 def generation_problems(events: Lines) -> list[str]:
     """Generations only grow, and a generation's events come after its start. The order of the lines says so, and no
     date."""
-    problems, current = [], 0
+    problems, current = [], events[0]["generation"] if first_step(events) > 1 else 0
     for line in events:
         number = line["generation"]
         if line["event"] != "generation_started":

@@ -27,11 +27,12 @@ DEFAULT_STEPS = 2000
 EMBEDDING = {"placement": "workers", "servers": 1, "consistency": "sync", "staleness": 0}
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), base: Path | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), base: Path | None = None, locate: bool = True) -> Recipe:
     """The recipe in a TOML file or of a shipped name, with `section.key=value` overrides.
 
     A run without a name has the file's.
-    Relative data paths are looked for in the current directory, then in `base` (default: the recipe's own folder).
+    Relative data paths are looked for in the current directory, then in `base` (default: the recipe's own folder);
+    without `locate` all paths are taken as they are.
     """
     file = find_recipe(path)
     try:
@@ -41,7 +42,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), base: Path | No
     tree = _tree(text, str(file))
     if isinstance(tree.setdefault("run", {}), dict):
         tree["run"].setdefault("name", re.sub(r"[^\w.-]+", "-", file.stem)[:100])
-    return parse(tree, overrides, base or file.resolve().parent)
+    return parse(tree, overrides, base or file.resolve().parent, locate)
 
 
 def loads(text: str, overrides: Sequence[str] = (), base: Path | None = None, locate: bool = True) -> Recipe:

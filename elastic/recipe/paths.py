@@ -39,13 +39,13 @@ def absolute(path: str, base: Path | None, key: str) -> str:
 
 def _anchor(path: str, base: Path | None) -> Path:
     here = Path(os.path.abspath(os.path.expanduser(path)))
-    if _matches(here) or base is None:
+    if matches(here) or base is None:
         return here
     there = Path(os.path.abspath(base / os.path.expanduser(path)))
-    return there if _matches(there) else here
+    return there if matches(there) else here
 
 
-def _matches(path: Path) -> list[str]:
+def matches(path: Path) -> list[str]:
     if path.exists():
         return [str(path)]
     return sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(str(path)) else []
@@ -56,7 +56,7 @@ def _local(path: str, base: Path | None, key: str) -> list[str]:
         raise RecipeError(f'{key} = "{path}" is a URI, which is not yet supported; write the path of a local file or '
                           'folder.')
     anchor = _anchor(path, base)
-    found = _matches(anchor)
+    found = matches(anchor)
     if not found:
         also = f" nor in {base}" if base and not os.path.isabs(path) else ""
         raise RecipeError(f'{key} = "{path}" does not exist: nothing at {anchor}{also}; write the path of a file or '

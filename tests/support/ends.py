@@ -9,7 +9,7 @@ from pathlib import Path
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ends.md"
 LAST, NEWEST, START, ON = "its last step", "the newest checkpoint", "nothing: it had no step", "everything: it goes on"
 THREADS, CRASHES = "tests/numerics/test_ends.py", "tests/chaos/test_controller_crashes.py"
-COMMAND, KILLED = "tests/cluster/test_command.py", "tests/cluster/test_killed_whole.py"
+COMMAND, KILLED, SUBMIT = (f"tests/cluster/test_{name}.py" for name in ("command", "killed_whole", "submit"))
 INTERRUPTED = "Interrupted: a final checkpoint is written; press Ctrl-C again to end in the middle of the step."
 GOES_ON = "`elastic resume RUN` goes on from there."
 SAVED, OLDER = f"; step N is saved: {GOES_ON}", f"; the newest checkpoint is that of step N, of N: {GOES_ON}"
@@ -65,6 +65,9 @@ SIGNALS = {
     "again": End("SIGINT, twice: the step at hand is left", 130, LAST, INTERRUPTED, COMMAND),
     "process": End("SIGTERM to the process", 130, LAST, INTERRUPTED, COMMAND),
     "group": End("SIGTERM to all of its process group, as schedulers send it", 130, LAST, INTERRUPTED, COMMAND),
+    "job stop": End("`ray job stop` of a submitted run, whose process Ray kills where a step takes longer than it waits", 130, LAST,
+                    "The job was stopped; its controller saves the last step and ends the run by itself", SUBMIT),
+    "stop": End("Ctrl-C in `elastic submit --follow`, which asks: stop. To detach leaves the run alone", 130, LAST, test=SUBMIT),
     "driver": End("a callback of the driver raises", 3, LAST, "The driver gave the run up" + SAVED),
 }
 FRUITLESS = "Worker after worker is lost without a step between them, the last by: MemoryError: no room" + SAVED
@@ -73,6 +76,7 @@ LOSSES = {
     "driver lost": End("the driver is lost, on a cluster: `elastic resume RUN` follows", 0, ON, test=KILLED),
     "driver and its Ray": End("the driver is lost, and with it a Ray of its own (`--address local`)", 137, NEWEST,
                               test=COMMAND),
+    "directory": End("everything and the run directory: the same submission goes on from `checkpoint.path`", 0, NEWEST, test=SUBMIT),
     "everything": End("controller, workers and driver are lost together", 137, NEWEST, test=KILLED),
     "workers": End("all workers are lost, others come: an event `rewound` says from where to where", 0, NEWEST),
     "too few": End("workers are lost until fewer than `elastic.min_workers` are left, and those that replace them do "

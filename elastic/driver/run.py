@@ -1,0 +1,101 @@
+"""`elastic run`, which a submission and every retry of it call: it goes on wherever there is something to go on from, else it trains."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic.checkpoint.claim import owner_of, read
+from elastic.checkpoint.manifest import Manifest
+from elastic.driver.rundir import beginning, data_of, newest_of, refuse_taken
+from elastic.driver.trainer import Trainer, living
+from elastic.errors import RecipeError, UserError
+from elastic.messages import Begin
+from elastic.observe.run_files import RECIPE, recipe_text
+from elastic.recipe import Recipe, check_resumed, loads
+from elastic.storage.remote import shown
+from elastic.storage.store import Store
+
+JOURNAL = "journal.jsonl"
+LOOK_S = 1.0  # between looks at a claim
+FOLLOW, REFUSE, RESUME, RESTORE, TRAIN = "follow", "refuse", "resume", "restore", "train"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies where a run is to be started."""
+
+    holds_run: bool = False  # the run directory has one
+    live: str = ""  # the id of one that lives there
+    saved: int = 0  # the step of the newest checkpoint at `checkpoint.path`
+
+
+def action(found: Found, run_id: str = "") -> str:
+    """What is to be done. A retry of the submission that lives there follows it; another submission is refused."""
+    if found.live:
+        return FOLLOW if found.live.startswith(run_id) else REFUSE
+    if found.holds_run:
+        return RESUME
+    return RESTORE if found.saved else TRAIN
+
+
+def trainer_of(recipe: Recipe, run_dir: str | Path, address: str, chaos: Sequence[str] = (),
+               run_id: str = "") -> Trainer:
+    """The recipe is the caller's own word, so whatever it names is imported without further trust.
+
+    RecipeError where what is there belongs to another recipe; UserError where another submission lives there.
+    """
+    run_dir = Path(run_dir).absolute()
+    holds = (run_dir / RECIPE).exists()
+    live = (living(run_dir) if holds else None) or {"run_id": "", "address": ""}
+    saved = None if holds or not recipe.checkpoint.path else newest_of(recipe.checkpoint.path)
+    match action(Found(holds, live["run_id"], saved.step if saved else 0), run_id):
+        case "follow":
+            return Trainer(loads(recipe_text(run_dir), locate=False), run_dir, live["address"], follows=live["run_id"])
+        case "refuse":
+            raise UserError(f"The run in {run_dir} is alive, as {live['run_id']}; stop it first (`ray job stop`), or "
+                            "name another --run-dir.")
+        case "resume":
+            refuse_taken(run_dir)
+            began = recipe_text(run_dir)
+            check_resumed(loads(began, locate=False), recipe)
+            return Trainer(recipe, run_dir, address, chaos, beginning(recipe, run_dir), began,
+                           run_id=unused(run_dir, run_id))
+        case "restore":
+            assert saved is not None
+            wait_for(recipe.checkpoint.path, owner_of(run_dir))
+            return Trainer(recipe, run_dir, address, chaos, restored(saved, recipe), run_id=run_id)
+    return Trainer(recipe, run_dir, address, chaos, run_id=run_id)
+
+
+def restored(saved: Manifest, recipe: Recipe) -> Begin:
+    """Where a run begins whose directory is lost and whose checkpoints are not: its lines begin there, too."""
+    try:
+        check_resumed(loads(saved.recipe, locate=False), recipe)
+    except RecipeError as error:
+        raise RecipeError(f'checkpoint.path = "{recipe.checkpoint.path}" holds step {saved.step} of another run: '
+                          f"{error}") from None
+    return Begin(saved.step, saved.step, saved.generation, 0, saved.step, data_of(saved))
+
+
+def wait_for(location: str, owner: str) -> None:
+    """Until the claim has run out of a run whose machine is gone. One that is renewed meanwhile is alive: it refuses this."""
+    store = Store.open(location)
+    first = claim = read(store)
+    if first and first.others("", owner):
+        print(f"waiting for {first.lapses_in():.0f} s at most: {shown(location)} was {first.run}'s, of {first.owner}", flush=True)
+    while claim and claim == first and claim.others("", owner):
+        time.sleep(LOOK_S)
+        claim = read(store)
+
+
+def unused(run_dir: Path, run_id: str) -> str:
+    """The id, or a new one behind it where the journal has it: a controller would take its own run over, not resume it."""
+    with suppress(OSError, ValueError, AttributeError), open(run_dir / JOURNAL, encoding="utf-8") as file:
+        if run_id and json.loads(file.readline()).get("run_id") == run_id:
+            return f"{run_id}-{time.time_ns():x}"
+    return run_id
