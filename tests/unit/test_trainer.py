@@ -182,7 +182,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(door, "connected", connected)
     monkeypatch.setattr(door, "start_controller", lambda job, recipe, begin: found.append(begin))
-    monkeypatch.setattr(door, "see_out", lambda controller, run_id, run_dir, telling: Result("done", {}, run_dir))
+    monkeypatch.setattr(door, "see_out", lambda controller, run_id, run_dir, telling, place: Result("done", {}, run_dir))
     return found
 
 
