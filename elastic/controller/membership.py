@@ -34,7 +34,7 @@ from elastic.controller.events import (
     Wait,
     Want,
 )
-from elastic.controller.policy import MAX_FRUITLESS, Bounds, choose, fewest, wanted, world_size
+from elastic.controller.policy import MAX_FRUITLESS, MAX_UNSAVED, Bounds, choose, fewest, wanted, world_size
 from elastic.controller.recovery import Whole, assign, covers, find_whole, rejoin, writers
 from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Moved, Ready, RequestStop, Standing
 from elastic.state.ownership import held, lacking
@@ -67,6 +67,7 @@ class State:
     barren: int = 0  # generations in a row that started there
     handing: tuple[str, ...] = ()  # those members to whom the others are handing over their buckets
     is_late: bool = False  # there is no time to do that beside the training
+    unsaved: int = 0  # generations that were to save and end the run, and did not
 
 
 def begin(bounds: Bounds, generation: int = 0) -> tuple[State, tuple[Any, ...]]:
@@ -204,8 +205,7 @@ def settle(state: State) -> tuple[State, tuple[Any, ...]]:
     if mesh:
         cause = "drain" if state.leaving & set(state.group) else "resize"
         code = STOP if hands_over(state, survivors, mesh) else STOP_AND_SAVE
-        return replace(state, phase="stopping", cause=cause), tuple(RequestStop(w, state.generation, code)
-                                                                    for w in survivors)
+        return replace(state, phase="stopping", cause=cause), tuple(RequestStop(w, state.generation, code) for w in survivors)
     return state, ()
 
 
@@ -225,8 +225,7 @@ def hands_over(state: State, survivors: list[str], mesh: Axes) -> bool:
         return True
     if mesh[1:] != state.mesh[1:] or (holders == 1 and mesh[0] < data):
         return False
-    return all(not lacking([held(rank // size, data, data, holders > 1) for rank in staying if rank % size == place],
-                           data)
+    return all(not lacking([held(rank // size, data, data, holders > 1) for rank in staying if rank % size == place], data)
                for place in range(size))
 
 
@@ -237,7 +236,13 @@ def depart(state: State, survivors: list[str]) -> tuple[State, tuple[Any, ...]]:
         return finish(state, done(reports))
     if state.ending and is_saved(state, "stopped"):
         return finish(state, Finish("interrupted", standing=reports[0]))
-    return form(state)
+    if state.ending and len(survivors) == len(state.group):  # no loss is to blame
+        state = replace(state, unsaved=state.unsaved + 1)
+    if state.unsaved <= MAX_UNSAVED:
+        return form(state)
+    why = next((s.error for s in reports if s.error), state.cause)
+    return end_saved(replace(state, last={**state.last, **state.standing}),
+                     Finish("failed", f"The run was interrupted, and its last checkpoint is not there: {why}"))
 
 
 def is_saved(state: State, reason: str) -> bool:
@@ -299,8 +304,7 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     want = Want(wanted(state.bounds, state.target, len(leaving)))
     gone = (*([want] if leavers else []), *(Release(w) for w in leavers))  # first: nobody is to replace a leaver twice
     ready = {w: r for w, r in state.ready.items() if w not in leavers}
-    state = replace(state, ready=ready, leaving=leaving, standing={},
-                    last={w: s for w, s in reports.items() if w in ready})
+    state = replace(state, ready=ready, leaving=leaving, standing={}, last={w: s for w, s in reports.items() if w in ready})
     if mesh is None and state.ending:
         return finish(state, Finish("interrupted"))
     if mesh is None:
@@ -320,16 +324,13 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
     barren = state.barren + 1 if is_barren else 0
     if barren > MAX_FRUITLESS + len(members):
         why = next((s.error for s in reports.values() if s.error), state.cause)
-        return end_saved(state, Finish("failed",
-                                       f"Generation after generation ends without a step, the last with: {why}"))
+        return end_saved(state, Finish("failed", f"Generation after generation ends without a step, the last with: {why}"))
     action = Form(generation, state.cause, len(state.group), state.mesh)
     idle = {w: replace(s, holds=-1, ballot=None) for w, s in here.items()
             if w in extra and w not in surplus and s.committed <= generation.committed}
     state = replace(state, phase="running", generation=generation.number, group=members, mesh=mesh, last=idle,
-                    announced=-1, savers=(),
-                    cause="resize", reached=generation.committed, barren=barren, handing=handing,
-                    is_late=state.is_late and bool(handing),
-                    ready={w: r for w, r in ready.items() if w not in surplus})
+                    announced=-1, savers=(), cause="resize", reached=generation.committed, barren=barren, handing=handing,
+                    is_late=state.is_late and bool(handing), ready={w: r for w, r in ready.items() if w not in surplus})
     stops = tuple(RequestStop(w, generation.number, STOP_AND_SAVE) for w in members) if state.ending else ()
     return state, (*gone, *(Release(w) for w in surplus), action, *stops)
 
@@ -382,8 +383,7 @@ def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
 
 
 def confirmed(state: State, report: Standing, newest: int, error: str) -> Standing:
-    """The last report of a group that ends with its state saved is another if no checkpoint of that step was committed
-    after all.
+    """The last report of a group that ends with its state saved is another if no checkpoint of that step was committed after all.
 
     `newest`: step of the newest committed checkpoint; `error`: why the last one was not. With a reason it is a failure,
     which ends the run when it comes again; without one parts of it fell with a controller, no member is to blame, and

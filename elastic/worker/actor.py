@@ -21,7 +21,7 @@ import ray
 from elastic.chaos import Fault, strike_process
 from elastic.errors import UserError
 from elastic.messages import NAMESPACE as NAMESPACE
-from elastic.messages import Generation, Job, Order
+from elastic.messages import Generation, Job, Line, Order
 from elastic.worker.loop_control import Control
 
 LOOPBACK = "127.0.0.1"
@@ -154,6 +154,8 @@ class WorkerActor:
             from elastic.worker.worker import Worker
 
             rim = ProcessRim(self.name, self.job, self.control, self.hang_timeout_s, self.orphan_timeout_s, self.orphan)
+            if self.log.target:
+                rim.post(Line(0, "events", {"event": "noted", "why": self.log.note(rim.node)}))
             self.worker = Worker.open(self.name, self.job, rim, self.control)
             self.worker.serve()
             rim.outbox.flush(FLUSH_S)

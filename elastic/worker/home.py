@@ -50,6 +50,10 @@ class Log:
             return cls(there, job)
         return cls(Path(tempfile.gettempdir()) / f"elastic-{os.getuid()}" / job.run_id / there.name, job, str(there))
 
+    def note(self, node: str) -> str:
+        """What the run is to know."""
+        return (f"Node {node[:8]} does not see {self.job.run_dir}: what {self.path.stem} writes there goes through the head node.")
+
     def start(self) -> None:
         """Once the process writes there."""
         if self.target:
