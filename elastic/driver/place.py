@@ -30,8 +30,9 @@ from elastic.observe.report import write_report
 from elastic.observe.run_files import LIVE, RECIPE, lines_of, recipe_text, summary_of
 from elastic.recipe import loads
 from elastic.storage.head import HEAD
+from elastic.storage.remote import shown
 
-URI = re.compile(r"([A-Za-z][\w+.-]*):/+")
+URI = re.compile(r"([A-Za-z][\w+.-]+):/+")
 USED = "The run directory {run_dir} is already in use; name another with --run-dir, or `elastic resume` it."
 
 
@@ -39,7 +40,7 @@ def folder(run_dir: str | os.PathLike[str]) -> Path:
     """UserError for a URI, of which a `Path` has lost a slash."""
     given = os.fspath(run_dir)
     if match := URI.match(given):
-        uri = f"{match[1]}://{given[match.end():]}"
+        uri = shown(f"{match[1]}://{'/' * (match[1] == 'file')}{given[match.end():]}")
         raise UserError(f"The run directory {uri} is a URI, and must be a folder of the head node's file system; name a folder "
                         f'with --run-dir, and let the checkpoints go there with checkpoint.path = "{uri}".')
     return Path(given)

@@ -138,8 +138,8 @@ class Trainer:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
         if self.follows:
             return self.follow(on_step, on_eval, on_event)
-        info = self.check()
         run_dir = folder(self.run_dir or Path("runs") / f"{self.recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+        info = self.check()
         # else it joins whatever Ray this process has joined
         is_local, is_new = self.address == "local" and not ray.is_initialized(), not self.begin
         if is_local:  # before one is started
