@@ -12,6 +12,7 @@ from typing import Any
 
 from elastic.mesh import Mesh
 
+NAMESPACE = "elastic"  # of Ray's named actors
 GO, STOP, STOP_AND_SAVE = 0, 1, 2  # the stop request that rides in the vote; the largest wins
 
 

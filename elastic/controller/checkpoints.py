@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from elastic.storage.store import Store
 
 log = logging.getLogger(__name__)
 
+NUMBER = re.compile(r"\d+")
 Key = tuple[int, int, int]  # generation, step, world size
 
 
@@ -44,6 +46,8 @@ class Outcome:
     stall_s: float = 0.0
     seconds: float = 0.0
     error: str = ""
+    is_lasting: bool = False  # time does not mend it
+    is_final: bool = False  # the one before ended for the same reason: so would the next
 
     @property
     def event(self) -> str:
@@ -88,6 +92,7 @@ class Checkpoints:
         self.refused: set[str] = set()  # found bad while they were loaded
         self.known: dict[str, Manifest] = {}  # those there are, by name
         self.error = ""  # why the last one does not count
+        self.lasting = ""  # likewise, without its numbers, if time does not mend it
         self.clearing: threading.Thread | None = None
         self.claim: Claim | None = None  # on the place, of the run that commits
 
@@ -118,11 +123,12 @@ class Checkpoints:
             for one in parts.values():
                 self.drop(one)
         self.error = outcome.error
-        return outcome
+        lasting, self.lasting = self.lasting, NUMBER.sub("N", outcome.error) if outcome.is_lasting else ""
+        return replace(outcome, is_final=self.lasting != "" and self.lasting == lasting)
 
     def decide(self, parts: Mapping[int, Part], part: Part, written: int, ready: Callable[[], None]) -> Outcome:
         """All parts are there, or one has failed."""
-        path = shown(self.path(folder_of(part.step)))
+        path, is_lasting = shown(self.path(folder_of(part.step))), False
         try:
             if part.error:
                 raise BadCheckpoint(part.error)
@@ -130,12 +136,14 @@ class Checkpoints:
             if part.step > written:
                 raise BadCheckpoint(f"The steps up to {part.step} are not all on disk.")
             head = parse(parts[0].head)  # rank 0's has what is not an array
+            is_lasting = True
             manifest = joined(head, [parts[rank] for rank in sorted(parts)])
             if self.claim is not None:
                 self.claim.check()
             self.commit(manifest)
         except (OSError, BadCheckpoint) as error:
-            return Outcome(part.step, part.generation, path, error=str(error))
+            return Outcome(part.step, part.generation, path, error=str(error),
+                           is_lasting=is_lasting and isinstance(error, BadCheckpoint))
         return Outcome(part.step, part.generation, path, manifest.bytes, max(p.stall_s for p in parts.values()),
                        max(p.seconds for p in parts.values()))
 

@@ -293,6 +293,8 @@ class Controller:
         found = self.checkpoints.take(part, self.run_log.written, self.run_log.sync)
         if found is not None:
             self.run_log.event(found.event, found.step, found.generation, **found.fields)
+            if found.is_final:  # so would be the next, and the run would end with nothing saved
+                self.mailbox.put(m.GiveUp(found.error))
 
     def take_fault(self, worker: str, fault: Fault) -> None:
         """What may be done twice is done before it is written off, and what may not be, after: a controller may fall

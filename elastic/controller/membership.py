@@ -37,7 +37,7 @@ from elastic.controller.events import (
     Want,
 )
 from elastic.controller.persistent_map import PersistentMap
-from elastic.controller.policy import MAX_FRUITLESS, ONE_BY_ONE, Bounds, choose, fewest, wanted, world_size
+from elastic.controller.policy import MAX_FRUITLESS, MAX_UNSAVED, ONE_BY_ONE, Bounds, choose, fewest, wanted, world_size
 from elastic.controller.recovery import Whole, covers, find_whole, rejoin, writers
 from elastic.controller.seating import assign
 from elastic.messages import STOP, STOP_AND_SAVE, Abort, Axes, Moved, Ready, RequestStop, Standing
@@ -72,6 +72,7 @@ class State:
     barren: int = 0  # generations in a row that started there
     handing: tuple[str, ...] = ()  # those members to whom the others are handing over their buckets
     is_late: bool = False  # there is no time to do that beside the training
+    unsaved: int = 0  # generations that were to save and end the run, and did not
 
 
 def begin(bounds: Bounds, generation: int = 0) -> tuple[State, tuple[Any, ...]]:
@@ -240,7 +241,13 @@ def depart(state: State) -> tuple[State, tuple[Any, ...]]:
         return finish(state, done(reports))
     if state.ending and is_saved(state, "stopped"):
         return finish(state, Finish("interrupted", standing=reports[0]))
-    return form(state)
+    if state.ending and len(state.survivors) == len(state.group):  # no loss is to blame
+        state = replace(state, unsaved=state.unsaved + 1)
+    if state.unsaved <= MAX_UNSAVED:
+        return form(state)
+    why = next((s.error for s in reports if s.error), state.cause)
+    return end_saved(replace(state, last=PersistentMap({**state.last, **state.standing})),
+                     Finish("failed", f"The run was interrupted, and its last checkpoint is not there: {why}"))
 
 
 def is_saved(state: State, reason: str) -> bool:
@@ -383,8 +390,7 @@ def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
 
 
 def confirmed(state: State, report: Standing, newest: int, error: str) -> Standing:
-    """The last report of a group that ends with its state saved is another if no checkpoint of that step was committed
-    after all.
+    """The last report of a group that ends with its state saved is another if no checkpoint of that step was committed after all.
 
     `newest`: step of the newest committed checkpoint; `error`: why the last one was not. With a reason it is a failure,
     which ends the run when it comes again; without one parts of it fell with a controller, no member is to blame, and

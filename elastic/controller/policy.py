@@ -15,6 +15,7 @@ from elastic.recipe import Recipe
 # before the n-th start after failures without a step between them
 BACKOFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 MAX_FRUITLESS = 8  # starts in a row that failed without a single committed step between them
+MAX_UNSAVED = 2  # generations beyond the first that may fail to save what an interrupt asks for
 MAX_SAME_ERROR = 3  # starts in a row that ended in the same error: the next would as well
 # of the time that a node has to drain, 30 s by Ray's default, in which its workers hand over their rows beside the training
 HAND_OVER_S = 10.0

@@ -25,6 +25,7 @@ from elastic.collective.connect import transport_of
 from elastic.controller import membership as m
 from elastic.errors import UserError
 from elastic.messages import Generation, Job, Order, Ready
+from elastic.storage.head import end_storage
 from elastic.worker.actor import NAMESPACE, WorkerActor
 
 POLL_S = 0.5  # how often a pending placement group and draining nodes are looked at
@@ -241,6 +242,7 @@ class RayFleet:
             if slot.actor is not None and slot.thread is not None and slot.thread.is_alive():
                 ray.kill(slot.actor)
                 slot.thread.join(CLOSE_S)
+        end_storage(self.job.run_id)
 
 
 def brief(error: BaseException) -> str:

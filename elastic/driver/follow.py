@@ -18,11 +18,9 @@ import ray
 
 from elastic.controller.events import Interrupt
 from elastic.controller.run_log import in_order
-from elastic.driver.rundir import clear_live
+from elastic.driver.place import Place
 from elastic.errors import RunFailed
 from elastic.observe.jsonl import line
-from elastic.observe.report import write_report
-from elastic.observe.run_files import lines_of, summary_of
 
 Callback = Callable[[dict[str, Any]], None]
 AWAY_S, AGAIN_S = 120.0, 0.1  # how long a controller may take to come back, and between tries
@@ -40,9 +38,9 @@ class Result:
     error: str = ""
 
 
-def result_of(run_dir: Path, error: str = "") -> Result:
+def result_of(run_dir: Path, error: str = "", place: Place | None = None) -> Result:
     """As summary.json has it; RunFailed where there is none."""
-    summary = summary_of(run_dir)
+    summary = (place or Place(run_dir)).summary()
     if summary is None:
         raise RunFailed(error or f"The run in {run_dir} is over and left no summary; `elastic resume {run_dir}` goes on.")
     return Result(summary["status"], summary, run_dir, summary.get("error", ""))
@@ -77,26 +75,27 @@ class Callbacks:
         before, self.reached[kind] = self.reached[kind], max(self.reached[kind], fields["step"])
         return self.reached[kind] > before
 
-    def rest(self, run_dir: Path) -> None:
+    def rest(self, events: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> None:
         """What came after the last event that was fed, from the files: another driver has seen the run out."""
-        events, metrics = lines_of(run_dir)
         after = max((n + 1 for n, fields in enumerate(events) if line(fields) in self.events), default=None)
         if after is not None:
             self.feed(in_order(events[after:], metrics))
 
 
-def see_out(controller: Any, run_id: str, run_dir: Path, callbacks: Callbacks) -> Result:
-    """Follows a run to its end, and clears up after it, unless another driver has: one of them writes the report."""
-    error, is_first = "", False
+def see_out(controller: Any, run_id: str, run_dir: Path, callbacks: Callbacks, place: Place | None = None) -> Result:
+    """Follows a run to its end, and clears up after it, unless another driver has: one of them writes the report.
+
+    `place`: the run's directory, if it is not this node's."""
+    error, is_first, place = "", False, place or Place(run_dir)
     with interrupting(controller):
         try:
             follow(controller, callbacks)
             error = ask(controller, "outcome")[1]
         except ray.exceptions.RayError as gone:
-            if summary_of(run_dir) is None:
+            if place.summary() is None:
                 raise RunFailed(f"Ray or the run's controller is gone ({str(gone).splitlines()[0]}); `elastic resume "
                                 f"{run_dir}` goes on.") from gone
-            callbacks.rest(run_dir)
+            callbacks.rest(*place.lines())
         except BaseException as failure:
             asked = isinstance(failure, KeyboardInterrupt)
             with contextlib.suppress(ray.exceptions.RayError):  # no worker may stay behind
@@ -106,11 +105,11 @@ def see_out(controller: Any, run_id: str, run_dir: Path, callbacks: Callbacks) -
         finally:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(controller)
-            is_first = clear_live(run_dir, run_id)
-    result = result_of(run_dir, error)
+            is_first = place.clear_live(run_id)
+    result = result_of(run_dir, error, place)
     if is_first:
         with contextlib.suppress(OSError):  # a full disk has no room for it
-            write_report(run_dir)
+            place.write_report()
     return result
 
 

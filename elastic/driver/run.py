@@ -11,8 +11,8 @@ from pathlib import Path
 
 from elastic.checkpoint.claim import owner_of, read
 from elastic.checkpoint.manifest import Manifest
-from elastic.driver.rundir import beginning, data_of, newest_of, refuse_taken
-from elastic.driver.trainer import Trainer, living
+from elastic.driver.rundir import beginning, data_of, live_of, newest_of, refuse_taken
+from elastic.driver.trainer import Trainer, is_alive
 from elastic.errors import RecipeError, UserError
 from elastic.messages import Begin
 from elastic.observe.run_files import RECIPE, recipe_text
@@ -51,7 +51,9 @@ def trainer_of(recipe: Recipe, run_dir: str | Path, address: str, chaos: Sequenc
     """
     run_dir = Path(run_dir).absolute()
     holds = (run_dir / RECIPE).exists()
-    live = (living(run_dir) if holds else None) or {"run_id": "", "address": ""}
+    live = live_of(run_dir) if holds else None
+    if live is None or not is_alive(live):
+        live = {"run_id": "", "address": ""}
     saved = None if holds or not recipe.checkpoint.path else newest_of(recipe.checkpoint.path)
     match action(Found(holds, live["run_id"], saved.step if saved else 0), run_id):
         case "follow":

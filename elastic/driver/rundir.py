@@ -13,15 +13,14 @@ from elastic.checkpoint.manager import newest_good, read_manifest
 from elastic.checkpoint.manifest import Manifest
 from elastic.errors import UserError
 from elastic.messages import Begin
-from elastic.observe.jsonl import GLANCE_S, has_writer
+from elastic.observe.jsonl import GLANCE_S, JsonLines, has_writer
 from elastic.observe.metrics import evaluations_of, steps_of
-from elastic.observe.run_files import RECIPE, lines_of, summary_of
-from elastic.recipe import Recipe
-from elastic.storage.atomic import locked
+from elastic.observe.run_files import LIVE, RECIPE, lines_of, recipe_text, summary_of
+from elastic.recipe import Recipe, loads
+from elastic.storage.atomic import locked, write_atomically
 from elastic.storage.remote import shown
 from elastic.storage.store import Store
 
-LIVE = "live.json"  # while the run lives: where its Ray is
 # held by the process that starts the run. It stays: whoever removed it might remove a lock that another has just taken
 LOCK = "driver.lock"
 
@@ -76,6 +75,28 @@ def beginning(recipe: Recipe, run_dir: Path) -> Begin:
     evaluated = max((fields["step"] for fields in evaluations_of(metrics) if fields["step"] <= step), default=0)
     return Begin(step, evaluated, max((fields["generation"] for fields in events), default=0), len(events), last,
                  data_of(newest))
+
+
+def opened(run_dir: Path, recipe: str, began: str, begin: Begin) -> Begin:
+    """Makes the directory a run's with this recipe, or cuts the one to resume, whose recipe was `began`, back to its
+    checkpoint. Only who holds it may; see `held`."""
+    if began:
+        if recipe_text(run_dir) != began:
+            raise UserError(f"The run in {run_dir} was resumed by somebody else meanwhile, with another recipe; "
+                            "`elastic resume` it again.")
+        begin = beginning(loads(recipe, locate=False), run_dir)  # it may have gone further since it was looked at
+    try:
+        # first and whole: what is here from now on can be resumed
+        write_atomically(run_dir / RECIPE, recipe)
+        if not loads(recipe, locate=False).checkpoint.path:
+            (run_dir / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with "
+                        "--run-dir.") from error
+    if began:
+        JsonLines(run_dir / "metrics.jsonl").cut_back(begin.written)
+        (run_dir / "summary.json").unlink(missing_ok=True)
+    return begin
 
 
 def data_of(manifest: Manifest | None) -> str:

@@ -6,37 +6,34 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic import chaos, workload
-from elastic.checkpoint.access import check_access, claimed
-from elastic.checkpoint.claim import owner_of
 from elastic.controller.actor import ControllerActor
 from elastic.controller.controller import Settings
 from elastic.controller.events import ScaleTo
 from elastic.driver.connect import connected, controller_of, joined_to
 from elastic.driver.follow import Callback, Callbacks, Result, ask, result_of, see_out
-from elastic.driver.rundir import LIVE, beginning, checkpoints_of, held, in_use, live_of, refuse_taken
+from elastic.driver.place import Place, folder, place_of
+from elastic.driver.rundir import checkpoints_of, live_of
 from elastic.driver.trust import check_trust
 from elastic.errors import RecipeError, RunFailed, UserError
 from elastic.messages import Begin, Job
-from elastic.observe.jsonl import JsonLines
-from elastic.observe.run_files import RECIPE, recipe_text
+from elastic.observe.run_files import RECIPE
 from elastic.planning import memory as preview
 from elastic.planning import plan as planning
 from elastic.planning import rows
 from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
-from elastic.storage.atomic import write_atomically
+from elastic.storage.head import HEAD
 from elastic.worker.actor import NAMESPACE
 
 AFRESH = "put that data back, or start a new run, with a checkpoint as its model.init."
-USED = "The run directory {run_dir} is already in use; name another with --run-dir, or `elastic resume` it."
 AGAIN = "put that data back, then replay it again."
 
 
@@ -69,18 +66,20 @@ class Trainer:
         what
         `elastic.driver.trust` does not let in.
         """
-        run_dir = Path(run_dir)
-        began = recipe_text(run_dir)
-        if live := living(run_dir):
-            if overrides or chaos:
-                raise RecipeError(f"The run in {run_dir} is alive, and {[*overrides, *chaos][0]!r} cannot change it; "
-                                  "leave it out to follow the run.")
-            return cls(loads(began, locate=False), run_dir.absolute(), live["address"], follows=live["run_id"])
-        refuse_taken(run_dir)
-        recipe = load_recipe(run_dir / RECIPE, overrides)
-        check_resumed(loads(began, locate=False), recipe)
-        check_trust(recipe, run_dir, trust)
-        return cls(recipe, run_dir, address, chaos, beginning(recipe, run_dir), began)
+        run_dir = folder(run_dir).absolute()
+        is_here = address == "local" or (run_dir / RECIPE).is_file()
+        with nullcontext() if is_here else connected(address), place_of(run_dir, is_here) as place:
+            began, live = place.recipe_text(), place.live()
+            if live and is_alive(live):
+                if overrides or chaos:
+                    raise RecipeError(f"The run in {run_dir} is alive, and {[*overrides, *chaos][0]!r} cannot change "
+                                      "it; leave it out to follow the run.")
+                return cls(loads(began, locate=False), run_dir, live["address"], follows=live["run_id"])
+            place.refuse_taken()
+            recipe = loads(began, overrides, run_dir)
+            check_resumed(loads(began, locate=False), recipe)
+            place.check_trust(dumps(recipe), trust)
+            return cls(recipe, run_dir, address, chaos, place.beginning(dumps(recipe)), began)
 
     def check(self) -> dict[str, Any]:
         """Everything that can be known before a worker starts: faults, data, model. Returns the data's facts."""
@@ -140,79 +139,45 @@ class Trainer:
         """Trains to the end. Ctrl-C checkpoints and ends the run; a second one exits at once."""
         if self.follows:
             return self.follow(on_step, on_eval, on_event)
+        run_dir = folder(self.run_dir or Path("runs") / f"{self.recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
         info = self.check()
-        run_dir = self.free_run_dir()
-        if self.recipe.checkpoint.path:
-            check_access(self.recipe.checkpoint.path, not self.begin, owner_of(run_dir))
         # else it joins whatever Ray this process has joined
         is_local = self.address == "local" and not ray.is_initialized()
-        with connected(self.address, self.recipe) as ray_address, held(run_dir):
+        wanted = bool(self.began), self.recipe.checkpoint.path, self.begin is None
+        if is_local:  # before one is started
+            Place(run_dir).check_free(*wanted)
+        with connected(self.address, self.recipe) as ray_address, place_of(run_dir, is_local) as place:
+            if not is_local:
+                place.check_free(*wanted)
+            place.hold()
             why = self.settle(info, 0 if self.address == "local" else sum(node["Alive"] for node in ray.nodes()))
             joined = () if is_local else (joined_to(ray_address),)
             notes = [("noted", line) for line in (*joined, *self.notes)] + [("mesh_chosen", why)] * bool(why)
             # unique on a cluster
-            run = self.run_id or f"{run_dir.name}-{time.time_ns():x}"
-            checkpoints = checkpoints_of(self.recipe, run_dir)
+            run, recipe = self.run_id or f"{run_dir.name}-{time.time_ns():x}", dumps(self.recipe)
             if self.begin or self.recipe.checkpoint.path:  # else the place is not there yet
-                claimed(checkpoints, run, owner_of(run_dir))
+                place.claim(recipe, run)
             if self.address == "local":
                 self.check_memory()
             self.opened = None  # the workers have their own
-            begin = self.open_run_dir(run_dir)
+            begin = place.open(recipe, self.began, self.begin or Begin())
             # for a user's own modules: as in this process
             search_path = tuple(dict.fromkeys([os.getcwd(), *filter(None, sys.path)]))
-            job = Job(run, dumps(self.recipe), info, str(run_dir), checkpoints, search_path, tuple(self.chaos),
-                      self.num_steps, is_local,
-                      tuple(notes))
-            (run_dir / LIVE).write_text(json.dumps({"address": ray_address, "run_id": job.run_id}))
+            job = Job(run, recipe, info, str(run_dir), checkpoints_of(self.recipe, run_dir), search_path,
+                      tuple(self.chaos), self.num_steps, is_local, tuple(notes))
+            place.go_live(json.dumps({"address": ray_address, "run_id": job.run_id}))
             return see_out(start_controller(job, self.recipe, begin), job.run_id, run_dir,
-                           Callbacks(on_step, on_eval, on_event))
+                           Callbacks(on_step, on_eval, on_event), place)
 
     def follow(self, on_step: Callback | None, on_eval: Callback | None, on_event: Callback | None) -> Result:
         """Takes the place of a driver that is gone, or stands beside it."""
         assert self.run_dir is not None
-        with connected(self.address, self.recipe):
+        with connected(self.address, self.recipe), place_of(self.run_dir) as place:
             try:
                 controller = controller_of(self.follows)
             except ValueError:  # another driver has seen it out meanwhile
-                return result_of(self.run_dir)
-            return see_out(controller, self.follows, self.run_dir, Callbacks(on_step, on_eval, on_event))
-
-    def free_run_dir(self) -> Path:
-        """Where the run will write; `UserError` if it cannot, or if something is there already that is not this run's.
-        """
-        run_dir = Path(self.run_dir or Path("runs") / f"{self.recipe.run.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-        if not self.began and run_dir.exists() and (not run_dir.is_dir() or in_use(run_dir)):
-            raise UserError(USED.format(run_dir=run_dir))
-        nearest = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UserError(f"The run directory {run_dir} cannot be written: {nearest} lets nobody write; name another "
-                            "with --run-dir.")
-        return run_dir
-
-    def open_run_dir(self, run_dir: Path) -> Begin:
-        """Makes the directory a run's, or cuts the one to resume back to its checkpoint. Only who holds it may; see
-        `held`."""
-        begin = self.begin or Begin()
-        if self.began:
-            if recipe_text(run_dir) != self.began:
-                raise UserError(f"The run in {run_dir} was resumed by somebody else meanwhile, with another recipe; "
-                                "`elastic resume` it again.")
-            begin = beginning(self.recipe, run_dir)  # it may have gone further since it was looked at
-        elif in_use(run_dir):
-            raise UserError(USED.format(run_dir=run_dir))
-        try:
-            # first and whole: what is here from now on can be resumed
-            write_atomically(run_dir / RECIPE, dumps(self.recipe))
-            if not self.recipe.checkpoint.path:
-                (run_dir / "checkpoints").mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The run directory {run_dir} cannot be written ({error.strerror}); name another with "
-                            "--run-dir.") from error
-        if self.began:
-            JsonLines(run_dir / "metrics.jsonl").cut_back(begin.written)
-            (run_dir / "summary.json").unlink(missing_ok=True)
-        return begin
+                return result_of(self.run_dir, place=place)
+            return see_out(controller, self.follows, self.run_dir, Callbacks(on_step, on_eval, on_event), place)
 
 
 def start_controller(job: Job, recipe: Recipe, begin: Begin) -> Any:
@@ -222,23 +187,18 @@ def start_controller(job: Job, recipe: Recipe, begin: Begin) -> Any:
     fleet = {"device": device, "threads": recipe.backend.threads, "hang_timeout_s": elastic.hang_timeout_s,
              "orphan_timeout_s": elastic.orphan_timeout_s}
     options = {"name": f"{job.run_id}/controller", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0,
-               "max_concurrency": 64, "max_restarts": -1,
-               "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(),
-                                                                     soft=True)}
+               "max_concurrency": 64, "max_restarts": -1, "resources": HEAD}
     return ray.remote(ControllerActor).options(**options).remote(job, Settings.of(recipe), fleet, begin)
 
 
-def living(run_dir: Path) -> dict[str, str] | None:
-    """Where the live run of a directory is, if there is one: its Ray's address and its id."""
-    live = live_of(run_dir)
-    if live is None:
-        return None
+def is_alive(live: Mapping[str, str]) -> bool:
+    """Whether there is the run that a directory says lives there."""
     try:
         with connected(live["address"]):
             controller_of(live["run_id"])
     except (ValueError, UserError):
-        return None
-    return live
+        return False
+    return True
 
 
 def scale(run_dir: str | Path, workers: int, trust: bool = False, **degrees: int) -> None:

@@ -10,6 +10,7 @@ from elastic.observe.jsonl import read_json, read_lines
 from elastic.recipe import Recipe, loads
 
 RECIPE = "recipe.toml"
+LIVE = "live.json"  # while the run lives: where its Ray is
 
 
 def recipe_text(run_dir: Path) -> str:
@@ -34,3 +35,11 @@ def lines_of(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
 def summary_of(run_dir: Path) -> dict[str, Any] | None:
     """How the run ended; None while it has not. A resumption takes the old summary away before it starts."""
     return read_json(run_dir / "summary.json")
+
+
+def is_seen(run_dir: Path, run_id: str) -> bool:
+    """Whether the directory of a live run is to be seen from this node: another's folder may lie at the same path."""
+    try:
+        return (read_json(run_dir / LIVE) or {}).get("run_id") == run_id
+    except (UserError, OSError):
+        return False

@@ -15,6 +15,8 @@ from pyarrow import fs
 
 from elastic.storage.sink import LocalSink
 
+AT_HEAD = "head"  # the scheme of a path of the head node, for those who do not see it: `elastic.storage.head`
+
 
 @dataclass(frozen=True)
 class Info:

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from pyarrow import fs
 
 from elastic.errors import UserError
-from elastic.storage.files import Files, LocalFiles, RemoteFiles
+from elastic.storage.files import AT_HEAD, Files, LocalFiles, RemoteFiles
 
 CONNECT_S, REQUEST_S, ATTEMPTS = 5.0, 30.0, 3  # S3's own defaults try for minutes before they say that nobody is there
 RETRY_S = 10.0  # of Google's storage
@@ -25,6 +25,11 @@ def open_files(location: str | os.PathLike[str]) -> tuple[Files, str]:
     scheme = location.partition("://")[0] if "://" in location else "file"
     if scheme == "file":
         return LocalFiles(), os.path.abspath(unquote(urlsplit(location).path) if "://" in location else location)
+    if scheme == AT_HEAD:
+        from elastic.storage.head import head_files, parted_head  # which loads Ray
+
+        run_id, path = parted_head(location)
+        return head_files(run_id), path.rstrip("/")
     try:
         filesystem, path = open_s3(location) if scheme == "s3" else fs.FileSystem.from_uri(hurried(location, RETRY_S))
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
@@ -81,5 +86,7 @@ def shown(location: str) -> str:
     if "://" not in location:
         return location
     scheme, _, rest = location.partition("?")[0].partition("://")
+    if scheme == AT_HEAD:
+        return f"/{unquote(rest.partition('/')[2])} on the head node"
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ import ray
 
 from elastic.chaos import Fault, strike_process
 from elastic.errors import UserError
-from elastic.messages import Generation, Job, Order
+from elastic.messages import NAMESPACE as NAMESPACE
+from elastic.messages import Generation, Job, Line, Order
 from elastic.worker.loop_control import Control
 
-NAMESPACE = "elastic"
 LOOPBACK = "127.0.0.1"
 RETRY_S = 0.2  # between tries to reach a controller that is away
 DELIVER_S = 5.0  # for the controller to take a batch of messages
@@ -32,7 +33,7 @@ KEEP_BYTES, MAPPED_BYTES = 256 << 20, 32 << 20  # the second: the most that glib
 FLUSH_S = 10.0  # how long a released worker waits for its last lines to be acknowledged
 
 
-def prepare_process(threads: int, log: Path, sys_path: Sequence[str]) -> None:
+def prepare_process(threads: int, sys_path: Sequence[str]) -> None:
     """Before any framework is imported: bits depend on the thread count and on MKL's strict mode, both read at load
     time."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -40,6 +41,10 @@ def prepare_process(threads: int, log: Path, sys_path: Sequence[str]) -> None:
     os.environ["MKL_CBWR"] = "AUTO,STRICT"
     reuse_freed_memory()
     sys.path[:0] = [p for p in sys_path if p not in sys.path]
+
+
+def write_to(log: Path) -> None:
+    """All that this process says, at the end of a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
     for stream in (1, 2):
@@ -126,8 +131,13 @@ class WorkerActor:
     """The actor. `serve` runs for the worker's life; the other calls come beside it, on other threads."""
 
     def __init__(self, name: str, job: Job, threads: int, hang_timeout_s: float, orphan_timeout_s: float):
-        prepare_process(threads, Path(job.run_dir) / "logs" / f"{name}.log", job.sys_path)
-        self.name, self.job = name, job
+        prepare_process(threads, job.sys_path)
+        from elastic.worker.home import Log, checkpoints_of  # NumPy, which this loads, reads the environment too
+
+        self.log = Log.of(job, name)
+        write_to(self.log.path)
+        self.log.start()
+        self.name, self.job = name, replace(job, checkpoints=checkpoints_of(job))
         self.control = Control()
         self.worker: Any = None
         self.idle, self.over = threading.Lock(), threading.Event()
@@ -144,6 +154,8 @@ class WorkerActor:
             from elastic.worker.worker import Worker
 
             rim = ProcessRim(self.name, self.job, self.control, self.hang_timeout_s, self.orphan_timeout_s, self.orphan)
+            if self.log.target:
+                rim.post(Line(0, "events", {"event": "noted", "why": self.log.note(rim.node)}))
             self.worker = Worker.open(self.name, self.job, rim, self.control)
             self.worker.serve()
             rim.outbox.flush(FLUSH_S)
@@ -153,6 +165,7 @@ class WorkerActor:
             traceback.print_exc()
             self.error = RuntimeError(describe(error))  # a framework's own may not pickle
         finally:
+            self.log.close()
             self.over.set()
 
     def watch(self) -> bool:
@@ -166,6 +179,7 @@ class WorkerActor:
     def orphan(self) -> None:
         """Nobody has answered for too long: this worker writes down what it has, and goes."""
         self.control.orphan()
+        self.log.close()
         leave()
 
     def take(self, order: Order) -> None:

@@ -24,7 +24,7 @@ from elastic.model.user_code import describe
 from elastic.recipe import Recipe, loads
 from elastic.state.relayout import relay, whole_arrays
 from elastic.state.state import State
-from elastic.storage.remote import shown
+from elastic.storage.remote import join, parted, shown
 from elastic.tables.moving import Moving, roles_of
 from elastic.worker.bucket_moves import held_buckets
 from elastic.worker.build import build_training, place_on
@@ -241,7 +241,8 @@ class Worker(Member):
         started = time.perf_counter()
         self.control.at(generation.committed, "restore")
         waiting = partial(self.control.collective, generation.committed, "restore")
-        manifest, read = self.saver.restore(generation.load, self.place.state, group, waiting)
+        path = join(self.saver.location, parted(generation.load)[1])  # which the controller may reach by another name
+        manifest, read = self.saver.restore(path, self.place.state, group, waiting)
         self.evaluation = dict(manifest.eval)
         if group.rank == 0:
             self.event(generation, "loaded", step=manifest.step, path=shown(generation.load), bytes=manifest.bytes,

@@ -1,21 +1,52 @@
-"""One suite for every kind of files a store is made of: a local disk, an S3, a file system in memory, and the faulty one without a fault."""
+"""One suite for every kind of files a store is made of: a local disk, an S3, a file system in memory, the head node's disk from another
+node, and the faulty one without a fault."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pyarrow import fs
 
 from elastic.errors import UserError
+from elastic.storage import head
 from elastic.storage.faulty import FaultyFiles
 from elastic.storage.files import Files, Info, LocalFiles, RemoteFiles
+from elastic.storage.head import HeadFiles, HeadStorage, at_head, parted_head
 from elastic.storage.remote import join, open_files, parted, shown
 from elastic.storage.store import TEMPORARY, Store
 
-KINDS = ["local", "s3", "hdfs-like", "faulty local", "faulty s3"]
+KINDS = ["local", "s3", "hdfs-like", "head", "faulty local", "faulty s3"]
+
+
+class Postponed:
+    """`Calls` that are carried out when one of them is waited for, the latest first, as an actor with several threads may.
+    What they are given crosses a process."""
+
+    def __init__(self) -> None:
+        self.host, self.most = HeadStorage(), 0
+        self.waiting: list[Any] = []
+
+    def start(self, method: str, *arguments: Any) -> Any:
+        call = {"method": method, "arguments": pickle.dumps(arguments)}
+        self.waiting.append(call)
+        self.most = max(self.most, len(self.waiting))
+        return call
+
+    def result(self, call: Any) -> Any:
+        while self.waiting:
+            late = self.waiting.pop()
+            try:
+                late["result"] = getattr(self.host, late["method"])(*pickle.loads(late["arguments"]))
+            except OSError as error:
+                late["error"] = error
+        if "error" in call:
+            raise call["error"]
+        return call["result"]
 
 
 @pytest.fixture(params=KINDS)
@@ -27,6 +58,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Files, str]:
     elif kind == "hdfs-like":
         files, root = RemoteFiles(fs.LocalFileSystem()), f"{tmp_path}/some/run"
         assert files.renames
+    elif kind == "head":
+        files, root = HeadFiles(Postponed()), f"{tmp_path}/some/run"
     else:
         files, root = open_files(tmp_path / "some" / "run")
     return (FaultyFiles(files) if kind.startswith("faulty") else files), root
@@ -136,6 +169,25 @@ def test_a_short_write_and_a_delay_are_silent(place: tuple[Files, str]) -> None:
     slow = FaultyFiles(files, "delay", 1, "write", delay_s=0.01)
     Store(slow, root).write("slow", [b"12345678"])
     assert slow.fired.is_set() and files.read(f"{root}/slow", 0, 9) == b"12345678"
+
+
+def test_chunks_may_arrive_in_any_order_and_few_are_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK", 1000)
+    calls = Postponed()
+    content = np.random.default_rng(1).bytes(12_345)
+    store = Store(HeadFiles(calls), str(tmp_path))
+    store.write("file", [content[:100], content[100:9_000], content[9_000:]])
+    assert (tmp_path / "file").read_bytes() == content and calls.most == head.IN_FLIGHT
+    for low, high in ((0, 20_000), (0, 12_345), (999, 5_001), (12_000, 13_000), (13_000, 15_000)):
+        assert store.read_range("file", low, high) == content[low:high], (low, high)
+    assert calls.most == head.IN_FLIGHT
+
+
+def test_a_path_of_the_head_node_is_a_location_like_others() -> None:
+    location = at_head("a run?@1", "/run dir/?/checkpoints")
+    assert parted_head(location) == ("a run?@1", "/run dir/?/checkpoints")
+    assert parted(join(location, "step-1")) == (location, "step-1")
+    assert shown(location) == "/run dir/?/checkpoints on the head node"
 
 
 # Where they are.

@@ -21,6 +21,7 @@ from elastic.observe import jsonl as events
 from elastic.observe import ledger_files as ledger
 from elastic.observe.verify import verify
 from elastic.recipe import Recipe
+from elastic.storage.store import Store
 from elastic.worker import worker
 from tests.support import modules
 from tests.support.ends import (
@@ -263,6 +264,32 @@ def test_a_disk_that_is_full_for_a_while(name: str, disk: Path, tmp_path: Path) 
     assert cli.EXIT[result.outcome.status] == DISKS["room"].code and result.named("run_finished")
     assert result.sha == undisturbed(given).sha and result.steps == list(range(1, STEPS + 1))
     assert not verify(run_dir, check_checkpoint).problems
+
+
+def test_an_interrupt_ends_the_run_though_it_cannot_be_saved(disk: Path, tmp_path: Path) -> None:
+    run_dir, given = placed("checkpoints", disk, tmp_path)
+
+    def act(run: Run) -> None:
+        fill(disk)
+        run.interrupt()
+
+    run = Run(run_dir, given, hooks={AT: act})
+    result = run.fit()
+    assert_ended(run, result, DISKS["interrupt"])
+    assert run.run_log.written < STEPS and len(result.named("generation_started")) <= 4
+    (disk / "ballast").unlink()
+    assert_resumes(run, given)
+
+
+def test_checkpoints_that_the_controller_does_not_see_end_the_run_at_once(tmp_path: Path) -> None:
+    def away(run: Run) -> None:
+        run.controller.checkpoints.store = Store.open(tmp_path / "another")
+
+    run = Run(tmp_path / "run", recipe(run={"steps": 1000}), hooks={AT: away})
+    result = run.fit()
+    assert_ended(run, result, DISKS["unseen"])
+    rejected = result.named("checkpoint_rejected")
+    assert [e["step"] for e in rejected][:2] == [27, 36] and run.run_log.written < 500
 
 
 def test_the_place_of_the_checkpoints_is_taken_away(tmp_path: Path) -> None:

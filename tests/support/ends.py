@@ -101,6 +101,11 @@ DISKS = {
     "taken": End("the checkpoints' place is taken away: training goes on", 3, NEWEST, PARTS.format("Not a directory")),
     "lines": End("the file of the metrics takes no more lines: training goes on", 3, NEWEST,
                  LINES.format("Input/output error")),
+    "interrupt": End("SIGINT, and the checkpoints' disk is full: the group tries it three times, its first worker once more", 3, NEWEST,
+                     "The run was interrupted, and its last checkpoint is not there: " + PARTS.format(FULL)),
+    "unseen": End("the controller does not see what workers have written: the second checkpoint that is lost so ends the run", 3,
+                  NEWEST, "step-N/state-N-of-N-gN.safetensors is missing where the controller looks, in PLACE; a worker has written "
+                  "it, so put the run directory where all nodes share it" + OLDER),
     "controller, disk": End("the run directory's disk is full, the controller is lost, there is room again: workers "
                             "repeat what it held back", 0, ON),
     "controller, disk, worker": End("likewise, and a worker was lost meanwhile: which group there is stood nowhere", 3,

@@ -12,6 +12,7 @@ import ray
 
 from elastic.controller.run_log import RunLog
 from elastic.driver import follow as door
+from elastic.driver import place
 from elastic.driver.follow import Callbacks, result_of, see_out
 from elastic.driver.rundir import LIVE, live_of
 from elastic.errors import RunFailed
@@ -154,7 +155,7 @@ def test_who_follows_beside_another_driver_learns_how_it_ended(controllers: Cont
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """The first driver kills the controller and clears up; the second has heard of one step."""
     heard, reports = Heard(), list[Path]()
-    monkeypatch.setattr(door, "write_report", reports.append)
+    monkeypatch.setattr(place, "write_report", reports.append)
 
     def first() -> None:
         controllers.run_log.event("generation_started", generation=1)
@@ -184,7 +185,7 @@ def test_a_controller_that_is_gone_with_the_run_unended_is_a_failure(controllers
 def test_the_one_who_clears_up_writes_the_report_and_touches_no_other_run(controllers: Controllers, tmp_path: Path,
                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     reports = list[Path]()
-    monkeypatch.setattr(door, "write_report", reports.append)
+    monkeypatch.setattr(place, "write_report", reports.append)
     ended(tmp_path)
     for run, left in (("run-2", True), ("run-1", False), ("run-1", False)):
         if run == "run-2" or not reports:

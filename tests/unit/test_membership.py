@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from elastic.controller import membership as m
-from elastic.controller.policy import Bounds
+from elastic.controller.policy import MAX_UNSAVED, Bounds
 from elastic.messages import STOP, STOP_AND_SAVE, Ready, Standing
 from tests.support.machine import BOUNDS, Machine, ballot, kinds, only
 
@@ -298,6 +298,19 @@ def test_interrupted_while_running() -> None:
     assert machine.feed(m.Interrupt()) == []
     machine.stand("a", "stopped", 5, ballot=ballot(5, STOP_AND_SAVE))
     assert only(machine.stand("b", "stopped", 5, ballot=ballot(5, STOP_AND_SAVE)), m.Finish).status == "interrupted"
+
+
+def test_an_interrupt_ends_a_run_that_cannot_be_saved() -> None:
+    """Each generation gets a step further, and what it says has another number."""
+    machine = group("a", "b")
+    machine.feed(m.Interrupt())
+    found: list[Any] = []
+    for step in range(5, 5 + MAX_UNSAVED + 1):
+        assert machine.state.phase == "running" and "Finish" not in kinds(found)
+        for worker in "ab":
+            found = machine.stand(worker, "failed", step, ballot=ballot(step, STOP_AND_SAVE), error=f"step {step} is not there")
+    assert only(found, m.Finish).status == "failed" and "interrupted" in found[-1].error and f"step {step}" in found[-1].error
+    assert any(isinstance(action, m.SaveAlone) for action in found), "once more, without the group"
 
 
 def test_interrupted_while_waiting() -> None:

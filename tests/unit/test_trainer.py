@@ -182,7 +182,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(door, "connected", connected)
     monkeypatch.setattr(door, "start_controller", lambda job, recipe, begin: found.append(begin))
-    monkeypatch.setattr(door, "see_out", lambda controller, run_id, run_dir, telling: Result("done", {}, run_dir))
+    monkeypatch.setattr(door, "see_out", lambda controller, run_id, run_dir, telling, place: Result("done", {}, run_dir))
     return found
 
 
@@ -311,3 +311,13 @@ def test_a_scale_that_no_run_could_follow(workers: int, degrees: dict[str, int],
     monkeypatch.setattr(door, "live_of", lambda run_dir: {"address": "nowhere:1", "run_id": "run-1"})
     with pytest.raises(UserError, match=re.escape(words)):
         door.scale(run_dir, workers, **degrees)
+
+
+@pytest.mark.parametrize("given", ["s3://bucket/run", Path("s3://bucket/run"), "gs://bucket/a run", "file:///tmp/run"])
+def test_a_uri_is_no_run_directory(given: Any, started: list[Any]) -> None:
+    uri = str(given).replace(":/", "://", 1) if isinstance(given, Path) else given
+    for act in (Trainer(module_recipe("Small", 4), given).fit, lambda: Trainer.resume(given)):
+        with pytest.raises(UserError, match=re.escape(f'The run directory {uri} is a URI')) as caught:
+            act()
+        assert f'checkpoint.path = "{uri}"' in str(caught.value) and "\n" not in str(caught.value)
+    assert not started and not Path("s3:").exists()
