@@ -31,6 +31,8 @@ COMPACT_BYTES = 1 << 20  # a journal is worth replacing once it has grown by so 
 
 def encode(value: Any) -> Any:
     """A message as JSON values; `decode` gives an equal one back. What is as it is by default is left out."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
     if is_dataclass(value):
         return {KIND: type(value).__name__} | {f.name: encode(found) for f in fields(value)
                                                if (found := getattr(value, f.name)) != f.default}
@@ -40,7 +42,7 @@ def encode(value: Any) -> Any:
         return {KIND: "frozenset", OF: sorted(value)}
     if isinstance(value, Mapping):
         return {name: encode(inner) for name, inner in value.items()}
-    return [encode(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+    return [encode(inner) for inner in value]
 
 
 def decode(value: Any) -> Any:
