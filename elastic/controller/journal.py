@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from elastic.controller.workers import WorkerRecord, Workers
 from elastic.messages import Generation, Ready, Standing
 from elastic.observe.jsonl import JsonLines, read_lines
 
-KINDS = {kind.__name__: kind for module in (messages, m) for kind in vars(module).values() if isinstance(kind, type)
-         and is_dataclass(kind)}
-KINDS |= {"WorkerRecord": WorkerRecord, "PersistentMap": PersistentMap, "frozenset": frozenset}
+KINDS: dict[str, Callable[..., Any]] = {kind.__name__: kind for kind in (WorkerRecord, PersistentMap, frozenset)}
+KINDS |= {kind.__name__: kind for module in (messages, m) for kind in vars(module).values() if isinstance(kind, type)
+          and is_dataclass(kind)}
 KIND, OF = "@", "of"  # the keys that name a dataclass or another kind, and of the latter what is in it
 COMPACT_BYTES = 1 << 20  # a journal is worth replacing once it has grown by so much, and to twice of what it would be
 
