@@ -184,13 +184,13 @@ def measured(size: int, case: str) -> Iterator[tuple[str, list[str]]]:
         run = Run(Path(folder), size, case)
         ray_fleet.ray.put = run.traffic.put  # type: ignore[method-assign]
         for number, (phase, work) in enumerate(PHASES.items(), 1):
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             run.traffic.sent = run.traffic.received = 0
             work(run)
-            seconds, traffic = time.perf_counter() - began, run.traffic
+            seconds, worked, traffic = time.perf_counter() - began, time.process_time() - worked, run.traffic
             assert run.generation.number == number, run.generation
             run.step = run.generation.committed  # 0 where it goes on from a checkpoint, for there is none
-            yield phase, [case, str(size), str(len(run.generation.members)), f"{seconds:.3f}", f"{seconds / size * 1e6:.0f}",
+            yield phase, [case, str(size), str(len(run.generation.members)), f"{seconds:.3f}", f"{worked / size * 1e6:.0f}",
                           *(f"{count / size:.0f}" for count in (traffic.sent, traffic.received, run.journal.stat().st_size))]
             plans_s.append(moving(run) if run.generation.held else 0.0)
             run.steps(3)
@@ -218,7 +218,7 @@ def main() -> None:
             for name, row in measured(size, case):
                 tables.setdefault(name, []).append(row)
                 print(name, *row, flush=True)
-    head = ["", "workers", "members then", "seconds", "us a worker", "B sent a worker", "B received a worker", "B of journal a worker"]
+    head = ["", "workers", "members then", "seconds", "us of a processor a worker", "B sent a worker", "B received a worker", "B of journal a worker"]
     ours = ["", "workers", "a vote, kB", "a plan, s"]
     sections = [f"## {name}\n\n{results.table(ours if name == 'a member' else head, rows)}" for name, rows in tables.items()]
     text = __doc__.split("\n\n")

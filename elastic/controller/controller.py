@@ -287,8 +287,7 @@ class Controller:
     # Checkpoints, faults.
 
     def take_part(self, part: Part) -> None:
-        """A part of a checkpoint is on disk, or cannot be. With the last one it counts, or training goes on without it.
-        """
+        """A part of a checkpoint is on disk, or cannot be: with the last one it counts, or training goes on without it."""
         self.saving.pop(Save(part.generation, part.step, part.rank, part.world_size), None)
         found = self.checkpoints.take(part, self.run_log.written, self.run_log.sync)
         if found is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,17 @@ from elastic.controller.workers import WorkerRecord, Workers
 from elastic.messages import Generation, Ready, Standing
 from elastic.observe.jsonl import JsonLines, read_lines
 
-KINDS = {kind.__name__: kind for module in (messages, m) for kind in vars(module).values() if isinstance(kind, type)
-         and is_dataclass(kind)}
-KINDS |= {"WorkerRecord": WorkerRecord, "PersistentMap": PersistentMap, "frozenset": frozenset}
+KINDS: dict[str, Callable[..., Any]] = {kind.__name__: kind for kind in (WorkerRecord, PersistentMap, frozenset)}
+KINDS |= {kind.__name__: kind for module in (messages, m) for kind in vars(module).values() if isinstance(kind, type)
+          and is_dataclass(kind)}
 KIND, OF = "@", "of"  # the keys that name a dataclass or another kind, and of the latter what is in it
 COMPACT_BYTES = 1 << 20  # a journal is worth replacing once it has grown by so much, and to twice of what it would be
 
 
 def encode(value: Any) -> Any:
     """A message as JSON values; `decode` gives an equal one back. What is as it is by default is left out."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
     if is_dataclass(value):
         return {KIND: type(value).__name__} | {f.name: encode(found) for f in fields(value)
                                                if (found := getattr(value, f.name)) != f.default}
@@ -40,7 +42,7 @@ def encode(value: Any) -> Any:
         return {KIND: "frozenset", OF: sorted(value)}
     if isinstance(value, Mapping):
         return {name: encode(inner) for name, inner in value.items()}
-    return [encode(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+    return [encode(inner) for inner in value]
 
 
 def decode(value: Any) -> Any:

@@ -290,7 +290,8 @@ def resized(state: State) -> Axes | None:
     mesh = choose(staying or len(state.ready), state.target, state.bounds)
     if staying and any(w in state.survivors for w in state.leaving):
         return mesh
-    if mesh is None or mesh == state.mesh or (mesh[1:] == state.mesh[1:] and mesh[0] < state.mesh[0] <= state.target // math.prod(mesh[1:])):
+    if mesh is None or mesh == state.mesh or (
+            mesh[1:] == state.mesh[1:] and mesh[0] < state.mesh[0] and math.prod(state.mesh) <= state.target):
         return None  # who trains along does no harm where fewer would do
     size = math.prod(mesh)
     is_all = size == world_size(state.target, state.target, state.bounds)  # nobody who is still starting is needed
@@ -383,8 +384,7 @@ def save_alone(state: State) -> tuple[State, tuple[Any, ...]]:
     savers = writers(whole, state.mesh[0], state.bounds.max_workers) if whole and whole.step > 0 else ()
     if not whole or not savers or savers == state.savers:
         return state, ()
-    orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers), None if w in whole.exact
-                             else whole.ballot)
+    orders = tuple(SaveAlone(w, state.generation, whole.step, rank, len(savers), None if w in whole.exact else whole.ballot)
                    for rank, w in enumerate(savers))
     return replace(state, savers=savers), orders
 
@@ -396,11 +396,10 @@ def confirmed(state: State, report: Standing, newest: int, error: str) -> Standi
     which ends the run when it comes again; without one parts of it fell with a controller, no member is to blame, and
     the group saves once more.
     """
-    ends = report.reason == "done" or (report.reason == "stopped" and report.ballot
-                                       and report.ballot.stop == STOP_AND_SAVE)
+    is_kept = report.reason == "stopped" and report.ballot and report.ballot.stop == STOP_AND_SAVE
     is_last = (report.generation == state.generation and report.worker in state.survivors
                and len(state.standing.having(report.worker, report)) == len(state.group))
-    if not ends or not is_last or report.committed <= newest:
+    if not (report.reason == "done" or is_kept) or not is_last or report.committed <= newest:
         return report
     return replace(report, reason="failed" if error else "broken", error=error
                    or f"The checkpoint of step {report.committed} was not committed.")

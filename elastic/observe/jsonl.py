@@ -118,6 +118,8 @@ def line(fields: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in (str, int, bool):
+        return value
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -29,7 +29,7 @@ def vote(context: StepContext, shards: Shards) -> Ballot:
     that sums are what counts.
     """
     step, ledger, own = context.step, context.training.ledger, context.own_shards
-    figures = [shards.losses, shards.weights]
+    figures: list[np.ndarray] = [shards.losses, shards.weights]
     if ledger:
         figures.append(ledger.digests(step) * (context.groups.replica.rank == 0))
     words = ballot_words(context) if context.tables else np.zeros(0)
