@@ -24,8 +24,8 @@ KINDS = ["local", "s3", "hdfs-like", "head", "faulty local", "faulty s3"]
 
 
 class Postponed:
-    """`Calls` that are carried out when one of them is waited for, the latest first, as an actor with several threads may.
-    What they are given crosses a process."""
+    """`Calls` that are carried out when one of them is waited for, the latest first and none before it is that one's turn, as an
+    actor with several threads may. What they are given crosses a process."""
 
     def __init__(self) -> None:
         self.host, self.most = HeadStorage(), 0
@@ -38,7 +38,7 @@ class Postponed:
         return call
 
     def result(self, call: Any) -> Any:
-        while self.waiting:
+        while call in self.waiting:
             late = self.waiting.pop()
             try:
                 late["result"] = getattr(self.host, late["method"])(*pickle.loads(late["arguments"]))
