@@ -280,9 +280,8 @@ class Controller:
 
     def want(self) -> None:
         nodes = [ready.node for ready in self.workers.live()]
-        starting = [record.node for record in self.workers.values() if record.starting_s is not None]
-        near = gaps([*nodes, *starting], self.state.bounds.meshes[0][1])
-        self.fleet.want(self.target, policy.banned_nodes(self.losses, time.monotonic(), nodes), near)
+        soon = [*nodes, *(record.node for record in self.workers.values() if record.starting_s is not None)]
+        self.fleet.want(self.target, policy.banned_nodes(self.losses, time.monotonic(), nodes), gaps(soon, self.state.bounds.meshes[0][1]))
 
     # Checkpoints, faults.
 

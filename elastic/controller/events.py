@@ -112,3 +112,11 @@ class Finish:
     status: str  # "done" | "failed" | "interrupted"
     error: str = ""
     standing: Standing | None = None
+
+
+def done(reports: list[Standing]) -> Finish:
+    """All replicas must hold the same bits; anything else is a fault that no result should hide."""
+    if len({s.state_sha256 for s in reports}) > 1:
+        return Finish("failed", "The workers' states differ at the end: "
+                      + ", ".join(f"{s.worker} {s.state_sha256[:12]}" for s in reports))
+    return Finish("done", standing=reports[0])

@@ -35,6 +35,7 @@ from elastic.controller.events import (
     Starting,
     Wait,
     Want,
+    done,
 )
 from elastic.controller.persistent_map import PersistentMap
 from elastic.controller.policy import MAX_FRUITLESS, MAX_UNSAVED, ONE_BY_ONE, Bounds, choose, fewest, wanted, world_size
@@ -257,14 +258,6 @@ def is_saved(state: State, reason: str) -> bool:
     if not reports or any(s is None or s.reason != reason for s in reports):
         return False
     return reason == "done" or all(s and s.ballot and s.ballot.stop == STOP_AND_SAVE for s in reports)
-
-
-def done(reports: list[Standing]) -> Finish:
-    """All replicas must hold the same bits; anything else is a fault that no result should hide."""
-    if len({s.state_sha256 for s in reports}) > 1:
-        return Finish("failed", "The workers' states differ at the end: "
-                      + ", ".join(f"{s.worker} {s.state_sha256[:12]}" for s in reports))
-    return Finish("done", standing=reports[0])
 
 
 def usable(state: State) -> list[str]:

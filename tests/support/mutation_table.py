@@ -196,7 +196,7 @@ RUNS = (
       "Trainer.resume(run_dir, set_, address,", "Trainer.resume(run_dir, [], address,", "tests/unit/test_cli.py::test_what_is_given_arrives"),
     M("resume-as-another-run", "resume, P1", "A resumption may change what the state and the order of the data follow from.",
       "elastic/driver/trainer.py",
-      '        check_resumed(loads(began, locate=False), recipe)\n', "", "tests/unit/test_trainer.py::test_a_resumed_run_stays_the_run_it_was"),
+      '            check_resumed(loads(began, locate=False), recipe)\n', "", "tests/unit/test_trainer.py::test_a_resumed_run_stays_the_run_it_was"),
     M("live-run-joined", "run", "Another submission follows a run that is alive.", "elastic/driver/run.py",
       " if found.live.startswith(run_id) else REFUSE", "", "tests/unit/test_submit.py::test_what_is_done_follows_from_what_is_there"),
     M("modules-stay", "submit", "A submission goes without what lies beside its modules.", "elastic/driver/job_package.py",
