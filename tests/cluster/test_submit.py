@@ -147,7 +147,7 @@ def test_a_shipped_recipe_is_submitted_followed_and_has_the_bits_of_an_undisturb
     assert started["run"] in said, "the submission and the run have one id"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)  # on a busy machine
 def test_a_run_that_is_not_seen_here_is_followed_asked_stopped_and_resumed(server: JobServer, here: Path,
                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """Its head's user has another home. Stopped in a step that takes longer than Ray waits, its driver is killed; the
@@ -187,7 +187,7 @@ def test_a_run_that_is_not_seen_here_is_followed_asked_stopped_and_resumed(serve
 
 
 @sometimes("ctrl_c", 0.4)
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)  # on a busy machine
 def test_ctrl_c_asks_and_stops_and_what_is_left_is_gone_on_from_without_the_run_directory(
         server: JobServer, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(here)
