@@ -121,6 +121,12 @@ def assert_one_sentence(found: tuple[int, str], *words: str) -> None:
     assert code == 2 and len(last) == 1 and all(word in said for word in words), found
 
 
+def id_in(said: str) -> str:
+    found = re.search(r"submitted (\S+);", said)
+    assert found, said
+    return found[1]
+
+
 def appears(file: Path) -> None:
     until = time.monotonic() + 60
     while not file.exists():
@@ -158,7 +164,7 @@ def test_a_run_that_is_not_seen_here_is_followed_asked_stopped_and_resumed(serve
     run = Path(server.environment["HOME"]) / here.name
     monkeypatch.syspath_prepend(here)
     first = elastic(here, own, *again)
-    name = re.search(r"submitted (\S+);", said := says(first, "submitted"))[1]
+    name = id_in(said := says(first, "submitted"))
     said += says(first, "checkpoint step-")
     assert "generation 1: 2 workers" in said
     assert_one_sentence(told(here, own, *again), "is alive", name, "ray job stop")
@@ -181,7 +187,7 @@ def test_a_run_that_is_not_seen_here_is_followed_asked_stopped_and_resumed(serve
     second = elastic(here, own, *again)
     said = second.communicate(timeout=120)[0]
     assert second.returncode == 0 and f"goes on from step {stopped['steps']}" in said, said
-    assert re.search(r"submitted (\S+);", said)[1] != name
+    assert id_in(said) != name
     assert summary(run)["state_sha256"] == undisturbed(load_recipe(run / "recipe.toml", locate=False)).sha
     assert not verify(run, check_checkpoint).problems
 
