@@ -55,8 +55,10 @@ class Jobs(JobSubmissionClient):
         self.check_versions()
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        # sending goes by the first of both limits
+        limits = (ANSWER_S if options.get("data") else CONNECT_S, ANSWER_S)
         with told(self.given):
-            return super()._do_request(method, endpoint, timeout=(CONNECT_S, ANSWER_S), **options)
+            return super()._do_request(method, endpoint, timeout=limits, **options)
 
     def check_versions(self) -> None:
         """UserError where the cluster has another Ray, or another Python than modules are sent from."""
