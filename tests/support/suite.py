@@ -59,7 +59,7 @@ NUMERICS, OTHERS = ("tests/numerics",), ("tests/contract", "tests/chaos", "tests
 MODELS = (*files("numerics/test_mesh*"), *files("numerics/test_gluon*"))
 TABLES = files("numerics/test_table_runs")
 OWN_RAY, NODES = (tuple(f"tests/cluster/test_{name}.py" for name in names)
-                  for names in (("command", "attacks", "tables", "submit"), ("meshes", "nodes", "placing")))
+                  for names in (("command", "attacks", "tables", "submit"), ("meshes", "nodes", "own_disks", "placing")))
 SAMPLES, LONG = "from tests.support.sampling import ", ("--timeout=1800",)
 SCHEDULES, TABLE_CRASHES = files("cluster/test_random_schedules"), files("chaos/test_table_crashes")
 SAMPLED = tuple(file for folder in ("unit", "contract", "numerics") for file in files(f"{folder}/test_*", SAMPLES))
