@@ -26,8 +26,7 @@ class Mutation:
 
 
 FILES = ("part file", "manifest.json", "recipe.toml", "events.jsonl", "metrics.jsonl", "summary.json", "ledger", "journal.jsonl", "live.json",
-         "driver.lock", "report.html", "CSV", "Parquet", "Arrow", "text", "IDX",
-         "table file")  # what a run reads and writes
+         "driver.lock", "report.html", "CSV", "Parquet", "Arrow", "text", "IDX", "table file")  # what a run reads and writes
 
 
 def M(name: str, breaks: str, fault: str, file: str, text: str, instead: str, *tests: str) -> Mutation:
@@ -116,8 +115,7 @@ CHECKPOINTS = (
     M("name-not-synced", "P5, manifest.json", "The manifest's name may be lost after the commit was told.", "elastic/storage/store.py",
       "            files.sync(parent)\n", "", "tests/unit/test_sink.py::test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after"),
     M("offsets-overlap", "part file", "All arrays of a part file begin at its beginning.",
-      "elastic/checkpoint/safetensors.py",
-      "        offset += piece.bytes\n", "        offset = piece.bytes\n",
+      "elastic/checkpoint/safetensors.py", "        offset += piece.bytes\n", "        offset = piece.bytes\n",
       "tests/unit/test_checkpoint_plan.py::test_a_file_lies_as_safetensors_reads_it"),
     M("manifest-hash-unchecked", "P5, manifest.json", "A manifest is taken for whole whatever hash it states.", "elastic/checkpoint/manifest.py",
       '    need(same, "the manifest does not have the hash that it states")\n', "", "tests/unit/test_manifest.py::test_any_flipped_bit_is_found"),
@@ -142,15 +140,13 @@ CHECKPOINTS = (
 
 LIVES = (
     M("generation-not-in-the-journal", "P6, journal.jsonl", "A generation is made public before the journal has it.",
-      "elastic/controller/controller.py",
-      "        self.journal.published(generation)\n", "",
+      "elastic/controller/controller.py", "        self.journal.published(generation)\n", "",
       "tests/unit/test_controller.py::test_the_journal_is_on_the_disk_before_anything_follows_from_it"),
     M("journal-not-synced", "P6, journal.jsonl", "Actions begin while their event is in no more than a cache.", "elastic/controller/controller.py",
       "        if actions:\n            self.journal.sync()\n", "",
       "tests/unit/test_controller.py::test_the_journal_is_on_the_disk_before_anything_follows_from_it"),
     M("sync-that-does-nothing", "P6, P2, events.jsonl, metrics.jsonl, journal.jsonl", "Lines are flushed and never synced.",
-      "elastic/observe/jsonl.py",
-      "        os.fsync(self._file.fileno())\n", "        self._file.flush()\n",
+      "elastic/observe/jsonl.py", "        os.fsync(self._file.fileno())\n", "        self._file.flush()\n",
       "tests/unit/test_controller.py::test_the_journal_is_on_the_disk_before_anything_follows_from_it"),
     M("fault-forgotten", "P6", "A new controller hands a fault out a second time.", "elastic/controller/controller.py",
       "if spec not in self.past.spent]", "if spec]", "tests/unit/test_takeover.py::test_a_continuation_finds_whom_a_controller_before_has_stopped"),
@@ -160,8 +156,7 @@ LIVES = (
     M("said-before-a-rewind", "P6", "A driver does not hear again of steps that are done again.", "elastic/driver/follow.py",
       'if is_new and fields["event"] == "rewound":', "if False:", "tests/unit/test_follow.py::test_steps_that_are_done_again_are_told_again"),
     M("another-run-s-word-removed", "P6, live.json", "A driver that clears up takes away the word of the run that came after.",
-      "elastic/driver/rundir.py",
-      '["run_id"] == run_id:', '["run_id"]:',
+      "elastic/driver/rundir.py", '["run_id"] == run_id:', '["run_id"]:',
       "tests/unit/test_follow.py::test_the_one_who_clears_up_writes_the_report_and_touches_no_other_run"),
     M("start-without-the-lock", "P6, driver.lock", "Two drivers start one run.",
       "elastic/driver/rundir.py", "if not locked(file, GLANCE_S) or has_writer(", "if has_writer(",
@@ -339,8 +334,7 @@ USERS = (
     M("no-twin-writes", "P10", "Of a sharded state whose owner is lost nobody writes down what the twin has.", "elastic/controller/recovery.py",
       "    for count in (1, 2):  #", "    for count in (1,):  #", "tests/numerics/test_ends.py::test_too_few_are_left_and_none_comes[twin]"),
     M("rows-behind-their-lines", "P10, ledger", "While the disk is full a step's line may come before its rows in the ledger.",
-      "elastic/controller/run_log.py",
-      "if not (self.ledger.retry() and self.metrics.retry()):", "if not self.metrics.retry():",
+      "elastic/controller/run_log.py", "if not (self.ledger.retry() and self.metrics.retry()):", "if not self.metrics.retry():",
       "tests/unit/test_run_log.py::test_a_step_whose_rows_a_full_disk_does_not_take_has_no_line"),
     M("held-lines-fall", "P10, P6, metrics.jsonl", "What a controller held back for a full disk nobody says again.", "elastic/worker/worker.py",
       "        self.control.repeat.set()\n", "",
@@ -381,8 +375,7 @@ ROWS = (
       "sorted(nodes, key=lambda item: item[0])))",
       "tests/unit/test_embedding_steps.py::test_the_same_bits_whoever_owns_the_rows"),
     M("buckets-start-anew", "P2", "In another generation nobody asks who has which bucket.",
-      "elastic/controller/bucket_holders.py",
-      "before = holders_now(there, ready.buckets) if there else None", "before = None",
+      "elastic/controller/bucket_holders.py", "before = holders_now(there, ready.buckets) if there else None", "before = None",
       "tests/unit/test_bucket_holders.py::test_a_joiner_gets_its_share_and_no_more"),
     M("table-bytes-believed", "P5, table file", "The bytes of a bucket count, whatever they are.",
       "elastic/checkpoint/table_reader.py", "if hash_of(part) != entry.hashes[number]:", "if False:",
