@@ -3,8 +3,8 @@
     python -m benchmarks.reshard [--rows 10000000] [--only "2 to 3" "4 to 3"]
 
 Width 32 with Adagrad's state, no twins, all workers on this machine. Every row was updated before the move. Steps while rows
-move are held against steps of as many workers without moves; a generation's first is part of its pause. The peer is what everybody else does: the same run's
-checkpoint, written, and read by the other number of workers.
+move are held against steps of as many workers without moves; a generation's first is part of its pause. The peer is what everybody
+else does: the same run's checkpoint, written, and read by the other number of workers.
 """
 
 from __future__ import annotations
