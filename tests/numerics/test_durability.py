@@ -196,7 +196,7 @@ def test_an_orphan_s_checkpoint_brings_all_lines_since_the_one_before(oracle: Re
     *_, before, name = names(tmp_path)
     store, known = Store.open(tmp_path / "checkpoints"), read_lines(tmp_path / "metrics.jsonl")
     saved, manifest = read_manifest(store, before).step, verify(store, name)
-    assert saved == 10 and manifest.step > max(f["step"] for f in known) > saved
+    assert manifest.step > max(f["step"] for f in known) > saved >= 10
     assert [f["step"] for f in manifest.extra["lines"] if "eval" not in f] == list(range(saved + 1, manifest.step + 1))
     JsonLines(tmp_path / "metrics.jsonl").cut_back(saved)
     result = fit(tmp_path, recipe(elastic={"max_workers": 3}))
