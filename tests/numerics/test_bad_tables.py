@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elastic import cli
 from elastic.data.order import Blocks
+from elastic.driver.console import EXIT
 from elastic.driver.inference import check_checkpoint
 from elastic.recipe import dumps
 from tests.support.inprocess import fit
@@ -60,7 +60,7 @@ def test_a_damaged_row_group_ends_the_run_with_its_state_intact(tmp_path: Path) 
     torn[about.data_page_offset + about.total_compressed_size // 2] ^= 0x01
     file.write_bytes(bytes(torn))
     result = fit(tmp_path / "run", recipe)
-    assert result.outcome.status == "failed" and cli.EXIT["failed"] == 3
+    assert result.outcome.status == "failed" and EXIT["failed"] == 3
     error = result.summary["error"]
     assert f"row group {seventh} of {file} cannot be read" in error and "\n" not in error and error.endswith(".")
     assert result.steps == list(range(1, 16)), "every step before it counts"

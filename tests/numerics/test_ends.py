@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from elastic import cli
 from elastic.controller import membership as m
+from elastic.driver.console import EXIT
 from elastic.driver.inference import check_checkpoint
 from elastic.observe import jsonl as events
 from elastic.observe import ledger_files as ledger
@@ -74,7 +74,7 @@ def shared(**elastic: int) -> Recipe:
 def assert_ended(run: Run, result: Result, end: End, **places: Path) -> None:
     """As the table says, and nothing is left running."""
     outcome, newest, written = run.controller.outcome, run.controller.checkpoints.newest, run.run_log.written
-    assert outcome is not None and cli.EXIT[outcome.status] == end.code, outcome
+    assert outcome is not None and EXIT[outcome.status] == end.code, outcome
     there = (run.run_dir / "summary.json").exists()
     error = result.summary["error"] if there and outcome.status == "failed" else outcome.error
     if end.code == 3:
@@ -172,7 +172,7 @@ def test_all_workers_are_lost_at_once(tmp_path: Path) -> None:
 
     run = Run(tmp_path / "run", recipe(), hooks={AT: kill}, capacity=4)
     result = run.fit()
-    assert cli.EXIT[result.outcome.status] == LOSSES["workers"].code and LOSSES["workers"].kept == NEWEST
+    assert EXIT[result.outcome.status] == LOSSES["workers"].code and LOSSES["workers"].kept == NEWEST
     assert result.sha == undisturbed(recipe()).sha and result.steps == list(range(1, STEPS + 1))
     (rewound,) = result.named("rewound")
     assert rewound["from"] == AT and rewound["to"] in (EVERY, 2 * EVERY), "the second may have been under way"
@@ -261,7 +261,7 @@ def test_a_disk_that_is_full_for_a_while(name: str, disk: Path, tmp_path: Path) 
 
     result = Run(run_dir, given, hooks={12: lambda run: fill(disk), 32: free}).fit()
     assert there and there[0] < 30, "lines waited"
-    assert cli.EXIT[result.outcome.status] == DISKS["room"].code and result.named("run_finished")
+    assert EXIT[result.outcome.status] == DISKS["room"].code and result.named("run_finished")
     assert result.sha == undisturbed(given).sha and result.steps == list(range(1, STEPS + 1))
     assert not verify(run_dir, check_checkpoint).problems
 
@@ -371,7 +371,7 @@ def test_a_controller_falls_with_lines_that_a_full_disk_held_back(broken: dict[s
     steps = 150
     given = recipe(run={"steps": steps, "eval_every": 0}, data={"ledger": True})
     result = fallen(tmp_path / "run", given, broken).fit()
-    assert cli.EXIT[result.outcome.status] == DISKS["controller, disk"].code and len(result.named("controller_restarted")) == 1
+    assert EXIT[result.outcome.status] == DISKS["controller, disk"].code and len(result.named("controller_restarted")) == 1
     assert result.steps == list(range(1, steps + 1)) and not result.named("rewound") and not result.named("worker_lost")
     assert result.sha == undisturbed(given).sha and not verify(tmp_path / "run", check_checkpoint).problems
     saved = [e["step"] for e in result.named("checkpoint_committed")]
