@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from elastic import cli
 from elastic.data.order import Blocks
 from elastic.driver.console import EXIT
 from elastic.driver.inference import check_checkpoint
