@@ -105,7 +105,8 @@ def see_out(controller: Any, run_id: str, run_dir: Path, callbacks: Callbacks, p
         finally:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(controller)
-            is_first = place.clear_live(run_id)
+            with contextlib.suppress(RunFailed):  # the head is gone, and that is being said
+                is_first = place.clear_live(run_id)
     result = result_of(run_dir, error, place)
     if is_first:
         with contextlib.suppress(OSError):  # a full disk has no room for it

@@ -34,7 +34,7 @@ class Tail:
                     self.offset = 0
                 file.seek(self.offset)
                 whole = file.read().rpartition(b"\n")[0]
-        except FileNotFoundError:
+        except OSError:  # not there yet, or not to be seen from here
             return []
         self.offset += len(whole) + 1 if whole else 0
         return [json.loads(text) for text in whole.split(b"\n") if text]

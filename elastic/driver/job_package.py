@@ -17,7 +17,7 @@ from elastic.recipe import Recipe
 from elastic.recipe.paths import MADE, PACKAGE, matches
 
 OURS = ("elastic", "backends", "nlp", "vision", "recommender")  # the cluster has its own
-HIDDEN = (".*", "__pycache__", "node_modules", "*.egg-info")  # folders in which no user's code or data lies
+HIDDEN = (".*", "__pycache__", "node_modules", "*.egg-info")  # in which no user's code or data lies
 EXCLUDED = ("runs", "data")  # nor in these of the working directory, unless something is imported from there or named
 NAMED = 3  # of the largest files
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files are the same archive, which Ray then has already
@@ -72,9 +72,8 @@ def package(recipe_file: Path, recipe: Recipe, folder: Path, excludes: Sequence[
         for base in (folder, recipe_file.resolve().parent):
             if there := matches(base / path):
                 for match in map(Path, there):
-                    for file in (match.rglob("*") if match.is_dir() else (match,)):
-                        if file.is_file():
-                            found.add(base, file)
+                    for file in (below(match) if match.is_dir() else (match,)):
+                        found.add(base, file)
                 break
         else:
             raise RecipeError(f'{key} = "{path}" does not exist: nothing at {folder / path}; write the path of a file or '
@@ -159,6 +158,15 @@ def beside(folder: Path, reached: Sequence[Path]) -> Iterator[Path]:
     """What else lies in the packages that are imported from: modules that are imported by name, a vocabulary."""
     tops = {file.relative_to(folder).parts[0] for file in reached}
     for top in sorted(tops - set(EXCLUDED)):
-        for at, folders, names in os.walk(folder / top):
-            folders[:] = sorted(name for name in folders if not any(fnmatch(name, pattern) for pattern in HIDDEN))
-            yield from (Path(at, name) for name in names if Path(at, name).is_file())
+        yield from below(folder / top)
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """The files in it, but what is hidden."""
+    for at, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from (Path(at, name) for name in sorted(names) if Path(at, name).is_file() and not is_hidden(name))
+
+
+def is_hidden(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in HIDDEN)

@@ -24,7 +24,7 @@ from elastic.driver.rundir import (
     refuse_taken,
 )
 from elastic.driver.trust import check_trust
-from elastic.errors import ElasticError, UserError
+from elastic.errors import ElasticError, RunFailed, UserError
 from elastic.messages import Begin
 from elastic.observe.report import write_report
 from elastic.observe.run_files import LIVE, RECIPE, lines_of, recipe_text, summary_of
@@ -131,6 +131,8 @@ class Far:
                 if isinstance(failed.cause, (ElasticError, OSError)):
                     raise failed.cause from None
                 raise
+            except ray.exceptions.RayError as gone:
+                raise RunFailed(f"The head node does not answer ({type(gone).__name__}); `elastic resume` goes on when it does.") from gone
 
         return call
 

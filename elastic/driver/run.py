@@ -11,7 +11,8 @@ from pathlib import Path
 
 from elastic.checkpoint.claim import owner_of, read
 from elastic.checkpoint.manifest import Manifest
-from elastic.driver.rundir import beginning, data_of, live_of, newest_of, refuse_taken
+from elastic.driver.place import folder
+from elastic.driver.rundir import beginning, checkpoints_of, data_of, live_of, newest_of, refuse_taken
 from elastic.driver.trainer import Trainer, is_alive
 from elastic.errors import RecipeError, UserError
 from elastic.messages import Begin
@@ -22,7 +23,7 @@ from elastic.storage.store import Store
 
 JOURNAL = "journal.jsonl"
 LOOK_S = 1.0  # between looks at a claim
-FOLLOW, REFUSE, RESUME, RESTORE, TRAIN = "follow", "refuse", "resume", "restore", "train"
+FOLLOW, RESUME, RESTORE, TRAIN = "follow", "resume", "restore", "train"
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class Found:
     """What lies where a run is to be started."""
 
     holds_run: bool = False  # the run directory has one
-    live: str = ""  # the id of one that lives there
+    is_live: bool = False  # it is alive
     saved: int = 0  # the step of the newest checkpoint at `checkpoint.path`
 
 
-def action(found: Found, run_id: str = "") -> str:
-    """What is to be done. A retry of the submission that lives there follows it; another submission is refused."""
-    if found.live:
-        return FOLLOW if found.live.startswith(run_id) else REFUSE
+def action(found: Found) -> str:
+    """What is to be done. A run outlives the job that started it, whose retry is another job."""
+    if found.is_live:
+        return FOLLOW
     if found.holds_run:
         return RESUME
     return RESTORE if found.saved else TRAIN
@@ -47,29 +48,28 @@ def trainer_of(recipe: Recipe, run_dir: str | Path, address: str, chaos: Sequenc
                run_id: str = "") -> Trainer:
     """The recipe is the caller's own word, so whatever it names is imported without further trust.
 
-    RecipeError where what is there belongs to another recipe; UserError where another submission lives there.
+    RecipeError where what is there belongs to another recipe.
     """
-    run_dir = Path(run_dir).absolute()
+    run_dir = folder(run_dir).absolute()
     holds = (run_dir / RECIPE).exists()
     live = live_of(run_dir) if holds else None
     if live is None or not is_alive(live):
-        live = {"run_id": "", "address": ""}
+        live = None
+        wait_for(checkpoints_of(recipe, run_dir), owner_of(run_dir))
     saved = None if holds or not recipe.checkpoint.path else newest_of(recipe.checkpoint.path)
-    match action(Found(holds, live["run_id"], saved.step if saved else 0), run_id):
+    match action(Found(holds, live is not None, saved.step if saved else 0)):
         case "follow":
+            assert live is not None
             return Trainer(loads(recipe_text(run_dir), locate=False), run_dir, live["address"], follows=live["run_id"])
-        case "refuse":
-            raise UserError(f"The run in {run_dir} is alive, as {live['run_id']}; stop it first (`ray job stop`), or "
-                            "name another --run-dir.")
         case "resume":
             refuse_taken(run_dir)
             began = recipe_text(run_dir)
             check_resumed(loads(began, locate=False), recipe)
+            refuse_lost(checkpoints_of(loads(began, locate=False), run_dir), checkpoints_of(recipe, run_dir))
             return Trainer(recipe, run_dir, address, chaos, beginning(recipe, run_dir), began,
                            run_id=unused(run_dir, run_id))
         case "restore":
             assert saved is not None
-            wait_for(recipe.checkpoint.path, owner_of(run_dir))
             return Trainer(recipe, run_dir, address, chaos, restored(saved, recipe), run_id=run_id)
     return Trainer(recipe, run_dir, address, chaos, run_id=run_id)
 
@@ -82,6 +82,13 @@ def restored(saved: Manifest, recipe: Recipe) -> Begin:
         raise RecipeError(f'checkpoint.path = "{recipe.checkpoint.path}" holds step {saved.step} of another run: '
                           f"{error}") from None
     return Begin(saved.step, saved.step, saved.generation, 0, saved.step, data_of(saved))
+
+
+def refuse_lost(before: str, now: str) -> None:
+    """UserError where a run that has checkpoints would begin anew, for want of them where it is to look now."""
+    if before != now and newest_of(now) is None and (newest := newest_of(before)):
+        raise UserError(f'checkpoint.path = "{shown(now)}" has no checkpoint of this run, whose newest, of step {newest.step}, lies in '
+                        f"{shown(before)}; write that again, or copy it.")
 
 
 def wait_for(location: str, owner: str) -> None:

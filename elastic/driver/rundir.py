@@ -16,6 +16,7 @@ from elastic.messages import Begin
 from elastic.observe.jsonl import GLANCE_S, JsonLines, has_writer
 from elastic.observe.metrics import evaluations_of, steps_of
 from elastic.observe.run_files import LIVE, RECIPE, lines_of, recipe_text, summary_of
+from elastic.observe.verify import first_step
 from elastic.recipe import Recipe, loads
 from elastic.storage.atomic import locked, write_atomically
 from elastic.storage.remote import shown
@@ -70,7 +71,9 @@ def beginning(recipe: Recipe, run_dir: Path) -> Begin:
     """Where a run that is over goes on: at its newest good checkpoint, as far as its lines go."""
     events, metrics = lines_of(run_dir)
     newest = newest_of(checkpoints_of(recipe, run_dir))
-    last = max((fields["step"] for fields in steps_of(metrics)), default=0)
+    # a directory that was begun anew, at a checkpoint, may have no line yet
+    first = first_step(events) - 1 if events else newest.step if newest else 0
+    last = max((fields["step"] for fields in steps_of(metrics)), default=first)
     step = min(newest.step if newest else 0, last)  # a checkpoint ahead of the lines brings its own
     evaluated = max((fields["step"] for fields in evaluations_of(metrics) if fields["step"] <= step), default=0)
     return Begin(step, evaluated, max((fields["generation"] for fields in events), default=0), len(events), last,
@@ -118,8 +121,8 @@ def newest_of(location: str) -> Manifest | None:
 def live_of(run_dir: Path) -> dict[str, str] | None:
     """The address and run_id of the run that lives here, as far as the files say: its machines may be gone."""
     found: dict[str, str] | None = None
-    if summary_of(run_dir) is None:  # else its controller may still wait for a driver
-        with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):
+        if summary_of(run_dir) is None:  # else its controller may still wait for a driver
             found = json.loads((run_dir / LIVE).read_text())
     return found
 

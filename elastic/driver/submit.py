@@ -20,6 +20,7 @@ from elastic.driver.job_package import package
 from elastic.errors import RunFailed, UserError
 from elastic.recipe import load_recipe
 from elastic.recipe.paths import find_recipe
+from elastic.storage.remote import shown
 
 COMMAND = ("python", "-m", "elastic.cli")  # `elastic` itself would leave the packages of a runtime environment out
 RUN_DIR = "elastic_run_dir"  # in a job's metadata
@@ -38,7 +39,7 @@ class Submission:
 def named(name: str, run_dir: str, now_ns: int) -> Submission:
     """A new one, of a run directory or for a recipe's name. UserError for a directory that is none."""
     if "://" in run_dir:
-        raise UserError(f"--run-dir {run_dir} is a URI, and a run directory is a folder of the head's; name one, and set "
+        raise UserError(f"--run-dir {shown(run_dir)} is a URI, and a run directory is a folder of the head's; name one, and set "
                         "checkpoint.path to the URI.")
     moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(now_ns / 1e9))
     if not run_dir:
