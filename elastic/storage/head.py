@@ -37,11 +37,14 @@ class HeadStorage(LocalFiles):
     def write(self, path: str, low: int, data: Any) -> None:
         """Bytes from `low` on, whatever has come before: chunks arrive in any order."""
         view = memoryview(data).cast("B")
+        is_full = len(view) >= CHUNK
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             while view:
                 done = os.pwrite(descriptor, view, low)
                 low, view = low + done, view[done:]
+            if is_full:  # else a large file's last call would wait for all of it
+                os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from elastic.checkpoint.claim import read as claim_of
 from elastic.messages import Job
 from elastic.observe.run_files import is_seen
-from elastic.storage.head import HeadFiles, HeadSink, at_head, head_files
+from elastic.storage.head import CHUNK, IN_FLIGHT, HeadFiles, HeadSink, at_head, head_files
 from elastic.storage.store import Store
 
 SEND_S = 0.5  # between two looks at what the log has got
@@ -48,7 +49,7 @@ class Log:
         there = Path(job.run_dir) / "logs" / f"{name}.log"
         if job.is_local or is_seen(Path(job.run_dir), job.run_id):
             return cls(there, job)
-        return cls(Path(tempfile.gettempdir()) / f"elastic-{os.getuid()}" / job.run_id / there.name, job, str(there))
+        return cls(own_folder() / job.run_id / there.name, job, str(there))
 
     def note(self, node: str) -> str:
         """What the run is to know."""
@@ -69,22 +70,30 @@ class Log:
             self.sink = self.sink or opened(head_files(self.job.run_id), self.target)
             with open(self.path, "rb") as file:
                 file.seek(self.sent)
-                new = file.read()
-            begin = self.sink.low
-            try:
-                self.sink.write(new)
-                self.sink.flush()
-            except OSError:
-                self.sink.abort()
-                self.sink.low = begin
-                raise
-            self.sent += len(new)
+                while new := file.read(IN_FLIGHT * CHUNK):
+                    begin = self.sink.low
+                    try:
+                        self.sink.write(new)
+                        self.sink.flush()
+                    except OSError:
+                        self.sink.abort()
+                        self.sink.low = begin
+                        raise
+                    self.sent += len(new)
 
     def close(self) -> None:
         """The process is about to end."""
         self.over.set()
         if self.target:
             self.send()
+
+
+def own_folder() -> Path:
+    """On this node, nobody else's: what another user has put in its place is not written to."""
+    folder = Path(tempfile.gettempdir()) / f"elastic-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    there = folder.lstat()
+    return folder if stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid() else Path(tempfile.mkdtemp(prefix="elastic-"))
 
 
 def opened(files: HeadFiles, path: str) -> HeadSink:
