@@ -66,7 +66,8 @@ def assert_whole(run_dir: Path, bits: str) -> None:
     assert steps(result) == list(range(1, STEPS + 1))
     (loaded,), (rewound,) = events(result, "loaded"), events(result, "rewound")
     assert loaded["step"] == rewound["to"] > 0 and loaded["step"] % EVERY == 0
-    joined, noted = events(result, "worker_joined"), events(result, "noted")
+    joined, (elsewhere, *noted) = events(result, "worker_joined"), events(result, "noted")
+    assert "Ray" in elsewhere["why"]
     assert len(joined) == len(noted) == 2 and len({e["node"] for e in joined}) == 2
     for worker, note in zip(joined, noted, strict=True):
         assert note["why"].startswith(f"Node {worker['node'][:8]} does not see {DISK}/runs/one")
