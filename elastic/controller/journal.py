@@ -130,6 +130,8 @@ class Past:
         for action in actions:
             if isinstance(action, m.Form):
                 self.actions = [a for a in self.actions if isinstance(a, m.Want)][-1:]
+            if isinstance(action, m.Want):  # the newest is what counts
+                self.actions = [a for a in self.actions if not isinstance(a, m.Want)]
             if isinstance(action, m.Release):
                 self.workers[action.worker].released = True
             self.actions.append(action)

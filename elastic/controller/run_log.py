@@ -19,7 +19,7 @@ from elastic.observe.metrics import evaluations_of, steps_of
 from elastic.observe.run_files import lines_of
 
 RECENT = 50  # steps whose median is an ordinary one
-FEED_BYTES = 1 << 19  # of the latest lines, kept for a driver that polls several times a second
+FEED_BYTES = 8 << 20  # of the latest lines, kept for a driver that polls several times a second
 NEW = Begin()  # a run that has no past
 
 

@@ -82,8 +82,9 @@ class JsonLines:
             os.fchmod(file.fileno(), os.fstat(self._file.fileno()).st_mode & 0o777)
             for fields in lines:
                 file.write(line(fields).encode())
+            fresh = open(file.name, "ab", buffering=0)  # noqa: SIM115 - before it takes the other's place, which may not fail
         self._file.close()
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._file = fresh
 
     def sync(self) -> None:
         """Returns when every line is on the disk itself; OSError where some are held."""

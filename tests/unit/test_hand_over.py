@@ -10,7 +10,7 @@ import pytest
 
 from elastic.controller import controller as controllers
 from elastic.controller import membership as m
-from elastic.controller.policy import HAND_OVER_S
+from elastic.controller.policy import HAND_OVER_S, Bounds
 from elastic.messages import STOP, Generation, Moved, Progress, Ready, RequestStop, Standing
 from elastic.tables.buckets import bits_of
 from elastic.tables.moving import Moving, roles_of
@@ -136,3 +136,14 @@ def test_the_time_of_a_drained_node_is_counted(tmp_path: Path, monkeypatch: pyte
     rig.say(moved(second))
     (event,) = rig.events("tables_resharded")
     assert (event["buckets"], event["bytes"], event["seconds"], event["steps"], event["step"]) == (1, 1, 0.1, 1, 9)
+
+
+def test_after_a_loss_all_who_are_left_keep_rows() -> None:
+    """Four of eight logical shards' seven replicas would take as long; but nobody goes."""
+    names = [f"w{number}" for number in range(8)]
+    machine = Machine(Bounds(1, 8, 8))
+    first = formed(machine.feed(*[m.Starting(name) for name in names], *[ready(name, twin=True) for name in names]))
+    machine.feed(m.Lost("w7", "killed"))
+    second = formed(machine.feed(*[one for one in reports(first, 5, reason="broken") if one.worker != "w7"]))
+    assert second.buckets and set(second.buckets.last_owners) == set(range(7)) and len(second.members) == 7
+    assert machine.state.handing == () and not stopped(machine.feed(moved(second)))
