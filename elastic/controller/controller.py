@@ -283,8 +283,6 @@ class Controller:
         soon = [*nodes, *(record.node for record in self.workers.values() if record.starting_s is not None)]
         self.fleet.want(self.target, policy.banned_nodes(self.losses, time.monotonic(), nodes), gaps(soon, self.state.bounds.meshes[0][1]))
 
-    # Checkpoints, faults.
-
     def take_part(self, part: Part) -> None:
         """A part of a checkpoint is on disk, or cannot be: with the last one it counts, or training goes on without it."""
         self.saving.pop(Save(part.generation, part.step, part.rank, part.world_size), None)

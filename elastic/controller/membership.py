@@ -338,9 +338,7 @@ def form(state: State) -> tuple[State, tuple[Any, ...]]:
 def remaining(state: State, members: tuple[str, ...]) -> tuple[str, ...]:
     """Those members that the next group will have too, as far as it is known: the others are only there to hand over."""
     stay = [w for w in members if w not in state.leaving]
-    if len(stay) == len(members) <= state.target:
-        return members  # see `resized`
-    mesh = choose(len(stay), state.target, state.bounds)
+    mesh = None if len(stay) == len(members) <= state.target else choose(len(stay), state.target, state.bounds)  # see `resized`
     return tuple(stay[:math.prod(mesh)]) if mesh else members
 
 
