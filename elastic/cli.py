@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.exceptions import TyperException
 
-from elastic.driver.console import BAD_USAGE, DONE, FAILED, INTERRUPTED, complain, ended, say, see_out, there
-from elastic.errors import BadCheckpoint, ElasticError, UserError
+from elastic.driver.console import complain, ended, say, see_out, there
+from elastic.errors import BAD_USAGE, DONE, FAILED, INTERRUPTED, BadCheckpoint, ElasticError, UserError
 
 if TYPE_CHECKING:
     from elastic.driver.trainer import Trainer

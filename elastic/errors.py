@@ -13,6 +13,9 @@ Every error carries one sentence and pickles as it is.
 """
 
 
+DONE, BAD_USAGE, FAILED, INTERRUPTED = 0, 2, 3, 130  # exit codes
+
+
 class ElasticError(Exception):
     """The root: whatever the platform raises on purpose."""
 

@@ -16,7 +16,7 @@ import ray
 from elastic.controller import membership as m
 from elastic.controller import session
 from elastic.controller.controller import Controller, Settings
-from elastic.controller.journal import Journal
+from elastic.controller.journal import JOURNAL, Journal
 from elastic.controller.ray_fleet import RayFleet
 from elastic.controller.run_log import RunLog, claimed
 from elastic.messages import Begin, Job
@@ -37,7 +37,7 @@ class ControllerActor:
         run_dir = Path(job.run_dir)
         events = claimed(run_dir, CLAIM_S)
         # Ray starts a killed controller anew, with the same arguments
-        journal = Journal(run_dir / "journal.jsonl", job.run_id)
+        journal = Journal(run_dir / JOURNAL, job.run_id)
         job = replace(job, secret=journal.secret)
         self.run_log = (RunLog.take_over(run_dir, begin, events) if journal.is_continued
                       else RunLog(run_dir, begin.written, begin.evaluated, begin.generation, events))

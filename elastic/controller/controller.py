@@ -22,7 +22,7 @@ from elastic.controller import policy
 from elastic.controller.checkpoints import Checkpoints
 from elastic.controller.failure_detector import Heartbeat, suspects
 from elastic.controller.fleet import Fleet
-from elastic.controller.journal import Journal, replay
+from elastic.controller.journal import JOURNAL, Journal, replay
 from elastic.controller.mailbox import Mailbox
 from elastic.controller.policy import Bounds, bounds_of
 from elastic.controller.run_log import RunLog
@@ -70,7 +70,7 @@ class Controller:
         self.outcome: m.Finish | None = None
         # parts of the final checkpoint, and who was asked for them and has not answered
         self.saving: dict[Save, str] = {}
-        self.journal = journal or Journal(Path(job.run_dir) / "journal.jsonl", job.run_id)
+        self.journal = journal or Journal(Path(job.run_dir) / JOURNAL, job.run_id)
         self.past = replay(self.journal.past, settings.bounds, self.begin.generation)
         self.chaos = [spec for spec in job.chaos if spec not in self.past.spent]
 

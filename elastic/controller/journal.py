@@ -26,6 +26,7 @@ KINDS: dict[str, Callable[..., Any]] = {kind.__name__: kind for kind in (WorkerR
 KINDS |= {kind.__name__: kind for module in (messages, m) for kind in vars(module).values() if isinstance(kind, type)
           and is_dataclass(kind)}
 KIND, OF = "@", "of"  # the keys that name a dataclass or another kind, and of the latter what is in it
+JOURNAL = "journal.jsonl"  # in the run directory
 COMPACT_BYTES = 1 << 20  # a journal is worth replacing once it has grown by so much, and to twice of what it would be
 
 

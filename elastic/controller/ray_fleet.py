@@ -24,9 +24,9 @@ from elastic.chaos import Fault
 from elastic.collective.connect import transport_of
 from elastic.controller import membership as m
 from elastic.errors import UserError
-from elastic.messages import Generation, Job, Order, Ready
+from elastic.messages import NAMESPACE, Generation, Job, Order, Ready
 from elastic.storage.head import end_storage
-from elastic.worker.actor import NAMESPACE, WorkerActor
+from elastic.worker.actor import WorkerActor
 
 POLL_S = 0.5  # how often a pending placement group and draining nodes are looked at
 REPLACE_S = 0.5  # before another worker is started: its imports must not take the survivors' cores while they re-form

@@ -16,8 +16,8 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from elastic.driver.cluster_checks import answers, check_token, not_joined
 from elastic.errors import UserError
 from elastic.humanize import count
+from elastic.messages import NAMESPACE
 from elastic.recipe import Recipe
-from elastic.worker.actor import NAMESPACE
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from elastic.errors import DONE, FAILED, INTERRUPTED
+
 if TYPE_CHECKING:
     from elastic.driver.follow import Result
     from elastic.driver.job_follow import Follower
 
-DONE, BAD_USAGE, FAILED, INTERRUPTED = 0, 2, 3, 130
 EXIT = {"done": DONE, "failed": FAILED, "interrupted": INTERRUPTED}
 
 

@@ -13,6 +13,7 @@ from elastic.driver.follow import Callbacks, Result, result_of
 from elastic.driver.job_client import Jobs, NoAnswer
 from elastic.driver.rundir import live_of
 from elastic.driver.submit import ENDED, Submission, spoken, why_of
+from elastic.errors import BAD_USAGE, DONE, FAILED, INTERRUPTED
 from elastic.observe.progress import Progress
 from elastic.observe.run_files import summary_of
 
@@ -95,9 +96,10 @@ class Follower:
             self.callbacks.feed(in_order(self.events.new(), self.metrics.new()))
             if summary_of(self.run_dir) is not None:
                 self.result = result_of(self.run_dir)
-                return 0
+                return DONE
         if why := why_of(details, self.log):
             self.say(why)
         if details.status == "STOPPED":
-            return 130
-        return details.driver_exit_code if details.driver_exit_code in (0, 2, 3, 130) else 3
+            return INTERRUPTED
+        code = details.driver_exit_code
+        return code if code in (DONE, BAD_USAGE, FAILED, INTERRUPTED) else FAILED

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from elastic.checkpoint.claim import owner_of, read
 from elastic.checkpoint.manifest import Manifest
+from elastic.controller.journal import JOURNAL
 from elastic.driver.place import folder
 from elastic.driver.rundir import beginning, checkpoints_of, data_of, live_of, newest_of, refuse_taken
 from elastic.driver.trainer import Trainer, is_alive
@@ -21,9 +22,7 @@ from elastic.recipe import Recipe, check_resumed, loads
 from elastic.storage.remote import shown
 from elastic.storage.store import Store
 
-JOURNAL = "journal.jsonl"
 LOOK_S = 1.0  # between looks at a claim
-FOLLOW, RESUME, RESTORE, TRAIN = "follow", "resume", "restore", "train"
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ class Found:
 def action(found: Found) -> str:
     """What is to be done. A run outlives the job that started it, whose retry is another job."""
     if found.is_live:
-        return FOLLOW
+        return "follow"
     if found.holds_run:
-        return RESUME
-    return RESTORE if found.saved else TRAIN
+        return "resume"
+    return "restore" if found.saved else "train"
 
 
 def trainer_of(recipe: Recipe, run_dir: str | Path, address: str, chaos: Sequence[str] = (),

@@ -17,10 +17,10 @@ from ray.runtime_env import RuntimeEnv
 
 from elastic.driver.job_client import LIMIT, Jobs
 from elastic.driver.job_package import package
-from elastic.errors import RunFailed, UserError
+from elastic.driver.place import folder
+from elastic.errors import BAD_USAGE, FAILED, INTERRUPTED, RunFailed, UserError
 from elastic.recipe import load_recipe
 from elastic.recipe.paths import find_recipe
-from elastic.storage.remote import shown
 
 COMMAND = ("python", "-m", "elastic.cli")  # `elastic` itself would leave the packages of a runtime environment out
 RUN_DIR = "elastic_run_dir"  # in a job's metadata
@@ -38,9 +38,7 @@ class Submission:
 
 def named(name: str, run_dir: str, now_ns: int) -> Submission:
     """A new one, of a run directory or for a recipe's name. UserError for a directory that is none."""
-    if "://" in run_dir:
-        raise UserError(f"--run-dir {shown(run_dir)} is a URI, and a run directory is a folder of the head's; name one, and set "
-                        "checkpoint.path to the URI.")
+    folder(run_dir)
     moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(now_ns / 1e9))
     if not run_dir:
         run_dir = f"~/runs/{name}-{moment}"
@@ -101,8 +99,8 @@ def submit(jobs: Jobs, recipe_name: str, sets: Sequence[str] = (), run_dir: str 
     if other := alive_in(jobs.all(), submission.run_dir):
         raise UserError(f"The run in {submission.run_dir} is alive, as {other}; stop it first (`ray job stop {other}`), or name "
                         "another --run-dir.")
-    with tempfile.TemporaryDirectory(prefix="elastic-submit-") as folder:
-        archive = Path(folder) / "submitted.zip"
+    with tempfile.TemporaryDirectory(prefix="elastic-submit-") as room:
+        archive = Path(room) / "submitted.zip"
         found.write(archive, LIMIT)
         environment["working_dir"] = jobs.upload(archive)
     jobs.submit(submission.id, entrypoint(file.name, submission, sets, chaos), environment, {RUN_DIR: submission.run_dir})
@@ -140,7 +138,7 @@ def why_of(details: Any, log: str) -> str:
     code, message = details.driver_exit_code, " ".join((details.message or "").split())
     if details.status == "STOPPED":
         return "The job was stopped; its controller saves the last step and ends the run by itself."
-    if details.status == "SUCCEEDED" or code in (2, 3, 130):
+    if details.status == "SUCCEEDED" or code in (BAD_USAGE, FAILED, INTERRUPTED):
         return ""
     if "No module named elastic" in log or "No module named 'elastic'" in log:
         return ("The cluster's Python has no elastic; put elastic-training into its image, or into the pip list of "

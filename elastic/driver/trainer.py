@@ -24,14 +24,13 @@ from elastic.driver.place import Place, folder, place_of
 from elastic.driver.rundir import checkpoints_of, live_of
 from elastic.driver.trust import check_trust
 from elastic.errors import RecipeError, RunFailed, UserError
-from elastic.messages import Begin, Job
+from elastic.messages import NAMESPACE, Begin, Job
 from elastic.observe.run_files import RECIPE
 from elastic.planning import memory as preview
 from elastic.planning import plan as planning
 from elastic.planning import rows
 from elastic.recipe import Recipe, check_resumed, dumps, load_recipe, loads
 from elastic.storage.head import HEAD
-from elastic.worker.actor import NAMESPACE
 
 AFRESH = "put that data back, or start a new run, with a checkpoint as its model.init."
 AGAIN = "put that data back, then replay it again."

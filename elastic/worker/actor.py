@@ -20,8 +20,7 @@ import ray
 
 from elastic.chaos import Fault, strike_process
 from elastic.errors import UserError
-from elastic.messages import NAMESPACE as NAMESPACE
-from elastic.messages import Generation, Job, Line, Order
+from elastic.messages import NAMESPACE, Generation, Job, Line, Order
 from elastic.worker.loop_control import Control
 
 LOOPBACK = "127.0.0.1"

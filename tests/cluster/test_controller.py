@@ -12,7 +12,7 @@ import ray
 from ray.util.placement_group import placement_group_table
 
 from elastic.driver.trainer import Result, Trainer
-from elastic.worker.actor import NAMESPACE
+from elastic.messages import NAMESPACE
 from tests.support.inprocess import module_recipe
 from tests.support.oracle import undisturbed
 from tests.support.runs import assert_fired, assert_sound, assert_survivors_kept, bits, events, train

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from elastic.controller.ray_fleet import RayFleet
-from elastic.worker.actor import NAMESPACE
+from elastic.messages import NAMESPACE
 from tests.support.fleet_cases import Desk, assert_the_contract_of_a_fleet, job_of
 
 pytestmark = pytest.mark.usefixtures("cluster")

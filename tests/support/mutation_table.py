@@ -193,7 +193,7 @@ RUNS = (
       "elastic/driver/trainer.py",
       '            check_resumed(loads(began, locate=False), recipe)\n', "", "tests/unit/test_trainer.py::test_a_resumed_run_stays_the_run_it_was"),
     M("live-run-resumed", "run", "A retry resumes a run that is alive.", "elastic/driver/run.py",
-      "    if found.is_live:\n        return FOLLOW\n", "", "tests/unit/test_submit.py::test_what_is_done_follows_from_what_is_there"),
+      '    if found.is_live:\n        return "follow"\n', "", "tests/unit/test_submit.py::test_what_is_done_follows_from_what_is_there"),
     M("modules-stay", "submit", "A submission goes without what lies beside its modules.", "elastic/driver/job_package.py",
       "(*reached, *beside(folder, reached))", "reached", "tests/unit/test_submit.py::test_a_recipe_travels_with_what_its_modules_import"),
     M("head-file-before-its-chunks", "P5", "A file counts as durable before its bytes are at the head node.", "elastic/storage/head.py",
